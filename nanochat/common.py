@@ -1,0 +1,204 @@
+"""Ground floor of the house: device, compute dtype, process group, paths, errors, logging.
+
+Everything else imports from here; this module imports nothing of nanochat's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger("nanochat")
+
+
+class NanochatError(Exception):
+    """A failure that the user can mend: one sentence with the value, the limit and the way out."""
+
+
+# ----------------------------------------------------------------------------- paths and files
+
+
+def get_base_dir() -> Path:
+    """The folder under which everything is written: NANOCHAT_BASE_DIR, else ~/.cache/nanochat."""
+    base_dir = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
+    base_dir.mkdir(parents=True, exist_ok=True)
+    return base_dir
+
+
+def test_data_dir() -> Path | None:
+    """The folder of real texts and tasks for tests and benchmarks, or None where it is absent.
+
+    NANOCHAT_TEST_DATA names it; the default is `../shared/data` beside the checkout.
+    """
+    default = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+    path = Path(os.environ.get("NANOCHAT_TEST_DATA") or default).expanduser()
+    return path if path.is_dir() else None
+
+
+test_data_dir.__test__ = False  # pytest: this is no test
+
+
+def atomic_write(path: Path | str, content: bytes | str) -> None:
+    """Write a file so that a reader, or a crash at any byte, sees the old content or the new, never a part."""
+    path = Path(path)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+# ----------------------------------------------------------------------------- commands
+
+
+def run_command(main: Callable[[list[str] | None], int]) -> int:
+    """Run a script's `main` as a command: a user's mistake is one sentence on stderr and a non-zero exit code.
+
+    `--debug` anywhere on the command line (or NANOCHAT_DEBUG=1) shows the trace as well.
+    """
+    debug = "--debug" in sys.argv or os.environ.get("NANOCHAT_DEBUG") == "1"
+    argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        return main(argv)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output (head, less) went away: nothing to say and nobody to hear it
+        sys.stderr.close()
+        return 141
+    except (NanochatError, OSError, torch.OutOfMemoryError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {describe_error(error)}", file=sys.stderr)
+        return 1
+    finally:
+        compute_cleanup()
+
+
+def describe_error(error: BaseException) -> str:
+    """One sentence for a failure, with the way out where we know it."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = error.filename or get_base_dir()
+        return f"the disk is full ({where}): free some space or set NANOCHAT_BASE_DIR to a folder on a larger disk"
+    if isinstance(error, PermissionError):
+        return f"no permission for {error.filename}: choose another folder, for example with NANOCHAT_BASE_DIR"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"the device ran out of memory: choose a smaller --device-batch-size or --max-seq-len ({error})"
+    return str(error)
+
+
+def print0(*args: object, **kwargs: object) -> None:
+    """Print on rank 0 only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(*args, **kwargs)
+
+
+# ----------------------------------------------------------------------------- processes and devices
+
+
+def is_ddp_requested() -> bool:
+    """True under torchrun (it sets RANK, LOCAL_RANK and WORLD_SIZE), whether or not the group is up yet."""
+    return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+
+
+def get_dist_info() -> tuple[bool, int, int, int]:
+    """(ddp, rank, local_rank, world_size); (False, 0, 0, 1) outside torchrun."""
+    if not is_ddp_requested():
+        return False, 0, 0, 1
+    return True, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def autodetect_device_type() -> str:
+    """"cuda", "mps" or "cpu", the best that works here."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
+
+
+def compute_init(device_type: str = "", seed: int = 42) -> tuple[bool, int, int, int, torch.device]:
+    """Seed, choose the device and join the process group if torchrun started us.
+
+    Returns (ddp, rank, local_rank, world_size, device). Raises NanochatError if `device_type` is not to be had.
+    """
+    device_type = device_type or autodetect_device_type()
+    if device_type not in ("cuda", "mps", "cpu"):
+        raise NanochatError(f"unknown device type {device_type!r}: choose cuda, mps or cpu")
+    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
+    if not available[device_type]():
+        raise NanochatError(f"PyTorch sees no {device_type} device here: use --device-type=cpu")
+
+    torch.manual_seed(seed)
+    torch.set_float32_matmul_precision("high")  # tf32 where CUDA has it; no effect on CPU
+    ddp, rank, local_rank, world_size = get_dist_info()
+    device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
+    if device_type == "cuda":
+        torch.cuda.manual_seed(seed)
+        torch.cuda.set_device(device)
+    if ddp and not dist.is_initialized():
+        backend = "nccl" if device_type == "cuda" else "gloo"
+        device_id = device if device_type == "cuda" else None
+        dist.init_process_group(backend, timeout=timedelta(minutes=10), device_id=device_id)
+        if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+    return ddp, rank, local_rank, world_size, device
+
+
+def compute_cleanup() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def get_compute_dtype(device: torch.device | str) -> torch.dtype:
+    """The dtype of activations: bfloat16 where this device multiplies it natively, else float32.
+
+    NANOCHAT_DTYPE (bfloat16, float32, float16) overrides.
+    """
+    names = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+    override = os.environ.get("NANOCHAT_DTYPE")
+    if override:
+        if override not in names:
+            raise NanochatError(f"NANOCHAT_DTYPE={override!r} is not a dtype: choose one of {', '.join(names)}")
+        return names[override]
+    device_type = torch.device(device).type
+    if device_type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    if device_type == "cpu":
+        return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
+    return torch.float32
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """True if the CPU has bfloat16 dot products (AVX512-BF16 or AMX); elsewhere bfloat16 is emulated and slow."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name)() for name in checks if hasattr(torch.cpu, name))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what was queued, so that a host clock can be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
