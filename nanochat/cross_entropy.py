@@ -1,0 +1,128 @@
+"""Cross-entropy of soft-capped logits without ever holding them all. Used by gpt.py for its loss.
+
+The logits of 8,192 tokens over 32,768 words are 1 GB in float32, several times over with their gradients. Here they are
+made, used and forgotten in chunks of tokens; when a gradient is wanted it is computed in the same pass, since the
+gradient of a cross-entropy needs nothing from later layers but a scalar factor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+IGNORE_INDEX = -1
+CHUNK_BYTES = 16 << 20  # of float32 logits in a chunk: small enough for a CPU's cache, large enough for a GPU
+
+
+def softcap(logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """cap * tanh(logits / cap), in float32."""
+    return cap * torch.tanh(logits.float() / cap)
+
+
+def softcapped_cross_entropy(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float, reduction: str = "mean"
+) -> torch.Tensor:
+    """Cross-entropy of softcap(x @ weight.T) against targets, in nats, float32.
+
+    x: (N, C) features; weight: (vocab_size, C); targets: (N,) int64, -1 where there is nothing to predict.
+    reduction "mean" is over the supervised tokens, and 0 (not NaN) if there are none; "sum"; "none" gives (N,), 0 at
+    ignored positions.
+    """
+    if reduction == "none":
+        return _token_losses(x, weight, targets, cap)
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"loss_reduction must be mean, sum or none, not {reduction!r}")
+    weight = weight.to(x.dtype)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        total = _FusedLoss.apply(x, weight, targets, cap)
+    else:
+        total = _token_losses(x, weight, targets, cap).sum()
+    if reduction == "sum":
+        return total
+    return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
+
+
+def _chunk_size(num_tokens: int, vocab_size: int, device: torch.device) -> int:
+    """Tokens in a chunk: a power of two, so that the chunks of a batch have one shape."""
+    budget = CHUNK_BYTES * (16 if device.type == "cuda" else 1)
+    size = 1 << max(7, (budget // (4 * vocab_size)).bit_length() - 1)
+    return min(size, num_tokens)
+
+
+def _token_losses(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float) -> torch.Tensor:
+    """(N,) losses by autograd, each chunk's logits recomputed in the backward pass."""
+
+    def chunk_losses(x_chunk: torch.Tensor, weight: torch.Tensor, target_chunk: torch.Tensor) -> torch.Tensor:
+        logits = softcap(x_chunk @ weight.T, cap)
+        return torch.nn.functional.cross_entropy(logits, target_chunk, ignore_index=IGNORE_INDEX, reduction="none")
+
+    weight = weight.to(x.dtype)
+    size = _chunk_size(x.size(0), weight.size(0), x.device)
+    chunks = zip(x.split(size), targets.split(size), strict=True)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return torch.cat([checkpoint(chunk_losses, xc, weight, tc, use_reentrant=False) for xc, tc in chunks])
+    return torch.cat([chunk_losses(xc, weight, tc) for xc, tc in chunks])
+
+
+def softmax_gradient(logits: torch.Tensor, cap: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a chunk's loss and gradient need of all its logits at once; the targets' own share comes after.
+
+    logits: (n, vocab_size). With z = softcap(logits): returns (logsumexp(z) - cap, (n, 1) float32; and
+    softmax(z) * dz/dlogits in the dtype of logits). Written with r = 1 / (1 + exp(2 logits / cap)), since
+    tanh = 1 - 2r, so z - cap = -2 cap r (never above 0: no maximum to find first) and dz/dlogits = 4 (r - r^2): one
+    exponential in place of a tanh, which on a CPU is half of the whole cost.
+    """
+    r = 1 / (torch.exp(logits.float() * (2 / cap)) + 1)
+    exponentials = torch.exp(-2 * cap * r)
+    normalizer = exponentials.sum(dim=-1, keepdim=True)
+    gradient = exponentials * (4 / normalizer) * (r - r * r)
+    return normalizer.log(), gradient.to(logits.dtype)
+
+
+_softmax_gradient = softmax_gradient
+
+
+def compile_loss() -> None:
+    """Fuse the chunk's arithmetic with torch.compile; the trainer calls this where a compiler works."""
+    global _softmax_gradient
+    _softmax_gradient = torch.compile(softmax_gradient, dynamic=False)
+
+
+def _chunk_loss_and_gradient(
+    logits: torch.Tensor, targets: torch.Tensor, cap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed loss () float32 of a chunk and its gradient with respect to the raw logits (n, vocab_size)."""
+    log_normalizer, gradient = _softmax_gradient(logits, cap)
+    supervised = (targets != IGNORE_INDEX)[:, None]
+    columns = targets.clamp(min=0)[:, None]
+    tanh = torch.tanh(logits.gather(1, columns).float() / cap)
+    loss = ((log_normalizer + cap - cap * tanh) * supervised).sum()
+    # Subtract dz/dlogits at the targets. Flat and in place: scatter_add_ would copy the whole gradient.
+    flat_index = torch.arange(targets.numel(), device=targets.device) * gradient.size(1) + columns[:, 0]
+    gradient.view(-1).index_add_(0, flat_index, (tanh * tanh - 1).to(gradient.dtype)[:, 0])
+    gradient.masked_fill_(~supervised, 0)
+    return loss, gradient
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Summed loss whose gradients are made in the forward pass, chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float) -> torch.Tensor:
+        size = _chunk_size(x.size(0), weight.size(0), x.device)
+        total = torch.zeros((), device=x.device)
+        grad_x = torch.empty_like(x)
+        grad_weight = torch.zeros(weight.shape, device=x.device)
+        for start in range(0, x.size(0), size):
+            part = slice(start, start + size)
+            loss, grad_logits = _chunk_loss_and_gradient(x[part] @ weight.T, targets[part], cap)
+            total += loss
+            torch.mm(grad_logits, weight, out=grad_x[part])
+            grad_weight += grad_logits.T @ x[part]
+        ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total: torch.Tensor):
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * grad_total.to(grad_x.dtype), grad_weight * grad_total.to(grad_weight.dtype), None, None

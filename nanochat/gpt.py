@@ -1,0 +1,333 @@
+"""The model: a decoder transformer that one reads in one sitting. Used by everything that trains or generates.
+
+What differs from a textbook GPT: rotary positions, normalized queries and keys, grouped key/value heads, sliding
+windows, ReLU squared, value embeddings on alternating layers, a learned share of the first embedding in every block,
+no biases and no learned norm weights, an untied head with soft-capped logits.
+
+Weights are float32 and are multiplied in the compute dtype (common.get_compute_dtype); a model for inference alone may
+be cast whole with `.to(torch.bfloat16)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanochat.common import NanochatError, get_compute_dtype
+from nanochat.cross_entropy import compile_loss, softcap, softcapped_cross_entropy
+from nanochat.flash_attention import QK_SCALE, AttentionPlan, plan_attention
+
+if TYPE_CHECKING:
+    from nanochat.kv_cache import KVCache
+    from nanochat.optim import MuonAdamW
+
+ROTARY_BASE = 100_000
+LOGIT_CAP = 15.0
+GATE_CHANNELS = 32  # the value-embedding gate reads only the first channels of its input
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Everything that decides the model's shape; stored whole in each checkpoint.
+
+    `window_pattern` is repeated over the layers: "L" attends to the whole context, "S" to a quarter of it (rounded up
+    to a multiple of 128); the last layer always sees everything.
+    """
+
+    sequence_len: int = 2048
+    vocab_size: int = 32768
+    n_layer: int = 12
+    n_head: int = 6
+    n_kv_head: int = 6
+    n_embd: int = 768
+    window_pattern: str = "SSSL"
+
+    def __post_init__(self) -> None:
+        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 8:
+            raise NanochatError(
+                f"n_embd {self.n_embd} over n_head {self.n_head} is no head size divisible by 8: "
+                f"choose n_embd as a multiple of {8 * self.n_head}"
+            )
+        if self.n_head % self.n_kv_head:
+            raise NanochatError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}: choose a divisor")
+        if not self.window_pattern or set(self.window_pattern.upper()) - {"S", "L"}:
+            raise NanochatError(f"window_pattern {self.window_pattern!r} may hold only S and L, for example SSSL")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and head: a multiple of 64, which matrix units like."""
+        return -(-self.vocab_size // 64) * 64
+
+    def windows(self) -> list[int]:
+        """For each layer, how many tokens back a token sees."""
+        short = -(-self.sequence_len // 4 // 128) * 128
+        sizes = {"S": min(short, self.sequence_len), "L": self.sequence_len}
+        pattern = self.window_pattern.upper()
+        windows = [sizes[pattern[i % len(pattern)]] for i in range(self.n_layer)]
+        return [*windows[:-1], self.sequence_len]
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Every other layer, the last one included."""
+        return (self.n_layer - 1 - layer) % 2 == 0
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """RMS norm over the last dimension, without weights."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate pairs of channels by the angle of their position. x: (B, T, H, D); cos, sin: (B or 1, T, 1, D / 2)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
+
+
+class Linear(nn.Linear):
+    """A matrix without bias, float32 at rest, multiplied in the dtype of its input."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.window = config.windows()[layer]
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.c_q = Linear(config.n_embd, self.n_head * self.head_dim)
+        self.c_k = Linear(config.n_embd, self.n_kv_head * self.head_dim)
+        self.c_v = Linear(config.n_embd, self.n_kv_head * self.head_dim)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
+        self.has_value_embedding = config.has_value_embedding(layer)
+        if self.has_value_embedding:
+            self.ve_gate = Linear(min(GATE_CHANNELS, config.n_embd), self.n_kv_head)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        value_embedding: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        attention: AttentionPlan | KVCache,
+    ) -> torch.Tensor:
+        B, T, C = x.shape
+        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
+        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
+        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
+        if value_embedding is not None:
+            gate = 2 * torch.sigmoid(self.ve_gate(x[..., : self.ve_gate.in_features]))  # (B, T, KV), 1 at the start
+            v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, self.n_kv_head, self.head_dim)
+        q = apply_rotary(norm(q) * QK_SCALE, *rotary)  # longer than 1 so that attention can be sharper
+        k = apply_rotary(norm(k) * QK_SCALE, *rotary)
+        if isinstance(attention, AttentionPlan):
+            y = attention.attend(q, k, v, attention)
+        else:
+            y = attention.attend(self.layer, q, k, v, self.window)
+        return self.c_proj(y.reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.attn = CausalSelfAttention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        value_embedding: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        attention: AttentionPlan | KVCache,
+    ) -> torch.Tensor:
+        x = x + self.attn(norm(x), value_embedding, rotary, attention)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """The whole model. Build it under `torch.device("meta")` and call `to_empty` and `init_weights`, or load weights."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        kv_dim = config.n_kv_head * config.head_dim
+        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.value_embeds = nn.ModuleDict(
+            {
+                str(layer): nn.Embedding(config.padded_vocab_size, kv_dim)
+                for layer in range(config.n_layer)
+                if config.has_value_embedding(layer)
+            }
+        )
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
+        self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
+        self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
+        self.compute_dtype: torch.dtype | None = None  # None: what the device does best
+        self._trunk = self.trunk
+        self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def init_weights(self, seed: int | None = None) -> None:
+        """Set every parameter; the only place where values are made.
+
+        Matrices are uniform with standard deviation n_embd**-0.5; what writes into the residual stream starts at zero,
+        so that the first step sees the identity; the head starts near zero, so that the first loss is log(vocab_size).
+        """
+        generator = None
+        if seed is not None:
+            generator = torch.Generator(device=self.get_device()).manual_seed(seed)
+        bound = 3**0.5 * self.config.n_embd**-0.5
+        self.wte.weight.normal_(0, 0.8, generator=generator)
+        self.lm_head.weight.normal_(0, 0.001, generator=generator)
+        for embedding in self.value_embeds.values():
+            embedding.weight.uniform_(-bound, bound, generator=generator)
+        for block in self.blocks:
+            for matrix in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.c_fc):
+                matrix.weight.uniform_(-bound, bound, generator=generator)
+            for matrix in (block.attn.c_proj, block.mlp.c_proj):
+                matrix.weight.zero_()
+            if block.attn.has_value_embedding:
+                block.attn.ve_gate.weight.zero_()
+        self.resid_lambdas.fill_(1.0)
+        self.x0_lambdas.fill_(0.1)
+
+    def get_device(self) -> torch.device:
+        return self.wte.weight.device
+
+    def get_compute_dtype(self) -> torch.dtype:
+        return self.compute_dtype or get_compute_dtype(self.get_device())
+
+    def rotary(self, positions: torch.Tensor | None, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin), each (B or 1, T, 1, head_dim / 2) float32, for positions (B, T), or 0..T-1 if None."""
+        needed = T if positions is None else self.config.sequence_len
+        if self._rotary is None or self._rotary[0].size(0) < needed or self._rotary[0].device != self.get_device():
+            self._grow_rotary(max(needed, self.config.sequence_len))
+        if positions is None:
+            return tuple(table[None, :T, None] for table in self._rotary)
+        return tuple(table[positions][:, :, None] for table in self._rotary)
+
+    def _grow_rotary(self, length: int) -> None:
+        channels = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=self.get_device())
+        frequencies = ROTARY_BASE ** (-channels / self.config.head_dim)
+        angles = torch.arange(length, dtype=torch.float32, device=self.get_device())[:, None] * frequencies
+        self._rotary = (angles.cos(), angles.sin())
+
+    def compile(self) -> None:
+        """Compile what training runs: the trunk and the loss. Generation, through a cache, stays uncompiled."""
+        self._trunk = torch.compile(self.trunk, dynamic=False)
+        compile_loss()
+
+    def trunk(
+        self,
+        idx: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        attention: list[AttentionPlan] | list[KVCache],
+    ) -> torch.Tensor:
+        """Token ids (B, T) to final features (B, T, n_embd) in the compute dtype; `attention` is one for each layer."""
+        dtype = self.get_compute_dtype()
+        x = x0 = norm(self.wte(idx).to(dtype))
+        for i, block in enumerate(self.blocks):
+            x = (self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0).to(dtype)
+            value_embedding = self.value_embeds[str(i)](idx).to(dtype) if str(i) in self.value_embeds else None
+            x = block(x, value_embedding, rotary, attention[i])
+        return norm(x)
+
+    def forward(
+        self,
+        idx: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        kv_cache: KVCache | None = None,
+        loss_reduction: str = "mean",
+    ) -> torch.Tensor:
+        """Logits or loss.
+
+        idx: (B, T) int64; targets: (B, T) int64, -1 where there is nothing to predict. Without targets: logits
+        (B, T, vocab_size) float32. With: the cross-entropy in nats, () for "mean" and "sum", (B, T) for "none".
+        """
+        B, T = idx.shape
+        if kv_cache is None:
+            plans = [plan_attention(T, w, idx.device, self.get_compute_dtype()) for w in self.config.windows()]
+            x = self._trunk(idx, self.rotary(None, T), plans)
+        else:
+            x = self.trunk(idx, self.rotary(kv_cache.positions(T), T), [kv_cache] * self.config.n_layer)
+            kv_cache.advance(T)
+        head = self.lm_head.weight[: self.config.vocab_size]  # the padding is never predicted
+        if targets is None:
+            return softcap(F.linear(x, head.to(x.dtype)), LOGIT_CAP)
+        loss = softcapped_cross_entropy(x.flatten(0, 1), head, targets.flatten(), LOGIT_CAP, loss_reduction)
+        return loss.view(B, T) if loss_reduction == "none" else loss
+
+    # ------------------------------------------------------------------------- counting
+
+    def num_scaling_params(self) -> dict[str, int]:
+        """Parameters by kind, and "total". "scaling" (matrices and head) is what scaling laws are fitted on."""
+        counts = {
+            "wte": self.wte.weight.numel(),
+            "value_embeds": sum(p.numel() for p in self.value_embeds.parameters()),
+            "lm_head": self.lm_head.weight.numel(),
+            "matrices": sum(p.numel() for p in self.blocks.parameters()),
+            "scalars": self.resid_lambdas.numel() + self.x0_lambdas.numel(),
+        }
+        counts["total"] = sum(counts.values())
+        counts["scaling"] = counts["matrices"] + counts["lm_head"]
+        return counts
+
+    def estimate_flops(self) -> int:
+        """Floating-point operations to train on one token, forward and backward, at the full context.
+
+        6 for each matrix parameter (embeddings are looked up, not multiplied), and 12 for each channel and each key
+        that a query on average sees: masked keys count nothing, whatever the backend does with them.
+        Method: arXiv 2204.02311, appendix B, with windows.
+        """
+        T = self.config.sequence_len
+        counts = self.num_scaling_params()
+        keys_seen = sum(sum(min(t, window) + 1 for t in range(T)) / T for window in self.config.windows())
+        return int(6 * counts["scaling"] + 12 * self.config.n_embd * keys_seen)
+
+    def setup_optimizer(self, **settings: float) -> MuonAdamW:
+        """The optimizer for this model: Muon on matrices, AdamW on the rest. `settings`: optim.OptimizerSettings."""
+        from nanochat.optim import OptimizerSettings, build_optimizer
+
+        return build_optimizer(self, OptimizerSettings(**settings))
+
+    @torch.inference_mode()
+    def generate(
+        self, tokens: list[int], max_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 42
+    ) -> Iterator[int]:
+        """Plain generation, the whole text anew for each token: slow and obviously right, to test the engine against."""
+        generator = torch.Generator(device=self.get_device()).manual_seed(seed)
+        ids = torch.tensor([tokens], device=self.get_device())
+        for _ in range(max_tokens):
+            logits = self(ids)[:, -1]
+            if top_k:
+                smallest = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                logits = logits.masked_fill(logits < smallest, float("-inf"))
+            if temperature > 0:
+                probabilities = (logits / temperature).softmax(dim=-1)
+                token = torch.multinomial(probabilities, 1, generator=generator)
+            else:
+                token = logits.argmax(dim=-1, keepdim=True)
+            ids = torch.cat([ids, token], dim=1)
+            yield int(token)
