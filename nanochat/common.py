@@ -129,7 +129,7 @@ def get_dist_info() -> tuple[bool, int, int, int]:
 
 
 def autodetect_device_type() -> str:
-    """"cuda", "mps" or "cpu", the best that works here."""
+    """ "cuda", "mps" or "cpu", the best that works here."""
     if torch.cuda.is_available():
         return "cuda"
     if torch.backends.mps.is_available():

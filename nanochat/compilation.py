@@ -1,0 +1,72 @@
+"""What this machine's compiler and arithmetic can do. Used by trainer.py and the benchmarks."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import sys
+import time
+
+import torch
+
+from nanochat.common import synchronize
+
+
+def can_compile(device: torch.device) -> str | None:
+    """None where torch.compile works for this device, else one clause that says what is missing."""
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        return "TORCHDYNAMO_DISABLE is set"
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < (7, 0):
+            return "Triton needs a GPU of compute capability 7.0 or later"
+        try:
+            import triton  # noqa: F401
+        except ImportError:
+            return "Triton is not installed"
+        return None
+    if device.type == "cpu":
+        compilers = [os.environ.get("CXX"), "g++", "clang++", "cl" if sys.platform == "win32" else None]
+        if any(name and shutil.which(name) for name in compilers):
+            return None
+        return "no C++ compiler is installed (g++ or clang++)"
+    return f"not supported on {device.type}"
+
+
+@functools.lru_cache
+def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """Floating-point operations a second of a large matrix product on this device: what MFU is a share of.
+
+    The best of several rounds, since other work on the machine can only slow it down.
+    """
+    size = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    b = torch.randn(size, size, device=device, dtype=dtype)
+    a @ b
+    synchronize(device)
+    fastest = float("inf")
+    deadline = time.perf_counter() + seconds
+    while time.perf_counter() < deadline:
+        started = time.perf_counter()
+        a @ b
+        synchronize(device)
+        fastest = min(fastest, time.perf_counter() - started)
+    return 2 * size**3 / fastest
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory instead of giving it back to the system after every step.
+
+    A training step on a CPU frees and takes hundreds of large buffers; fetching their pages anew from the system each
+    time took up to half of the element-wise work. Elsewhere (musl, macOS, Windows) there is nothing to do.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, mmap_max = -1, -4  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)

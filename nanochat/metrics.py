@@ -1,0 +1,69 @@
+"""The one door by which numbers leave a run: metrics.jsonl always, Weights & Biases and TensorBoard where asked for.
+
+Used by trainer.py; read by report.py. One JSON object a line, always with "step" and "time_s" (seconds of training).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from nanochat.common import NanochatError
+
+
+class MetricsLog:
+    """Appends rows to `<stage_dir>/metrics.jsonl` on rank 0 and does nothing on the others.
+
+    run: the name of a Weights & Biases run, or "dummy" for none; tensorboard: whether to write event files as well.
+    Raises NanochatError if one is asked for that is not installed.
+    """
+
+    def __init__(self, stage_dir: Path, settings: dict[str, Any], run: str, tensorboard: bool, rank: int) -> None:
+        self._file = self._wandb = self._tensorboard = None
+        if rank != 0:
+            return
+        stage_dir.mkdir(parents=True, exist_ok=True)
+        path = stage_dir / "metrics.jsonl"
+        torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the life of the run
+        if torn:  # a crash cut the last line short: what follows must not be glued to it
+            self._file.write("\n")
+        if run != "dummy":
+            try:
+                import wandb
+            except ImportError:
+                raise NanochatError(
+                    f"--run={run} needs Weights & Biases: pip install wandb, or leave --run out"
+                ) from None
+            self._wandb = wandb.init(project="nanochat", name=run, config=settings)
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise NanochatError("--tensorboard needs it installed: pip install tensorboard") from None
+            self._tensorboard = SummaryWriter(str(stage_dir / "tensorboard"))
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Write one row; it is on disk (or at least with the system) when this returns."""
+        if self._file is None:
+            return
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+        numbers = {name: value for name, value in finite.items() if isinstance(value, int | float)}
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=row["step"])
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                if name != "step":
+                    self._tensorboard.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+        if self._tensorboard is not None:
+            self._tensorboard.close()

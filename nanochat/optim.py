@@ -1,0 +1,373 @@
+"""MuonAdamW: Muon on matrices, AdamW on embeddings, head and scalars; one implementation for one and many ranks.
+
+Built by GPT.setup_optimizer, driven by trainer.py. With several ranks each owns an equal share of every group: gradients
+arrive by reduce-scatter (summed: the trainer scales the loss), the share is updated, and the new values leave by
+all-gather, each collective running while other groups compute. Optimizer state exists only for the share a rank owns.
+
+Methods: Muon (kellerjordan.github.io/posts/muon), Polar Express (arXiv 2505.16932), NorMuon (arXiv 2510.05491),
+cautious weight decay (arXiv 2510.12402), AdamW (arXiv 1711.05101).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# Coefficients (a, b, c) of the odd quintics a x + b x^3 + c x^5 that in turn drive singular values to 1; Polar Express,
+# five steps, for singular values of at least 1e-3, with its safety factor of 1.02.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """Peak learning rates by kind of parameter, and what else the optimizer needs to know."""
+
+    matrix_lr: float = 0.02
+    embedding_lr: float = 0.3
+    unembedding_lr: float = 0.008
+    scalar_lr: float = 0.5
+    weight_decay: float = 0.2  # of matrices
+    embedding_weight_decay: float = 0.0
+    adam_betas: tuple[float, float] = (0.8, 0.95)
+    adam_eps: float = 1e-10
+    muon_momentum: float = 0.95
+    muon_beta2: float = 0.9
+
+
+@dataclass
+class Group:
+    """Parameters that are updated alike. `lr`, `momentum` and `weight_decay` are what the trainer's schedules move."""
+
+    kind: str  # "muon": matrices of one shape, stacked; "adamw": any shapes
+    names: list[str]
+    params: list[nn.Parameter]
+    initial_lr: float
+    initial_weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.8, 0.95)
+    eps: float = 1e-10
+    momentum: float = 0.95
+    lr: float = field(init=False)
+    weight_decay: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.lr, self.weight_decay = self.initial_lr, self.initial_weight_decay
+
+
+def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> MuonAdamW:
+    """Sort a GPT's parameters into groups. AdamW's learning rates are scaled by (n_embd / 768)^-1/2."""
+    width_scale = (model.config.n_embd / 768) ** -0.5
+    adam = {"betas": settings.adam_betas, "eps": settings.adam_eps}
+    by_name = dict(model.named_parameters())
+
+    def take(prefix: str) -> tuple[list[str], list[nn.Parameter]]:
+        names = [name for name in by_name if name.startswith(prefix)]
+        return names, [by_name.pop(name) for name in names]
+
+    embedding_lr = settings.embedding_lr * width_scale
+    decay = settings.embedding_weight_decay
+    groups = [
+        Group("adamw", *take("lm_head."), settings.unembedding_lr * width_scale, **adam),
+        Group("adamw", *take("wte."), embedding_lr, decay, **adam),
+        Group("adamw", *take("value_embeds."), embedding_lr, decay, **adam),
+        # Each residual factor moves the whole stream: a hundredth of the rate of the factors of the first embedding.
+        Group("adamw", *take("resid_lambdas"), settings.scalar_lr * 0.01, **adam),
+        Group("adamw", *take("x0_lambdas"), settings.scalar_lr, betas=(0.96, 0.95), eps=settings.adam_eps),
+    ]
+    for shape in sorted({tuple(p.shape) for p in by_name.values()}):
+        names = [name for name, p in by_name.items() if tuple(p.shape) == shape]
+        params = [by_name[name] for name in names]
+        betas = (0.0, settings.muon_beta2)
+        groups.append(
+            Group("muon", names, params, settings.matrix_lr, settings.weight_decay, betas, 0.0, settings.muon_momentum)
+        )
+    return MuonAdamW([group for group in groups if group.params])
+
+
+class MuonAdamW:
+    """The optimizer. `step()` expects gradients that are to be summed over ranks."""
+
+    def __init__(self, groups: list[Group]) -> None:
+        self.groups = groups
+        distributed = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if distributed else 0
+        self.world_size = dist.get_world_size() if distributed else 1
+        self.steps = 0  # updates done so far, for Adam's bias correction
+        self._units = [unit for group in groups for unit in self._make_units(group)]
+
+    def _make_units(self, group: Group) -> Iterable[_Unit]:
+        if group.kind == "muon":
+            yield _MuonUnit(group, group.names, group.params, self.rank, self.world_size)
+        else:
+            for name, param in zip(group.names, group.params, strict=True):
+                yield _AdamWUnit(group, [name], [param], self.rank, self.world_size)
+
+    def zero_grad(self) -> None:
+        for group in self.groups:
+            for param in group.params:
+                param.grad = None
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of every parameter; on several ranks communication overlaps with the updates."""
+        self.steps += 1
+        for unit in self._units:
+            unit.start_reduce()
+        for unit in self._units:
+            unit.update(self.steps)
+            unit.start_gather()
+        for unit in self._units:
+            unit.finish_gather()
+
+    # ------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat tensors by name, whole whatever the number of ranks (a collective call): "wte.weight/exp_avg", ..."""
+        state = {"steps": torch.tensor(self.steps)}
+        for unit in self._units:
+            state.update(unit.gather_state())
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `state_dict`, on any number of ranks. Raises KeyError for a missing entry."""
+        self.steps = int(state["steps"])
+        for unit in self._units:
+            unit.scatter_state(state)
+
+
+class _Unit:
+    """Tensors that are reduced, updated and gathered together: one flat buffer, cut into equal shares, one a rank."""
+
+    state_names: tuple[str, ...]
+
+    def __init__(self, group: Group, names: list[str], params: list[nn.Parameter], rank: int, world_size: int) -> None:
+        self.group, self.names, self.params = group, names, params
+        self.rank, self.world_size = rank, world_size
+        self.rows = self._count_rows()
+        self.rows_per_rank = -(-self.rows // world_size)
+        self.begin = min(rank * self.rows_per_rank, self.rows)
+        self.end = min(self.begin + self.rows_per_rank, self.rows)
+        self.state: dict[str, Tensor] = {}
+        self._work: dist.Work | None = None
+        self._buffers: tuple[Tensor, ...] = ()  # kept until the collective that uses them is done
+
+    # A unit is a table: AdamW's rows are the single numbers of a parameter, Muon's are whole matrices.
+    def _count_rows(self) -> int:
+        raise NotImplementedError
+
+    def _as_rows(self, tensors: list[Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def start_reduce(self) -> None:
+        """Begin to sum the gradients over ranks; afterwards this rank's rows are in the first buffer."""
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.params]
+        rows = self._as_rows(grads).float()
+        if self.world_size == 1:
+            self._buffers = (rows,)
+            return
+        rows = self._padded(rows)
+        share = rows.new_empty((self.rows_per_rank, *rows.shape[1:]))
+        self._work = dist.reduce_scatter_tensor(share, rows, op=dist.ReduceOp.SUM, async_op=True)
+        self._buffers = (share, rows)
+
+    def update(self, step: int) -> None:
+        if self._work is not None:
+            self._work.wait()
+        if self.begin < self.end:
+            self._update_rows(self._buffers[0][: self.end - self.begin], step)
+        self._buffers, self._work = (), None
+
+    def _update_rows(self, grad: Tensor, step: int) -> None:
+        raise NotImplementedError
+
+    def start_gather(self) -> None:
+        if self.world_size == 1:
+            return
+        share = self._padded(self._as_rows([p.data for p in self.params])[self.begin : self.end], self.rows_per_rank)
+        whole = share.new_empty((self.rows_per_rank * self.world_size, *share.shape[1:]))
+        self._work = dist.all_gather_into_tensor(whole, share.contiguous(), async_op=True)
+        self._buffers = (whole, share)
+
+    def finish_gather(self) -> None:
+        if self._work is None:
+            return
+        self._work.wait()
+        self._write_rows(self._buffers[0][: self.rows], 0)
+        self._buffers, self._work = (), None
+
+    def _write_rows(self, rows: Tensor, begin: int) -> None:
+        raise NotImplementedError
+
+    def _padded(self, rows: Tensor, length: int | None = None) -> Tensor:
+        """Rows of zeros added at the end, so that all ranks have equally many."""
+        length = length or self.rows_per_rank * self.world_size
+        if rows.size(0) == length:
+            return rows
+        return torch.cat([rows, rows.new_zeros((length - rows.size(0), *rows.shape[1:]))])
+
+    def _share_of(self, name: str, like: Tensor) -> Tensor:
+        if name not in self.state:
+            self.state[name] = torch.zeros_like(like)
+        return self.state[name]
+
+    def gather_state(self) -> dict[str, Tensor]:
+        result = {}
+        for name in self.state_names:
+            share = self.state[name] if self.begin < self.end else self._empty_share(name)
+            if self.world_size > 1:
+                share = self._padded(share, self.rows_per_rank).contiguous()
+                whole = share.new_empty((self.rows_per_rank * self.world_size, *share.shape[1:]))
+                dist.all_gather_into_tensor(whole, share)
+                share = whole[: self.rows]
+            result.update(self._split_state(name, share))
+        return result
+
+    def _empty_share(self, name: str) -> Tensor:
+        raise NotImplementedError
+
+    def _split_state(self, name: str, rows: Tensor) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def scatter_state(self, state: dict[str, Tensor]) -> None:
+        raise NotImplementedError
+
+
+class _AdamWUnit(_Unit):
+    """One parameter of any shape, as a flat vector."""
+
+    state_names = ("exp_avg", "exp_avg_sq")
+
+    def _count_rows(self) -> int:
+        return self.params[0].numel()
+
+    def _as_rows(self, tensors: list[Tensor]) -> Tensor:
+        return tensors[0].reshape(-1)
+
+    def _update_rows(self, grad: Tensor, step: int) -> None:
+        mine = self.params[0].data.view(-1)[self.begin : self.end]
+        master = mine if mine.dtype == torch.float32 else mine.float()
+        exp_avg, exp_avg_sq = (self._share_of(name, grad) for name in self.state_names)
+        group = self.group
+        # One pass over memory; decoupled decay, eps added after the bias correction.
+        torch._fused_adamw_(
+            [master],
+            [grad],
+            [exp_avg],
+            [exp_avg_sq],
+            [],
+            [torch.tensor(float(step), device=grad.device)],
+            lr=group.lr,
+            beta1=group.betas[0],
+            beta2=group.betas[1],
+            weight_decay=group.weight_decay,
+            eps=group.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+        if master is not mine:
+            mine.copy_(master)
+
+    def _write_rows(self, rows: Tensor, begin: int) -> None:
+        self.params[0].data.view(-1)[begin : begin + rows.size(0)].copy_(rows)
+
+    def _empty_share(self, name: str) -> Tensor:
+        return torch.zeros(0, device=self.params[0].device)
+
+    def _split_state(self, name: str, rows: Tensor) -> dict[str, Tensor]:
+        return {f"{self.names[0]}/{name}": rows.view(self.params[0].shape)}
+
+    def scatter_state(self, state: dict[str, Tensor]) -> None:
+        for name in self.state_names:
+            whole = state[f"{self.names[0]}/{name}"].reshape(-1)
+            self.state[name] = whole[self.begin : self.end].to(self.params[0].device, torch.float32).clone()
+
+
+class _MuonUnit(_Unit):
+    """Matrices of one shape, stacked: (number of matrices, rows, columns)."""
+
+    state_names = ("momentum", "second_moment")
+
+    def _count_rows(self) -> int:
+        return len(self.params)
+
+    def _as_rows(self, tensors: list[Tensor]) -> Tensor:
+        return torch.stack(tensors)
+
+    def _update_rows(self, grad: Tensor, step: int) -> None:
+        group = self.group
+        mine = self.params[self.begin : self.end]
+        momentum = self._share_of("momentum", grad)
+        second_moment = self._share_of("second_moment", self._neuron_means(grad))
+        momentum.lerp_(grad, 1 - group.momentum)
+        update = orthogonalize(grad.lerp_(momentum, group.momentum)).float()  # Nesterov
+        update = normalize_neurons(update, second_moment, group.betas[1])
+        height, width = grad.shape[-2:]
+        lr = group.lr * max(1.0, height / width) ** 0.5
+        values = torch.stack([p.data for p in mine]).float()
+        if group.weight_decay:  # cautious: only where decay and update pull the same way
+            update.addcmul_(values * group.weight_decay, (update * values >= 0).float())
+        values.sub_(update, alpha=lr)
+        torch._foreach_copy_([p.data for p in mine], list(values.unbind()))
+
+    @staticmethod
+    def _neuron_means(grad: Tensor) -> Tensor:
+        """A tensor of the second moment's shape: one number for each row or column, whichever are more."""
+        return grad.mean(dim=-1 if grad.size(-2) >= grad.size(-1) else -2, keepdim=True)
+
+    def _write_rows(self, rows: Tensor, begin: int) -> None:
+        torch._foreach_copy_([p.data for p in self.params[begin : begin + rows.size(0)]], list(rows.unbind()))
+
+    def _empty_share(self, name: str) -> Tensor:
+        like = self.params[0].data.float().unsqueeze(0)
+        return (like if name == "momentum" else self._neuron_means(like))[:0]
+
+    def _split_state(self, name: str, rows: Tensor) -> dict[str, Tensor]:
+        return {f"{param_name}/{name}": row for param_name, row in zip(self.names, rows.unbind(), strict=True)}
+
+    def scatter_state(self, state: dict[str, Tensor]) -> None:
+        for name in self.state_names:
+            mine = [state[f"{param_name}/{name}"] for param_name in self.names[self.begin : self.end]]
+            if mine:
+                self.state[name] = torch.stack(mine).to(self.params[0].device, torch.float32)
+
+
+def orthogonalize(matrices: Tensor) -> Tensor:
+    """The nearest semi-orthogonal matrices U V^T of matrices U S V^T, up to the precision that Muon needs.
+
+    matrices: (n, rows, columns) float32; returns the same shape in bfloat16 where the hardware multiplies it, for
+    which the iteration is made, else float32. Method: Polar Express, arXiv 2505.16932.
+    """
+    from nanochat.common import get_compute_dtype
+
+    x = matrices.to(get_compute_dtype(matrices.device))
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / (x.float().norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6).to(x.dtype)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
+    return x.mT if tall else x
+
+
+def normalize_neurons(update: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
+    """Even out the sizes of the neurons' updates by their running mean square, keeping each matrix's norm.
+
+    update: (n, rows, columns), changed in place; second_moment: (n, rows, 1) or (n, 1, columns). Method: NorMuon.
+    """
+    reduced = -1 if second_moment.size(-1) == 1 else -2
+    mean_square = update.square().mean(dim=reduced, keepdim=True)
+    second_moment.lerp_(mean_square, 1 - beta2)
+    scale = second_moment.clamp(min=1e-10).rsqrt()
+    norm_before = mean_square.sum(dim=(-2, -1), keepdim=True).sqrt()
+    norm_after = (mean_square * scale.square()).sum(dim=(-2, -1), keepdim=True).sqrt()
+    return update.mul_(scale * (norm_before / norm_after.clamp(min=1e-10)))

@@ -1,0 +1,153 @@
+"""What `--depth` implies: width, heads, horizon, batch size, learning rates, weight decay. Used by scripts/base_train.
+
+The rules are anchored at a depth of 12 with a batch of 2^19 tokens, where the peak learning rates of
+optim.OptimizerSettings were tuned, and carried to other sizes by
+
+- batch size proportional to (training tokens)^0.383 (Power Lines, arXiv 2505.13738),
+- learning rates proportional to (batch size)^1/2,
+- weight decay proportional to (batch size)^1/2 / (training tokens), which keeps the decay's time scale a constant
+  share of the run (arXiv 2405.13698).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from nanochat.common import NanochatError
+from nanochat.gpt import GPT, GPTConfig
+
+REFERENCE_DEPTH = 12
+REFERENCE_BATCH = 2**19
+TOKENS_PER_PARAM = 12.0  # training tokens for each scaling parameter
+BATCH_EXPONENT = 0.383
+
+
+def model_config(
+    depth: int,
+    vocab_size: int,
+    sequence_len: int = 2048,
+    aspect_ratio: int = 64,
+    head_dim: int = 128,
+    window_pattern: str = "SSSL",
+    num_kv_heads: int | None = None,
+) -> GPTConfig:
+    """The model of a given depth: depth * aspect_ratio channels, rounded up to whole heads of head_dim."""
+    if depth < 1:
+        raise NanochatError(f"depth {depth} is no depth: choose 1 or more")
+    if head_dim < 8 or head_dim % 8:
+        raise NanochatError(f"head_dim {head_dim} is not a multiple of 8: choose for example 64 or 128")
+    n_head = -(-depth * aspect_ratio // head_dim)
+    return GPTConfig(
+        sequence_len=sequence_len,
+        vocab_size=vocab_size,
+        n_layer=depth,
+        n_head=n_head,
+        n_kv_head=num_kv_heads or n_head,
+        n_embd=n_head * head_dim,
+        window_pattern=window_pattern,
+    )
+
+
+def count_params(config: GPTConfig) -> dict[str, int]:
+    """GPT.num_scaling_params without memory for a single weight."""
+    with torch.device("meta"):
+        return GPT(config).num_scaling_params()
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """How long to train, in what steps, and what that does to the optimizer."""
+
+    num_iterations: int
+    total_batch_size: int  # tokens
+    lr_scale: float  # on every peak learning rate
+    weight_decay_scale: float
+
+    @property
+    def tokens(self) -> int:
+        return self.num_iterations * self.total_batch_size
+
+
+def plan_horizon(
+    config: GPTConfig,
+    flops_per_token: int,
+    num_iterations: int = -1,
+    target_flops: float = -1,
+    tokens_per_param: float = TOKENS_PER_PARAM,
+    total_batch_size: int = -1,
+) -> Horizon:
+    """The training run that suits a model; the first positive of num_iterations, target_flops, tokens_per_param rules.
+
+    Batch size and scales follow from tokens_per_param even where the run is cut shorter or longer, so that a short
+    trial behaves like the start of the real run.
+    """
+    scaling_params = count_params(config)["scaling"]
+    reference = model_config(REFERENCE_DEPTH, config.vocab_size, config.sequence_len)
+    ratio = tokens_per_param if tokens_per_param > 0 else TOKENS_PER_PARAM
+    target_tokens = ratio * scaling_params
+    reference_tokens = TOKENS_PER_PARAM * count_params(reference)["scaling"]
+    if total_batch_size <= 0:
+        ideal = REFERENCE_BATCH * (target_tokens / reference_tokens) ** BATCH_EXPONENT
+        total_batch_size = 2 ** round(math.log2(ideal))
+    if num_iterations <= 0:
+        if target_flops > 0:
+            num_iterations = round(target_flops / (flops_per_token * total_batch_size))
+        elif tokens_per_param > 0:
+            num_iterations = round(target_tokens / total_batch_size)
+        else:
+            raise NanochatError(
+                "no horizon: give --num-iterations, --target-flops or --target-param-data-ratio above 0"
+            )
+    batch_scale = (total_batch_size / REFERENCE_BATCH) ** 0.5
+    return Horizon(
+        max(1, num_iterations), total_batch_size, batch_scale, batch_scale * reference_tokens / target_tokens
+    )
+
+
+def accumulation_steps(total_batch_size: int, device_batch_size: int, sequence_len: int, world_size: int) -> int:
+    """Micro-batches a rank goes through for one update. Raises NanochatError with the nearest batch sizes that fit."""
+    tokens_per_pass = device_batch_size * sequence_len * world_size
+    if total_batch_size % tokens_per_pass == 0 and total_batch_size > 0:
+        return total_batch_size // tokens_per_pass
+    below = total_batch_size // tokens_per_pass * tokens_per_pass
+    nearest = [str(size) for size in (below, below + tokens_per_pass) if size > 0]
+    raise NanochatError(
+        f"--total-batch-size {total_batch_size} is not a multiple of {tokens_per_pass} tokens (--device-batch-size "
+        f"{device_batch_size} x --max-seq-len {sequence_len} x {world_size} ranks); nearest: {', '.join(nearest)}"
+    )
+
+
+def default_device_batch_size(total_batch_size: int, sequence_len: int, world_size: int, most_tokens: int) -> int:
+    """The largest batch of rows that divides the total batch and stays within most_tokens on one device."""
+    rows = total_batch_size // (sequence_len * world_size)
+    fitting = [n for n in range(1, rows + 1) if rows % n == 0 and n * sequence_len <= most_tokens]
+    return max(fitting, default=1)
+
+
+def learning_rate_factor(
+    step: int, num_iterations: int, warmup_steps: int, warmdown_ratio: float, final_fraction: float
+) -> float:
+    """The share of the peak learning rate at a step: linear warm-up, constant, linear warm-down to final_fraction.
+
+    Step 0 of a warm-up of n has 1/n; the last step is the first at which the warm-down would reach final_fraction.
+    """
+    warmup_steps = min(warmup_steps, num_iterations // 2)
+    warmdown_steps = round(warmdown_ratio * num_iterations)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    remaining = num_iterations - step
+    if remaining >= warmdown_steps:
+        return 1.0
+    progress = remaining / warmdown_steps
+    return progress + (1 - progress) * final_fraction
+
+
+def muon_momentum(step: int, num_iterations: int, warmdown_ratio: float, peak: float = 0.95) -> float:
+    """Muon's momentum: from 0.85 up to its peak over 300 steps (or a quarter of the run), less in the warm-down."""
+    ramp = min(step / max(1, min(300, num_iterations // 4)), 1)
+    warmdown_steps = round(warmdown_ratio * num_iterations)
+    cooling = max(0.0, 1 - (num_iterations - step) / warmdown_steps) if warmdown_steps else 0.0
+    return min(0.85 + ramp * (peak - 0.85), peak - cooling * (peak - 0.85) / 2)

@@ -1,0 +1,222 @@
+"""Opening a stage of a run: which directory it writes to, and whether it goes on or starts anew.
+
+Used by the training scripts, which also share their flags and the fitting of the batch to the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nanochat.checkpoint_manager import (
+    CheckpointError,
+    build_model,
+    get_run_dir,
+    get_stage_dir,
+    list_steps,
+    load_checkpoint,
+    newest_valid_step,
+)
+from nanochat.common import NanochatError, atomic_write, print0
+from nanochat.gpt import GPT
+from nanochat.optim import MuonAdamW
+from nanochat.scaling import accumulation_steps, default_device_batch_size
+from nanochat.tokenizer import Tokenizer
+from nanochat.trainer import Trainer
+
+# What may differ between a run and its resumption: it changes how the work is done, not what is computed.
+FREE_SETTINGS = {
+    "resume", "device_batch_size", "grad_accum_steps", "run", "tensorboard", "device", "dtype", "world_size", "compile",
+    "eval_every", "eval_tokens", "sample_every", "save_every", "core_metric_every", "core_metric_max_per_task",
+    "sample_prompts", "log_every",
+}  # fmt: skip
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that every training script has."""
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--run", default="dummy", metavar="NAME", help="Weights & Biases run name; 'dummy' logs nothing there"
+    )
+    run.add_argument("--tensorboard", action="store_true", help="write TensorBoard event files beside metrics.jsonl")
+    run.add_argument("--model-tag", default=None, metavar="TAG", help="name of the run's directory")
+    run.add_argument(
+        "--resume",
+        default="none",
+        metavar="auto|none|STEP",
+        help="go on from the newest checkpoint, from none, from STEP",
+    )
+    run.add_argument("--save-every", type=int, default=-1, metavar="STEPS", help="save every so often (-1: at the end)")
+    run.add_argument(
+        "--eval-every", type=int, default=250, metavar="STEPS", help="validation bits per byte (-1: at the end)"
+    )
+    run.add_argument("--eval-tokens", type=int, default=-1, metavar="N", help="validation tokens to use (-1: see docs)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
+    machine.add_argument(
+        "--device-batch-size", type=int, default=-1, metavar="ROWS", help="rows at a time (-1: as fit)"
+    )
+    machine.add_argument("--no-compile", dest="compile", action="store_false", help="run eagerly")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """An opened stage: where it writes and the step it goes on from (None: it starts anew)."""
+
+    tag: str
+    name: str
+    directory: Path
+    resume_step: int | None
+
+    def is_complete(self, num_iterations: int) -> bool:
+        """True if the last step was saved and evaluated, so that there is nothing left to do."""
+        if self.resume_step is None or self.resume_step < num_iterations:
+            return False
+        rows = [json.loads(line) for line in _complete_lines(self.directory / "metrics.jsonl")]
+        return any(row["step"] == num_iterations and "val/bpb" in row for row in rows)
+
+
+def _complete_lines(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+
+def open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Stage:
+    """Decide between going on and starting anew, without ever writing over an older run.
+
+    resume "none": a run of a given tag must be new; without a tag the first free of d4, d4-2, d4-3 ... is taken.
+    "auto": from the newest intact checkpoint, or anew if there is none. A number: from that step.
+    """
+    if resume not in ("auto", "none") and not resume.isdigit():
+        raise NanochatError(f"--resume {resume!r} is neither auto nor none nor a step")
+    if resume == "none":
+        if tag is None:
+            tag, n = default_tag, 1
+            while list_steps(get_stage_dir(tag, name)):
+                n += 1
+                tag = f"{default_tag}-{n}"
+        elif steps := list_steps(get_stage_dir(tag, name)):
+            raise NanochatError(
+                f"run {tag!r} already has {name} checkpoints up to step {steps[-1]}: add --resume auto to go on, "
+                "or choose another --model-tag"
+            )
+        step = None
+    else:
+        tag = tag or default_tag
+        directory = get_stage_dir(tag, name)
+        if resume == "auto":
+            step, skipped = newest_valid_step(directory)
+            for sentence in skipped:
+                print0(f"passed over: {sentence}")
+        else:
+            step = int(resume)
+            if step not in list_steps(directory):
+                steps = ", ".join(map(str, list_steps(directory))) or "none"
+                raise CheckpointError(f"--resume {step}: there is no such step in {directory}; steps there: {steps}")
+    directory = get_stage_dir(tag, name)
+    return Stage(tag, name, directory, step)
+
+
+def check_settings(stage: Stage, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raise NanochatError if a resumed stage was started with other settings."""
+    for key, value in json.loads(json.dumps(new)).items():
+        if key not in FREE_SETTINGS and key in old and old[key] != value:
+            flag = "--" + key.replace("_", "-")
+            raise NanochatError(
+                f"run {stage.tag!r} was started with {flag} {old[key]}, not {value}: use the same settings to go on, "
+                "or another --model-tag"
+            )
+
+
+def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, Any], rank: int) -> None:
+    """Write what the stage is (settings.json, the tokenizer) before it starts."""
+    if rank != 0:
+        return
+    stage.directory.mkdir(parents=True, exist_ok=True)
+    if stage.resume_step is None:
+        (stage.directory / "metrics.jsonl").unlink(missing_ok=True)  # of a start that never reached a checkpoint
+        if stage.name == "base":
+            tokenizer.save(get_run_dir(stage.tag))
+    atomic_write(stage.directory / "settings.json", json.dumps(settings, indent=2))
+
+
+def restore(
+    stage: Stage, model_config: dict[str, Any], settings: dict[str, Any], device: torch.device
+) -> tuple[GPT, dict[str, torch.Tensor] | None, dict[str, Any] | None]:
+    """(model, optimizer state, trainer state) of the step to go on from; a new model and None, None if there is none."""
+    if stage.resume_step is None:
+        return build_model(model_config, None, device), None, None
+    weights, optimizer_state, meta = load_checkpoint(stage.directory, stage.resume_step, device, load_optimizer=True)
+    check_settings(stage, meta["settings"], settings)
+    print0(f"going on from step {stage.resume_step} of {stage.directory}")
+    return build_model(meta["model_config"], weights, device), optimizer_state, meta["trainer"]
+
+
+def load_states(
+    trainer: Trainer,
+    optimizer: MuonAdamW,
+    optimizer_state: dict[str, torch.Tensor] | None,
+    state: dict[str, Any] | None,
+) -> None:
+    """Put a resumed trainer where it was."""
+    if state is not None:
+        optimizer.load_state_dict(optimizer_state)
+        trainer.load_state_dict(state)
+
+
+# ----------------------------------------------------------------------------- what stages share
+
+
+def describe_model(model: GPT) -> dict[str, Any]:
+    """Sizes, for settings.json and the report."""
+    counts = model.num_scaling_params()
+    return {
+        "num_params": counts["total"],
+        "num_scaling_params": counts["scaling"],
+        "flops_per_token": model.estimate_flops(),
+    }
+
+
+def choose_device_batch_size(model: GPT, requested: int, total_batch_size: int, world_size: int) -> int:
+    """Rows in a micro-batch: as requested, else as many as divide the total batch and fit the device's memory.
+
+    A CPU gets at most 8,192 tokens at a time, which is all its caches like. A GPU is tried: one forward and backward
+    pass, with fewer rows after each failure, so that cards of 6 and of 80 GB run the same command.
+    """
+    T, device = model.config.sequence_len, model.get_device()
+    if requested > 0:
+        accumulation_steps(total_batch_size, requested, T, world_size)  # raises if it does not divide
+        return requested
+    rows = default_device_batch_size(total_batch_size, T, world_size, 2**17 if device.type == "cuda" else 2**13)
+    accumulation_steps(total_batch_size, rows, T, world_size)
+    while device.type == "cuda" and rows > 1 and not _fits(model, rows):
+        rows = default_device_batch_size(total_batch_size, T, world_size, rows * T - 1)
+    if world_size > 1:  # all ranks must agree
+        fewest = torch.tensor(rows, device=device)
+        dist.all_reduce(fewest, op=dist.ReduceOp.MIN)
+        rows = int(fewest)
+    return rows
+
+
+def _fits(model: GPT, rows: int) -> bool:
+    """Whether a pass over that many rows fits in a GPU's memory, beside what the optimizer will need."""
+    device = model.get_device()
+    idx = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=device)
+    optimizer_bytes = 8 * sum(p.numel() for p in model.parameters())  # two float32 moments
+    try:
+        reserve = torch.empty(optimizer_bytes, dtype=torch.uint8, device=device)
+        model(idx, idx).backward()
+        del reserve
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()

@@ -1,0 +1,313 @@
+"""THE training loop. Pretraining, SFT and RL differ only in the loader, the loss and the callbacks that they bring.
+
+A Trainer is itself one state: `state_dict()` holds everything that decides what comes next, and a run that is stopped
+and resumed goes the way it would have gone. Order at a step: save, evaluate, sample, then train, so that a crash in an
+evaluation costs nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from nanochat.checkpoint_manager import list_steps, save_checkpoint
+from nanochat.common import NanochatError, get_dist_info
+from nanochat.compilation import can_compile, measure_matmul_rate
+from nanochat.gpt import GPT
+from nanochat.metrics import MetricsLog
+from nanochat.optim import MuonAdamW
+from nanochat.progress import Progress
+from nanochat.scaling import learning_rate_factor, muon_momentum
+
+Batch = tuple[torch.Tensor, ...]  # (inputs, targets, ...): targets (B, T) int64, -1 where there is nothing to predict
+
+
+class Loader(Protocol):
+    """An endless source of micro-batches whose place can be saved and restored exactly."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+    def __next__(self) -> Batch: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What the loop itself needs to know. Periods are in steps; 0 or less means never (but for the last step)."""
+
+    num_iterations: int
+    total_batch_size: int  # tokens in an update, over all ranks
+    grad_accum_steps: int = 1
+    warmup_steps: int = 40
+    warmdown_ratio: float = 0.65
+    final_lr_frac: float = 0.05
+    muon_momentum: float = 0.95
+    eval_every: int = 250
+    sample_every: int = 2000
+    save_every: int = -1
+    log_every: int = 1
+    compile: bool = True
+    stage_name: str = "training"
+
+
+def summed_loss(model: GPT, batch: Batch) -> torch.Tensor:
+    """The default objective: cross-entropy summed over the supervised tokens, in nats."""
+    inputs, targets = batch[:2]
+    return model(inputs, targets, loss_reduction="sum")
+
+
+class Trainer:
+    """Trains `model` from `loader` until `config.num_iterations` updates are done.
+
+    evaluate: () -> {"val/bpb": ...}, called with the model in eval mode; sample: () -> [{"prompt": ..., "text": ...}];
+    loss_fn: (model, batch) -> summed loss, which the trainer divides by the supervised tokens of the whole step.
+    meta: what else a checkpoint must say (model_config, tokenizer, settings, lineage), JSON.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        optimizer: MuonAdamW,
+        loader: Loader,
+        config: TrainConfig,
+        stage_dir: Path,
+        metrics: MetricsLog,
+        meta: dict[str, Any],
+        evaluate: Callable[[], dict[str, float]] | None = None,
+        sample: Callable[[], list[dict[str, str]]] | None = None,
+        loss_fn: Callable[[GPT, Batch], torch.Tensor] = summed_loss,
+    ) -> None:
+        self.model, self.optimizer, self.loader, self.config = model, optimizer, loader, config
+        self.stage_dir, self.metrics, self.meta = stage_dir, metrics, meta
+        self.evaluate_fn, self.sample_fn, self.loss_fn = evaluate, sample, loss_fn
+        self.ddp, self.rank, _, self.world_size = get_dist_info()
+        self.device = model.get_device()
+        self.step = 0
+        self.time_s = 0.0  # of training alone, over all sittings
+        self.results: dict[str, float] = {}  # of the newest evaluation
+        self._pending: list[torch.Tensor] = []  # losses not yet read from the device
+        self._stop_signal: int | None = None
+
+    # ------------------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """What, with the model's and the optimizer's tensors, decides how the run goes on; JSON."""
+        return {"step": self.step, "time_s": self.time_s, "loader": self.loader.state_dict(), "results": self.results}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self.time_s, self.results = state["step"], state["time_s"], state["results"]
+        self.loader.load_state_dict(state["loader"])
+
+    def save(self) -> None:
+        """Write a checkpoint of this step (a collective call: rank 0 writes, the others give their optimizer state)."""
+        optimizer_state = self.optimizer.state_dict()
+        if self.rank == 0:
+            meta = {**self.meta, "trainer": self.state_dict(), "train_config": asdict(self.config)}
+            save_checkpoint(self.stage_dir, self.step, self.model.state_dict(), optimizer_state, meta)
+        if self.ddp:
+            dist.barrier()
+
+    # ------------------------------------------------------------------------- the loop
+
+    def train(self) -> None:
+        """Run to the end. Ctrl-C or SIGTERM saves a checkpoint and raises KeyboardInterrupt.
+
+        Raises NanochatError if the loss stops being a number, naming the last good checkpoint.
+        """
+        config = self.config
+        self._prepare()
+        total = config.num_iterations
+        with (
+            Progress(config.stage_name, total=total, unit="step", start=self.step) as self.progress,
+            self._stop_on_signals(),
+            _frozen_garbage(),
+        ):
+            while True:
+                last = self.step >= config.num_iterations
+                if (last or self._due(config.save_every)) and self.step not in list_steps(self.stage_dir):
+                    self.save()
+                if last or self._due(config.eval_every):
+                    self._evaluate()
+                if last or self._due(config.sample_every):
+                    self._sample()
+                if last:
+                    break
+                self._train_step()
+                self._check_stop()
+        self.metrics.close()
+
+    def _prepare(self) -> None:
+        self.model.train()
+        compute_dtype = self.model.get_compute_dtype()
+        self.matmul_rate = measure_matmul_rate(self.device, compute_dtype) * self.world_size
+        self.flops_per_token = self.model.estimate_flops()
+        if self.config.compile:
+            reason = can_compile(self.device)
+            if reason is None:
+                self.model.compile()
+            elif self.rank == 0:
+                print(f"training without torch.compile: {reason}")
+
+    def _due(self, period: int) -> bool:
+        return period > 0 and self.step > 0 and self.step % period == 0
+
+    def _train_step(self) -> None:
+        """One update: gradients of all micro-batches, schedules, optimizer."""
+        config = self.config
+        started = time.perf_counter()
+        batches = [next(self.loader) for _ in range(config.grad_accum_steps)]
+        supervised = self._count_supervised(batches)
+        loss = torch.zeros((), device=self.device)
+        for batch in batches:
+            part = self.loss_fn(self.model, batch) / supervised
+            part.backward()
+            loss += part.detach()
+        factor = self._set_schedules()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self._pending.append(loss)
+        if self.step % config.log_every == 0 or self.step == config.num_iterations:
+            self._log(factor, started)
+        else:
+            self.time_s += time.perf_counter() - started
+
+    def _count_supervised(self, batches: list[Batch]) -> torch.Tensor:
+        """Supervised tokens in this update over all ranks, at least 1: a batch without any has loss 0."""
+        count = sum((batch[1] >= 0).sum() for batch in batches)
+        if self.ddp:
+            dist.all_reduce(count)
+        return count.clamp(min=1)
+
+    def _set_schedules(self) -> float:
+        """Move learning rates, momentum and weight decay to this step; returns the learning rate's factor."""
+        config = self.config
+        factor = learning_rate_factor(
+            self.step, config.num_iterations, config.warmup_steps, config.warmdown_ratio, config.final_lr_frac
+        )
+        momentum = muon_momentum(self.step, config.num_iterations, config.warmdown_ratio, config.muon_momentum)
+        decay_factor = 0.5 * (1 + math.cos(math.pi * self.step / config.num_iterations))
+        for group in self.optimizer.groups:
+            group.lr = group.initial_lr * factor
+            group.weight_decay = group.initial_weight_decay * decay_factor
+            group.momentum = momentum
+        return factor
+
+    def _log(self, factor: float, started: float) -> None:
+        """Read the pending losses from the device (this waits for it) and write one row for the steps since the last."""
+        losses = torch.stack(self._pending)
+        if self.ddp:
+            dist.all_reduce(losses)  # each rank has its share of a sum
+        values = losses.tolist()
+        self._pending.clear()
+        self.time_s += time.perf_counter() - started
+        if not all(map(math.isfinite, values)):
+            raise NanochatError(self._describe_divergence())
+        steps = len(values)
+        elapsed = self.time_s - getattr(self, "_logged_time_s", self.time_s - (time.perf_counter() - started))
+        self._logged_time_s = self.time_s
+        tokens_per_s = self.config.total_batch_size * steps / elapsed
+        row = {
+            "step": self.step,
+            "time_s": round(self.time_s, 4),
+            "train/loss": sum(values) / steps,
+            "train/lrm": factor,
+            "train/tok_per_s": round(tokens_per_s, 1),
+            "train/mfu": tokens_per_s * self.flops_per_token / self.matmul_rate,
+            "train/tokens": self.step * self.config.total_batch_size,
+            "train/flops": self.step * self.config.total_batch_size * self.flops_per_token,
+        }
+        self.metrics.log(row)
+        bpb = {"bpb": self.results["val/bpb"]} if "val/bpb" in self.results else {}
+        self.progress.update(self.step, loss=row["train/loss"], tok_per_s=tokens_per_s, mfu=row["train/mfu"], **bpb)
+
+    def _describe_divergence(self) -> str:
+        steps = list_steps(self.stage_dir)
+        good = (
+            f"the last good checkpoint is step {steps[-1]} in {self.stage_dir}" if steps else "no checkpoint exists yet"
+        )
+        return (
+            f"the loss is no longer a number at step {self.step}: {good}; resume from it with a lower learning rate "
+            "(--matrix-lr, --embedding-lr)"
+        )
+
+    # ------------------------------------------------------------------------- callbacks
+
+    def _evaluate(self) -> None:
+        if self.evaluate_fn is None:
+            return
+        self.model.eval()
+        with torch.no_grad():
+            self.results = self.evaluate_fn()
+        self.model.train()
+        self.metrics.log({"step": self.step, "time_s": round(self.time_s, 4), **self.results})
+        text = ", ".join(f"{name} {value:.4f}" for name, value in self.results.items())
+        self.progress.print(f"step {self.step}: {text}")
+
+    def _sample(self) -> None:
+        """Show what the model writes. Rank 0 alone; the others wait at the next collective."""
+        if self.sample_fn is None or self.rank != 0:
+            return
+        self.model.eval()
+        for sample in self.sample_fn():
+            row = {"sample/prompt": sample["prompt"], "sample/text": sample["text"]}
+            self.metrics.log({"step": self.step, "time_s": round(self.time_s, 4), **row})
+            self.progress.print(f"{sample['prompt']!r} -> {sample['text']!r}")
+        self.model.train()
+
+    # ------------------------------------------------------------------------- stopping
+
+    @contextlib.contextmanager
+    def _stop_on_signals(self) -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM asks for a stop after the step at hand; a second one stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask_to_stop(number: int, frame: object) -> None:
+            if self._stop_signal is not None:
+                raise KeyboardInterrupt
+            self._stop_signal = number
+
+        previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _check_stop(self) -> None:
+        stop = self._stop_signal is not None
+        if self.ddp:  # every rank saves or none does
+            flag = torch.tensor(int(stop), device=self.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            stop = bool(flag)
+        if stop:
+            self.save()
+            self.progress.print(f"stopped after step {self.step}; saved. Go on with --resume auto")
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _frozen_garbage() -> Iterator[None]:
+    """Keep Python's garbage collector, whose pauses grow with the heap, out of the training steps."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+        gc.collect()

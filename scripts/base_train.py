@@ -1,0 +1,158 @@
+"""Pretrain a base model: python -m scripts.base_train --depth=12, or torchrun --nproc_per_node=8 -m scripts.base_train.
+
+`--depth` is the one dial; everything else follows from it (nanochat/scaling.py) and can be overridden.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from dataclasses import asdict
+
+from nanochat.dataloader import TokenLoader
+from nanochat.dataset import get_source
+from nanochat.engine import Engine
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.tokenizer import get_tokenizer
+
+from nanochat.common import compute_init, get_compute_dtype, print0, run_command
+from nanochat.compilation import keep_freed_memory
+from nanochat.metrics import MetricsLog
+from nanochat.scaling import accumulation_steps, model_config, plan_horizon
+from nanochat.stage import (
+    add_training_arguments,
+    choose_device_batch_size,
+    describe_model,
+    load_states,
+    open_stage,
+    prepare_directory,
+    restore,
+)
+from nanochat.trainer import TrainConfig, Trainer
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Pretrain a base model.")
+    add_training_arguments(parser)
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data", default="climbmix", metavar="NAME|PATH", help="builtin, climbmix, fineweb-edu, or a path"
+    )
+    data.add_argument("--tokenizer", default="default", metavar="NAME|PATH", help="as trained by scripts.tok_train")
+    model = parser.add_argument_group("model")
+    model.add_argument("--depth", type=int, default=20, help="layers; the one dial")
+    model.add_argument("--aspect-ratio", type=int, default=64, help="width = depth * aspect ratio")
+    model.add_argument("--head-dim", type=int, default=128)
+    model.add_argument("--num-kv-heads", type=int, default=None, help="fewer than the heads: grouped attention")
+    model.add_argument("--max-seq-len", type=int, default=2048, help="context length")
+    model.add_argument(
+        "--window-pattern", default="SSSL", help="L whole context, S a quarter; repeated over the layers"
+    )
+    horizon = parser.add_argument_group("horizon: the first of these that is above 0")
+    horizon.add_argument("--num-iterations", type=int, default=-1, help="updates")
+    horizon.add_argument("--target-flops", type=float, default=-1.0)
+    horizon.add_argument("--target-param-data-ratio", type=float, default=12.0, help="training tokens per parameter")
+    optimization = parser.add_argument_group("optimization")
+    optimization.add_argument("--total-batch-size", type=int, default=-1, help="tokens in an update (-1: by depth)")
+    optimization.add_argument("--embedding-lr", type=float, default=0.3)
+    optimization.add_argument("--unembedding-lr", type=float, default=0.008)
+    optimization.add_argument("--matrix-lr", type=float, default=0.02)
+    optimization.add_argument("--scalar-lr", type=float, default=0.5)
+    optimization.add_argument("--weight-decay", type=float, default=0.2, help="of matrices, at depth 12")
+    optimization.add_argument("--warmup-steps", type=int, default=40)
+    optimization.add_argument("--warmdown-ratio", type=float, default=0.65)
+    optimization.add_argument("--final-lr-frac", type=float, default=0.05)
+    optimization.add_argument("--seed", type=int, default=42)
+    measuring = parser.add_argument_group("measuring")
+    measuring.add_argument("--core-metric-every", type=int, default=-1, help="not measured yet: leave at -1")
+    measuring.add_argument("--sample-every", type=int, default=2000, help="show samples (-1: never)")
+    measuring.add_argument("--resume-from-step", type=int, default=-1, help="the same as --resume STEP")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    keep_freed_memory()
+    _, rank, _, world_size, device = compute_init(args.device_type, args.seed)
+    resume = str(args.resume_from_step) if args.resume_from_step >= 0 else args.resume
+    stage = open_stage("base", args.model_tag, f"d{args.depth}", resume)
+
+    # What to train, for how long, in what portions
+    tokenizer = get_tokenizer(args.tokenizer)
+    source = get_source(args.data)
+    config = model_config(
+        args.depth, tokenizer.get_vocab_size(), args.max_seq_len, args.aspect_ratio, args.head_dim, args.window_pattern,
+        args.num_kv_heads,
+    )  # fmt: skip
+    settings = {**vars(args), "tokenizer_fingerprint": tokenizer.fingerprint()}
+    model, optimizer_state, trainer_state = restore(stage, asdict(config), settings, device)
+    horizon = plan_horizon(
+        config, model.estimate_flops(), args.num_iterations, args.target_flops, args.target_param_data_ratio,
+        args.total_batch_size,
+    )  # fmt: skip
+    if stage.is_complete(horizon.num_iterations):
+        print0(f"{stage.directory} is complete: {horizon.num_iterations} steps done")
+        return 0
+    rows = choose_device_batch_size(model, args.device_batch_size, horizon.total_batch_size, world_size)
+    settings.update(
+        describe_model(model), num_iterations=horizon.num_iterations, total_batch_size=horizon.total_batch_size,
+        device_batch_size=rows, device=str(device), dtype=str(get_compute_dtype(device)), world_size=world_size, tag=stage.tag,
+        stage="base", parent=None,
+    )  # fmt: skip
+    prepare_directory(stage, tokenizer, settings, rank)
+    print0(
+        f"depth {args.depth}: {settings['num_params']:,} parameters, {horizon.num_iterations:,} steps of "
+        f"{horizon.total_batch_size:,} tokens, {device} in {settings['dtype'].removeprefix('torch.')}"
+    )
+
+    # The parts
+    optimizer = model.setup_optimizer(
+        matrix_lr=args.matrix_lr * horizon.lr_scale,
+        embedding_lr=args.embedding_lr * horizon.lr_scale,
+        unembedding_lr=args.unembedding_lr * horizon.lr_scale,
+        scalar_lr=args.scalar_lr * horizon.lr_scale,
+        weight_decay=args.weight_decay * horizon.weight_decay_scale,
+    )
+    loader = TokenLoader(source, tokenizer, rows, args.max_seq_len, "train", rank, world_size, device)
+    token_bytes = tokenizer.get_token_bytes()
+
+    def evaluate() -> dict[str, float]:
+        batches = TokenLoader(source, tokenizer, rows, args.max_seq_len, "val", rank, world_size, device, loop=False)
+        most = None if args.eval_tokens < 0 else max(1, args.eval_tokens // (rows * args.max_seq_len * world_size))
+        return {"val/bpb": evaluate_bpb(model, itertools.islice(batches, most), token_bytes)}
+
+    def sample() -> list[dict[str, str]]:
+        """Continue the openings of a few validation documents."""
+        engine = Engine(model, tokenizer)
+        prompts = [" ".join(text.split()[:6]) for text in itertools.islice(source.documents("val"), 4)]
+        ids = [tokenizer.encode(prompt, prepend="<|bos|>") for prompt in prompts]
+        texts = [engine.generate_batch(tokens, 1, max_tokens=32, temperature=0)[0][0][len(tokens) :] for tokens in ids]
+        return [{"prompt": p, "text": tokenizer.decode(t)} for p, t in zip(prompts, texts, strict=True)]
+
+    trainer = Trainer(
+        model, optimizer, loader,
+        TrainConfig(
+            num_iterations=horizon.num_iterations, total_batch_size=horizon.total_batch_size,
+            grad_accum_steps=accumulation_steps(horizon.total_batch_size, rows, args.max_seq_len, world_size),
+            warmup_steps=args.warmup_steps, warmdown_ratio=args.warmdown_ratio, final_lr_frac=args.final_lr_frac,
+            eval_every=args.eval_every, sample_every=args.sample_every, save_every=args.save_every,
+            log_every=10 if device.type == "cuda" else 1, compile=args.compile, stage_name="pretraining",
+        ),
+        stage.directory,
+        MetricsLog(stage.directory, settings, args.run, args.tensorboard, rank),
+        {
+            "model_config": asdict(config), "tokenizer": tokenizer.fingerprint(), "settings": settings,
+            "data": source.describe(), "parent": None,
+        },
+        evaluate=evaluate,
+        sample=sample if args.sample_every > 0 else None,
+    )  # fmt: skip
+    load_states(trainer, optimizer, optimizer_state, trainer_state)
+    trainer.train()
+    loader.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
