@@ -1,0 +1,293 @@
+"""Text to token ids and back; conversations to ids and a loss mask. Trained with rustbpe, run with tiktoken.
+
+A tokenizer is one file, tokenizer.json: the split pattern, the special tokens and the tokens in order of rank.
+"""
+
+from __future__ import annotations
+
+import base64
+import codecs
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiktoken
+
+from nanochat.common import NanochatError, atomic_write, get_base_dir
+
+SPECIAL_TOKENS = [
+    "<|bos|>",  # opens every document and every row
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",  # the assistant calls the calculator ...
+    "<|python_end|>",
+    "<|output_start|>",  # ... and is given what it printed
+    "<|output_end|>",
+]
+# Words with one leading mark or space, digits by two at most (a small vocabulary has no room for a thousand numbers),
+# runs of punctuation, and white space whose last character stays with the word that follows.
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+FORMAT_VERSION = 1
+FILE_NAME = "tokenizer.json"
+PART_MARKERS = {
+    "python": ("<|python_start|>", "<|python_end|>"),
+    "python_output": ("<|output_start|>", "<|output_end|>"),
+}
+
+
+class Tokenizer:
+    """A trained byte-pair encoding with nanochat's special tokens behind the ordinary ones."""
+
+    def __init__(self, tokens: list[bytes], pattern: str = SPLIT_PATTERN) -> None:
+        """tokens: the ordinary tokens in order of rank; each byte must be among them."""
+        self.tokens, self.pattern = tokens, pattern
+        self.special_ids = {name: len(tokens) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self._special_names = {i: name for name, i in self.special_ids.items()}
+        self._encoding = tiktoken.Encoding(
+            "nanochat",
+            pat_str=pattern,
+            mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+            special_tokens=self.special_ids,
+        )
+
+    # ------------------------------------------------------------------------- making, saving, loading
+
+    @classmethod
+    def train(cls, text_iterator: Iterable[str], vocab_size: int, pattern: str = SPLIT_PATTERN) -> Tokenizer:
+        """Learn a vocabulary of `vocab_size` tokens, the special ones included, from texts.
+
+        Raises NanochatError if the size is too small for 256 bytes, or the text too short for so many tokens.
+        """
+        import rustbpe
+
+        smallest = 256 + len(SPECIAL_TOKENS)
+        if vocab_size < smallest:
+            raise NanochatError(f"--vocab-size {vocab_size} is too small: choose {smallest} or more")
+        trainer = rustbpe.Tokenizer()
+        trainer.train_from_iterator(iter(text_iterator), vocab_size - len(SPECIAL_TOKENS), pattern=pattern)
+        tokens = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])]
+        reached = len(tokens) + len(SPECIAL_TOKENS)
+        if reached < vocab_size:
+            raise NanochatError(
+                f"the text is too short for --vocab-size {vocab_size}: it has pairs for {reached} tokens only; "
+                f"give more text or ask for {reached}"
+            )
+        return cls(tokens, pattern)
+
+    def save(self, directory: Path | str) -> Path:
+        """Write tokenizer.json into a directory and return its path."""
+        content = {
+            "version": FORMAT_VERSION,
+            "pattern": self.pattern,
+            "special_tokens": SPECIAL_TOKENS,
+            "tokens": [base64.b64encode(token).decode("ascii") for token in self.tokens],
+        }
+        path = Path(directory) / FILE_NAME
+        atomic_write(path, json.dumps(content))
+        return path
+
+    @classmethod
+    def load(cls, path: Path | str) -> Tokenizer:
+        """Read a tokenizer from its file or the directory that holds it. Raises NanochatError if it is no such file."""
+        path = Path(path)
+        path = path / FILE_NAME if path.is_dir() else path
+        if not path.is_file():
+            raise NanochatError(f"no tokenizer at {path}: train one with python -m scripts.tok_train")
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["version"] > FORMAT_VERSION or content["special_tokens"] != SPECIAL_TOKENS:
+                raise ValueError("another version of the format")
+            return cls([base64.b64decode(token, validate=True) for token in content["tokens"]], content["pattern"])
+        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise NanochatError(f"{path} is not a nanochat tokenizer ({error}): train one with scripts.tok_train") from error
+
+    @functools.cache  # noqa: B019 - tokenizers live as long as the process
+    def fingerprint(self) -> str:
+        """A hash of all that decides the encoding, by which a checkpoint knows its tokenizer."""
+        digest = hashlib.sha256(json.dumps([self.pattern, SPECIAL_TOKENS]).encode("utf-8"))
+        for token in self.tokens:
+            digest.update(len(token).to_bytes(4, "little") + token)
+        return digest.hexdigest()
+
+    # ------------------------------------------------------------------------- text
+
+    def encode(
+        self,
+        text: str | list[str],
+        prepend: int | str | None = None,
+        append: int | str | None = None,
+        num_threads: int = 8,
+    ) -> list[int] | list[list[int]]:
+        """Ids of a text, or of each of a list of texts in parallel. Text that spells a special token is ordinary text.
+
+        prepend, append: a special token, by id or by name, to put around each text.
+        """
+        if isinstance(text, str):
+            rows = [self._encoding.encode_ordinary(text)]
+        elif isinstance(text, list):
+            rows = self._encoding.encode_ordinary_batch(text, num_threads=num_threads)
+        else:
+            raise TypeError(f"encode takes a str or a list of str, not {type(text).__name__}")
+        if prepend is not None:
+            first = self._as_id(prepend)
+            for row in rows:
+                row.insert(0, first)
+        if append is not None:
+            last = self._as_id(append)
+            for row in rows:
+                row.append(last)
+        return rows[0] if isinstance(text, str) else rows
+
+    __call__ = encode
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids, special tokens spelled out; invalid UTF-8 becomes U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        return self._encoding.decode_bytes(list(ids))
+
+    def encode_special(self, name: str) -> int:
+        """The id of a special token. Raises KeyError."""
+        return self.special_ids[name]
+
+    def _as_id(self, token: int | str) -> int:
+        return token if isinstance(token, int) else self.encode_special(token)
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special_names
+
+    def id_to_token(self, token_id: int) -> str:
+        return self.decode([token_id])
+
+    def get_bos_token_id(self) -> int:
+        return self.special_ids["<|bos|>"]
+
+    def get_vocab_size(self) -> int:
+        return len(self.tokens) + len(SPECIAL_TOKENS)
+
+    def get_special_tokens(self) -> set[str]:
+        return set(SPECIAL_TOKENS)
+
+    def get_token_bytes(self) -> np.ndarray:
+        """(vocab_size,) int32: the raw bytes of each token; 0 for special tokens, which stand for no text."""
+        return np.array([len(token) for token in self.tokens] + [0] * len(SPECIAL_TOKENS), dtype=np.int32)
+
+    # ------------------------------------------------------------------------- conversations
+
+    def render_conversation(self, conversation: dict[str, Any], max_tokens: int = 2048) -> tuple[list[int], list[int]]:
+        """(ids, mask) of a conversation, cut to max_tokens.
+
+        The mask is 1 on what the model learns to say: the assistant's text, its calls of the calculator with their
+        markers, and <|assistant_end|>; 0 on the user's text, on tool output and on <|assistant_start|>.
+        Raises NanochatError if the messages are not a conversation.
+        """
+        ids, mask = [self.get_bos_token_id()], [0]
+
+        def add(tokens: list[int], supervised: int) -> None:
+            ids.extend(tokens)
+            mask.extend([supervised] * len(tokens))
+
+        for message in _checked_messages(conversation):
+            if message["role"] == "user":
+                add([self.special_ids["<|user_start|>"]], 0)
+                add(self.encode(_as_text(message["content"])), 0)
+                add([self.special_ids["<|user_end|>"]], 0)
+                continue
+            add([self.special_ids["<|assistant_start|>"]], 0)
+            for part in _as_parts(message["content"]):
+                supervised = 0 if part["type"] == "python_output" else 1
+                markers = [[self.special_ids[name]] for name in PART_MARKERS.get(part["type"], ())] or [[], []]
+                add([*markers[0], *self.encode(part["text"]), *markers[1]], supervised)
+            add([self.special_ids["<|assistant_end|>"]], 1)
+            if len(ids) > max_tokens:
+                break
+        return ids[:max_tokens], mask[:max_tokens]
+
+    def render_for_completion(self, conversation: dict[str, Any]) -> list[int]:
+        """Ids that the assistant is to continue: the conversation, less a last answer, and <|assistant_start|>."""
+        messages = list(conversation["messages"])
+        if messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        ids, _ = self.render_conversation({"messages": messages}, max_tokens=1 << 30)
+        return [*ids, self.special_ids["<|assistant_start|>"]]
+
+    def visualize_tokenization(self, ids: list[int], mask: list[int], with_token_id: bool = False) -> str:
+        """The tokens on a terminal, supervised ones green and the others red."""
+        pieces = []
+        for token_id, supervised in zip(ids, mask, strict=True):
+            color = "\x1b[32m" if supervised else "\x1b[31m"
+            label = self.id_to_token(token_id) + (f"\x1b[90m({token_id})" if with_token_id else "")
+            pieces.append(f"{color}{label}\x1b[0m")
+        return "|".join(pieces)
+
+
+def _checked_messages(conversation: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The messages, a system message merged into the user's that follows. Raises NanochatError if roles do not alternate."""
+    messages = conversation.get("messages") if isinstance(conversation, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise NanochatError("a conversation needs a list of messages, each with role and content")
+    if messages[0].get("role") == "system":
+        if len(messages) < 2 or messages[1].get("role") != "user":
+            raise NanochatError("a system message must be followed by a user's message")
+        text = f"{_as_text(messages[0]['content'])}\n\n{_as_text(messages[1]['content'])}"
+        messages = [{"role": "user", "content": text}, *messages[2:]]
+    for i, message in enumerate(messages):
+        expected = "assistant" if i % 2 else "user"
+        if message.get("role") != expected:
+            raise NanochatError(f"message {i + 1} of a conversation is from {message.get('role')!r}, not {expected!r}")
+        yield message
+
+
+def _as_parts(content: str | list[dict[str, str]]) -> list[dict[str, str]]:
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    for part in parts:
+        if part.get("type") not in ("text", *PART_MARKERS) or not isinstance(part.get("text"), str):
+            raise NanochatError(f"a part of a message must be text, python or python_output with a text, not {part!r}")
+    return parts
+
+
+def _as_text(content: str | list[dict[str, str]]) -> str:
+    return "".join(part["text"] for part in _as_parts(content))
+
+
+class IncrementalDecoder:
+    """Turns a stream of ids into whole characters: the bytes of one that is split over tokens wait for the rest."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, token_id: int) -> str:
+        """The characters that this token completes; special tokens are never shown."""
+        if self._tokenizer.is_special(token_id):
+            return ""
+        return self._decoder.decode(self._tokenizer.tokens[token_id])
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD if a character stayed incomplete."""
+        return self._decoder.decode(b"", final=True)
+
+
+def get_tokenizer_dir(name_or_path: str = "default") -> Path:
+    """The directory of a tokenizer: a path, or a name below <base>/tokenizers."""
+    path = Path(name_or_path).expanduser()
+    if path.exists() or len(path.parts) > 1:
+        return path
+    return get_base_dir() / "tokenizers" / name_or_path
+
+
+def get_tokenizer(name_or_path: str = "default") -> Tokenizer:
+    return Tokenizer.load(get_tokenizer_dir(name_or_path))
+
+
+def get_token_bytes(name_or_path: str = "default") -> np.ndarray:
+    return get_tokenizer(name_or_path).get_token_bytes()

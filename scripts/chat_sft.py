@@ -1,0 +1,164 @@
+"""Fine-tune a base model on conversations: python -m scripts.chat_sft.
+
+Reads the base checkpoint of --model-tag (default: the newest run), writes into the same run's sft directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from nanochat.engine import Engine
+from nanochat.loss_eval import evaluate_bpb
+
+from nanochat.checkpoint_manager import build_model, find_run, get_stage_dir, list_steps, load_checkpoint, load_model
+from nanochat.common import compute_init, get_compute_dtype, print0, run_command
+from nanochat.compilation import keep_freed_memory
+from nanochat.conversation_loader import ConversationLoader, estimate_tokens
+from nanochat.metrics import MetricsLog
+from nanochat.scaling import REFERENCE_BATCH, accumulation_steps
+from nanochat.stage import (
+    add_training_arguments,
+    choose_device_batch_size,
+    describe_model,
+    load_states,
+    open_stage,
+    prepare_directory,
+    restore,
+)
+from nanochat.trainer import TrainConfig, Trainer
+from tasks import build_mixture
+
+DEFAULT_TASKS = "SmolTalk,MMLU*3,GSM8K*4,Identity*2,SimpleSpelling,SpellingBee"
+SAMPLE_PROMPTS = ("Who are you?", "What is 23 + 58?", "How many r are in strawberry?")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Fine-tune a base model on conversations.")
+    add_training_arguments(parser)
+    data = parser.add_argument_group("data")
+    data.add_argument("--model-step", type=int, default=None, help="base checkpoint to start from (default: the newest)")
+    data.add_argument("--tasks", default=DEFAULT_TASKS, metavar="NAME[*TIMES],...", help=f"mixture ({DEFAULT_TASKS})")
+    data.add_argument("--task-data", type=Path, default=None, metavar="DIR", help="local folder instead of the hub")
+    data.add_argument("--max-seq-len", type=int, default=-1, help="row length (-1: the base model's context)")
+    optimization = parser.add_argument_group("optimization")
+    optimization.add_argument("--num-iterations", type=int, default=-1, help="updates (-1: one pass over the mixture)")
+    optimization.add_argument("--total-batch-size", type=int, default=-1, help="tokens in an update (-1: the base's)")
+    optimization.add_argument("--embedding-lr", type=float, default=0.3)
+    optimization.add_argument("--unembedding-lr", type=float, default=0.008)
+    optimization.add_argument("--matrix-lr", type=float, default=0.02)
+    optimization.add_argument("--scalar-lr", type=float, default=0.5)
+    optimization.add_argument("--weight-decay", type=float, default=0.0)
+    optimization.add_argument("--init-lr-frac", type=float, default=0.8, help="start from this share of those rates")
+    optimization.add_argument("--warmup-steps", type=int, default=0)
+    optimization.add_argument("--warmdown-ratio", type=float, default=0.5)
+    optimization.add_argument("--final-lr-frac", type=float, default=0.0)
+    optimization.add_argument("--load-optimizer", type=int, choices=(0, 1), default=1, help="keep the base's momenta")
+    optimization.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--sample-every", type=int, default=-1, help="show answers (-1: at the end only)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    keep_freed_memory()
+    _, rank, _, world_size, device = compute_init(args.device_type, args.seed)
+    base_tag = find_run("base", args.model_tag)
+    stage = open_stage("sft", base_tag, base_tag, args.resume)
+
+    # Where it starts: the base model, its tokenizer, its settings
+    base_dir = get_stage_dir(base_tag, "base")
+    base_step = list_steps(base_dir)[-1] if args.model_step is None else args.model_step
+    base, tokenizer, base_meta = load_model("base", device, "train", base_tag, base_step)
+    model_config = {**asdict(base.config)}
+    if args.max_seq_len > 0:
+        model_config["sequence_len"] = args.max_seq_len
+    sequence_len = model_config["sequence_len"]
+    total_batch_size = args.total_batch_size if args.total_batch_size > 0 else base_meta["settings"]["total_batch_size"]
+    train_task = build_mixture(args.tasks, "train", args.task_data)
+    val_task = build_mixture(args.tasks, "val", args.task_data)
+    num_iterations = args.num_iterations
+    if num_iterations <= 0:
+        num_iterations = max(1, round(estimate_tokens(train_task, tokenizer, sequence_len) / total_batch_size))
+    if stage.is_complete(num_iterations):
+        print0(f"{stage.directory} is complete: {num_iterations} steps done")
+        return 0
+    settings = {
+        **vars(args),
+        "task_data": str(args.task_data) if args.task_data else None,
+        "num_iterations": num_iterations, "total_batch_size": total_batch_size, "tag": stage.tag, "stage": "sft",
+        "parent": f"base step {base_step}", "tokenizer_fingerprint": tokenizer.fingerprint(),
+    }  # fmt: skip
+    if stage.resume_step is None:
+        model, optimizer_state, trainer_state = build_model(model_config, base.state_dict(), device), None, None
+    else:
+        model, optimizer_state, trainer_state = restore(stage, model_config, settings, device)
+    del base
+    rows = choose_device_batch_size(model, args.device_batch_size, total_batch_size, world_size)
+    settings.update(
+        describe_model(model), device_batch_size=rows, device=str(device), dtype=str(get_compute_dtype(device)),
+        world_size=world_size,
+    )  # fmt: skip
+    prepare_directory(stage, tokenizer, settings, rank)
+    print0(f"fine-tuning {stage.tag}: {len(train_task):,} conversations, {num_iterations:,} steps")
+
+    # The parts
+    scale = args.init_lr_frac * (total_batch_size / REFERENCE_BATCH) ** 0.5
+    optimizer = model.setup_optimizer(
+        matrix_lr=args.matrix_lr * scale, embedding_lr=args.embedding_lr * scale,
+        unembedding_lr=args.unembedding_lr * scale, scalar_lr=args.scalar_lr * scale, weight_decay=args.weight_decay,
+    )  # fmt: skip
+    if trainer_state is None and args.load_optimizer:
+        _, base_optimizer_state, _ = load_checkpoint(base_dir, base_step, device, load_optimizer=True)
+        optimizer.load_state_dict(base_optimizer_state)
+    loader = ConversationLoader(train_task, tokenizer, rows, sequence_len, rank, world_size, device, seed=args.seed)
+    token_bytes = tokenizer.get_token_bytes()
+
+    def evaluate() -> dict[str, float]:
+        batches = ConversationLoader(val_task, tokenizer, rows, sequence_len, rank, world_size, device, loop=False)
+        most = None if args.eval_tokens < 0 else max(1, args.eval_tokens // (rows * sequence_len * world_size))
+        return {"val/bpb": evaluate_bpb(model, itertools.islice(batches, most), token_bytes)}
+
+    def sample() -> list[dict[str, str]]:
+        engine = Engine(model, tokenizer)
+        samples = []
+        for prompt in SAMPLE_PROMPTS:
+            conversation = {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": ""}]}
+            tokens = tokenizer.render_for_completion(conversation)
+            answers, _ = engine.generate_batch(tokens, 1, max_tokens=64, temperature=0)
+            samples.append({"prompt": prompt, "text": tokenizer.decode(answers[0][len(tokens) :])})
+        return samples
+
+    trainer = Trainer(
+        model, optimizer, loader,
+        TrainConfig(
+            num_iterations=num_iterations, total_batch_size=total_batch_size,
+            grad_accum_steps=accumulation_steps(total_batch_size, rows, sequence_len, world_size),
+            warmup_steps=args.warmup_steps, warmdown_ratio=args.warmdown_ratio, final_lr_frac=args.final_lr_frac,
+            eval_every=args.eval_every, sample_every=args.sample_every, save_every=args.save_every,
+            log_every=10 if device.type == "cuda" else 1, compile=args.compile, stage_name="fine-tuning",
+        ),
+        stage.directory,
+        MetricsLog(stage.directory, settings, args.run, args.tensorboard, rank),
+        {
+            "model_config": model_config, "tokenizer": tokenizer.fingerprint(), "settings": settings,
+            "parent": {"stage": "base", "step": base_step},
+        },
+        evaluate=evaluate,
+        sample=sample,
+    )  # fmt: skip
+    load_states(trainer, optimizer, optimizer_state, trainer_state)
+    trainer.train()
+    stats = loader.stats()
+    print0(
+        f"{stats['conversations']:,} conversations read, {stats['truncated']:,} truncated to {sequence_len} tokens, "
+        f"{stats['skipped']:,} of them without an answer left; rows {stats['filled']:.0%} full"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,74 @@
+"""Train a tokenizer: python -m scripts.tok_train --vocab-size=32768."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from nanochat.common import atomic_write, run_command
+from nanochat.dataset import Source, get_source
+from nanochat.tokenizer import FILE_NAME, Tokenizer, get_tokenizer_dir
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a tokenizer.")
+    parser.add_argument("--data", default="climbmix", metavar="NAME|PATH", help="builtin, climbmix, fineweb-edu, or a path")
+    parser.add_argument("--tokenizer", default="default", metavar="NAME|PATH", help="where to keep it")
+    parser.add_argument("--max-chars", type=int, default=2_000_000_000, help="stop reading after so many characters")
+    parser.add_argument("--doc-cap", type=int, default=10_000, help="characters to use of one document")
+    parser.add_argument("--vocab-size", type=int, default=32768, help="tokens, the special ones included")
+    parser.add_argument("--force", action="store_true", help="train even if the same has been trained before")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    source = get_source(args.data)
+    directory = get_tokenizer_dir(args.tokenizer)
+    recipe = {
+        "data": source.describe(),
+        "max_chars": args.max_chars,
+        "doc_cap": args.doc_cap,
+        "vocab_size": args.vocab_size,
+    }
+    if not args.force and _is_done(directory, recipe):
+        print(f"{directory / FILE_NAME} is there already, trained on the same text")
+        return 0
+    started = time.perf_counter()
+    counts = {"documents": 0, "characters": 0}
+    tokenizer = Tokenizer.train(_texts(source, args.max_chars, args.doc_cap, counts), args.vocab_size)
+    seconds = time.perf_counter() - started
+    path = tokenizer.save(directory)
+    meta = {"recipe": recipe, **counts, "seconds": round(seconds, 2), "fingerprint": tokenizer.fingerprint()}
+    atomic_write(directory / "meta.json", json.dumps(meta, indent=2))
+    print(
+        f"{tokenizer.get_vocab_size():,} tokens from {counts['characters']:,} characters of {counts['documents']:,} "
+        f"documents in {seconds:.1f} s: {path}"
+    )
+    return 0
+
+
+def _is_done(directory: Any, recipe: dict[str, Any]) -> bool:
+    meta = directory / "meta.json"
+    if not meta.exists() or not (directory / FILE_NAME).exists():
+        return False
+    return json.loads(meta.read_text(encoding="utf-8")).get("recipe") == json.loads(json.dumps(recipe))
+
+
+def _texts(source: Source, max_chars: int, doc_cap: int, counts: dict[str, int]) -> Iterator[str]:
+    """The source's training documents, each cut to doc_cap, until max_chars are read; counts what it gives."""
+    for text in source.documents("train"):
+        text = text[:doc_cap]
+        counts["documents"] += 1
+        counts["characters"] += len(text)
+        yield text
+        if counts["characters"] >= max_chars:
+            return
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
