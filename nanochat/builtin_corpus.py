@@ -97,7 +97,9 @@ def _collect() -> tuple[list[str], list[tuple[str, str]]]:
     documents: list[str] = [text for text in map(clean, _reference_topics()) if text]
     summaries: list[tuple[str, str]] = []
     chunks = [files[i : i + 64] for i in range(0, len(files), 64)]
-    context = multiprocessing.get_context("spawn")  # fork would copy the threads of torch
+    # Workers only parse text, so forking is safe, and saves each of them the import of torch.
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         for found, pairs in pool.map(_parse_files, chunks):
             documents += found

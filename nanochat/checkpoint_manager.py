@@ -177,15 +177,11 @@ def verify_checkpoint(directory: Path) -> None:
     """Raise CheckpointError unless every file is there, whole and unchanged since it was written."""
     manifest = _read_json(directory / MANIFEST_FILE)
     if manifest.get("version", 0) > FORMAT_VERSION:
-        raise CheckpointError(
-            f"{directory} has format {manifest['version']}, newer than this nanochat reads: update it"
-        )
+        raise CheckpointError(f"{directory} has format {manifest['version']}, newer than this nanochat reads: update it")
     for name, expected in manifest["files"].items():
         path = directory / name
         if not path.is_file() or path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
-            others = [
-                str(step) for step in list_steps(directory.parent) if step_dir(directory.parent, step) != directory
-            ]
+            others = [str(step) for step in list_steps(directory.parent) if step_dir(directory.parent, step) != directory]
             way_out = f"use another step: {', '.join(others)}" if others else "train it again"
             raise CheckpointError(f"{path} is damaged (missing, or not what was saved); {way_out}")
 
@@ -260,9 +256,7 @@ def build_model(
         model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise CheckpointError(
-            f"these weights do not fit the model they claim to be ({reason}): train it again"
-        ) from None
+        raise CheckpointError(f"these weights do not fit the model they claim to be ({reason}): train it again") from None
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     return model.to(device)

@@ -88,9 +88,7 @@ def compile_loss() -> None:
     _softmax_gradient = torch.compile(softmax_gradient, dynamic=False)
 
 
-def _chunk_loss_and_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, cap: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _chunk_loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor, cap: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed loss () float32 of a chunk and its gradient with respect to the raw logits (n, vocab_size)."""
     log_normalizer, gradient = _softmax_gradient(logits, cap)
     supervised = (targets != IGNORE_INDEX)[:, None]

@@ -10,7 +10,7 @@ be cast whole with `.to(torch.bfloat16)`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -185,7 +185,7 @@ class GPT(nn.Module):
         self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
         self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
         self.compute_dtype: torch.dtype | None = None  # None: what the device does best
-        self._trunk = self.trunk
+        self._compiled: Callable[..., torch.Tensor] | None = None
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()
@@ -236,7 +236,7 @@ class GPT(nn.Module):
 
     def compile(self) -> None:
         """Compile what training runs: the trunk and the loss. Generation, through a cache, stays uncompiled."""
-        self._trunk = torch.compile(self.trunk, dynamic=False)
+        self._compiled = torch.compile(self.trunk, dynamic=False)
         compile_loss()
 
     def trunk(
@@ -266,18 +266,31 @@ class GPT(nn.Module):
         idx: (B, T) int64; targets: (B, T) int64, -1 where there is nothing to predict. Without targets: logits
         (B, T, vocab_size) float32. With: the cross-entropy in nats, () for "mean" and "sum", (B, T) for "none".
         """
-        B, T = idx.shape
-        if kv_cache is None:
-            plans = [plan_attention(T, w, idx.device, self.get_compute_dtype()) for w in self.config.windows()]
-            x = self._trunk(idx, self.rotary(None, T), plans)
-        else:
+        x = self.features(idx, kv_cache)
+        if targets is None:
+            return self.logits(x)
+        head = self.lm_head.weight[: self.config.vocab_size]
+        loss = softcapped_cross_entropy(x.flatten(0, 1), head, targets.flatten(), LOGIT_CAP, loss_reduction)
+        return loss.view(idx.shape) if loss_reduction == "none" else loss
+
+    def features(self, idx: torch.Tensor, kv_cache: KVCache | None = None) -> torch.Tensor:
+        """What the head reads: (B, T, n_embd) in the compute dtype. With a cache, idx (B, T) goes on from it."""
+        T = idx.size(1)
+        if kv_cache is not None:
             x = self.trunk(idx, self.rotary(kv_cache.positions(T), T), [kv_cache] * self.config.n_layer)
             kv_cache.advance(T)
-        head = self.lm_head.weight[: self.config.vocab_size]  # the padding is never predicted
-        if targets is None:
-            return softcap(F.linear(x, head.to(x.dtype)), LOGIT_CAP)
-        loss = softcapped_cross_entropy(x.flatten(0, 1), head, targets.flatten(), LOGIT_CAP, loss_reduction)
-        return loss.view(B, T) if loss_reduction == "none" else loss
+            return x
+        plans = [plan_attention(T, w, idx.device, self.get_compute_dtype()) for w in self.config.windows()]
+        if self._compiled is None:
+            return self.trunk(idx, self.rotary(None, T), plans)
+        if torch.is_grad_enabled():
+            return self._compiled(idx, self.rotary(None, T), plans)
+        with torch.enable_grad():  # evaluation runs the graph that training compiled, instead of compiling one more
+            return self._compiled(idx, self.rotary(None, T), plans).detach()
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Features (..., n_embd) to soft-capped logits (..., vocab_size) float32; the padding is never predicted."""
+        return softcap(F.linear(x, self.lm_head.weight[: self.config.vocab_size].to(x.dtype)), LOGIT_CAP)
 
     # ------------------------------------------------------------------------- counting
 

@@ -34,9 +34,7 @@ class MetricsLog:
             try:
                 import wandb
             except ImportError:
-                raise NanochatError(
-                    f"--run={run} needs Weights & Biases: pip install wandb, or leave --run out"
-                ) from None
+                raise NanochatError(f"--run={run} needs Weights & Biases: pip install wandb, or leave --run out") from None
             self._wandb = wandb.init(project="nanochat", name=run, config=settings)
         if tensorboard:
             try:

@@ -98,13 +98,9 @@ def plan_horizon(
         elif tokens_per_param > 0:
             num_iterations = round(target_tokens / total_batch_size)
         else:
-            raise NanochatError(
-                "no horizon: give --num-iterations, --target-flops or --target-param-data-ratio above 0"
-            )
+            raise NanochatError("no horizon: give --num-iterations, --target-flops or --target-param-data-ratio above 0")
     batch_scale = (total_batch_size / REFERENCE_BATCH) ** 0.5
-    return Horizon(
-        max(1, num_iterations), total_batch_size, batch_scale, batch_scale * reference_tokens / target_tokens
-    )
+    return Horizon(max(1, num_iterations), total_batch_size, batch_scale, batch_scale * reference_tokens / target_tokens)
 
 
 def accumulation_steps(total_batch_size: int, device_batch_size: int, sequence_len: int, world_size: int) -> int:

@@ -41,9 +41,7 @@ FREE_SETTINGS = {
 def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that every training script has."""
     run = parser.add_argument_group("run")
-    run.add_argument(
-        "--run", default="dummy", metavar="NAME", help="Weights & Biases run name; 'dummy' logs nothing there"
-    )
+    run.add_argument("--run", default="dummy", metavar="NAME", help="Weights & Biases run name; 'dummy' logs nothing there")
     run.add_argument("--tensorboard", action="store_true", help="write TensorBoard event files beside metrics.jsonl")
     run.add_argument("--model-tag", default=None, metavar="TAG", help="name of the run's directory")
     run.add_argument(
@@ -53,15 +51,11 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on from the newest checkpoint, from none, from STEP",
     )
     run.add_argument("--save-every", type=int, default=-1, metavar="STEPS", help="save every so often (-1: at the end)")
-    run.add_argument(
-        "--eval-every", type=int, default=250, metavar="STEPS", help="validation bits per byte (-1: at the end)"
-    )
+    run.add_argument("--eval-every", type=int, default=250, metavar="STEPS", help="validation bits per byte (-1: at the end)")
     run.add_argument("--eval-tokens", type=int, default=-1, metavar="N", help="validation tokens to use (-1: see docs)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
-    machine.add_argument(
-        "--device-batch-size", type=int, default=-1, metavar="ROWS", help="rows at a time (-1: as fit)"
-    )
+    machine.add_argument("--device-batch-size", type=int, default=-1, metavar="ROWS", help="rows at a time (-1: as fit)")
     machine.add_argument("--no-compile", dest="compile", action="store_false", help="run eagerly")
 
 

@@ -234,9 +234,7 @@ class Trainer:
 
     def _describe_divergence(self) -> str:
         steps = list_steps(self.stage_dir)
-        good = (
-            f"the last good checkpoint is step {steps[-1]} in {self.stage_dir}" if steps else "no checkpoint exists yet"
-        )
+        good = f"the last good checkpoint is step {steps[-1]} in {self.stage_dir}" if steps else "no checkpoint exists yet"
         return (
             f"the loss is no longer a number at step {self.step}: {good}; resume from it with a lower learning rate "
             "(--matrix-lr, --embedding-lr)"

@@ -10,14 +10,12 @@ import itertools
 import sys
 from dataclasses import asdict
 
+from nanochat.common import compute_init, get_compute_dtype, print0, run_command
+from nanochat.compilation import keep_freed_memory
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import get_source
 from nanochat.engine import Engine
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.tokenizer import get_tokenizer
-
-from nanochat.common import compute_init, get_compute_dtype, print0, run_command
-from nanochat.compilation import keep_freed_memory
 from nanochat.metrics import MetricsLog
 from nanochat.scaling import accumulation_steps, model_config, plan_horizon
 from nanochat.stage import (
@@ -29,6 +27,7 @@ from nanochat.stage import (
     prepare_directory,
     restore,
 )
+from nanochat.tokenizer import get_tokenizer
 from nanochat.trainer import TrainConfig, Trainer
 
 
@@ -36,9 +35,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Pretrain a base model.")
     add_training_arguments(parser)
     data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data", default="climbmix", metavar="NAME|PATH", help="builtin, climbmix, fineweb-edu, or a path"
-    )
+    data.add_argument("--data", default="climbmix", metavar="NAME|PATH", help="builtin, climbmix, fineweb-edu, or a path")
     data.add_argument("--tokenizer", default="default", metavar="NAME|PATH", help="as trained by scripts.tok_train")
     model = parser.add_argument_group("model")
     model.add_argument("--depth", type=int, default=20, help="layers; the one dial")
@@ -46,9 +43,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     model.add_argument("--head-dim", type=int, default=128)
     model.add_argument("--num-kv-heads", type=int, default=None, help="fewer than the heads: grouped attention")
     model.add_argument("--max-seq-len", type=int, default=2048, help="context length")
-    model.add_argument(
-        "--window-pattern", default="SSSL", help="L whole context, S a quarter; repeated over the layers"
-    )
+    model.add_argument("--window-pattern", default="SSSL", help="L whole context, S a quarter; repeated over the layers")
     horizon = parser.add_argument_group("horizon: the first of these that is above 0")
     horizon.add_argument("--num-iterations", type=int, default=-1, help="updates")
     horizon.add_argument("--target-flops", type=float, default=-1.0)

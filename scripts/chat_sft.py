@@ -11,13 +11,12 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from nanochat.engine import Engine
-from nanochat.loss_eval import evaluate_bpb
-
 from nanochat.checkpoint_manager import build_model, find_run, get_stage_dir, list_steps, load_checkpoint, load_model
 from nanochat.common import compute_init, get_compute_dtype, print0, run_command
 from nanochat.compilation import keep_freed_memory
 from nanochat.conversation_loader import ConversationLoader, estimate_tokens
+from nanochat.engine import Engine
+from nanochat.loss_eval import evaluate_bpb
 from nanochat.metrics import MetricsLog
 from nanochat.scaling import REFERENCE_BATCH, accumulation_steps
 from nanochat.stage import (

@@ -1,0 +1,56 @@
+"""The tasks by name. To add one: a file with a Task, and a line in TASKS."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from nanochat.common import NanochatError
+from tasks.common import Task, TaskMixture
+
+# name: (module, class, further arguments). Each class is called with (split, data_dir=..., **arguments); the splits are
+# "train", "val" (held out of the training data) and "test" (for the final measure alone).
+TASKS: dict[str, tuple[str, str, dict[str, object]]] = {
+    "ARC-Easy": ("arc", "ARC", {"subset": "ARC-Easy"}),
+    "ARC-Challenge": ("arc", "ARC", {"subset": "ARC-Challenge"}),
+    "Arithmetic": ("arithmetic", "Arithmetic", {}),
+    "DocQA": ("docqa", "DocQA", {}),
+    "GSM8K": ("gsm8k", "GSM8K", {}),
+    "HumanEval": ("humaneval", "HumanEval", {}),
+    "Identity": ("identity", "Identity", {}),
+    "MMLU": ("mmlu", "MMLU", {}),
+    "SimpleSpelling": ("spellingbee", "SimpleSpelling", {}),
+    "SmolTalk": ("smoltalk", "SmolTalk", {}),
+    "SpellingBee": ("spellingbee", "SpellingBee", {}),
+}
+
+
+def build_task(name: str, split: str, data_dir: Path | None = None, **arguments: object) -> Task:
+    """The task of that name; a path to a .jsonl file is a CustomJSON. Raises NanochatError for an unknown name."""
+    if name.endswith(".jsonl"):
+        from tasks.customjson import CustomJSON
+
+        return CustomJSON(Path(name), split)
+    found = {known.lower(): known for known in TASKS}.get(name.lower())
+    if found is None:
+        raise NanochatError(f"unknown task {name!r}: choose from {', '.join(TASKS)}, or a path to a .jsonl file")
+    module, class_name, defaults = TASKS[found]
+    task_class = getattr(importlib.import_module(f"tasks.{module}"), class_name)
+    return task_class(split, data_dir=data_dir, **{**defaults, **arguments})
+
+
+def build_mixture(spec: str, split: str, data_dir: Path | None = None) -> TaskMixture:
+    """Tasks interleaved: "NAME[*TIMES][:MOST],..." sees NAME that many times, and at most its first MOST conversations."""
+    tasks: list[Task] = []
+    for entry in filter(None, (part.strip() for part in spec.split(","))):
+        name_and_times, _, most = entry.partition(":")
+        name, _, times = name_and_times.partition("*")
+        if (times and not times.isdigit()) or (most and not most.isdigit()):
+            raise NanochatError(f"{entry!r} is no entry of a mixture: write NAME, NAME*TIMES or NAME*TIMES:MOST")
+        task = build_task(name, split, data_dir)
+        if most:
+            task.stop = int(most) if split == "train" else max(1, int(most) // 20)
+        tasks += [task] * (int(times or 1) if split == "train" else 1)
+    if not tasks:
+        raise NanochatError("--tasks names no task: give at least one")
+    return TaskMixture(tasks)

@@ -1,0 +1,37 @@
+"""Bits per byte: a loss that does not depend on the tokenizer. Used by the training scripts and scripts/base_eval."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from nanochat.common import NanochatError
+from nanochat.gpt import GPT
+
+
+@torch.no_grad()
+def evaluate_bpb(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], token_bytes: np.ndarray) -> float:
+    """Bits that the model needs for a byte of the targets' text, over all ranks.
+
+    batches: (inputs, targets), each (B, T) int64, targets -1 where there is nothing to predict; token_bytes:
+    (vocab_size,) as of Tokenizer.get_token_bytes. Tokens of no bytes (special ones) count in neither sum.
+    Raises NanochatError if no byte was predicted at all.
+    """
+    device = model.get_device()
+    bytes_of = torch.as_tensor(token_bytes, dtype=torch.long, device=device)
+    nats, num_bytes = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
+    for inputs, targets in batches:
+        losses = model(inputs, targets, loss_reduction="none")
+        sizes = torch.where(targets >= 0, bytes_of[targets.clamp(min=0)], 0)
+        nats += (losses * (sizes > 0)).sum()
+        num_bytes += sizes.sum()
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(nats)
+        dist.all_reduce(num_bytes)
+    if not num_bytes:
+        raise NanochatError("there is no text to measure bits per byte on: give more validation data")
+    return float(nats) / (math.log(2) * int(num_bytes))

@@ -1,0 +1,86 @@
+"""Live progress of long work: a bar on a terminal, a line now and then elsewhere. Used by trainer, evaluations, recipes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
+REFRESH_S = 0.2  # on a terminal
+LINE_S = 10.0  # elsewhere: seconds between lines, and at least a twentieth of the work
+FORMATS = {"loss": ".4f", "bpb": ".4f", "tok_per_s": ",.0f", "mfu": ".0%"}
+LABELS = {"tok_per_s": "tok/s", "mfu": "MFU"}
+
+
+class Progress:
+    """Shows stage, steps done, the given numbers and the time left; a context manager. Silent but on rank 0.
+
+    start: steps done before, by an earlier sitting. The environment's NANOCHAT_STAGE ("2/6") goes before the stage.
+    """
+
+    def __init__(self, stage: str, total: int, unit: str = "step", start: int = 0) -> None:
+        place = os.environ.get("NANOCHAT_STAGE")
+        self.stage = f"[{place}] {stage}" if place else stage
+        self.total, self.unit, self.start = total, unit, start
+        self.active = int(os.environ.get("RANK", 0)) == 0
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._bar: RichProgress | None = None
+        self._shown_at, self._shown_step = 0.0, start
+
+    def __enter__(self) -> Progress:
+        self._began = time.perf_counter()
+        if self.active and self._console.is_terminal:
+            self._bar = RichProgress(
+                TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
+                console=self._console, auto_refresh=False, expand=True,
+            )  # fmt: skip
+            self._task = self._bar.add_task(self.stage, total=self.total, completed=self.start, numbers="starting")
+            self._bar.start()
+            self._bar.refresh()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.refresh()
+            self._bar.stop()
+
+    def update(self, step: int, **numbers: float) -> None:
+        """Report that `step` of the total are done; cheap enough to call at every step."""
+        if not self.active:
+            return
+        now = time.perf_counter()
+        ended = step >= self.total
+        if self._bar is not None:
+            if ended or now - self._shown_at >= REFRESH_S:
+                self._shown_at = now
+                self._bar.update(self._task, completed=step, numbers=self._describe(step, now, numbers))
+                self._bar.refresh()
+            return
+        far = step - self._shown_step >= self.total / 20 and now - self._shown_at >= LINE_S
+        if ended or step == self.start + 1 or far:
+            self._shown_at, self._shown_step = now, step
+            self._console.print(
+                f"{self.stage}: {self.unit} {step}/{self.total}  {self._describe(step, now, numbers)}", markup=False
+            )
+
+    def print(self, text: str) -> None:
+        """A message of its own, above the bar."""
+        if self.active:
+            (self._bar.console if self._bar is not None else self._console).print(text, markup=False)
+
+    def _describe(self, step: int, now: float, numbers: dict[str, float]) -> str:
+        parts = [f"{LABELS.get(name, name)} {value:{FORMATS.get(name, '.4g')}}" for name, value in numbers.items()]
+        elapsed, done = now - self._began, step - self.start
+        left = elapsed / done * (self.total - step) if done else 0.0
+        return "  ".join([*parts, f"{format_seconds(left)} left" if step < self.total else format_seconds(elapsed)])
+
+
+def format_seconds(seconds: float) -> str:
+    """75 -> "1:15"; 3675 -> "1:01:15"."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{s:02d}" if hours else f"{minutes}:{s:02d}"

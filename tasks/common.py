@@ -1,0 +1,193 @@
+"""What a task is: conversations to learn from, and a judge of answers. One file a task beside this one.
+
+A conversation is {"messages": [{"role", "content"}, ...]}, whose last message is the reference answer; content is a text
+or a list of parts {"type": "text" | "python" | "python_output", "text"}. A task may put more keys beside the messages
+for its own `evaluate`; a categorical one puts "letters", the answers to choose from.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanochat.common import NanochatError, get_base_dir
+
+Conversation = dict[str, Any]
+
+
+class Task(ABC):
+    """Conversations number start, start + step, ... below stop of a data set.
+
+    eval_type "generative": the answer is written and judged by `evaluate`; "categorical": the likeliest of the letters.
+    """
+
+    eval_type = "generative"
+
+    def __init__(self, start: int = 0, stop: int | None = None, step: int = 1) -> None:
+        if start < 0 or step < 1 or (stop is not None and stop < start):
+            raise NanochatError(f"a slice of {start}:{stop}:{step} is not one: 0 <= start <= stop and step >= 1")
+        self.start, self.stop, self.step = start, stop, step
+
+    @abstractmethod
+    def num_examples(self) -> int:
+        """Conversations in the whole data set."""
+
+    @abstractmethod
+    def get_example(self, index: int) -> Conversation:
+        """A conversation of the whole data set; always the same for the same index."""
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool | float:
+        """Whether (or how far) a completion answers the conversation."""
+        raise NotImplementedError(f"{type(self).__name__} has no answers to judge")
+
+    def reward(self, conversation: Conversation, completion: str) -> float:
+        """What RL gives for a completion."""
+        return float(self.evaluate(conversation, completion))
+
+    def __len__(self) -> int:
+        stop = self.num_examples() if self.stop is None else min(self.stop, self.num_examples())
+        return max(0, -(-(stop - self.start) // self.step))
+
+    def __getitem__(self, index: int) -> Conversation:
+        if not 0 <= index < len(self):
+            raise IndexError(f"conversation {index} of {len(self)}")
+        return self.get_example(self.start + index * self.step)
+
+
+class TaskSequence(Task):
+    """One task after the other: a curriculum."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        super().__init__()
+        self.tasks = list(tasks)
+        self.ends = list(itertools.accumulate(len(task) for task in self.tasks))
+        if not self.ends or not self.ends[-1]:
+            raise NanochatError("these tasks hold no conversation: give others")
+
+    def num_examples(self) -> int:
+        return self.ends[-1]
+
+    def get_example(self, index: int) -> Conversation:
+        which, inner = self.locate(index)
+        return self.tasks[which][inner]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(which task, index in it)."""
+        which = bisect.bisect_right(self.ends, index)
+        return which, index - (self.ends[which - 1] if which else 0)
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool | float:
+        raise NotImplementedError("judge with the single tasks: a conversation does not say which one it is from")
+
+
+class TaskMixture(TaskSequence):
+    """Tasks evenly interleaved, each spread over the whole; list one twice to see it twice as often."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        super().__init__(tasks)
+        places = (((inner + 0.5) / len(task), which, inner) for which, task in enumerate(tasks) for inner in range(len(task)))
+        self._order = [(which, inner) for _, which, inner in sorted(places)]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        return self._order[index]
+
+
+def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
+    """A multiple-choice question for the user to ask.
+
+    The letter comes after its choice: for small models binding a choice to a letter that follows is easier.
+    """
+    lines = [f"Multiple Choice question: {question}"]
+    lines += [f"- {choice}={letter}" for letter, choice in zip(letters, choices, strict=True)]
+    return "\n".join([*lines, "", "Respond only with the letter of the correct answer."])
+
+
+def multiple_choice(question: str, choices: Sequence[str], answer: int) -> Conversation:
+    """A conversation that asks for the letter of a choice and is answered with it."""
+    letters = [chr(ord("A") + i) for i in range(len(choices))]
+    messages = [
+        {"role": "user", "content": render_mc(question, letters, choices)},
+        {"role": "assistant", "content": letters[answer]},
+    ]
+    return {"messages": messages, "letters": letters}
+
+
+def evaluate_letter(conversation: Conversation, completion: str) -> bool:
+    """Whether a completion is the letter of the reference answer."""
+    return completion.strip()[:1] == conversation["messages"][-1]["content"]
+
+
+# ----------------------------------------------------------------------------- rows from a folder or the hub
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """The values of a JSONL file. Raises NanochatError naming file and line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise NanochatError(f"{path} cannot be read ({error}): give another --task-data") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise NanochatError(f"{path}, line {number}, is not JSON ({error.msg}): mend or remove it") from error
+    return rows
+
+
+class ArrowRows(Sequence):
+    """The rows of parquet files, read one at a time from memory-mapped tables."""
+
+    def __init__(self, paths: list[Path]) -> None:
+        self.table = pa.concat_tables([pq.read_table(path, memory_map=True) for path in paths])
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.table.slice(index, 1).to_pylist()[0]
+
+
+def load_rows(
+    data_dir: Path | None, local_names: Sequence[str], repo_id: str, subset: str, split: str
+) -> Sequence[dict[str, Any]]:
+    """The rows of a data set: the first of local_names (JSONL) below data_dir, else `subset/split-*.parquet` on the hub.
+
+    Raises NanochatError that says where the data was looked for.
+    """
+    if data_dir is not None:
+        for name in local_names:
+            if (data_dir / name).is_file():
+                return read_jsonl(data_dir / name)
+        raise NanochatError(f"--task-data {data_dir} has no {' or '.join(local_names)}: add it or leave the task out")
+    return ArrowRows(_download_split(repo_id, subset, split))
+
+
+def _download_split(repo_id: str, subset: str, split: str) -> list[Path]:
+    from huggingface_hub import HfApi, hf_hub_download
+
+    cache = get_base_dir() / "tasks"
+    try:
+        names = HfApi().list_repo_files(repo_id, repo_type="dataset")
+        wanted = [n for n in names if n.startswith(f"{subset}/{split}-") and n.endswith(".parquet")]
+        if not wanted:
+            raise NanochatError(f"{repo_id} has no {subset}/{split}-*.parquet")
+        return [Path(hf_hub_download(repo_id, name, repo_type="dataset", cache_dir=cache)) for name in sorted(wanted)]
+    except NanochatError:
+        raise
+    except Exception as error:  # the hub library raises a dozen kinds, all with the same way out
+        reason = str(error).splitlines()[0][:200]
+        raise NanochatError(
+            f"{repo_id} could not be fetched from the hub ({reason}): check the network, or give a local folder with "
+            "--task-data"
+        ) from error

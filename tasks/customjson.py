@@ -1,0 +1,46 @@
+"""Conversations of your own, from a JSONL file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nanochat.common import NanochatError
+from tasks.common import Conversation, Task, read_jsonl
+
+
+class CustomJSON(Task):
+    """A conversation a line: a list of {"role", "content"}, or {"messages": that list}.
+
+    Every twentieth line is held out for "val". Raises NanochatError naming the line that is no conversation.
+    """
+
+    def __init__(self, path: Path, split: str = "train", **slicing: int) -> None:
+        super().__init__(**slicing)
+        rows = read_jsonl(Path(path))
+        if not rows:
+            raise NanochatError(f"{path} holds no conversation: add at least one line")
+        self.conversations = [_as_conversation(row, f"{path}, conversation {n}") for n, row in enumerate(rows, 1)]
+        if len(rows) > 1:
+            keep = (lambda n: n % 20 == 0) if split == "val" else (lambda n: n % 20 != 0)
+            self.conversations = [c for n, c in enumerate(self.conversations) if keep(n)]
+
+    def num_examples(self) -> int:
+        return len(self.conversations)
+
+    def get_example(self, index: int) -> Conversation:
+        return self.conversations[index]
+
+
+def _as_conversation(row: object, where: str) -> Conversation:
+    messages = row.get("messages") if isinstance(row, dict) else row
+    if not isinstance(messages, list) or len(messages) < 2:
+        raise NanochatError(f"{where} is not a list of at least two messages")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str | list) or "role" not in message:
+            raise NanochatError(f"{where} has a message without role and content")
+    expected = ["user", "assistant"]
+    turns = messages[1:] if messages[0]["role"] == "system" else messages
+    for i, message in enumerate(turns):
+        if message["role"] != expected[i % 2]:
+            raise NanochatError(f"{where}: message {i + 1} is from {message['role']!r}, not {expected[i % 2]!r}")
+    return {"messages": messages}

@@ -1,0 +1,54 @@
+"""GSM8K: grade-school maths, with calculator calls (openai/gsm8k, arXiv 2110.14168)."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tasks.common import Conversation, Task, load_rows
+
+NUM_VAL = 473  # questions at the end of the training split that are held out (a tenth of it at most)
+CALL = re.compile(r"<<([^=<>]+)=([^<>]+)>>")
+ANSWER = re.compile(r"####\s*\$?(-?[\d,]*\.?\d+)")
+
+
+class GSM8K(Task):
+    """Questions in words, whose answers end with "#### number"."""
+
+    def __init__(self, split: str, data_dir: Path | None = None, **slicing: int) -> None:
+        super().__init__(**slicing)
+        name = "test" if split == "test" else "train"
+        self.rows = load_rows(data_dir, [f"gsm8k/{name}.jsonl"], "openai/gsm8k", "main", name)
+        held_out = min(NUM_VAL, len(self.rows) // 10)
+        whole = {"train": (0, len(self.rows) - held_out), "val": (len(self.rows) - held_out, len(self.rows))}
+        self.first, self.end = whole.get(split, (0, len(self.rows)))
+
+    def num_examples(self) -> int:
+        return self.end - self.first
+
+    def get_example(self, index: int) -> Conversation:
+        row = self.rows[self.first + index]
+        parts: list[dict[str, str]] = []
+        # split() gives text, expression, result, text, expression, ...
+        pieces = CALL.split(row["answer"])
+        for text, expression, result in zip(pieces[::3], [*pieces[1::3], None], [*pieces[2::3], None], strict=True):
+            if text:
+                parts.append({"type": "text", "text": text})
+            if expression is not None:
+                parts.append({"type": "python", "text": expression})
+                parts.append({"type": "python_output", "text": result})
+        messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": parts}]
+        return {"messages": messages, "answer": extract_answer(row["answer"])}
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        answer = extract_answer(completion)
+        return answer is not None and answer == conversation["answer"]
+
+
+def extract_answer(text: str) -> str | None:
+    """The number behind the last ####, without commas and trailing zeros of a fraction; None if there is none."""
+    found = ANSWER.findall(text)
+    if not found:
+        return None
+    number = found[-1].replace(",", "")
+    return number.rstrip("0").rstrip(".") if "." in number else number

@@ -1,0 +1,36 @@
+"""MMLU: four-choice questions of 57 subjects (cais/mmlu, arXiv 2009.03300)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tasks.common import Conversation, Task, evaluate_letter, load_rows, multiple_choice
+
+# split: (subset on the hub, split on the hub, local files in order of preference)
+SPLITS = {
+    "train": ("auxiliary_train", "train", ["mmlu/auxiliary_train.jsonl", "mmlu/dev.jsonl"]),
+    "val": ("all", "validation", ["mmlu/validation.jsonl", "mmlu/dev.jsonl"]),
+    "test": ("all", "test", ["mmlu/test.jsonl"]),
+}
+
+
+class MMLU(Task):
+    """Trained on the auxiliary split, measured on the test split."""
+
+    eval_type = "categorical"
+
+    def __init__(self, split: str, data_dir: Path | None = None, **slicing: int) -> None:
+        super().__init__(**slicing)
+        subset, name, local = SPLITS[split]
+        self.rows = load_rows(data_dir, local, "cais/mmlu", subset, name)
+
+    def num_examples(self) -> int:
+        return len(self.rows)
+
+    def get_example(self, index: int) -> Conversation:
+        row = self.rows[index]
+        row = row.get("train", row)  # the auxiliary split wraps its rows once more
+        return {**multiple_choice(row["question"], row["choices"], row["answer"]), "subject": row["subject"]}
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return evaluate_letter(conversation, completion)

@@ -1,0 +1,94 @@
+"""Spelling words and counting their letters, by hand and with the calculator. Made from the builtin corpus's words."""
+
+from __future__ import annotations
+
+import functools
+import random
+import re
+from collections import Counter
+from pathlib import Path
+
+from nanochat.dataset import get_source
+from tasks.common import Conversation, Task
+
+NUM_WORDS = 10_000
+QUESTIONS = (
+    "How many {letter} are in {word}?", "How many {letter}s are in {word}?", "How many times does {letter} appear in {word}?",
+    "Count the letter {letter} in {word}.", "How many {letter} are there in the word {word}?", "Count the {letter} in {word}.",
+    'How many "{letter}" does "{word}" have?', "In {word}, how many {letter}?",
+)  # fmt: skip
+
+
+@functools.lru_cache
+def get_words() -> list[str]:
+    """Lowercase words of 3 to 12 letters of the builtin corpus, the most frequent first."""
+    counts = Counter(w for text in get_source("builtin").documents("train") for w in re.findall(r"\b[a-z]{3,12}\b", text))
+    frequent = [(-count, word) for word, count in counts.items() if count >= 3]
+    return [word for _, word in sorted(frequent)[:NUM_WORDS]]
+
+
+def _word(rng: random.Random, split: str) -> str:
+    """A word of the split: every tenth is only for testing."""
+    words = get_words()
+    while True:
+        index = rng.randrange(len(words))
+        if (index % 10 == 9) != (split == "train"):
+            return words[index]
+
+
+class SpellingBee(Task):
+    """How often a letter is in a word: the word is spelled out and counted, and the count checked by the calculator."""
+
+    def __init__(self, split: str, data_dir: Path | None = None, size: int | None = None, **slicing: int) -> None:
+        super().__init__(**slicing)
+        self.split = split
+        self.size = size or {"train": 20_000, "val": 200, "test": 256}[split]
+
+    def num_examples(self) -> int:
+        return self.size
+
+    def get_example(self, index: int) -> Conversation:
+        rng = random.Random(f"spellingbee {self.split} {index}")
+        word = _word(rng, self.split)
+        letter = rng.choice(word) if rng.random() < 0.9 else rng.choice("abcdefghijklmnopqrstuvwxyz")
+        count = word.count(letter)
+        lines, running = [], 0
+        for i, character in enumerate(word, 1):
+            running += character == letter
+            lines.append(f"{i}:{character}" + (f" hit! count={running}" if character == letter else ""))
+        parts = [
+            {"type": "text", "text": f"{word}:{','.join(word)}\n" + "\n".join(lines) + "\n"},
+            {"type": "python", "text": f"'{word}'.count('{letter}')"},
+            {"type": "python_output", "text": str(count)},
+            {"type": "text", "text": f"\n#### {count}"},
+        ]
+        question = rng.choice(QUESTIONS).format(letter=letter, word=word)
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": parts}]
+        return {"messages": messages, "answer": str(count)}
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        found = re.findall(r"####\s*(\d+)", completion)
+        return bool(found) and found[-1] == conversation["answer"]
+
+
+class SimpleSpelling(Task):
+    """Spelling a word, letter by letter."""
+
+    def __init__(self, split: str, data_dir: Path | None = None, size: int | None = None, **slicing: int) -> None:
+        super().__init__(**slicing)
+        self.split = split
+        self.size = size or {"train": 20_000, "val": 200, "test": 256}[split]
+
+    def num_examples(self) -> int:
+        return self.size
+
+    def get_example(self, index: int) -> Conversation:
+        word = _word(random.Random(f"simplespelling {self.split} {index}"), self.split)
+        messages = [
+            {"role": "user", "content": f"Spell the word: {word}"},
+            {"role": "assistant", "content": f"{word}:{','.join(word)}"},
+        ]
+        return {"messages": messages}
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return completion.strip() == conversation["messages"][-1]["content"]
