@@ -77,7 +77,8 @@ def run_command(main: Callable[[list[str] | None], int]) -> int:
     """
     debug = "--debug" in sys.argv or os.environ.get("NANOCHAT_DEBUG") == "1"
     argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logger.setLevel(logging.INFO)
     try:
         return main(argv)
     except KeyboardInterrupt:
