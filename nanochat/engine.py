@@ -6,6 +6,7 @@ A prompt is computed once and its cache copied to every sample; finished rows le
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from nanochat.common import NanochatError
+from nanochat.dataset import Source
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
 from nanochat.sampling import make_generators, sample
@@ -198,3 +200,15 @@ def trim_conversation(conversation: dict[str, Any], tokenizer: Tokenizer, max_to
             raise NanochatError(f"a message of {length} tokens does not fit the {max_tokens} that the context leaves for it")
         messages = messages[2:]
         dropped += 1
+
+
+def continue_openings(
+    engine: Engine, source: Source, num_samples: int = 4, max_tokens: int = 48, temperature: float = 0.0
+) -> list[dict[str, str]]:
+    """The first words of a few validation documents, and how the model goes on."""
+    tokenizer = engine.tokenizer
+    prompts = [" ".join(text.split()[:6]) for text in itertools.islice(source.documents("val"), num_samples)]
+    rows = engine.complete(
+        [tokenizer.encode(prompt, prepend="<|bos|>") for prompt in prompts], max_tokens=max_tokens, temperature=temperature
+    )
+    return [{"prompt": p, "text": tokenizer.decode(row.tokens)} for p, row in zip(prompts, rows, strict=True)]

@@ -10,6 +10,7 @@ import codecs
 import functools
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ class Tokenizer:
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
             raise NanochatError(f"--vocab-size {vocab_size} is too small: choose {smallest} or more")
+        logging.getLogger("rustbpe").setLevel(logging.WARNING)  # it reports every percent
         trainer = rustbpe.Tokenizer()
         trainer.train_from_iterator(iter(text_iterator), vocab_size - len(SPECIAL_TOKENS), pattern=pattern)
         tokens = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])]
@@ -219,6 +221,20 @@ class Tokenizer:
             messages.pop()
         ids, _ = self.render_conversation({"messages": messages}, max_tokens=1 << 30)
         return [*ids, self.special_ids["<|assistant_start|>"]]
+
+    def parse_parts(self, tokens: Iterable[int]) -> list[dict[str, str]]:
+        """The tokens of an answer as the parts of a message, so that tool calls survive into the next turn."""
+        kinds = {self.special_ids[markers[0]]: kind for kind, markers in PART_MARKERS.items()}
+        parts: list[dict[str, str]] = []
+        kind, piece = "text", []
+        for token in [*tokens, None]:
+            if token is None or self.is_special(token):
+                if piece:
+                    parts.append({"type": kind, "text": self.decode(piece)})
+                kind, piece = kinds.get(token, "text"), []
+            else:
+                piece.append(token)
+        return parts or [{"type": "text", "text": ""}]
 
     def visualize_tokenization(self, ids: list[int], mask: list[int], with_token_id: bool = False) -> str:
         """The tokens on a terminal, supervised ones green and the others red."""

@@ -14,7 +14,7 @@ from nanochat.common import compute_init, get_compute_dtype, print0, run_command
 from nanochat.compilation import keep_freed_memory
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import get_source
-from nanochat.engine import Engine
+from nanochat.engine import Engine, continue_openings
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.metrics import MetricsLog
 from nanochat.scaling import accumulation_steps, model_config, plan_horizon
@@ -118,12 +118,7 @@ def main(argv: list[str] | None = None) -> int:
         return {"val/bpb": evaluate_bpb(model, itertools.islice(batches, most), token_bytes)}
 
     def sample() -> list[dict[str, str]]:
-        """Continue the openings of a few validation documents."""
-        engine = Engine(model, tokenizer)
-        prompts = [" ".join(text.split()[:6]) for text in itertools.islice(source.documents("val"), 4)]
-        ids = [tokenizer.encode(prompt, prepend="<|bos|>") for prompt in prompts]
-        texts = [engine.generate_batch(tokens, 1, max_tokens=32, temperature=0)[0][0][len(tokens) :] for tokens in ids]
-        return [{"prompt": p, "text": tokenizer.decode(t)} for p, t in zip(prompts, texts, strict=True)]
+        return continue_openings(Engine(model, tokenizer), source)
 
     trainer = Trainer(
         model, optimizer, loader,

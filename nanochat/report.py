@@ -1,0 +1,267 @@
+"""The report card of a run: report.md and report.html in its directory. python -m nanochat.report [--model-tag TAG]
+
+Everything comes from what the stages left behind (settings.json, metrics.jsonl, eval.json), so an unfinished run has a
+report as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import psutil
+import torch
+
+from nanochat.checkpoint_manager import STAGES, get_run_dir, get_runs_dir
+from nanochat.common import NanochatError, atomic_write, run_command
+from nanochat.progress import format_seconds
+
+STAGE_TITLES = {"base": "Pretraining", "sft": "Supervised fine-tuning", "rl": "Reinforcement learning"}
+SHOWN_SETTINGS = (
+    "depth", "data", "tasks", "max_seq_len", "window_pattern", "num_iterations", "total_batch_size", "device_batch_size",
+    "num_params", "num_scaling_params", "flops_per_token", "matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay",
+    "device", "dtype", "world_size", "parent",
+)  # fmt: skip
+
+
+@dataclass
+class Section:
+    """A heading with any of: rows of a table, a picture (SVG and PNG), pairs of prompt and text."""
+
+    title: str
+    columns: list[str] = field(default_factory=list)
+    rows: list[list[str]] = field(default_factory=list)
+    plot: str | None = None  # file name below plots/, without suffix
+    samples: list[dict[str, str]] = field(default_factory=list)
+
+
+# ----------------------------------------------------------------------------- reading a run
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; what a resumed run did again replaces what it had done before."""
+    rows: list[dict[str, Any]] = []
+    if not path.exists():
+        return rows
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the line that a crash cut short
+        if "train/loss" in row:  # back in time: the run was resumed here
+            rows = [old for old in rows if old["step"] < row["step"]]
+        rows.append(row)
+    return rows
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def merge_eval(stage_dir: Path, step: int, results: dict[str, Any]) -> None:
+    """Add results to the stage's eval.json; results of another step are dropped."""
+    path = stage_dir / "eval.json"
+    old = _read_json(path)
+    merged = old if old.get("step") == step else {"step": step}
+    for key, value in results.items():
+        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
+    atomic_write(path, json.dumps(merged, indent=2))
+
+
+# ----------------------------------------------------------------------------- making the report
+
+
+def write_report(run_dir: Path) -> tuple[Path, Path]:
+    """Write report.md and report.html (self-contained) into a run's directory; returns their paths."""
+    sections = [_system_section()]
+    plots: dict[str, str] = {}
+    overview = Section("Stages", ["stage", "steps", "tokens", "time", "loss", "val bpb", "tokens/s", "MFU"])
+    sections.append(overview)
+    for stage in STAGES:
+        stage_dir = run_dir / stage
+        rows = read_metrics(stage_dir / "metrics.jsonl")
+        settings = _read_json(stage_dir / "settings.json")
+        if not settings:
+            continue
+        overview.rows.append(_overview_row(stage, rows))
+        sections.append(_settings_section(stage, settings))
+        if any("train/loss" in row for row in rows):
+            name = f"{stage}_curves"
+            plots[name] = _plot_curves(rows, run_dir / "plots" / name)
+            sections.append(Section(f"{STAGE_TITLES[stage]}: curves", plot=name))
+        sections += _evaluation_sections(stage, _read_json(stage_dir / "eval.json"), rows)
+    if not overview.rows:
+        raise NanochatError(f"{run_dir} holds no stage to report on: train one first")
+    context = {"title": f"nanochat: {run_dir.name}", "made": time.strftime("%Y-%m-%d %H:%M"), "sections": sections}
+    markdown, html = run_dir / "report.md", run_dir / "report.html"
+    loader = jinja2.PackageLoader("nanochat", "templates")
+    # Only the page is escaped: samples are whatever a model wrote.
+    for path, autoescape in ((markdown, False), (html, True)):
+        environment = jinja2.Environment(loader=loader, autoescape=autoescape, trim_blocks=True, lstrip_blocks=True)
+        environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
+        atomic_write(path, environment.get_template(path.name).render(context, plots=plots))
+    return markdown, html
+
+
+def _system_section() -> Section:
+    memory = psutil.virtual_memory().total / 2**30
+    rows = [
+        [
+            "System",
+            f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, PyTorch {torch.__version__}",
+        ],
+        ["Processor", f"{_cpu_name()}, {os.cpu_count()} cores, {memory:.0f} GiB"],
+    ]
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        rows.append(["GPU", ", ".join(names)])
+    if commit := _git_commit():
+        rows.append(["Code", commit])
+    return Section("Machine", ["", ""], rows)
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or "unknown"
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, "dirty" if it was changed since; None outside a checkout."""
+    try:
+        run = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() or None if run.returncode == 0 else None
+
+
+def _overview_row(stage: str, rows: list[dict[str, Any]]) -> list[str]:
+    train = [row for row in rows if "train/loss" in row]
+    val = [row["val/bpb"] for row in rows if "val/bpb" in row]
+    if not train:
+        return [STAGE_TITLES[stage], "0", *["-"] * 6]
+    last = train[-1]
+    speeds = sorted(row["train/tok_per_s"] for row in train)
+    shares = sorted(row["train/mfu"] for row in train)
+    return [
+        STAGE_TITLES[stage],
+        f"{last['step']:,}",
+        f"{last['train/tokens']:,}",
+        format_seconds(last["time_s"]),
+        f"{last['train/loss']:.4f}",
+        f"{val[-1]:.4f}" if val else "-",
+        f"{speeds[len(speeds) // 2]:,.0f}",
+        f"{shares[len(shares) // 2]:.1%}",
+    ]
+
+
+def _settings_section(stage: str, settings: dict[str, Any]) -> Section:
+    rows = [[key.replace("_", " "), _format(settings[key])] for key in SHOWN_SETTINGS if settings.get(key) is not None]
+    return Section(f"{STAGE_TITLES[stage]}: settings", ["", ""], rows)
+
+
+def _format(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _evaluation_sections(stage: str, results: dict[str, Any], rows: list[dict[str, Any]]) -> list[Section]:
+    sections = []
+    table = [[f"bits per byte, {split}", f"{value:.4f}", "", ""] for split, value in results.get("bpb", {}).items()]
+    for name, task in results.get("tasks", {}).items():
+        interval = f"{task['low']:.1%} to {task['high']:.1%}"
+        table.append([name, f"{task['accuracy']:.1%}", interval, f"{task['n']:,}"])
+    if table:
+        sections.append(Section(f"{STAGE_TITLES[stage]}: evaluation", ["", "", "95% interval", "problems"], table))
+    samples = list(results.get("samples", []))
+    for examples in results.get("examples", {}).values():
+        samples += [{"prompt": e["question"], "text": e["answer"]} for e in examples[:3]]
+    if not samples:
+        logged = [row for row in rows if "sample/text" in row]
+        newest = [row for row in logged if row["step"] == logged[-1]["step"]]
+        samples = [{"prompt": row["sample/prompt"], "text": row["sample/text"]} for row in newest]
+    if samples:
+        sections.append(Section(f"{STAGE_TITLES[stage]}: samples", samples=samples))
+    return sections
+
+
+# ----------------------------------------------------------------------------- pictures
+
+
+def _plot_curves(rows: list[dict[str, Any]], path: Path) -> str:
+    """Loss and validation bits per byte over steps: written as PNG, returned as SVG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    train = [row for row in rows if row.get("train/loss") is not None]
+    val = [row for row in rows if row.get("val/bpb") is not None]
+    figure, axes = plt.subplots(1, 2 if val else 1, figsize=(9 if val else 5, 3.2), layout="constrained", squeeze=False)
+    loss = axes[0][0]
+    steps, values = [row["step"] for row in train], [row["train/loss"] for row in train]
+    loss.plot(steps, values, color="#9db8d9", linewidth=0.8)
+    loss.plot(steps, smooth(values), color="#2b5c9e", linewidth=1.6)
+    loss.set(title="training loss (nats per token)", xlabel="step")
+    if val:
+        steps, values = [row["step"] for row in val], [row["val/bpb"] for row in val]
+        axes[0][1].plot(steps, values, color="#b5532a", marker="o", markersize=3.5)
+        axes[0][1].annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), textcoords="offset points", xytext=(-6, 8))
+        axes[0][1].set(title="validation bits per byte", xlabel="step")
+    for axis in axes[0]:
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path.with_suffix(".png"), dpi=150)
+    svg = io.StringIO()
+    figure.savefig(svg, format="svg")
+    plt.close(figure)
+    text = svg.getvalue()
+    return text[text.index("<svg") :]
+
+
+def smooth(values: list[float], decay: float = 0.95) -> list[float]:
+    """An exponential mean of the values so far, without a bias towards the first."""
+    mean, weight, result = 0.0, 0.0, []
+    for value in values:
+        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
+        result.append(mean / weight)
+    return result
+
+
+def find_newest_run() -> str:
+    """The run that was written to last. Raises NanochatError if there is none."""
+    runs = [path for path in get_runs_dir().glob("*") if any((path / stage / "settings.json").exists() for stage in STAGES)]
+    if not runs:
+        raise NanochatError(f"no run in {get_runs_dir()}: make one with python -m scripts.base_train")
+    stamps = {run: max(p.stat().st_mtime for stage in STAGES for p in run.glob(f"{stage}/*.json*")) for run in runs}
+    return max(runs, key=stamps.__getitem__).name
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Write the report of a run.")
+    parser.add_argument("command", nargs="?", default="generate", choices=("generate",))
+    parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest)")
+    args = parser.parse_args(argv)
+    for path in write_report(get_run_dir(args.model_tag or find_newest_run())):
+        print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,73 @@
+"""Measure a base model: python -m scripts.base_eval --eval bpb,sample."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+
+from rich.console import Console
+from rich.table import Table
+
+from nanochat.checkpoint_manager import get_stage_dir, load_model
+from nanochat.common import NanochatError, compute_init, run_command
+from nanochat.dataloader import TokenLoader
+from nanochat.dataset import get_source
+from nanochat.engine import Engine, continue_openings
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.report import merge_eval
+
+KINDS = ("bpb", "sample")
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure a base model.")
+    parser.add_argument("--eval", default="bpb,sample", metavar="KIND,...", help=f"of {', '.join(KINDS)}")
+    parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest)")
+    parser.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
+    parser.add_argument("--data", default=None, metavar="NAME|PATH", help="text to measure on (default: the run's own)")
+    parser.add_argument("--split-tokens", type=int, default=-1, help="tokens of each split (-1: 2^20, or all)")
+    parser.add_argument("--device-batch-size", type=int, default=-1, metavar="ROWS")
+    parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    kinds = args.eval.split(",")
+    if unknown := set(kinds) - set(KINDS):
+        raise NanochatError(f"--eval {', '.join(sorted(unknown))} is not measured here: choose from {', '.join(KINDS)}")
+    _, rank, _, world_size, device = compute_init(args.device_type)
+    model, tokenizer, meta = load_model("base", device, "eval", args.model_tag, args.step)
+    source = get_source(args.data or meta["settings"]["data"])
+    T = model.config.sequence_len
+    rows = args.device_batch_size if args.device_batch_size > 0 else max(1, 8192 // T)
+    most = max(1, (args.split_tokens if args.split_tokens > 0 else 2**20) // (rows * T * world_size))
+    results: dict[str, object] = {}
+    if "bpb" in kinds:
+        results["bpb"] = {}
+        for split in ("train", "val"):
+            loader = TokenLoader(source, tokenizer, rows, T, split, rank, world_size, device, loop=False)
+            with loader:
+                results["bpb"][split] = evaluate_bpb(model, itertools.islice(loader, most), tokenizer.get_token_bytes())
+    if "sample" in kinds:
+        results["samples"] = continue_openings(Engine(model, tokenizer), source, temperature=0.7)
+    if rank == 0:
+        merge_eval(get_stage_dir(meta["tag"], "base"), meta["step"], results)
+        show(results)
+    return 0
+
+
+def show(results: dict[str, object]) -> None:
+    console = Console()
+    if "bpb" in results:
+        table = Table("split", "bits per byte")
+        for split, value in results["bpb"].items():
+            table.add_row(split, f"{value:.4f}")
+        console.print(table)
+    for sample in results.get("samples", []):
+        console.print(f"{sample['prompt']!r} -> {sample['text']!r}", markup=False)  # a sample may look like markup
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,106 @@
+"""Talk to a model in the terminal: python -m scripts.chat_cli, or one answer with -p "Who are you?"."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import NanochatError, compute_init, run_command
+from nanochat.engine import Engine, trim_conversation
+from nanochat.tokenizer import IncrementalDecoder
+
+HELP = "Type a message; 'clear' begins anew, 'quit' leaves, Ctrl-C stops an answer."
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Talk to a model.")
+    parser.add_argument("-i", "--source", default="sft", choices=("base", "sft", "rl"), help="stage of the model")
+    parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest with that stage)")
+    parser.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
+    parser.add_argument("-p", "--prompt", default=None, help="answer this and leave")
+    parser.add_argument("-t", "--temperature", type=float, default=0.6, help="0: always the likeliest token")
+    parser.add_argument("-k", "--top-k", type=int, default=50, help="sample from the k likeliest tokens (0: from all)")
+    parser.add_argument("-m", "--max-tokens", type=int, default=256, help="length of an answer at most")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    *_, device = compute_init(args.device_type, args.seed)
+    model, tokenizer, meta = load_model(args.source, device, "eval", args.model_tag, args.step)
+    chat = Chat(Engine(model, tokenizer), args)
+    if args.prompt is not None:
+        chat.answer(args.prompt)
+        return 0
+    print(f"nanochat {meta['tag']} ({args.source}, step {meta['step']}). {HELP}")
+    while True:
+        try:
+            text = input("\nYou: ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return 0
+        if text.lower() in ("quit", "exit"):
+            return 0
+        if text.lower() == "clear":
+            chat.messages.clear()
+            print("A new conversation.")
+        elif text:
+            print("nanochat: ", end="", flush=True)
+            try:
+                chat.answer(text)
+            except NanochatError as error:  # too long a message is no reason to lose the conversation
+                print(error)
+
+
+class Chat:
+    """A conversation that goes on: what was said, and how to go on from it."""
+
+    def __init__(self, engine: Engine, args: argparse.Namespace) -> None:
+        self.engine, self.args, self.tokenizer = engine, args, engine.tokenizer
+        self.messages: list[dict[str, Any]] = []
+        self.color = sys.stdout.isatty()
+
+    def answer(self, text: str) -> None:
+        """Print the model's answer as it comes, and remember both sides."""
+        if self.args.source == "base":  # knows no turns: it continues the text
+            self._stream(self.tokenizer.encode(text, prepend="<|bos|>"))
+            return
+        room = self.engine.model.config.sequence_len
+        reserve = min(self.args.max_tokens, room // 4)
+        asked = [*self.messages, {"role": "user", "content": text}]
+        conversation, dropped = trim_conversation({"messages": asked}, self.tokenizer, room - reserve)
+        if dropped:
+            print(f"(the conversation is long: its oldest {dropped} turns are forgotten)")
+        tokens = self._stream(self.tokenizer.render_for_completion(conversation))
+        self.messages = [*conversation["messages"], {"role": "assistant", "content": self.tokenizer.parse_parts(tokens)}]
+
+    def _stream(self, prompt: list[int]) -> list[int]:
+        """Generate from a prompt, printing whole characters; returns the answer's tokens."""
+        decoder = IncrementalDecoder(self.tokenizer)
+        tokens: list[int] = []
+        special = self.tokenizer.encode_special
+        starts = {special("<|python_start|>"), special("<|output_start|>")}
+        ends = {special("<|python_end|>"), special("<|output_end|>")}
+        settings = {"max_tokens": self.args.max_tokens, "temperature": self.args.temperature}
+        stream = self.engine.generate(prompt, 1, top_k=self.args.top_k, seed=self.args.seed, **settings)
+        try:
+            for (token,), _ in stream:
+                if token in self.engine.stop_ids:
+                    break
+                tokens.append(token)
+                if self.color and token in starts | ends:
+                    print(DIM + "[" if token in starts else "]" + PLAIN + " ", end="")
+                print(decoder.feed(token), end="", flush=True)
+        except KeyboardInterrupt:
+            print(" (stopped)", end="")
+        print(decoder.flush() + (PLAIN if self.color else ""), flush=True)
+        return tokens
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
