@@ -4,7 +4,8 @@ The rules are anchored at a depth of 12 with a batch of 2^19 tokens, where the p
 optim.OptimizerSettings were tuned, and carried to other sizes by
 
 - batch size proportional to (training tokens)^0.383 (Power Lines, arXiv 2505.13738),
-- learning rates proportional to (batch size)^1/2,
+- learning rates proportional to (batch size)^1/6: the square root that is often given starves small batches here
+  (dev/LOG.md, "Learning rates at a small batch"),
 - weight decay proportional to (batch size)^1/2 / (training tokens), which keeps the decay's time scale a constant
   share of the run (arXiv 2405.13698).
 """
@@ -23,6 +24,7 @@ REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19
 TOKENS_PER_PARAM = 12.0  # training tokens for each scaling parameter
 BATCH_EXPONENT = 0.383
+LR_BATCH_EXPONENT = 1 / 6
 
 
 def model_config(
@@ -99,8 +101,13 @@ def plan_horizon(
             num_iterations = round(target_tokens / total_batch_size)
         else:
             raise NanochatError("no horizon: give --num-iterations, --target-flops or --target-param-data-ratio above 0")
-    batch_scale = (total_batch_size / REFERENCE_BATCH) ** 0.5
-    return Horizon(max(1, num_iterations), total_batch_size, batch_scale, batch_scale * reference_tokens / target_tokens)
+    decay_scale = (total_batch_size / REFERENCE_BATCH) ** 0.5 * reference_tokens / target_tokens
+    return Horizon(max(1, num_iterations), total_batch_size, learning_rate_scale(total_batch_size), decay_scale)
+
+
+def learning_rate_scale(total_batch_size: int) -> float:
+    """What to multiply the peak learning rates by for a batch of so many tokens."""
+    return (total_batch_size / REFERENCE_BATCH) ** LR_BATCH_EXPONENT
 
 
 def accumulation_steps(total_batch_size: int, device_batch_size: int, sequence_len: int, world_size: int) -> int:

@@ -18,7 +18,7 @@ from nanochat.conversation_loader import ConversationLoader, estimate_tokens
 from nanochat.engine import Engine
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.metrics import MetricsLog
-from nanochat.scaling import REFERENCE_BATCH, accumulation_steps
+from nanochat.scaling import accumulation_steps, learning_rate_scale
 from nanochat.stage import (
     add_training_arguments,
     choose_device_batch_size,
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     print0(f"fine-tuning {stage.tag}: {len(train_task):,} conversations, {num_iterations:,} steps")
 
     # The parts
-    scale = args.init_lr_frac * (total_batch_size / REFERENCE_BATCH) ** 0.5
+    scale = args.init_lr_frac * learning_rate_scale(total_batch_size)
     optimizer = model.setup_optimizer(
         matrix_lr=args.matrix_lr * scale, embedding_lr=args.embedding_lr * scale,
         unembedding_lr=args.unembedding_lr * scale, scalar_lr=args.scalar_lr * scale, weight_decay=args.weight_decay,

@@ -1,12 +1,21 @@
-"""Fixtures that every test may use: a base directory of its own, the real data, and one tiny trained model."""
+"""Fixtures that every test may use: a base directory of its own, the real data, and one tiny trained run."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from nanochat.common import test_data_dir
+from nanochat.tokenizer import Tokenizer
+from tests.helpers import make_document, write_corpus
+
+TINY_TRAINING = [
+    "--depth=2", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=128", "--total-batch-size=512",
+    "--num-iterations=6", "--device-type=cpu", "--no-compile", "--eval-tokens=512", "--sample-every=-1",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -24,3 +33,42 @@ def real_data() -> Path:
     if path is None:
         pytest.skip("real data is absent: set NANOCHAT_TEST_DATA to its folder")
     return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """512 tokens learned from the small grammar."""
+    return Tokenizer.train((make_document(seed) for seed in range(300)), 400)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def _tiny_base_dir(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer: Tokenizer) -> Path:
+    """A base directory with a tokenizer and a run "tiny" of which base and sft are done."""
+    from scripts import base_train, chat_sft
+
+    directory = tmp_path_factory.mktemp("tiny")
+    before = os.environ.get("NANOCHAT_BASE_DIR")
+    os.environ["NANOCHAT_BASE_DIR"] = str(directory)
+    try:
+        tokenizer.save(directory / "tokenizers" / "default")
+        assert base_train.main([*TINY_TRAINING, "--data", str(corpus), "--model-tag=tiny", "--save-every=3"]) == 0
+        sft = ["--tasks=Arithmetic:60,Identity:40", "--num-iterations=4", "--no-compile", "--device-type=cpu"]
+        assert chat_sft.main([*sft, "--model-tag=tiny", "--eval-tokens=512", "--save-every=2"]) == 0
+    finally:
+        if before is None:
+            del os.environ["NANOCHAT_BASE_DIR"]
+        else:
+            os.environ["NANOCHAT_BASE_DIR"] = before
+    return directory
+
+
+@pytest.fixture
+def tiny_run(_tiny_base_dir: Path, base_dir: Path) -> Path:
+    """A copy of the tiny run in this test's base directory; returns the run's directory."""
+    shutil.copytree(_tiny_base_dir, base_dir, dirs_exist_ok=True)
+    return base_dir / "runs" / "tiny"

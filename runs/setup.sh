@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Makes .venv beside this checkout and installs nanochat into it: bash runs/setup.sh [dev|wandb|tensorboard ...]
+# With uv when it is there and its network allows, else python -m venv and pip. Run again, it does nothing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+say() { printf 'setup: %s\n' "$*"; }
+fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
+
+if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then device=gpu; else device=cpu; fi
+extras="$device"
+for extra in "$@"; do extras="$extras,$extra"; done
+
+stamp=.venv/.nanochat-installed
+wanted="$extras $(cksum <pyproject.toml)"
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
+# What is installed with more extras serves one that asks for fewer.
+if [ $# -eq 0 ] && [ -f "$stamp" ] && [ "$(sed 's/^[^ ]* //' "$stamp")" = "$(cksum <pyproject.toml)" ]; then exit 0; fi
+
+find_python() {
+    local candidate
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10 python; do
+        if command -v "$candidate" >/dev/null 2>&1 \
+            && "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info)' 2>/dev/null; then
+            printf '%s' "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.10 or later is needed, and none was found: install it from python.org or your system's packages"
+}
+
+# Runs a command with its output hidden; shows the end of it if the command fails.
+quietly() {
+    local log status=0
+    log=$(mktemp)
+    "$@" >"$log" 2>&1 || status=$?
+    [ "$status" -eq 0 ] || tail -n 15 "$log" >&2
+    rm -f "$log"
+    return "$status"
+}
+
+install_with_uv() {
+    if [ -n "${PIP_FIND_LINKS:-}" ]; then export UV_FIND_LINKS="${UV_FIND_LINKS:-$PIP_FIND_LINKS}"; fi
+    say "installing with uv ($extras); a first time takes some minutes"
+    quietly uv venv --quiet --allow-existing .venv && quietly uv pip install --python .venv --quiet -e ".[$extras]"
+}
+
+install_with_pip() {
+    local python pip
+    python=$(find_python)
+    [ -x .venv/bin/python ] && .venv/bin/python -m pip --version >/dev/null 2>&1 || rm -rf .venv
+    [ -d .venv ] || quietly "$python" -m venv .venv \
+        || fail "python -m venv failed: on Debian and Ubuntu, apt-get install python3-venv"
+    pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+    if [ "$device" = cpu ] && [ "$(uname -s)" = Linux ] && [ -z "${PIP_FIND_LINKS:-}" ]; then
+        # PyPI's build for Linux brings gigabytes of CUDA along; PyTorch's own index has one without.
+        say "installing PyTorch for the CPU"
+        quietly "${pip[@]}" --timeout 20 --retries 1 "torch==2.13.0" --index-url https://download.pytorch.org/whl/cpu \
+            || say "PyTorch's index cannot be reached: taking the build that pip finds"
+    fi
+    say "installing with pip ($extras); a first time takes some minutes"
+    quietly "${pip[@]}" -e ".[$extras]" || fail "the installation failed: the reason stands above"
+}
+
+if command -v uv >/dev/null 2>&1; then
+    install_with_uv || { say "uv did not succeed: using pip"; install_with_pip; }
+else
+    install_with_pip
+fi
+printf '%s' "$wanted" >"$stamp"
+say "done: source .venv/bin/activate"

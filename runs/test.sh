@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Installs what the tests need and runs them: bash runs/test.sh [arguments of pytest], for example -m "not slow"
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash runs/setup.sh dev
+# Tests run side by side, each process with one thread.
+export OMP_NUM_THREADS=1
+exec .venv/bin/python -m pytest -n "$(getconf _NPROCESSORS_ONLN)" "$@"

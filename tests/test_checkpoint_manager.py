@@ -1,0 +1,145 @@
+"""Checkpoints: whole or invisible, verified, chosen as told."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat import checkpoint_manager
+from nanochat.checkpoint_manager import (
+    CheckpointError,
+    find_run,
+    get_run_dir,
+    list_steps,
+    load_checkpoint,
+    load_model,
+    newest_valid_step,
+    save_checkpoint,
+    step_dir,
+)
+from nanochat.common import NanochatError
+from nanochat.tokenizer import Tokenizer
+
+STATE = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
+
+
+@pytest.fixture
+def stage_dir(base_dir: Path) -> Path:
+    return base_dir / "runs" / "r" / "base"
+
+
+def test_what_is_saved_is_loaded(stage_dir: Path) -> None:
+    save_checkpoint(stage_dir, 5, STATE, {"m": torch.zeros(2)}, {"note": "x"})
+    model, optimizer, meta = load_checkpoint(stage_dir, 5, load_optimizer=True)
+    assert all(torch.equal(model[name], tensor) for name, tensor in STATE.items())
+    assert torch.equal(optimizer["m"], torch.zeros(2))
+    assert (meta["note"], meta["step"]) == ("x", 5)
+    assert load_checkpoint(stage_dir, 5)[1] is None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optim.safetensors", "meta.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "tear", "remove"])
+def test_damage_is_found_and_the_step_before_is_used(stage_dir: Path, name: str, damage: str) -> None:
+    for step in (1, 2):
+        save_checkpoint(stage_dir, step, STATE, STATE, {"note": "x"})
+    path = step_dir(stage_dir, 2) / name
+    content = bytearray(path.read_bytes())
+    if damage == "remove":
+        path.unlink()
+    else:
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    if not (name == "manifest.json" and damage == "flip"):  # a flipped digit in the manifest may hit a time stamp
+        with pytest.raises(CheckpointError):
+            load_checkpoint(stage_dir, 2, load_optimizer=True)
+        step, skipped = newest_valid_step(stage_dir)
+        assert step == 1
+        assert len(skipped) == (0 if name == "manifest.json" and damage == "remove" else 1)
+
+
+@pytest.mark.parametrize("failing", ["_save_tensors", "_write_json", "_sha256", "_flush_to_disk"])
+def test_a_failure_at_any_stage_leaves_what_was_there(stage_dir: Path, failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_checkpoint(stage_dir, 1, STATE, None, {"note": "old"})
+
+    def fail(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+
+    monkeypatch.setattr(checkpoint_manager, failing, fail)
+    for step in (1, 2):
+        with pytest.raises(OSError, match="No space"):
+            save_checkpoint(stage_dir, step, STATE, None, {"note": "new"})
+    monkeypatch.undo()
+    assert list_steps(stage_dir) == [1]
+    assert load_checkpoint(stage_dir, 1)[2]["note"] == "old"
+    assert [path.name for path in stage_dir.iterdir()] == ["step_000001"]
+
+
+def test_a_full_disk_is_an_oserror(stage_dir: Path) -> None:
+    """safetensors has an error of its own for it; ours is the system's, with its number."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full here")
+    with pytest.raises(OSError) as error:
+        checkpoint_manager._save_tensors(STATE, Path("/dev/full/x"))
+    assert error.value.errno
+
+
+def test_saving_a_step_again_replaces_it(stage_dir: Path) -> None:
+    for note in ("one", "two"):
+        save_checkpoint(stage_dir, 1, STATE, None, {"note": note})
+    assert load_checkpoint(stage_dir, 1)[2]["note"] == "two"
+    assert [path.name for path in stage_dir.iterdir()] == ["step_000001"]
+
+
+def test_the_newest_run_is_chosen_not_the_largest(tiny_run: Path) -> None:
+    other = get_run_dir("d99")
+    shutil.copytree(tiny_run, other)
+    assert find_run("base", "tiny") == "tiny"
+    for run, created in ((tiny_run, 2.0), (other, 1.0)):
+        manifest = step_dir(run / "base", 6) / "manifest.json"
+        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "created": created}))
+    assert find_run("base") == "tiny"
+    assert load_model("base", "cpu", "eval")[2]["tag"] == "tiny"
+
+
+def test_what_is_absent_is_named_with_what_there_is(tiny_run: Path) -> None:
+    with pytest.raises(CheckpointError, match="'nope' has no base checkpoint.*runs with one: tiny"):
+        load_model("base", "cpu", "eval", "nope")
+    with pytest.raises(CheckpointError, match="no rl checkpoint.*scripts.chat_rl"):
+        load_model("rl", "cpu", "eval")
+    with pytest.raises(CheckpointError, match="steps there: 3, 6"):
+        load_model("base", "cpu", "eval", "tiny", step=5)
+    with pytest.raises(NanochatError, match="not a plain name"):
+        load_model("base", "cpu", "eval", "../etc")
+    with pytest.raises(NanochatError, match="choose one of base, sft, rl"):
+        load_model("best", "cpu", "eval", "tiny")
+
+
+def test_a_changed_tokenizer_is_noticed(tiny_run: Path) -> None:
+    Tokenizer([bytes([i]) for i in range(256)]).save(tiny_run)
+    with pytest.raises(CheckpointError, match="is not the one"):
+        load_model("base", "cpu", "eval", "tiny")
+
+
+def test_weights_of_another_shape_are_refused(tiny_run: Path) -> None:
+    _, _, meta = load_checkpoint(tiny_run / "base", 6)
+    with pytest.raises(CheckpointError, match="do not fit"):
+        checkpoint_manager.build_model(meta["model_config"], STATE, "cpu")
+
+
+def test_lineage_is_stored(tiny_run: Path) -> None:
+    meta = load_checkpoint(tiny_run / "sft", 4)[2]
+    assert meta["parent"] == {"stage": "base", "step": 6}
+
+
+def test_a_newer_format_is_refused(stage_dir: Path) -> None:
+    save_checkpoint(stage_dir, 1, STATE, None, {})
+    manifest = step_dir(stage_dir, 1) / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "version": 99}))
+    with pytest.raises(CheckpointError, match="update it"):
+        load_checkpoint(stage_dir, 1)

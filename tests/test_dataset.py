@@ -1,0 +1,251 @@
+"""Sources: splits, files of every kind, bad files, downloads."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import itertools
+import json
+import threading
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat import dataset
+from nanochat.builtin_corpus import clean, first_sentence
+from nanochat.common import NanochatError
+from nanochat.dataset import HubRepository, get_source
+from tests.helpers import make_document
+
+DOCUMENTS = [make_document(seed) for seed in range(100)]
+
+
+def _write(path: Path, documents: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"text": documents}), path, row_group_size=7)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents), encoding="utf-8")
+    else:
+        path.write_text("\n\n".join(documents), encoding="utf-8")
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_a_file_named_for_validation_is_the_validation_split(tmp_path: Path, suffix: str) -> None:
+    _write(tmp_path / f"a{suffix}", DOCUMENTS[:50])
+    _write(tmp_path / f"b{suffix}", DOCUMENTS[50:90])
+    _write(tmp_path / f"shard_val{suffix}", DOCUMENTS[90:])
+    source = get_source(str(tmp_path))
+    assert list(source.documents("train")) == DOCUMENTS[:90]
+    assert list(source.documents("val")) == DOCUMENTS[90:]
+
+
+def test_without_one_a_hash_splits_and_nothing_is_in_both(tmp_path: Path) -> None:
+    _write(tmp_path / "all.jsonl", DOCUMENTS)
+    source = get_source(str(tmp_path / "*.jsonl"))
+    train, val = list(source.documents("train")), list(source.documents("val"))
+    assert val
+    assert sorted(train + val) == sorted(DOCUMENTS)
+    assert not set(train) & set(val)
+    _write(tmp_path / "all.jsonl", DOCUMENTS[::-1])  # the order of the file does not matter
+    assert set(get_source(str(tmp_path)).documents("val")) == set(val)
+
+
+def test_text_files_become_documents(tmp_path: Path) -> None:
+    _write(tmp_path / "book.txt", DOCUMENTS)
+    source = get_source(str(tmp_path / "book.txt"))
+    documents = [*source.documents("train"), *source.documents("val")]
+    assert 5 < len(documents) < 100
+    assert sum(len(d.split()) for d in documents) == sum(len(d.split()) for d in DOCUMENTS)
+
+
+def test_ranks_share_the_documents(tmp_path: Path) -> None:
+    _write(tmp_path / "train.jsonl", DOCUMENTS)
+    _write(tmp_path / "val.jsonl", DOCUMENTS[:3])
+    source = get_source(str(tmp_path))
+    parts = [list(source.documents("train", rank, 3)) for rank in range(3)]
+    assert sorted(itertools.chain(*parts)) == sorted(DOCUMENTS)
+    assert list(source.documents("train", 5, 1)) == DOCUMENTS[5:]
+
+
+def test_bad_data_is_named(tmp_path: Path) -> None:
+    with pytest.raises(NanochatError, match="neither builtin"):
+        get_source(str(tmp_path / "nothing"))
+    (tmp_path / "image.png").write_bytes(b"x")
+    with pytest.raises(NanochatError, match="holds no"):
+        get_source(str(tmp_path))
+    (tmp_path / "empty.txt").touch()
+    with pytest.raises(NanochatError, match=r"empty\.txt is empty"):
+        get_source(str(tmp_path))
+    (tmp_path / "empty.txt").unlink()
+    _write(tmp_path / "a.parquet", DOCUMENTS)
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-100])
+    with pytest.raises(NanochatError, match=r"b\.parquet cannot be read"):
+        list(get_source(str(tmp_path)).documents("train"))
+    (tmp_path / "b.parquet").unlink()
+    pq.write_table(pa.table({"words": ["x"]}), tmp_path / "c.parquet")
+    with pytest.raises(NanochatError, match="no column text"):
+        list(get_source(str(tmp_path / "c.parquet")).documents("train"))
+    (tmp_path / "d.jsonl").write_text('{"text": "good"}\n{"text": \n', encoding="utf-8")
+    with pytest.raises(NanochatError, match="line 2"):
+        list(get_source(str(tmp_path / "d.jsonl")).documents("train"))
+    (tmp_path / "e.txt").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(NanochatError, match=r"e\.txt cannot be read"):
+        list(get_source(str(tmp_path / "e.txt")).documents("train"))
+
+
+def test_real_pretraining_data(real_data: Path) -> None:
+    source = get_source(str(real_data / "pretrain"))
+    assert [path.name for path in source.val_files] == ["shard_val.parquet"]
+    assert sum(1 for _ in source.documents("val")) == 162
+
+
+# ----------------------------------------------------------------------------- the builtin corpus
+
+
+def test_cleaning_keeps_prose_and_drops_the_rest() -> None:
+    docstring = """Return the larger of the two values that were given to this function.
+
+        It is used by the scheduler, and should not be called from any other place in the program.
+
+        >>> larger(1, 2)
+        2
+
+        :param a: the first value of the two
+        ======  =====
+        a       b
+        """
+    text = clean(docstring)
+    assert text.startswith("Return the larger")
+    assert "scheduler" in text
+    assert ">>>" not in text
+    assert "param" not in text
+    assert clean("x = 1") == ""
+
+
+def test_first_sentence() -> None:
+    assert first_sentence("Return a copy of the list.\n\nMore.") == "Return a copy of the list."
+    assert first_sentence("f(x) -> y. Strange.") == ""
+
+
+@pytest.mark.slow
+def test_harvest_is_stable_and_split(base_dir: Path) -> None:
+    source = get_source("builtin")
+    train, val = set(source.documents("train")), set(source.documents("val"))
+    assert sum(map(len, train)) > 1_000_000
+    assert val
+    assert not train & val
+    before = (source.directory / "manifest.json").read_bytes()
+    get_source("builtin")
+    assert (source.directory / "manifest.json").read_bytes() == before  # cached
+    (source.directory / "train.parquet").write_bytes(b"damaged")
+    assert set(get_source("builtin").documents("train")) == train
+
+
+# ----------------------------------------------------------------------------- downloading
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """The part of the hub's file protocol that huggingface_hub uses; `files` and `cut` are set by the test."""
+
+    files: dict[str, bytes]
+    cut: dict[str, int]
+    requests: list[str]
+
+    def do_HEAD(self) -> None:
+        self._answer(False)
+
+    def do_GET(self) -> None:
+        self._answer(True)
+
+    def _answer(self, with_body: bool) -> None:
+        name = self.path.split("?")[0].rsplit("/", 1)[-1]
+        self.requests.append(f"{self.command} {name} {self.headers.get('Range', '')}".strip())
+        body = self.files.get(name)
+        if body is None:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        begin = int(self.headers["Range"].removeprefix("bytes=").split("-")[0]) if "Range" in self.headers else 0
+        self.send_response(206 if begin else 200)
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(len(body) - begin))
+        if begin:
+            self.send_header("Content-Range", f"bytes {begin}-{len(body) - 1}/{len(body)}")
+        self.end_headers()
+        if with_body:
+            end = self.cut.pop(name, len(body))
+            self.wfile.write(body[begin:end])
+
+    def log_message(self, *arguments: object) -> None:
+        """Tests are quiet."""
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A local server in the hub's layout with three shards, and the data set "local" that lives there."""
+    files = {}
+    for i in range(3):
+        path = tmp_path / "made" / f"shard_{i:05d}.parquet"
+        _write(path, DOCUMENTS[i * 30 : i * 30 + 30])
+        files[path.name] = path.read_bytes()
+    handler = type("Handler", (_Hub,), {"files": files, "cut": {}, "requests": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_port}"
+    import huggingface_hub
+
+    original = huggingface_hub.hf_hub_download
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *args, **kwargs: original(*args, endpoint=endpoint, **kwargs)
+    )
+    monkeypatch.setitem(dataset.HUB_REPOSITORIES, "local", HubRepository("someone/texts", 3))
+    monkeypatch.setitem(dataset.SOURCES, "local", dataset.HubSource)
+    yield handler
+    server.shutdown()
+    server.server_close()
+
+
+def test_download_then_read(hub) -> None:
+    with pytest.raises(NanochatError, match=r"python -m nanochat\.dataset --data local"):
+        get_source("local")
+    dataset.download("local", 2)
+    source = get_source("local")
+    assert list(source.documents("train")) == DOCUMENTS[:60]
+    assert list(source.documents("val")) == DOCUMENTS[60:90]  # the last shard, pinned by name
+    hub.requests.clear()
+    dataset.download("local", 2)
+    assert not hub.requests  # nothing is fetched twice
+
+
+def test_download_goes_on_after_a_cut(hub) -> None:
+    hub.cut["shard_00000.parquet"] = 500
+    try:
+        dataset.download("local", 1)
+    except NanochatError:  # whether the library retries by itself or not, the same command goes on
+        dataset.download("local", 1)
+    assert list(get_source("local").documents("train")) == DOCUMENTS[:30]
+
+
+def test_failed_download_is_an_error_and_leaves_nothing(hub) -> None:
+    hub.files.pop("shard_00001.parquet")
+    with pytest.raises(NanochatError, match="1 of 3 shards"):
+        dataset.download("local", 2)
+    assert len(list(get_source("local").documents("train"))) == 30  # what came is whole
+    hub.files["shard_00001.parquet"] = b"not parquet"
+    with pytest.raises(NanochatError, match="not a parquet file"):
+        dataset.download("local", 2)
+    assert not (dataset.get_base_dir() / "data" / "local" / "shard_00001.parquet").exists()
+
+
+def test_validation_shard_is_needed(hub) -> None:
+    dataset.download("local", 2)
+    (dataset.get_base_dir() / "data" / "local" / "shard_00002.parquet").unlink()
+    with pytest.raises(NanochatError, match=r"shard_00002\.parquet is missing"):
+        get_source("local")

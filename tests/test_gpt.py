@@ -1,0 +1,173 @@
+"""The model: cached equals full, causality, windows, initialization, counting; the loss equals the naive one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat import cross_entropy
+from nanochat.common import NanochatError
+from nanochat.cross_entropy import softcap, softcapped_cross_entropy
+from nanochat.flash_attention import QK_SCALE, plan_attention
+from nanochat.gpt import GPT, LOGIT_CAP, GPTConfig
+from nanochat.kv_cache import KVCache
+from tests.helpers import make_model
+
+
+@pytest.mark.parametrize("n_layer", [1, 2, 3])
+@pytest.mark.parametrize("n_kv_head", [1, 2])
+@pytest.mark.parametrize("chunks", [[300], [200, 100], [1] * 5 + [7, 150] + [1] * 138, [299, 1]])
+def test_cached_equals_full_past_the_window(n_layer: int, n_kv_head: int, chunks: list[int]) -> None:
+    model = make_model(n_layer=n_layer, n_kv_head=n_kv_head)  # the short window is 128 of 300 tokens
+    idx = torch.randint(300, (2, 300), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        full = model(idx)
+        cache = KVCache.for_model(model, 2)
+        parts = [model(part, kv_cache=cache) for part in idx.split(chunks, dim=1)]
+    assert cache.get_pos() == 300
+    torch.testing.assert_close(torch.cat(parts, dim=1), full, atol=2e-4, rtol=1e-4)
+
+
+def test_causal_and_windowed() -> None:
+    """A token is influenced by no later one and, in a model of windows only, by none beyond their reach."""
+    model = make_model(n_layer=2, window_pattern="SL")
+    idx = torch.randint(300, (1, 400))
+    changed = idx.clone()
+    changed[0, 200] = (changed[0, 200] + 1) % 300
+    with torch.no_grad():
+        difference = (model(idx) - model(changed)).abs().amax(dim=-1)[0]
+    assert difference[:200].max() == 0
+    assert difference[200:].min() > 0  # the last layer sees everything
+    plan = plan_attention(400, 128, torch.device("cpu"), torch.float32)
+    q, k, v = _attention_inputs(T=400)
+    moved = v.clone()
+    moved[:, 200] += 1
+    difference = (plan.attend(q, k, v, plan) - plan.attend(q, k, moved, plan)).abs().amax(dim=(0, 2, 3))
+    assert difference[:200].max() == 0
+    assert difference[200:329].min() > 0
+    assert difference[329:].max() == 0
+
+
+def _attention_inputs(T: int, kv_heads: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(T)
+    q, k, v = (torch.randn(2, T, h, 16, generator=generator) for h in (2, kv_heads, kv_heads))
+    q, k = (F.rms_norm(x, (16,)) * QK_SCALE for x in (q, k))
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+
+
+@pytest.mark.parametrize("T", [1, 5, 64, 100, 128, 129, 300])
+@pytest.mark.parametrize("window", [16, 64, 1000])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_attention_equals_naive_masked_softmax(T: int, window: int, kv_heads: int) -> None:
+    inputs = _attention_inputs(T, kv_heads)
+    plan = plan_attention(T, window, torch.device("cpu"), torch.float32)
+    result = plan.attend(*inputs, plan)
+    grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(1))
+    grads = torch.autograd.grad(result, inputs, grad)
+
+    q, k, v = (x.repeat_interleave(2 // x.size(2), dim=2).transpose(1, 2) for x in inputs)
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    scores = (q @ k.mT / 4).masked_fill((distance < 0) | (distance > window), float("-inf"))
+    expected = (scores.softmax(dim=-1) @ v).transpose(1, 2)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-4)
+    for mine, naive in zip(grads, torch.autograd.grad(expected, inputs, grad), strict=True):
+        torch.testing.assert_close(mine, naive, atol=1e-5, rtol=1e-4)
+
+
+def test_init_weights_sets_everything() -> None:
+    config = GPTConfig(sequence_len=64, vocab_size=100, n_layer=3, n_head=2, n_kv_head=1, n_embd=32)
+    models = []
+    for _ in range(2):
+        with torch.device("meta"):
+            model = GPT(config)
+        model.to_empty(device="cpu")
+        for tensor in model.state_dict().values():
+            tensor.fill_(float("nan"))
+        model.init_weights(seed=7)
+        models.append(model.state_dict())
+    for name, tensor in models[0].items():
+        assert not tensor.isnan().any(), f"{name} was left unset"
+        assert torch.equal(tensor, models[1][name]), f"{name} is not the same under the same seed"
+
+
+def test_first_loss_is_that_of_guessing() -> None:
+    model = GPT(GPTConfig(sequence_len=64, vocab_size=100, n_layer=2, n_head=2, n_kv_head=2, n_embd=32))
+    model.init_weights(0)
+    idx = torch.randint(100, (2, 64))
+    assert model(idx, idx).item() == pytest.approx(torch.tensor(100.0).log().item(), abs=0.01)
+
+
+def test_counts_by_hand() -> None:
+    config = GPTConfig(sequence_len=256, vocab_size=70, n_layer=2, n_head=2, n_kv_head=1, n_embd=16, window_pattern="SL")
+    model = GPT(config)
+    counts = model.num_scaling_params()
+    # The vocabulary is padded to 128; a block has q, k, v, o and an MLP of 4x; only the last layer has a value embedding.
+    block = 16 * 16 + 2 * 16 * 8 + 16 * 16 + 2 * 16 * 64
+    assert counts["wte"] == counts["lm_head"] == 128 * 16
+    assert counts["value_embeds"] == 128 * 8
+    assert counts["matrices"] == 2 * block + 16 * 1  # and its gate
+    assert counts["total"] == sum(p.numel() for p in model.parameters())
+    windowed = sum(min(t, 128) + 1 for t in range(256)) / 256
+    whole = (256 + 1) / 2
+    assert model.estimate_flops() == int(6 * counts["scaling"] + 12 * 16 * (windowed + whole))
+
+
+def test_config_refuses_what_cannot_be() -> None:
+    for bad in ({"n_embd": 100, "n_head": 3}, {"n_head": 4, "n_kv_head": 3}, {"window_pattern": "SX"}):
+        with pytest.raises(NanochatError):
+            GPTConfig(**bad)
+
+
+def test_padding_of_the_vocabulary_is_never_predicted() -> None:
+    model = make_model(vocab_size=70)
+    assert model.config.padded_vocab_size == 128
+    assert model(torch.randint(70, (1, 8))).shape == (1, 8, 70)
+
+
+def test_context_may_grow_beyond_the_trained_length() -> None:
+    model = make_model(sequence_len=64)
+    assert model(torch.randint(300, (1, 200))).isfinite().all()
+
+
+# ----------------------------------------------------------------------------- the loss
+
+
+def _naive(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
+    return F.cross_entropy(softcap(x @ weight.T, LOGIT_CAP), targets, ignore_index=-1, reduction=reduction)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("n", [1, 7, 200, 256])
+def test_loss_equals_naive(reduction: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * 50 * 64)  # chunks of 128, so that 200 makes a ragged one
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(n, 16, generator=generator, requires_grad=True)
+    weight = (2 * torch.randn(50, 16, generator=generator)).requires_grad_()
+    targets = torch.randint(-1, 50, (n,), generator=generator)
+    targets[0] = 3
+    result = softcapped_cross_entropy(x, weight, targets, LOGIT_CAP, reduction)
+    expected = _naive(x, weight, targets, reduction)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+    for mine, naive in zip(
+        torch.autograd.grad(result.sum(), (x, weight)), torch.autograd.grad(expected.sum(), (x, weight)), strict=True
+    ):
+        torch.testing.assert_close(mine, naive, atol=1e-5, rtol=1e-4)
+
+
+def test_loss_of_nothing_supervised_is_zero() -> None:
+    x, weight = torch.randn(8, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
+    loss = softcapped_cross_entropy(x, weight, torch.full((8,), -1), LOGIT_CAP)
+    loss.backward()
+    assert loss.item() == 0
+    assert x.grad.abs().max() == 0
+    assert weight.grad.abs().max() == 0
+
+
+def test_loss_survives_extreme_logits() -> None:
+    x = torch.full((4, 8), 1e4, requires_grad=True)
+    weight = torch.randn(50, 8, generator=torch.Generator().manual_seed(0)) * 1e4
+    loss = softcapped_cross_entropy(x, weight, torch.zeros(4, dtype=torch.long), LOGIT_CAP)
+    loss.backward()
+    assert loss.isfinite()
+    assert x.grad.isfinite().all()

@@ -1,0 +1,205 @@
+"""The optimizer against straightforward versions of its parts; state; schedules; scaling."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from nanochat.common import NanochatError
+from nanochat.gpt import GPTConfig
+from nanochat.optim import Group, MuonAdamW, normalize_neurons, orthogonalize
+from nanochat.scaling import (
+    accumulation_steps,
+    count_params,
+    default_device_batch_size,
+    learning_rate_factor,
+    model_config,
+    muon_momentum,
+    plan_horizon,
+)
+from tests.helpers import make_model
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 24), (2, 16, 64), (2, 64, 16)])
+def test_orthogonalize_drives_singular_values_to_one(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    result = orthogonalize(x)
+    values = torch.linalg.svdvals(result)
+    assert values.min() > 0.65
+    assert values.max() < 1.35
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    cosine = (result * (u @ vh)).sum() / (result.norm() * (u @ vh).norm())
+    assert cosine > 0.98
+
+
+def test_adamw_is_the_textbooks() -> None:
+    """eps is added after the bias correction, decay is decoupled."""
+    parameter = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+    group = Group("adamw", ["p"], [parameter], 0.1, 0.5, (0.8, 0.95), 1e-3)
+    optimizer = MuonAdamW([group])
+    value, m, v = parameter.detach().clone(), torch.zeros(3), torch.zeros(3)
+    for step in range(1, 6):
+        grad = torch.tensor([0.1, -0.001, 0.0]) * step
+        parameter.grad = grad.clone()
+        optimizer.step()
+        m, v = 0.8 * m + 0.2 * grad, 0.95 * v + 0.05 * grad**2
+        value = value * (1 - 0.1 * 0.5)
+        value = value - 0.1 * (m / (1 - 0.8**step)) / ((v / (1 - 0.95**step)).sqrt() + 1e-3)
+        torch.testing.assert_close(parameter.detach(), value)
+
+
+def test_arithmetic_is_float32_for_bfloat16_weights() -> None:
+    """A thousand small steps that bfloat16 moments would lose still add up."""
+    parameter = torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    optimizer = MuonAdamW([Group("adamw", ["p"], [parameter], 1e-3, betas=(0.9, 0.999), eps=1e-10)])
+    for _ in range(20):
+        parameter.grad = torch.full_like(parameter, 1e-4)
+        optimizer.step()
+    assert all(tensor.dtype == torch.float32 for name, tensor in optimizer.state_dict().items() if name != "steps")
+    assert parameter.float().mean().item() == pytest.approx(-0.02, rel=0.05)
+
+
+def test_cautious_decay_never_opposes_the_update() -> None:
+    weights = torch.nn.Parameter(torch.randn(8, 8, generator=torch.Generator().manual_seed(0)))
+    grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
+
+    def moved(decay: float) -> torch.Tensor:
+        parameter = torch.nn.Parameter(weights.detach().clone())
+        parameter.grad = grad.clone()
+        MuonAdamW([Group("muon", ["p"], [parameter], 0.1, decay, (0.0, 0.9))]).step()
+        return parameter.detach() - weights.detach()
+
+    plain, decayed = moved(0.0), moved(1.0)
+    pulls_down = (-plain * weights.detach()) >= 0  # the update already shrinks the weight
+    torch.testing.assert_close(decayed[~pulls_down], plain[~pulls_down])
+    torch.testing.assert_close(decayed[pulls_down], (plain - 0.1 * weights.detach())[pulls_down])
+
+
+def test_normalizing_neurons_keeps_the_norm_and_evens_rows() -> None:
+    update = torch.randn(2, 32, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 0, 32)[:, None]
+    before = update.norm(dim=(-2, -1))
+    second_moment = update.square().mean(dim=-1, keepdim=True)
+    rows = normalize_neurons(update.clone(), second_moment, 0.9)
+    torch.testing.assert_close(rows.norm(dim=(-2, -1)), before)
+    norms = rows.norm(dim=-1)
+    assert norms.max() / norms.min() < 1.01
+
+
+def test_every_parameter_is_in_one_group_and_moves() -> None:
+    model = make_model()
+    optimizer = model.setup_optimizer()
+    grouped = [id(p) for group in optimizer.groups for p in group.params]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    kinds = {name: group.kind for group in optimizer.groups for name in group.names}
+    assert kinds["blocks.0.attn.c_q.weight"] == "muon"
+    assert {kinds[n] for n in ("wte.weight", "lm_head.weight", "resid_lambdas", "value_embeds.2.weight")} == {"adamw"}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    idx = torch.randint(300, (2, 64))
+    model(idx, idx).backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        assert not torch.equal(parameter, before[name]), f"{name} did not move"
+
+
+def test_state_goes_on_exactly() -> None:
+    def train(model, optimizer, seeds) -> None:
+        for seed in seeds:
+            idx = torch.randint(300, (2, 32), generator=torch.Generator().manual_seed(seed))
+            model(idx, idx).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    one = make_model()
+    optimizer = one.setup_optimizer()
+    train(one, optimizer, range(3))
+    two = make_model(seed=9)
+    two.load_state_dict(one.state_dict())
+    resumed = two.setup_optimizer()
+    resumed.load_state_dict(optimizer.state_dict())
+    train(one, optimizer, range(3, 6))
+    train(two, resumed, range(3, 6))
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+# ----------------------------------------------------------------------------- schedules and scaling
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "warmdown"), [(100, 10, 0.5), (400, 40, 0.65), (3, 40, 0.5), (1, 0, 1.0), (50, 0, 0.0)]
+)
+def test_learning_rate_schedule(steps: int, warmup: int, warmdown: float) -> None:
+    factors = [learning_rate_factor(step, steps, warmup, warmdown, 0.1) for step in range(steps + 1)]
+    assert all(0 < f <= 1 for f in factors)
+    assert max(factors) == 1
+    if warmup and steps > 2:
+        assert factors[0] == pytest.approx(1 / min(warmup, steps // 2))
+    peak = max(i for i, f in enumerate(factors) if f == 1)
+    assert all(a >= b for a, b in zip(factors[peak:], factors[peak + 1 :], strict=False)), "warmdown rises"
+    assert factors[steps] == pytest.approx(0.1 if warmdown else 1)
+
+
+def test_momentum_schedule() -> None:
+    values = [muon_momentum(step, 1000, 0.5) for step in range(1001)]
+    assert values[0] == pytest.approx(0.85)
+    assert max(values) == pytest.approx(0.95)
+    assert values[-1] == pytest.approx(0.90)
+
+
+@pytest.mark.parametrize("depth", range(1, 27))
+def test_every_depth_makes_a_model(depth: int) -> None:
+    config = model_config(depth, 4096)
+    assert config.head_dim % 8 == 0
+    assert config.n_embd >= 64 * depth
+    odd = model_config(depth, 4096, aspect_ratio=50, head_dim=40)
+    assert odd.head_dim == 40
+    assert odd.n_embd >= 50 * depth
+
+
+def test_depth_alone_decides_a_run() -> None:
+    horizons = {depth: plan_horizon(model_config(depth, 32768), flops_per_token=1) for depth in (4, 12, 20)}
+    assert horizons[12].total_batch_size == 2**19
+    assert horizons[12].lr_scale == 1
+    assert horizons[12].weight_decay_scale == pytest.approx(1)
+    tokens = [h.tokens for h in horizons.values()]
+    assert tokens == sorted(tokens)
+    for depth, horizon in horizons.items():
+        wanted = 12 * count_params(model_config(depth, 32768))["scaling"]
+        assert horizon.tokens == pytest.approx(wanted, rel=0.05)
+
+
+def test_horizon_may_be_overridden() -> None:
+    config = model_config(4, 4096)
+    assert plan_horizon(config, 1, num_iterations=7).num_iterations == 7
+    assert plan_horizon(config, 1000, target_flops=1e9, total_batch_size=1000).num_iterations == 1000
+    with pytest.raises(NanochatError, match="no horizon"):
+        plan_horizon(config, 1, tokens_per_param=-1)
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest() -> None:
+    assert accumulation_steps(32768, 8, 512, 2) == 4
+    with pytest.raises(NanochatError, match="nearest: 8192, 16384"):
+        accumulation_steps(10000, 16, 512, 1)
+    with pytest.raises(NanochatError, match=r"nearest: 8192$"):
+        accumulation_steps(100, 16, 512, 1)
+
+
+def test_device_batch_divides_and_fits() -> None:
+    for total, T, ranks, most in ((524288, 2048, 8, 65536), (8192, 512, 1, 8192), (3 * 512, 512, 1, 1024), (512, 2048, 1, 9)):
+        rows = default_device_batch_size(total, T, ranks, most)
+        assert rows >= 1
+        assert rows == 1 or (total % (rows * T * ranks) == 0 and rows * T <= most)
+
+
+def test_flops_grow_with_context_only_by_attention() -> None:
+    base = GPTConfig(sequence_len=1024, vocab_size=64, n_layer=2, n_head=1, n_kv_head=1, n_embd=64, window_pattern="L")
+    from nanochat.gpt import GPT
+
+    with torch.device("meta"):
+        short, long = (GPT(dataclasses.replace(base, sequence_len=T)).estimate_flops() for T in (1024, 2048))
+    assert long - short == pytest.approx(12 * 64 * 2 * 512, rel=1e-3)
+    assert math.isfinite(long)

@@ -1,0 +1,228 @@
+"""Tasks: slicing, mixing, rendering, judging; data from folders and its faults; nothing of the test is trained on."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from nanochat.common import NanochatError
+from nanochat.tokenizer import Tokenizer
+from nanochat.tools import use_calculator
+from tasks import TASKS, build_mixture, build_task
+from tasks.arithmetic import Arithmetic
+from tasks.common import Task, TaskMixture, TaskSequence, render_mc
+from tasks.customjson import CustomJSON
+from tasks.gsm8k import extract_answer
+from tasks.identity import Identity
+
+
+class Count(Task):
+    """Conversation i says i."""
+
+    def __init__(self, n: int, name: str = "", **slicing: int | None) -> None:
+        super().__init__(**slicing)
+        self.n, self.name = n, name
+
+    def num_examples(self) -> int:
+        return self.n
+
+    def get_example(self, index: int) -> dict:
+        return {"messages": [], "index": index, "name": self.name}
+
+
+@pytest.mark.parametrize(("start", "stop", "step"), [(0, None, 1), (2, 9, 3), (5, 100, 1), (7, 7, 1), (0, 10, 4), (12, None, 1)])
+def test_slices_are_those_of_range(start: int, stop: int | None, step: int) -> None:
+    task = Count(10, start=start, stop=stop, step=step)
+    expected = list(range(10))[start:stop:step]
+    assert [task[i]["index"] for i in range(len(task))] == expected
+    with pytest.raises(IndexError):
+        task[len(expected)]
+
+
+def test_bad_slices_are_refused() -> None:
+    for bad in ({"start": -1}, {"step": 0}, {"start": 5, "stop": 3}):
+        with pytest.raises(NanochatError):
+            Count(10, **bad)
+
+
+def test_a_sequence_and_a_mixture_hold_everything_once() -> None:
+    parts = [Count(5, "a"), Count(20, "b", start=3), Count(1, "c")]
+    everything = Counter((part.name, part[i]["index"]) for part in parts for i in range(len(part)))
+    for whole in (TaskSequence(parts), TaskMixture(parts)):
+        found = [(whole[i]["name"], whole[i]["index"]) for i in range(len(whole))]
+        assert Counter(found) == everything
+    assert [name for name, _ in found].count("b") == 17
+    first_half = Counter(TaskMixture(parts)[i]["name"] for i in range(len(whole) // 2))
+    assert 1 <= first_half["a"] <= 4  # spread, not in a lump
+    assert [TaskSequence(parts)[i]["name"] for i in range(6)] == ["a"] * 5 + ["b"]
+    twice = TaskMixture([parts[0], parts[0]])
+    assert len(twice) == 10
+
+
+def test_multiple_choice_is_rendered_with_the_letter_last() -> None:
+    text = render_mc("Which?", "AB", ["one", "two"])
+    assert text.splitlines()[0].endswith("Which?")
+    assert "- one=A" in text
+    assert "- two=B" in text
+
+
+# ----------------------------------------------------------------------------- made tasks
+
+
+def test_arithmetic_is_right_held_out_and_complete() -> None:
+    seen: dict[str, set[str]] = {}
+    numbers: set[str] = set()
+    for split in ("train", "test"):
+        task = Arithmetic(split, size=3000)
+        seen[split] = set()
+        for i in range(3000):
+            conversation = task[i]
+            call, output, text = conversation["messages"][-1]["content"]
+            assert use_calculator(call["text"]) == output["text"] == conversation["answer"]
+            assert task.evaluate(conversation, text["text"])
+            assert not task.evaluate(conversation, "The answer is 7777777.")
+            assert not task.evaluate(conversation, "")
+            seen[split].add(call["text"])
+            if split == "train":
+                numbers.update(call["text"].replace("+", " ").replace("*", " ").replace("-", " ").split())
+    assert not seen["train"] & seen["test"]
+    swapped = {"*".join(reversed(e.split("*"))) for e in seen["test"] if "*" in e}
+    assert not seen["train"] & swapped
+    assert {str(n) for n in range(10, 100)} <= numbers
+    assert all(10 <= int(n) < 100 for e in seen["test"] for n in e.replace("+", " ").replace("*", " ").split())
+
+
+@pytest.mark.parametrize("name", ["Arithmetic", "Identity"])
+def test_made_conversations_are_stable_and_varied(name: str, tokenizer: Tokenizer) -> None:
+    task = build_task(name, "train")
+    assert task[17] == build_task(name, "train")[17]
+    assert len({json.dumps(task[i]) for i in range(300)}) > 250
+    for i in range(100):
+        ids, mask = tokenizer.render_conversation(task[i])
+        assert sum(mask) > 3
+
+
+def test_identity_says_its_name() -> None:
+    task = Identity("train")
+    answers = [m["content"] for i in range(200) for m in task[i]["messages"] if m["role"] == "assistant"]
+    assert sum("nanochat" in answer for answer in answers) > 60
+    assert all(answer[-1] in ".!?" for answer in answers)
+    conversation = task[0]
+    assert task.evaluate(conversation, conversation["messages"][-1]["content"])
+    assert not task.evaluate(conversation, "I am a teapot.")
+
+
+@pytest.mark.slow
+def test_spelling_counts_and_splits() -> None:
+    bee, spelling = build_task("SpellingBee", "train"), build_task("SimpleSpelling", "test")
+    words = set()
+    for i in range(200):
+        conversation = bee[i]
+        parts = conversation["messages"][-1]["content"]
+        assert use_calculator(parts[1]["text"]) == conversation["answer"]
+        assert bee.evaluate(conversation, parts[-1]["text"])
+        words.add(parts[1]["text"].split("'")[1])
+        answer = spelling[i]["messages"][-1]["content"]
+        assert spelling.evaluate(spelling[i], answer)
+    assert not words & {spelling[i]["messages"][-1]["content"].split(":")[0] for i in range(256)}
+    docs = build_task("DocQA", "train")
+    assert len(docs) > 100
+    assert docs[0]["messages"][-1]["content"].endswith(".")
+
+
+# ----------------------------------------------------------------------------- tasks from files
+
+
+def test_real_tasks_from_the_local_layout(real_data: Path, tokenizer: Tokenizer) -> None:
+    folder = real_data / "tasks"
+    sizes = {("GSM8K", "train"): 7000, ("GSM8K", "val"): 473, ("GSM8K", "test"): 1319, ("MMLU", "test"): 14042}
+    sizes |= {("HumanEval", "test"): 164, ("ARC-Easy", "test"): None, ("ARC-Challenge", "test"): None, ("MMLU", "train"): 285}
+    for (name, split), size in sizes.items():
+        task = build_task(name, split, folder)
+        assert size is None or len(task) == size
+        conversation = task[0]
+        ids, mask = tokenizer.render_conversation(conversation, max_tokens=100_000)
+        assert sum(mask)
+        if name != "HumanEval":
+            reference = conversation["messages"][-1]["content"]
+            text = reference if isinstance(reference, str) else "".join(part["text"] for part in reference)
+            assert task.evaluate(conversation, text)
+            assert not task.evaluate(conversation, "junk")
+
+
+def test_real_gsm8k_calls_are_what_the_calculator_says(real_data: Path) -> None:
+    task = build_task("GSM8K", "train", real_data / "tasks")
+    right = total = 0
+    for i in range(300):
+        parts = task[i]["messages"][-1]["content"]
+        for call, output in zip(parts, parts[1:], strict=False):
+            if call["type"] == "python":
+                assert output["type"] == "python_output"
+                total += 1
+                right += use_calculator(call["text"]) == output["text"].lstrip("0") or False
+    assert total > 500
+    assert right / total > 0.9
+
+
+def test_no_training_task_reads_a_test_file(real_data: Path) -> None:
+    folder = real_data / "tasks"
+    train = {json.dumps(build_task("GSM8K", "train", folder)[i]["messages"][0]) for i in range(7000)}
+    for split in ("val", "test"):
+        task = build_task("GSM8K", split, folder)
+        assert not train & {json.dumps(task[i]["messages"][0]) for i in range(len(task))}
+    with pytest.raises(NanochatError, match="no training split"):
+        build_task("HumanEval", "train", folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("#### 1,234", "1234"), ("so 5\n#### 7", "7"), ("#### $3.50", "3.5"), ("#### -2", "-2"), ("7", None), ("####", None),
+     ("#### 1\n#### 2", "2")],
+)  # fmt: skip
+def test_gsm8k_answers(text: str, answer: str | None) -> None:
+    assert extract_answer(text) == answer
+
+
+def test_missing_task_data_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(NanochatError, match=r"gsm8k/train\.jsonl"):
+        build_task("GSM8K", "train", tmp_path)
+    with pytest.raises(NanochatError, match="choose from ARC-Easy"):
+        build_task("Nope", "train")
+    for spec in ("", "Arithmetic*x", "Arithmetic:y"):
+        with pytest.raises(NanochatError):
+            build_mixture(spec, "train")
+
+
+def test_mixture_spec() -> None:
+    assert len(build_mixture("Arithmetic:40, identity*3:10", "train")) == 70
+    assert len(build_mixture("Arithmetic:40,Identity*3:20", "val")) == 3  # a twentieth of each, once
+    assert "GSM8K" in TASKS
+
+
+def test_custom_conversations(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    path.write_text("\n".join([json.dumps(talk), json.dumps({"messages": talk})] * 30), encoding="utf-8")
+    train, val = CustomJSON(path), CustomJSON(path, "val")
+    assert (len(train), len(val)) == (57, 3)
+    assert train[0] == {"messages": talk}
+    assert len(build_mixture(f"{path}*2", "train")) == 114
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("{", "line 2, is not JSON"), ("{}", "conversation 2 is not a list"), ('[{"role": "user"}, {}]', "without role and content"),
+     ('[{"role": "assistant", "content": ""}, {"role": "user", "content": ""}]', "message 1 is from 'assistant'")],
+)  # fmt: skip
+def test_malformed_conversations_are_named(tmp_path: Path, line: str, message: str) -> None:
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "bad.jsonl").write_text(json.dumps(talk) + "\n" + line, encoding="utf-8")
+    with pytest.raises(NanochatError, match=message):
+        CustomJSON(tmp_path / "bad.jsonl")
+
+
+def test_dolly_is_a_custom_task(real_data: Path) -> None:
+    assert len(CustomJSON(real_data / "tasks" / "dolly.jsonl")) == 950

@@ -1,0 +1,217 @@
+"""Training: resume equals uninterrupted, N ranks equal one, accumulation changes nothing, bad runs stop clearly."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat.checkpoint_manager import list_steps, load_checkpoint, load_model
+from nanochat.common import NanochatError
+from nanochat.loss_eval import evaluate_bpb
+from nanochat.report import read_metrics
+from scripts import base_train, chat_sft
+from tests.conftest import TINY_TRAINING
+from tests.helpers import make_model
+
+
+def _train(corpus: Path, tag: str, *flags: str) -> Path:
+    assert base_train.main([*TINY_TRAINING, "--data", str(corpus), "--model-tag", tag, *flags]) == 0
+    return Path(os.environ["NANOCHAT_BASE_DIR"]) / "runs" / tag / "base"
+
+
+def _weights(stage_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_checkpoint(stage_dir, step)[0]
+
+
+def _losses(stage_dir: Path) -> list[float]:
+    return [row["train/loss"] for row in read_metrics(stage_dir / "metrics.jsonl") if "train/loss" in row]
+
+
+@pytest.fixture(autouse=True)
+def _tokenizer_in_place(tokenizer, base_dir: Path) -> None:
+    tokenizer.save(base_dir / "tokenizers" / "default")
+
+
+@pytest.mark.parametrize("flag", ["--resume=3", "--resume-from-step=3", "--resume=auto"])
+def test_resume_equals_uninterrupted(corpus: Path, tiny_run: Path, flag: str) -> None:
+    whole = _weights(tiny_run / "base", 6)
+    losses = _losses(tiny_run / "base")
+    for path in (tiny_run / "base" / "step_000006").iterdir():
+        path.unlink()
+    (tiny_run / "base" / "step_000006").rmdir()
+    stage_dir = _train(corpus, "tiny", flag, "--save-every=3")
+    assert _losses(stage_dir) == losses
+    for name, tensor in _weights(stage_dir, 6).items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+def test_sft_resume_equals_uninterrupted(tiny_run: Path) -> None:
+    flags = ["--tasks=Arithmetic:60,Identity:40", "--num-iterations=4", "--no-compile", "--device-type=cpu"]
+    flags += ["--model-tag=tiny", "--eval-tokens=512", "--save-every=2"]
+    whole, losses = _weights(tiny_run / "sft", 4), _losses(tiny_run / "sft")
+    assert chat_sft.main([*flags, "--resume=2"]) == 0
+    assert _losses(tiny_run / "sft") == losses
+    for name, tensor in _weights(tiny_run / "sft", 4).items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+def test_accumulation_changes_nothing(corpus: Path) -> None:
+    """One batch of four rows is the same update as four of one row."""
+    one, four = _train(corpus, "one", "--device-batch-size=4"), _train(corpus, "four", "--device-batch-size=1")
+    for a, b in zip(_losses(one), _losses(four), strict=True):
+        assert a == pytest.approx(b, abs=2e-2)  # rows are drawn alike; bfloat16 sums differ by rounding
+    assert _losses(one)[0] == pytest.approx(_losses(four)[0], abs=1e-3)
+
+
+def test_loss_falls_and_metrics_are_complete(tiny_run: Path) -> None:
+    losses = _losses(tiny_run / "base")
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    rows = read_metrics(tiny_run / "base" / "metrics.jsonl")
+    assert all({"step", "time_s"} <= set(row) for row in rows)
+    assert 0 < rows[-1]["val/bpb"] < 10
+    settings = json.loads((tiny_run / "base" / "settings.json").read_text(encoding="utf-8"))
+    assert settings["num_params"] > 0
+    assert list_steps(tiny_run / "base") == [3, 6]
+
+
+def test_a_finished_stage_is_not_trained_again(corpus: Path, tiny_run: Path, capsys: pytest.CaptureFixture) -> None:
+    before = (tiny_run / "base" / "metrics.jsonl").read_bytes()
+    _train(corpus, "tiny", "--resume=auto", "--save-every=3")
+    assert "is complete" in capsys.readouterr().out
+    assert (tiny_run / "base" / "metrics.jsonl").read_bytes() == before
+
+
+def test_runs_are_never_written_over(corpus: Path, tiny_run: Path) -> None:
+    with pytest.raises(NanochatError, match="--resume auto"):
+        _train(corpus, "tiny")
+    with pytest.raises(NanochatError, match="--matrix-lr 0.02, not 0.5"):
+        _train(corpus, "tiny", "--resume=3", "--matrix-lr=0.5")
+    with pytest.raises(NanochatError, match="steps there: 3, 6"):
+        _train(corpus, "tiny", "--resume=4")
+    flags = [*TINY_TRAINING, "--data", str(corpus), "--num-iterations=1"]
+    assert base_train.main(flags) == base_train.main(flags) == 0
+    assert {path.name for path in tiny_run.parent.iterdir()} == {"tiny", "d2", "d2-2"}
+
+
+def test_a_batch_that_does_not_divide(corpus: Path) -> None:
+    with pytest.raises(NanochatError, match="nearest: 896, 1024"):
+        _train(corpus, "x", "--total-batch-size=1000")
+    with pytest.raises(NanochatError, match="nearest"):
+        _train(corpus, "x", "--device-batch-size=3")
+
+
+def test_a_loss_that_is_no_number_stops_the_run(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nanochat import trainer
+
+    original = trainer.summed_loss
+    calls = iter(range(100))
+    monkeypatch.setattr(
+        base_train.Trainer.__init__, "__defaults__",
+        (None, None, lambda model, batch: original(model, batch) * (math.nan if next(calls) == 4 else 1)),
+    )  # fmt: skip
+    with pytest.raises(NanochatError, match=r"no longer a number at step 5: the last good checkpoint is step 4"):
+        _train(corpus, "nan", "--save-every=2")
+    assert list_steps(Path(os.environ["NANOCHAT_BASE_DIR"]) / "runs" / "nan" / "base") == [2, 4]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves(corpus: Path, base_dir: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "scripts.base_train", *TINY_TRAINING, "--data", str(corpus), "--model-tag=stopped"]
+    command += ["--num-iterations=100000", "--eval-every=-1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = base_dir / "runs" / "stopped" / "base" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") > 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    step = int(re.search(r"stopped after step (\d+)", output)[1])
+    assert list_steps(metrics.parent) == [step]
+
+
+def test_two_ranks_equal_one(corpus: Path, base_dir: Path) -> None:
+    """The same global batch of the same rows gives the same losses, with sharded optimizer state."""
+    flags = ["-m", "scripts.base_train", *TINY_TRAINING, "--data", str(corpus), "--device-batch-size=2"]
+    environment = {**os.environ, "NANOCHAT_DTYPE": "float32", "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *flags]
+    subprocess.run([*torchrun, "--model-tag=two"], env=environment, check=True, capture_output=True, timeout=300)
+    stage_dir = base_dir / "runs" / "two" / "base"
+    assert len(_losses(stage_dir)) == 6
+    assert _losses(stage_dir)[-1] < _losses(stage_dir)[0]
+    _, state, meta = load_checkpoint(stage_dir, 6, load_optimizer=True)
+    model, _, _ = load_model("base", "cpu", "train", "two")
+    assert meta["trainer"]["loader"]["world_size"] == 2
+    for name, parameter in model.named_parameters():  # whole, although each rank held only a share
+        kind = "momentum" if f"{name}/momentum" in state else "exp_avg"
+        assert state[f"{name}/{kind}"].shape == parameter.shape
+
+
+TWO_RANKS = """
+import sys, torch, torch.distributed as dist
+from tests.helpers import make_model
+dist.init_process_group("gloo")
+rank, world = dist.get_rank(), dist.get_world_size()
+model = make_model(n_layer=3, n_kv_head=1)
+optimizer = model.setup_optimizer(weight_decay=0.1)
+for step in range(4):
+    idx = torch.randint(300, (4, 32), generator=torch.Generator().manual_seed(step))
+    mine = idx[rank * 4 // world : (rank + 1) * 4 // world]
+    (model(mine, mine, loss_reduction="sum") / 128).backward()
+    optimizer.step(); optimizer.zero_grad()
+state = optimizer.state_dict()
+if rank == 0:
+    torch.save({"model": model.state_dict(), "optimizer": state}, sys.argv[1])
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_optimizer_is_the_same_on_any_number_of_ranks(tmp_path: Path, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes that do not divide by the ranks included; state as well as weights."""
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    script, result = tmp_path / "ranks.py", tmp_path / "result.pt"
+    script.write_text(TWO_RANKS, encoding="utf-8")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    subprocess.run([*torchrun, str(script), str(result)], env=environment, check=True, capture_output=True, timeout=300)
+    model = make_model(n_layer=3, n_kv_head=1)
+    optimizer = model.setup_optimizer(weight_decay=0.1)
+    for step in range(4):
+        idx = torch.randint(300, (4, 32), generator=torch.Generator().manual_seed(step))
+        (model(idx, idx, loss_reduction="sum") / 128).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = torch.load(result, weights_only=True)
+    for mine, theirs in ((model.state_dict(), found["model"]), (optimizer.state_dict(), found["optimizer"])):
+        assert set(mine) == set(theirs)
+        for name, tensor in mine.items():
+            torch.testing.assert_close(theirs[name], tensor, atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# ----------------------------------------------------------------------------- bits per byte
+
+
+def test_bits_per_byte_by_hand() -> None:
+    model = make_model(vocab_size=10, n_layer=1)
+    inputs, targets = torch.randint(10, (2, 8)), torch.randint(10, (2, 8))
+    targets[0, :3] = -1
+    token_bytes = torch.tensor([0, 1, 2, 3, 4, 1, 1, 1, 1, 5]).numpy()
+    losses = torch.nn.functional.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction="none")
+    counted = [(loss.item(), token_bytes[t]) for loss, t in zip(losses, targets.flatten(), strict=True) if t >= 0 and token_bytes[t]]
+    expected = sum(loss for loss, _ in counted) / math.log(2) / sum(size for _, size in counted)
+    assert evaluate_bpb(model, [(inputs, targets)], token_bytes) == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(NanochatError, match="no text"):
+        evaluate_bpb(model, [(inputs, torch.full_like(targets, -1))], token_bytes)
