@@ -168,12 +168,16 @@ def _docstrings(tree: ast.Module) -> Iterator[tuple[str, str]]:
     """(name, or "" if nested or private; docstring) of the module, its classes and functions."""
     if docstring := ast.get_docstring(tree, clean=False):
         yield "", docstring
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = ast.get_docstring(node, clean=False)
-            if docstring:
-                public = node in tree.body and not node.name.startswith("_")
-                yield (node.name if public else ""), docstring
+    definitions = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    pending: list[ast.AST] = list(tree.body)
+    top_level = set(pending)
+    while pending:
+        node = pending.pop()
+        if isinstance(node, definitions) and (docstring := ast.get_docstring(node, clean=False)):
+            public = node in top_level and not node.name.startswith("_")
+            yield (node.name if public else ""), docstring
+        for block in ("body", "orelse", "handlers", "finalbody"):  # statements alone: expressions define nothing
+            pending += getattr(node, block, ())
 
 
 # ----------------------------------------------------------------------------- cleaning

@@ -50,7 +50,9 @@ class KVCache:
         return self._longest
 
     def positions(self, T: int) -> torch.Tensor:
-        """(batch_size, T): the positions of the next T tokens of each row."""
+        """(batch_size, T): the positions of the next T tokens of each row. Raises ValueError beyond seq_len."""
+        if self._longest + T > self.seq_len:
+            raise ValueError(f"{self._longest + T} tokens do not fit in a cache of {self.seq_len}")
         return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
 
     def advance(self, T: int) -> None:
@@ -88,9 +90,7 @@ class KVCache:
         self.batch_size = len(rows)
 
     def _reserve(self, length: int) -> None:
-        """Make room for rows of that length. Raises ValueError beyond seq_len."""
-        if length > self.seq_len:
-            raise ValueError(f"{length} tokens do not fit in a cache of {self.seq_len}")
+        """Make room for rows of that length."""
         allocated = self.keys.size(2)
         if length > allocated:
             more = min(max(length, 2 * allocated), self.seq_len) - allocated

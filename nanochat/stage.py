@@ -32,7 +32,7 @@ from nanochat.trainer import Trainer
 
 # What may differ between a run and its resumption: it changes how the work is done, not what is computed.
 FREE_SETTINGS = {
-    "resume", "device_batch_size", "grad_accum_steps", "run", "tensorboard", "device", "dtype", "world_size", "compile",
+    "resume", "resume_from_step", "device_batch_size", "grad_accum_steps", "run", "tensorboard", "device", "dtype", "world_size", "compile",
     "eval_every", "eval_tokens", "sample_every", "save_every", "core_metric_every", "core_metric_max_per_task",
     "sample_prompts", "log_every",
 }  # fmt: skip
@@ -79,7 +79,7 @@ class Stage:
 def _complete_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
 
 
 def open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Stage:

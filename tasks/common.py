@@ -131,7 +131,7 @@ def evaluate_letter(conversation: Conversation, completion: str) -> bool:
 def read_jsonl(path: Path) -> list[Any]:
     """The values of a JSONL file. Raises NanochatError naming file and line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): U+2028 may stand in a string
     except (OSError, UnicodeDecodeError) as error:
         raise NanochatError(f"{path} cannot be read ({error}): give another --task-data") from error
     rows = []

@@ -28,8 +28,9 @@ def test_orthogonalize_drives_singular_values_to_one(shape: tuple[int, ...], mon
     monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     result = orthogonalize(x)
-    values = torch.linalg.svdvals(result)
-    assert values.min() > 0.65
+    before, values = torch.linalg.svdvals(x), torch.linalg.svdvals(result)
+    reachable = before > 0.02 * before.amax(dim=-1, keepdim=True)  # five steps do not lift what is nearly zero
+    assert values[reachable].min() > 0.65
     assert values.max() < 1.35
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
     cosine = (result * (u @ vh)).sum() / (result.norm() * (u @ vh).norm())
@@ -85,8 +86,8 @@ def test_normalizing_neurons_keeps_the_norm_and_evens_rows() -> None:
     second_moment = update.square().mean(dim=-1, keepdim=True)
     rows = normalize_neurons(update.clone(), second_moment, 0.9)
     torch.testing.assert_close(rows.norm(dim=(-2, -1)), before)
-    norms = rows.norm(dim=-1)
-    assert norms.max() / norms.min() < 1.01
+    for norms in rows.norm(dim=-1):  # within each matrix
+        assert norms.max() / norms.min() < 1.01
 
 
 def test_every_parameter_is_in_one_group_and_moves() -> None:
