@@ -93,7 +93,7 @@ def _is_val(text: str) -> bool:
 
 def _collect() -> tuple[list[str], list[tuple[str, str]]]:
     """(documents in a fixed order without repetitions, (name, first sentence) of the standard library's functions)."""
-    files = list(_source_files())
+    files = list(find_source_files())
     documents: list[str] = [text for text in map(clean, _reference_topics()) if text]
     summaries: list[tuple[str, str]] = []
     chunks = [files[i : i + 64] for i in range(0, len(files), 64)]
@@ -116,7 +116,7 @@ def _collect() -> tuple[list[str], list[tuple[str, str]]]:
     return unique, sorted(dict(summaries).items())
 
 
-def _source_files() -> Iterator[tuple[str, str]]:
+def find_source_files() -> Iterator[tuple[str, str]]:
     """(path, module name, or "" outside the standard library) of the Python files to read, in a fixed order."""
     paths = sysconfig.get_paths()
     packages = sorted({paths["purelib"], paths["platlib"]})

@@ -32,8 +32,9 @@ from nanochat.trainer import Trainer
 
 # What may differ between a run and its resumption: it changes how the work is done, not what is computed.
 FREE_SETTINGS = {
-    "resume", "resume_from_step", "device_batch_size", "grad_accum_steps", "run", "tensorboard", "device", "dtype", "world_size", "compile",
-    "eval_every", "eval_tokens", "sample_every", "save_every", "core_metric_every", "core_metric_max_per_task",
+    "resume", "resume_from_step", "device_batch_size", "grad_accum_steps", "run", "tensorboard", "device", "dtype",
+    "world_size", "compile", "eval_every", "eval_tokens", "sample_every", "save_every",
+    "core_metric_every", "core_metric_max_per_task",
     "sample_prompts", "log_every",
 }  # fmt: skip
 

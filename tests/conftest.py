@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import sysconfig
 from pathlib import Path
 
 import pytest
 
+from nanochat import builtin_corpus
 from nanochat.common import test_data_dir
 from nanochat.tokenizer import Tokenizer
 from tests.helpers import make_document, write_corpus
@@ -24,6 +26,18 @@ def base_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "nanochat"
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(path))
     return path
+
+
+@pytest.fixture(autouse=True)
+def _small_builtin_corpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The builtin corpus from a few of the standard library's modules, unless a test is marked whole_corpus."""
+    if "whole_corpus" not in request.keywords:
+        library = Path(sysconfig.get_paths()["stdlib"])
+        names = [
+            path.relative_to(library) for part in ("email", "asyncio", "logging") for path in (library / part).glob("*.py")
+        ]
+        files = [(str(library / name), ".".join(name.with_suffix("").parts)) for name in sorted(names)]
+        monkeypatch.setattr(builtin_corpus, "find_source_files", lambda: files)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -57,19 +58,18 @@ def test_targets_are_the_next_inputs(source, tokenizer: Tokenizer) -> None:
             assert torch.equal(inputs[:, 1:][known], targets[:, :-1][known])
 
 
-def test_a_long_document_goes_on_in_order(source, tokenizer: Tokenizer) -> None:
+def test_a_long_document_goes_on_in_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """The pieces of a document that was split, put together, are the document."""
-    long = max(source.documents("train"), key=len)
-    wanted = tokenizer.encode(long)
-    with _loader(source, tokenizer, batch_size=1, loop=False) as loader:
-        position = 0
-        for _, targets in loader:
-            row = [token for token in targets[0].tolist() if token >= 0]
-            for begins_bos, piece in itertools.groupby(row, lambda token: token == tokenizer.get_bos_token_id()):
-                piece = list(piece)
-                if not begins_bos and piece == wanted[position : position + len(piece)]:
-                    position += len(piece)
-    assert position == len(wanted)
+    long = "".join(map(str, range(500)))  # the only one with digits
+    documents = [re.sub(r"[\d.]", "", make_document(seed)) for seed in range(100)]
+    documents.insert(20, long)
+    lines = "\n".join(json.dumps({"text": text}) for text in documents)
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    digits = set(tokenizer.encode(long))
+    with _loader(get_source(str(tmp_path)), tokenizer, batch_size=1, loop=False) as loader:
+        found = [token for _, targets in loader for token in targets[0].tolist() if token in digits]
+    assert found == tokenizer.encode(long)
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 5, 40, 90])

@@ -131,6 +131,7 @@ def test_first_sentence() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.whole_corpus
 def test_harvest_is_stable_and_split(base_dir: Path) -> None:
     source = get_source("builtin")
     train, val = set(source.documents("train")), set(source.documents("val"))
