@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from nanochat.checkpoint_manager import (
     load_checkpoint,
     newest_valid_step,
 )
-from nanochat.common import NanochatError, atomic_write, print0
+from nanochat.common import NanochatError, atomic_write, print0, synchronize
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.scaling import accumulation_steps, default_device_batch_size
@@ -54,6 +55,7 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--save-every", type=int, default=-1, metavar="STEPS", help="save every so often (-1: at the end)")
     run.add_argument("--eval-every", type=int, default=250, metavar="STEPS", help="validation bits per byte (-1: at the end)")
     run.add_argument("--eval-tokens", type=int, default=-1, metavar="N", help="validation tokens to use (-1: see docs)")
+    run.add_argument("--target-minutes", type=float, default=-1.0, help="train about so long, as measured at the start")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
     machine.add_argument("--device-batch-size", type=int, default=-1, metavar="ROWS", help="rows at a time (-1: as fit)")
@@ -167,6 +169,32 @@ def load_states(
 
 
 # ----------------------------------------------------------------------------- what stages share
+
+
+def flops_in(stage: Stage, model: GPT, minutes: float) -> float:
+    """Floating-point operations of training that this machine does in so many minutes: --target-minutes as a horizon.
+
+    Measured on two uncompiled passes, so the compiled run takes rather less. A resumed stage keeps what it began with.
+    """
+    path = stage.directory / "settings.json"
+    if stage.resume_step is not None and path.exists():
+        recorded = json.loads(path.read_text(encoding="utf-8")).get("planned_flops")
+        if recorded:
+            return recorded
+    T, device = model.config.sequence_len, model.get_device()
+    idx = torch.zeros(max(1, 2**13 // T), T, dtype=torch.long, device=device)
+    seconds = float("inf")
+    for _ in range(2):  # the first one warms up
+        started = time.perf_counter()
+        model(idx, idx).backward()
+        synchronize(device)
+        seconds = min(seconds, time.perf_counter() - started)
+    model.zero_grad(set_to_none=True)
+    flops = torch.tensor(60 * minutes * model.estimate_flops() * idx.numel() / seconds, dtype=torch.float64)
+    if dist.is_initialized():
+        flops = flops.to(device)
+        dist.all_reduce(flops)  # all ranks together, and all agree
+    return flops.item()
 
 
 def describe_model(model: GPT) -> dict[str, Any]:

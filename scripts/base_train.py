@@ -22,6 +22,7 @@ from nanochat.stage import (
     add_training_arguments,
     choose_device_batch_size,
     describe_model,
+    flops_in,
     load_states,
     open_stage,
     prepare_directory,
@@ -82,8 +83,9 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     settings = {**vars(args), "tokenizer_fingerprint": tokenizer.fingerprint()}
     model, optimizer_state, trainer_state = restore(stage, asdict(config), settings, device)
+    planned_flops = flops_in(stage, model, args.target_minutes) if args.target_minutes > 0 else args.target_flops
     horizon = plan_horizon(
-        config, model.estimate_flops(), args.num_iterations, args.target_flops, args.target_param_data_ratio,
+        config, model.estimate_flops(), args.num_iterations, planned_flops, args.target_param_data_ratio,
         args.total_batch_size,
     )  # fmt: skip
     if stage.is_complete(horizon.num_iterations):
@@ -93,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     settings.update(
         describe_model(model), num_iterations=horizon.num_iterations, total_batch_size=horizon.total_batch_size,
         device_batch_size=rows, device=str(device), dtype=str(get_compute_dtype(device)), world_size=world_size, tag=stage.tag,
-        stage="base", parent=None,
+        stage="base", parent=None, planned_flops=planned_flops,
     )  # fmt: skip
     prepare_directory(stage, tokenizer, settings, rank)
     print0(

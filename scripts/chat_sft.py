@@ -23,6 +23,7 @@ from nanochat.stage import (
     add_training_arguments,
     choose_device_batch_size,
     describe_model,
+    flops_in,
     load_states,
     open_stage,
     prepare_directory,
@@ -82,13 +83,18 @@ def main(argv: list[str] | None = None) -> int:
     num_iterations = args.num_iterations
     if num_iterations <= 0:
         num_iterations = max(1, round(estimate_tokens(train_task, tokenizer, sequence_len) / total_batch_size))
+    planned_flops = None
+    if args.target_minutes > 0:  # stop sooner if the time is up
+        planned_flops = flops_in(stage, base, args.target_minutes)
+        num_iterations = min(num_iterations, max(1, round(planned_flops / (base.estimate_flops() * total_batch_size))))
     if stage.is_complete(num_iterations):
         print0(f"{stage.directory} is complete: {num_iterations} steps done")
         return 0
     settings = {
         **vars(args),
         "task_data": str(args.task_data) if args.task_data else None,
-        "num_iterations": num_iterations, "total_batch_size": total_batch_size, "tag": stage.tag, "stage": "sft",
+        "num_iterations": num_iterations, "planned_flops": planned_flops, "total_batch_size": total_batch_size,
+        "tag": stage.tag, "stage": "sft",
         "parent": f"base step {base_step}", "tokenizer_fingerprint": tokenizer.fingerprint(),
     }  # fmt: skip
     if stage.resume_step is None:

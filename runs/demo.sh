@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# From nothing to a chat with a model of your own, on a laptop, without any download of data: bash runs/demo.sh
+# Every stage is reused or resumed when it is run again. Writes below NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+bash runs/setup.sh
+python=.venv/bin/python
+tag=demo
+tasks="Arithmetic:20000,Identity:2000,DocQA*2,SpellingBee:3000,SimpleSpelling:2000"
+
+# stage NUMBER COMMAND...: one step of the way, its number shown in the progress display
+stage() {
+    export NANOCHAT_STAGE="$1/6"
+    shift
+    "$python" -m "$@"
+}
+
+stage 1 scripts.tok_train --data=builtin --vocab-size=4096 --tokenizer=demo
+stage 2 scripts.base_train --model-tag=$tag --resume=auto --data=builtin --tokenizer=demo \
+    --depth=4 --aspect-ratio=48 --head-dim=64 --max-seq-len=512 --total-batch-size=8192 --target-minutes=5 \
+    --warmup-steps=10 --eval-every=100 --eval-tokens=65536 --save-every=50 --sample-every=-1
+stage 3 scripts.chat_sft --model-tag=$tag --resume=auto --tasks="$tasks" --target-minutes=3 \
+    --eval-every=-1 --eval-tokens=32768 --save-every=50
+stage 4 scripts.base_eval --model-tag=$tag --split-tokens=32768
+stage 5 scripts.chat_eval --model-tag=$tag --task-name=Arithmetic,Identity,SpellingBee --max-problems=64 --max-new-tokens=160
+stage 6 nanochat.report --model-tag=$tag
+
+printf '\nYou: %s\nnanochat: ' "What is 23 + 58?"
+"$python" -m scripts.chat_cli --model-tag=$tag --temperature=0 --prompt="What is 23 + 58?"
+cat <<END
+
+This model is yours. Talk to it:
+  source .venv/bin/activate
+  python -m scripts.chat_cli --model-tag=$tag        in the terminal
+  python -m scripts.chat_web --model-tag=$tag        in the browser, at http://127.0.0.1:8000
+END

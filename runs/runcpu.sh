@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Half an hour on a laptop: a larger model than the demo's, on your own text if you like: bash runs/runcpu.sh [NAME|PATH]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+bash runs/setup.sh
+python=.venv/bin/python
+data="${1:-builtin}"
+tag="${MODEL_TAG:-cpu}"
+
+"$python" -m scripts.tok_train --data="$data" --vocab-size=8192 --tokenizer="$tag"
+"$python" -m scripts.base_train --model-tag="$tag" --resume=auto --data="$data" --tokenizer="$tag" \
+    --depth=6 --head-dim=64 --max-seq-len=512 --total-batch-size=8192 --target-minutes=18 \
+    --eval-every=100 --eval-tokens=65536 --save-every=50
+"$python" -m scripts.chat_sft --model-tag="$tag" --resume=auto --target-minutes=7 --eval-tokens=65536 --save-every=50 \
+    --tasks="Arithmetic:20000,Identity:2000,DocQA*2,SpellingBee:6000,SimpleSpelling:4000"
+"$python" -m scripts.base_eval --model-tag="$tag" --split-tokens=65536
+"$python" -m scripts.chat_eval --model-tag="$tag" --task-name=Arithmetic,Identity,SpellingBee --max-problems=128
+"$python" -m nanochat.report --model-tag="$tag"
+"$python" -m scripts.chat_cli --model-tag="$tag"

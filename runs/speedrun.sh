@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# The full pipeline at depth 24 on a node of GPUs: bash runs/speedrun.sh
+# In a terminal that outlives the connection: screen -L -Logfile speedrun.log -S speedrun bash runs/speedrun.sh
+# DEPTH, NPROC, MODEL_TAG and WANDB_RUN may be set. Run again after an interruption, it goes on where it was.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+depth="${DEPTH:-24}"
+nproc="${NPROC:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}"
+tag="${MODEL_TAG:-d$depth}"
+run="${WANDB_RUN:-dummy}"
+if [ "$nproc" -lt 1 ]; then
+    echo "error: no GPU is seen by nvidia-smi: use runs/runcpu.sh, or set NPROC" >&2
+    exit 1
+fi
+extras=()
+[ "$run" = dummy ] || extras=(wandb)
+bash runs/setup.sh "${extras[@]}"
+source .venv/bin/activate
+export OMP_NUM_THREADS=1
+launch() { torchrun --standalone --nproc_per_node="$nproc" -m "$@"; }
+
+# The tokenizer needs 8 shards; the rest of what pretraining reads comes meanwhile.
+python -m nanochat.dataset --data=climbmix -n 8
+python -m nanochat.dataset --data=climbmix -n "${SHARDS:-240}" &
+download=$!
+trap 'kill "$download" 2>/dev/null || true' EXIT
+python -m scripts.tok_train --data=climbmix --max-chars=2000000000 --vocab-size=32768
+python -m scripts.tok_eval
+wait "$download" || { echo "error: the download failed; run this again to go on with it" >&2; exit 1; }
+
+launch scripts.base_train --depth="$depth" --model-tag="$tag" --resume=auto --save-every=1000 --run="$run"
+launch scripts.base_eval --model-tag="$tag"
+launch scripts.chat_sft --model-tag="$tag" --resume=auto --run="$run"
+launch scripts.chat_eval --source=sft --model-tag="$tag"
+python -m nanochat.report --model-tag="$tag"
+echo "chat: python -m scripts.chat_cli --model-tag=$tag, or python -m scripts.chat_web --model-tag=$tag"
