@@ -149,6 +149,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer. Training compiles `forward` once for each kind of layer, whatever the depth (see GPT.compile)."""
+
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
         self.attn = CausalSelfAttention(config, layer)
@@ -157,10 +159,14 @@ class Block(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
+        x0: torch.Tensor,
+        lambdas: tuple[torch.Tensor, torch.Tensor],
         value_embedding: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor],
         attention: AttentionPlan | KVCache,
     ) -> torch.Tensor:
+        """x: the stream, x0: the first embedding, value_embedding: this layer's, or None; each (B, T, n_embd)."""
+        x = (lambdas[0] * x + lambdas[1] * x0).to(x.dtype)
         x = x + self.attn(norm(x), value_embedding, rotary, attention)
         return x + self.mlp(norm(x))
 
@@ -185,7 +191,7 @@ class GPT(nn.Module):
         self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
         self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
         self.compute_dtype: torch.dtype | None = None  # None: what the device does best
-        self._compiled: Callable[..., torch.Tensor] | None = None
+        self._compiled_block: Callable[..., torch.Tensor] | None = None
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()
@@ -235,8 +241,12 @@ class GPT(nn.Module):
         self._rotary = (angles.cos(), angles.sin())
 
     def compile(self) -> None:
-        """Compile what training runs: the trunk and the loss. Generation, through a cache, stays uncompiled."""
-        self._compiled = torch.compile(self.trunk, dynamic=False)
+        """Compile what training runs: the blocks and the loss. Generation, through a cache, stays uncompiled.
+
+        By block and not as a whole: layers that differ only in their weights share one graph, so the wait for the
+        first step hardly grows with depth, and the steps are as fast or faster.
+        """
+        self._compiled_block = torch.compile(Block.forward, dynamic=False)
         compile_loss()
 
     def trunk(
@@ -244,14 +254,16 @@ class GPT(nn.Module):
         idx: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
         attention: list[AttentionPlan] | list[KVCache],
+        run_block: Callable[..., torch.Tensor] = Block.forward,
     ) -> torch.Tensor:
         """Token ids (B, T) to final features (B, T, n_embd) in the compute dtype; `attention` is one for each layer."""
         dtype = self.get_compute_dtype()
-        x = x0 = norm(self.wte(idx).to(dtype))
+        x0 = norm(self.wte(idx).to(dtype))
+        x = x0.view_as(x0)  # another tensor object: the compiler gives a block whose x is x0 a graph of its own
         for i, block in enumerate(self.blocks):
-            x = (self.resid_lambdas[i] * x + self.x0_lambdas[i] * x0).to(dtype)
+            lambdas = (self.resid_lambdas[i], self.x0_lambdas[i])
             value_embedding = self.value_embeds[str(i)](idx).to(dtype) if str(i) in self.value_embeds else None
-            x = block(x, value_embedding, rotary, attention[i])
+            x = run_block(block, x, x0, lambdas, value_embedding, rotary, attention[i])
         return norm(x)
 
     def forward(
@@ -281,12 +293,11 @@ class GPT(nn.Module):
             kv_cache.advance(T)
             return x
         plans = [plan_attention(T, w, idx.device, self.get_compute_dtype()) for w in self.config.windows()]
-        if self._compiled is None:
+        if self._compiled_block is None:
             return self.trunk(idx, self.rotary(None, T), plans)
-        if torch.is_grad_enabled():
-            return self._compiled(idx, self.rotary(None, T), plans)
-        with torch.enable_grad():  # evaluation runs the graph that training compiled, instead of compiling one more
-            return self._compiled(idx, self.rotary(None, T), plans).detach()
+        with torch.enable_grad():  # evaluation runs the graphs that training compiled, instead of compiling more
+            x = self.trunk(idx, self.rotary(None, T), plans, self._compiled_block)
+        return x if torch.is_grad_enabled() else x.detach()
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Features (..., n_embd) to soft-capped logits (..., vocab_size) float32; the padding is never predicted."""
