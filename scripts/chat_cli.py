@@ -64,6 +64,12 @@ class Chat:
         self.engine, self.args, self.tokenizer = engine, args, engine.tokenizer
         self.messages: list[dict[str, Any]] = []
         self.color = sys.stdout.isatty()
+        dim, plain = (DIM, PLAIN) if self.color else ("", "")
+        special = self.tokenizer.encode_special
+        self.marks = {  # a call of the calculator reads [23+58][= 81]
+            special("<|python_start|>"): dim + "[", special("<|python_end|>"): "]" + plain,
+            special("<|output_start|>"): dim + "[= ", special("<|output_end|>"): "]" + plain + " ",
+        }  # fmt: skip
 
     def answer(self, text: str) -> None:
         """Print the model's answer as it comes, and remember both sides."""
@@ -83,19 +89,16 @@ class Chat:
         """Generate from a prompt, printing whole characters; returns the answer's tokens."""
         decoder = IncrementalDecoder(self.tokenizer)
         tokens: list[int] = []
-        special = self.tokenizer.encode_special
-        starts = {special("<|python_start|>"), special("<|output_start|>")}
-        ends = {special("<|python_end|>"), special("<|output_end|>")}
-        settings = {"max_tokens": self.args.max_tokens, "temperature": self.args.temperature}
-        stream = self.engine.generate(prompt, 1, top_k=self.args.top_k, seed=self.args.seed, **settings)
+        stream = self.engine.generate(
+            prompt, 1, max_tokens=self.args.max_tokens, temperature=self.args.temperature, top_k=self.args.top_k,
+            seed=self.args.seed,
+        )  # fmt: skip
         try:
             for (token,), _ in stream:
                 if token in self.engine.stop_ids:
                     break
                 tokens.append(token)
-                if self.color and token in starts | ends:
-                    print(DIM + "[" if token in starts else "]" + PLAIN + " ", end="")
-                print(decoder.feed(token), end="", flush=True)
+                print(self.marks.get(token, "") + decoder.feed(token), end="", flush=True)
         except KeyboardInterrupt:
             print(" (stopped)", end="")
         print(decoder.flush() + (PLAIN if self.color else ""), flush=True)

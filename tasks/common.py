@@ -46,7 +46,7 @@ class Task(ABC):
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool | float:
         """Whether (or how far) a completion answers the conversation."""
-        raise NotImplementedError(f"{type(self).__name__} has no answers to judge")
+        raise NanochatError(f"{type(self).__name__} only teaches: it has no answers to judge; choose another task")
 
     def reward(self, conversation: Conversation, completion: str) -> float:
         """What RL gives for a completion."""
@@ -85,7 +85,7 @@ class TaskSequence(Task):
         return which, index - (self.ends[which - 1] if which else 0)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool | float:
-        raise NotImplementedError("judge with the single tasks: a conversation does not say which one it is from")
+        raise NanochatError("judge with the single tasks: a conversation does not say which one it is from")
 
 
 class TaskMixture(TaskSequence):
