@@ -246,8 +246,9 @@ class GPT(nn.Module):
         By block and not as a whole: layers that differ only in their weights share one graph, so the wait for the
         first step hardly grows with depth, and the steps are as fast or faster.
         """
-        self._compiled_block = torch.compile(Block.forward, dynamic=False)
-        compile_loss()
+        if self._compiled_block is None:
+            self._compiled_block = torch.compile(Block.forward, dynamic=False)
+            compile_loss()
 
     def trunk(
         self,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from nanochat.checkpoint_manager import (
     newest_valid_step,
 )
 from nanochat.common import NanochatError, atomic_write, print0, synchronize
+from nanochat.compilation import can_compile
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.scaling import accumulation_steps, default_device_batch_size
@@ -121,8 +123,12 @@ def open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Sta
     return Stage(tag, name, directory, step)
 
 
-def check_settings(stage: Stage, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raise NanochatError if a resumed stage was started with other settings."""
+def check_settings(stage: Stage, new: dict[str, Any]) -> None:
+    """Raise NanochatError if a stage that is to go on was started with other settings."""
+    path = stage.directory / "settings.json"
+    if stage.resume_step is None or not path.exists():
+        return
+    old = json.loads(path.read_text(encoding="utf-8"))
     for key, value in json.loads(json.dumps(new)).items():
         if key not in FREE_SETTINGS and key in old and old[key] != value:
             flag = "--" + key.replace("_", "-")
@@ -137,7 +143,9 @@ def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, An
     if rank != 0:
         return
     stage.directory.mkdir(parents=True, exist_ok=True)
-    if stage.resume_step is None:
+    if stage.resume_step is not None:
+        print0(f"going on from step {stage.resume_step} of {stage.directory}")
+    else:
         (stage.directory / "metrics.jsonl").unlink(missing_ok=True)  # of a start that never reached a checkpoint
         if stage.name == "base":
             tokenizer.save(get_run_dir(stage.tag))
@@ -145,14 +153,12 @@ def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, An
 
 
 def restore(
-    stage: Stage, model_config: dict[str, Any], settings: dict[str, Any], device: torch.device
+    stage: Stage, model_config: dict[str, Any], device: torch.device
 ) -> tuple[GPT, dict[str, torch.Tensor] | None, dict[str, Any] | None]:
     """(model, optimizer state, trainer state) of the step to go on from; a new model and None, None if there is none."""
     if stage.resume_step is None:
         return build_model(model_config, None, device), None, None
     weights, optimizer_state, meta = load_checkpoint(stage.directory, stage.resume_step, device, load_optimizer=True)
-    check_settings(stage, meta["settings"], settings)
-    print0(f"going on from step {stage.resume_step} of {stage.directory}")
     return build_model(meta["model_config"], weights, device), optimizer_state, meta["trainer"]
 
 
@@ -171,30 +177,33 @@ def load_states(
 # ----------------------------------------------------------------------------- what stages share
 
 
-def flops_in(stage: Stage, model: GPT, minutes: float) -> float:
-    """Floating-point operations of training that this machine does in so many minutes: --target-minutes as a horizon.
+def steps_in(stage: Stage, model: GPT, minutes: float, rows: int, total_batch_size: int, compile: bool) -> int:
+    """Updates that this machine does in so many minutes: --target-minutes as a horizon.
 
-    Measured on two uncompiled passes, so the compiled run takes rather less. A resumed stage keeps what it began with.
+    Measured on a few micro-batches of `rows`, compiled as the training will be. A resumed stage keeps what it began
+    with, so that its schedules stay what they were.
     """
     path = stage.directory / "settings.json"
     if stage.resume_step is not None and path.exists():
-        recorded = json.loads(path.read_text(encoding="utf-8")).get("planned_flops")
-        if recorded:
-            return recorded
+        return json.loads(path.read_text(encoding="utf-8"))["num_iterations"]
     T, device = model.config.sequence_len, model.get_device()
-    idx = torch.zeros(max(1, 2**13 // T), T, dtype=torch.long, device=device)
-    seconds = float("inf")
-    for _ in range(2):  # the first one warms up
+    if compile and can_compile(device) is None:
+        print0("compiling, and measuring how fast this machine trains")
+        model.compile()
+    idx = torch.zeros(rows, T, dtype=torch.long, device=device)
+    seconds = []
+    for _ in range(5):
         started = time.perf_counter()
         model(idx, idx).backward()
         synchronize(device)
-        seconds = min(seconds, time.perf_counter() - started)
+        seconds.append(time.perf_counter() - started)
     model.zero_grad(set_to_none=True)
-    flops = torch.tensor(60 * minutes * model.estimate_flops() * idx.numel() / seconds, dtype=torch.float64)
+    slowest = torch.tensor(statistics.median(seconds[2:]), device=device)  # the first ones compile and warm up
+    world_size = 1
     if dist.is_initialized():
-        flops = flops.to(device)
-        dist.all_reduce(flops)  # all ranks together, and all agree
-    return flops.item()
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        world_size = dist.get_world_size()
+    return max(1, round(60 * minutes / slowest.item() * rows * T * world_size / total_batch_size))
 
 
 def describe_model(model: GPT) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from nanochat.common import compute_init, get_compute_dtype, print0, run_command
 from nanochat.compilation import keep_freed_memory
@@ -20,13 +20,14 @@ from nanochat.metrics import MetricsLog
 from nanochat.scaling import accumulation_steps, model_config, plan_horizon
 from nanochat.stage import (
     add_training_arguments,
+    check_settings,
     choose_device_batch_size,
     describe_model,
-    flops_in,
     load_states,
     open_stage,
     prepare_directory,
     restore,
+    steps_in,
 )
 from nanochat.tokenizer import get_tokenizer
 from nanochat.trainer import TrainConfig, Trainer
@@ -81,22 +82,25 @@ def main(argv: list[str] | None = None) -> int:
         args.depth, tokenizer.get_vocab_size(), args.max_seq_len, args.aspect_ratio, args.head_dim, args.window_pattern,
         args.num_kv_heads,
     )  # fmt: skip
-    settings = {**vars(args), "tokenizer_fingerprint": tokenizer.fingerprint()}
-    model, optimizer_state, trainer_state = restore(stage, asdict(config), settings, device)
-    planned_flops = flops_in(stage, model, args.target_minutes) if args.target_minutes > 0 else args.target_flops
+    model, optimizer_state, trainer_state = restore(stage, asdict(config), device)
     horizon = plan_horizon(
-        config, model.estimate_flops(), args.num_iterations, planned_flops, args.target_param_data_ratio,
+        config, model.estimate_flops(), args.num_iterations, args.target_flops, args.target_param_data_ratio,
         args.total_batch_size,
     )  # fmt: skip
+    rows = choose_device_batch_size(model, args.device_batch_size, horizon.total_batch_size, world_size)
+    if args.target_minutes > 0 and args.num_iterations <= 0:
+        steps = steps_in(stage, model, args.target_minutes, rows, horizon.total_batch_size, args.compile)
+        horizon = replace(horizon, num_iterations=steps)
+    settings = {
+        **vars(args), **describe_model(model), "num_iterations": horizon.num_iterations,
+        "total_batch_size": horizon.total_batch_size, "device_batch_size": rows, "device": str(device),
+        "dtype": str(get_compute_dtype(device)), "world_size": world_size, "tag": stage.tag, "stage": "base",
+        "parent": None, "tokenizer_fingerprint": tokenizer.fingerprint(),
+    }  # fmt: skip
+    check_settings(stage, settings)
     if stage.is_complete(horizon.num_iterations):
         print0(f"{stage.directory} is complete: {horizon.num_iterations} steps done")
         return 0
-    rows = choose_device_batch_size(model, args.device_batch_size, horizon.total_batch_size, world_size)
-    settings.update(
-        describe_model(model), num_iterations=horizon.num_iterations, total_batch_size=horizon.total_batch_size,
-        device_batch_size=rows, device=str(device), dtype=str(get_compute_dtype(device)), world_size=world_size, tag=stage.tag,
-        stage="base", parent=None, planned_flops=planned_flops,
-    )  # fmt: skip
     prepare_directory(stage, tokenizer, settings, rank)
     print0(
         f"depth {args.depth}: {settings['num_params']:,} parameters, {horizon.num_iterations:,} steps of "

@@ -21,19 +21,20 @@ from nanochat.metrics import MetricsLog
 from nanochat.scaling import accumulation_steps, learning_rate_scale
 from nanochat.stage import (
     add_training_arguments,
+    check_settings,
     choose_device_batch_size,
     describe_model,
-    flops_in,
     load_states,
     open_stage,
     prepare_directory,
     restore,
+    steps_in,
 )
 from nanochat.trainer import TrainConfig, Trainer
 from tasks import build_mixture
 
 DEFAULT_TASKS = "SmolTalk,MMLU*3,GSM8K*4,Identity*2,SimpleSpelling,SpellingBee"
-SAMPLE_PROMPTS = ("Who are you?", "What is 23 + 58?", "How many r are in strawberry?")
+NUM_SAMPLES = 4
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -80,33 +81,28 @@ def main(argv: list[str] | None = None) -> int:
     total_batch_size = args.total_batch_size if args.total_batch_size > 0 else base_meta["settings"]["total_batch_size"]
     train_task = build_mixture(args.tasks, "train", args.task_data)
     val_task = build_mixture(args.tasks, "val", args.task_data)
-    num_iterations = args.num_iterations
-    if num_iterations <= 0:
-        num_iterations = max(1, round(estimate_tokens(train_task, tokenizer, sequence_len) / total_batch_size))
-    planned_flops = None
-    if args.target_minutes > 0:  # stop sooner if the time is up
-        planned_flops = flops_in(stage, base, args.target_minutes)
-        num_iterations = min(num_iterations, max(1, round(planned_flops / (base.estimate_flops() * total_batch_size))))
-    if stage.is_complete(num_iterations):
-        print0(f"{stage.directory} is complete: {num_iterations} steps done")
-        return 0
-    settings = {
-        **vars(args),
-        "task_data": str(args.task_data) if args.task_data else None,
-        "num_iterations": num_iterations, "planned_flops": planned_flops, "total_batch_size": total_batch_size,
-        "tag": stage.tag, "stage": "sft",
-        "parent": f"base step {base_step}", "tokenizer_fingerprint": tokenizer.fingerprint(),
-    }  # fmt: skip
     if stage.resume_step is None:
         model, optimizer_state, trainer_state = build_model(model_config, base.state_dict(), device), None, None
     else:
-        model, optimizer_state, trainer_state = restore(stage, model_config, settings, device)
+        model, optimizer_state, trainer_state = restore(stage, model_config, device)
     del base
     rows = choose_device_batch_size(model, args.device_batch_size, total_batch_size, world_size)
-    settings.update(
-        describe_model(model), device_batch_size=rows, device=str(device), dtype=str(get_compute_dtype(device)),
-        world_size=world_size,
-    )  # fmt: skip
+    num_iterations = args.num_iterations
+    if num_iterations <= 0:
+        num_iterations = max(1, round(estimate_tokens(train_task, tokenizer, sequence_len) / total_batch_size))
+        if args.target_minutes > 0:  # stop sooner if the time is up
+            steps = steps_in(stage, model, args.target_minutes, rows, total_batch_size, args.compile)
+            num_iterations = min(num_iterations, steps)
+    settings = {
+        **vars(args), **describe_model(model), "task_data": str(args.task_data) if args.task_data else None,
+        "num_iterations": num_iterations, "total_batch_size": total_batch_size, "device_batch_size": rows,
+        "device": str(device), "dtype": str(get_compute_dtype(device)), "world_size": world_size, "tag": stage.tag,
+        "stage": "sft", "parent": f"base step {base_step}", "tokenizer_fingerprint": tokenizer.fingerprint(),
+    }  # fmt: skip
+    check_settings(stage, settings)
+    if stage.is_complete(num_iterations):
+        print0(f"{stage.directory} is complete: {num_iterations} steps done")
+        return 0
     prepare_directory(stage, tokenizer, settings, rank)
     print0(f"fine-tuning {stage.tag}: {len(train_task):,} conversations, {num_iterations:,} steps")
 
@@ -130,7 +126,8 @@ def main(argv: list[str] | None = None) -> int:
     def sample() -> list[dict[str, str]]:
         engine = Engine(model, tokenizer)
         samples = []
-        for prompt in SAMPLE_PROMPTS:
+        for example in itertools.islice(val_task, NUM_SAMPLES):  # a mixture: some of each kind
+            prompt = example["messages"][0]["content"]
             conversation = {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": ""}]}
             tokens = tokenizer.render_for_completion(conversation)
             answers, _ = engine.generate_batch(tokens, 1, max_tokens=64, temperature=0)
