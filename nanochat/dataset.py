@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import NanochatError, get_base_dir, run_command
+from nanochat.common import NanochatError, get_base_dir, print0, run_command
 
 VAL_SHARE = 0.02  # of the documents, by hash, where no file is named for validation
 TEXT_FILE_CHARS = 4000  # a plain text file becomes documents of about this size, cut at blank lines
@@ -139,6 +139,17 @@ class HubSource(Source):
 
 
 SOURCES = {"builtin": BuiltinSource, "climbmix": HubSource, "fineweb-edu": HubSource}
+
+
+def default_source_name() -> str:
+    """What commands read when no --data is given: "climbmix" where it was downloaded, else "builtin", and says so."""
+    if any((get_base_dir() / "data" / "climbmix").glob("*.parquet")):
+        return "climbmix"
+    print0(
+        "reading the builtin text, since climbmix is not downloaded (python -m nanochat.dataset -n 8 fetches some of it, "
+        "--data=PATH reads your own)"
+    )
+    return "builtin"
 
 
 def get_source(name_or_path: str) -> Source:

@@ -1,12 +1,14 @@
 """The one door by which numbers leave a run: metrics.jsonl always, Weights & Biases and TensorBoard where asked for.
 
-Used by trainer.py; read by report.py. One JSON object a line, always with "step" and "time_s" (seconds of training).
+Used by trainer.py; read by report.py. One JSON object a line, always with "step", "time_s" (seconds of training)
+and "timestamp" (of the row, seconds since 1970).
 """
 
 from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +49,17 @@ class MetricsLog:
         """Write one row; it is on disk (or at least with the system) when this returns."""
         if self._file is None:
             return
+        row = {"timestamp": round(time.time(), 3), **row}
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
-        numbers = {name: value for name, value in finite.items() if isinstance(value, int | float)}
+        place = ("step", "timestamp")
+        numbers = {k: v for k, v in finite.items() if isinstance(v, int | float) and k not in place}
         if self._wandb is not None:
             self._wandb.log(numbers, step=row["step"])
         if self._tensorboard is not None:
             for name, value in numbers.items():
-                if name != "step":
-                    self._tensorboard.add_scalar(name, value, row["step"])
+                self._tensorboard.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
         if self._file is not None:

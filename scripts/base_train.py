@@ -10,10 +10,12 @@ import itertools
 import sys
 from dataclasses import asdict, replace
 
+import torch.distributed as dist
+
 from nanochat.common import compute_init, get_compute_dtype, print0, run_command
 from nanochat.compilation import keep_freed_memory
 from nanochat.dataloader import TokenLoader
-from nanochat.dataset import get_source
+from nanochat.dataset import default_source_name, get_source
 from nanochat.engine import Engine, continue_openings
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.metrics import MetricsLog
@@ -29,15 +31,17 @@ from nanochat.stage import (
     restore,
     steps_in,
 )
-from nanochat.tokenizer import get_tokenizer
+from nanochat.tokenizer import FILE_NAME, get_tokenizer, get_tokenizer_dir
 from nanochat.trainer import TrainConfig, Trainer
+from scripts import tok_train
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Pretrain a base model.")
     add_training_arguments(parser)
     data = parser.add_argument_group("data")
-    data.add_argument("--data", default="climbmix", metavar="NAME|PATH", help="builtin, climbmix, fineweb-edu, or a path")
+    data.add_argument("--data", default=None, metavar="NAME|PATH",
+                      help="builtin, climbmix, fineweb-edu, or a path (default: climbmix if downloaded)")  # fmt: skip
     data.add_argument("--tokenizer", default="default", metavar="NAME|PATH", help="as trained by scripts.tok_train")
     model = parser.add_argument_group("model")
     model.add_argument("--depth", type=int, default=20, help="layers; the one dial")
@@ -76,8 +80,10 @@ def main(argv: list[str] | None = None) -> int:
     stage = open_stage("base", args.model_tag, f"d{args.depth}", resume)
 
     # What to train, for how long, in what portions
-    tokenizer = get_tokenizer(args.tokenizer)
+    args.data = args.data or default_source_name()
     source = get_source(args.data)
+    make_default_tokenizer(args.tokenizer, args.data, rank)
+    tokenizer = get_tokenizer(args.tokenizer)
     config = model_config(
         args.depth, tokenizer.get_vocab_size(), args.max_seq_len, args.aspect_ratio, args.head_dim, args.window_pattern,
         args.num_kv_heads,
@@ -148,6 +154,16 @@ def main(argv: list[str] | None = None) -> int:
     trainer.train()
     loader.close()
     return 0
+
+
+def make_default_tokenizer(name: str, data: str, rank: int) -> None:
+    """Train the default tokenizer on the same text if nobody has yet, so that the first command works alone."""
+    if name == "default" and not (get_tokenizer_dir(name) / FILE_NAME).exists():
+        if rank == 0:
+            print("no tokenizer was trained yet: training one")
+            tok_train.main(["--data", data])
+        if dist.is_initialized():
+            dist.barrier()
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from nanochat.common import atomic_write, run_command
-from nanochat.dataset import Source, get_source
+from nanochat.dataset import Source, default_source_name, get_source
 from nanochat.tokenizer import FILE_NAME, Tokenizer, get_tokenizer_dir
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a tokenizer.")
-    parser.add_argument("--data", default="climbmix", metavar="NAME|PATH", help="builtin, climbmix, fineweb-edu, or a path")
+    parser.add_argument("--data", default=None, metavar="NAME|PATH",
+                        help="builtin, climbmix, fineweb-edu, or a path (default: climbmix if downloaded)")  # fmt: skip
     parser.add_argument("--tokenizer", default="default", metavar="NAME|PATH", help="where to keep it")
     parser.add_argument("--max-chars", type=int, default=2_000_000_000, help="stop reading after so many characters")
     parser.add_argument("--doc-cap", type=int, default=10_000, help="characters to use of one document")
@@ -27,6 +28,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
+    args.data = args.data or default_source_name()
     source = get_source(args.data)
     directory = get_tokenizer_dir(args.tokenizer)
     recipe = {

@@ -1,0 +1,52 @@
+"""What benchmarks share: where the real text is, what the machine can do, and how a result is printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat.common import NanochatError, get_compute_dtype, test_data_dir
+from nanochat.compilation import measure_matmul_rate
+
+
+def real_data(*parts: str) -> Path:
+    """A path below NANOCHAT_TEST_DATA. Raises NanochatError where that is absent."""
+    folder = test_data_dir()
+    if folder is None:
+        raise NanochatError("this benchmark needs real text: set NANOCHAT_TEST_DATA to its folder")
+    return folder.joinpath(*parts)
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What a result depends on: processor, cores, versions, and the matmul rate of the compute dtype, in GFLOP/s."""
+    dtype = get_compute_dtype(device)
+    measure_matmul_rate.cache_clear()
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+        "matmul_gflops": round(measure_matmul_rate(device, dtype, seconds=2.0) / 1e9, 1),
+    }
+
+
+def run_module(module: str, *flags: str, base_dir: Path, **environment: str) -> None:
+    """Run a command of ours to its end, writing below base_dir, its output passed on. Raises NanochatError if it fails."""
+    command = [sys.executable, "-m", module, *flags]
+    variables = {**os.environ, "NANOCHAT_BASE_DIR": str(base_dir), **environment}
+    if code := subprocess.run(command, env=variables, stdout=sys.stderr, check=False).returncode:
+        raise NanochatError(f"{module} failed with exit code {code}: its message stands above")
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """A line for each number, then all of them as one JSON line, the last of the output."""
+    for name, value in result.items():
+        print(f"{name.replace('_', ' '):>28}  {value:,}" if isinstance(value, int) else f"{name.replace('_', ' '):>28}  {value}")
+    print(json.dumps(result))

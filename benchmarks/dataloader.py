@@ -1,0 +1,61 @@
+"""How fast text becomes rows of tokens: python -m benchmarks.dataloader [--seconds 10]
+
+The loader alone, with no model to wait for, against tiktoken encoding the same documents with as many threads; and the
+share of the text's tokens that reach a row, and of a row's places that hold a token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+import time
+
+import torch
+
+from benchmarks.common import print_result, real_data
+from nanochat.common import run_command
+from nanochat.dataloader import TokenLoader
+from nanochat.dataset import get_source
+from nanochat.tokenizer import Tokenizer
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Measure the loader.")
+    parser.add_argument("--data", default=None, metavar="NAME|PATH", help="default: the pretraining text of NANOCHAT_TEST_DATA")
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--context", type=int, default=512)
+    args = parser.parse_args(argv)
+
+    source = get_source(args.data or str(real_data("pretrain")))
+    texts = list(itertools.islice(source.documents("train"), 3000))
+    tokenizer = Tokenizer.train(iter(texts), args.vocab_size)
+    threads = os.cpu_count() or 1
+    started = time.perf_counter()
+    tokens = sum(map(len, tokenizer.encode(texts, num_threads=threads)))
+    bare = tokens / (time.perf_counter() - started)
+
+    with TokenLoader(source, tokenizer, args.rows, args.context, "train", 0, 1, torch.device("cpu")) as loader:
+        next(loader)
+        count, started = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - started) < args.seconds:
+            next(loader)
+            count += args.rows * args.context
+        stats = loader.stats()
+    print_result(
+        {
+            "cores": threads,
+            "tokens_per_s": round(count / elapsed),
+            "tiktoken_tokens_per_s": round(bare),
+            "ratio": round(count / elapsed / bare, 3),
+            **{name: round(value, 4) for name, value in stats.items()},
+        }
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

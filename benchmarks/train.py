@@ -1,0 +1,73 @@
+"""How fast and how well a depth-4 model trains: python -m benchmarks.train [--steps 400]
+
+A model of width 256, context 512 and vocabulary 4,096 is trained by the command that users type, on the text below
+NANOCHAT_TEST_DATA, with an empty compile cache. Reported: the share of this machine's own matmul rate that training
+reaches (MFU), the seconds from the command to its first optimizer step, and the validation bits per byte at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.common import describe_machine, print_result, real_data, run_module
+from nanochat.common import compute_init, run_command
+from nanochat.report import read_metrics
+
+MODEL = ("--depth=4", "--head-dim=64", "--max-seq-len=512", "--total-batch-size=8192")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Measure training at depth 4.")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--vocab-size", type=int, default=4096)
+    parser.add_argument("--keep", type=Path, default=None, metavar="DIR", help="keep the run here")
+    args, flags = parser.parse_known_args(argv)  # whatever else is given goes to base_train
+
+    data = real_data("pretrain")
+    *_, device = compute_init()
+    with tempfile.TemporaryDirectory() as temporary:
+        base_dir = args.keep or Path(temporary)
+        run_module("scripts.tok_train", f"--data={data}", f"--vocab-size={args.vocab_size}", base_dir=base_dir)
+        before = describe_machine(device)
+        started = time.time()
+        run_module(
+            "scripts.base_train", f"--data={data}", *MODEL, f"--num-iterations={args.steps}", "--model-tag=bench",
+            "--eval-every=-1", "--sample-every=-1", *flags, base_dir=base_dir,
+            TORCHINDUCTOR_CACHE_DIR=str(Path(temporary) / "cache"),
+        )  # fmt: skip
+        seconds = time.time() - started
+        after = describe_machine(device)
+        stage_dir = base_dir / "runs" / "bench" / "base"
+        rows = read_metrics(stage_dir / "metrics.jsonl")
+        settings = json.loads((stage_dir / "settings.json").read_text(encoding="utf-8"))
+
+    train = [row for row in rows if "train/loss" in row]
+    matmul_gflops = max(before["matmul_gflops"], after["matmul_gflops"])  # other work on the machine only lowers it
+    tokens_per_s = statistics.median(row["train/tok_per_s"] for row in train[1:])
+    gflops = tokens_per_s * settings["flops_per_token"] / 1e9
+    print_result(
+        {
+            **before,
+            "matmul_gflops": matmul_gflops,
+            "steps": args.steps,
+            "parameters": settings["num_params"],
+            "tokens_per_s": round(tokens_per_s, 1),
+            "train_gflops": round(gflops, 1),
+            "mfu": round(gflops / matmul_gflops, 4),
+            "first_step_s": round(train[0]["timestamp"] - started, 2),
+            "training_s": train[-1]["time_s"],
+            "command_s": round(seconds, 1),
+            "val_bpb": round([row["val/bpb"] for row in rows if "val/bpb" in row][-1], 4),
+        }
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,157 @@
+"""The report of a run, and the numbers and the progress that lead to it."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from nanochat import report
+from nanochat.common import NanochatError
+from nanochat.metrics import MetricsLog
+from nanochat.progress import Progress, format_seconds
+from nanochat.report import merge_eval, read_metrics, smooth, write_report
+
+
+class _Page(HTMLParser):
+    """The text of a page, and what it would load from elsewhere."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text, self.tags, self.links = "", [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href") and not (value or "").startswith("#")]
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_report_holds_what_the_run_left_behind(tiny_run: Path) -> None:
+    assert report.main(["--model-tag=tiny"]) == 0
+    markdown = (tiny_run / "report.md").read_text(encoding="utf-8")
+    page = _Page((tiny_run / "report.html").read_text(encoding="utf-8"))
+    settings = json.loads((tiny_run / "base" / "settings.json").read_text(encoding="utf-8"))
+    last = [row for row in read_metrics(tiny_run / "base" / "metrics.jsonl") if "train/loss" in row][-1]
+    for text in (markdown, page.text):
+        assert "Pretraining" in text
+        assert "Supervised fine-tuning" in text
+        assert f"{settings['num_params']:,}" in text
+        assert f"{last['train/loss']:.4f}" in text
+    assert page.tags.count("svg") == 2
+    assert page.links == []  # one file that needs no other
+    for picture in re.findall(r"\]\((plots/[^)]+)\)", markdown):
+        assert (tiny_run / picture).read_bytes().startswith(b"\x89PNG")
+    assert markdown.count("](plots/") == 2
+
+
+def test_what_a_model_writes_cannot_break_the_page(tiny_run: Path) -> None:
+    nasty = "<script>alert(1)</script> | a \n b"
+    results = {"samples": [{"prompt": nasty, "text": nasty}], "bpb": {"val": 1.5}}
+    merge_eval(tiny_run / "base", 6, results)
+    markdown, html = write_report(tiny_run)
+    page = _Page(html.read_text(encoding="utf-8"))
+    assert "script" not in page.tags
+    assert "alert(1)" in page.text
+    assert "1.5000" in markdown.read_text(encoding="utf-8")
+
+
+def test_evaluations_of_one_step_are_gathered_and_of_another_dropped(tmp_path: Path) -> None:
+    merge_eval(tmp_path, 5, {"tasks": {"A": {"accuracy": 0.5}}, "bpb": {"val": 2.0}})
+    merge_eval(tmp_path, 5, {"tasks": {"B": {"accuracy": 0.1}}})
+    merged = json.loads((tmp_path / "eval.json").read_text(encoding="utf-8"))
+    assert set(merged["tasks"]) == {"A", "B"}
+    assert merged["bpb"] == {"val": 2.0}
+    merge_eval(tmp_path, 6, {"bpb": {"val": 1.0}})
+    assert json.loads((tmp_path / "eval.json").read_text(encoding="utf-8")) == {"step": 6, "bpb": {"val": 1.0}}
+
+
+def test_a_resumed_run_counts_each_step_once(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    steps = [1, 2, 3, 4, 3, 4, 5]  # killed after step 4, resumed from step 2
+    lines = [json.dumps({"step": step, "train/loss": i}) for i, step in enumerate(steps)]
+    path.write_text("\n".join(lines) + '\n{"step": 6, "train/lo', encoding="utf-8")
+    rows = read_metrics(path)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["train/loss"] for row in rows] == [0, 1, 4, 5, 6]
+
+
+def test_a_run_without_stages_is_an_error(base_dir: Path) -> None:
+    with pytest.raises(NanochatError, match="base_train"):
+        report.main([])
+    with pytest.raises(NanochatError, match="no stage"):
+        report.main(["--model-tag=nothing"])
+
+
+def test_smoothing_has_no_bias_and_keeps_constants() -> None:
+    assert smooth([3.0] * 5) == pytest.approx([3.0] * 5)
+    assert smooth([4.0, 0.0])[0] == 4.0
+    assert smooth([])  == []
+
+
+# ----------------------------------------------------------------------------- metrics
+
+
+def test_metrics_survive_a_torn_line_and_numbers_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "tra', encoding="utf-8")
+    log = MetricsLog(tmp_path, {}, "dummy", False, rank=0)
+    log.log({"step": 2, "time_s": 1.0, "train/loss": math.nan})
+    log.close()
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    assert read_metrics(path)[-1]["train/loss"] is None
+
+
+def test_only_rank_0_writes_metrics(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "stage", {}, "dummy", True, rank=1)
+    log.log({"step": 1, "time_s": 0.0})
+    log.close()
+    assert not (tmp_path / "stage").exists()
+
+
+# ----------------------------------------------------------------------------- progress
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (75, "1:15"), (3675, "1:01:15")])
+def test_durations(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+def test_progress_says_stage_numbers_and_time_left(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOCHAT_STAGE", "2/6")
+    with Progress("pretraining", total=10, start=4) as progress:
+        for step in range(5, 11):
+            progress.update(step, loss=2.5, tok_per_s=12345.6)
+        progress.print("[bold]not markup[/bold]")
+    first, *_, last, said = capsys.readouterr().out.splitlines()
+    assert first.startswith("[2/6] pretraining: step 5/10  loss 2.5000  tok/s 12,346")
+    assert first.endswith("left")
+    assert last.startswith("[2/6] pretraining: step 10/10")
+    assert said == "[bold]not markup[/bold]"
+
+
+def test_progress_is_one_live_line_on_a_terminal() -> None:
+    screen = io.StringIO()
+    progress = Progress("pretraining", total=3)
+    progress._console = Console(file=screen, force_terminal=True, width=100)
+    with progress:
+        for step in (1, 2, 3):
+            progress.update(step, loss=1.0)
+    assert "3/3" in screen.getvalue()
+    assert "loss 1.0000" in screen.getvalue()
+
+
+def test_progress_is_silent_but_on_rank_0(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with Progress("pretraining", total=2) as progress:
+        progress.update(1)
+        progress.print("hello")
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,210 @@
+"""The commands as their users meet them: bad input is one clear sentence and a non-zero exit, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanochat.checkpoint_manager import list_steps
+from nanochat.common import NanochatError
+from scripts import base_eval, base_train, chat_cli, chat_eval, chat_sft, tok_eval, tok_train
+from tests.conftest import TINY_TRAINING
+
+SCRIPTS = ["tok_train", "tok_eval", "base_train", "base_eval", "chat_sft", "chat_eval", "chat_cli", "chat_web"]
+
+
+def _run(script: str, *flags: str, **kwargs: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", script, *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_import_without_work_and_explain_themselves(script: str, capsys: pytest.CaptureFixture) -> None:
+    module = __import__(f"scripts.{script}", fromlist=["main"])
+    with pytest.raises(SystemExit) as leaving:
+        module.main(["--help"])
+    assert leaving.value.code == 0
+    assert "usage:" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------- what is absent or wrong
+
+
+def test_an_error_is_one_sentence_and_an_exit_code(base_dir: Path) -> None:
+    result = _run("scripts.chat_cli", "--model-tag=absent", "-p", "hello")
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert "absent" in result.stderr
+    traced = _run("scripts.chat_cli", "--model-tag=absent", "-p", "hello", "--debug")
+    assert "Traceback" in traced.stderr
+
+
+def test_a_broken_installation_is_not_hidden() -> None:
+    """What is no user's mistake keeps its trace."""
+    code = "from nanochat.common import run_command\ndef main(argv): raise ZeroDivisionError\nrun_command(main)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1
+    assert "ZeroDivisionError" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("main", "flags", "message"),
+    [
+        (base_train.main, ["--data=/nowhere/at/all"], "/nowhere/at/all"),
+        (base_train.main, ["--tokenizer=unknown"], "tok_train"),
+        (base_train.main, ["--depth=0"], "depth 0"),
+        (base_train.main, ["--depth=2", "--window-pattern=SX"], "SX"),
+        (base_train.main, ["--depth=2", "--head-dim=12"], "head_dim 12"),
+        (base_train.main, ["--resume=soon"], "soon"),
+        (base_train.main, ["--device-type=tpu"], "tpu"),
+        (base_eval.main, ["--eval=core"], "core"),
+        (base_eval.main, ["--model-tag=absent"], "absent"),
+        (chat_sft.main, ["--model-tag=tiny", "--tasks=Nonsense"], "Nonsense"),
+        (chat_sft.main, ["--model-tag=tiny", "--tasks=CustomJSON:/nowhere.jsonl"], "nowhere"),
+        (chat_sft.main, ["--model-tag=tiny", "--model-step=77"], "77"),
+        (chat_eval.main, ["--model-tag=tiny", "-a", "Nonsense"], "Nonsense"),
+        (chat_eval.main, ["--model-tag=tiny", "-a", "SmolTalk", "--task-data=/nowhere"], "nowhere"),
+        (chat_cli.main, ["--model-tag=tiny", "-p", "word " * 500], "does not fit"),
+        (chat_cli.main, ["--source=rl"], "rl"),
+        (tok_train.main, ["--data=builtin", "--vocab-size=100"], "100"),
+        (tok_eval.main, ["--tokenizer=unknown"], "tok_train"),
+    ],
+)
+def test_bad_input_names_the_value_and_the_way_out(main, flags: list[str], message: str, tiny_run: Path) -> None:
+    before = sorted(path for path in tiny_run.rglob("*"))
+    with pytest.raises(NanochatError) as error:
+        main(flags if main is not base_train.main else [*TINY_TRAINING, "--data=builtin", *flags])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert sorted(path for path in tiny_run.rglob("*")) == before
+
+
+def test_empty_text_is_an_error(tmp_path: Path, tokenizer, base_dir: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "blank").mkdir()
+    (tmp_path / "blank" / "a.txt").write_text("\n \n", encoding="utf-8")
+    for folder in ("empty", "blank"):
+        with pytest.raises(NanochatError, match=folder):
+            tok_train.main(["--data", str(tmp_path / folder)])
+        tokenizer.save(base_dir / "tokenizers" / "default")
+        with pytest.raises(NanochatError, match=folder):
+            base_train.main([*TINY_TRAINING, "--data", str(tmp_path / folder)])
+
+
+def test_a_full_disk_stops_with_one_sentence_and_keeps_the_checkpoints(corpus: Path, tokenizer, tmp_path: Path) -> None:
+    """On a real, small file system, where this user may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a small disk is not allowed here")
+    try:
+        tokenizer.save(disk / "tokenizers" / "default")
+        flags = [*TINY_TRAINING, "--data", str(corpus), "--model-tag=full", "--num-iterations=50", "--save-every=1"]
+        environment = {**os.environ, "NANOCHAT_BASE_DIR": str(disk)}
+        result = _run("scripts.base_train", *flags, env=environment)
+        assert result.returncode == 1
+        assert "the disk is full" in result.stderr
+        assert "Traceback" not in result.stderr
+        steps = list_steps(disk / "runs" / "full" / "base")
+        assert steps
+        assert steps[-1] < 50
+        (disk / "runs" / "full" / "base" / "metrics.jsonl").unlink()  # room for the evaluation's result
+        assert _run("scripts.base_eval", "--model-tag=full", "--split-tokens=512", "--eval=bpb", env=environment).returncode == 0
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# ----------------------------------------------------------------------------- what they do
+
+
+def test_the_guides_first_command_works_alone(base_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    """Nothing downloaded, no tokenizer trained: the builtin text and a tokenizer made from it."""
+    flags = ["--depth=1", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=64", "--total-batch-size=128"]
+    flags += ["--num-iterations=2", "--core-metric-every=-1", "--sample-every=-1", "--eval-tokens=64", "--no-compile"]
+    assert base_train.main([*flags, "--device-type=cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "climbmix is not downloaded" in out
+    assert "training one" in out
+    assert list_steps(base_dir / "runs" / "d1" / "base") == [2]
+
+
+def test_a_run_of_so_many_minutes_goes_on_as_it_was_planned(tiny_run: Path, corpus: Path, capsys: pytest.CaptureFixture) -> None:
+    flags = [*TINY_TRAINING, "--data", str(corpus), "--model-tag=timed", "--resume=auto", "--target-minutes=0.003"]
+    flags += ["--num-iterations=-1", "--save-every=1"]
+    assert base_train.main(flags) == 0
+    stage_dir = tiny_run.parent / "timed" / "base"
+    planned = json.loads((stage_dir / "settings.json").read_text(encoding="utf-8"))["num_iterations"]
+    assert list_steps(stage_dir)[-1] == planned
+    shutil.rmtree(stage_dir / f"step_{planned:06d}")
+    assert base_train.main(flags) == 0
+    assert list_steps(stage_dir)[-1] == planned
+    capsys.readouterr()
+    assert base_train.main(flags) == 0
+    assert "is complete" in capsys.readouterr().out
+    sft = ["--model-tag=timed", "--tasks=Arithmetic:60", "--target-minutes=0.001", "--no-compile", "--resume=auto"]
+    for _ in range(2):
+        assert chat_sft.main([*sft, "--eval-tokens=128", "--device-type=cpu"]) == 0
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_tok_train_then_tok_eval(corpus: Path, base_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    train = ["--data", str(corpus), "--vocab-size=400"]
+    assert tok_train.main(train) == 0
+    assert tok_train.main(train) == 0
+    assert "there already" in capsys.readouterr().out
+    assert tok_eval.main(["--data", str(corpus)]) == 0
+    table = capsys.readouterr().out
+    for text in ("news", "code", "maths", "other scripts", "(train)", "(val)"):
+        assert text in table
+
+
+def test_base_eval_measures_and_shows(tiny_run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert base_eval.main(["--model-tag=tiny", "--split-tokens=1024", "--device-type=cpu"]) == 0
+    assert "bits per byte" in capsys.readouterr().out
+    results = json.loads((tiny_run / "base" / "eval.json").read_text(encoding="utf-8"))
+    assert results["step"] == 6
+    assert 0 < results["bpb"]["val"] < 10
+    assert len(results["samples"]) == 4
+
+
+def test_chat_eval_counts_and_gives_intervals(tiny_run: Path, capsys: pytest.CaptureFixture) -> None:
+    flags = ["--model-tag=tiny", "-a", "Arithmetic,Identity", "-x", "5", "-m", "8", "-n", "2", "--device-type=cpu"]
+    assert chat_eval.main([*flags, "--temperature=1"]) == 0
+    tasks = json.loads((tiny_run / "sft" / "eval.json").read_text(encoding="utf-8"))["tasks"]
+    assert set(tasks) == {"Arithmetic", "Identity"}
+    assert all(task["n"] == 5 and 0 <= task["low"] <= task["accuracy"] <= task["high"] <= 1 for task in tasks.values())
+
+
+def test_chat_cli_answers_once_and_goes_on(tiny_run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ["--model-tag=tiny", "--max-tokens=8", "--device-type=cpu"]
+    assert chat_cli.main([*flags, "-p", "What is 2 + 2?"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+    assert chat_cli.main([*flags, "--source=base", "-p", "the cat"]) == 0
+    typed = iter(["hello", "word " * 500, "clear", "again", "quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    assert chat_cli.main(flags) == 0
+    out = capsys.readouterr().out
+    assert "does not fit" in out  # and the conversation went on
+    assert "A new conversation." in out
+    assert out.count("nanochat: ") == 3
+
+
+def test_calculator_calls_read_well(tiny_run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nanochat.engine import Engine
+
+    def scripted(self, prompt: list[int], *args: object, **kwargs: object):
+        special, encode = self.tokenizer.encode_special, self.tokenizer.encode
+        tokens = [special("<|python_start|>"), *encode("2+3"), special("<|python_end|>"), special("<|output_start|>")]
+        for token in [*tokens, *encode("5"), special("<|output_end|>"), *encode("It is 5."), special("<|assistant_end|>")]:
+            yield [token], [1]
+
+    monkeypatch.setattr(Engine, "generate", scripted)
+    assert chat_cli.main(["--model-tag=tiny", "-p", "2+3?", "--device-type=cpu"]) == 0
+    assert capsys.readouterr().out == "[2+3][= 5] It is 5.\n"
