@@ -48,5 +48,7 @@ def run_module(module: str, *flags: str, base_dir: Path, **environment: str) -> 
 def print_result(result: dict[str, Any]) -> None:
     """A line for each number, then all of them as one JSON line, the last of the output."""
     for name, value in result.items():
-        print(f"{name.replace('_', ' '):>28}  {value:,}" if isinstance(value, int) else f"{name.replace('_', ' '):>28}  {value}")
+        print(
+            f"{name.replace('_', ' '):>28}  {value:,}" if isinstance(value, int) else f"{name.replace('_', ' '):>28}  {value}"
+        )
     print(json.dumps(result))

@@ -23,7 +23,9 @@ from nanochat.tokenizer import Tokenizer
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure the loader.")
-    parser.add_argument("--data", default=None, metavar="NAME|PATH", help="default: the pretraining text of NANOCHAT_TEST_DATA")
+    parser.add_argument(
+        "--data", default=None, metavar="NAME|PATH", help="default: the pretraining text of NANOCHAT_TEST_DATA"
+    )
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--rows", type=int, default=16)

@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import HTMLResponse, StreamingResponse
@@ -30,9 +30,19 @@ MAX_MESSAGES = 500
 MAX_CHARS = 32_000  # of a whole conversation
 
 
+class Part(BaseModel):
+    """A piece of an assistant's message: text, a call of the calculator, or its answer."""
+
+    type: Literal["text", "python", "python_output"]
+    text: str = Field(max_length=MAX_CHARS)
+
+
 class Message(BaseModel):
     role: Literal["system", "user", "assistant"]
-    content: str = Field(max_length=MAX_CHARS)
+    content: Annotated[str, Field(max_length=MAX_CHARS)] | Annotated[list[Part], Field(max_length=MAX_MESSAGES)]
+
+    def __len__(self) -> int:
+        return len(self.content) if isinstance(self.content, str) else sum(len(part.text) for part in self.content)
 
 
 class ChatRequest(BaseModel):
@@ -47,7 +57,10 @@ class ChatRequest(BaseModel):
 
 @dataclass
 class Job:
-    """A request in the model's thread. Events go to `events` on the loop that asked: {"token": text}, {"error": ...}, None."""
+    """A request in the model's thread.
+
+    Its events go to the loop that asked: {"token": text, "part": type} many times, or {"error": sentence}; None ends them.
+    """
 
     request: ChatRequest
     loop: asyncio.AbstractEventLoop
@@ -81,8 +94,8 @@ class Worker:
         while (job := self.jobs.get()) is not None:
             self.busy = True
             try:
-                for text in self._answer(job):
-                    job.send({"token": text})
+                for text, part in self._answer(job):
+                    job.send({"token": text, "part": part})
                 self.answered += 1
             except NanochatError as error:
                 job.send({"error": str(error)})
@@ -93,8 +106,8 @@ class Worker:
                 job.send(None)
                 self.busy = False
 
-    def _answer(self, job: Job) -> Iterator[str]:
-        """The reply, in pieces of whole characters."""
+    def _answer(self, job: Job) -> Iterator[tuple[str, str]]:
+        """The reply in pieces of whole characters, each with the type of the part that it belongs to."""
         engine, request = self.engine, job.request
         if job.cancelled.is_set():
             return
@@ -113,9 +126,9 @@ class Worker:
                 break
             self.tokens += 1
             if text := decoder.feed(token):
-                yield text
+                yield text, decoder.part
         if text := decoder.flush():
-            yield text
+            yield text, decoder.part
 
 
 def create_app(engine: Engine, model_name: str) -> FastAPI:
@@ -153,7 +166,7 @@ def create_app(engine: Engine, model_name: str) -> FastAPI:
     async def chat_completions(request: ChatRequest) -> StreamingResponse:
         if request.messages[-1].role != "user":
             raise HTTPException(400, "the last message must be the user's")
-        if sum(len(message.content) for message in request.messages) > MAX_CHARS:
+        if sum(map(len, request.messages)) > MAX_CHARS:
             raise HTTPException(400, f"the conversation is longer than {MAX_CHARS:,} characters: begin a new one")
         job = Job(request, asyncio.get_running_loop())
         try:

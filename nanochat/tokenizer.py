@@ -65,7 +65,8 @@ class Tokenizer:
     def train(cls, text_iterator: Iterable[str], vocab_size: int, pattern: str = SPLIT_PATTERN) -> Tokenizer:
         """Learn a vocabulary of `vocab_size` tokens, the special ones included, from texts.
 
-        Raises NanochatError if the size is too small for 256 bytes, or the text too short for so many tokens.
+        A short text gives fewer: as many as there are pairs to merge. Raises NanochatError if the size is too small for
+        256 bytes.
         """
         import rustbpe
 
@@ -76,12 +77,6 @@ class Tokenizer:
         trainer = rustbpe.Tokenizer()
         trainer.train_from_iterator(iter(text_iterator), vocab_size - len(SPECIAL_TOKENS), pattern=pattern)
         tokens = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])]
-        reached = len(tokens) + len(SPECIAL_TOKENS)
-        if reached < vocab_size:
-            raise NanochatError(
-                f"the text is too short for --vocab-size {vocab_size}: it has pairs for {reached} tokens only; "
-                f"give more text or ask for {reached}"
-            )
         return cls(tokens, pattern)
 
     def save(self, directory: Path | str) -> Path:
@@ -222,9 +217,13 @@ class Tokenizer:
         ids, _ = self.render_conversation({"messages": messages}, max_tokens=1 << 30)
         return [*ids, self.special_ids["<|assistant_start|>"]]
 
+    def part_starts(self) -> dict[int, str]:
+        """The types of a message's parts by the special token that begins them."""
+        return {self.special_ids[markers[0]]: kind for kind, markers in PART_MARKERS.items()}
+
     def parse_parts(self, tokens: Iterable[int]) -> list[dict[str, str]]:
         """The tokens of an answer as the parts of a message, so that tool calls survive into the next turn."""
-        kinds = {self.special_ids[markers[0]]: kind for kind, markers in PART_MARKERS.items()}
+        kinds = self.part_starts()
         parts: list[dict[str, str]] = []
         kind, piece = "text", []
         for token in [*tokens, None]:
@@ -276,15 +275,21 @@ def _as_text(content: str | list[dict[str, str]]) -> str:
 
 
 class IncrementalDecoder:
-    """Turns a stream of ids into whole characters: the bytes of one that is split over tokens wait for the rest."""
+    """Turns a stream of ids into whole characters: the bytes of one that is split over tokens wait for the rest.
+
+    `part` is the type of the part that the last token is in: "text", "python" or "python_output".
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._kinds = tokenizer.part_starts()
+        self.part = "text"
 
     def feed(self, token_id: int) -> str:
         """The characters that this token completes; special tokens are never shown."""
         if self._tokenizer.is_special(token_id):
+            self.part = self._kinds.get(token_id, "text")
             return ""
         return self._decoder.decode(self._tokenizer.tokens[token_id])
 

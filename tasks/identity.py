@@ -27,7 +27,7 @@ TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("What can you do?", "What are you good at?", "How can you help me?", "What do you know?", "Can you do maths?",
          "Can you calculate?", "What are your skills?", "Are you good with numbers?"),
         ("I am small, but I can do sums with my calculator and talk in short sentences.",
-         "I can calculate with a calculator, spell words and answer short questions about Python.",
+         "I can calculate with a calculator and answer short questions about Python.",
          "I am good at arithmetic, because I may use a calculator. I know a little about Python."),
     ),
     "limits": (

@@ -94,7 +94,7 @@ def test_a_run_without_stages_is_an_error(base_dir: Path) -> None:
 def test_smoothing_has_no_bias_and_keeps_constants() -> None:
     assert smooth([3.0] * 5) == pytest.approx([3.0] * 5)
     assert smooth([4.0, 0.0])[0] == 4.0
-    assert smooth([])  == []
+    assert smooth([]) == []
 
 
 # ----------------------------------------------------------------------------- metrics

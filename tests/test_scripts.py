@@ -66,9 +66,9 @@ def test_a_broken_installation_is_not_hidden() -> None:
         (base_train.main, ["--device-type=tpu"], "tpu"),
         (base_eval.main, ["--eval=core"], "core"),
         (base_eval.main, ["--model-tag=absent"], "absent"),
-        (chat_sft.main, ["--model-tag=tiny", "--tasks=Nonsense"], "Nonsense"),
-        (chat_sft.main, ["--model-tag=tiny", "--tasks=CustomJSON:/nowhere.jsonl"], "nowhere"),
-        (chat_sft.main, ["--model-tag=tiny", "--model-step=77"], "77"),
+        (chat_sft.main, ["--model-tag=tiny", "--resume=auto", "--tasks=Nonsense"], "Nonsense"),
+        (chat_sft.main, ["--model-tag=tiny", "--resume=auto", "--tasks=CustomJSON:/nowhere.jsonl"], "nowhere"),
+        (chat_sft.main, ["--model-tag=tiny", "--resume=auto", "--model-step=77"], "77"),
         (chat_eval.main, ["--model-tag=tiny", "-a", "Nonsense"], "Nonsense"),
         (chat_eval.main, ["--model-tag=tiny", "-a", "SmolTalk", "--task-data=/nowhere"], "nowhere"),
         (chat_cli.main, ["--model-tag=tiny", "-p", "word " * 500], "does not fit"),
@@ -116,7 +116,9 @@ def test_a_full_disk_stops_with_one_sentence_and_keeps_the_checkpoints(corpus: P
         assert steps
         assert steps[-1] < 50
         (disk / "runs" / "full" / "base" / "metrics.jsonl").unlink()  # room for the evaluation's result
-        assert _run("scripts.base_eval", "--model-tag=full", "--split-tokens=512", "--eval=bpb", env=environment).returncode == 0
+        assert (
+            _run("scripts.base_eval", "--model-tag=full", "--split-tokens=512", "--eval=bpb", env=environment).returncode == 0
+        )
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -135,7 +137,9 @@ def test_the_guides_first_command_works_alone(base_dir: Path, capsys: pytest.Cap
     assert list_steps(base_dir / "runs" / "d1" / "base") == [2]
 
 
-def test_a_run_of_so_many_minutes_goes_on_as_it_was_planned(tiny_run: Path, corpus: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_run_of_so_many_minutes_goes_on_as_it_was_planned(
+    tiny_run: Path, corpus: Path, capsys: pytest.CaptureFixture
+) -> None:
     flags = [*TINY_TRAINING, "--data", str(corpus), "--model-tag=timed", "--resume=auto", "--target-minutes=0.003"]
     flags += ["--num-iterations=-1", "--save-every=1"]
     assert base_train.main(flags) == 0
@@ -182,7 +186,9 @@ def test_chat_eval_counts_and_gives_intervals(tiny_run: Path, capsys: pytest.Cap
     assert all(task["n"] == 5 and 0 <= task["low"] <= task["accuracy"] <= task["high"] <= 1 for task in tasks.values())
 
 
-def test_chat_cli_answers_once_and_goes_on(tiny_run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_cli_answers_once_and_goes_on(
+    tiny_run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     flags = ["--model-tag=tiny", "--max-tokens=8", "--device-type=cpu"]
     assert chat_cli.main([*flags, "-p", "What is 2 + 2?"]) == 0
     assert "\x1b" not in capsys.readouterr().out

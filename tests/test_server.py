@@ -47,6 +47,26 @@ def test_an_answer_is_streamed_and_is_the_engines(client: TestClient, engine: En
     assert client.get("/stats").json()["answered"] == 1
 
 
+def test_calculator_calls_are_parts_and_can_be_sent_back(client: TestClient, engine: Engine, monkeypatch) -> None:
+    special, encode = engine.tokenizer.encode_special, engine.tokenizer.encode
+    call = [special("<|python_start|>"), *encode("2+3"), special("<|python_end|>")]
+    answer = [*call, special("<|output_start|>"), *encode("5"), special("<|output_end|>"), *encode("It is 5.")]
+    monkeypatch.setattr(engine, "generate", lambda *args: (([token], [1]) for token in answer))
+    parts: list[dict] = []
+    for event in _events(client.post("/chat/completions", json=HELLO).text)[:-1]:
+        if not parts or parts[-1]["type"] != event["part"]:
+            parts.append({"type": event["part"], "text": ""})
+        parts[-1]["text"] += event["token"]
+    assert parts == engine.tokenizer.parse_parts(answer)
+    monkeypatch.undo()
+    turns = [*HELLO["messages"], {"role": "assistant", "content": parts}, *HELLO["messages"]]
+    seen: list[list[int]] = []
+    original = engine.generate
+    monkeypatch.setattr(engine, "generate", lambda prompt, *args: seen.append(prompt) or original(prompt, *args))
+    assert _events(client.post("/chat/completions", json={**HELLO, "messages": turns}).text)[-1] == {"done": True}
+    assert " ".join(map(str, answer)) in " ".join(map(str, seen[0]))
+
+
 def test_page_and_health(client: TestClient) -> None:
     assert client.get("/health").json() == {"status": "ok", "ready": True, "model": "tiny"}
     page = client.get("/")
