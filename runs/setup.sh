@@ -67,5 +67,10 @@ if command -v uv >/dev/null 2>&1; then
 else
     install_with_pip
 fi
+if [ "$device" = cpu ]; then
+    # The C++ compiler's precompiled header, made now, so that no first training step waits for it. Optional: without a
+    # compiler training runs eagerly, and says so.
+    .venv/bin/python -c 'import torch; torch.compile(lambda x: x + 1)(torch.zeros(64))' >/dev/null 2>&1 || true
+fi
 printf '%s' "$wanted" >"$stamp"
 say "done: source .venv/bin/activate"

@@ -125,6 +125,24 @@ def test_a_loss_that_is_no_number_stops_the_run(corpus: Path, monkeypatch: pytes
     assert list_steps(Path(os.environ["NANOCHAT_BASE_DIR"]) / "runs" / "nan" / "base") == [2, 4]
 
 
+def test_a_crash_in_an_evaluation_costs_no_training(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> float:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(base_train, "evaluate_bpb", fail)
+    with pytest.raises(ZeroDivisionError):
+        _train(corpus, "crashed", "--eval-every=3", "--save-every=3")
+    assert list_steps(Path(os.environ["NANOCHAT_BASE_DIR"]) / "runs" / "crashed" / "base") == [3]
+
+
+def test_speed_counts_the_tokens_of_all_micro_batches(corpus: Path) -> None:
+    rows = read_metrics(_train(corpus, "speed", "--device-batch-size=1") / "metrics.jsonl")
+    train = [row for row in rows if "train/loss" in row]
+    assert [row["train/tokens"] for row in train] == [512 * step for step in range(1, 7)]
+    total = sum(512 / row["train/tok_per_s"] for row in train)
+    assert total == pytest.approx(train[-1]["time_s"], rel=0.01)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_leaves(corpus: Path, base_dir: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "scripts.base_train", *TINY_TRAINING, "--data", str(corpus), "--model-tag=stopped"]

@@ -1,0 +1,123 @@
+"""What this machine can do is found out by trying, and what it cannot do is passed over with one line."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat import compilation, flash_attention
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import NanochatError, get_base_dir, get_compute_dtype
+from nanochat.engine import Engine
+from scripts import base_train
+from tests.conftest import TINY_TRAINING
+from tests.helpers import make_model
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("broken", "chosen"),
+    [
+        ((), flash_attention.attend_fa3),
+        ((flash_attention.attend_fa3,), flash_attention.attend_flex),
+        ((flash_attention.attend_fa3, flash_attention.attend_flex), flash_attention.attend_plain),
+    ],
+)
+def test_attention_kernels_that_cannot_launch_are_passed_over(broken: tuple, chosen, monkeypatch) -> None:
+    def probe(backend, device, dtype) -> None:
+        if backend[0] in broken:
+            raise RuntimeError("no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(flash_attention, "_probe", probe)
+    attend, _ = flash_attention.choose_backend.__wrapped__("cuda", 0, torch.bfloat16)
+    assert attend is chosen
+
+
+def test_without_a_compiler_training_runs_eagerly_and_says_so(
+    corpus: Path, tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
+    tokenizer.save(get_base_dir() / "tokenizers" / "default")
+    flags = [flag for flag in TINY_TRAINING if flag != "--no-compile"]
+    assert base_train.main([*flags, "--data", str(corpus), "--num-iterations=1"]) == 0
+    assert capsys.readouterr().out.count("training without torch.compile: no C++ compiler") == 1
+
+
+@pytest.mark.slow
+def test_compiled_equals_eager() -> None:
+    """Loss and every gradient, for all kinds of layer, in one graph each."""
+    if reason := compilation.can_compile(torch.device("cpu")):
+        pytest.skip(f"nothing compiles here: {reason}")
+    idx = torch.randint(300, (2, 300), generator=torch.Generator().manual_seed(0))
+    models = [make_model(n_layer=4, window_pattern="SL") for _ in range(2)]
+    models[1].compile()
+    eager, compiled = (model(idx, idx) for model in models)
+    eager.backward()
+    compiled.backward()
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
+    for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-2, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+    with torch.no_grad():
+        assert models[1](idx, idx).item() == pytest.approx(eager.item(), rel=1e-4)
+        assert not models[1](idx, idx).requires_grad
+
+
+def test_generation_never_runs_what_training_compiled(tiny_run: Path) -> None:
+    model, tokenizer, _ = load_model("sft", "cpu", "eval", "tiny")
+
+    def fail(*args: object) -> torch.Tensor:
+        raise AssertionError("the compiled block ran")
+
+    model._compiled_block = fail
+    row = Engine(model, tokenizer).complete([tokenizer.encode("the cat", prepend="<|bos|>")], max_tokens=4)[0]
+    assert row.tokens
+
+
+def test_the_dtype_may_be_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float16")
+    assert get_compute_dtype("cpu") is torch.float16
+    monkeypatch.setenv("NANOCHAT_DTYPE", "int7")
+    with pytest.raises(NanochatError, match=r"int7.*bfloat16"):
+        get_compute_dtype("cpu")
+
+
+def test_it_imports_from_any_folder(tmp_path: Path) -> None:
+    code = "import nanochat.server, nanochat.trainer, scripts.base_train, scripts.chat_web, tasks"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=120)
+
+
+def test_the_guides_imports() -> None:
+    from nanochat.common import compute_cleanup, compute_init, get_dist_info, print0
+    from nanochat.gpt import GPT, GPTConfig
+    from tasks.common import Task
+
+    assert all(map(callable, (compute_cleanup, compute_init, get_dist_info, print0, GPT, GPTConfig, Task)))
+
+
+@pytest.mark.parametrize("path", sorted(p for f in ("nanochat", "scripts", "tasks") for p in (ROOT / f).glob("*.py")), ids=str)
+def test_sources_run_on_every_system(path: Path) -> None:
+    """UTF-8 is named wherever text is read or written, and nothing that only Unix has is imported or used."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            assert not {alias.name for alias in node.names} & {"fcntl", "resource", "pwd", "grp", "termios"}, node.lineno
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in ("SIGALRM", "alarm", "fork"), node.lineno
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            keywords = {keyword.arg for keyword in node.keywords}
+            texts = [str(arg.value) for arg in node.args if isinstance(arg, ast.Constant)]
+            of_os = isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") == "os"
+            if name in ("read_text", "write_text") or (
+                name == "open" and not of_os and not any("b" in text for text in texts[-1:])
+            ):
+                assert "encoding" in keywords, f"line {node.lineno} opens text without encoding"
