@@ -248,15 +248,15 @@ def build_model(
     """A GPT on `device` with the given weights, or newly initialized ones if `state` is None."""
     with torch.device("meta"):
         model = GPT(GPTConfig(**model_config))
+    model.to_empty(device=device)
     if state is None:
-        model.to_empty(device=device)
         model.init_weights(seed)
         return model
     try:
-        model.load_state_dict(state, strict=True, assign=True)
+        # Copied, not taken over: tensors read from a file are aligned otherwise than fresh ones, and a product of
+        # matrices rounds by alignment, so that a resumed run would not be bit for bit what it was.
+        model.load_state_dict(state, strict=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"these weights do not fit the model they claim to be ({reason}): train it again") from None
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
-    return model.to(device)
+    return model
