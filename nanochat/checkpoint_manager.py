@@ -204,6 +204,11 @@ def load_checkpoint(
     return model_state, optimizer_state, _read_json(directory / META_FILE)
 
 
+def read_meta(stage_dir: Path, step: int) -> dict[str, Any]:
+    """What a checkpoint says of itself, without its tensors. Raises CheckpointError if it cannot be read."""
+    return _read_json(step_dir(stage_dir, step) / META_FILE)
+
+
 def newest_valid_step(stage_dir: Path) -> tuple[int | None, list[str]]:
     """(the newest step whose files are all intact, or None; one sentence for each newer one that was passed over)."""
     skipped = []
@@ -248,15 +253,15 @@ def build_model(
     """A GPT on `device` with the given weights, or newly initialized ones if `state` is None."""
     with torch.device("meta"):
         model = GPT(GPTConfig(**model_config))
-    model.to_empty(device=device)
     if state is None:
+        model.to_empty(device=device)
         model.init_weights(seed)
         return model
     try:
-        # Copied, not taken over: tensors read from a file are aligned otherwise than fresh ones, and a product of
-        # matrices rounds by alignment, so that a resumed run would not be bit for bit what it was.
-        model.load_state_dict(state, strict=True)
+        model.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"these weights do not fit the model they claim to be ({reason}): train it again") from None
-    return model
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    return model.to(device)

@@ -7,9 +7,12 @@ gradient of a cross-entropy needs nothing from later layers but a scalar factor.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
+SoftmaxGradient = Callable[[torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
 IGNORE_INDEX = -1
 CHUNK_BYTES = 16 << 20  # of float32 logits in a chunk: small enough for a CPU's cache, large enough for a GPU
 
@@ -20,13 +23,18 @@ def softcap(logits: torch.Tensor, cap: float) -> torch.Tensor:
 
 
 def softcapped_cross_entropy(
-    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float, reduction: str = "mean"
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    cap: float,
+    reduction: str = "mean",
+    compiled_gradient: SoftmaxGradient | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of softcap(x @ weight.T) against targets, in nats, float32.
 
     x: (N, C) features; weight: (vocab_size, C); targets: (N,) int64, -1 where there is nothing to predict.
     reduction "mean" is over the supervised tokens, and 0 (not NaN) if there are none; "sum"; "none" gives (N,), 0 at
-    ignored positions.
+    ignored positions. compiled_gradient: `softmax_gradient`, compiled, from a caller that compiles.
     """
     if reduction == "none":
         return _token_losses(x, weight, targets, cap)
@@ -34,7 +42,7 @@ def softcapped_cross_entropy(
         raise ValueError(f"loss_reduction must be mean, sum or none, not {reduction!r}")
     weight = weight.to(x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        total = _FusedLoss.apply(x, weight, targets, cap)
+        total = _FusedLoss.apply(x, weight, targets, cap, compiled_gradient or softmax_gradient)
     else:
         total = _token_losses(x, weight, targets, cap).sum()
     if reduction == "sum":
@@ -79,18 +87,11 @@ def softmax_gradient(logits: torch.Tensor, cap: float) -> tuple[torch.Tensor, to
     return normalizer.log(), gradient.to(logits.dtype)
 
 
-_softmax_gradient = softmax_gradient
-
-
-def compile_loss() -> None:
-    """Fuse the chunk's arithmetic with torch.compile; the trainer calls this where a compiler works."""
-    global _softmax_gradient
-    _softmax_gradient = torch.compile(softmax_gradient, dynamic=False)
-
-
-def _chunk_loss_and_gradient(logits: torch.Tensor, targets: torch.Tensor, cap: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _chunk_loss_and_gradient(
+    logits: torch.Tensor, targets: torch.Tensor, cap: float, gradient_of: SoftmaxGradient
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed loss () float32 of a chunk and its gradient with respect to the raw logits (n, vocab_size)."""
-    log_normalizer, gradient = _softmax_gradient(logits, cap)
+    log_normalizer, gradient = gradient_of(logits, cap)
     supervised = (targets != IGNORE_INDEX)[:, None]
     columns = targets.clamp(min=0)[:, None]
     tanh = torch.tanh(logits.gather(1, columns).float() / cap)
@@ -106,14 +107,16 @@ class _FusedLoss(torch.autograd.Function):
     """Summed loss whose gradients are made in the forward pass, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float) -> torch.Tensor:
+    def forward(
+        ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float, gradient_of: SoftmaxGradient
+    ) -> torch.Tensor:
         size = _chunk_size(x.size(0), weight.size(0), x.device)
         total = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(x)
         grad_weight = torch.zeros(weight.shape, device=x.device)
         for start in range(0, x.size(0), size):
             part = slice(start, start + size)
-            loss, grad_logits = _chunk_loss_and_gradient(x[part] @ weight.T, targets[part], cap)
+            loss, grad_logits = _chunk_loss_and_gradient(x[part] @ weight.T, targets[part], cap, gradient_of)
             total += loss
             torch.mm(grad_logits, weight, out=grad_x[part])
             grad_weight += grad_logits.T @ x[part]
@@ -123,4 +126,4 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total: torch.Tensor):
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_total.to(grad_x.dtype), grad_weight * grad_total.to(grad_weight.dtype), None, None
+        return grad_x * grad_total.to(grad_x.dtype), grad_weight * grad_total.to(grad_weight.dtype), None, None, None

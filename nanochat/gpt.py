@@ -19,7 +19,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from nanochat.common import NanochatError, get_compute_dtype
-from nanochat.cross_entropy import compile_loss, softcap, softcapped_cross_entropy
+from nanochat.cross_entropy import SoftmaxGradient, softcap, softcapped_cross_entropy, softmax_gradient
 from nanochat.flash_attention import QK_SCALE, AttentionPlan, plan_attention
 
 if TYPE_CHECKING:
@@ -192,6 +192,7 @@ class GPT(nn.Module):
         self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
         self.compute_dtype: torch.dtype | None = None  # None: what the device does best
         self._compiled_block: Callable[..., torch.Tensor] | None = None
+        self._compiled_gradient: SoftmaxGradient | None = None  # of the loss
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()
@@ -248,7 +249,7 @@ class GPT(nn.Module):
         """
         if self._compiled_block is None:
             self._compiled_block = torch.compile(Block.forward, dynamic=False)
-            compile_loss()
+            self._compiled_gradient = torch.compile(softmax_gradient, dynamic=False)
 
     def trunk(
         self,
@@ -283,7 +284,9 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(x)
         head = self.lm_head.weight[: self.config.vocab_size]
-        loss = softcapped_cross_entropy(x.flatten(0, 1), head, targets.flatten(), LOGIT_CAP, loss_reduction)
+        loss = softcapped_cross_entropy(
+            x.flatten(0, 1), head, targets.flatten(), LOGIT_CAP, loss_reduction, self._compiled_gradient
+        )
         return loss.view(idx.shape) if loss_reduction == "none" else loss
 
     def features(self, idx: torch.Tensor, kv_cache: KVCache | None = None) -> torch.Tensor:

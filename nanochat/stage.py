@@ -24,6 +24,7 @@ from nanochat.checkpoint_manager import (
     list_steps,
     load_checkpoint,
     newest_valid_step,
+    read_meta,
 )
 from nanochat.common import NanochatError, atomic_write, print0, synchronize
 from nanochat.compilation import can_compile
@@ -80,6 +81,12 @@ class Stage:
         rows = [json.loads(line) for line in _complete_lines(self.directory / "metrics.jsonl")]
         return any(row["step"] == num_iterations and "val/bpb" in row for row in rows)
 
+    def recorded_settings(self) -> dict[str, Any]:
+        """The settings that the checkpoint to go on from was made with; {} for a stage that starts anew."""
+        if self.resume_step is None:
+            return {}
+        return read_meta(self.directory, self.resume_step)["settings"]
+
 
 def _complete_lines(path: Path) -> list[str]:
     if not path.exists():
@@ -125,10 +132,7 @@ def open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Sta
 
 def check_settings(stage: Stage, new: dict[str, Any]) -> None:
     """Raise NanochatError if a stage that is to go on was started with other settings."""
-    path = stage.directory / "settings.json"
-    if stage.resume_step is None or not path.exists():
-        return
-    old = json.loads(path.read_text(encoding="utf-8"))
+    old = stage.recorded_settings()
     for key, value in json.loads(json.dumps(new)).items():
         if key not in FREE_SETTINGS and key in old and old[key] != value:
             flag = "--" + key.replace("_", "-")
@@ -183,9 +187,8 @@ def steps_in(stage: Stage, model: GPT, minutes: float, rows: int, total_batch_si
     Measured on a few micro-batches of `rows`, compiled as the training will be. A resumed stage keeps what it began
     with, so that its schedules stay what they were.
     """
-    path = stage.directory / "settings.json"
-    if stage.resume_step is not None and path.exists():
-        return json.loads(path.read_text(encoding="utf-8"))["num_iterations"]
+    if old := stage.recorded_settings():
+        return old["num_iterations"]
     T, device = model.config.sequence_len, model.get_device()
     if compile and can_compile(device) is None:
         print0("compiling, and measuring how fast this machine trains")

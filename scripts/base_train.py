@@ -158,12 +158,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def make_default_tokenizer(name: str, data: str, rank: int) -> None:
     """Train the default tokenizer on the same text if nobody has yet, so that the first command works alone."""
-    if name == "default" and not (get_tokenizer_dir(name) / FILE_NAME).exists():
-        if rank == 0:
-            print("no tokenizer was trained yet: training one")
-            tok_train.main(["--data", data])
-        if dist.is_initialized():
-            dist.barrier()
+    if rank == 0 and name == "default" and not (get_tokenizer_dir(name) / FILE_NAME).exists():
+        print("no tokenizer was trained yet: training one")
+        tok_train.main(["--data", data])
+    if dist.is_initialized():
+        dist.barrier()
 
 
 if __name__ == "__main__":

@@ -50,9 +50,9 @@ def test_resume_equals_uninterrupted(corpus: Path, tiny_run: Path, flag: str) ->
         path.unlink()
     (tiny_run / "base" / "step_000006").rmdir()
     stage_dir = _train(corpus, "tiny", flag, "--save-every=3")
-    assert _losses(stage_dir) == pytest.approx(losses, abs=1e-5)  # bit for bit but for a rounding seen now and then: PLAN.md
+    assert _losses(stage_dir) == losses
     for name, tensor in _weights(stage_dir, 6).items():
-        assert torch.isclose(tensor, whole[name], atol=1e-3).float().mean() > 0.99, name
+        assert torch.equal(tensor, whole[name]), name
 
 
 def test_sft_resume_equals_uninterrupted(tiny_run: Path) -> None:
@@ -183,7 +183,7 @@ from tests.helpers import make_model
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 model = make_model(n_layer=3, n_kv_head=1)
-optimizer = model.setup_optimizer(weight_decay=0.1, adam_eps=1e-2)
+optimizer = model.setup_optimizer(weight_decay=0.1)
 for step in range(4):
     idx = torch.randint(300, (4, 32), generator=torch.Generator().manual_seed(step))
     mine = idx[rank * 4 // world : (rank + 1) * 4 // world]
@@ -198,10 +198,7 @@ dist.destroy_process_group()
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_optimizer_is_the_same_on_any_number_of_ranks(tmp_path: Path, ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shapes that do not divide by the ranks included; state as well as weights.
-
-    With Adam's usual eps a gradient that is zero but for rounding would make a whole step, and other roundings another.
-    """
+    """Shapes that do not divide by the ranks included; state as well as weights."""
     monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
     script, result = tmp_path / "ranks.py", tmp_path / "result.pt"
     script.write_text(TWO_RANKS, encoding="utf-8")
@@ -209,7 +206,7 @@ def test_the_optimizer_is_the_same_on_any_number_of_ranks(tmp_path: Path, ranks:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     subprocess.run([*torchrun, str(script), str(result)], env=environment, check=True, capture_output=True, timeout=300)
     model = make_model(n_layer=3, n_kv_head=1)
-    optimizer = model.setup_optimizer(weight_decay=0.1, adam_eps=1e-2)
+    optimizer = model.setup_optimizer(weight_decay=0.1)
     for step in range(4):
         idx = torch.randint(300, (4, 32), generator=torch.Generator().manual_seed(step))
         (model(idx, idx, loss_reduction="sum") / 128).backward()
@@ -219,9 +216,9 @@ def test_the_optimizer_is_the_same_on_any_number_of_ranks(tmp_path: Path, ranks:
     for mine, theirs in ((model.state_dict(), found["model"]), (optimizer.state_dict(), found["optimizer"])):
         assert set(mine) == set(theirs)
         for name, tensor in mine.items():
-            # Orthogonalizing enlarges rounding here and there; a share gone wrong would be a third of all elements.
+            # Adam makes a whole step of a gradient that is zero but for rounding: a few elements may differ.
             close = torch.isclose(theirs[name], tensor, atol=1e-4, rtol=1e-3)
-            assert close.float().mean() > 0.99, name
+            assert close.float().mean() > 0.999, name
 
 
 # ----------------------------------------------------------------------------- bits per byte
