@@ -2,7 +2,8 @@
 
 A model of width 256, context 512 and vocabulary 4,096 is trained by the command that users type, on the text below
 NANOCHAT_TEST_DATA, with an empty compile cache. Reported: the share of this machine's own matmul rate that training
-reaches (MFU), the seconds from the command to its first optimizer step, and the validation bits per byte at the end.
+reaches (MFU), the seconds from the command to its first optimizer step and to its first compiled one, and the
+validation bits per byte at the end.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             "train_gflops": round(gflops, 1),
             "mfu": round(gflops / matmul_gflops, 4),
             "first_step_s": round(train[0]["timestamp"] - started, 2),
+            "first_compiled_step_s": round(train[1]["timestamp"] - started, 2),
             "training_s": train[-1]["time_s"],
             "command_s": round(seconds, 1),
             "val_bpb": round([row["val/bpb"] for row in rows if "val/bpb" in row][-1], 4),

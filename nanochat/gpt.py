@@ -241,13 +241,17 @@ class GPT(nn.Module):
         angles = torch.arange(length, dtype=torch.float32, device=self.get_device())[:, None] * frequencies
         self._rotary = (angles.cos(), angles.sin())
 
+    @property
+    def is_compiled(self) -> bool:
+        return self._compiled_block is not None
+
     def compile(self) -> None:
         """Compile what training runs: the blocks and the loss. Generation, through a cache, stays uncompiled.
 
         By block and not as a whole: layers that differ only in their weights share one graph, so the wait for the
         first step hardly grows with depth, and the steps are as fast or faster.
         """
-        if self._compiled_block is None:
+        if not self.is_compiled:
             self._compiled_block = torch.compile(Block.forward, dynamic=False)
             self._compiled_gradient = torch.compile(softmax_gradient, dynamic=False)
 
@@ -297,7 +301,7 @@ class GPT(nn.Module):
             kv_cache.advance(T)
             return x
         plans = [plan_attention(T, w, idx.device, self.get_compute_dtype()) for w in self.config.windows()]
-        if self._compiled_block is None:
+        if not self.is_compiled:
             return self.trunk(idx, self.rotary(None, T), plans)
         with torch.enable_grad():  # evaluation runs the graphs that training compiled, instead of compiling more
             x = self.trunk(idx, self.rotary(None, T), plans, self._compiled_block)

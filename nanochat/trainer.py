@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -143,6 +143,7 @@ class Trainer:
                     self._sample()
                 if last:
                     break
+                self._compile()
                 self._train_step()
                 self._check_stop()
         self.metrics.close()
@@ -152,12 +153,24 @@ class Trainer:
         compute_dtype = self.model.get_compute_dtype()
         self.matmul_rate = measure_matmul_rate(self.device, compute_dtype) * self.world_size
         self.flops_per_token = self.model.estimate_flops()
-        if self.config.compile:
-            reason = can_compile(self.device)
-            if reason is None:
-                self.model.compile()
-            elif self.rank == 0:
+        if self.config.compile and (reason := can_compile(self.device)) is not None:
+            if self.rank == 0:
                 print(f"training without torch.compile: {reason}")
+            self.config = replace(self.config, compile=False)
+
+    def _compile(self) -> None:
+        """Compile before the first update, or on a CPU, where it takes half a minute, after the first one of a new run.
+
+        So a new run shows within seconds that data, memory and loss are right; a resumed run computes what the
+        uninterrupted one did. A GPU's memory may be too small for a batch that is not compiled.
+        """
+        if not self.config.compile or self.model.is_compiled:
+            return
+        if self.device.type == "cpu":
+            if self.step == 0:
+                return
+            self.progress.print("compiling; the next step takes up to a minute, later runs find it cached")
+        self.model.compile()
 
     def _due(self, period: int) -> bool:
         return period > 0 and self.step > 0 and self.step % period == 0
