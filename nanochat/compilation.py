@@ -55,6 +55,22 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float
     return 2 * size**3 / fastest
 
 
+@functools.lru_cache
+def measure_memory_rate(device: torch.device, seconds: float = 0.5) -> float:
+    """Bytes a second that this device reads from its main memory: what MBU is a share of. The best of several rounds."""
+    size = (4 << 30) if device.type == "cuda" else (256 << 20)
+    x = torch.ones(size // 4, dtype=torch.float32, device=device)
+    fastest = float("inf")
+    deadline = time.perf_counter() + seconds
+    while fastest == float("inf") or time.perf_counter() < deadline:
+        synchronize(device)
+        started = time.perf_counter()
+        x.sum()
+        synchronize(device)
+        fastest = min(fastest, time.perf_counter() - started)
+    return size / fastest
+
+
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory instead of giving it back to the system after every step.
 

@@ -1,50 +1,48 @@
-"""Batched generation with a cache and a calculator. The facade that CLI, server, evaluation and RL share.
+"""Batched generation with a cache and tools: the facade that CLI, server, evaluation and RL share.
 
-A prompt is computed once and its cache copied to every sample; finished rows leave the batch; a row whose text between
-<|python_start|> and <|python_end|> is an expression is given the calculator's answer as forced tokens.
+An Engine is a model with a Scheduler. `generate`, `generate_batch` and `complete` run it in the caller's thread until
+their own texts are done; a server gives the thread to `EngineThread` and only submits and cancels.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import deque
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from nanochat.common import NanochatError
+from nanochat.common import NanochatError, logger
 from nanochat.dataset import Source
 from nanochat.gpt import GPT
-from nanochat.kv_cache import KVCache
-from nanochat.sampling import make_generators, sample
+from nanochat.sampling import SamplingParams
+from nanochat.scheduler import Scheduler, Sequence
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import use_calculator
 
 
-@dataclass
-class Row:
-    """One text in the making."""
-
-    prompt: list[int]
-    tokens: list[int] = field(default_factory=list)  # generated, without the token that stopped it
-    masks: list[int] = field(default_factory=list)  # 1 sampled, 0 forced by a tool
-    finish_reason: str | None = None  # "stop", "length" (max_tokens) or "context" (the model's context is full)
-    forced: deque[int] = field(default_factory=deque)
-    call: list[int] | None = None  # tokens of the calculator call that is open
-
-
 class Engine:
-    """Generates with a model. The same engine may be used again and again, by one thread at a time."""
+    """Generates with a model. May be used again and again, by one thread at a time."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, calculator: Callable[[str], str | None] = use_calculator) -> None:
-        self.model, self.tokenizer, self.calculator = model, tokenizer, calculator
-        special = tokenizer.encode_special
-        self.stop_ids = {special("<|assistant_end|>"), special("<|bos|>")}
-        self._call_start, self._call_end = special("<|python_start|>"), special("<|python_end|>")
-        self._output_start, self._output_end = special("<|output_start|>"), special("<|output_end|>")
-        self._prefix: tuple[list[int], KVCache] | None = None  # the last prompt of one row and its cache
+    def __init__(
+        self,
+        model: GPT,
+        tokenizer: Tokenizer,
+        calculator: Callable[[str], str | None] = use_calculator,
+        max_rows: int = 32,
+        kv_tokens: int = 0,
+    ) -> None:
+        """max_rows: texts that are computed together, others wait; kv_tokens: see Scheduler."""
+        self.model, self.tokenizer = model, tokenizer
+        self.scheduler = Scheduler(model, tokenizer, calculator, max_rows, kv_tokens)
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """Tokens that end an answer."""
+        return self.scheduler.stop_ids
+
+    def compile(self, background: bool = False) -> str | None:
+        """Compile decoding for weights that stay as they are; see ModelRunner.compile."""
+        return self.scheduler.runner.compile(background)
 
     # ------------------------------------------------------------------------- the public guide's two calls
 
@@ -59,12 +57,30 @@ class Engine:
     ) -> Iterator[tuple[list[int], list[int]]]:
         """Stream num_samples continuations of one prompt: at each step (token of each sample, mask of each sample).
 
-        The mask is 0 for tokens that a tool forced. A sample that is done repeats its stop token. Sample i is drawn with
-        seed + i, whatever the others are.
+        The mask is 0 for tokens that a tool forced. A sample that is done repeats its last token, which is the stop
+        token if one ended it. Sample i is drawn with seed + i, whatever the others are.
         """
-        rows = [Row(tokens) for _ in range(num_samples)]
-        for column in self._steps(rows, max_tokens, temperature, top_k, seed):
-            yield [token for token, _ in column], [mask for _, mask in column]
+        sequences = self._sequences([tokens] * num_samples, max_tokens, temperature, top_k, seed)
+        column = [(0, 0)] * num_samples
+        shown = [0] * num_samples
+        try:
+            for _ in self._run(sequences):
+                while all(len(s.tokens) > n or s.finish_reason for s, n in zip(sequences, shown, strict=True)):
+                    news = False
+                    for i, sequence in enumerate(sequences):
+                        if len(sequence.tokens) > shown[i]:
+                            column[i] = (sequence.tokens[shown[i]], sequence.masks[shown[i]])
+                        elif sequence.stop_token is not None and len(sequence.tokens) == shown[i]:
+                            column[i] = (sequence.stop_token, 1)
+                        else:
+                            continue
+                        shown[i] += 1
+                        news = True
+                    if not news:
+                        break
+                    yield [token for token, _ in column], [mask for _, mask in column]
+        finally:  # also when the caller stops listening
+            self._abandon(sequences)
 
     def generate_batch(
         self, tokens: list[int], num_samples: int = 1, **settings: Any
@@ -80,107 +96,83 @@ class Engine:
         temperature: float = 1.0,
         top_k: int | None = None,
         seed: int = 42,
-    ) -> list[Row]:
-        """Continue many prompts, of any lengths, as one batch."""
-        rows = [Row(prompt) for prompt in prompts]
-        for _ in self._steps(rows, max_tokens, temperature, top_k, seed):
-            pass
-        return rows
+    ) -> list[Sequence]:
+        """Continue many prompts, of any number and lengths; prompt i is sampled with seed + i."""
+        sequences = self._sequences(prompts, max_tokens, temperature, top_k, seed)
+        try:
+            for _ in self._run(sequences):
+                pass
+        finally:
+            self._abandon(sequences)
+        return sequences
 
-    # ------------------------------------------------------------------------- the loop
+    # ------------------------------------------------------------------------- running
 
-    @torch.inference_mode()
-    def _steps(
-        self, rows: list[Row], max_tokens: int | None, temperature: float, top_k: int | None, seed: int
-    ) -> Iterator[list[tuple[int, int]]]:
-        """Advance all rows token by token; yields (token, mask) of every row, finished ones repeating their last."""
-        limit = self.model.config.sequence_len
-        for row in rows:
-            if not row.prompt:
-                raise NanochatError("an empty prompt cannot be continued: begin it with <|bos|>")
-            if len(row.prompt) >= limit:
-                raise NanochatError(f"a prompt of {len(row.prompt)} tokens leaves no room in a context of {limit}")
-        max_tokens = limit if max_tokens is None else max_tokens
-        if max_tokens <= 0:
-            return
-        generators = make_generators([seed + i for i in range(len(rows))], self.model.get_device())
-        logits, cache = self._prefill([row.prompt for row in rows])
-        active = list(range(len(rows)))
-        column = [(0, 0)] * len(rows)
-        while active:
-            drawn = sample(logits, [generators[i] for i in active], temperature, top_k).tolist()
-            for i, token in zip(active, drawn, strict=True):
-                column[i] = self._accept(rows[i], token, max_tokens, limit)
-            yield list(column)
-            going = [place for place, i in enumerate(active) if rows[i].finish_reason is None]
-            if not going:
-                return
-            if len(going) < len(active):
-                cache.keep_rows(going)
-                active = [active[place] for place in going]
-            last = torch.tensor([[column[i][0]] for i in active], device=self.model.get_device())
-            logits = self.model(last, kv_cache=cache)[:, -1]
+    def _sequences(
+        self, prompts: list[list[int]], max_tokens: int | None, temperature: float, top_k: int | None, seed: int
+    ) -> list[Sequence]:
+        sequences = [
+            Sequence(prompt, SamplingParams(temperature, top_k or 0, seed=seed + i, max_tokens=max_tokens))
+            for i, prompt in enumerate(prompts)
+        ]
+        for sequence in sequences:
+            self.scheduler.check(sequence)
+        return sequences
 
-    def _accept(self, row: Row, drawn: int, max_tokens: int, limit: int) -> tuple[int, int]:
-        """Take the drawn token, or the one that a tool forces, and see whether the row goes on."""
-        token, mask = (row.forced.popleft(), 0) if row.forced else (drawn, 1)
-        if mask and token in self.stop_ids:
-            row.finish_reason = "stop"
-            return token, mask
-        row.tokens.append(token)
-        row.masks.append(mask)
-        if token == self._call_start and mask:
-            row.call = []
-        elif token == self._call_end and mask and row.call is not None:
-            self._call_tool(row)
-        elif row.call is not None:
-            row.call.append(token)
-        if len(row.tokens) >= max_tokens:
-            row.finish_reason = "length"
-        elif len(row.prompt) + len(row.tokens) >= limit:
-            row.finish_reason = "context"
-        return token, mask
+    def _run(self, sequences: list[Sequence]) -> Iterator[None]:
+        """Step until all of these are done; yields after each step."""
+        for sequence in sequences:
+            self.scheduler.submit(sequence)
+        while any(sequence.finish_reason is None for sequence in sequences):
+            if self.scheduler.is_idle:
+                self.scheduler.wait()
+            self.scheduler.step()
+            yield
 
-    def _call_tool(self, row: Row) -> None:
-        result = self.calculator(self.tokenizer.decode(row.call))
-        row.call = None
-        if result is not None:
-            row.forced.extend([self._output_start, *self.tokenizer.encode(result), self._output_end])
+    def _abandon(self, sequences: list[Sequence]) -> None:
+        """Free what is not done, after an error or a caller that went away."""
+        unfinished = [sequence for sequence in sequences if sequence.finish_reason is None]
+        for sequence in unfinished:
+            self.scheduler.cancel(sequence)
+        if unfinished:
+            self.scheduler.take_messages()
 
-    # ------------------------------------------------------------------------- prompts
 
-    def _prefill(self, prompts: list[list[int]]) -> tuple[torch.Tensor, KVCache]:
-        """(logits (B, vocab_size) after each prompt, a cache that holds the prompts)."""
-        if all(prompt == prompts[0] for prompt in prompts):
-            logits, one = self._prefill_one(prompts[0])
-            cache = KVCache.for_model(self.model, len(prompts))
-            cache.prefill(one)
-            return logits.expand(len(prompts), -1), cache
-        longest = max(map(len, prompts))
-        padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
-        cache = KVCache.for_model(self.model, len(prompts))
-        ids = torch.tensor(padded, device=self.model.get_device())
-        features = self.model.features(ids, cache)
-        last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=ids.device)
-        logits = self.model.logits(features[torch.arange(len(prompts), device=ids.device), last])
-        cache.set_lengths([len(prompt) for prompt in prompts])
-        return logits, cache
+class EngineThread:
+    """A thread that runs an engine's scheduler as long as it is open; others submit to the scheduler and cancel."""
 
-    def _prefill_one(self, prompt: list[int]) -> tuple[torch.Tensor, KVCache]:
-        """Logits (1, vocab_size) and cache of one prompt; what it shares with the last one is not computed again."""
-        shared = 0
-        if self._prefix is not None:
-            previous, cache = self._prefix
-            limit = min(len(previous), len(prompt) - 1)  # at least one token is computed, for its logits
-            while shared < limit and previous[shared] == prompt[shared]:
-                shared += 1
-            cache.set_lengths([shared])
-        else:
-            cache = KVCache.for_model(self.model, 1)
-        ids = torch.tensor([prompt[shared:]], device=self.model.get_device())
-        logits = self.model.logits(self.model.features(ids, cache)[:, -1])
-        self._prefix = (list(prompt), cache)
-        return logits, cache
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.scheduler = engine, engine.scheduler
+        self.failures = 0
+        self._closing = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="model", daemon=True)
+
+    def start(self) -> None:
+        self.thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self.thread.is_alive()
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Stop after the step at hand; what still runs ends with the reason "cancelled"."""
+        self._closing.set()
+        self.scheduler.wake()
+        self.thread.join(timeout_s)
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            if self.scheduler.is_idle:
+                self.scheduler.wait()
+                continue
+            try:
+                self.scheduler.step()
+            except Exception:  # a step that fails ends the requests that were in it, not the service
+                logger.exception("a step of the model failed")
+                self.failures += 1
+                self.scheduler.end_all("error", "the model failed on this request: see the server's log")
+        self.scheduler.end_all("cancelled")
+        self.scheduler.close()
 
 
 def trim_conversation(conversation: dict[str, Any], tokenizer: Tokenizer, max_tokens: int) -> tuple[dict[str, Any], int]:

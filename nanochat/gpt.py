@@ -309,7 +309,7 @@ class GPT(nn.Module):
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Features (..., n_embd) to soft-capped logits (..., vocab_size) float32; the padding is never predicted."""
-        return softcap(F.linear(x, self.lm_head.weight[: self.config.vocab_size].to(x.dtype)), LOGIT_CAP)
+        return softcap(self.lm_head(x)[..., : self.config.vocab_size], LOGIT_CAP)
 
     # ------------------------------------------------------------------------- counting
 

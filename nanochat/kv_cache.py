@@ -1,16 +1,24 @@
-"""Keys and values of the tokens seen so far. Used by gpt.py to attend and by engine.py to generate.
+"""Keys and values of the tokens seen so far, in two forms.
 
-Rows of a batch may have different lengths: each has its own position. Memory grows by doubling, by copying.
+`KVCache` is one tensor for a batch of texts that begin and end together: what `GPT.forward(kv_cache=...)` takes.
+`KVBlocks` holds any number of texts that come and go, in blocks of BLOCK_SIZE tokens: `BlockAllocator` says whose block
+is whose and finds the blocks that texts share; `PrefillView` and `DecodeView` attend through them. Used by runner.py
+and scheduler.py.
 """
 
 from __future__ import annotations
+
+from collections import OrderedDict
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from nanochat.flash_attention import repeat_kv
+from nanochat.gpt import GPTConfig
 
-INITIAL_LENGTH = 128
+INITIAL_LENGTH = 128  # of a KVCache, in tokens
+BLOCK_SIZE = 16  # tokens in a block
 
 
 class KVCache:
@@ -124,3 +132,166 @@ class KVCache:
         distance = self.positions(T)[:, :, None] - torch.arange(begin, end, device=q.device)  # (B, T, keys)
         visible = (distance >= 0) & (distance <= window)
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible[:, None]).transpose(1, 2)
+
+
+# ----------------------------------------------------------------------------- blocks
+
+
+class BlockAllocator:
+    """Which blocks are free, and which hold the beginning of a text that another may begin with as well.
+
+    A full block whose tokens are known is published under what precedes it and its tokens. Blocks that nobody uses stay
+    findable until they are needed for something else, the longest unused first. Block 0 is never given out: the empty
+    rows of a batch write there. Not thread-safe.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))  # the first is taken first
+        self._users = [0] * num_blocks
+        self._published: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # (parent, tokens): (block, content)
+        self._key_of: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self._contents = 0  # ever published: the number of each content; 0 is the empty text
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def allocate(self) -> int | None:
+        """A block to write to, or None if all are in use."""
+        if not self._free:
+            return None
+        block, _ = self._free.popitem(last=False)
+        if (key := self._key_of.pop(block, None)) is not None:
+            del self._published[key]
+        self._users[block] = 1
+        return block
+
+    def release(self, blocks: list[int]) -> None:
+        """Give up one use of each. The end of a text is reused before its beginning, which others may share."""
+        for block in reversed(blocks):
+            self._users[block] -= 1
+            if self._users[block] == 0:
+                self._free[block] = None
+                if block not in self._key_of:
+                    self._free.move_to_end(block, last=False)
+
+    def share(self, tokens: list[int]) -> tuple[list[int], int]:
+        """(blocks, content) of the longest published beginning of `tokens`, now used once more."""
+        blocks, content = [], 0
+        for end in range(BLOCK_SIZE, len(tokens) + 1, BLOCK_SIZE):
+            found = self._published.get((content, tuple(tokens[end - BLOCK_SIZE : end])))
+            if found is None:
+                break
+            block, content = found
+            blocks.append(block)
+            self._users[block] += 1
+            self._free.pop(block, None)
+        return blocks, content
+
+    def publish(self, block: int, parent: int, tokens: tuple[int, ...]) -> int:
+        """Let others find a full block by its tokens and the content that precedes it; returns its own content."""
+        key = (parent, tokens)
+        if key not in self._published:
+            self._contents += 1
+            self._published[key] = (block, self._contents)
+            self._key_of[block] = key
+        return self._published[key][1]
+
+
+class KVBlocks:
+    """The memory itself: for each layer keys and values (num_blocks, BLOCK_SIZE, n_kv_head, head_dim).
+
+    One tensor a layer and not one for all: a compiled step that writes through a view of a larger tensor copies it.
+    """
+
+    def __init__(self, config: GPTConfig, num_blocks: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (num_blocks, BLOCK_SIZE, config.n_kv_head, config.head_dim)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+
+    @staticmethod
+    def bytes_per_block(config: GPTConfig, dtype: torch.dtype) -> int:
+        return 2 * config.n_layer * BLOCK_SIZE * config.n_kv_head * config.head_dim * dtype.itemsize
+
+
+class PrefillView:
+    """Attention for T more tokens of one text whose first `start` tokens are in its blocks already."""
+
+    def __init__(self, memory: KVBlocks, blocks: list[int], start: int, T: int) -> None:
+        self.memory, self.start, self.T = memory, start, T
+        device = memory.keys[0].device
+        slots = torch.tensor(blocks, device=device)[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE, device=device)
+        self.slots = slots.flatten()[: start + T]
+        self._masks: dict[int, torch.Tensor | None] = {}
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        """Store k, v (1, T, KV, D) and attend with q (1, T, H, D), each token to itself and `window` before it."""
+        keys, values = (x[layer].flatten(0, 1) for x in (self.memory.keys, self.memory.values))
+        written = self.slots[self.start :]
+        keys[written], values[written] = k[0], v[0]
+        if self.start:
+            begin = max(0, self.start - window)  # no query reaches back further than the first one's window
+            k, v = keys[self.slots[begin:]][None], values[self.slots[begin:]][None]
+        mask = self._mask(window, q)
+        q, k, v = (x.transpose(1, 2) for x in (q, repeat_kv(k, q.size(2)), repeat_kv(v, q.size(2))))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
+
+    def _mask(self, window: int, q: torch.Tensor) -> torch.Tensor | None:
+        """What to add to the scores, made once for all layers of a window; None where plain causality says it all."""
+        if window not in self._masks:
+            begin, end = max(0, self.start - window), self.start + self.T
+            mask = None
+            if begin or self.start or window < self.T - 1:
+                positions = torch.arange(self.start, end, device=q.device)
+                distance = positions[:, None] - torch.arange(begin, end, device=q.device)
+                mask = torch.where((distance >= 0) & (distance <= window), 0.0, float("-inf")).to(q.dtype)
+            self._masks[window] = mask
+        return self._masks[window]
+
+
+class DecodeView(NamedTuple):
+    """Attention for one more token of each of B texts of any lengths.
+
+    keys, values: KVBlocks' own; table: (B, at least max_blocks) int64, the blocks of each text; positions: (B,) int64, of the new
+    tokens; columns: (n,), of which only the length counts: no text has more than n blocks (a tensor, so that a compiled
+    step takes any n); max_blocks: of the longest text that the model takes.
+    """
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    table: torch.Tensor
+    positions: torch.Tensor
+    columns: torch.Tensor
+    max_blocks: int
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        """Store k, v (B, 1, KV, D) and attend with q (B, 1, H, D) -> (B, 1, H, D).
+
+        Products and sums instead of a matrix product: the compiler fuses them with the look-up of the blocks, so that
+        keys and values are read once and never copied.
+        """
+        B, _, H, D = q.shape
+        KV = k.size(2)
+        keys, values, positions = self.keys[layer], self.values[layer], self.positions
+        own = self.table.gather(1, (positions // BLOCK_SIZE)[:, None])[:, 0]
+        keys[own, positions % BLOCK_SIZE] = k[:, 0]
+        values[own, positions % BLOCK_SIZE] = v[:, 0]
+        within = torch.arange(BLOCK_SIZE, device=q.device)
+        reach = window // BLOCK_SIZE + 2  # blocks that a window can touch
+        if reach >= self.max_blocks:
+            blocks = self.table[:, : self.columns.size(0)]
+            at = torch.arange(self.columns.size(0) * BLOCK_SIZE, device=q.device)[None]
+        else:
+            first = (positions - window).clamp(min=0) // BLOCK_SIZE
+            columns = first[:, None] + torch.arange(reach, device=q.device)
+            blocks = self.table.gather(1, columns.clamp(max=self.max_blocks - 1))
+            at = (columns[:, :, None] * BLOCK_SIZE + within).flatten(1)
+        distance = positions[:, None] - at
+        visible = ((distance >= 0) & (distance <= window))[:, :, None, None]
+        k, v = (x[blocks].flatten(1, 2).unsqueeze(3).float() for x in (keys, values))  # (B, L, KV, 1, D)
+        q = q.view(B, 1, KV, H // KV, D).float()
+        scores = ((q * k).sum(-1) * D**-0.5).masked_fill(~visible, float("-inf"))  # (B, L, KV, G)
+        exponentials = (scores - scores.amax(1, keepdim=True)).exp()
+        weights = exponentials / exponentials.sum(1, keepdim=True)
+        return (weights.unsqueeze(-1) * v).sum(1).reshape(B, 1, H, D).to(keys.dtype)

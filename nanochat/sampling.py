@@ -1,31 +1,111 @@
-"""Logits to tokens. Used by engine.py."""
+"""Logits to tokens: what a request may ask of sampling, and drawing for many requests at once. Used by scheduler.py.
+
+A row's token depends on its own logits, settings and random numbers alone, whoever else is in the batch: every
+restriction (top-k, top-p, min-p) becomes one threshold on the row's logits, which does not depend on how equal logits
+were sorted, and the draw inverts the cumulative distribution in the vocabulary's order with one number of the row's own.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-
-def make_generators(seeds: list[int], device: torch.device) -> list[torch.Generator]:
-    """One source of randomness a row, so that what a row samples does not depend on who else is in the batch."""
-    return [torch.Generator(device=device).manual_seed(seed) for seed in seeds]
+from nanochat.common import NanochatError
 
 
-def sample(
-    logits: torch.Tensor, generators: list[torch.Generator], temperature: float = 1.0, top_k: int | None = None
-) -> torch.Tensor:
-    """Draw a token for each row.
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one text is to be continued. Raises NanochatError for values that mean nothing."""
 
-    logits: (B, vocab_size) float32; temperature 0 takes the likeliest; top_k 0 or None considers all tokens.
-    Returns (B,) int64.
+    temperature: float = 1.0  # 0: always the likeliest token
+    top_k: int = 0  # only the k likeliest tokens; 0: all
+    top_p: float = 1.0  # only the likeliest tokens that together reach this probability
+    min_p: float = 0.0  # only tokens at least this times as likely as the likeliest
+    repetition_penalty: float = 1.0  # above 1: what was said is less likely to be said again. Method: arXiv 1909.05858
+    seed: int = 42
+    max_tokens: int | None = None  # None: as many as the context holds
+    stop: tuple[str, ...] = ()  # texts that end the answer and are left out of it
+    logprobs: int | None = None  # record each token's log-probability and this many alternatives
+    ignore_eos: bool = False  # go on past the model's own end (for benchmarks)
+
+    def __post_init__(self) -> None:
+        limits = {
+            "temperature": self.temperature >= 0,
+            "top_k": self.top_k >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "min_p": 0 <= self.min_p <= 1,
+            "repetition_penalty": self.repetition_penalty > 0,
+            "max_tokens": self.max_tokens is None or self.max_tokens >= 0,
+            "stop": all(self.stop),
+            "logprobs": self.logprobs is None or self.logprobs >= 0,
+        }
+        for name, fine in limits.items():
+            if not fine:
+                raise NanochatError(f"{name} cannot be {getattr(self, name)!r}: see SamplingParams for its range")
+
+    @property
+    def restricts(self) -> bool:
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+
+def sample(logits: torch.Tensor, params: list[SamplingParams], uniform: list[float]) -> torch.Tensor:
+    """Draw a token for each row: (B,) int64.
+
+    logits: (B, vocab_size) float32, penalties applied already; uniform: a number in [0, 1) for each row.
     """
-    if temperature <= 0:
+    if all(p.temperature == 0 for p in params):
         return logits.argmax(dim=-1)
-    if top_k:
-        values, indices = logits.topk(min(top_k, logits.size(-1)), dim=-1)
-    else:
-        values, indices = logits, None
-    probabilities = (values / temperature).softmax(dim=-1)
-    # Exponential races: argmax of p / Exp(1) is a draw from p, with one random number a token and no sorting.
-    noise = torch.stack([torch.empty_like(probabilities[0]).exponential_(generator=g) for g in generators])
-    choice = (probabilities / noise.clamp(min=1e-20)).argmax(dim=-1)
-    return choice if indices is None else indices.gather(1, choice[:, None])[:, 0]
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
+
+    greedy = [p.temperature == 0 for p in params]
+    # Greedy rows take part with temperature 1 and are overruled at the end.
+    scaled = logits / column([1.0 if g else p.temperature for p, g in zip(params, greedy, strict=True)])
+    top = scaled.amax(dim=-1, keepdim=True)
+    weights = (scaled - top).exp_()
+    if any(p.restricts for p in params):
+        weights.masked_fill_(scaled < _thresholds(scaled, top, params, column), 0.0)
+    cumulative = weights.cumsum(dim=-1)
+    below_one = column([min(u, 1 - 2**-23) for u in uniform])  # also after rounding: the sum itself is never reached
+    drawn = torch.searchsorted(cumulative, below_one * cumulative[:, -1:], right=True)[:, 0]
+    if any(greedy):
+        drawn = torch.where(torch.tensor(greedy, device=logits.device), logits.argmax(dim=-1), drawn)
+    return drawn
+
+
+def _thresholds(scaled: torch.Tensor, top: torch.Tensor, params: list[SamplingParams], column) -> torch.Tensor:
+    """(B, 1): the smallest scaled logit that may be drawn in each row; ties with it may be as well."""
+    vocab_size = scaled.size(-1)
+    threshold = torch.full_like(top, float("-inf"))
+    if any(p.min_p > 0 for p in params):
+        threshold = torch.maximum(threshold, top + column([p.min_p for p in params]).log())
+    largest_k = max(min(p.top_k, vocab_size) for p in params)
+    if any(p.top_p < 1 for p in params):
+        largest_k = vocab_size
+    if not largest_k:
+        return threshold
+    likeliest = scaled.topk(largest_k, dim=-1).values  # (B, largest_k), descending
+    ks = torch.tensor([min(p.top_k, vocab_size) or largest_k for p in params], device=scaled.device)[:, None]
+    limited = torch.tensor([p.top_k > 0 for p in params], device=scaled.device)[:, None]
+    kth = likeliest.gather(1, ks - 1)
+    threshold = torch.maximum(threshold, kth.masked_fill(~limited, float("-inf")))
+    if largest_k == vocab_size and any(p.top_p < 1 for p in params):
+        inside = likeliest >= threshold  # top-p counts what top-k and min-p leave
+        probabilities = (likeliest - top).exp() * inside
+        before = probabilities.cumsum(dim=-1) - probabilities
+        wanted = column([p.top_p for p in params]) * probabilities.sum(dim=-1, keepdim=True)
+        last = ((before < wanted) & inside).sum(dim=-1, keepdim=True).clamp(min=1) - 1
+        narrows = torch.tensor([p.top_p < 1 for p in params], device=scaled.device)[:, None]
+        cut = likeliest.gather(1, last).masked_fill(~narrows, float("-inf"))
+        threshold = torch.maximum(threshold, cut)
+    return threshold
+
+
+def penalize_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
+    """Logits (vocab_size,) with those of the tokens `seen` (n,) made less likely. Method: arXiv 1909.05858."""
+    chosen = logits[seen]
+    result = logits.clone()
+    result[seen] = torch.where(chosen > 0, chosen / penalty, chosen * penalty)
+    return result

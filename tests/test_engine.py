@@ -1,14 +1,19 @@
-"""Generation: cached equals plain, samples are their own, tools force tokens, contexts end."""
+"""Generation: cached equals plain, a text is its own whoever else is there, tools force tokens, contexts end."""
 
 from __future__ import annotations
+
+import threading
+import time
 
 import pytest
 import torch
 
 from nanochat.common import NanochatError
-from nanochat.engine import Engine, Row, trim_conversation
-from nanochat.kv_cache import KVCache
-from nanochat.sampling import make_generators, sample
+from nanochat.compilation import can_compile
+from nanochat.engine import Engine, EngineThread, trim_conversation
+from nanochat.runner import prepare_for_inference
+from nanochat.sampling import SamplingParams
+from nanochat.scheduler import Sequence
 from nanochat.tokenizer import Tokenizer
 from tests.helpers import make_model
 
@@ -16,8 +21,7 @@ from tests.helpers import make_model
 @pytest.fixture
 def engine(tokenizer: Tokenizer) -> Engine:
     model = make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=512)
-    engine = Engine(model, tokenizer, calculator=lambda expression: "42")
-    return engine
+    return Engine(model, tokenizer, calculator=lambda expression: "42")
 
 
 def _prompts(tokenizer: Tokenizer) -> list[list[int]]:
@@ -25,21 +29,62 @@ def _prompts(tokenizer: Tokenizer) -> list[list[int]]:
     return [tokenizer.encode(text, prepend="<|bos|>") for text in texts]
 
 
+def _run(engine: Engine, sequences: list[Sequence]) -> list[Sequence]:
+    for sequence in sequences:
+        engine.scheduler.submit(sequence)
+    while any(sequence.finish_reason is None for sequence in sequences):
+        if engine.scheduler.is_idle:
+            engine.scheduler.wait(timeout_s=10)
+        engine.scheduler.step()
+    return sequences
+
+
+def _free_blocks(engine: Engine) -> int:
+    return engine.scheduler.allocator.num_free
+
+
+# ----------------------------------------------------------------------------- what is generated
+
+
 def test_greedy_equals_plain_generation(engine: Engine, tokenizer: Tokenizer) -> None:
-    engine.stop_ids = set()
+    """Past the window, over several blocks, whatever the length of the prompt."""
+    engine.scheduler.stop_ids = set()
     for prompt in _prompts(tokenizer):
-        expected = list(engine.model.generate(prompt, 20, temperature=0))
-        (result,), _ = engine.generate_batch(prompt, max_tokens=20, temperature=0)
+        expected = list(engine.model.generate(prompt, 150, temperature=0))
+        (result,), _ = engine.generate_batch(prompt, max_tokens=150, temperature=0)
         assert [t for t in result[len(prompt) :]] == expected
 
 
-def test_a_batch_of_many_lengths_equals_one_by_one(engine: Engine, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_text_does_not_depend_on_its_company(engine: Engine, tokenizer: Tokenizer, temperature: float) -> None:
+    """Alone, among 31 others, and where memory is so short that texts are put back and computed again."""
+    prompts = [prompt[:n] for prompt in _prompts(tokenizer) for n in range(2, 10)]
+    params = [
+        SamplingParams(temperature, top_k=i % 3 * 10, top_p=1 - i % 2 * 0.2, min_p=i % 5 * 0.02, seed=i,
+                       repetition_penalty=1 + i % 2 * 0.3, max_tokens=40 + i, ignore_eos=True)
+        for i in range(len(prompts))
+    ]  # fmt: skip
+    alone = [_run(engine, [Sequence(p, s)])[0].tokens for p, s in zip(prompts, params, strict=True)]
+    together = _run(engine, [Sequence(p, s) for p, s in zip(prompts, params, strict=True)])
+    assert [s.tokens for s in together] == alone
+    assert [len(tokens) for tokens in alone] == [40 + i for i in range(len(prompts))]
+    poor = Engine(engine.model, tokenizer, engine.scheduler.tool, kv_tokens=512)
+    assert [s.tokens for s in _run(poor, [Sequence(p, s) for p, s in zip(prompts, params, strict=True)])] == alone
+    assert poor.scheduler.preemptions > 0
+    assert _free_blocks(poor) == 32
+
+
+def test_texts_come_and_go_at_any_step(engine: Engine, tokenizer: Tokenizer) -> None:
     prompts = _prompts(tokenizer)
-    together = engine.complete(prompts, max_tokens=30, temperature=0)
-    for prompt, row in zip(prompts, together, strict=True):
-        (alone,) = engine.complete([prompt], max_tokens=30, temperature=0)
-        assert row.tokens == alone.tokens
-        assert row.finish_reason == alone.finish_reason
+    expected = [_run(engine, [Sequence(p, SamplingParams(0, max_tokens=30))])[0].tokens for p in prompts]
+    late = [Sequence(p, SamplingParams(0, max_tokens=30)) for p in prompts]
+    for sequence in late:
+        engine.scheduler.submit(sequence)
+        for _ in range(7):
+            engine.scheduler.step()
+    while not engine.scheduler.is_idle:
+        engine.scheduler.step()
+    assert [s.tokens for s in late] == expected
 
 
 def test_samples_differ_and_depend_on_their_seed_alone(engine: Engine, tokenizer: Tokenizer) -> None:
@@ -52,8 +97,20 @@ def test_samples_differ_and_depend_on_their_seed_alone(engine: Engine, tokenizer
         assert engine.generate_batch(prompt, 1, max_tokens=12, seed=7 + i)[0] == [five[i]]
 
 
+def test_streaming_gives_what_the_batch_gives(engine: Engine, tokenizer: Tokenizer) -> None:
+    engine.scheduler.stop_ids = set(range(0, 400, 7))
+    prompt = _prompts(tokenizer)[3]
+    whole, _ = engine.generate_batch(prompt, 4, max_tokens=20, seed=3)
+    columns = list(engine.generate(prompt, 4, max_tokens=20, seed=3))
+    for i, tokens in enumerate(whole):
+        column = [tokens_at[i] for tokens_at, _ in columns]
+        generated = tokens[len(prompt) :]
+        assert column[: len(generated)] == generated
+        assert len(set(column[len(generated) :])) <= 1  # then its stop token, again and again
+
+
 def test_stop_tokens_end_a_row_and_the_rest_go_on(engine: Engine, tokenizer: Tokenizer) -> None:
-    engine.stop_ids = set(range(0, 400, 7))
+    engine.scheduler.stop_ids = set(range(0, 400, 7))
     rows = engine.complete(_prompts(tokenizer) * 3, max_tokens=40, temperature=1.0)
     assert {row.finish_reason for row in rows} >= {"stop"}
     assert len({len(row.tokens) for row in rows}) > 1
@@ -63,7 +120,7 @@ def test_stop_tokens_end_a_row_and_the_rest_go_on(engine: Engine, tokenizer: Tok
 
 
 def test_generation_ends_with_the_context(engine: Engine, tokenizer: Tokenizer) -> None:
-    engine.stop_ids = set()
+    engine.scheduler.stop_ids = set()
     prompt = [tokenizer.get_bos_token_id()] * 505
     (row,) = engine.complete([prompt], temperature=0)
     assert row.finish_reason == "context"
@@ -72,43 +129,243 @@ def test_generation_ends_with_the_context(engine: Engine, tokenizer: Tokenizer) 
         engine.complete([prompt * 2])
     with pytest.raises(NanochatError, match="empty prompt"):
         engine.complete([[]])
+    with pytest.raises(NanochatError, match="top_p cannot be 0"):
+        SamplingParams(top_p=0)
 
 
-def test_a_calculator_call_is_answered_with_forced_tokens(engine: Engine, tokenizer: Tokenizer) -> None:
-    special = tokenizer.encode_special
-    row = Row([1])
-    said = [special("<|python_start|>"), *tokenizer.encode("6*7"), special("<|python_end|>")]
-    asked: list[str] = []
-    engine.calculator = lambda expression: asked.append(expression) or "42"
-    for token in said:
-        engine._accept(row, token, 100, 500)
-    assert asked == ["6*7"]
-    forced = [special("<|output_start|>"), *tokenizer.encode("42"), special("<|output_end|>")]
-    for expected in forced:  # whatever is drawn meanwhile
-        assert engine._accept(row, 5, 100, 500) == (expected, 0)
-    assert engine._accept(row, 5, 100, 500) == (5, 1)
-    assert row.tokens == said + forced + [5]
-    assert row.masks == [1] * len(said) + [0] * len(forced) + [1]
+def test_stop_texts_end_an_answer_and_are_left_out(engine: Engine, tokenizer: Tokenizer) -> None:
+    """Also one that is spread over tokens, of which nothing is shown before it is sure."""
+    prompt = _prompts(tokenizer)[0]
+    params = SamplingParams(0, max_tokens=60, ignore_eos=True)
+    (free,) = _run(engine, [Sequence(prompt, params)])
+    assert len(free.text) > 30
+    for stop in (free.text[9:16], free.text[20]):
+        shown: list[str] = []
+        sequence = Sequence(prompt, SamplingParams(0, max_tokens=60, ignore_eos=True, stop=("never said", stop)))
+        sequence.on_update = lambda s, shown=shown: shown.append(s.text)
+        _run(engine, [sequence])
+        assert sequence.text == free.text[: free.text.index(stop)]
+        assert sequence.finish_reason == "stop"
+        assert all(sequence.text.startswith(text) for text in shown)
+    (unstopped,) = _run(engine, [Sequence(prompt, SamplingParams(0, max_tokens=60, ignore_eos=True, stop=("\0",)))])
+    assert unstopped.text == free.text
 
 
-def test_a_call_that_is_no_expression_is_not_answered(engine: Engine, tokenizer: Tokenizer) -> None:
-    engine.calculator = lambda expression: None
-    row = Row([1])
-    for token in [tokenizer.encode_special("<|python_start|>"), 65, tokenizer.encode_special("<|python_end|>")]:
-        engine._accept(row, token, 100, 500)
-    assert not row.forced
+def test_logprobs_are_those_of_the_model(engine: Engine, tokenizer: Tokenizer) -> None:
+    prompt = _prompts(tokenizer)[3]
+    (sequence,) = _run(engine, [Sequence(prompt, SamplingParams(0.7, seed=5, max_tokens=8, logprobs=3, ignore_eos=True))])
+    ids = torch.tensor([prompt + sequence.tokens])
+    with torch.no_grad():
+        expected = engine.model(ids)[0, len(prompt) - 1 : -1].log_softmax(-1)
+    assert len(sequence.logprobs) == 8
+    for entry, token, row in zip(sequence.logprobs, sequence.tokens, expected, strict=True):
+        assert entry.token == token
+        assert entry.logprob == pytest.approx(row[token].item(), abs=1e-3)
+        assert [t for t, _ in entry.top] == row.topk(3).indices.tolist()
 
 
-def test_shared_prefixes_are_computed_once(engine: Engine, tokenizer: Tokenizer) -> None:
+# ----------------------------------------------------------------------------- memory
+
+
+def test_shared_prefixes_are_computed_once(engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = _prompts(tokenizer)[1], [*_prompts(tokenizer)[1][:60], 5, 6, 7]
     fresh = Engine(engine.model, tokenizer).generate_batch(second, max_tokens=10, temperature=0)
     engine.generate_batch(first, max_tokens=10, temperature=0)
     computed: list[int] = []
-    features = engine.model.features
-    engine.model.features = lambda idx, cache=None: computed.append(idx.numel()) or features(idx, cache)
-    again = engine.generate_batch(second, max_tokens=10, temperature=0)
-    assert again == fresh
-    assert computed[0] == 3
+    prefill = engine.scheduler.runner.prefill
+    monkeypatch.setattr(
+        engine.scheduler.runner, "prefill", lambda tokens, *rest: computed.append(len(tokens)) or prefill(tokens, *rest)
+    )
+    assert engine.generate_batch(second, max_tokens=10, temperature=0) == fresh
+    assert computed == [len(second) - 48]  # three blocks of 16 are shared, the fourth is not full
+    (row,) = engine.complete([second], max_tokens=10, temperature=0)
+    assert row.cached_tokens == 48
+
+
+def test_a_conversation_goes_on_from_its_last_turn(engine: Engine, tokenizer: Tokenizer) -> None:
+    (turn,) = engine.complete([_prompts(tokenizer)[3]], max_tokens=100, temperature=0)
+    longer = turn.prompt + turn.tokens + [5, 6, 7]
+    (next_turn,) = engine.complete([longer], max_tokens=5, temperature=0)
+    assert next_turn.cached_tokens >= len(longer) - 3 - 16
+    fresh = Engine(engine.model, tokenizer).complete([longer], max_tokens=5, temperature=0)[0]
+    assert next_turn.tokens == fresh.tokens
+
+
+def test_all_memory_comes_back(engine: Engine, tokenizer: Tokenizer) -> None:
+    """Whatever ends a text: its end, its stop text, a cancellation in any state, a listener that leaves."""
+    free = _free_blocks(engine)
+    sequences = [Sequence(p, SamplingParams(max_tokens=50, seed=i)) for i, p in enumerate(_prompts(tokenizer) * 12)]
+    for sequence in sequences:
+        engine.scheduler.submit(sequence)
+    for n in range(30):
+        engine.scheduler.cancel(sequences[-n])
+        engine.scheduler.step()
+    engine.scheduler.end_all("cancelled")
+    assert _free_blocks(engine) == free
+    assert all(s.finish_reason for s in sequences)
+    stream = engine.generate(_prompts(tokenizer)[0], 3)
+    next(stream)
+    stream.close()
+    assert _free_blocks(engine) == free
+    assert engine.scheduler.is_idle
+
+
+def test_a_long_prompt_does_not_stall_others(engine: Engine, tokenizer: Tokenizer) -> None:
+    engine.scheduler.chunk = 32
+    talking = Sequence([1, 2, 3], SamplingParams(0, max_tokens=100, ignore_eos=True))
+    engine.scheduler.submit(talking)
+    engine.scheduler.step()
+    long = Sequence([7] * 400, SamplingParams(0, max_tokens=5))
+    engine.scheduler.submit(long)
+    before = len(talking.tokens)
+    while not long.tokens and not long.finish_reason:
+        engine.scheduler.step()
+    assert len(talking.tokens) - before >= 400 // 32
+    assert long.tokens[0] == next(engine.model.generate([7] * 400, 1, temperature=0))
+
+
+# ----------------------------------------------------------------------------- tools
+
+
+def _speaking(engine: Engine, monkeypatch: pytest.MonkeyPatch, script: list[int]) -> None:
+    """Make the model say these tokens, however it is asked; after them, token 5."""
+    said: dict[int, int] = {}
+
+    def speak(logits: torch.Tensor, params: list[SamplingParams], uniform: list[float]) -> torch.Tensor:
+        drawn = []
+        for p in params:
+            n = said[p.seed] = said.get(p.seed, -1) + 1
+            drawn.append(script[n] if n < len(script) and p.seed >= 1000 else 5)
+        return torch.tensor(drawn)
+
+    monkeypatch.setattr("nanochat.scheduler.sample", speak)
+
+
+def _call(tokenizer: Tokenizer, text: str) -> list[int]:
+    special = tokenizer.encode_special
+    return [special("<|python_start|>"), *tokenizer.encode(text), special("<|python_end|>")]
+
+
+def test_a_call_is_answered_with_forced_tokens(engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    engine.scheduler.tool = lambda expression: asked.append(expression) or "42"
+    said = _call(tokenizer, "6*7")
+    _speaking(engine, monkeypatch, said)
+    (row,) = _run(engine, [Sequence([1, 2], SamplingParams(seed=1000, max_tokens=20))])
+    assert asked == ["6*7"]
+    special = tokenizer.encode_special
+    forced = [special("<|output_start|>"), *tokenizer.encode("42"), special("<|output_end|>")]
+    assert row.tokens[: len(said) + len(forced)] == said + forced
+    assert set(row.tokens[len(said) + len(forced) :]) == {5}
+    assert row.masks == [1] * len(said) + [0] * len(forced) + [1] * (20 - len(said) - len(forced))
+    parts = [(text, part) for text, part in row.pieces if text]
+    assert "".join(text for text, part in parts if part == "python") == "6*7"
+    assert "".join(text for text, part in parts if part == "python_output") == "42"
+
+
+@pytest.mark.parametrize("answer", [None, ValueError("broken tool")])
+def test_a_call_without_an_answer_goes_on(
+    engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, answer: Exception | None
+) -> None:
+    def tool(expression: str) -> None:
+        if answer is not None:
+            raise answer
+
+    engine.scheduler.tool = tool
+    said = _call(tokenizer, "x")
+    _speaking(engine, monkeypatch, said)
+    (row,) = _run(engine, [Sequence([1], SamplingParams(seed=1000, max_tokens=10))])
+    assert row.tokens == said + [5] * (10 - len(said))
+    assert set(row.masks) == {1}
+
+
+def test_a_slow_tool_delays_only_its_own_text(engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    engine.scheduler.tool = lambda expression: str(release.wait(10))
+    _speaking(engine, monkeypatch, _call(tokenizer, "1"))
+    slow = Sequence([1, 2], SamplingParams(seed=1000, max_tokens=20))
+    engine.scheduler.submit(slow)
+    others = _run(engine, [Sequence([3, 4], SamplingParams(seed=1, max_tokens=60))])
+    assert others[0].finish_reason == "length" and slow.finish_reason is None
+    release.set()
+    while slow.finish_reason is None:
+        engine.scheduler.wait(timeout_s=10)
+        while not engine.scheduler.is_idle:
+            engine.scheduler.step()
+    assert tokenizer.encode_special("<|output_end|>") in slow.tokens
+
+
+# ----------------------------------------------------------------------------- the thread
+
+
+def test_a_failed_step_ends_its_requests_and_not_the_service(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    thread = EngineThread(engine)
+    thread.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.scheduler.runner, "decode", lambda *args: 1 / 0)
+        failed = Sequence([1, 2], SamplingParams(max_tokens=5, ignore_eos=True))
+        engine.scheduler.submit(failed)
+        _wait_for(failed)
+        assert failed.finish_reason == "error" and "server's log" in failed.error
+    fine = Sequence([1, 2], SamplingParams(max_tokens=5, ignore_eos=True))
+    engine.scheduler.submit(fine)
+    _wait_for(fine)
+    assert fine.finish_reason == "length"
+    endless = Sequence([1, 2], SamplingParams(ignore_eos=True))
+    engine.scheduler.submit(endless)
+    thread.close()
+    assert not thread.is_alive
+    assert endless.finish_reason == "cancelled"
+
+
+def _wait_for(sequence: Sequence) -> None:
+    deadline = time.monotonic() + 30
+    while sequence.finish_reason is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+# ----------------------------------------------------------------------------- compiled and quantized
+
+
+@pytest.mark.slow
+def test_compiled_decoding_gives_the_same_texts(tokenizer: Tokenizer) -> None:
+    """In float32 as uncompiled; and in the dtype at hand, alone as among 31 others, to the last bit of the logits."""
+    if reason := can_compile(torch.device("cpu")):
+        pytest.skip(f"nothing compiles here: {reason}")
+    model = make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=512)
+    prompts = [prompt[:n] for prompt in _prompts(tokenizer) for n in range(2, 10)]
+    plain = Engine(model, tokenizer).complete(prompts, max_tokens=40, temperature=0)
+    engine = Engine(model, tokenizer)
+    assert engine.compile() is None
+    compiled = engine.complete(prompts, max_tokens=40, temperature=0)
+    assert [row.tokens for row in compiled] == [row.tokens for row in plain]
+    runner = engine.scheduler.runner
+    runner.table[:32] = torch.arange(32)[:, None] + 1
+    tokens, positions = list(range(32)), [100 + i for i in range(32)]
+    many = runner.decode(tokens, positions).clone()
+    for B in (1, 2, 3, 8, 31):
+        assert torch.equal(runner.decode(tokens[:B], positions[:B]), many[:B]) or model.get_compute_dtype() != torch.bfloat16
+
+
+def test_int8_weights_are_near_the_exact_ones(tokenizer: Tokenizer) -> None:
+    vocab_size = tokenizer.get_vocab_size()
+    exact, rounded = (make_model(vocab_size=vocab_size, n_embd=64, sequence_len=128) for _ in range(2))
+    rounded.load_state_dict(exact.state_dict())
+    prepare_for_inference(rounded, "int8")
+    ids = torch.tensor([list(range(1, 60))])
+    with torch.no_grad():
+        a, b = exact(ids), rounded(ids)
+    assert (a - b).std() < 0.05 * a.std()
+    assert not torch.equal(a, b)
+    matrices = rounded.blocks[0].mlp.c_fc
+    assert matrices.weight.dtype == torch.int8
+    (row,) = Engine(rounded, tokenizer).complete([[1, 2, 3]], max_tokens=5, temperature=0)
+    assert row.tokens == list(rounded.generate([1, 2, 3], 5, temperature=0))[: len(row.tokens)]
+    with pytest.raises(NanochatError, match="choose auto or int8"):
+        prepare_for_inference(exact, "int3")
+
+
+# ----------------------------------------------------------------------------- conversations
 
 
 def test_conversations_are_trimmed_at_turns(tokenizer: Tokenizer) -> None:
@@ -123,40 +380,3 @@ def test_conversations_are_trimmed_at_turns(tokenizer: Tokenizer) -> None:
     assert trim_conversation(conversation, tokenizer, 10_000) == (conversation, 0)
     with pytest.raises(NanochatError, match="does not fit"):
         trim_conversation(conversation, tokenizer, 5)
-
-
-# ----------------------------------------------------------------------------- cache and sampling
-
-
-def test_cache_keeps_its_contents_when_it_grows_and_copies() -> None:
-    model = make_model()
-    idx = torch.randint(300, (1, 200), generator=torch.Generator().manual_seed(3))
-    with torch.no_grad():
-        one = KVCache.for_model(model, 1)
-        model(idx[:, :150], kv_cache=one)
-        many = KVCache.for_model(model, 3)
-        many.prefill(one)
-        assert many.get_pos() == 150
-        logits = model(idx[:, 150:].expand(3, -1), kv_cache=many)
-        torch.testing.assert_close(logits[2], model(idx)[0, 150:], atol=2e-4, rtol=1e-4)
-        many.keep_rows([1])
-        many.reset()
-        assert many.get_pos() == 0
-        torch.testing.assert_close(model(idx, kv_cache=many)[0], model(idx)[0], atol=2e-4, rtol=1e-4)
-    assert one.keys.dtype == torch.float32
-    with pytest.raises(ValueError, match="do not fit"):
-        model(torch.zeros(1, 600, dtype=torch.long), kv_cache=KVCache.for_model(model, 1))
-
-
-def test_sampling_follows_the_distribution() -> None:
-    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
-    n = 4000
-    generators = make_generators(list(range(n)), torch.device("cpu"))
-    drawn = sample(logits.expand(n, -1), generators, temperature=1.0)
-    shares = torch.bincount(drawn, minlength=4) / n
-    torch.testing.assert_close(shares, logits[0].softmax(-1), atol=0.03, rtol=0)
-    top = sample(logits.expand(n, -1), generators, temperature=1.0, top_k=2)
-    assert set(top.tolist()) == {1, 2}
-    assert set(sample(logits.expand(9, -1), generators[:9], temperature=1.0, top_k=0).tolist()) <= {0, 1, 2, 3}
-    assert sample(logits, generators[:1], temperature=0).item() == 2
-    assert sample(logits.expand(50, -1), generators[:50], temperature=0.01).unique().item() == 2

@@ -1,0 +1,221 @@
+"""The model at work for generation: long prompts in chunks, and one token at a time for many texts. Used by scheduler.py.
+
+A decoding step is compiled once, for any number of texts and any length: on a CPU with the weights packed for its matrix
+units, on CUDA as one graph for each size of batch. A step of one text is computed as one of two, so that a text's
+tokens never depend on how many others are in the batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import torch
+import torch._inductor.config
+import torch.nn as nn
+
+from nanochat.common import NanochatError, logger
+from nanochat.compilation import can_compile
+from nanochat.gpt import GPT, Linear
+from nanochat.kv_cache import BLOCK_SIZE, DecodeView, KVBlocks, PrefillView
+
+COLUMNS_STEP = 8  # blocks: the longest text of a batch counts as a multiple of this
+CPU_OPTIONS = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP"}
+
+
+class Int8Linear(nn.Module):
+    """A matrix in int8 with one scale for each output channel: half of bfloat16's memory, rounded to 1 part in 254."""
+
+    def __init__(self, linear: Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-8)
+        self.in_features = linear.in_features
+        self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+
+
+def prepare_for_inference(model: GPT, weights: str = "auto") -> GPT:
+    """Turn a loaded model, in place, into one that only generates: matrices in the compute dtype ("auto") or "int8".
+
+    Raises NanochatError for another name.
+    """
+    if weights not in ("auto", "int8"):
+        raise NanochatError(f"weights {weights!r} are not known: choose auto or int8")
+    model.eval().requires_grad_(False)
+    if weights == "int8":
+        for module in list(model.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, Linear) and child.in_features >= 64:  # the tiny gates are left exact
+                    setattr(module, name, Int8Linear(child))
+    dtype = model.get_compute_dtype()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data = parameter.data.to(dtype)
+    return model
+
+
+class ModelRunner:
+    """Runs one model over KVBlocks, for at most `max_rows` texts in a decoding step."""
+
+    def __init__(self, model: GPT, num_blocks: int, max_rows: int) -> None:
+        self.model, self.max_rows = model, max_rows
+        config, self.device = model.config, model.get_device()
+        self.max_blocks = -(-config.sequence_len // BLOCK_SIZE)
+        self.memory = KVBlocks(config, num_blocks, self.device, model.get_compute_dtype())
+        rows = max(2, max_rows)
+        # Written in place, never made anew: the inputs of every decoding step. Empty rows have block 0 everywhere.
+        # The table is wider than any text, so that a compiled step never meets the whole of it as a special case.
+        self.table = torch.zeros(rows, self.max_blocks + COLUMNS_STEP, dtype=torch.long, device=self.device)
+        self.inputs = torch.zeros(2, rows, dtype=torch.long, device=self.device)  # tokens, positions
+        pinned = self.device.type == "cuda"
+        self._staging = torch.zeros(2, rows, dtype=torch.long, pin_memory=pinned) if pinned else self.inputs
+        self._columns = torch.zeros(-(-self.max_blocks // COLUMNS_STEP) * COLUMNS_STEP, device=self.device)
+        model.rotary(None, config.sequence_len)  # the whole table now: compiled code is not to see it grow
+        self._step = self._decode_step
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._compiling: threading.Thread | None = None
+
+    # ------------------------------------------------------------------------- prompts
+
+    @torch.inference_mode()
+    def prefill(self, tokens: list[int], start: int, blocks: list[int]) -> torch.Tensor:
+        """Compute the tokens that follow the first `start` of a text; logits (1, vocab_size) after the last of them."""
+        model, T = self.model, len(tokens)
+        view = PrefillView(self.memory, blocks, start, T)
+        ids = torch.tensor([tokens], device=self.device)
+        positions = torch.arange(start, start + T, device=self.device)[None]
+        x = model.trunk(ids, model.rotary(positions, T), [view] * model.config.n_layer)
+        return model.logits(x[:, -1])
+
+    # ------------------------------------------------------------------------- decoding
+
+    def set_block(self, row: int, column: int, block: int) -> None:
+        self.table[row, column] = block
+
+    def set_row(self, row: int, blocks: list[int]) -> None:
+        """Give a row of the batch to a text."""
+        self.table[row] = torch.tensor(blocks + [0] * (self.table.size(1) - len(blocks)), device=self.device)
+
+    def move_row(self, source: int, target: int) -> None:
+        """Move the text of one row to another, and leave an empty row behind."""
+        if source != target:
+            self.table[target] = self.table[source]
+        self.table[source] = 0
+
+    @torch.inference_mode()
+    def decode(self, tokens: list[int], positions: list[int]) -> torch.Tensor:
+        """One more token for the first B rows: its logits (B, vocab_size) float32."""
+        B = len(tokens)
+        staging = self._staging.numpy()  # writing through numpy costs a tenth of making a tensor
+        staging[0, :B], staging[1, :B] = tokens, positions
+        rows = self._rows_to_run(B)
+        staging[:, B:rows] = 0
+        if self._staging is not self.inputs:
+            self.inputs.copy_(self._staging, non_blocking=True)
+        columns = -(-(max(positions) + 1) // (BLOCK_SIZE * COLUMNS_STEP)) * COLUMNS_STEP
+        return self._run(rows, columns)[:B]
+
+    def _rows_to_run(self, B: int) -> int:
+        """At least two, so that one text alone is computed like many; on CUDA, with graphs, a power of two."""
+        rows = max(2, B)
+        return min(1 << (rows - 1).bit_length(), self.table.size(0)) if self.device.type == "cuda" else rows
+
+    def _run(self, rows: int, columns: int) -> torch.Tensor:
+        if self._step == self._decode_step or self.device.type != "cuda":
+            return self._step(*self._arguments(rows, columns))
+        columns = 1 << (columns - 1).bit_length()  # fewer graphs
+        if (rows, columns) not in self._graphs:
+            self._capture(rows, columns)
+        graph, logits = self._graphs[rows, columns]
+        graph.replay()
+        return logits
+
+    def _arguments(self, rows: int, columns: int) -> tuple:
+        memory = self.memory
+        return (
+            self.inputs[0, :rows], self.inputs[1, :rows], self.table[:rows], self._columns[:columns],
+            memory.keys, memory.values,
+        )  # fmt: skip
+
+    def _decode_step(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        table: torch.Tensor,
+        columns: torch.Tensor,
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+    ) -> torch.Tensor:
+        """tokens, positions: (B,); the rest as in DecodeView. What is compiled. Returns logits (B, vocab_size)."""
+        model = self.model
+        view = DecodeView(keys, values, table, positions, columns, self.max_blocks)
+        x = model.trunk(tokens[:, None], model.rotary(positions[:, None], 1), [view] * model.config.n_layer)
+        return model.logits(x[:, 0])
+
+    # ------------------------------------------------------------------------- compiling
+
+    def compile(self, background: bool = False) -> str | None:
+        """Compile the decoding step; returns why not, where that is impossible. The weights must not change afterwards.
+
+        In the background, steps go on uncompiled and change over when the compiled one is ready.
+        """
+        if (reason := can_compile(self.device)) is not None:
+            return reason
+        if background:
+            self._compiling = threading.Thread(target=self._compile, name="compile", daemon=True)
+            self._compiling.start()
+            return None
+        return self._compile()
+
+    @torch.inference_mode()
+    def _compile(self) -> str | None:
+        self.model.compute_dtype = self.model.get_compute_dtype()  # asking the CPU what it can is not for compiled code
+        options = CPU_OPTIONS if self.device.type == "cpu" else {}
+        compiled = torch.compile(self._decode_step, fullgraph=True)
+        tokens, positions, table, columns = self._scratch(rows=2)
+        try:
+            # Not compile's own options: freezing must be known when the graph is traced, too.
+            with torch._inductor.config.patch(options):
+                compiled(tokens, positions, table, columns, self.memory.keys, self.memory.values)
+        except Exception as error:  # whatever a compiler throws, generation goes on without it
+            reason = f"the compiler failed: {str(error).splitlines()[0][:200]}"
+            logger.warning("decoding stays uncompiled: %s", reason)
+            return reason
+        self._step = compiled
+        return None
+
+    @torch.inference_mode(False)  # tensors of the same kind as the real ones
+    def _scratch(self, rows: int) -> tuple[torch.Tensor, ...]:
+        """Inputs that touch block 0 alone, marked as of any size."""
+        ids = torch.zeros(2, self.table.size(0), dtype=torch.long, device=self.device)
+        table = torch.zeros_like(self.table)
+        tensors = (ids[0, :rows], ids[1, :rows], table[:rows], self._columns[:COLUMNS_STEP])
+        for tensor in tensors:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return tensors
+
+    def _capture(self, rows: int, columns: int) -> None:
+        """Record the compiled step for one size of batch as a CUDA graph, which a single call replays."""
+        arguments = self._arguments(rows, min(columns, self._columns.size(0)))
+        with _side_stream(self.device):
+            for _ in range(2):  # compiles, and fills PyTorch's pools
+                self._step(*arguments)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = self._step(*arguments)
+        self._graphs[rows, columns] = (graph, logits)
+
+
+@contextlib.contextmanager
+def _side_stream(device: torch.device) -> Iterator[None]:
+    """What precedes a capture must not run on the default stream."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)

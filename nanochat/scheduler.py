@@ -1,0 +1,436 @@
+"""Who runs in the next step: admits, advances and retires texts one step at a time. Used by engine.py.
+
+A step computes at most one chunk of prompts, so that a long one does not stall the others, and one token of every text
+whose prompt is done. Texts share the blocks of what they begin with alike; when memory runs out the youngest text gives
+its blocks back and is computed again later. Tools run in threads of their own: only the text that called one waits.
+"""
+
+from __future__ import annotations
+
+import queue
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+
+from nanochat.common import NanochatError, logger
+from nanochat.gpt import GPT
+from nanochat.kv_cache import BLOCK_SIZE, BlockAllocator, KVBlocks
+from nanochat.runner import ModelRunner
+from nanochat.sampling import SamplingParams, penalize_repetition, sample
+from nanochat.tokenizer import IncrementalDecoder, Tokenizer
+
+CHUNK = {"cpu": 256, "cuda": 2048}  # tokens of prompts in a step
+MEMORY_SHARE = 0.25  # of what is free, for keys and values
+
+
+@dataclass
+class TokenLogprob:
+    """What the model thought of a token, before temperature and restrictions: natural logarithms."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One text in the making. `tokens` and what follows grow while it runs; the rest is the scheduler's."""
+
+    prompt: list[int]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    on_update: Callable[[Sequence], None] | None = None  # called in the scheduler's thread when there is news
+
+    tokens: list[int] = field(default_factory=list)  # generated, without the token that stopped it
+    masks: list[int] = field(default_factory=list)  # 1 sampled, 0 forced by a tool
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of sampled tokens, if asked for
+    pieces: list[tuple[str, str]] = field(default_factory=list)  # (text, type of the part it belongs to)
+    finish_reason: str | None = None  # "stop", "length" (max_tokens), "context" (full), "cancelled" or "error"
+    stop_token: int | None = None  # that ended it, if a token did
+    error: str | None = None
+    cached_tokens: int = 0  # of the prompt, found in shared blocks
+    created: float = field(default_factory=time.perf_counter)
+    first_token_at: float | None = None
+
+    computed: int = 0  # tokens whose keys and values are in blocks
+    blocks: list[int] = field(default_factory=list)
+    row: int | None = None  # in the decoding batch
+    published: int = 0  # blocks that others can find
+    content: int = 0  # of the last published one
+    call: list[int] | None = None  # tokens of the tool call that is open
+    held_text: str = ""  # may be the beginning of a stop text
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.tokens)
+
+    def token_at(self, i: int) -> int:
+        n = len(self.prompt)
+        return self.prompt[i] if i < n else self.tokens[i - n]
+
+    def slice(self, start: int, end: int) -> list[int]:
+        n = len(self.prompt)
+        return self.prompt[start:end] + self.tokens[max(0, start - n) : max(0, end - n)]
+
+    @property
+    def text(self) -> str:
+        return "".join(text for text, _ in self.pieces)
+
+
+class Scheduler:
+    """Continuous batching for one model. `submit`, `cancel` and `wake` may be called from any thread, the rest from one."""
+
+    def __init__(
+        self, model: GPT, tokenizer: Tokenizer, tool: Callable[[str], str | None], max_rows: int = 32, kv_tokens: int = 0
+    ) -> None:
+        """kv_tokens: tokens whose keys and values are held at once (0: as many as max_rows texts have, memory allowing)."""
+        self.tokenizer, self.tool, self.max_rows = tokenizer, tool, max_rows
+        self.limit = model.config.sequence_len
+        num_blocks = _choose_num_blocks(model, max_rows, kv_tokens)
+        self.runner = ModelRunner(model, num_blocks, max_rows)
+        self.allocator = BlockAllocator(num_blocks)
+        self.chunk = CHUNK.get(self.runner.device.type, CHUNK["cpu"])
+        special = tokenizer.encode_special
+        self.stop_ids = {special("<|assistant_end|>"), special("<|bos|>")}
+        self._call_start, self._call_end = special("<|python_start|>"), special("<|python_end|>")
+        self._output_start, self._output_end = special("<|output_start|>"), special("<|output_end|>")
+        self.waiting: deque[Sequence] = deque()
+        self.rows: list[Sequence] = []  # in the decoding batch, by row
+        self.prefilling: Sequence | None = None
+        self.calling: set[Sequence] = set()
+        self._random: dict[Sequence, random.Random] = {}
+        self._decoders: dict[Sequence, IncrementalDecoder] = {}
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._tools: ThreadPoolExecutor | None = None
+        self.preemptions = self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
+
+    # ------------------------------------------------------------------------- from any thread
+
+    def check(self, sequence: Sequence) -> None:
+        """Raise NanochatError if a prompt is empty or leaves no room in the context."""
+        if not sequence.prompt:
+            raise NanochatError("an empty prompt cannot be continued: begin it with <|bos|>")
+        if len(sequence.prompt) >= self.limit:
+            n = len(sequence.prompt)
+            raise NanochatError(f"a prompt of {n} tokens leaves no room in a context of {self.limit}")
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a text. Raises NanochatError as `check` does."""
+        self.check(sequence)
+        self._inbox.put(lambda: self._enqueue(sequence))
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Stop a text before the next step and free what it holds."""
+        self._inbox.put(lambda: self._finish(sequence, "cancelled"))
+
+    def wake(self) -> None:
+        """End a `wait` that is going on."""
+        self._inbox.put(lambda: None)
+
+    # ------------------------------------------------------------------------- the step
+
+    @property
+    def is_idle(self) -> bool:
+        """True if a step would do nothing: all is done, or waits for tools."""
+        return self._inbox.empty() and not (self.waiting or self.rows or self.prefilling)
+
+    @property
+    def num_running(self) -> int:
+        return len(self.rows) + len(self.calling) + (self.prefilling is not None)
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Sleep until something is submitted, cancelled or answered by a tool."""
+        try:
+            self._inbox.get(timeout=timeout_s)()
+        except queue.Empty:
+            return
+
+    def step(self) -> None:
+        """Compute one chunk of prompts and one token of every running text."""
+        self.take_messages()
+        self._prefill()
+        if self.rows:
+            self._decode()
+
+    def take_messages(self) -> None:
+        """Do what other threads asked for since the last step."""
+        while not self._inbox.empty():
+            self._inbox.get()()
+
+    def end_all(self, reason: str, error: str | None = None) -> None:
+        """End every text, with "cancelled" or "error"."""
+        self.take_messages()
+        prefilling = [self.prefilling] if self.prefilling else []
+        for sequence in [*self.waiting, *prefilling, *self.rows, *self.calling]:
+            self._finish(sequence, reason, error)
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        if sequence.finish_reason is not None:  # cancelled before it was ever seen
+            return
+        self._random[sequence] = random.Random(sequence.params.seed)
+        self._decoders[sequence] = IncrementalDecoder(self.tokenizer)
+        if sequence.params.max_tokens == 0:
+            self._finish(sequence, "length")
+        else:
+            self.waiting.append(sequence)
+
+    def _prefill(self) -> None:
+        """Compute prompts until the chunk is used up or no text can be admitted."""
+        budget = self.chunk
+        while budget > 0:
+            if self.prefilling is None and not self._admit():
+                return
+            sequence = self.prefilling
+            # A text's chunks end at multiples of the chunk's size, whatever else is computed: its numbers, to the
+            # last bit, are its own.
+            end = min(sequence.length, (sequence.computed // self.chunk + 1) * self.chunk)
+            tokens = sequence.slice(sequence.computed, end)
+            logits = self.runner.prefill(tokens, sequence.computed, sequence.blocks)
+            budget -= len(tokens)
+            self._advance(sequence, end)
+            if end == sequence.length:
+                self.prefilling = None
+                sequence.row = len(self.rows)
+                self.rows.append(sequence)
+                self.runner.set_row(sequence.row, sequence.blocks)
+                self._sample([sequence], logits)
+
+    def _admit(self) -> bool:
+        """Begin the prompt that waits longest, if a row and the memory for it are free."""
+        if not self.waiting or len(self.rows) + len(self.calling) >= self.max_rows:
+            return False
+        sequence = self.waiting[0]
+        known = sequence.slice(0, sequence.length - 1)  # the last token is computed in any case, for its logits
+        blocks, content = self.allocator.share(known)
+        needed = -(-sequence.length // BLOCK_SIZE) - len(blocks)
+        # One more for each running text, lest it be the first to be put back.
+        if needed + len(self.rows) > self.allocator.num_free and (self.rows or self.calling):
+            self.allocator.release(blocks)
+            return False
+        self.waiting.popleft()
+        sequence.computed = len(blocks) * BLOCK_SIZE
+        sequence.published, sequence.content = len(blocks), content
+        if not sequence.tokens:
+            sequence.cached_tokens = sequence.computed
+            self.prompt_tokens += len(sequence.prompt)
+            self.cached_tokens += sequence.computed
+        sequence.blocks = blocks + [self.allocator.allocate() for _ in range(needed)]
+        self.prefilling = sequence
+        return True
+
+    def _decode(self) -> None:
+        for sequence in list(self.rows):
+            if sequence.row is not None and sequence.computed // BLOCK_SIZE >= len(sequence.blocks):
+                self._grow(sequence)
+        rows = self.rows
+        if not rows:
+            return
+        tokens = [sequence.token_at(sequence.computed) for sequence in rows]
+        logits = self.runner.decode(tokens, [sequence.computed for sequence in rows])
+        sampled, places = [], []
+        for place, sequence in enumerate(rows):
+            self._advance(sequence, sequence.computed + 1)
+            if sequence.computed == sequence.length:  # else what comes next is forced
+                sampled.append(sequence)
+                places.append(place)
+        if len(sampled) < len(rows):
+            logits = logits[places]
+        if sampled:
+            self._sample(sampled, logits)
+
+    def _grow(self, sequence: Sequence) -> None:
+        """Give a text its next block; if none is free, the youngest texts are put back until one is."""
+        while (block := self.allocator.allocate()) is None:
+            youngest = max(self.rows, key=lambda other: other.created)
+            self._preempt(youngest)
+            if youngest is sequence:
+                return
+        self.runner.set_block(sequence.row, len(sequence.blocks), block)
+        sequence.blocks.append(block)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._leave_row(sequence)
+        self._release(sequence)
+        sequence.computed = 0
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _advance(self, sequence: Sequence, computed: int) -> None:
+        """Count tokens as computed, and let others find the blocks that are full now."""
+        sequence.computed = computed
+        while (sequence.published + 1) * BLOCK_SIZE <= computed:
+            start = sequence.published * BLOCK_SIZE
+            tokens = tuple(sequence.slice(start, start + BLOCK_SIZE))
+            block = sequence.blocks[sequence.published]
+            sequence.content = self.allocator.publish(block, sequence.content, tokens)
+            sequence.published += 1
+
+    # ------------------------------------------------------------------------- tokens
+
+    def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
+        params = [sequence.params for sequence in sequences]
+        adjusted = logits
+        for i, sequence in enumerate(sequences):
+            if sequence.params.repetition_penalty != 1:
+                if adjusted is logits:
+                    adjusted = logits.clone()
+                seen = torch.tensor(sorted({*sequence.prompt, *sequence.tokens}), device=logits.device)
+                adjusted[i] = penalize_repetition(logits[i], seen, sequence.params.repetition_penalty)
+        uniform = [0.0 if p.temperature == 0 else self._random[s].random() for s, p in zip(sequences, params, strict=True)]
+        drawn = sample(adjusted, params, uniform).tolist()
+        for i, (sequence, token) in enumerate(zip(sequences, drawn, strict=True)):
+            if sequence.params.logprobs is not None:
+                sequence.logprobs.append(_logprob(logits[i], token, sequence.params.logprobs))
+            self._accept(sequence, token)
+
+    def _accept(self, sequence: Sequence, token: int) -> None:
+        """Take a sampled token and see whether the text goes on."""
+        params = sequence.params
+        if sequence.first_token_at is None:
+            sequence.first_token_at = time.perf_counter()
+        self.generated_tokens += 1
+        if token in self.stop_ids and not params.ignore_eos:
+            sequence.stop_token = token
+            if params.logprobs is not None:
+                sequence.logprobs.pop()
+            self._finish(sequence, "stop")
+            return
+        self._append(sequence, token, 1)
+        if token == self._call_start:
+            sequence.call = []
+        elif token == self._call_end and sequence.call is not None:
+            self._call_tool(sequence)
+        elif sequence.call is not None:
+            sequence.call.append(token)
+        self._end_or_go_on(sequence)
+
+    def _append(self, sequence: Sequence, token: int, mask: int) -> None:
+        sequence.tokens.append(token)
+        sequence.masks.append(mask)
+        decoder = self._decoders[sequence]
+        sequence.pieces.append((decoder.feed(token), decoder.part))
+        if sequence.params.stop and mask:
+            self._look_for_stop(sequence)
+
+    def _look_for_stop(self, sequence: Sequence) -> None:
+        """End the text where a stop text begins; hold back what may be the beginning of one."""
+        added, part = sequence.pieces[-1]
+        text = sequence.held_text + added
+        found = [at for at in (text.find(stop) for stop in sequence.params.stop) if at >= 0]
+        if found:
+            sequence.pieces[-1] = (text[: min(found)], part)
+            del self._decoders[sequence]  # what it holds comes after the stop text
+            self._finish(sequence, "stop")
+            return
+        held = 0
+        for stop in sequence.params.stop:
+            held = max(held, *(n for n in range(len(stop)) if text.endswith(stop[:n])))
+        sequence.pieces[-1] = (text[: len(text) - held], part)
+        sequence.held_text = text[len(text) - held :]
+
+    def _end_or_go_on(self, sequence: Sequence) -> None:
+        if sequence.finish_reason is not None:
+            return
+        maximum = sequence.params.max_tokens
+        if maximum is not None and len(sequence.tokens) >= maximum:
+            self._finish(sequence, "length")
+        elif sequence.length >= self.limit:
+            self._finish(sequence, "context")
+        elif sequence.on_update is not None:
+            sequence.on_update(sequence)
+
+    def _finish(self, sequence: Sequence, reason: str, error: str | None = None) -> None:
+        if sequence.finish_reason is not None:
+            return
+        sequence.finish_reason, sequence.error = reason, error
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        if self.prefilling is sequence:
+            self.prefilling = None
+        self.calling.discard(sequence)
+        self._leave_row(sequence)
+        self._release(sequence)
+        self._random.pop(sequence, None)
+        decoder = self._decoders.pop(sequence, None)
+        if decoder is not None and reason != "cancelled" and (rest := sequence.held_text + decoder.flush()):
+            sequence.pieces.append((rest, decoder.part))
+        if sequence.on_update is not None:
+            sequence.on_update(sequence)
+
+    def _leave_row(self, sequence: Sequence) -> None:
+        if sequence.row is None:
+            return
+        last = self.rows.pop()
+        self.runner.move_row(len(self.rows), sequence.row)
+        if last is not sequence:
+            self.rows[sequence.row], last.row = last, sequence.row
+        sequence.row = None
+
+    def _release(self, sequence: Sequence) -> None:
+        self.allocator.release(sequence.blocks)
+        sequence.blocks = []
+
+    # ------------------------------------------------------------------------- tools
+
+    def _call_tool(self, sequence: Sequence) -> None:
+        """Run the tool in a thread; the text leaves the batch until the answer is there, and keeps its blocks."""
+        expression, sequence.call = self.tokenizer.decode(sequence.call), None
+        self._leave_row(sequence)
+        self.calling.add(sequence)
+        if self._tools is None:
+            self._tools = ThreadPoolExecutor(max_workers=self.max_rows, thread_name_prefix="tool")
+        future = self._tools.submit(self.tool, expression)
+        future.add_done_callback(lambda done: self._inbox.put(lambda: self._take_answer(sequence, done)))
+
+    def _take_answer(self, sequence: Sequence, done: Any) -> None:
+        """Append a tool's answer as forced tokens and let the text go on."""
+        if sequence.finish_reason is not None:
+            return
+        if done.exception() is not None:
+            logger.warning("a tool failed: %s", done.exception())
+        result = None if done.exception() is not None else done.result()
+        self.calling.discard(sequence)
+        if result is not None:
+            for token in [self._output_start, *self.tokenizer.encode(result), self._output_end]:
+                if sequence.length >= self.limit or len(sequence.tokens) == sequence.params.max_tokens:
+                    break
+                self._append(sequence, token, 0)
+        sequence.row = len(self.rows)
+        self.rows.append(sequence)
+        self.runner.set_row(sequence.row, sequence.blocks)
+        self._end_or_go_on(sequence)
+
+    def close(self) -> None:
+        if self._tools is not None:
+            self._tools.shutdown(wait=False, cancel_futures=True)
+
+
+def _logprob(logits: torch.Tensor, token: int, alternatives: int) -> TokenLogprob:
+    logprobs = logits.log_softmax(dim=-1)
+    top: list[tuple[int, float]] = []
+    if alternatives:
+        values, indices = logprobs.topk(min(alternatives, logits.size(-1)))
+        top = list(zip(indices.tolist(), values.tolist(), strict=True))
+    return TokenLogprob(token, logprobs[token].item(), top)
+
+
+def _choose_num_blocks(model: GPT, max_rows: int, kv_tokens: int) -> int:
+    """Blocks for the asked number of tokens, or for max_rows whole texts as far as a share of free memory goes.
+
+    Never fewer than one whole text needs. Memory is touched only when it is used.
+    """
+    config, device = model.config, model.get_device()
+    whole = -(-config.sequence_len // BLOCK_SIZE)
+    if kv_tokens:
+        wanted = -(-kv_tokens // BLOCK_SIZE)
+    else:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        wanted = int(MEMORY_SHARE * free) // KVBlocks.bytes_per_block(config, model.get_compute_dtype())
+        wanted = min(wanted, whole * max_rows)
+    return max(wanted, whole) + 1

@@ -1,0 +1,168 @@
+"""How fast a model answers: python -m scripts.infer_bench [-g TAG].
+
+For each batch size: time to the first token of one more prompt, time for each token, throughput, memory, and the share
+of the machine's memory bandwidth that decoding uses (MBU). A table for people, and one JSON line last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import NanochatError, compute_init, run_command, synchronize
+from nanochat.compilation import keep_freed_memory, measure_memory_rate
+from nanochat.engine import Engine
+from nanochat.kv_cache import BLOCK_SIZE, KVBlocks
+from nanochat.runner import prepare_for_inference
+from nanochat.sampling import SamplingParams
+from nanochat.scheduler import Sequence
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure inference.")
+    parser.add_argument("-i", "--source", default="sft", choices=("base", "sft", "rl"), help="stage of the model")
+    parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest with that stage)")
+    parser.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
+    parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu")
+    add_measurement_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batch-sizes", default="1,2,4,8,16,32", metavar="B,B,...")
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("-t", "--temperature", type=float, default=0.0)
+    parser.add_argument("-k", "--top-k", type=int, default=0)
+    parser.add_argument("--weights", default="auto", choices=("auto", "int8"))
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    *_, device = compute_init(args.device_type)
+    model, tokenizer, meta = load_model(args.source, device, "eval", args.model_tag, args.step)
+    report = {"model": f"{meta['tag']} ({args.source}, step {meta['step']})"}
+    return run(model, tokenizer, args, report)
+
+
+def run(model: Any, tokenizer: Any, args: argparse.Namespace, report: dict[str, Any]) -> int:
+    """Measure every batch size and print the result; `report` is what the JSON line begins with."""
+    try:
+        batch_sizes = [int(size) for size in args.batch_sizes.split(",")]
+    except ValueError:
+        raise NanochatError(f"--batch-sizes {args.batch_sizes!r} is not a list of numbers such as 1,8,32") from None
+    limit = model.config.sequence_len
+    if min(batch_sizes) < 1 or args.prompt_tokens < 1 or args.new_tokens < 2:
+        raise NanochatError("batch sizes and --prompt-tokens must be at least 1, --new-tokens at least 2")
+    if args.prompt_tokens + args.new_tokens > limit:
+        raise NanochatError(
+            f"{args.prompt_tokens} prompt and {args.new_tokens} new tokens do not fit a context of {limit}: "
+            "choose smaller --prompt-tokens and --new-tokens"
+        )
+    keep_freed_memory()
+    device = model.get_device()
+    engine = Engine(prepare_for_inference(model, args.weights), tokenizer, max_rows=max(batch_sizes))
+    started = time.perf_counter()
+    reason = engine.compile() if args.compile else "--no-compile"
+    compile_s = 0.0 if reason else time.perf_counter() - started
+    memory_rate = measure_memory_rate(device)
+    rows = [measure(engine, B, args, memory_rate) for B in batch_sizes]
+    report |= {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "dtype": str(model.get_compute_dtype()).removeprefix("torch."),
+        "weights": args.weights,
+        "compiled": reason is None,
+        "compile_s": round(compile_s, 1),
+        "memory_gb_per_s": round(memory_rate / 1e9, 1),
+        "prompt_tokens": args.prompt_tokens,
+        "new_tokens": args.new_tokens,
+        "temperature": args.temperature,
+        "results": rows,
+    }
+    show(report)
+    print(json.dumps(report))
+    return 0
+
+
+def measure(engine: Engine, B: int, args: argparse.Namespace, memory_rate: float) -> dict[str, float]:
+    """Decode B prompts of random tokens together; their first tokens are timed apart from the rest."""
+    device, vocab_size = engine.model.get_device(), engine.tokenizer.get_vocab_size()
+    generator = torch.Generator().manual_seed(B)
+    scheduler = engine.scheduler
+    prompts = torch.randint(vocab_size, (3 * B + 3, args.prompt_tokens), generator=generator).tolist()
+
+    def sequences(prompts: list[list[int]], new_tokens: int) -> list[Sequence]:
+        params = SamplingParams(args.temperature, args.top_k, max_tokens=new_tokens, ignore_eos=True)
+        result = [Sequence(prompt, params) for prompt in prompts]
+        for sequence in result:
+            scheduler.submit(sequence)
+        return result
+
+    firsts = []
+    for prompt in prompts[:3]:  # alone, on an idle machine
+        (sequence,) = sequences([prompt], 1)
+        while sequence.finish_reason is None:
+            scheduler.step()
+        synchronize(device)
+        firsts.append(sequence.first_token_at - sequence.created)
+    rounds = []
+    for first in (3, 3 + B):
+        batch = sequences(prompts[first : first + B], args.new_tokens)
+        while any(sequence.first_token_at is None for sequence in batch):
+            scheduler.step()
+        # From here on every step makes a token of every text.
+        before, started, steps = scheduler.generated_tokens, time.perf_counter(), []
+        while any(sequence.finish_reason is None for sequence in batch):
+            at = time.perf_counter()
+            scheduler.step()
+            steps.append(time.perf_counter() - at)
+        seconds = time.perf_counter() - started
+        rounds.append(((scheduler.generated_tokens - before) / seconds, statistics.median(steps)))
+    tokens_per_s, step_s = max(rounds)
+    weights = sum(t.numel() * t.element_size() for t in (*engine.model.blocks.parameters(), *engine.model.blocks.buffers()))
+    head = engine.model.lm_head.weight
+    kv_tokens = B * (args.prompt_tokens + args.new_tokens / 2)
+    kv = kv_tokens * KVBlocks.bytes_per_block(engine.model.config, engine.model.get_compute_dtype()) / BLOCK_SIZE
+    read = weights + head.numel() * head.element_size() + kv  # an upper bound where layers have windows
+    return {
+        "batch_size": B,
+        "ttft_ms": round(1e3 * statistics.median(firsts), 2),
+        "ms_per_token": round(1e3 * step_s, 3),
+        "tokens_per_s": round(tokens_per_s, 1),
+        "memory_mb": round(_memory_bytes(device) / 1e6, 1),
+        "mbu": round(read / step_s / memory_rate, 4),
+    }
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Peak of the GPU's memory, or what the process holds now."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
+
+
+def show(report: dict[str, Any]) -> None:
+    compiled = f"compiled in {report['compile_s']} s" if report["compiled"] else "not compiled"
+    table = Table(title=f"{report['model']}: {report['device']}, {report['dtype']}, weights {report['weights']}, {compiled}")
+    headings = ("batch size", "first token", "each token", "tokens/s", "memory", "MBU")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for row in report["results"]:
+        table.add_row(
+            str(row["batch_size"]), f"{row['ttft_ms']:.1f} ms", f"{row['ms_per_token']:.2f} ms",
+            f"{row['tokens_per_s']:,.0f}", f"{row['memory_mb']:,.0f} MB", f"{row['mbu']:.0%}",
+        )  # fmt: skip
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
