@@ -141,8 +141,9 @@ class Engine:
 class EngineThread:
     """A thread that runs an engine's scheduler as long as it is open; others submit to the scheduler and cancel."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.scheduler = engine, engine.scheduler
+    def __init__(self, engine: Engine, after_step: Callable[[], None] | None = None) -> None:
+        """after_step: called in the thread after each step, when all of its updates have been told."""
+        self.engine, self.scheduler, self.after_step = engine, engine.scheduler, after_step
         self.failures = 0
         self._closing = threading.Event()
         self.thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -162,17 +163,23 @@ class EngineThread:
 
     def _run(self) -> None:
         while not self._closing.is_set():
-            if self.scheduler.is_idle:
-                self.scheduler.wait()
-                continue
             try:
-                self.scheduler.step()
+                if self.scheduler.is_idle:
+                    self.scheduler.wait()
+                else:
+                    self.scheduler.step()
             except Exception:  # a step that fails ends the requests that were in it, not the service
                 logger.exception("a step of the model failed")
                 self.failures += 1
                 self.scheduler.end_all("error", "the model failed on this request: see the server's log")
+            self._tell()
         self.scheduler.end_all("cancelled")
+        self._tell()
         self.scheduler.close()
+
+    def _tell(self) -> None:
+        if self.after_step is not None:
+            self.after_step()
 
 
 def trim_conversation(conversation: dict[str, Any], tokenizer: Tokenizer, max_tokens: int) -> tuple[dict[str, Any], int]:

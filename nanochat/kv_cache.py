@@ -253,9 +253,9 @@ class PrefillView:
 class DecodeView(NamedTuple):
     """Attention for one more token of each of B texts of any lengths.
 
-    keys, values: KVBlocks' own; table: (B, at least max_blocks) int64, the blocks of each text; positions: (B,) int64, of the new
-    tokens; columns: (n,), of which only the length counts: no text has more than n blocks (a tensor, so that a compiled
-    step takes any n); max_blocks: of the longest text that the model takes.
+    keys, values: KVBlocks' own; table: (B, at least max_blocks) int64, the blocks of each text; positions: (B,) int64,
+    of the new tokens; columns: (n,), of which only the length counts: no text has more than n blocks (a tensor, so that
+    a compiled step takes any n); max_blocks: of the longest text that the model takes.
     """
 
     keys: list[torch.Tensor]

@@ -83,14 +83,17 @@ class ModelRunner:
     # ------------------------------------------------------------------------- prompts
 
     @torch.inference_mode()
-    def prefill(self, tokens: list[int], start: int, blocks: list[int]) -> torch.Tensor:
-        """Compute the tokens that follow the first `start` of a text; logits (1, vocab_size) after the last of them."""
+    def prefill(self, tokens: list[int], start: int, blocks: list[int], every: bool = False) -> torch.Tensor:
+        """Compute the tokens that follow the first `start` of a text.
+
+        Returns the logits after the last of them, (1, vocab_size) float32, or after every one, (T, vocab_size).
+        """
         model, T = self.model, len(tokens)
         view = PrefillView(self.memory, blocks, start, T)
         ids = torch.tensor([tokens], device=self.device)
         positions = torch.arange(start, start + T, device=self.device)[None]
         x = model.trunk(ids, model.rotary(positions, T), [view] * model.config.n_layer)
-        return model.logits(x[:, -1])
+        return model.logits(x[0] if every else x[:, -1])
 
     # ------------------------------------------------------------------------- decoding
 
@@ -175,7 +178,9 @@ class ModelRunner:
     @torch.inference_mode()
     def _compile(self) -> str | None:
         self.model.compute_dtype = self.model.get_compute_dtype()  # asking the CPU what it can is not for compiled code
-        options = CPU_OPTIONS if self.device.type == "cpu" else {}
+        options = dict(CPU_OPTIONS) if self.device.type == "cpu" else {}
+        if options and any(isinstance(module, Int8Linear) for module in self.model.modules()):
+            options["max_autotune_gemm_backends"] = "CPP,ATEN"  # the template has no kernel for some int8 products
         compiled = torch.compile(self._decode_step, fullgraph=True)
         tokens, positions, table, columns = self._scratch(rows=2)
         try:

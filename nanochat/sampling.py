@@ -27,6 +27,7 @@ class SamplingParams:
     max_tokens: int | None = None  # None: as many as the context holds
     stop: tuple[str, ...] = ()  # texts that end the answer and are left out of it
     logprobs: int | None = None  # record each token's log-probability and this many alternatives
+    prompt_logprobs: bool = False  # record those of the prompt's tokens, too (it is then computed anew)
     ignore_eos: bool = False  # go on past the model's own end (for benchmarks)
 
     def __post_init__(self) -> None:

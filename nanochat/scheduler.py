@@ -49,7 +49,8 @@ class Sequence:
 
     tokens: list[int] = field(default_factory=list)  # generated, without the token that stopped it
     masks: list[int] = field(default_factory=list)  # 1 sampled, 0 forced by a tool
-    logprobs: list[TokenLogprob] = field(default_factory=list)  # of sampled tokens, if asked for
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of generated tokens, if asked for
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of the prompt's tokens but the first, if asked for
     pieces: list[tuple[str, str]] = field(default_factory=list)  # (text, type of the part it belongs to)
     finish_reason: str | None = None  # "stop", "length" (max_tokens), "context" (full), "cancelled" or "error"
     stop_token: int | None = None  # that ended it, if a token did
@@ -175,7 +176,7 @@ class Scheduler:
             return
         self._random[sequence] = random.Random(sequence.params.seed)
         self._decoders[sequence] = IncrementalDecoder(self.tokenizer)
-        if sequence.params.max_tokens == 0:
+        if sequence.params.max_tokens == 0 and not sequence.params.prompt_logprobs:
             self._finish(sequence, "length")
         else:
             self.waiting.append(sequence)
@@ -191,11 +192,20 @@ class Scheduler:
             # last bit, are its own.
             end = min(sequence.length, (sequence.computed // self.chunk + 1) * self.chunk)
             tokens = sequence.slice(sequence.computed, end)
-            logits = self.runner.prefill(tokens, sequence.computed, sequence.blocks)
+            every = sequence.params.prompt_logprobs and not sequence.tokens
+            logits = self.runner.prefill(tokens, sequence.computed, sequence.blocks, every)
+            if every:
+                following = sequence.slice(sequence.computed + 1, end + 1)
+                for row, token in zip(logits[: len(following)], following, strict=True):
+                    sequence.prompt_logprobs.append(_logprob(row, token, sequence.params.logprobs or 0))
+                logits = logits[-1:]
             budget -= len(tokens)
             self._advance(sequence, end)
             if end == sequence.length:
                 self.prefilling = None
+                if sequence.params.max_tokens == 0:
+                    self._finish(sequence, "length")
+                    continue
                 sequence.row = len(self.rows)
                 self.rows.append(sequence)
                 self.runner.set_row(sequence.row, sequence.blocks)
@@ -207,7 +217,7 @@ class Scheduler:
             return False
         sequence = self.waiting[0]
         known = sequence.slice(0, sequence.length - 1)  # the last token is computed in any case, for its logits
-        blocks, content = self.allocator.share(known)
+        blocks, content = self.allocator.share([] if sequence.params.prompt_logprobs else known)
         needed = -(-sequence.length // BLOCK_SIZE) - len(blocks)
         # One more for each running text, lest it be the first to be put back.
         if needed + len(self.rows) > self.allocator.num_free and (self.rows or self.calling):
@@ -311,28 +321,25 @@ class Scheduler:
         self._end_or_go_on(sequence)
 
     def _append(self, sequence: Sequence, token: int, mask: int) -> None:
+        decoder = self._decoders[sequence]
+        text, stopped = decoder.feed(token), False
+        if sequence.params.stop and mask:
+            text, stopped = self._look_for_stop(sequence, sequence.held_text + text)
         sequence.tokens.append(token)
         sequence.masks.append(mask)
-        decoder = self._decoders[sequence]
-        sequence.pieces.append((decoder.feed(token), decoder.part))
-        if sequence.params.stop and mask:
-            self._look_for_stop(sequence)
-
-    def _look_for_stop(self, sequence: Sequence) -> None:
-        """End the text where a stop text begins; hold back what may be the beginning of one."""
-        added, part = sequence.pieces[-1]
-        text = sequence.held_text + added
-        found = [at for at in (text.find(stop) for stop in sequence.params.stop) if at >= 0]
-        if found:
-            sequence.pieces[-1] = (text[: min(found)], part)
+        sequence.pieces.append((text, decoder.part))  # last, and whole: other threads read up to here
+        if stopped:
             del self._decoders[sequence]  # what it holds comes after the stop text
             self._finish(sequence, "stop")
-            return
-        held = 0
-        for stop in sequence.params.stop:
-            held = max(held, *(n for n in range(len(stop)) if text.endswith(stop[:n])))
-        sequence.pieces[-1] = (text[: len(text) - held], part)
+
+    def _look_for_stop(self, sequence: Sequence, text: str) -> tuple[str, bool]:
+        """(what of the text may be shown, whether a stop text ends it); what may be the beginning of one is held back."""
+        found = [at for at in (text.find(stop) for stop in sequence.params.stop) if at >= 0]
+        if found:
+            return text[: min(found)], True
+        held = max(n for stop in sequence.params.stop for n in range(len(stop)) if text.endswith(stop[:n]))
         sequence.held_text = text[len(text) - held :]
+        return text[: len(text) - held], False
 
     def _end_or_go_on(self, sequence: Sequence) -> None:
         if sequence.finish_reason is not None:

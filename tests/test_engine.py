@@ -164,6 +164,23 @@ def test_logprobs_are_those_of_the_model(engine: Engine, tokenizer: Tokenizer) -
         assert [t for t, _ in entry.top] == row.topk(3).indices.tolist()
 
 
+def test_logprobs_of_the_prompt(engine: Engine, tokenizer: Tokenizer) -> None:
+    """Over several chunks, also where nothing is generated, and where the prompt's blocks are known already."""
+    engine.scheduler.chunk = 16
+    prompt = _prompts(tokenizer)[1][:50]
+    engine.complete([prompt], max_tokens=2)
+    with torch.no_grad():
+        expected = engine.model(torch.tensor([prompt]))[0].log_softmax(-1)
+    for max_tokens in (0, 3):
+        params = SamplingParams(0, max_tokens=max_tokens, logprobs=1, prompt_logprobs=True, ignore_eos=True)
+        (sequence,) = _run(engine, [Sequence(prompt, params)])
+        assert len(sequence.tokens) == len(sequence.logprobs) == max_tokens
+        assert [entry.token for entry in sequence.prompt_logprobs] == prompt[1:]
+        for entry, row in zip(sequence.prompt_logprobs, expected, strict=False):
+            assert entry.logprob == pytest.approx(row[entry.token].item(), abs=1e-3)
+    assert _free_blocks(engine) == engine.scheduler.allocator.num_blocks - 1
+
+
 # ----------------------------------------------------------------------------- memory
 
 
