@@ -44,6 +44,10 @@ class Engine:
         """Compile decoding for weights that stay as they are; see ModelRunner.compile."""
         return self.scheduler.runner.compile(background)
 
+    @property
+    def is_compiled(self) -> bool:
+        return self.scheduler.runner.is_compiled
+
     # ------------------------------------------------------------------------- the public guide's two calls
 
     def generate(
@@ -158,7 +162,7 @@ class EngineThread:
     def close(self, timeout_s: float = 30.0) -> None:
         """Stop after the step at hand; what still runs ends with the reason "cancelled"."""
         self._closing.set()
-        self.scheduler.wake()
+        self.scheduler.post(lambda: None)
         self.thread.join(timeout_s)
 
     def _run(self) -> None:

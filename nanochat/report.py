@@ -64,14 +64,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file, {} if there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def merge_eval(stage_dir: Path, step: int, results: dict[str, Any]) -> None:
     """Add results to the stage's eval.json; results of another step are dropped."""
     path = stage_dir / "eval.json"
-    old = _read_json(path)
+    old = read_json(path)
     merged = old if old.get("step") == step else {"step": step}
     for key, value in results.items():
         merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
@@ -90,7 +91,7 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
     for stage in STAGES:
         stage_dir = run_dir / stage
         rows = read_metrics(stage_dir / "metrics.jsonl")
-        settings = _read_json(stage_dir / "settings.json")
+        settings = read_json(stage_dir / "settings.json")
         if not settings:
             continue
         overview.rows.append(_overview_row(stage, rows))
@@ -99,7 +100,7 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
             name = f"{stage}_curves"
             plots[name] = _plot_curves(rows, run_dir / "plots" / name)
             sections.append(Section(f"{STAGE_TITLES[stage]}: curves", plot=name))
-        sections += _evaluation_sections(stage, _read_json(stage_dir / "eval.json"), rows)
+        sections += _evaluation_sections(stage, read_json(stage_dir / "eval.json"), rows)
     if not overview.rows:
         raise NanochatError(f"{run_dir} holds no stage to report on: train one first")
     context = {"title": f"nanochat: {run_dir.name}", "made": time.strftime("%Y-%m-%d %H:%M"), "sections": sections}

@@ -129,7 +129,7 @@ class ModelRunner:
         return min(1 << (rows - 1).bit_length(), self.table.size(0)) if self.device.type == "cuda" else rows
 
     def _run(self, rows: int, columns: int) -> torch.Tensor:
-        if self._step == self._decode_step or self.device.type != "cuda":
+        if not self.is_compiled or self.device.type != "cuda":
             return self._step(*self._arguments(rows, columns))
         columns = 1 << (columns - 1).bit_length()  # fewer graphs
         if (rows, columns) not in self._graphs:
@@ -161,6 +161,10 @@ class ModelRunner:
         return model.logits(x[:, 0])
 
     # ------------------------------------------------------------------------- compiling
+
+    @property
+    def is_compiled(self) -> bool:
+        return self._step != self._decode_step
 
     def compile(self, background: bool = False) -> str | None:
         """Compile the decoding step; returns why not, where that is impossible. The weights must not change afterwards.

@@ -85,7 +85,7 @@ class Sequence:
 
 
 class Scheduler:
-    """Continuous batching for one model. `submit`, `cancel` and `wake` may be called from any thread, the rest from one."""
+    """Continuous batching for one model. `submit`, `cancel` and `post` may be called from any thread, the rest from one."""
 
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, tool: Callable[[str], str | None], max_rows: int = 32, kv_tokens: int = 0
@@ -107,6 +107,7 @@ class Scheduler:
         self.calling: set[Sequence] = set()
         self._random: dict[Sequence, random.Random] = {}
         self._decoders: dict[Sequence, IncrementalDecoder] = {}
+        self._submitted = self._enqueued = 0
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tools: ThreadPoolExecutor | None = None
         self.preemptions = self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
@@ -124,15 +125,21 @@ class Scheduler:
     def submit(self, sequence: Sequence) -> None:
         """Queue a text. Raises NanochatError as `check` does."""
         self.check(sequence)
-        self._inbox.put(lambda: self._enqueue(sequence))
+        self.post(lambda: self._enqueue(sequence))
+        self._submitted += 1
 
     def cancel(self, sequence: Sequence) -> None:
         """Stop a text before the next step and free what it holds."""
-        self._inbox.put(lambda: self._finish(sequence, "cancelled"))
+        self.post(lambda: self._finish(sequence, "cancelled"))
 
-    def wake(self) -> None:
-        """End a `wait` that is going on."""
-        self._inbox.put(lambda: None)
+    def post(self, message: Callable[[], None]) -> None:
+        """Have something done in the scheduler's thread before its next step, also if it waits."""
+        self._inbox.put(message)
+
+    @property
+    def num_waiting(self) -> int:
+        """Texts that are queued and not begun."""
+        return self._submitted - self._enqueued + len(self.waiting)
 
     # ------------------------------------------------------------------------- the step
 
@@ -172,6 +179,7 @@ class Scheduler:
             self._finish(sequence, reason, error)
 
     def _enqueue(self, sequence: Sequence) -> None:
+        self._enqueued += 1
         if sequence.finish_reason is not None:  # cancelled before it was ever seen
             return
         self._random[sequence] = random.Random(sequence.params.seed)
@@ -393,7 +401,7 @@ class Scheduler:
         if self._tools is None:
             self._tools = ThreadPoolExecutor(max_workers=self.max_rows, thread_name_prefix="tool")
         future = self._tools.submit(self.tool, expression)
-        future.add_done_callback(lambda done: self._inbox.put(lambda: self._take_answer(sequence, done)))
+        future.add_done_callback(lambda done: self.post(lambda: self._take_answer(sequence, done)))
 
     def _take_answer(self, sequence: Sequence, done: Any) -> None:
         """Append a tool's answer as forced tokens and let the text go on."""

@@ -1,188 +1,455 @@
-"""The chat server: a FastAPI app around an engine that computes in a thread of its own. Used by scripts/chat_web.py.
+"""The HTTP server: OpenAI's API, the public guide's chat stream, the pages, health and metrics. Used by scripts/chat_web.py.
 
-The event loop only passes text on, so the page and /health answer while the model computes. Requests wait in a bounded
-queue; a client that goes away frees its place at the next token.
+The event loop only passes text on; models run in the threads of service.py. To add an endpoint, write a route in
+`create_app`; to add a limit, see `service.Limits`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hmac
 import json
-import queue
-import threading
-import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
 from importlib.resources import files
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from fastapi import FastAPI, HTTPException
-from fastapi.responses import HTMLResponse, StreamingResponse
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from fastapi_offline import FastAPIOffline
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nanochat.common import NanochatError, logger
+from nanochat.common import NanochatError
 from nanochat.engine import Engine, trim_conversation
-from nanochat.tokenizer import IncrementalDecoder
+from nanochat.openai_api import (
+    ChatRequest,
+    CompletionRequest,
+    Reply,
+    RequestError,
+    check_prompt,
+    joined_parts,
+    token_text,
+    usage,
+)
+from nanochat.openai_api import Message as ChatMessage
+from nanochat.runs_api import add_run_routes
+from nanochat.scheduler import Sequence
+from nanochat.service import Limits, Service, Ticket
 
-MAX_WAITING = 32  # requests in the queue; one more is answered 429
-MAX_MESSAGES = 500
-MAX_CHARS = 32_000  # of a whole conversation
-
-
-class Part(BaseModel):
-    """A piece of an assistant's message: text, a call of the calculator, or its answer."""
-
-    type: Literal["text", "python", "python_output"]
-    text: str = Field(max_length=MAX_CHARS)
-
-
-class Message(BaseModel):
-    role: Literal["system", "user", "assistant"]
-    content: Annotated[str, Field(max_length=MAX_CHARS)] | Annotated[list[Part], Field(max_length=MAX_MESSAGES)]
-
-    def __len__(self) -> int:
-        return len(self.content) if isinstance(self.content, str) else sum(len(part.text) for part in self.content)
-
-
-class ChatRequest(BaseModel):
-    """The body of POST /chat/completions, with the names and limits of the public guide."""
-
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
-    temperature: float = Field(0.8, ge=0.0, le=2.0)
-    max_tokens: int = Field(512, ge=1, le=4096)
-    top_k: int = Field(50, ge=0, le=1000)
-    seed: int | None = Field(None, ge=0, lt=2**63)
+OPEN_PATHS = ("/", "/health", "/metrics", "/docs", "/openapi.json", "/runs", "/favicon.ico")  # need no API key
+OPEN_PREFIXES = ("/ui/", "/static-offline-docs/")
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; style-src 'self'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
 
 
-@dataclass
-class Job:
-    """A request in the model's thread.
+class TokenizeRequest(BaseModel):
+    """Either a text or messages, of which the tokens are wanted."""
 
-    Its events go to the loop that asked: {"token": text, "part": type} many times, or {"error": sentence}; None ends them.
-    """
-
-    request: ChatRequest
-    loop: asyncio.AbstractEventLoop
-    events: asyncio.Queue[dict[str, Any] | None] = field(default_factory=asyncio.Queue)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-
-    def send(self, event: dict[str, Any] | None) -> None:
-        if not self.loop.is_closed():
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+    prompt: str | None = Field(None, max_length=200_000)
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=500)
 
 
-class Worker:
-    """The thread that owns an engine and answers one request after the other."""
+def create_app(
+    engines: list[Engine],
+    model_name: str,
+    limits: Limits | None = None,
+    api_key: str | None = None,
+    cors_origins: list[str] | None = None,
+) -> FastAPI:
+    """The app that serves one model with one engine for each device; `app.state.service` is its Service."""
+    service = Service(engines, model_name, limits or Limits())
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.jobs: queue.Queue[Job | None] = queue.Queue(MAX_WAITING)
-        self.busy = False
-        self.answered = self.tokens = 0
-        self.thread = threading.Thread(target=self._run, name="model", daemon=True)
-
-    def submit(self, job: Job) -> None:
-        """Queue a request. Raises queue.Full if too many wait."""
-        self.jobs.put_nowait(job)
-
-    def stop(self) -> None:
-        self.jobs.put(None)
-        self.thread.join(timeout=30)
-
-    def _run(self) -> None:
-        while (job := self.jobs.get()) is not None:
-            self.busy = True
-            try:
-                for text, part in self._answer(job):
-                    job.send({"token": text, "part": part})
-                self.answered += 1
-            except NanochatError as error:
-                job.send({"error": str(error)})
-            except Exception:  # one broken request must not end the service of the others
-                logger.exception("a request failed")
-                job.send({"error": "the model failed on this request: see the server's log"})
-            finally:
-                job.send(None)
-                self.busy = False
-
-    def _answer(self, job: Job) -> Iterator[tuple[str, str]]:
-        """The reply in pieces of whole characters, each with the type of the part that it belongs to."""
-        engine, request = self.engine, job.request
-        if job.cancelled.is_set():
-            return
-        room = engine.model.config.sequence_len
-        messages = [message.model_dump() for message in request.messages]
-        reserve = min(request.max_tokens, room // 4)
-        conversation, _ = trim_conversation({"messages": messages}, engine.tokenizer, room - reserve)
-        prompt = engine.tokenizer.render_for_completion(conversation)
-        decoder = IncrementalDecoder(engine.tokenizer)
-        seed = time.time_ns() % 2**31 if request.seed is None else request.seed
-        stream = engine.generate(prompt, 1, request.max_tokens, request.temperature, request.top_k, seed)
-        for (token,), _ in stream:
-            if job.cancelled.is_set():
-                return
-            if token in engine.stop_ids:
-                break
-            self.tokens += 1
-            if text := decoder.feed(token):
-                yield text, decoder.part
-        if text := decoder.flush():
-            yield text, decoder.part
-
-
-def create_app(engine: Engine, model_name: str) -> FastAPI:
-    """The app that serves one model: GET /, /health, /stats and POST /chat/completions (server-sent events)."""
-    worker = Worker(engine)
-
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        worker.thread.start()
+        service.start()
         yield
-        await asyncio.to_thread(worker.stop)
+        await asyncio.to_thread(service.close)
 
-    app = FastAPI(title="nanochat", lifespan=lifespan)
-    page = files("nanochat").joinpath("ui", "index.html").read_text(encoding="utf-8")
+    app = FastAPIOffline(title="nanochat", lifespan=lifespan, redoc_url=None)
+    app.state.service = service
+    app.add_middleware(Guard, limits=service.limits, api_key=api_key)
+    if cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
+    _add_error_handlers(app)
+    _add_pages(app)
+    add_run_routes(app)
 
-    @app.get("/", response_class=HTMLResponse)
-    async def index() -> str:
-        return page
+    # ------------------------------------------------------------------------- OpenAI's API
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_describe_model(service)]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        _check_model(service, name)
+        return _describe_model(service)
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat_completions(request: ChatRequest, http: Request) -> Response:
+        prompt, dropped = await _render(service, request)
+        ticket = _submit_chat(service, request, prompt, None)
+        reply = Reply("chat", service.model_name, service.tokenizer, request.include_usage)
+        headers = {}
+        if dropped:
+            reply.extra = {"dropped_turns": dropped}
+            headers["X-Nanochat-Dropped-Turns"] = str(dropped)
+        if request.stream:
+            return _stream(ticket, _chat_chunks(service, ticket, reply), headers)
+        await _finish(ticket, http, service.limits.request_timeout_s)
+        choices = [reply.chat_choice(i, sequence) for i, sequence in enumerate(ticket.sequences)]
+        return JSONResponse(reply.whole(ticket.sequences, 1, choices), headers=headers)
+
+    @app.post("/v1/completions", response_model=None)
+    async def completions(request: CompletionRequest, http: Request) -> Response:
+        _check_model(service, request.model)
+        prompts = await asyncio.to_thread(request.prompts, service.tokenizer)
+        max_tokens = 16 if request.max_tokens is None else request.max_tokens
+        n, sequences = request.n or 1, []
+        for tokens, _ in prompts:
+            check_prompt(tokens, service.context)
+            for choice in range(n):
+                wants_prompt = bool(request.echo) and request.logprobs is not None
+                params = request.params(choice, max_tokens, request.logprobs, prompt_logprobs=wants_prompt)
+                sequences.append(Sequence(tokens, params))
+        ticket = service.submit(sequences)
+        reply = Reply("completion", service.model_name, service.tokenizer, request.include_usage)
+        if request.stream:
+            return _stream(ticket, _completion_chunks(service, ticket, reply, len(prompts)))
+        await _finish(ticket, http, service.limits.request_timeout_s)
+        choices = [
+            reply.completion_choice(i, sequence, bool(request.echo), prompts[i // n][1])
+            for i, sequence in enumerate(ticket.sequences)
+        ]
+        return JSONResponse(reply.whole(ticket.sequences, len(prompts), choices))
+
+    # ------------------------------------------------------------------------- the guide's and the page's
+
+    @app.post("/chat/completions", response_model=None)
+    async def chat_stream(request: ChatRequest) -> Response:
+        """The public guide's stream: {"token": text, "part": type} again and again, {"done": true} last."""
+        defaults = {"temperature": 0.8, "top_k": 50, "max_tokens": 512}
+        given = {name: value for name, value in defaults.items() if getattr(request, name) is None}
+        request = request.model_copy(update=given)
+        prompt, dropped = await _render(service, request)
+        ticket = _submit_chat(service, request, prompt, 1)
+        return _stream(ticket, _guide_events(service, ticket, dropped))
+
+    @app.post("/tokenize")
+    async def tokenize(request: TokenizeRequest) -> dict[str, Any]:
+        """The tokens of a text, or of a conversation as the model reads it (vLLM's name and form)."""
+        if (request.prompt is None) == (request.messages is None):
+            raise RequestError("give either prompt or messages")
+        if request.prompt is not None:
+            tokens = await asyncio.to_thread(service.tokenizer.encode, request.prompt)
+        else:
+            tokens, _ = await _render(service, ChatRequest(messages=request.messages))
+        texts = [token_text(service.tokenizer, token) for token in tokens]
+        return {"count": len(tokens), "max_model_len": service.context, "tokens": tokens, "token_strs": texts}
 
     @app.get("/health")
-    async def health() -> dict[str, Any]:
-        return {
-            "status": "ok" if worker.thread.is_alive() else "failed",
-            "ready": worker.thread.is_alive(),
-            "model": model_name,
-        }
+    async def health() -> JSONResponse:
+        healthy = service.is_healthy
+        body = {"status": "ok" if healthy else "failed", "ready": healthy, "model": service.model_name}
+        return JSONResponse(body, status_code=200 if healthy else 503)
 
     @app.get("/stats")
     async def stats() -> dict[str, Any]:
-        return {
-            "busy": worker.busy, "waiting": worker.jobs.qsize(), "answered": worker.answered, "tokens": worker.tokens,
-        }  # fmt: skip
+        return service.stats()
 
-    @app.post("/chat/completions")
-    async def chat_completions(request: ChatRequest) -> StreamingResponse:
-        if request.messages[-1].role != "user":
-            raise HTTPException(400, "the last message must be the user's")
-        if sum(map(len, request.messages)) > MAX_CHARS:
-            raise HTTPException(400, f"the conversation is longer than {MAX_CHARS:,} characters: begin a new one")
-        job = Job(request, asyncio.get_running_loop())
-        try:
-            worker.submit(job)
-        except queue.Full:
-            raise HTTPException(429, "too many requests wait: try again soon", {"Retry-After": "5"}) from None
-        return StreamingResponse(_stream(job), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    @app.get("/metrics", response_model=None)
+    async def metrics() -> Response:
+        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     return app
 
 
-async def _stream(job: Job) -> AsyncIterator[str]:
-    """Server-sent events of a job; leaving early (the client is gone) cancels it."""
+# ----------------------------------------------------------------------------- from request to texts
+
+
+def _describe_model(service: Service) -> dict[str, Any]:
+    created = int(service.started)
+    return {
+        "id": service.model_name, "object": "model", "created": created, "owned_by": "nanochat",
+        "max_model_len": service.context,
+    }  # fmt: skip
+
+
+def _check_model(service: Service, name: str | None) -> None:
+    """Raise RequestError 404 for a model that is not served here; no name, or "nanochat", means the one that is."""
+    if name and name not in (service.model_name, "nanochat"):
+        raise RequestError(
+            f"the model {name[:100]!r} does not exist here; this server has {service.model_name!r}",
+            status=404, param="model", code="model_not_found",
+        )  # fmt: skip
+
+
+async def _render(service: Service, request: ChatRequest) -> tuple[list[int], int]:
+    """(prompt, turns dropped): the conversation's tokens, trimmed at turns so that an answer fits into the context."""
+    _check_model(service, request.model)
+    room = service.context
+    reserve = max(1, min(room // 4 if request.limit is None else request.limit, room // 4))
+
+    def render() -> tuple[list[int], int]:
+        kept, dropped = trim_conversation(request.conversation(), service.tokenizer, room - reserve)
+        return service.tokenizer.render_for_completion(kept), dropped
+
     try:
-        while (event := await job.events.get()) is not None:
-            yield f"data: {json.dumps(event)}\n\n"
-        yield 'data: {"done": true}\n\n'
+        return await asyncio.to_thread(render)
+    except NanochatError as error:
+        raise RequestError(str(error), param="messages", code="context_length_exceeded") from None
+
+
+def _submit_chat(service: Service, request: ChatRequest, prompt: list[int], n: int | None) -> Ticket:
+    params = [request.params(i, request.limit, request.num_logprobs) for i in range(n or request.n or 1)]
+    return service.submit([Sequence(prompt, p) for p in params])
+
+
+async def _finish(ticket: Ticket, http: Request, timeout_s: float) -> None:
+    """Wait for all texts; a client that goes away frees them at once."""
+
+    async def wait() -> None:
+        async for _ in ticket.updates(timeout_s):
+            pass
+
+    waiting, leaving = asyncio.create_task(wait()), asyncio.create_task(_disconnect(http))
+    try:
+        await asyncio.wait({waiting, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            raise RequestError("the client is gone", status=499)
+        await waiting
     finally:
-        job.cancelled.set()
+        waiting.cancel()
+        leaving.cancel()
+        ticket.cancel()
+
+
+async def _disconnect(http: Request) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+# ----------------------------------------------------------------------------- streams
+
+
+def _stream(ticket: Ticket, events: AsyncIterator[str], headers: dict[str, str] | None = None) -> StreamingResponse:
+    headers = {**STREAM_HEADERS, **(headers or {})}
+    return StreamingResponse(_until_left(ticket, events), media_type="text/event-stream", headers=headers)
+
+
+async def _until_left(ticket: Ticket, events: AsyncIterator[str]) -> AsyncIterator[str]:
+    """A failure in the middle of a stream becomes its last event; a client that leaves frees its texts."""
+    try:
+        async for event in events:
+            yield event
+    except RequestError as error:
+        yield f"data: {json.dumps(error.body())}\n\n"
+    finally:
+        ticket.cancel()
+
+
+class Reader:
+    """Where a stream stands in one text. Everything new is read at once, so a slow client gets fewer, larger pieces."""
+
+    def __init__(self, sequence: Sequence) -> None:
+        self.sequence = sequence
+        self.pieces = self.sampled = self.characters = 0
+        self.ended = False
+
+    def read(self) -> tuple[list[tuple[str, str]], list[Any], bool] | None:
+        """(pieces of text, log-probabilities, whether that is all), or None if there is nothing new."""
+        sequence = self.sequence
+        last = sequence.finish_reason is not None
+        if self.ended or (len(sequence.pieces) == self.pieces and not last):
+            return None
+        self.ended = last
+        pieces = sequence.pieces[self.pieces :]
+        masks = sequence.masks[self.pieces : self.pieces + len(pieces)]
+        self.pieces += len(pieces)
+        logprobs = sequence.logprobs[self.sampled : self.sampled + sum(masks)]
+        self.sampled += sum(masks)
+        return pieces, logprobs, last
+
+
+async def _chat_chunks(service: Service, ticket: Ticket, reply: Reply) -> AsyncIterator[str]:
+    readers = [Reader(sequence) for sequence in ticket.sequences]
+    first = {"role": "assistant", "content": ""}
+    for i in range(len(readers)):
+        yield reply.chunk([{"index": i, "delta": first, "logprobs": None, "finish_reason": None}])
+    async for _ in ticket.updates(service.limits.request_timeout_s):
+        for i, reader in enumerate(readers):
+            if (news := reader.read()) is None:
+                continue
+            pieces, logprobs, last = news
+            if any(text for text, _ in pieces) or logprobs:
+                yield reply.chunk([reply.chat_delta(i, reader.sequence, pieces, logprobs, False)])
+            if last:
+                yield reply.chunk([reply.chat_delta(i, reader.sequence, [], [], True)])
+    if reply.include_usage:
+        yield reply.usage_chunk(ticket.sequences, 1)
+    yield "data: [DONE]\n\n"
+
+
+async def _completion_chunks(service: Service, ticket: Ticket, reply: Reply, prompts: int) -> AsyncIterator[str]:
+    readers = [Reader(sequence) for sequence in ticket.sequences]
+    async for _ in ticket.updates(service.limits.request_timeout_s):
+        for i, reader in enumerate(readers):
+            if (news := reader.read()) is None:
+                continue
+            pieces, logprobs, last = news
+            text = "".join(text for text, _ in pieces)
+            if text or logprobs or last:
+                yield reply.chunk([reply.completion_delta(i, reader.sequence, text, logprobs, reader.characters, last)])
+            reader.characters += len(text)
+    if reply.include_usage:
+        yield reply.usage_chunk(ticket.sequences, prompts)
+    yield "data: [DONE]\n\n"
+
+
+async def _guide_events(service: Service, ticket: Ticket, dropped: int) -> AsyncIterator[str]:
+    """Text by the type of its part; with logprobs also every token, its probability and the alternatives."""
+    (sequence,) = ticket.sequences
+    reader, tokenizer = Reader(sequence), service.tokenizer
+    if dropped:
+        yield f"data: {json.dumps({'dropped_turns': dropped})}\n\n"
+    async for _ in ticket.updates(service.limits.request_timeout_s):
+        begin = reader.pieces
+        if (news := reader.read()) is None:
+            continue
+        pieces, logprobs, last = news
+        for part in joined_parts(pieces):
+            yield f"data: {json.dumps({'token': part['text'], 'part': part['type']})}\n\n"
+        if sequence.params.logprobs is not None:
+            thoughts = iter(logprobs)
+            tokens = []
+            for token, mask in zip(sequence.tokens[begin : reader.pieces], sequence.masks[begin:], strict=False):
+                entry = next(thoughts, None) if mask else None
+                tokens.append({
+                    "text": token_text(tokenizer, token),
+                    "logprob": entry and entry.logprob,
+                    "top": [[token_text(tokenizer, other), value] for other, value in entry.top] if entry else [],
+                })  # fmt: skip
+            if tokens:
+                yield f"data: {json.dumps({'tokens': tokens})}\n\n"
+        if last:
+            done = {"done": True, "finish_reason": sequence.finish_reason, "usage": usage([sequence], 1)}
+            yield f"data: {json.dumps(done)}\n\n"
+
+
+# ----------------------------------------------------------------------------- pages, errors, guard
+
+
+def _add_pages(app: FastAPI) -> None:
+    folder = files("nanochat").joinpath("ui")
+    app.mount("/ui", StaticFiles(directory=str(folder)), name="ui")
+
+    def page(path: str, name: str) -> None:
+        @app.get(path, response_class=FileResponse, include_in_schema=False)
+        async def show() -> FileResponse:
+            return FileResponse(str(folder.joinpath(name)), media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
+
+    page("/", "index.html")
+    page("/runs", "runs.html")
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def favicon() -> Response:
+        return Response(status_code=204)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    """Every error in OpenAI's form, with one clear sentence."""
+
+    @app.exception_handler(RequestError)
+    async def request_error(_: Request, error: RequestError) -> JSONResponse:
+        headers = {"Retry-After": "2"} if error.status == 429 else None
+        return JSONResponse(error.body(), status_code=error.status, headers=headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return await request_error(_, RequestError("the body is not valid JSON"))
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        message = first["msg"].removeprefix("Value error, ")
+        return await request_error(_, RequestError(f"{where}: {message}" if where else message, param=where or None))
+
+    @app.exception_handler(HTTPException)
+    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
+        body = RequestError(str(error.detail), status=error.status_code).body()
+        return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:  # starlette logs it with its trace
+        return JSONResponse(RequestError("the server failed: see its log", status=500).body(), status_code=500)
+
+
+class Guard:
+    """Refuses, before anything is parsed: requests without the API key, bodies too large or too slow."""
+
+    def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None) -> None:
+        self.app, self.limits, self.api_key = app, limits, api_key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        if (error := self._check_key(scope["path"], scope["method"], headers)) is None:
+            try:
+                receive = await self._body(headers, receive)
+            except RequestError as refused:
+                error = refused
+        if error is not None:
+            headers = {"Connection": "close"} if error.status in (408, 413) else None
+            await JSONResponse(error.body(), status_code=error.status, headers=headers)(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    def _check_key(self, path: str, method: str, headers: dict[bytes, bytes]) -> RequestError | None:
+        if self.api_key is None or method == "OPTIONS" or path in OPEN_PATHS or path.startswith(OPEN_PREFIXES):
+            return None
+        given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
+        if hmac.compare_digest(given, self.api_key.encode("utf-8")):
+            return None
+        return RequestError("this server needs an API key: send Authorization: Bearer KEY", 401, code="invalid_api_key")
+
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
+        """Read the whole body, within its limits; what the app receives afterwards."""
+        limit = self.limits.max_body_bytes
+        too_large = RequestError(f"the body is larger than {limit:,} bytes: send less", status=413)
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > limit:
+            raise too_large
+        body, more, gone = bytearray(), True, False
+
+        async def read() -> None:
+            nonlocal more, gone
+            while more:
+                message = await receive()
+                gone = message["type"] == "http.disconnect"
+                body.extend(message.get("body", b""))
+                more = message.get("more_body", False) and not gone
+                if len(body) > limit:
+                    raise too_large
+
+        try:
+            await asyncio.wait_for(read(), self.limits.body_timeout_s)
+        except (asyncio.TimeoutError, TimeoutError):
+            seconds = self.limits.body_timeout_s
+            raise RequestError(f"the request did not arrive within {seconds:g} s", status=408) from None
+        waiting: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+        async def replay() -> Message:
+            return waiting.pop() if waiting else ({"type": "http.disconnect"} if gone else await receive())
+
+        return replay

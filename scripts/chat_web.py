@@ -1,40 +1,99 @@
-"""Serve the chat page: python -m scripts.chat_web, then open http://127.0.0.1:8000."""
+"""Serve a model: python -m scripts.chat_web, then open http://127.0.0.1:8000, or point an OpenAI client at it."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 import sys
+import threading
+from types import FrameType
 
+import torch
 import uvicorn
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError, compute_init, run_command
+from nanochat.compilation import keep_freed_memory
 from nanochat.engine import Engine
+from nanochat.runner import prepare_for_inference
 from nanochat.server import create_app
+from nanochat.service import Limits, Service
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Serve a model with a chat page.")
-    parser.add_argument("-i", "--source", default="sft", choices=("sft", "rl"), help="stage of the model")
+    parser = argparse.ArgumentParser(description="Serve a model: chat page and OpenAI API.")
+    parser.add_argument("-i", "--source", default="sft", choices=("base", "sft", "rl"), help="stage of the model")
     parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest with that stage)")
     parser.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
-    parser.add_argument("-p", "--port", type=int, default=8000)
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
-    parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu")
+    machine.add_argument("-n", "--num-gpus", type=int, default=1, help="one copy of the model, and one thread, on each")
+    machine.add_argument("--weights", default="auto", choices=("auto", "int8"), help="int8: half the memory of bfloat16")
+    machine.add_argument("--max-rows", type=int, default=32, help="texts that are computed together")
+    machine.add_argument("--kv-tokens", type=int, default=0, help="tokens held in memory (default: a quarter of what is free)")
+    machine.add_argument("--no-compile", dest="compile", action="store_false", help="decode without torch.compile")
+    network = parser.add_argument_group("network")
+    network.add_argument("-p", "--port", type=int, default=8000)
+    network.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
+    network.add_argument("--api-key", default=os.environ.get("NANOCHAT_API_KEY"), help="ask for it (or NANOCHAT_API_KEY)")
+    network.add_argument("--cors-origin", action="append", metavar="URL", help="let pages from there call the API")
+    network.add_argument("--max-waiting", type=int, default=Limits.max_waiting, help="requests in the queue; more get 429")
+    network.add_argument("--request-timeout", type=float, default=Limits.request_timeout_s, metavar="SECONDS")
+    network.add_argument("--grace", type=float, default=Limits.grace_s, metavar="SECONDS", help="for answers when stopped")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
+    if min(args.num_gpus, args.max_rows, args.max_waiting) < 1:
+        raise NanochatError("--num-gpus, --max-rows and --max-waiting must be at least 1")
     check_port(args.host, args.port)
     *_, device = compute_init(args.device_type)
-    model, tokenizer, meta = load_model(args.source, device, "eval", args.model_tag, args.step)
-    name = f"{meta['tag']} ({args.source}, step {meta['step']})"
-    app = create_app(Engine(model, tokenizer), name)
-    print(f"{name} is at http://{args.host}:{args.port} (Ctrl-C stops it)", flush=True)
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning")
+    keep_freed_memory()
+    engines = []
+    for one in choose_devices(device, args.num_gpus):
+        model, tokenizer, meta = load_model(args.source, one, "eval", args.model_tag, args.step)
+        engine = Engine(
+            prepare_for_inference(model, args.weights), tokenizer, max_rows=args.max_rows, kv_tokens=args.kv_tokens
+        )
+        if args.compile and (reason := engine.compile(background=True)) is not None:
+            print(f"decoding without torch.compile: {reason}")
+        engines.append(engine)
+    limits = Limits(max_waiting=args.max_waiting, request_timeout_s=args.request_timeout, grace_s=args.grace)
+    app = create_app(engines, meta["tag"], limits, args.api_key, args.cors_origin)
+    print(f"{meta['tag']} ({args.source}, step {meta['step']}) is at http://{args.host}:{args.port} (Ctrl-C stops it)")
+    print(f"for programs: OPENAI_BASE_URL=http://{args.host}:{args.port}/v1, any API key" * (not args.api_key), flush=True)
+    config = uvicorn.Config(
+        app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=int(args.grace) + 5
+    )
+    Server(config, app.state.service).run()
     return 0
+
+
+class Server(uvicorn.Server):
+    """Gives running answers a while when it is told to stop, then ends them properly."""
+
+    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+        super().__init__(config)
+        self.service = service
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self.should_exit:
+            timer = threading.Timer(self.service.limits.grace_s, self.service.cancel_all)
+            timer.daemon = True
+            timer.start()
+        super().handle_exit(sig, frame)
+
+
+def choose_devices(device: torch.device, count: int) -> list[torch.device]:
+    """The devices to serve from. Raises NanochatError if there are not so many."""
+    if count == 1:
+        return [device]
+    available = torch.cuda.device_count() if device.type == "cuda" else 0
+    if count > available:
+        raise NanochatError(f"--num-gpus {count}: this machine has {available} GPUs")
+    return [torch.device("cuda", i) for i in range(count)]
 
 
 def check_port(host: str, port: int) -> None:

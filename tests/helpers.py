@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+import uvicorn
 
 from nanochat.gpt import GPT, GPTConfig
 
@@ -49,3 +55,18 @@ def make_model(seed: int = 0, **config: object) -> GPT:
                 parameter.normal_(0, 0.3, generator=generator)
     model.compute_dtype = torch.float32
     return model.eval()
+
+
+@contextlib.contextmanager
+def serve(app: Any) -> Iterator[int]:
+    """Run an app on a free port of this machine, as scripts/chat_web does; yields the port."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started and thread.is_alive():
+            time.sleep(0.005)
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()

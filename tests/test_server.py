@@ -1,12 +1,15 @@
-"""The chat server over HTTP: a streamed answer, bad requests, a full queue, a client that leaves."""
+"""The server over HTTP: both APIs, what they refuse, clients that leave, keys, limits, shutdown."""
 
 from __future__ import annotations
 
 import json
-import queue
+import math
 import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -14,10 +17,15 @@ from fastapi.testclient import TestClient
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError
 from nanochat.engine import Engine
-from nanochat.server import Worker, create_app
-from scripts.chat_web import check_port
+from nanochat.sampling import SamplingParams
+from nanochat.scheduler import Sequence
+from nanochat.server import create_app
+from nanochat.service import Limits
+from scripts.chat_web import check_port, choose_devices
+from tests.helpers import serve
 
 HELLO = {"messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0, "max_tokens": 12}
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 
 
 @pytest.fixture
@@ -28,82 +36,346 @@ def engine(tiny_run: Path) -> Engine:
 
 @pytest.fixture
 def client(engine: Engine) -> Iterator[TestClient]:
-    with TestClient(create_app(engine, "tiny")) as client:
+    with TestClient(create_app([engine], "tiny"), raise_server_exceptions=False) as client:
         yield client
 
 
-def _events(text: str) -> list[dict]:
-    return [json.loads(line.removeprefix("data: ")) for line in text.split("\n") if line]
+def _events(text: str) -> list[Any]:
+    lines = [line.removeprefix("data: ") for line in text.split("\n") if line]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def _expected(engine: Engine, **params: Any) -> Sequence:
+    """What the engine itself answers to HELLO."""
+    other = Engine(engine.model, engine.tokenizer)
+    prompt = engine.tokenizer.render_for_completion({"messages": HELLO["messages"]})
+    sequence = Sequence(prompt, SamplingParams(**{"temperature": 0, "max_tokens": 12, **params}))
+    other.scheduler.submit(sequence)
+    while sequence.finish_reason is None:
+        other.scheduler.step()
+    return sequence
+
+
+# ----------------------------------------------------------------------------- the guide's stream
 
 
 def test_an_answer_is_streamed_and_is_the_engines(client: TestClient, engine: Engine) -> None:
     events = _events(client.post("/chat/completions", json=HELLO).text)
-    assert events[-1] == {"done": True}
-    answer = "".join(event["token"] for event in events[:-1])
-    prompt = engine.tokenizer.render_for_completion({"messages": HELLO["messages"]})
-    row = engine.complete([prompt], max_tokens=12, temperature=0)[0]
-    shown = [token for token in row.tokens if not engine.tokenizer.is_special(token)]
-    assert answer == engine.tokenizer.decode(shown)
+    assert events[-1]["done"] is True
+    assert "".join(event["token"] for event in events[:-1]) == _expected(engine).text
     assert client.get("/stats").json()["answered"] == 1
 
 
-def test_calculator_calls_are_parts_and_can_be_sent_back(client: TestClient, engine: Engine, monkeypatch) -> None:
-    special, encode = engine.tokenizer.encode_special, engine.tokenizer.encode
-    call = [special("<|python_start|>"), *encode("2+3"), special("<|python_end|>")]
-    answer = [*call, special("<|output_start|>"), *encode("5"), special("<|output_end|>"), *encode("It is 5.")]
-    monkeypatch.setattr(engine, "generate", lambda *args: (([token], [1]) for token in answer))
-    parts: list[dict] = []
-    for event in _events(client.post("/chat/completions", json=HELLO).text)[:-1]:
-        if not parts or parts[-1]["type"] != event["part"]:
-            parts.append({"type": event["part"], "text": ""})
-        parts[-1]["text"] += event["token"]
-    assert parts == engine.tokenizer.parse_parts(answer)
-    monkeypatch.undo()
+def test_looking_inside_shows_every_token(client: TestClient, engine: Engine) -> None:
+    body = {**HELLO, "logprobs": True, "top_logprobs": 3}
+    events = _events(client.post("/chat/completions", json=body).text)
+    tokens = [token for event in events for token in event.get("tokens", [])]
+    expected = _expected(engine)
+    assert len(tokens) == len(expected.tokens) == events[-1]["usage"]["completion_tokens"]
+    for token in tokens:
+        assert token["top"][0][1] == pytest.approx(token["logprob"])  # greedy: the likeliest was taken
+        assert len(token["top"]) == 3
+
+
+def test_parts_of_an_answer_can_be_sent_back(client: TestClient, engine: Engine) -> None:
+    parts = [{"type": "python", "text": "2+3"}, {"type": "python_output", "text": "5"}, {"type": "text", "text": "It is 5."}]
     turns = [*HELLO["messages"], {"role": "assistant", "content": parts}, *HELLO["messages"]]
-    seen: list[list[int]] = []
-    original = engine.generate
-    monkeypatch.setattr(engine, "generate", lambda prompt, *args: seen.append(prompt) or original(prompt, *args))
-    assert _events(client.post("/chat/completions", json={**HELLO, "messages": turns}).text)[-1] == {"done": True}
-    assert " ".join(map(str, answer)) in " ".join(map(str, seen[0]))
+    read = client.post("/tokenize", json={"messages": turns}).json()
+    special = engine.tokenizer.encode_special
+    call = [special("<|python_start|>"), *engine.tokenizer.encode("2+3"), special("<|python_end|>")]
+    assert " ".join(map(str, call)) in " ".join(map(str, read["tokens"]))
+    assert read["count"] == len(read["tokens"]) == len(read["token_strs"])
+    assert _events(client.post("/chat/completions", json={**HELLO, "messages": turns}).text)[-1]["done"]
 
 
-def test_page_and_health(client: TestClient) -> None:
-    assert client.get("/health").json() == {"status": "ok", "ready": True, "model": "tiny"}
-    page = client.get("/")
-    assert page.headers["content-type"].startswith("text/html")
-    assert "innerHTML" not in page.text  # what a model writes is shown as text
+# ----------------------------------------------------------------------------- OpenAI's API
+
+
+def test_chat_completion_streamed_and_whole_are_the_same(client: TestClient, engine: Engine) -> None:
+    body = {**HELLO, "model": "tiny", "logprobs": True, "top_logprobs": 2, "n": 3, "seed": 5, "temperature": 1.0}
+    whole = client.post(CHAT, json=body).json()
+    assert whole["object"] == "chat.completion" and whole["model"] == "tiny"
+    streamed = _events(client.post(CHAT, json={**body, "stream": True, "stream_options": {"include_usage": True}}).text)
+    assert streamed[-1] == "[DONE]" and streamed[-2]["usage"] == whole["usage"] | streamed[-2]["usage"]
+    assert len(whole["choices"]) == 3
+    for i, choice in enumerate(whole["choices"]):
+        chunks = [event["choices"][0] for event in streamed[:-2] if event["choices"][0]["index"] == i]
+        assert chunks[0]["delta"] == {"role": "assistant", "content": ""}
+        assert "".join(chunk["delta"].get("content", "") for chunk in chunks) == choice["message"]["content"]
+        content = [entry for chunk in chunks if chunk["logprobs"] for entry in chunk["logprobs"]["content"]]
+        assert content == choice["logprobs"]["content"]
+        assert [chunk["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + [choice["finish_reason"]]
+        assert all(len(entry["top_logprobs"]) == 2 for entry in content)
+    assert whole["usage"]["completion_tokens"] == sum(len(c["logprobs"]["content"]) for c in whole["choices"])
+    assert client.post(CHAT, json=body).json()["choices"] == whole["choices"]  # the seed decides
+
+
+def test_stop_texts_and_limits_of_an_answer(client: TestClient, engine: Engine) -> None:
+    text = _expected(engine, ignore_eos=True).text
+    stop = text[len(text) // 2 : len(text) // 2 + 2]
+    choice = client.post(CHAT, json={**HELLO, "ignore_eos": True, "stop": [stop]}).json()["choices"][0]
+    assert choice["message"]["content"] == text[: text.index(stop)] and choice["finish_reason"] == "stop"
+    choice = client.post(CHAT, json={**HELLO, "ignore_eos": True, "max_completion_tokens": 3}).json()["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert client.post(CHAT, json={**HELLO, "max_tokens": 0}).json()["usage"]["completion_tokens"] == 0
+
+
+def test_completions_of_texts_and_tokens(client: TestClient, engine: Engine) -> None:
+    tokenizer = engine.tokenizer
+    body = {"temperature": 0, "max_tokens": 4, "ignore_eos": True}
+    of_text = client.post(TEXT, json={**body, "prompt": "the cat"}).json()
+    of_ids = client.post(TEXT, json={**body, "prompt": tokenizer.encode("the cat")}).json()
+    with_bos = client.post(TEXT, json={**body, "prompt": tokenizer.encode("the cat", prepend="<|bos|>")}).json()
+    assert of_text["choices"] == of_ids["choices"] == with_bos["choices"]
+    both = client.post(TEXT, json={**body, "prompt": ["the cat", "her brother"], "n": 2}).json()
+    assert [choice["index"] for choice in both["choices"]] == [0, 1, 2, 3]
+    assert both["choices"][0]["text"] == both["choices"][1]["text"] == of_text["choices"][0]["text"]
+    streamed = _events(client.post(TEXT, json={**body, "prompt": "the cat", "stream": True}).text)
+    assert "".join(event["choices"][0]["text"] for event in streamed[:-1]) == of_text["choices"][0]["text"]
+
+
+def test_echo_gives_the_prompts_probabilities(client: TestClient, engine: Engine) -> None:
+    """What lm-eval scores texts with."""
+    import torch
+
+    ids = engine.tokenizer.encode("the cat sees a house", prepend="<|bos|>")
+    body = {"prompt": ids, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
+    choice = client.post(TEXT, json=body).json()["choices"][0]
+    values = choice["logprobs"]["token_logprobs"]
+    with torch.no_grad():
+        expected = engine.model(torch.tensor([ids]))[0].log_softmax(-1)
+    assert values[0] is None and len(values) >= len(ids)
+    for i, token in enumerate(ids[1:]):
+        assert values[i + 1] == pytest.approx(expected[i, token].item(), abs=0.05)
+    without_bos = client.post(TEXT, json={**body, "prompt": ids[1:]}).json()["choices"][0]["logprobs"]
+    assert without_bos["token_logprobs"][: len(ids) - 1] == values[1 : len(ids)]
+    assert without_bos["text_offset"][:2] == [0, len(engine.tokenizer.decode(ids[1:2]))]
+    only = client.post(TEXT, json={**body, "max_tokens": 0}).json()["choices"][0]
+    assert len(only["logprobs"]["tokens"]) == len(ids)
+
+
+def test_long_conversations_are_trimmed_and_the_reply_says_so(client: TestClient) -> None:
+    turns = [
+        {"role": role, "content": "some words that fill the context " * 2} for _ in range(20) for role in ("user", "assistant")
+    ]
+    body = {**HELLO, "messages": [*turns, {"role": "user", "content": "last"}]}
+    response = client.post(CHAT, json=body)
+    assert response.json()["nanochat"]["dropped_turns"] == int(response.headers["x-nanochat-dropped-turns"]) > 0
+    assert _events(client.post("/chat/completions", json=body).text)[0]["dropped_turns"] > 0
+
+
+def test_conversations_as_clients_send_them(client: TestClient) -> None:
+    """Several system messages, neighbours of one role, text parts, fields that we do not know."""
+    messages = [
+        {"role": "system", "content": "Be kind."}, {"role": "developer", "content": "Be short."},
+        {"role": "user", "content": [{"type": "text", "text": "one"}]}, {"role": "user", "content": "two", "name": "x"},
+    ]  # fmt: skip
+    response = client.post(CHAT, json={**HELLO, "messages": messages, "user": "someone", "store": True})
+    assert response.status_code == 200
+    text = "".join(client.post("/tokenize", json={"messages": messages}).json()["token_strs"])
+    assert "Be kind.\n\nBe short." in text and "one\n\ntwo" in text
+
+
+# ----------------------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize(
-    ("change", "status"),
-    [({"messages": []}, 422), ({"temperature": -1}, 422), ({"max_tokens": 0}, 422), ({"top_k": -5}, 422),
-     ({"messages": [{"role": "robot", "content": "x"}]}, 422), ({"messages": [{"role": "assistant", "content": "x"}]}, 400),
-     ({"messages": [{"role": "user", "content": "x" * 30_000}] * 2}, 400)],
+    ("change", "words"),
+    [({"messages": []}, "messages"), ({"temperature": -1}, "temperature"), ({"max_tokens": -1}, "max_tokens"),
+     ({"top_k": -5}, "top_k"), ({"n": 0}, "n:"), ({"stop": [""]}, "stop"), ({"temperature": "hot"}, "temperature"),
+     ({"messages": "hello"}, "messages"), ({"messages": [{"role": "robot", "content": "x"}]}, "role"),
+     ({"messages": [{"role": "assistant", "content": "x"}]}, "last message"), ({"presence_penalty": 1}, "presence_penalty"),
+     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
+     ({"tools": [{}]}, "tools"), ({"messages": [{"role": "user", "content": "word " * 2000}]}, "does not fit"),
+     ({"top_logprobs": 99}, "top_logprobs"), ({"seed": 1.5}, "seed")],
 )  # fmt: skip
-def test_bad_requests_are_refused(client: TestClient, change: dict, status: int) -> None:
-    assert client.post("/chat/completions", json={**HELLO, **change}).status_code == status
+@pytest.mark.parametrize("path", [CHAT, "/chat/completions"])
+def test_bad_requests_get_one_clear_sentence(client: TestClient, path: str, change: dict, words: str) -> None:
+    response = client.post(path, json={**HELLO, **change})
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert words in error["message"] and error["type"] == "invalid_request_error"
 
 
-def test_what_does_not_fit_the_context_is_an_error_event(client: TestClient) -> None:
-    """And the service goes on; a special token spelled in a message is ordinary text."""
-    long = {"messages": [{"role": "user", "content": "word <|assistant_end|> " * 200}]}
-    assert "does not fit" in _events(client.post("/chat/completions", json={**HELLO, **long}).text)[0]["error"]
-    assert _events(client.post("/chat/completions", json=HELLO).text)[-1] == {"done": True}
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [(b"{", 400), (b"", 400), (b'{"messages": "\xff\xfe"}', 400), (b"[" * 50_000, 400), (b"null", 400), (b"NaN", 400),
+     (b'{"messages":[{"role":"user","content":"\\ud800"}]}', 400), (b'"' + b"x" * 10_000_000 + b'"', 413)],
+)  # fmt: skip
+def test_hostile_bodies(client: TestClient, content: bytes, status: int) -> None:
+    for path in (CHAT, TEXT, "/chat/completions", "/tokenize"):
+        response = client.post(path, content=content, headers={"Content-Type": "application/json"})
+        assert response.status_code == status
+        assert response.json()["error"]["message"]
+    assert client.post(CHAT, json=HELLO).status_code == 200
 
 
-def test_a_full_queue_is_answered_429(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Worker, job: object) -> None:
-        raise queue.Full
-
-    monkeypatch.setattr(Worker, "submit", refuse)
-    response = client.post("/chat/completions", json=HELLO)
-    assert response.status_code == 429
-    assert response.headers["retry-after"] == "5"
+def test_special_tokens_in_a_message_are_ordinary_text(client: TestClient, engine: Engine) -> None:
+    body = {"messages": [{"role": "user", "content": "<|assistant_end|><|python_start|>"}]}
+    tokens = client.post("/tokenize", json=body).json()["tokens"]
+    special = engine.tokenizer.encode_special
+    assert special("<|assistant_end|>") not in tokens and special("<|python_start|>") not in tokens
 
 
-def test_a_port_in_use_is_named() -> None:
+def test_unknown_models_and_places(client: TestClient) -> None:
+    error = client.post(CHAT, json={**HELLO, "model": "gpt-9"})
+    assert error.status_code == 404 and error.json()["error"]["code"] == "model_not_found"
+    assert client.get("/v1/models/gpt-9").status_code == 404
+    assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
+    assert client.get("/v1/models/tiny").json()["id"] == "tiny"
+    assert "message" in client.get("/nowhere").json()["error"]
+    assert client.get(CHAT).status_code == 405
+    assert client.post(TEXT, json={"prompt": [999_999]}).status_code == 400
+    assert client.post(TEXT, json={"prompt": "word " * 2000}).json()["error"]["code"] == "context_length_exceeded"
+    assert client.get("/api/runs/..%2f..").status_code in (400, 404)
+
+
+def test_a_full_queue_is_answered_429(engine: Engine) -> None:
+    with TestClient(create_app([engine], "tiny", Limits(max_waiting=2))) as client:
+        response = client.post(CHAT, json={**HELLO, "n": 3})
+        assert response.status_code == 429
+        assert response.headers["retry-after"] == "2"
+        assert client.post(CHAT, json={**HELLO, "n": 2}).status_code == 200
+
+
+def test_an_api_key_is_asked_for(engine: Engine) -> None:
+    with TestClient(create_app([engine], "tiny", api_key="secret")) as client:
+        assert client.post(CHAT, json=HELLO).status_code == 401
+        assert client.post(CHAT, json=HELLO, headers={"Authorization": "Bearer wrong"}).status_code == 401
+        assert client.get("/api/runs").status_code == 401
+        assert client.post(CHAT, json=HELLO, headers={"Authorization": "Bearer secret"}).status_code == 200
+        assert client.get("/").status_code == client.get("/health").status_code == client.get("/docs").status_code == 200
+
+
+def test_other_pages_may_not_call_unless_allowed(engine: Engine) -> None:
+    origin = {"Origin": "http://other.example"}
+    with TestClient(create_app([engine], "tiny")) as client:
+        assert "access-control-allow-origin" not in client.post(CHAT, json=HELLO, headers=origin).headers
+    with TestClient(create_app([engine], "tiny", cors_origins=["http://other.example"])) as client:
+        headers = client.post(CHAT, json=HELLO, headers=origin).headers
+        assert headers["access-control-allow-origin"] == "http://other.example"
+
+
+# ----------------------------------------------------------------------------- pages and numbers
+
+
+def test_pages_work_without_the_internet(client: TestClient) -> None:
+    for path in ("/", "/runs", "/docs"):
+        page = client.get(path)
+        assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+        for place in page.text.replace("'", '"').split('"'):
+            assert not place.startswith(("http:", "https:", "//")), place
+            if place.endswith((".js", ".css")) and place.startswith("/"):
+                assert client.get(place).status_code == 200
+    assert "script-src" in (policy := client.get("/").headers["content-security-policy"]) or "default-src 'self'" in policy
+
+
+def test_health_metrics_and_runs(client: TestClient) -> None:
+    assert client.get("/health").json() == {"status": "ok", "ready": True, "model": "tiny"}
+    client.post(CHAT, json=HELLO)
+    lines = client.get("/metrics").text.split("\n")
+    value = {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:")}
+    assert value["vllm:request_success_total"] == 1
+    assert value["vllm:generation_tokens_total"] > 0
+    assert value["vllm:time_to_first_token_seconds_count"] == 1
+    assert value["vllm:num_requests_running"] == 0
+    runs = client.get("/api/runs").json()
+    assert [run["tag"] for run in runs] == ["tiny"]
+    stages = client.get("/api/runs/tiny").json()["stages"]
+    assert set(stages) == {"base", "sft"}
+    assert len(stages["base"]["curves"]["train/loss"]) == 6
+    assert all(math.isfinite(value) for _, value in stages["base"]["curves"]["val/bpb"])
+
+
+# ----------------------------------------------------------------------------- over a real socket
+
+
+def _request(body: dict[str, Any], path: str = CHAT) -> bytes:
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    return head.encode() + content
+
+
+def _wait(condition: Any, seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_place(engine: Engine, stream: bool) -> None:
+    scheduler = engine.scheduler
+    free = scheduler.allocator.num_free
+    slow = threading.Event()
+    decode = scheduler.runner.decode
+    scheduler.runner.decode = lambda *args: slow.wait(0.02) or decode(*args)
+    with serve(create_app([engine], "tiny")) as port:
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(_request({**HELLO, "stream": stream, "ignore_eos": True, "max_tokens": 10_000}))
+            _wait(lambda: scheduler.num_running == 1)
+        _wait(lambda: scheduler.num_running == 0, seconds=1)
+        assert scheduler.allocator.num_free == free
+        assert scheduler.generated_tokens < 100
+
+
+def test_slow_and_broken_clients_do_not_stop_the_others(engine: Engine) -> None:
+    """Bodies that never end, garbage, readers of one byte: the next request is served, and the slow one gets its answer."""
+    import httpx
+
+    app = create_app([engine], "tiny", Limits(body_timeout_s=0.5))
+    with serve(app) as port:
+        crowd = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
+        crowd[0].sendall(_request(HELLO)[:-10])
+        crowd[1].sendall(b"\x00\xff garbage\r\n\r\n")
+        crowd[2].sendall(_request({**HELLO, "stream": True}))
+        assert httpx.post(f"http://127.0.0.1:{port}{CHAT}", json=HELLO, timeout=30).status_code == 200
+        crowd[0].settimeout(10)
+        assert b" 408 " in crowd[0].recv(100)
+        received = b""
+        crowd[2].settimeout(10)
+        while b"[DONE]" not in received:
+            received += crowd[2].recv(1)
+        for connection in crowd:
+            connection.close()
+
+
+def test_many_at_once_are_all_answered(engine: Engine) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    import httpx
+
+    with serve(create_app([engine], "tiny")) as port, httpx.Client(timeout=60, limits=httpx.Limits()) as client:
+        url = f"http://127.0.0.1:{port}{CHAT}"
+        with ThreadPoolExecutor(32) as pool:
+            answers = list(pool.map(lambda i: client.post(url, json={**HELLO, "n": 1 + i % 3}), range(64)))
+    texts = {answer.json()["choices"][0]["message"]["content"] for answer in answers}
+    assert [answer.status_code for answer in answers] == [200] * 64
+    assert texts == {_expected(engine).text}
+
+
+def test_running_answers_are_ended_properly_when_the_server_stops(engine: Engine) -> None:
+    app = create_app([engine], "tiny")
+    decode = engine.scheduler.runner.decode
+    engine.scheduler.runner.decode = lambda *args: time.sleep(0.02) or decode(*args)
+    with serve(app) as port, socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(_request({**HELLO, "stream": True, "ignore_eos": True, "max_tokens": 10_000}))
+        _wait(lambda: engine.scheduler.num_running == 1)
+        app.state.service.cancel_all()
+        connection.settimeout(20)
+        received = b""
+        while b"[DONE]" not in received:
+            received += connection.recv(4096)
+        assert b'"finish_reason": "length"' in received
+
+
+def test_a_port_in_use_and_gpus_that_are_not_there_are_named() -> None:
+    import torch
+
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         with pytest.raises(NanochatError, match="choose another with --port"):
             check_port("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(NanochatError, match="has 0 GPUs"):
+        choose_devices(torch.device("cpu"), 2)

@@ -1,0 +1,370 @@
+"""OpenAI's chat and completion API as data: what requests may say, and what replies look like. Used by server.py.
+
+Extensions have the names that vLLM gave them (top_k, min_p, repetition_penalty); what is ours alone stands under the key
+"nanochat". Nothing here knows of HTTP or threads.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from nanochat.sampling import SamplingParams
+from nanochat.scheduler import Sequence, TokenLogprob
+from nanochat.tokenizer import Tokenizer
+
+MAX_MESSAGES = 500
+MAX_CHARS = 200_000  # of a message, a prompt or a whole conversation
+MAX_TOKENS = 1 << 20
+MAX_CHOICES = 64  # texts that one request may ask for
+MAX_LOGPROBS = 20
+
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+TokenId = Annotated[int, Field(ge=0, strict=True)]
+
+
+class RequestError(Exception):
+    """A request that is not served: HTTP status, one sentence, the field at fault and OpenAI's code."""
+
+    def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+
+    def body(self) -> dict[str, Any]:
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+# ----------------------------------------------------------------------------- requests
+
+
+class Part(BaseModel):
+    """A piece of a message: text, a call of the calculator, or its answer."""
+
+    type: Literal["text", "python", "python_output"]
+    text: str = Field(max_length=MAX_CHARS)
+
+
+class Message(BaseModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[str, Field(max_length=MAX_CHARS)] | Annotated[list[Part], Field(max_length=MAX_MESSAGES)]
+
+    def parts(self) -> list[dict[str, str]]:
+        if isinstance(self.content, str):
+            return [{"type": "text", "text": self.content}]
+        return [part.model_dump() for part in self.content]
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class SamplingRequest(BaseModel):
+    """What chat and completion requests share. What we cannot do is refused, not passed over."""
+
+    model_config = ConfigDict(extra="ignore")  # clients send what their users never see
+
+    model: str | None = Field(None, max_length=500)
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1, le=MAX_TOKENS)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+
+    @model_validator(mode="after")
+    def _refuse_what_is_missing(self) -> SamplingRequest:
+        for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
+            if getattr(self, name):
+                raise ValueError(f"{name} is not supported: use repetition_penalty, or leave it out")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def params(self, choice: int, max_tokens: int | None, logprobs: int | None, **more: Any) -> SamplingParams:
+        """The settings of one of the texts asked for; a seed that is not given is drawn from the clock."""
+        seed = time.time_ns() if self.seed is None else self.seed
+        return SamplingParams(
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=max(0, self.top_k or 0),
+            top_p=1.0 if self.top_p is None else self.top_p,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            seed=seed + choice,
+            max_tokens=max_tokens,
+            stop=tuple([self.stop] if isinstance(self.stop, str) else self.stop or ()),
+            logprobs=logprobs,
+            ignore_eos=bool(self.ignore_eos),
+            **more,
+        )
+
+
+class ChatRequest(SamplingRequest):
+    """The body of POST /v1/chat/completions, and of the public guide's POST /chat/completions."""
+
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_completion_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tools: list[Any] | None = None
+    response_format: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _refuse_tools(self) -> ChatRequest:
+        if self.tools:
+            raise ValueError("tools are not supported: the model has its own calculator and no others")
+        if self.response_format and self.response_format.get("type") != "text":
+            raise ValueError("response_format can only be text")
+        return self
+
+    @property
+    def limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def conversation(self) -> dict[str, Any]:
+        """What the tokenizer renders: roles alternate, neighbours of one role are joined, system text comes first.
+
+        Raises RequestError for messages that make no conversation.
+        """
+        if sum(len(part["text"]) for message in self.messages for part in message.parts()) > MAX_CHARS:
+            raise RequestError(f"the conversation is longer than {MAX_CHARS:,} characters: begin a new one", param="messages")
+        system: list[str] = []
+        turns: list[dict[str, Any]] = []
+        for message in self.messages:
+            if message.role in ("system", "developer"):
+                system.append("".join(part["text"] for part in message.parts()))
+            elif turns and turns[-1]["role"] == message.role:
+                turns[-1]["content"] += [{"type": "text", "text": "\n\n"}, *message.parts()]
+            else:
+                turns.append({"role": message.role, "content": message.parts()})
+        if not turns or turns[-1]["role"] != "user":
+            raise RequestError("the last message must be the user's", param="messages")
+        if turns[0]["role"] == "assistant":
+            raise RequestError("the first message must be the system's or the user's", param="messages")
+        for turn in turns:
+            if turn["role"] == "user":
+                turn["content"] = "".join(part["text"] for part in turn["content"])
+        first = [{"role": "system", "content": "\n\n".join(system)}] if system else []
+        return {"messages": first + turns}
+
+
+class CompletionRequest(SamplingRequest):
+    """The body of POST /v1/completions."""
+
+    prompt: (
+        Annotated[str, Field(max_length=MAX_CHARS)]
+        | Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
+        | Annotated[list[Annotated[str, Field(max_length=MAX_CHARS)]], Field(min_length=1, max_length=MAX_CHOICES)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]],
+            Field(min_length=1, max_length=MAX_CHOICES),
+        ]
+    )
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    best_of: int | None = None
+    suffix: str | None = None
+
+    @model_validator(mode="after")
+    def _refuse_best_of(self) -> CompletionRequest:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError("best_of is not supported beyond n: ask for n texts and choose")
+        if self.suffix:
+            raise ValueError("suffix is not supported")
+        if self.echo and self.stream:
+            raise ValueError("echo is not supported with stream")
+        return self
+
+    def prompts(self, tokenizer: Tokenizer) -> list[tuple[list[int], bool]]:
+        """(tokens that begin with <|bos|>, whether that was added) of each prompt.
+
+        Raises RequestError for ids that the vocabulary does not have.
+        """
+        single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        bos, result = tokenizer.get_bos_token_id(), []
+        for prompt in [self.prompt] if single else self.prompt:
+            tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+            if tokens and max(tokens) >= tokenizer.get_vocab_size():
+                vocab_size = tokenizer.get_vocab_size()
+                raise RequestError(f"token {max(tokens)} is outside the vocabulary of {vocab_size}", param="prompt")
+            added = not tokens or tokens[0] != bos
+            result.append(([bos, *tokens] if added else list(tokens), added))
+        return result
+
+
+# ----------------------------------------------------------------------------- replies
+
+FINISH_REASONS = {"stop": "stop", "length": "length", "context": "length", "cancelled": "length"}
+
+
+class Reply:
+    """The frame that all replies and chunks of one request share."""
+
+    def __init__(self, kind: Literal["chat", "completion"], model: str, tokenizer: Tokenizer, include_usage: bool) -> None:
+        self.kind, self.model, self.tokenizer, self.include_usage = kind, model, tokenizer, include_usage
+        self.id = ("chatcmpl-" if kind == "chat" else "cmpl-") + uuid.uuid4().hex
+        self.created = int(time.time())
+        self.extra: dict[str, Any] = {}  # under "nanochat"
+
+    def _frame(self, object_name: str, **content: Any) -> dict[str, Any]:
+        frame = {"id": self.id, "object": object_name, "created": self.created, "model": self.model, **content}
+        return {**frame, "nanochat": self.extra} if self.extra else frame
+
+    def whole(self, sequences: list[Sequence], prompts: int, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        name = "chat.completion" if self.kind == "chat" else "text_completion"
+        return self._frame(name, choices=choices, usage=usage(sequences, prompts))
+
+    def chunk(self, choices: list[dict[str, Any]]) -> str:
+        """One server-sent event. Before the last, "usage" is null if it was asked for, as with OpenAI."""
+        name = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
+        more = {"usage": None} if self.include_usage else {}
+        return f"data: {json.dumps(self._frame(name, choices=choices, **more))}\n\n"
+
+    def usage_chunk(self, sequences: list[Sequence], prompts: int) -> str:
+        name = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
+        return f"data: {json.dumps(self._frame(name, choices=[], usage=usage(sequences, prompts)))}\n\n"
+
+    # ------------------------------------------------------------------------- choices
+
+    def chat_choice(self, index: int, sequence: Sequence) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": spoken(sequence.pieces)}
+        parts = joined_parts(sequence.pieces)
+        if any(part["type"] != "text" for part in parts):
+            message["nanochat"] = {"parts": parts}
+        logprobs = {"content": self.chat_logprobs(sequence.logprobs)} if sequence.params.logprobs is not None else None
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason(sequence)}
+
+    def chat_delta(
+        self, index: int, sequence: Sequence, pieces: list[tuple[str, str]], logprobs: list[TokenLogprob], last: bool
+    ) -> dict[str, Any]:
+        """What is new in a streamed answer; tool calls come as parts of ours, which other clients pass over."""
+        delta: dict[str, Any] = {"content": spoken(pieces)}
+        if any(part != "text" for _, part in pieces):
+            delta["nanochat"] = {"parts": joined_parts(pieces)}
+        if last and not pieces:
+            delta = {}
+        content = {"content": self.chat_logprobs(logprobs)} if sequence.params.logprobs is not None else None
+        return {
+            "index": index, "delta": delta, "logprobs": content,
+            "finish_reason": finish_reason(sequence) if last else None,
+        }  # fmt: skip
+
+    def completion_choice(self, index: int, sequence: Sequence, echo: bool, added_bos: bool) -> dict[str, Any]:
+        tokens, text = sequence.tokens, sequence.text
+        logprobs: list[TokenLogprob | None] = list(sequence.logprobs)
+        if echo:
+            prompt = sequence.prompt[added_bos:]
+            tokens, text = prompt + tokens, self.tokenizer.decode(prompt) + text
+            first = [] if added_bos else [None]  # nothing precedes the first token: it has no probability
+            logprobs = [*first, *sequence.prompt_logprobs, *logprobs]
+        choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason(sequence)}
+        if sequence.params.logprobs is not None:
+            choice["logprobs"] = self.completion_logprobs(logprobs, tokens, 0)
+        return choice
+
+    def completion_delta(
+        self, index: int, sequence: Sequence, text: str, logprobs: list[TokenLogprob], offset: int, last: bool
+    ) -> dict[str, Any]:
+        content = None
+        if sequence.params.logprobs is not None:
+            content = self.completion_logprobs(logprobs, [entry.token for entry in logprobs], offset)
+        reason = finish_reason(sequence) if last else None
+        return {"index": index, "text": text, "logprobs": content, "finish_reason": reason}
+
+    # ------------------------------------------------------------------------- log-probabilities
+
+    def chat_logprobs(self, logprobs: list[TokenLogprob]) -> list[dict[str, Any]]:
+        def described(token: int, logprob: float) -> dict[str, Any]:
+            data = b"" if self.tokenizer.is_special(token) else self.tokenizer.decode_bytes([token])
+            return {"token": token_text(self.tokenizer, token), "logprob": logprob, "bytes": list(data)}
+
+        return [
+            {**described(entry.token, entry.logprob), "top_logprobs": [described(*pair) for pair in entry.top]}
+            for entry in logprobs
+        ]
+
+    def completion_logprobs(self, logprobs: list[TokenLogprob | None], tokens: list[int], offset: int) -> dict[str, list[Any]]:
+        """The older form: parallel lists over the tokens."""
+        texts = [token_text(self.tokenizer, token) for token in tokens]
+        offsets = []
+        for token in tokens:
+            offsets.append(offset)
+            offset += len(self.tokenizer.decode([token]))
+        top = [
+            None if entry is None else {token_text(self.tokenizer, token): value for token, value in entry.top}
+            for entry in logprobs
+        ]
+        values = [None if entry is None else entry.logprob for entry in logprobs]
+        return {"tokens": texts, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """A token by its text, or its bytes where they are no whole characters, as OpenAI spells them."""
+    data = tokenizer.decode_bytes([token])
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def spoken(pieces: list[tuple[str, str]]) -> str:
+    """The text that is meant for the reader, without calls of tools and their answers."""
+    return "".join(text for text, part in pieces if part == "text")
+
+
+def joined_parts(pieces: list[tuple[str, str]]) -> list[dict[str, str]]:
+    """Pieces as the parts of a message: neighbours of one type are one part."""
+    parts: list[dict[str, str]] = []
+    for text, kind in pieces:
+        if text and parts and parts[-1]["type"] == kind:
+            parts[-1]["text"] += text
+        elif text:
+            parts.append({"type": kind, "text": text})
+    return parts
+
+
+def finish_reason(sequence: Sequence) -> str:
+    return FINISH_REASONS.get(sequence.finish_reason, "stop")
+
+
+def usage(sequences: list[Sequence], prompts: int) -> dict[str, Any]:
+    """Tokens that were read and written; the samples of one prompt count it once."""
+    samples = max(1, len(sequences) // prompts)
+    read = sum(len(sequence.prompt) for sequence in sequences[::samples])
+    written = sum(len(sequence.tokens) for sequence in sequences)
+    return {
+        "prompt_tokens": read,
+        "completion_tokens": written,
+        "total_tokens": read + written,
+        "prompt_tokens_details": {"cached_tokens": sum(sequence.cached_tokens for sequence in sequences[::samples])},
+    }
+
+
+def check_prompt(tokens: list[int], limit: int) -> None:
+    """Raise RequestError where a prompt leaves no room for an answer."""
+    if len(tokens) >= limit:
+        raise RequestError(
+            f"this model's context is {limit} tokens, and the prompt alone has {len(tokens)}: shorten it",
+            param="prompt",
+            code="context_length_exceeded",
+        )

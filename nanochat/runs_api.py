@@ -1,0 +1,79 @@
+"""What the runs page shows, as JSON: the runs of the base directory, their curves, samples and evaluations.
+
+Read anew for each request, so a run that is training is followed live. Used by server.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+
+from nanochat.checkpoint_manager import STAGES, get_run_dir, get_runs_dir, list_steps
+from nanochat.common import NanochatError
+from nanochat.openai_api import RequestError
+from nanochat.report import read_json, read_metrics, smooth
+
+MAX_POINTS = 600  # of a curve: more than a screen shows
+
+
+def add_run_routes(app: FastAPI) -> None:
+    @app.get("/api/runs")
+    def runs() -> list[dict[str, Any]]:
+        """All runs, the newest first."""
+        folder = get_runs_dir()
+        found = [describe_run(path) for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+        return sorted((run for run in found if run["stages"]), key=lambda run: -run["updated"])
+
+    @app.get("/api/runs/{tag}")
+    def run(tag: str) -> dict[str, Any]:
+        """One run: for each stage its settings, curves, samples and evaluation."""
+        try:
+            run_dir = get_run_dir(tag)
+        except NanochatError as error:
+            raise RequestError(str(error), param="tag") from None
+        stages = {stage: describe_stage(run_dir / stage) for stage in STAGES if (run_dir / stage).is_dir()}
+        if not stages:
+            raise RequestError(f"there is no run {tag!r}", status=404, param="tag")
+        return {"tag": tag, "stages": stages}
+
+
+def describe_run(run_dir: Path) -> dict[str, Any]:
+    stages, updated = [], 0.0
+    for stage in STAGES:
+        metrics = run_dir / stage / "metrics.jsonl"
+        if metrics.exists():
+            stages.append({"name": stage, "checkpoints": list_steps(run_dir / stage)})
+            updated = max(updated, metrics.stat().st_mtime)
+    return {"tag": run_dir.name, "stages": stages, "updated": updated}
+
+
+def describe_stage(stage_dir: Path) -> dict[str, Any]:
+    rows = read_metrics(stage_dir / "metrics.jsonl")
+    train = [row for row in rows if row.get("train/loss") is not None]
+    curves = {"train/loss": _points(train, "train/loss", smoothed=True)}
+    names = {name for row in rows for name, value in row.items() if isinstance(value, int | float)}
+    for name in sorted(names - {"step", "time_s", "timestamp", "train/loss", "train/tokens", "train/flops"}):
+        curves[name] = _points([row for row in rows if row.get(name) is not None], name)
+    sampled = [row for row in rows if "sample/text" in row][-40:]
+    return {
+        "settings": read_json(stage_dir / "settings.json"),
+        "step": max((row["step"] for row in rows), default=0),
+        "time_s": rows[-1]["time_s"] if rows else 0.0,
+        "updated": rows[-1]["timestamp"] if rows else 0.0,
+        "checkpoints": list_steps(stage_dir),
+        "curves": curves,
+        "samples": [{"step": r["step"], "prompt": r["sample/prompt"], "text": r["sample/text"]} for r in sampled],
+        "evaluation": read_json(stage_dir / "eval.json"),
+    }
+
+
+def _points(rows: list[dict[str, Any]], name: str, smoothed: bool = False) -> list[list[float]]:
+    """[[step, value], ...], thinned to what a screen shows; the last point is always there."""
+    values = [row[name] for row in rows]
+    if smoothed:
+        values = smooth(values, decay=0.9)
+    stride = -(-len(rows) // MAX_POINTS) or 1
+    kept = sorted({*range(0, len(rows), stride), len(rows) - 1} - {-1})
+    return [[rows[i]["step"], values[i]] for i in kept]

@@ -1,0 +1,229 @@
+"""What stands between HTTP and the engines: a bounded queue, one model thread for each device, news for the event loop.
+
+A Ticket is one request's texts. Engines write to them in their threads; the event loop is told once a step that there is
+something to read, whatever the number of texts. Used by server.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from nanochat.engine import Engine, EngineThread
+from nanochat.openai_api import RequestError
+from nanochat.scheduler import Sequence
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server takes on."""
+
+    max_waiting: int = 256  # texts in the queues; more are answered 429
+    max_body_bytes: int = 2 << 20
+    body_timeout_s: float = 30.0  # for a request to arrive
+    request_timeout_s: float = 600.0  # for an answer, waiting included
+    grace_s: float = 10.0  # for running answers when the server is told to stop
+
+
+class Metrics:
+    """Prometheus metrics with vLLM's names, so that its dashboards show this server, too."""
+
+    def __init__(self, service: Service) -> None:
+        self.registry = CollectorRegistry()
+        labels = {"labelnames": ("model_name",), "registry": self.registry}
+        seconds = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+        self._name = service.model_name
+
+        def gauge(name: str, text: str, value: Any) -> None:
+            Gauge(name, text, **labels).labels(self._name).set_function(value)
+
+        gauge("vllm:num_requests_running", "Texts being computed", lambda: service.count("num_running"))
+        gauge("vllm:num_requests_waiting", "Texts in the queues", lambda: service.num_waiting)
+        gauge("vllm:kv_cache_usage_perc", "Share of key/value blocks in use, 0 to 1", lambda: service.kv_usage)
+        self.prompt_tokens = Counter("vllm:prompt_tokens", "Prompt tokens read", **labels).labels(self._name)
+        self.generated = Counter("vllm:generation_tokens", "Tokens generated", **labels).labels(self._name)
+        self.queries = Counter("vllm:prefix_cache_queries", "Prompt tokens looked up", **labels).labels(self._name)
+        self.hits = Counter("vllm:prefix_cache_hits", "Prompt tokens found computed", **labels).labels(self._name)
+        self.first_token = Histogram(
+            "vllm:time_to_first_token_seconds", "From arrival to the first token", buckets=seconds, **labels
+        ).labels(self._name)
+        self.each_token = Histogram(
+            "vllm:time_per_output_token_seconds", "Between tokens, the mean of a text", buckets=seconds, **labels
+        ).labels(self._name)
+        self.latency = Histogram(
+            "vllm:e2e_request_latency_seconds", "From arrival to the end", buckets=seconds, **labels
+        ).labels(self._name)
+        self.finished = Counter(
+            "vllm:request_success", "Texts finished", ("model_name", "finished_reason"), registry=self.registry
+        )
+
+    def observe(self, sequence: Sequence) -> None:
+        """Count a text that is done."""
+        now = time.perf_counter()
+        self.finished.labels(self._name, sequence.finish_reason).inc()
+        self.prompt_tokens.inc(len(sequence.prompt))
+        self.queries.inc(len(sequence.prompt))
+        self.hits.inc(sequence.cached_tokens)
+        self.generated.inc(sum(sequence.masks))
+        self.latency.observe(now - sequence.created)
+        if sequence.first_token_at is not None:
+            self.first_token.observe(sequence.first_token_at - sequence.created)
+            if len(sequence.tokens) > 1:
+                self.each_token.observe((now - sequence.first_token_at) / (len(sequence.tokens) - 1))
+
+
+class Ticket:
+    """The texts of one request, as the event loop sees them."""
+
+    def __init__(self, sequences: list[Sequence], worker: Worker) -> None:
+        self.sequences, self._worker = sequences, worker
+        self.loop = asyncio.get_running_loop()
+        self.news = asyncio.Event()
+
+    @property
+    def done(self) -> bool:
+        return all(sequence.finish_reason is not None for sequence in self.sequences)
+
+    async def updates(self, timeout_s: float) -> AsyncIterator[None]:
+        """Yields whenever there is something new to read, the last time when all is done.
+
+        Raises RequestError if a text fails or takes longer than timeout_s.
+        """
+        deadline = self.loop.time() + timeout_s
+        done = False
+        while not done:
+            try:
+                await asyncio.wait_for(self.news.wait(), deadline - self.loop.time())
+            except (asyncio.TimeoutError, TimeoutError):
+                raise RequestError(f"no end of the answer within {timeout_s:g} s", status=504, code="timeout") from None
+            self.news.clear()
+            done = self.done  # before reading: what comes after it is read the next time
+            for sequence in self.sequences:
+                if sequence.error is not None:
+                    raise RequestError(sequence.error, status=500)
+            yield
+
+    def cancel(self) -> None:
+        """Free what still runs: the reader has left."""
+        for sequence in self.sequences:
+            if sequence.finish_reason is None:
+                self._worker.thread.scheduler.cancel(sequence)
+
+
+class Worker:
+    """One engine's thread and whom it has news for."""
+
+    def __init__(self, engine: Engine, service: Service) -> None:
+        self.engine, self.service = engine, service
+        self.thread = EngineThread(engine, after_step=self._tell)
+        self._updated: set[Ticket] = set()
+
+    @property
+    def load(self) -> int:
+        scheduler = self.engine.scheduler
+        return scheduler.num_waiting + scheduler.num_running
+
+    def submit(self, sequences: list[Sequence]) -> Ticket:
+        ticket = Ticket(sequences, self)
+
+        def update(sequence: Sequence) -> None:  # in the model's thread
+            self._updated.add(ticket)
+            if sequence.finish_reason is not None:
+                self.service.finished(sequence)
+
+        for sequence in sequences:
+            sequence.on_update = update
+            self.engine.scheduler.submit(sequence)
+        return ticket
+
+    def _tell(self) -> None:
+        """Wake the loops once for all texts of a step."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[Ticket]] = {}
+        for ticket in self._updated:
+            by_loop.setdefault(ticket.loop, []).append(ticket)
+        self._updated.clear()
+        for loop, tickets in by_loop.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_set_news, tickets)
+
+
+def _set_news(tickets: list[Ticket]) -> None:
+    for ticket in tickets:
+        ticket.news.set()
+
+
+class Service:
+    """All that serves one model: an engine for each device."""
+
+    def __init__(self, engines: list[Engine], model_name: str, limits: Limits) -> None:
+        self.model_name, self.limits = model_name, limits
+        self.tokenizer = engines[0].tokenizer
+        self.context = engines[0].model.config.sequence_len
+        self.workers = [Worker(engine, self) for engine in engines]
+        self.metrics = Metrics(self)
+        self.answered = 0
+        self.started = time.time()
+
+    def start(self) -> None:
+        for worker in self.workers:
+            worker.thread.start()
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.thread.close()
+
+    def cancel_all(self) -> None:
+        """End all answers where they are: their readers get what there is, and a proper end."""
+        for worker in self.workers:
+            worker.engine.scheduler.post(lambda scheduler=worker.engine.scheduler: scheduler.end_all("cancelled"))
+
+    def submit(self, sequences: list[Sequence]) -> Ticket:
+        """Queue one request's texts with the engine that has least to do. Raises RequestError 429 if too many wait."""
+        worker = min(self.workers, key=lambda worker: worker.load)
+        if worker.engine.scheduler.num_waiting + len(sequences) > self.limits.max_waiting:
+            raise RequestError("too many requests are waiting: try again soon", status=429, code="queue_full")
+        return worker.submit(sequences)
+
+    def finished(self, sequence: Sequence) -> None:
+        self.answered += 1
+        self.metrics.observe(sequence)
+
+    # ------------------------------------------------------------------------- what it tells of itself
+
+    def count(self, name: str) -> int:
+        return sum(getattr(worker.engine.scheduler, name) for worker in self.workers)
+
+    @property
+    def num_waiting(self) -> int:
+        return self.count("num_waiting")
+
+    @property
+    def is_healthy(self) -> bool:
+        return all(worker.thread.is_alive for worker in self.workers)
+
+    @property
+    def kv_usage(self) -> float:
+        allocators = [worker.engine.scheduler.allocator for worker in self.workers]
+        return sum(1 - a.num_free / (a.num_blocks - 1) for a in allocators) / len(allocators)
+
+    def stats(self) -> dict[str, Any]:
+        return {
+            "model": self.model_name,
+            "uptime_s": round(time.time() - self.started, 1),
+            "devices": [str(worker.engine.model.get_device()) for worker in self.workers],
+            "compiled": [worker.engine.is_compiled for worker in self.workers],
+            "context": self.context,
+            "running": self.count("num_running"),
+            "waiting": self.num_waiting,
+            "answered": self.answered,
+            "prompt_tokens": self.count("prompt_tokens"),
+            "cached_tokens": self.count("cached_tokens"),
+            "generated_tokens": self.count("generated_tokens"),
+            "preemptions": self.count("preemptions"),
+            "kv_usage": round(self.kv_usage, 4),
+        }

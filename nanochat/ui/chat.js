@@ -1,0 +1,240 @@
+// The chat page: what is shown, and what its buttons do.
+
+import * as api from "./api.js";
+import { answer, copy, element, plainText, tokenView } from "./render.js";
+import * as store from "./store.js";
+
+const $ = (id) => document.getElementById(id);
+const [log, form, text, send, list, status] = ["log", "form", "text", "send", "conversations", "status"].map($);
+const settings = store.settings;
+let current = null;  // the conversation that is shown
+let running = null;  // {controller, node} of the answer that is being written
+let inside = false;
+
+// ---------------------------------------------------------------------------- showing
+
+function show(conversation) {
+  current = conversation;
+  $("title").textContent = conversation.title;
+  const nodes = store.path(conversation);
+  log.replaceChildren(...(nodes.length ? nodes.map(showMessage) : welcome()));
+  if (inside && nodes.length) log.append(readingView(nodes));
+  showList();
+  log.scrollTop = log.scrollHeight;
+}
+
+function welcome() {
+  const ideas = ["Who are you?", "What is 23 + 58?", "What is a list in Python?"];
+  const buttons = ideas.map((idea) => element("button", { onclick: () => ask(idea) }, idea));
+  return [element("p", { class: "hint" }, "Ask the model something. It is small: be kind."), element("div", { class: "suggestions" }, ...buttons)];
+}
+
+function showList() {
+  const shown = store.all().filter((c) => c === current || c.nodes.root.children.length);
+  list.replaceChildren(...shown.map((conversation) => element("li", {},
+    element("button", { class: "open", "aria-current": conversation === current ? "true" : null, onclick: () => { stop(); show(conversation); closeSidebar(); } }, conversation.title),
+    element("button", { "aria-label": `Delete ${conversation.title}`, title: "Delete", onclick: () => forget(conversation) }, "✕"))));
+}
+
+function forget(conversation) {
+  if (conversation === current) stop();
+  store.remove(conversation);
+  if (conversation === current) show(store.create()); else showList();
+}
+
+function showMessage(node) {
+  const content = element("div", { class: "content" });
+  const box = element("article", { class: `message ${node.role}`, "aria-label": node.role === "user" ? "You" : "nanochat" }, content);
+  fill(content, node);
+  const siblings = current.nodes[node.parent].children;
+  const button = (label, action) => element("button", { type: "button", onclick: action }, label);
+  const actions = element("div", { class: "actions" });
+  if (siblings.length > 1) {
+    const at = siblings.indexOf(node.id);
+    const go = (step) => { stop(); current.nodes[node.parent].chosen = (at + step + siblings.length) % siblings.length; store.save(); show(current); };
+    const arrow = (label, name, step) => element("button", { type: "button", "aria-label": name, onclick: () => go(step) }, label);
+    actions.append(arrow("‹", "Previous version", -1), `${at + 1}/${siblings.length}`, arrow("›", "Next version", 1));
+  }
+  actions.append(button("Copy", (event) => copy(plainText(node.content), event.target)));
+  if (node.role === "user") actions.append(button("Edit", () => edit(box, node)));
+  else if (!running || running.node !== node) actions.append(button("Regenerate", () => regenerate(node)));
+  if (node.note) actions.append(element("span", { class: "note" }, node.note));
+  box.append(actions);
+  return box;
+}
+
+function fill(content, node) {
+  if (inside && node.tokens?.length) content.replaceChildren(tokenView(node.tokens));
+  else if (node.role === "user") content.replaceChildren(node.content);
+  else content.replaceChildren(...answer(node.content));
+  content.classList.toggle("cursor", running?.node === node);
+}
+
+// All that the model reads, token by token.
+function readingView(nodes) {
+  const box = element("div", {}, "…");
+  const details = element("details", { class: "note" }, element("summary", {}, "The conversation as the model reads it"), box);
+  details.addEventListener("toggle", async () => {
+    if (!details.open) return;
+    try {
+      const messages = toMessages(nodes);
+      while (messages.length && messages.at(-1).role !== "user") messages.pop();
+      const read = await api.tokenize({ messages });
+      box.replaceChildren(`${read.count} of at most ${read.max_model_len} tokens`, tokenView(read.token_strs.map((token) => ({ text: token }))));
+    } catch (error) {
+      box.textContent = error.message;
+    }
+  });
+  return details;
+}
+
+function edit(box, node) {
+  const field = element("textarea", { rows: 3, "aria-label": "Edit the message" });
+  field.value = node.content;
+  const save = () => { const content = field.value.trim(); if (content) { stop(); ask(content, current.nodes[node.parent]); } };
+  const cancel = () => show(current);
+  field.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); save(); }
+    if (event.key === "Escape") { event.stopPropagation(); cancel(); }
+  });
+  box.replaceChildren(element("div", { class: "edit" }, field, element("div", { class: "bar" },
+    element("button", { type: "button", onclick: cancel }, "Cancel"), element("button", { type: "button", class: "primary", onclick: save }, "Send as a new branch"))));
+  field.focus();
+}
+
+// ---------------------------------------------------------------------------- asking
+
+function toMessages(nodes) {
+  const system = settings.system.trim() ? [{ role: "system", content: settings.system }] : [];
+  return [...system, ...nodes.map(({ role, content }) => ({ role, content }))];
+}
+
+function ask(content, parent = null) {
+  if (running) return;
+  const nodes = store.path(current);
+  const node = store.add(current, parent ?? nodes.at(-1) ?? current.nodes.root, "user", content);
+  if (inside) api.tokenize({ prompt: content }).then((read) => { node.tokens = read.token_strs.map((token) => ({ text: token })); }).catch(() => {});
+  respond(node);
+}
+
+function regenerate(node) {
+  if (!running) respond(current.nodes[node.parent]);
+}
+
+async function respond(question) {
+  const conversation = current;
+  const node = store.add(conversation, question, "assistant", []);
+  const controller = new AbortController();
+  running = { controller, node };
+  send.textContent = "Stop";
+  show(conversation);
+  log.setAttribute("aria-busy", "true");
+  status.textContent = "The model is answering.";
+  let failure = null;
+  try {
+    for await (const event of api.stream(toMessages(store.path(conversation, question)), inside, controller.signal)) {
+      if (event.token) {
+        if (node.content.at(-1)?.type !== event.part) node.content.push({ type: event.part, text: "" });
+        node.content.at(-1).text += event.token;
+      }
+      if (event.tokens) node.tokens = [...(node.tokens ?? []), ...event.tokens];
+      if (event.dropped_turns) node.note = `the oldest ${event.dropped_turns} turns no longer fit and were left out`;
+      if (event.done && event.finish_reason === "length") node.note = "cut at the longest answer allowed";
+      if (event.done && event.finish_reason === "context") node.note = "the model's context is full";
+      if (current === conversation) redraw();
+    }
+  } catch (error) {
+    if (error.name === "AbortError") node.note = "stopped";
+    else failure = error;
+  }
+  running = null;
+  send.textContent = "Send";
+  log.removeAttribute("aria-busy");
+  if (!node.content.length) store.removeLast(conversation, node);
+  store.save();
+  if (current === conversation) {
+    show(conversation);
+    if (failure) log.append(element("article", { class: "message error", role: "alert" }, element("div", { class: "content" }, failure.message), element("div", { class: "actions" }, element("button", { onclick: () => respond(question) }, "Try again"))));
+    log.scrollTop = log.scrollHeight;
+  }
+  status.textContent = failure ? "The answer failed." : `The answer: ${plainText(node.content).slice(0, 500)}`;
+}
+
+// The answer that is being written, once for each frame however many tokens came.
+let drawing = false;
+function redraw() {
+  if (drawing) return;
+  drawing = true;
+  requestAnimationFrame(() => {
+    drawing = false;
+    if (!running) return;
+    const box = [...log.querySelectorAll(".message.assistant")].at(-1);
+    if (!box) return;
+    const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+    fill(box.querySelector(".content"), running.node);
+    if (atEnd) log.scrollTop = log.scrollHeight;  // unless the reader went up to read
+  });
+}
+
+function stop() {
+  running?.controller.abort();
+}
+
+// ---------------------------------------------------------------------------- controls
+
+form.addEventListener("submit", (event) => {
+  event.preventDefault();
+  if (running) { stop(); return; }
+  const content = text.value.trim();
+  if (!content) return;
+  text.value = "";
+  text.style.height = "";
+  ask(content);
+});
+text.addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); if (!running) form.requestSubmit(); }
+});
+text.addEventListener("input", () => { text.style.height = ""; text.style.height = `${text.scrollHeight}px`; });
+document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape" && running && !$("settings").open) stop();
+  if (event.key.toLowerCase() === "o" && event.ctrlKey && event.shiftKey) { event.preventDefault(); begin(); }
+});
+
+function begin() {
+  stop();
+  show(store.all().find((c) => !c.nodes.root.children.length) ?? store.create());
+  closeSidebar();
+  text.focus();
+}
+$("new").addEventListener("click", begin);
+
+const closeSidebar = () => $("sidebar").classList.remove("shown");
+$("open-sidebar").addEventListener("click", () => { $("sidebar").classList.add("shown"); $("close-sidebar").focus(); });
+$("close-sidebar").addEventListener("click", closeSidebar);
+$("column").addEventListener("click", (event) => { if (event.target.id !== "open-sidebar") closeSidebar(); });
+
+$("inside").addEventListener("click", () => {
+  inside = !inside;
+  $("inside").setAttribute("aria-pressed", String(inside));
+  show(current);
+});
+
+// ---------------------------------------------------------------------------- settings
+
+const dialog = $("settings");
+function showSettings() {
+  for (const field of dialog.querySelectorAll("[name]")) {
+    field.value = settings[field.name];
+    const output = field.parentElement.querySelector("output");
+    if (output) output.textContent = field.value;
+  }
+  if (settings.theme) document.documentElement.dataset.theme = settings.theme;
+  else delete document.documentElement.dataset.theme;
+}
+dialog.addEventListener("input", (event) => { settings[event.target.name] = event.target.value; store.saveSettings(); showSettings(); });
+$("open-settings").addEventListener("click", () => { showSettings(); dialog.showModal(); });
+$("reset-settings").addEventListener("click", () => { Object.assign(settings, store.DEFAULTS); store.saveSettings(); showSettings(); });
+
+showSettings();
+api.get("/health").then((health) => { $("model").textContent = health.model; }).catch((error) => { $("model").textContent = error.message; });
+show(store.all()[0] ?? store.create());

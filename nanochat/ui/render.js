@@ -1,0 +1,98 @@
+// Messages to elements. What a model or a user wrote reaches the page as text, or as Markdown through DOMPurify with a
+// short list of elements: no scripts, styles, forms, frames or pictures, and links that open elsewhere.
+
+const ALLOWED = {
+  ALLOWED_TAGS: ["p", "br", "hr", "em", "strong", "del", "code", "pre", "blockquote", "ul", "ol", "li", "a", "h1", "h2", "h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td"],
+  ALLOWED_ATTR: ["href", "start", "align"],
+  ALLOWED_URI_REGEXP: /^(https?:|mailto:)/i,
+};
+
+export function element(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (value !== null && value !== undefined) node.setAttribute(name, value);
+  }
+  node.append(...children);
+  return node;
+}
+
+export function markdown(text) {
+  const html = DOMPurify.sanitize(marked.parse(text, { gfm: true, breaks: true, async: false }), ALLOWED);
+  const box = element("div", { class: "markdown" });
+  box.innerHTML = html;
+  for (const link of box.querySelectorAll("a")) {
+    link.target = "_blank";
+    link.rel = "noopener noreferrer nofollow";
+  }
+  for (const block of box.querySelectorAll("pre")) {
+    const code = block.textContent;
+    block.append(element("button", { type: "button", onclick: (event) => copy(code, event.target) }, "Copy"));
+  }
+  return box;
+}
+
+export async function copy(text, button) {
+  try {
+    await navigator.clipboard.writeText(text);
+    flash(button, "Copied");
+  } catch {
+    flash(button, "Not allowed");
+  }
+}
+
+function flash(button, text) {
+  const before = button.dataset.label ?? (button.dataset.label = button.textContent);
+  button.textContent = text;
+  setTimeout(() => { button.textContent = before; }, 1200);
+}
+
+export const plainText = (content) =>
+  typeof content === "string" ? content : content.filter((part) => part.type === "text").map((part) => part.text).join("");
+
+// An answer: Markdown, with each call of the calculator and its result where it happened.
+export function answer(content) {
+  const parts = typeof content === "string" ? [{ type: "text", text: content }] : content;
+  return parts.map((part) => {
+    if (part.type === "text") return markdown(part.text);
+    return element("span", { class: part.type === "python" ? "tool" : "tool output" }, part.text);
+  });
+}
+
+// ---------------------------------------------------------------------------- look inside
+
+const bubble = document.getElementById("thought");
+const percent = (logprob) => `${(100 * Math.exp(logprob)).toFixed(logprob > Math.log(0.1) ? 0 : 2)}%`;
+const visible = (text) => text.replaceAll("\n", "↵\n").replaceAll("\t", "⇥");
+
+// tokens: [{text, logprob, top: [[text, logprob], ...]}]; logprob is null where the token was not chosen by the model.
+export function tokenView(tokens) {
+  const box = element("div", { class: "tokens" });
+  for (const token of tokens) {
+    const special = /^<\|.*\|>$/.test(token.text);
+    const span = element("span", { class: special ? "special" : "" }, visible(token.text));
+    if (token.logprob === null) span.classList.add("forced");
+    else if (token.logprob !== undefined) {
+      const p = Math.exp(token.logprob);
+      span.classList.add(p > 0.8 ? "p1" : p > 0.4 ? "p2" : p > 0.1 ? "p3" : "p4");
+      span.tabIndex = 0;
+      span.setAttribute("aria-label", `${token.text}, ${percent(token.logprob)}`);
+      for (const name of ["mouseenter", "focus"]) span.addEventListener(name, () => think(span, token));
+      for (const name of ["mouseleave", "blur"]) span.addEventListener(name, () => { bubble.hidden = true; });
+    }
+    box.append(span);
+  }
+  return box;
+}
+
+function think(span, token) {
+  const rows = token.top.map(([text, logprob]) => element("tr", {},
+    element("td", {}, visible(text).replaceAll("\n", "")), element("td", {}, element("meter", { value: Math.exp(logprob) })),
+    element("td", {}, percent(logprob))));
+  bubble.replaceChildren(element("div", {}, `chosen: “${visible(token.text)}” with ${percent(token.logprob)}`), element("table", {}, ...rows));
+  bubble.hidden = false;
+  const at = span.getBoundingClientRect();
+  bubble.style.left = `${Math.max(8, Math.min(at.left, innerWidth - bubble.offsetWidth - 8))}px`;
+  const below = at.bottom + bubble.offsetHeight + 8 < innerHeight;
+  bubble.style.top = `${below ? at.bottom + 6 : at.top - bubble.offsetHeight - 6}px`;
+}

@@ -1,0 +1,87 @@
+// The runs page: curves, samples and evaluations of a run, read again every few seconds while it trains.
+
+import { get } from "./api.js";
+import { settings } from "./store.js";
+
+const PERIOD_MS = 3000;
+const LIVE_S = 60;  // a run that wrote within so many seconds is training
+const STAGES = { base: "Pretraining", sft: "Fine-tuning", rl: "Reinforcement" };
+const TITLES = { "train/loss": "training loss (smoothed)", "val/bpb": "validation bits per byte", "train/tok_per_s": "tokens per second", "train/mfu": "MFU", "train/lrm": "learning rate factor" };
+const [choice, live, main] = ["run", "live", "stages"].map((id) => document.getElementById(id));
+if (settings.theme) document.documentElement.dataset.theme = settings.theme;
+
+function element(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children);
+  return node;
+}
+
+const number = (value) => (Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(4))));
+
+function curve(name, points) {
+  const svgTag = (tag, attributes, ...children) => {
+    const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+    for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+    node.append(...children);
+    return node;
+  };
+  const [xs, ys] = [points.map((p) => p[0]), points.map((p) => p[1])];
+  const [x0, x1, y0, y1] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
+  const place = ([x, y]) => `${(300 * (x - x0)) / (x1 - x0 || 1)},${100 - (100 * (y - y0)) / (y1 - y0 || 1)}`;
+  const line = svgTag("polyline", { points: points.map(place).join(" ") });
+  const drawing = svgTag("svg", { viewBox: "0 0 300 100", preserveAspectRatio: "none", role: "img", "aria-label": `${name}, from ${number(ys[0])} to ${number(ys.at(-1))}` }, line);
+  const title = TITLES[name] ?? name;
+  const range = element("div", { class: "note" }, `${number(y0)} to ${number(y1)}, steps ${x0} to ${x1}`);
+  return element("figure", {}, element("figcaption", {}, element("span", {}, title), element("strong", {}, number(ys.at(-1)))), drawing, range);
+}
+
+function table(object) {
+  const rows = Object.entries(object).map(([key, value]) => element("tr", {}, element("td", {}, key), element("td", {}, typeof value === "object" ? JSON.stringify(value) : String(value))));
+  return element("table", {}, ...rows);
+}
+
+function showStage(name, stage, open) {
+  const total = stage.settings.num_iterations;
+  const facts = `step ${stage.step}${total ? ` of ${total}` : ""}, ${Math.round(stage.time_s)} s of training, ${stage.checkpoints.length} checkpoints`;
+  const curves = Object.entries(stage.curves).filter(([, points]) => points.length).map(([key, points]) => curve(key, points));
+  const details = (title, content) => {
+    const box = element("details", { "data-key": `${name}/${title}` }, element("summary", {}, title), content);
+    box.open = open.has(`${name}/${title}`);
+    return box;
+  };
+  const samples = stage.samples.slice().reverse().map((s) => element("blockquote", {}, element("b", {}, `step ${s.step}: ${s.prompt}`), s.text));
+  const parts = [element("h2", {}, STAGES[name] ?? name), element("p", { class: "note" }, facts), element("div", { class: "grid" }, ...curves)];
+  if (samples.length) parts.push(details("Samples", element("div", {}, ...samples)));
+  if (Object.keys(stage.evaluation).length) parts.push(details("Evaluation", table(stage.evaluation)));
+  parts.push(details("Settings", table(stage.settings)));
+  return element("section", {}, ...parts);
+}
+
+async function refresh() {
+  try {
+    const runs = await get("/api/runs");
+    if (!runs.length) {
+      main.replaceChildren(element("p", {}, "No run yet: train one with bash runs/demo.sh."));
+      return;
+    }
+    const chosen = runs.find((run) => run.tag === choice.value)?.tag ?? runs[0].tag;
+    if ([...choice.options].map((o) => o.value).join() !== runs.map((run) => run.tag).join()) {
+      choice.replaceChildren(...runs.map((run) => element("option", { value: run.tag }, run.tag)));
+    }
+    choice.value = chosen;
+    const run = await get(`/api/runs/${encodeURIComponent(chosen)}`);
+    const open = new Set([...main.querySelectorAll("details[open]")].map((box) => box.dataset.key));
+    main.replaceChildren(...Object.entries(run.stages).map(([name, stage]) => showStage(name, stage, open)));
+    const newest = Math.max(...Object.values(run.stages).map((stage) => stage.updated));
+    const training = Date.now() / 1000 - newest < LIVE_S;
+    live.textContent = training ? "● training" : "";
+    live.className = training ? "live" : "";
+  } catch (error) {
+    live.textContent = error.message;
+  }
+}
+
+choice.addEventListener("change", refresh);
+await refresh();
+setInterval(() => { if (!document.hidden) refresh(); }, PERIOD_MS);
