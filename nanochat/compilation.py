@@ -8,10 +8,15 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
 from nanochat.common import synchronize
+
+T = TypeVar("T")
 
 
 def can_compile(device: torch.device) -> str | None:
@@ -69,6 +74,17 @@ def measure_memory_rate(device: torch.device, seconds: float = 0.5) -> float:
         synchronize(device)
         fastest = min(fastest, time.perf_counter() - started)
     return size / fastest
+
+
+def in_own_thread(work: Callable[[], T]) -> T:
+    """Do the work in a thread that ends with it, and return its result.
+
+    OpenMP keeps a team of threads for every thread that ever computed, and stops spinning for work once there are more of
+    them than cores: with a second team alive, small operations took six times as long. What is computed once, before
+    another thread takes over, belongs here.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
 
 
 def keep_freed_memory() -> None:

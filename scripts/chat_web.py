@@ -8,13 +8,14 @@ import socket
 import sys
 import threading
 from types import FrameType
+from typing import Any
 
 import torch
 import uvicorn
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError, compute_init, run_command
-from nanochat.compilation import keep_freed_memory
+from nanochat.compilation import in_own_thread, keep_freed_memory
 from nanochat.engine import Engine
 from nanochat.runner import prepare_for_inference
 from nanochat.server import create_app
@@ -51,15 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     check_port(args.host, args.port)
     *_, device = compute_init(args.device_type)
     keep_freed_memory()
-    engines = []
-    for one in choose_devices(device, args.num_gpus):
-        model, tokenizer, meta = load_model(args.source, one, "eval", args.model_tag, args.step)
-        engine = Engine(
-            prepare_for_inference(model, args.weights), tokenizer, max_rows=args.max_rows, kv_tokens=args.kv_tokens
-        )
-        if args.compile and (reason := engine.compile(background=True)) is not None:
-            print(f"decoding without torch.compile: {reason}")
-        engines.append(engine)
+    engines, meta = in_own_thread(lambda: load_engines(args, choose_devices(device, args.num_gpus)))
     limits = Limits(max_waiting=args.max_waiting, request_timeout_s=args.request_timeout, grace_s=args.grace)
     app = create_app(engines, meta["tag"], limits, args.api_key, args.cors_origin)
     print(f"{meta['tag']} ({args.source}, step {meta['step']}) is at http://{args.host}:{args.port} (Ctrl-C stops it)")
@@ -69,6 +62,19 @@ def main(argv: list[str] | None = None) -> int:
     )
     Server(config, app.state.service).run()
     return 0
+
+
+def load_engines(args: argparse.Namespace, devices: list[torch.device]) -> tuple[list[Engine], dict[str, Any]]:
+    """(an engine on each device, compiling in the background; what the checkpoint says of itself)."""
+    engines = []
+    for device in devices:
+        model, tokenizer, meta = load_model(args.source, device, "eval", args.model_tag, args.step)
+        prepare_for_inference(model, args.weights)
+        engine = Engine(model, tokenizer, max_rows=args.max_rows, kv_tokens=args.kv_tokens)
+        if args.compile and (reason := engine.compile(background=True)) is not None:
+            print(f"decoding without torch.compile: {reason}")
+        engines.append(engine)
+    return engines, meta
 
 
 class Server(uvicorn.Server):
