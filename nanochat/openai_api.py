@@ -204,9 +204,7 @@ class CompletionRequest(SamplingRequest):
         bos, result = tokenizer.get_bos_token_id(), []
         for prompt in [self.prompt] if single else self.prompt:
             tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-            if tokens and max(tokens) >= tokenizer.get_vocab_size():
-                vocab_size = tokenizer.get_vocab_size()
-                raise RequestError(f"token {max(tokens)} is outside the vocabulary of {vocab_size}", param="prompt")
+            check_tokens(tokens, tokenizer)
             added = not tokens or tokens[0] != bos
             result.append(([bos, *tokens] if added else list(tokens), added))
         return result
@@ -251,7 +249,9 @@ class Reply:
         parts = joined_parts(sequence.pieces)
         if any(part["type"] != "text" for part in parts):
             message["nanochat"] = {"parts": parts}
-        logprobs = {"content": self.chat_logprobs(sequence.logprobs)} if sequence.params.logprobs is not None else None
+        logprobs = None
+        if sequence.params.logprobs is not None:  # without that of the token that ended the answer
+            logprobs = {"content": self.chat_logprobs(sequence.logprobs[: sum(sequence.masks)])}
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason(sequence)}
 
     def chat_delta(
@@ -270,8 +270,11 @@ class Reply:
         }  # fmt: skip
 
     def completion_choice(self, index: int, sequence: Sequence, echo: bool, added_bos: bool) -> dict[str, Any]:
-        tokens, text = sequence.tokens, sequence.text
-        logprobs: list[TokenLogprob | None] = list(sequence.logprobs)
+        text = sequence.text
+        tokens = sequence.tokens + ([] if sequence.stop_token is None else [sequence.stop_token])  # as vLLM does
+        sampled = iter(sequence.logprobs)
+        masks = [*sequence.masks, 1][: len(tokens)]
+        logprobs = [next(sampled, None) if mask else None for mask in masks]  # a tool's tokens have no probability
         if echo:
             prompt = sequence.prompt[added_bos:]
             tokens, text = prompt + tokens, self.tokenizer.decode(prompt) + text
@@ -358,6 +361,12 @@ def usage(sequences: list[Sequence], prompts: int) -> dict[str, Any]:
         "total_tokens": read + written,
         "prompt_tokens_details": {"cached_tokens": sum(sequence.cached_tokens for sequence in sequences[::samples])},
     }
+
+
+def check_tokens(tokens: list[int], tokenizer: Tokenizer) -> None:
+    """Raise RequestError for ids that the vocabulary does not have."""
+    if tokens and max(tokens) >= tokenizer.get_vocab_size():
+        raise RequestError(f"token {max(tokens)} is outside the vocabulary of {tokenizer.get_vocab_size()}", param="prompt")
 
 
 def check_prompt(tokens: list[int], limit: int) -> None:

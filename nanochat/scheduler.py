@@ -49,7 +49,7 @@ class Sequence:
 
     tokens: list[int] = field(default_factory=list)  # generated, without the token that stopped it
     masks: list[int] = field(default_factory=list)  # 1 sampled, 0 forced by a tool
-    logprobs: list[TokenLogprob] = field(default_factory=list)  # of generated tokens, if asked for
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of sampled tokens and of stop_token, if asked for
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of the prompt's tokens but the first, if asked for
     pieces: list[tuple[str, str]] = field(default_factory=list)  # (text, type of the part it belongs to)
     finish_reason: str | None = None  # "stop", "length" (max_tokens), "context" (full), "cancelled" or "error"
@@ -315,8 +315,6 @@ class Scheduler:
         self.generated_tokens += 1
         if token in self.stop_ids and not params.ignore_eos:
             sequence.stop_token = token
-            if params.logprobs is not None:
-                sequence.logprobs.pop()
             self._finish(sequence, "stop")
             return
         self._append(sequence, token, 1)

@@ -32,7 +32,9 @@ from nanochat.openai_api import (
     CompletionRequest,
     Reply,
     RequestError,
+    TokenId,
     check_prompt,
+    check_tokens,
     joined_parts,
     token_text,
     usage,
@@ -50,6 +52,10 @@ PAGE_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
+
+
+class DetokenizeRequest(BaseModel):
+    tokens: list[TokenId] = Field(max_length=200_000)
 
 
 class TokenizeRequest(BaseModel):
@@ -156,6 +162,16 @@ def create_app(
             tokens, _ = await _render(service, ChatRequest(messages=request.messages))
         texts = [token_text(service.tokenizer, token) for token in tokens]
         return {"count": len(tokens), "max_model_len": service.context, "tokens": tokens, "token_strs": texts}
+
+    @app.post("/detokenize")
+    async def detokenize(request: DetokenizeRequest) -> dict[str, str]:
+        check_tokens(request.tokens, service.tokenizer)
+        return {"prompt": service.tokenizer.decode(request.tokens)}
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        """What lm-eval's remote tokenizer asks for (vLLM's name and form)."""
+        return {"bos_token": "<|bos|>", "eos_token": "<|assistant_end|>", "vocab_size": service.tokenizer.get_vocab_size()}
 
     @app.get("/health")
     async def health() -> JSONResponse:
