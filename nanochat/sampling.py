@@ -18,7 +18,7 @@ from nanochat.common import NanochatError
 class SamplingParams:
     """How one text is to be continued. Raises NanochatError for values that mean nothing."""
 
-    temperature: float = 1.0  # 0: always the likeliest token
+    temperature: float = 1.0  # 0 (or next to it): always the likeliest token
     top_k: int = 0  # only the k likeliest tokens; 0: all
     top_p: float = 1.0  # only the likeliest tokens that together reach this probability
     min_p: float = 0.0  # only tokens at least this times as likely as the likeliest
@@ -36,7 +36,7 @@ class SamplingParams:
             "top_k": self.top_k >= 0,
             "top_p": 0 < self.top_p <= 1,
             "min_p": 0 <= self.min_p <= 1,
-            "repetition_penalty": self.repetition_penalty > 0,
+            "repetition_penalty": 0.01 <= self.repetition_penalty <= 100,
             "max_tokens": self.max_tokens is None or self.max_tokens >= 0,
             "stop": all(self.stop),
             "logprobs": self.logprobs is None or self.logprobs >= 0,
@@ -44,6 +44,10 @@ class SamplingParams:
         for name, fine in limits.items():
             if not fine:
                 raise NanochatError(f"{name} cannot be {getattr(self, name)!r}: see SamplingParams for its range")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < 1e-5  # smaller ones overflow, and mean the same
 
     @property
     def restricts(self) -> bool:
@@ -55,13 +59,13 @@ def sample(logits: torch.Tensor, params: list[SamplingParams], uniform: list[flo
 
     logits: (B, vocab_size) float32, penalties applied already; uniform: a number in [0, 1) for each row.
     """
-    if all(p.temperature == 0 for p in params):
+    if all(p.greedy for p in params):
         return logits.argmax(dim=-1)
 
     def column(values: list[float]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
 
-    greedy = [p.temperature == 0 for p in params]
+    greedy = [p.greedy for p in params]
     # Greedy rows take part with temperature 1 and are overruled at the end.
     scaled = logits / column([1.0 if g else p.temperature for p, g in zip(params, greedy, strict=True)])
     top = scaled.amax(dim=-1, keepdim=True)

@@ -300,7 +300,7 @@ class Scheduler:
                     adjusted = logits.clone()
                 seen = torch.tensor(sorted({*sequence.prompt, *sequence.tokens}), device=logits.device)
                 adjusted[i] = penalize_repetition(logits[i], seen, sequence.params.repetition_penalty)
-        uniform = [0.0 if p.temperature == 0 else self._random[s].random() for s, p in zip(sequences, params, strict=True)]
+        uniform = [0.0 if p.greedy else self._random[s].random() for s, p in zip(sequences, params, strict=True)]
         drawn = sample(adjusted, params, uniform).tolist()
         for i, (sequence, token) in enumerate(zip(sequences, drawn, strict=True)):
             if sequence.params.logprobs is not None:

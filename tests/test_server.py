@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import math
 import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -352,6 +355,22 @@ def test_many_at_once_are_all_answered(engine: Engine) -> None:
     texts = {answer.json()["choices"][0]["message"]["content"] for answer in answers}
     assert [answer.status_code for answer in answers] == [200] * 64
     assert texts == {_expected(engine).text}
+
+
+@pytest.mark.slow
+def test_no_request_makes_it_fail(engine: Engine) -> None:
+    """Fuzzed by schemathesis from the server's own description of itself; afterwards it still answers."""
+    program = Path(sys.executable).with_name("schemathesis")
+    if not program.exists():
+        pytest.skip("schemathesis is not installed: pip install nanochat[dev]")
+    with serve(create_app([engine], "tiny")) as port:
+        url = f"http://127.0.0.1:{port}"
+        flags = ["--checks=not_a_server_error", "--max-examples=15", "--workers=1", "--seed=1", "--no-color"]
+        command = [str(program), "run", f"{url}/openapi.json", *flags]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        assert "Server error" not in result.stdout and "Test cases:" in result.stdout, result.stdout[-3000:]
+        with urllib.request.urlopen(f"{url}/stats") as response:
+            assert json.load(response)["running"] == 0
 
 
 def test_running_answers_are_ended_properly_when_the_server_stops(engine: Engine) -> None:

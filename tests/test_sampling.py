@@ -1,0 +1,69 @@
+"""Drawing tokens: the distribution, its restrictions, and rows that know nothing of each other."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanochat.common import NanochatError
+from nanochat.sampling import SamplingParams, penalize_repetition, sample
+
+LOGITS = torch.tensor([0.0, 1.0, 2.0, -1.0, 1.0])
+
+
+def _draw(n: int, **params: float) -> torch.Tensor:
+    rng = random.Random(0)
+    return sample(LOGITS.expand(n, -1), [SamplingParams(**params)] * n, [rng.random() for _ in range(n)])
+
+
+def test_draws_follow_the_distribution() -> None:
+    for temperature in (0.5, 1.0, 2.0):
+        shares = torch.bincount(_draw(20_000, temperature=temperature), minlength=5) / 20_000
+        torch.testing.assert_close(shares, (LOGITS / temperature).softmax(-1), atol=0.015, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("params", "allowed"),
+    [({"top_k": 1}, {2}), ({"top_k": 2}, {1, 2, 4}), ({"top_k": 0}, {0, 1, 2, 3, 4}), ({"top_k": 99}, {0, 1, 2, 3, 4}),
+     ({"top_p": 0.5}, {2}), ({"top_p": 0.6}, {1, 2, 4}), ({"min_p": 0.3}, {1, 2, 4}), ({"min_p": 1.0}, {2}),
+     ({"top_k": 3, "top_p": 0.55}, {2}), ({"temperature": 0.0}, {2}), ({"temperature": 1e-300}, {2})],
+)  # fmt: skip
+def test_restrictions_leave_the_likeliest(params: dict, allowed: set[int]) -> None:
+    """Equal logits are all in or all out, so that the order in which they were sorted plays no part."""
+    assert set(_draw(3000, **params).tolist()) == allowed
+
+
+settings_of_a_row = st.builds(
+    SamplingParams, temperature=st.floats(0, 100), top_k=st.integers(0, 60), top_p=st.floats(1e-6, 1), min_p=st.floats(0, 1)
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(settings_of_a_row, min_size=1, max_size=8), seed=st.integers(0, 1000))
+def test_a_row_does_not_depend_on_the_others(rows: list[SamplingParams], seed: int) -> None:
+    logits = torch.randn(len(rows), 50, generator=torch.Generator().manual_seed(seed)) * 5
+    uniform = [random.Random(seed + i).random() for i in range(len(rows))]
+    together = sample(logits, rows, uniform)
+    for i, params in enumerate(rows):
+        assert sample(logits[i : i + 1], [params], uniform[i : i + 1]).item() == together[i].item() < 50
+
+
+def test_the_ends_of_the_interval_draw_possible_tokens() -> None:
+    logits = torch.tensor([[-1e9, 0.0, 3.0, -1e9]]).expand(2, -1)
+    assert sample(logits, [SamplingParams()] * 2, [0.0, 1 - 1e-16]).tolist() == [1, 2]
+
+
+def test_what_was_said_is_less_likely() -> None:
+    logits = torch.tensor([2.0, -2.0, 1.0])
+    assert penalize_repetition(logits, torch.tensor([0, 1]), 2.0).tolist() == [1.0, -4.0, 1.0]
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"min_p": 2}, {"repetition_penalty": 0},
+                                 {"stop": ("",)}, {"max_tokens": -1}, {"temperature": float("nan")}])  # fmt: skip
+def test_settings_that_mean_nothing_are_refused(bad: dict) -> None:
+    with pytest.raises(NanochatError, match=next(iter(bad))):
+        SamplingParams(**bad)
