@@ -64,10 +64,23 @@ function showMessage(node) {
 }
 
 function fill(content, node) {
+  if (inside && node.role === "user" && !node.tokens) readTokens(content, node);
   if (inside && node.tokens?.length) content.replaceChildren(tokenView(node.tokens));
   else if (node.role === "user") content.replaceChildren(node.content);
   else content.replaceChildren(...answer(node.content));
   content.classList.toggle("cursor", running?.node === node);
+}
+
+// A question's tokens, asked for when they are first looked at.
+async function readTokens(content, node) {
+  node.tokens = [];
+  try {
+    const read = await api.tokenize({ prompt: node.content });
+    node.tokens = read.token_strs.map((token) => ({ text: token }));
+    if (inside) content.replaceChildren(tokenView(node.tokens));
+  } catch {  // the text itself stays
+    delete node.tokens;
+  }
 }
 
 // All that the model reads, token by token.
@@ -113,7 +126,6 @@ function ask(content, parent = null) {
   if (running) return;
   const nodes = store.path(current);
   const node = store.add(current, parent ?? nodes.at(-1) ?? current.nodes.root, "user", content);
-  if (inside) api.tokenize({ prompt: content }).then((read) => { node.tokens = read.token_strs.map((token) => ({ text: token })); }).catch(() => {});
   respond(node);
 }
 

@@ -29,7 +29,7 @@ function curve(name, points) {
   const [xs, ys] = [points.map((p) => p[0]), points.map((p) => p[1])];
   const [x0, x1, y0, y1] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
   const place = ([x, y]) => `${(300 * (x - x0)) / (x1 - x0 || 1)},${100 - (100 * (y - y0)) / (y1 - y0 || 1)}`;
-  const line = svgTag("polyline", { points: points.map(place).join(" ") });
+  const line = svgTag("polyline", { points: points.length > 1 ? points.map(place).join(" ") : "150,50 150,50" });
   const drawing = svgTag("svg", { viewBox: "0 0 300 100", preserveAspectRatio: "none", role: "img", "aria-label": `${name}, from ${number(ys[0])} to ${number(ys.at(-1))}` }, line);
   const title = TITLES[name] ?? name;
   const range = element("div", { class: "note" }, `${number(y0)} to ${number(y1)}, steps ${x0} to ${x1}`);

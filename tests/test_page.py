@@ -1,0 +1,214 @@
+"""The pages in a real Chromium: talking, branching, looking inside, hostile output, a phone, the runs.
+
+Skipped, saying so, where Playwright or Chromium is not installed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nanochat.checkpoint_manager import load_model
+from nanochat.engine import Engine
+from nanochat.server import create_app
+from tests.helpers import serve
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium"),
+]
+
+
+@pytest.fixture
+def url(tiny_run: Path) -> Iterator[str]:
+    model, tokenizer, _ = load_model("sft", "cpu", "eval", "tiny")
+    with serve(create_app([Engine(model, tokenizer)], "tiny")) as port:
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture
+def browser() -> Iterator[playwright.Browser]:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(url: str, browser: playwright.Browser) -> Iterator[playwright.Page]:
+    """The chat page, with short answers; whatever is wrong in its console fails the test."""
+    context = browser.new_context(viewport={"width": 1000, "height": 700})
+    context.add_init_script(
+        'localStorage.getItem("nanochat.settings") || localStorage.setItem("nanochat.settings", \'{"max_tokens": 16}\')'
+    )
+    page = context.new_page()
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: complaints.append(request.url) if not request.url.startswith((url, "data:")) else None)
+    page.goto(url)
+    yield page
+    # That hostile styles are refused is told in the console while they are being removed.
+    assert [text for text in complaints if "Content Security Policy" not in text] == []
+
+
+def _ask(page: playwright.Page, text: str) -> None:
+    before = page.locator(".message.assistant").count()
+    page.fill("#text", text)
+    page.keyboard.press("Enter")
+    page.locator(".message.assistant").nth(before).wait_for()
+    _settle(page)
+
+
+def _settle(page: playwright.Page) -> None:
+    page.locator("#log:not([aria-busy])").wait_for()
+
+
+def _pretend(page: playwright.Page, *events: dict) -> None:
+    """Answer in the server's place."""
+    body = "".join(f"data: {json.dumps(event)}\n\n" for event in (*events, {"done": True, "finish_reason": "stop"}))
+    page.route("**/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
+
+
+def test_a_conversation_with_its_branches_is_kept(page: playwright.Page) -> None:
+    _ask(page, "first question")
+    _ask(page, "second question")
+    assert page.locator(".message").count() == 4
+    page.locator(".message.assistant").last.get_by_text("Regenerate").click()
+    _settle(page)
+    assert "2/2" in page.locator(".message.assistant").last.inner_text()
+    page.get_by_label("Previous version").last.click()
+    assert "1/2" in page.locator(".message.assistant").last.inner_text()
+    page.locator(".message.user").first.get_by_text("Edit").click()
+    page.get_by_label("Edit the message").fill("another question")
+    page.keyboard.press("Enter")
+    page.get_by_text("another question").first.wait_for()
+    _settle(page)
+    assert page.locator(".message").count() == 2
+    page.reload()
+    assert page.locator(".message.user .content").inner_text() == "another question"
+    page.get_by_label("Previous version").first.click()
+    assert page.locator(".message").count() == 4
+    page.keyboard.press("Control+Shift+O")
+    assert page.locator(".message").count() == 0
+    page.get_by_text("first question").click()
+    assert page.locator(".message").count() == 4
+    page.get_by_label("Delete first question").click()
+    page.reload()
+    assert page.locator(".message").count() == 0
+
+
+def test_looking_inside(page: playwright.Page) -> None:
+    page.get_by_text("Look inside").click()
+    _ask(page, "the cat sees")
+    page.locator(".message.user .tokens span").first.wait_for()
+    token = page.locator(".message.assistant .tokens span[tabindex]").first
+    token.focus()
+    assert "chosen:" in page.locator("#thought").inner_text()
+    assert page.locator("#thought tr").count() == 5
+    page.get_by_text("The conversation as the model reads it").click()
+    page.get_by_text("<|user_start|>").wait_for()
+
+
+def test_a_calculator_call_is_shown_and_sent_back(page: playwright.Page) -> None:
+    call = (
+        {"token": "2+3", "part": "python"},
+        {"token": "5", "part": "python_output"},
+        {"token": "It is **5**.", "part": "text"},
+    )
+    _pretend(page, *call)
+    _ask(page, "2+3?")
+    assert page.locator(".tool").all_inner_texts() == ["2+3", "5"]
+    assert page.locator(".message.assistant strong").inner_text() == "5"
+    with page.expect_request("**/chat/completions") as sent:
+        _ask(page, "and?")
+    assert [part["type"] for part in sent.value.post_data_json["messages"][1]["content"]] == [
+        "python",
+        "python_output",
+        "text",
+    ]
+
+
+HOSTILE = """<script>document.title = "owned"</script><img src=x onerror="document.title='owned'">
+<iframe srcdoc="<script>parent.document.title='owned'</script>"></iframe><svg onload="document.title='owned'"></svg>
+[link](javascript:document.title='owned') <a href="data:text/html,x" onclick="document.title='owned'">b</a>
+<form action="/x"><input name="y"></form><style>body { display: none }</style> <b style="position:fixed">c</b>
+
+```html
+<script>alert(1)</script>
+```
+"""
+
+
+def test_hostile_output_stays_text(page: playwright.Page) -> None:
+    _pretend(
+        page, {"token": HOSTILE, "part": "text"}, {"token": "<img src=x onerror=document.title='owned'>", "part": "python"}
+    )
+    _ask(page, "<img src=x onerror=document.title='owned'>")
+    answer = page.locator(".message.assistant .content")
+    for tag in ("script", "img", "iframe", "svg", "form", "input", "style", "object"):
+        assert page.locator(f".message {tag}").count() == 0, tag
+    for link in answer.locator("a").all():
+        assert not (link.get_attribute("href") or "").startswith(("javascript", "data"))
+        assert link.get_attribute("onclick") is None
+    assert "<script>alert(1)</script>" in answer.locator("pre code").inner_text()
+    assert page.locator(".message.user .content").inner_text() == "<img src=x onerror=document.title='owned'>"
+    page.wait_for_timeout(200)
+    assert page.title() == "nanochat"
+
+
+def test_failures_are_told_and_can_be_tried_again(page: playwright.Page) -> None:
+    failure = 'data: {"error": {"message": "too many requests are waiting"}}\n\n'
+    page.route("**/chat/completions", lambda route: route.fulfill(body=failure, content_type="text/event-stream"))
+    page.fill("#text", "hello")
+    page.keyboard.press("Enter")
+    page.get_by_role("alert").wait_for()
+    assert "too many requests" in page.get_by_role("alert").inner_text()
+    page.unroute("**/chat/completions")
+    page.get_by_text("Try again").click()
+    page.locator(".message.assistant").wait_for()
+    _settle(page)
+    assert page.get_by_role("alert").count() == 0
+
+
+def test_settings_are_kept_and_used(page: playwright.Page) -> None:
+    page.locator("#open-settings").click()
+    page.locator("[name=max_tokens]").fill("3")
+    page.locator("[name=theme]").select_option("dark")
+    page.locator("[name=system]").fill("Be kind.")
+    page.keyboard.press("Escape")
+    page.reload()
+    assert page.locator("html").get_attribute("data-theme") == "dark"
+    with page.expect_request("**/chat/completions") as sent:
+        _ask(page, "hello")
+    assert sent.value.post_data_json["max_tokens"] == 3
+    assert sent.value.post_data_json["messages"][0] == {"role": "system", "content": "Be kind."}
+
+
+def test_a_phone_has_room_for_everything(url: str, browser: playwright.Browser) -> None:
+    page = browser.new_context(viewport={"width": 360, "height": 640}, is_mobile=True, has_touch=True).new_page()
+    page.goto(url)
+    assert not page.locator("#sidebar").is_visible()
+    page.get_by_label("Show conversations").tap()
+    page.locator("#new").wait_for()
+    page.locator("#new").tap()
+    page.locator("#sidebar").wait_for(state="hidden")
+    for name in ("#text", "#send", "#inside", "#open-settings"):
+        box = page.locator(name).bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= 360
+        assert box["y"] + box["height"] <= 640
+
+
+def test_the_runs_page_draws_the_curves(url: str, page: playwright.Page) -> None:
+    page.goto(f"{url}/runs")
+    page.get_by_text("Pretraining").wait_for()
+    page.get_by_text("Fine-tuning").wait_for()
+    titles = page.locator("figcaption span").all_inner_texts()
+    assert "validation bits per byte" in titles and "training loss (smoothed)" in titles
+    assert len(page.locator("polyline").first.get_attribute("points").split()) == 6
