@@ -9,6 +9,7 @@ from typing import Any
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError, compute_init, run_command
 from nanochat.engine import Engine, trim_conversation
+from nanochat.runner import prepare_for_inference
 from nanochat.tokenizer import IncrementalDecoder
 
 HELP = "Type a message; 'clear' begins anew, 'quit' leaves, Ctrl-C stops an answer."
@@ -33,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     *_, device = compute_init(args.device_type, args.seed)
     model, tokenizer, meta = load_model(args.source, device, "eval", args.model_tag, args.step)
-    chat = Chat(Engine(model, tokenizer), args)
+    chat = Chat(Engine(prepare_for_inference(model), tokenizer), args)
     if args.prompt is not None:
         chat.answer(args.prompt)
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import socket
 import sys
@@ -60,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     config = uvicorn.Config(
         app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=int(args.grace) + 5
     )
-    Server(config, app.state.service).run()
+    with contextlib.suppress(KeyboardInterrupt):  # how one stops a server
+        Server(config, app.state.service).run()
     return 0
 
 
