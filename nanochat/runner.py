@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch._inductor.config
@@ -76,7 +76,7 @@ class ModelRunner:
         self._staging = torch.zeros(2, rows, dtype=torch.long, pin_memory=pinned) if pinned else self.inputs
         self._columns = torch.zeros(-(-self.max_blocks // COLUMNS_STEP) * COLUMNS_STEP, device=self.device)
         model.rotary(None, config.sequence_len)  # the whole table now: compiled code is not to see it grow
-        self._step = self._decode_step
+        self._compiled: Callable[..., torch.Tensor] | None = None  # of _decode_step
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._compiling: threading.Thread | None = None
 
@@ -164,7 +164,11 @@ class ModelRunner:
 
     @property
     def is_compiled(self) -> bool:
-        return self._step != self._decode_step
+        return self._compiled is not None
+
+    @property
+    def _step(self) -> Callable[..., torch.Tensor]:
+        return self._compiled or self._decode_step
 
     def compile(self, background: bool = False) -> str | None:
         """Compile the decoding step; returns why not, where that is impossible. The weights must not change afterwards.
@@ -195,7 +199,7 @@ class ModelRunner:
             reason = f"the compiler failed: {str(error).splitlines()[0][:200]}"
             logger.warning("decoding stays uncompiled: %s", reason)
             return reason
-        self._step = compiled
+        self._compiled = compiled
         return None
 
     @torch.inference_mode(False)  # tensors of the same kind as the real ones

@@ -109,8 +109,8 @@ def _thresholds(scaled: torch.Tensor, top: torch.Tensor, params: list[SamplingPa
 
 
 def penalize_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Logits (vocab_size,) with those of the tokens `seen` (n,) made less likely. Method: arXiv 1909.05858."""
-    chosen = logits[seen]
-    result = logits.clone()
-    result[seen] = torch.where(chosen > 0, chosen / penalty, chosen * penalty)
-    return result
+    """Logits (vocab_size,) with those of the tokens that were `seen`, (vocab_size,) bool, made less likely.
+
+    Method: arXiv 1909.05858.
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)

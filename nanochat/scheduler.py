@@ -106,6 +106,7 @@ class Scheduler:
         self.prefilling: Sequence | None = None
         self.calling: set[Sequence] = set()
         self._random: dict[Sequence, random.Random] = {}
+        self._seen: dict[Sequence, tuple[torch.Tensor, int]] = {}  # with a repetition penalty
         self._decoders: dict[Sequence, IncrementalDecoder] = {}
         self._submitted = self._enqueued = 0
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -298,7 +299,7 @@ class Scheduler:
             if sequence.params.repetition_penalty != 1:
                 if adjusted is logits:
                     adjusted = logits.clone()
-                seen = torch.tensor(sorted({*sequence.prompt, *sequence.tokens}), device=logits.device)
+                seen = self._mark_seen(sequence, logits[i])
                 adjusted[i] = penalize_repetition(logits[i], seen, sequence.params.repetition_penalty)
         uniform = [0.0 if p.greedy else self._random[s].random() for s, p in zip(sequences, params, strict=True)]
         drawn = sample(adjusted, params, uniform).tolist()
@@ -306,6 +307,15 @@ class Scheduler:
             if sequence.params.logprobs is not None:
                 sequence.logprobs.append(_logprob(logits[i], token, sequence.params.logprobs))
             self._accept(sequence, token)
+
+    def _mark_seen(self, sequence: Sequence, logits: torch.Tensor) -> torch.Tensor:
+        """(vocab_size,) bool: the tokens of a text, of which only the new ones are looked at."""
+        if sequence not in self._seen:
+            self._seen[sequence] = (torch.zeros_like(logits, dtype=torch.bool), 0)
+        seen, known = self._seen[sequence]
+        seen[torch.tensor(sequence.slice(known, sequence.length), device=seen.device)] = True
+        self._seen[sequence] = (seen, sequence.length)
+        return seen
 
     def _accept(self, sequence: Sequence, token: int) -> None:
         """Take a sampled token and see whether the text goes on."""
@@ -370,6 +380,7 @@ class Scheduler:
         self._leave_row(sequence)
         self._release(sequence)
         self._random.pop(sequence, None)
+        self._seen.pop(sequence, None)
         decoder = self._decoders.pop(sequence, None)
         if decoder is not None and reason != "cancelled" and (rest := sequence.held_text + decoder.flush()):
             sequence.pieces.append((rest, decoder.part))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -225,6 +227,19 @@ def test_all_memory_comes_back(engine: Engine, tokenizer: Tokenizer) -> None:
     stream.close()
     assert _free_blocks(engine) == free
     assert engine.scheduler.is_idle
+
+
+def test_an_engine_leaves_nothing_behind(engine: Engine, tokenizer: Tokenizer) -> None:
+    """Also without the garbage collector, which training switches off between its samples."""
+    gc.disable()
+    try:
+        other = Engine(engine.model, tokenizer)
+        other.complete(_prompts(tokenizer), max_tokens=3)
+        keys = weakref.ref(other.scheduler.runner.memory.keys[0])
+        del other
+        assert keys() is None
+    finally:
+        gc.enable()
 
 
 def test_a_long_prompt_does_not_stall_others(engine: Engine, tokenizer: Tokenizer) -> None:

@@ -59,7 +59,7 @@ def test_the_ends_of_the_interval_draw_possible_tokens() -> None:
 
 def test_what_was_said_is_less_likely() -> None:
     logits = torch.tensor([2.0, -2.0, 1.0])
-    assert penalize_repetition(logits, torch.tensor([0, 1]), 2.0).tolist() == [1.0, -4.0, 1.0]
+    assert penalize_repetition(logits, torch.tensor([True, True, False]), 2.0).tolist() == [1.0, -4.0, 1.0]
 
 
 @pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"min_p": 2}, {"repetition_penalty": 0},
