@@ -40,9 +40,9 @@ class Engine:
         """Tokens that end an answer."""
         return self.scheduler.stop_ids
 
-    def compile(self, background: bool = False) -> str | None:
+    def compile(self) -> str | None:
         """Compile decoding for weights that stay as they are; see ModelRunner.compile."""
-        return self.scheduler.runner.compile(background)
+        return self.scheduler.runner.compile()
 
     @property
     def is_compiled(self) -> bool:
@@ -145,10 +145,15 @@ class Engine:
 class EngineThread:
     """A thread that runs an engine's scheduler as long as it is open; others submit to the scheduler and cancel."""
 
-    def __init__(self, engine: Engine, after_step: Callable[[], None] | None = None) -> None:
-        """after_step: called in the thread after each step, when all of its updates have been told."""
+    def __init__(self, engine: Engine, after_step: Callable[[], None] | None = None, compile: bool = False) -> None:
+        """after_step: called in the thread after each step, when all of its updates have been told.
+
+        compile: whether to compile first; what is submitted meanwhile waits.
+        """
         self.engine, self.scheduler, self.after_step = engine, engine.scheduler, after_step
+        self.compile = compile
         self.failures = 0
+        self.ready = threading.Event()
         self._closing = threading.Event()
         self.thread = threading.Thread(target=self._run, name="model", daemon=True)
 
@@ -166,6 +171,9 @@ class EngineThread:
         self.thread.join(timeout_s)
 
     def _run(self) -> None:
+        if self.compile and (reason := self.engine.compile()) is not None:
+            logger.warning("decoding without torch.compile: %s", reason)
+        self.ready.set()
         while not self._closing.is_set():
             try:
                 if self.scheduler.is_idle:

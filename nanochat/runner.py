@@ -8,7 +8,6 @@ tokens never depend on how many others are in the batch.
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -78,7 +77,6 @@ class ModelRunner:
         model.rotary(None, config.sequence_len)  # the whole table now: compiled code is not to see it grow
         self._compiled: Callable[..., torch.Tensor] | None = None  # of _decode_step
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self._compiling: threading.Thread | None = None
 
     # ------------------------------------------------------------------------- prompts
 
@@ -170,18 +168,12 @@ class ModelRunner:
     def _step(self) -> Callable[..., torch.Tensor]:
         return self._compiled or self._decode_step
 
-    def compile(self, background: bool = False) -> str | None:
+    def compile(self) -> str | None:
         """Compile the decoding step; returns why not, where that is impossible. The weights must not change afterwards.
 
-        In the background, steps go on uncompiled and change over when the compiled one is ready.
+        No other thread may compute meanwhile: the compiler traces by replacing parts of PyTorch for all of them.
         """
-        if (reason := can_compile(self.device)) is not None:
-            return reason
-        if background:
-            self._compiling = threading.Thread(target=self._compile, name="compile", daemon=True)
-            self._compiling.start()
-            return None
-        return self._compile()
+        return can_compile(self.device) or self._compile()
 
     @torch.inference_mode()
     def _compile(self) -> str | None:

@@ -71,9 +71,13 @@ def create_app(
     limits: Limits | None = None,
     api_key: str | None = None,
     cors_origins: list[str] | None = None,
+    compile: bool = False,
 ) -> FastAPI:
-    """The app that serves one model with one engine for each device; `app.state.service` is its Service."""
-    service = Service(engines, model_name, limits or Limits())
+    """The app that serves one model with one engine for each device, compiled at the start if asked for.
+
+    `app.state.service` is its Service.
+    """
+    service = Service(engines, model_name, limits or Limits(), compile)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -176,7 +180,8 @@ def create_app(
     @app.get("/health")
     async def health() -> JSONResponse:
         healthy = service.is_healthy
-        body = {"status": "ok" if healthy else "failed", "ready": healthy, "model": service.model_name}
+        status = ("ok" if service.is_ready else "compiling") if healthy else "failed"
+        body = {"status": status, "ready": status == "ok", "model": service.model_name}
         return JSONResponse(body, status_code=200 if healthy else 503)
 
     @app.get("/stats")

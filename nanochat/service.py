@@ -122,9 +122,9 @@ class Ticket:
 class Worker:
     """One engine's thread and whom it has news for."""
 
-    def __init__(self, engine: Engine, service: Service) -> None:
+    def __init__(self, engine: Engine, service: Service, compile: bool) -> None:
         self.engine, self.service = engine, service
-        self.thread = EngineThread(engine, after_step=self._tell)
+        self.thread = EngineThread(engine, self._tell, compile)
         self._updated: set[Ticket] = set()
 
     @property
@@ -167,11 +167,11 @@ def _set_news(tickets: list[Ticket]) -> None:
 class Service:
     """All that serves one model: an engine for each device."""
 
-    def __init__(self, engines: list[Engine], model_name: str, limits: Limits) -> None:
+    def __init__(self, engines: list[Engine], model_name: str, limits: Limits, compile: bool) -> None:
         self.model_name, self.limits = model_name, limits
         self.tokenizer = engines[0].tokenizer
         self.context = engines[0].model.config.sequence_len
-        self.workers = [Worker(engine, self) for engine in engines]
+        self.workers = [Worker(engine, self, compile) for engine in engines]
         self.metrics = Metrics(self)
         self.answered = 0
         self.started = time.time()
@@ -212,6 +212,11 @@ class Service:
     @property
     def is_healthy(self) -> bool:
         return all(worker.thread.is_alive for worker in self.workers)
+
+    @property
+    def is_ready(self) -> bool:
+        """False while models are being compiled: requests wait."""
+        return all(worker.thread.ready.is_set() for worker in self.workers)
 
     @property
     def kv_usage(self) -> float:

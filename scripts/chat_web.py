@@ -55,9 +55,13 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     engines, meta = in_own_thread(lambda: load_engines(args, choose_devices(device, args.num_gpus)))
     limits = Limits(max_waiting=args.max_waiting, request_timeout_s=args.request_timeout, grace_s=args.grace)
-    app = create_app(engines, meta["tag"], limits, args.api_key, args.cors_origin)
+    app = create_app(engines, meta["tag"], limits, args.api_key, args.cors_origin, args.compile)
     print(f"{meta['tag']} ({args.source}, step {meta['step']}) is at http://{args.host}:{args.port} (Ctrl-C stops it)")
     print(f"for programs: OPENAI_BASE_URL=http://{args.host}:{args.port}/v1, any API key" * (not args.api_key), flush=True)
+    if args.compile:
+        print(
+            "the first answers wait about half a minute for the compiler; --no-compile starts at once, and slower", flush=True
+        )
     config = uvicorn.Config(
         app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=int(args.grace) + 5
     )
@@ -67,15 +71,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load_engines(args: argparse.Namespace, devices: list[torch.device]) -> tuple[list[Engine], dict[str, Any]]:
-    """(an engine on each device, compiling in the background; what the checkpoint says of itself)."""
+    """(an engine on each device, what the checkpoint says of itself)."""
     engines = []
     for device in devices:
         model, tokenizer, meta = load_model(args.source, device, "eval", args.model_tag, args.step)
         prepare_for_inference(model, args.weights)
-        engine = Engine(model, tokenizer, max_rows=args.max_rows, kv_tokens=args.kv_tokens)
-        if args.compile and (reason := engine.compile(background=True)) is not None:
-            print(f"decoding without torch.compile: {reason}")
-        engines.append(engine)
+        engines.append(Engine(model, tokenizer, max_rows=args.max_rows, kv_tokens=args.kv_tokens))
     return engines, meta
 
 

@@ -151,6 +151,7 @@ async function respond(question) {
       }
       if (event.tokens) node.tokens = [...(node.tokens ?? []), ...event.tokens];
       if (event.dropped_turns) node.note = `the oldest ${event.dropped_turns} turns no longer fit and were left out`;
+      if (event.done && !node.content.length) node.note = "the model said nothing";
       if (event.done && event.finish_reason === "length") node.note = "cut at the longest answer allowed";
       if (event.done && event.finish_reason === "context") node.note = "the model's context is full";
       if (current === conversation) redraw();
@@ -162,7 +163,7 @@ async function respond(question) {
   running = null;
   send.textContent = "Send";
   log.removeAttribute("aria-busy");
-  if (!node.content.length) store.removeLast(conversation, node);
+  if (!node.content.length && !node.note) store.removeLast(conversation, node);
   store.save();
   if (current === conversation) {
     show(conversation);
@@ -248,5 +249,14 @@ $("open-settings").addEventListener("click", () => { showSettings(); dialog.show
 $("reset-settings").addEventListener("click", () => { Object.assign(settings, store.DEFAULTS); store.saveSettings(); showSettings(); });
 
 showSettings();
-api.get("/health").then((health) => { $("model").textContent = health.model; }).catch((error) => { $("model").textContent = error.message; });
+async function showHealth() {
+  try {
+    const health = await api.get("/health");
+    $("model").textContent = health.ready ? health.model : `${health.model} is getting ready…`;
+    if (!health.ready) setTimeout(showHealth, 1000);  // questions asked meanwhile are answered when it is
+  } catch (error) {
+    $("model").textContent = error.message;
+  }
+}
+showHealth();
 show(store.all()[0] ?? store.create());
