@@ -8,12 +8,12 @@ its blocks back and is computed again later. Tools run in threads of their own: 
 from __future__ import annotations
 
 import queue
-import random
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 import psutil
@@ -65,6 +65,10 @@ class Sequence:
     published: int = 0  # blocks that others can find
     content: int = 0  # of the last published one
     call: list[int] | None = None  # tokens of the tool call that is open
+    random: Random | None = None
+    decoder: IncrementalDecoder | None = None
+    seen: torch.Tensor | None = None  # with a repetition penalty: (vocab_size,) bool, the tokens of the text
+    seen_length: int = 0  # of the text that `seen` tells of
     held_text: str = ""  # may be the beginning of a stop text
 
     @property
@@ -105,9 +109,6 @@ class Scheduler:
         self.rows: list[Sequence] = []  # in the decoding batch, by row
         self.prefilling: Sequence | None = None
         self.calling: set[Sequence] = set()
-        self._random: dict[Sequence, random.Random] = {}
-        self._seen: dict[Sequence, tuple[torch.Tensor, int]] = {}  # with a repetition penalty
-        self._decoders: dict[Sequence, IncrementalDecoder] = {}
         self._submitted = self._enqueued = 0
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tools: ThreadPoolExecutor | None = None
@@ -183,8 +184,8 @@ class Scheduler:
         self._enqueued += 1
         if sequence.finish_reason is not None:  # cancelled before it was ever seen
             return
-        self._random[sequence] = random.Random(sequence.params.seed)
-        self._decoders[sequence] = IncrementalDecoder(self.tokenizer)
+        sequence.random = Random(sequence.params.seed)
+        sequence.decoder = IncrementalDecoder(self.tokenizer)
         if sequence.params.max_tokens == 0 and not sequence.params.prompt_logprobs:
             self._finish(sequence, "length")
         else:
@@ -301,7 +302,7 @@ class Scheduler:
                     adjusted = logits.clone()
                 seen = self._mark_seen(sequence, logits[i])
                 adjusted[i] = penalize_repetition(logits[i], seen, sequence.params.repetition_penalty)
-        uniform = [0.0 if p.greedy else self._random[s].random() for s, p in zip(sequences, params, strict=True)]
+        uniform = [0.0 if p.greedy else s.random.random() for s, p in zip(sequences, params, strict=True)]
         drawn = sample(adjusted, params, uniform).tolist()
         for i, (sequence, token) in enumerate(zip(sequences, drawn, strict=True)):
             if sequence.params.logprobs is not None:
@@ -310,12 +311,12 @@ class Scheduler:
 
     def _mark_seen(self, sequence: Sequence, logits: torch.Tensor) -> torch.Tensor:
         """(vocab_size,) bool: the tokens of a text, of which only the new ones are looked at."""
-        if sequence not in self._seen:
-            self._seen[sequence] = (torch.zeros_like(logits, dtype=torch.bool), 0)
-        seen, known = self._seen[sequence]
-        seen[torch.tensor(sequence.slice(known, sequence.length), device=seen.device)] = True
-        self._seen[sequence] = (seen, sequence.length)
-        return seen
+        if sequence.seen is None:
+            sequence.seen = torch.zeros_like(logits, dtype=torch.bool)
+        new = sequence.slice(sequence.seen_length, sequence.length)
+        sequence.seen[torch.tensor(new, device=logits.device)] = True
+        sequence.seen_length = sequence.length
+        return sequence.seen
 
     def _accept(self, sequence: Sequence, token: int) -> None:
         """Take a sampled token and see whether the text goes on."""
@@ -337,7 +338,7 @@ class Scheduler:
         self._end_or_go_on(sequence)
 
     def _append(self, sequence: Sequence, token: int, mask: int) -> None:
-        decoder = self._decoders[sequence]
+        decoder = sequence.decoder
         text, stopped = decoder.feed(token), False
         if sequence.params.stop and mask:
             text, stopped = self._look_for_stop(sequence, sequence.held_text + text)
@@ -345,7 +346,7 @@ class Scheduler:
         sequence.masks.append(mask)
         sequence.pieces.append((text, decoder.part))  # last, and whole: other threads read up to here
         if stopped:
-            del self._decoders[sequence]  # what it holds comes after the stop text
+            sequence.decoder = None  # what it holds comes after the stop text
             self._finish(sequence, "stop")
 
     def _look_for_stop(self, sequence: Sequence, text: str) -> tuple[str, bool]:
@@ -379,9 +380,7 @@ class Scheduler:
         self.calling.discard(sequence)
         self._leave_row(sequence)
         self._release(sequence)
-        self._random.pop(sequence, None)
-        self._seen.pop(sequence, None)
-        decoder = self._decoders.pop(sequence, None)
+        decoder, sequence.decoder, sequence.seen = sequence.decoder, None, None
         if decoder is not None and reason != "cancelled" and (rest := sequence.held_text + decoder.flush()):
             sequence.pieces.append((rest, decoder.part))
         if sequence.on_update is not None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from pathlib import Path
 
 from nanochat.tools import use_calculator
-from tasks.common import Conversation, Task
+from tasks.common import Conversation, GeneratedTask
 
 TEST_SHARE = 0.2  # of all pairs of operands, by hash: none of them is ever trained on
 QUESTIONS = {
@@ -23,16 +22,10 @@ QUESTIONS = {
 }  # fmt: skip
 
 
-class Arithmetic(Task):
+class Arithmetic(GeneratedTask):
     """Additions, subtractions and multiplications of small numbers; "test" and "val" share no operands with "train"."""
 
-    def __init__(self, split: str, data_dir: Path | None = None, size: int | None = None, **slicing: int) -> None:
-        super().__init__(**slicing)
-        self.split = split
-        self.size = size or {"train": 20_000, "val": 200, "test": 1_000}[split]
-
-    def num_examples(self) -> int:
-        return self.size
+    SIZES = {"train": 20_000, "val": 200, "test": 1_000}
 
     def get_example(self, index: int) -> Conversation:
         rng = random.Random(f"arithmetic {self.split} {index}")

@@ -13,7 +13,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -60,6 +60,20 @@ class Task(ABC):
         if not 0 <= index < len(self):
             raise IndexError(f"conversation {index} of {len(self)}")
         return self.get_example(self.start + index * self.step)
+
+
+class GeneratedTask(Task):
+    """A task whose conversations are made from their number; a subclass says how many there are in each split."""
+
+    SIZES: ClassVar[dict[str, int]]
+
+    def __init__(self, split: str, data_dir: Path | None = None, size: int | None = None, **slicing: int) -> None:
+        super().__init__(**slicing)
+        self.split = split
+        self.size = size or self.SIZES[split]
+
+    def num_examples(self) -> int:
+        return self.size
 
 
 class TaskSequence(Task):

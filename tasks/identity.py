@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-from pathlib import Path
 
-from tasks.common import Conversation, Task
+from tasks.common import Conversation, GeneratedTask
 
 GREETINGS = ("", "", "", "Hello! ", "Hi! ", "Hey, ", "Good morning. ", "Hi there. ")
 TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -49,16 +48,10 @@ TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-class Identity(Task):
+class Identity(GeneratedTask):
     """Conversations of one or two turns about the model itself. "val" and "test" draw others than "train"."""
 
-    def __init__(self, split: str, data_dir: Path | None = None, size: int | None = None, **slicing: int) -> None:
-        super().__init__(**slicing)
-        self.split = split
-        self.size = size or {"train": 2_000, "val": 100, "test": 100}[split]
-
-    def num_examples(self) -> int:
-        return self.size
+    SIZES = {"train": 2_000, "val": 100, "test": 100}
 
     def get_example(self, index: int) -> Conversation:
         rng = random.Random(f"identity {self.split} {index}")

@@ -6,10 +6,9 @@ import functools
 import random
 import re
 from collections import Counter
-from pathlib import Path
 
 from nanochat.dataset import get_source
-from tasks.common import Conversation, Task
+from tasks.common import Conversation, GeneratedTask
 
 NUM_WORDS = 10_000
 QUESTIONS = (
@@ -36,16 +35,10 @@ def _word(rng: random.Random, split: str) -> str:
             return words[index]
 
 
-class SpellingBee(Task):
+class SpellingBee(GeneratedTask):
     """How often a letter is in a word: the word is spelled out and counted, and the count checked by the calculator."""
 
-    def __init__(self, split: str, data_dir: Path | None = None, size: int | None = None, **slicing: int) -> None:
-        super().__init__(**slicing)
-        self.split = split
-        self.size = size or {"train": 20_000, "val": 200, "test": 256}[split]
-
-    def num_examples(self) -> int:
-        return self.size
+    SIZES = {"train": 20_000, "val": 200, "test": 256}
 
     def get_example(self, index: int) -> Conversation:
         rng = random.Random(f"spellingbee {self.split} {index}")
@@ -71,16 +64,10 @@ class SpellingBee(Task):
         return bool(found) and found[-1] == conversation["answer"]
 
 
-class SimpleSpelling(Task):
+class SimpleSpelling(GeneratedTask):
     """Spelling a word, letter by letter."""
 
-    def __init__(self, split: str, data_dir: Path | None = None, size: int | None = None, **slicing: int) -> None:
-        super().__init__(**slicing)
-        self.split = split
-        self.size = size or {"train": 20_000, "val": 200, "test": 256}[split]
-
-    def num_examples(self) -> int:
-        return self.size
+    SIZES = {"train": 20_000, "val": 200, "test": 256}
 
     def get_example(self, index: int) -> Conversation:
         word = _word(random.Random(f"simplespelling {self.split} {index}"), self.split)

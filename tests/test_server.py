@@ -322,6 +322,17 @@ def test_a_client_that_leaves_frees_its_place(engine: Engine, stream: bool) -> N
         assert scheduler.generated_tokens < 100
 
 
+def test_an_answer_that_takes_too_long_is_ended(engine: Engine) -> None:
+    decode = engine.scheduler.runner.decode
+    engine.scheduler.runner.decode = lambda *args: time.sleep(0.02) or decode(*args)
+    body = {**HELLO, "ignore_eos": True, "max_tokens": 10_000}
+    with TestClient(create_app([engine], "tiny", Limits(request_timeout_s=0.3))) as client:
+        response = client.post(CHAT, json=body)
+        assert response.status_code == 504 and response.json()["error"]["code"] == "timeout"
+        assert _events(client.post(CHAT, json={**body, "stream": True}).text)[-1]["error"]["code"] == "timeout"
+        _wait(lambda: engine.scheduler.num_running == 0, seconds=2)
+
+
 def test_slow_and_broken_clients_do_not_stop_the_others(engine: Engine) -> None:
     """Bodies that never end, garbage, readers of one byte: the next request is served, and the slow one gets its answer."""
     import httpx
