@@ -1,23 +1,27 @@
-"""Measure a base model: python -m scripts.base_eval --eval bpb,sample."""
+"""Measure a base model: python -m scripts.base_eval --eval core,bpb,sample."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
 import sys
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from nanochat.checkpoint_manager import get_stage_dir, load_model
 from nanochat.common import NanochatError, compute_init, run_command
+from nanochat.core_eval import NUM_TASKS, NanochatScorer, Scorer, evaluate_core, find_bundle
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import get_source
 from nanochat.engine import Engine, continue_openings
 from nanochat.loss_eval import evaluate_bpb
+from nanochat.progress import Progress
 from nanochat.report import merge_eval
 
-KINDS = ("bpb", "sample")
+KINDS = ("core", "bpb", "sample")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -26,6 +30,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest)")
     parser.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
     parser.add_argument("--data", default=None, metavar="NAME|PATH", help="text to measure on (default: the run's own)")
+    parser.add_argument("--eval-bundle", type=Path, default=None, metavar="DIR", help="CORE's data (default: downloaded)")
+    parser.add_argument("--max-per-task", type=int, default=-1, help="questions of each CORE task (-1: all)")
     parser.add_argument("--split-tokens", type=int, default=-1, help="tokens of each split (-1: 2^20, or all)")
     parser.add_argument("--device-batch-size", type=int, default=-1, metavar="ROWS")
     parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu")
@@ -43,7 +49,10 @@ def main(argv: list[str] | None = None) -> int:
     T = model.config.sequence_len
     rows = args.device_batch_size if args.device_batch_size > 0 else max(1, 8192 // T)
     most = max(1, (args.split_tokens if args.split_tokens > 0 else 2**20) // (rows * T * world_size))
-    results: dict[str, object] = {}
+    results: dict[str, Any] = {}
+    if "core" in kinds:
+        folder = get_stage_dir(meta["tag"], "base") / "core" / f"step_{meta['step']:06d}"
+        results["core"] = run_core(NanochatScorer(model, tokenizer), args.eval_bundle, args.max_per_task, folder)
     if "bpb" in kinds:
         results["bpb"] = {}
         for split in ("train", "val"):
@@ -58,8 +67,33 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def show(results: dict[str, object]) -> None:
+def run_core(scorer: Scorer, bundle: Path | None, max_per_task: int, folder: Path) -> dict[str, Any]:
+    """CORE with a live line for each task."""
+    with Progress("CORE", total=NUM_TASKS, unit="task") as progress:
+        done: set[str] = set()
+
+        def report(label: str, questions: int, total: int) -> None:
+            done.add(label)
+            progress.update(len(done))
+            if questions == total:
+                progress.print(f"{label}: {total} questions")
+
+        return evaluate_core(scorer, find_bundle(bundle), max_per_task, folder, report)
+
+
+def show(results: dict[str, Any]) -> None:
     console = Console()
+    if "core" in results:
+        core = results["core"]
+        table = Table("task", "accuracy", "95% interval", "centred", "questions")
+        for label, task in core["tasks"].items():
+            interval = f"{task['low']:.1%} to {task['high']:.1%}"
+            table.add_row(label, f"{task['accuracy']:.1%}", interval, f"{task['centered']:.4f}", str(task["n"]))
+        console.print(table)
+        if core["missing"]:
+            console.print(f"without data: {', '.join(core['missing'])}")
+        name = "core_metric" if "core_metric" in core else "core_partial"
+        console.print(f"{name}: {core[name]:.4f}, the mean over {len(core['tasks'])} of {NUM_TASKS} tasks")
     if "bpb" in results:
         table = Table("split", "bits per byte")
         for split, value in results["bpb"].items():

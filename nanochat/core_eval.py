@@ -1,0 +1,395 @@
+"""The CORE metric: 22 tasks of few-shot questions, centred on what guessing gives. Used by scripts/base_eval and base_train.
+
+Tasks, prompts and centring: DCLM, arXiv 2406.11794, section 3.5, on the evaluation bundle's data. A question has one or
+more candidate texts, of which the model's likeliest counts; candidates that begin alike are computed once up to where
+they part, and questions of similar length together.
+
+To evaluate another kind of model, write a class with the three members of `Scorer`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import random
+import shutil
+import tempfile
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from nanochat.chat_eval import wilson_interval
+from nanochat.common import NanochatError, atomic_write, get_base_dir, get_dist_info
+from nanochat.gpt import GPT
+from nanochat.kv_cache import KVCache
+from nanochat.tokenizer import Tokenizer
+
+BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
+NUM_TASKS = 22
+BATCH_TOKENS = {"cpu": 16_384, "cuda": 131_072}  # of a batch, all candidates counted
+SHORTEST_SHARED = 16  # tokens: a shorter common beginning is not worth a pass of its own
+LOGIT_ROWS = 2048  # positions whose logits exist at a time
+
+
+@dataclass(frozen=True)
+class CoreTask:
+    """One task of the bundle. baseline: the accuracy of guessing, 0 to 1."""
+
+    label: str
+    kind: str  # multiple_choice, schema or language_modeling
+    path: Path
+    num_fewshot: int
+    delimiter: str  # between question and answer
+    baseline: float
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A text of which tokens[start:] are judged."""
+
+    tokens: list[int]
+    start: int
+
+
+@dataclass(frozen=True)
+class Question:
+    index: int  # line of the task's file
+    candidates: list[Candidate]
+    gold: int
+    truncated: bool
+
+    @property
+    def num_shared(self) -> int:
+        """Tokens at the beginning that all candidates share, less the one whose logits are needed for what follows."""
+        if len(self.candidates) == 1:
+            return 0
+        first = min((c.tokens for c in self.candidates), key=len)
+        same = next((i for i in range(len(first)) if len({c.tokens[i] for c in self.candidates}) > 1), len(first))
+        return max(0, min(same, *(c.start for c in self.candidates)) - 1)
+
+
+class Scorer(Protocol):
+    """What a model must do to be evaluated."""
+
+    context: int  # tokens of the longest text
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, with what the model expects at its beginning."""
+        ...
+
+    def score(self, questions: list[Question]) -> list[list[tuple[float, bool]]]:
+        """For each candidate: the mean log-probability of its judged tokens, and whether each was the likeliest."""
+        ...
+
+
+# ----------------------------------------------------------------------------- the bundle
+
+
+def find_bundle(path: Path | None) -> Path:
+    """The bundle's folder: as given, else <base>/eval_bundle, downloaded if it is not there."""
+    if path is not None:
+        if not (path / "core.yaml").exists():
+            raise NanochatError(f"{path} is no evaluation bundle: it has no core.yaml")
+        return path
+    folder = get_base_dir() / "eval_bundle"
+    if not (folder / "core.yaml").exists():
+        _download_bundle(folder)
+    return folder
+
+
+def _download_bundle(folder: Path) -> None:
+    """Fetch and unpack the bundle; it becomes visible whole or not at all."""
+    print(f"downloading the evaluation bundle from {BUNDLE_URL}")
+    try:
+        with urllib.request.urlopen(BUNDLE_URL, timeout=60) as response:
+            archive = zipfile.ZipFile(io.BytesIO(response.read()))
+    except (OSError, zipfile.BadZipFile) as error:
+        raise NanochatError(
+            f"the evaluation bundle cannot be downloaded ({error}): give a folder with --eval-bundle"
+        ) from error
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        archive.extractall(temporary)
+        found = next(Path(temporary).rglob("core.yaml"), None)
+        if found is None:
+            raise NanochatError(f"{BUNDLE_URL} holds no core.yaml: give a folder with --eval-bundle")
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(found.parent, folder)
+
+
+def read_tasks(bundle: Path) -> list[CoreTask]:
+    """The tasks that core.yaml lists, with the baselines of eval_meta_data.csv."""
+    try:
+        entries = yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
+        with open(bundle / "eval_meta_data.csv", encoding="utf-8", newline="") as file:
+            baselines = {row["Eval Task"]: float(row["Random baseline"]) / 100 for row in csv.DictReader(file)}
+        return [
+            CoreTask(
+                entry["label"], entry["icl_task_type"], bundle / "eval_data" / entry["dataset_uri"],
+                entry["num_fewshot"][0], entry.get("continuation_delimiter", " "), baselines[entry["label"]],
+            )
+            for entry in entries
+        ]  # fmt: skip
+    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+        raise NanochatError(f"{bundle} is no readable evaluation bundle ({type(error).__name__}: {error})") from error
+
+
+FIELDS = {
+    "multiple_choice": ("query", "choices", "gold"),
+    "schema": ("context_options", "continuation", "gold"),
+    "language_modeling": ("context", "continuation"),
+}
+
+
+def read_items(task: CoreTask) -> list[dict[str, Any]]:
+    """The lines of a task's file. Raises NanochatError with file and line for one that is no question of its kind."""
+    items = []
+    with open(task.path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                item = json.loads(line)
+                missing = [name for name in FIELDS[task.kind] if name not in item]
+                if missing:
+                    raise ValueError(f"it has no {missing[0]!r}")
+                options = item.get("choices") or item.get("context_options")
+                if options is not None and not 0 <= item["gold"] < len(options):
+                    raise ValueError(f"gold {item['gold']} is none of {len(options)} choices")
+            except (ValueError, TypeError, KeyError) as error:
+                raise NanochatError(f"{task.path}:{number}: not a {task.kind} question: {error}") from error
+            items.append(item)
+    if not items:
+        raise NanochatError(f"{task.path} is empty")
+    return items
+
+
+# ----------------------------------------------------------------------------- prompts
+
+
+def render(task: CoreTask, item: dict[str, Any], shots: list[dict[str, Any]]) -> tuple[list[str], str | None]:
+    """(each candidate's whole text, for language_modeling the text before the answer)."""
+    solved = "".join(f"{_solution(task, shot)}\n\n" for shot in shots)
+    if task.kind == "multiple_choice":
+        return [f"{solved}{item['query']}{task.delimiter}{choice}" for choice in item["choices"]], None
+    if task.kind == "schema":
+        return [f"{solved}{c}{task.delimiter}{item['continuation']}" for c in item["context_options"]], None
+    before = f"{solved}{item['context'].strip()}{task.delimiter}"
+    return [before + item["continuation"]], before.strip()  # a space at the end belongs to the answer's first token
+
+
+def _solution(task: CoreTask, shot: dict[str, Any]) -> str:
+    if task.kind == "multiple_choice":
+        return f"{shot['query']}{task.delimiter}{shot['choices'][shot['gold']]}"
+    if task.kind == "schema":
+        return f"{shot['context_options'][shot['gold']]}{task.delimiter}{shot['continuation']}"
+    return f"{shot['context'].strip()}{task.delimiter}{shot['continuation']}"
+
+
+def build_question(task: CoreTask, items: list[dict[str, Any]], index: int, scorer: Scorer) -> Question:
+    """The question of one item, with few-shot examples drawn from the others; too long ones lose their beginning."""
+    item, rng = items[index], random.Random(1234 + index)
+    others = [i for i in range(len(items)) if i != index]
+    shots = [items[i] for i in rng.sample(others, min(task.num_fewshot, len(others)))]
+    texts, before = render(task, item, shots)
+    tokens = [scorer.encode(text) for text in texts]
+    if task.kind == "multiple_choice":
+        starts = [_common_length(tokens)] * len(tokens)
+    elif task.kind == "schema":
+        shared = _common_length([list(reversed(t)) for t in tokens])
+        starts = [len(t) - shared for t in tokens]
+    else:
+        starts = [_common_length([tokens[0], scorer.encode(before)])]
+    starts = [min(max(start, 1), len(text) - 1) for text, start in zip(tokens, starts, strict=True)]  # before, and after
+    cut = max(0, max(map(len, tokens)) - scorer.context)  # the same for all, so that they go on beginning alike
+    cut = min([cut, *(start - 1 for start in starts)])
+    candidates = [Candidate(text[cut : cut + scorer.context], start - cut) for text, start in zip(tokens, starts, strict=True)]
+    return Question(index, candidates, item.get("gold", 0), truncated=cut > 0)
+
+
+def _common_length(texts: list[list[int]]) -> int:
+    shortest = min(map(len, texts))
+    return next((i for i in range(shortest) if len({text[i] for text in texts}) > 1), shortest)
+
+
+# ----------------------------------------------------------------------------- our models
+
+
+class NanochatScorer:
+    """Scores with a GPT: batches of similar length under a token budget, shared beginnings once."""
+
+    def __init__(self, model: GPT, tokenizer: Tokenizer, batch_tokens: int | None = None, share: bool = True) -> None:
+        self.model, self.tokenizer, self.share = model, tokenizer, share
+        self.context = model.config.sequence_len
+        self.batch_tokens = batch_tokens or BATCH_TOKENS.get(model.get_device().type, BATCH_TOKENS["cpu"])
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, prepend="<|bos|>")
+
+    @torch.inference_mode()
+    def score(self, questions: list[Question]) -> list[list[tuple[float, bool]]]:
+        results: list[list[tuple[float, bool]]] = [[] for _ in questions]
+        for batch in self._batches(questions):
+            scores = iter(self._score_batch([questions[i] for i in batch]))
+            for i in batch:
+                results[i] = [next(scores) for _ in questions[i].candidates]
+        return results
+
+    def _batches(self, questions: list[Question]) -> Iterator[list[int]]:
+        """Places of questions that go together: of similar length, within the budget, padding within the context."""
+
+        def size(i: int) -> tuple[int, int, int]:
+            shared = self._shared(questions[i])
+            return shared, max(len(c.tokens) for c in questions[i].candidates) - shared, len(questions[i].candidates)
+
+        batch: list[int] = []
+        widest = (0, 0)
+        rows = 0
+        for i in sorted(range(len(questions)), key=size):
+            shared, rest, count = size(i)
+            wider = (max(widest[0], shared), max(widest[1], rest))
+            fits = (rows + count) * sum(wider) <= self.batch_tokens and sum(wider) <= self.context
+            alike = (widest[0] == 0) == (shared == 0)
+            if batch and not (fits and alike):
+                yield batch
+                batch, rows, wider = [], 0, (shared, rest)
+            batch.append(i)
+            rows, widest = rows + count, wider
+        if batch:
+            yield batch
+
+    def _shared(self, question: Question) -> int:
+        shared = question.num_shared if self.share else 0
+        return shared if shared >= SHORTEST_SHARED else 0
+
+    def _score_batch(self, questions: list[Question]) -> list[tuple[float, bool]]:
+        """The scores of all candidates, in order."""
+        device = self.model.get_device()
+        shared = [self._shared(question) for question in questions]
+        rows = [(c, n) for question, n in zip(questions, shared, strict=True) for c in question.candidates]
+        cache = None
+        if max(shared):
+            cache = KVCache.for_model(self.model, len(questions))
+            self.model.features(
+                _padded([q.candidates[0].tokens[:n] for q, n in zip(questions, shared, strict=True)], device), cache
+            )
+            cache.set_lengths(shared)
+            cache.keep_rows([i for i, question in enumerate(questions) for _ in question.candidates])
+            cache.set_lengths([n for _, n in rows])
+        features = self.model.features(_padded([c.tokens[n:] for c, n in rows], device), cache)
+        places = [(row, c.start - 1 - n + k) for row, (c, n) in enumerate(rows) for k in range(len(c.tokens) - c.start)]
+        at = torch.tensor(places, device=device)
+        targets = torch.tensor([token for c, _ in rows for token in c.tokens[c.start :]], device=device)
+        logprobs, likeliest = [], []
+        for part, wanted in zip(at.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
+            logits = self.model.logits(features[part[:, 0], part[:, 1]])
+            logprobs.append(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0])
+            likeliest.append(logits.argmax(-1) == wanted)
+        sizes = [len(c.tokens) - c.start for c, _ in rows]
+        means = [part.mean().item() for part in torch.cat(logprobs).split(sizes)]
+        greedy = [bool(part.all()) for part in torch.cat(likeliest).split(sizes)]
+        return list(zip(means, greedy, strict=True))
+
+
+def _padded(texts: list[list[int]], device: torch.device) -> torch.Tensor:
+    longest = max(map(len, texts))
+    return torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=device)
+
+
+# ----------------------------------------------------------------------------- the metric
+
+
+def evaluate_core(
+    scorer: Scorer,
+    bundle: Path,
+    max_per_task: int = -1,
+    folder: Path | None = None,
+    report: Callable[[str, int, int], None] = lambda label, done, total: None,
+) -> dict[str, Any]:
+    """Every task whose data is there, over all ranks: {"tasks": {label: ...}, "missing": [...], "core_metric": ...}.
+
+    The mean of centred accuracies is "core_metric" over all 22 tasks and "core_partial" over fewer. folder: where each
+    question's outcome is written; tasks that are there already are not computed again. report(label, done, total) is
+    told how far a task is.
+    """
+    tasks = read_tasks(bundle)
+    results: dict[str, Any] = {"tasks": {}, "missing": []}
+    for task in tasks:
+        if not task.path.exists():
+            results["missing"].append(task.label)
+            continue
+        rows = _finished_rows(folder, task, max_per_task)
+        if rows is None:
+            rows = _evaluate_task(scorer, task, max_per_task, report)
+            _write_rows(folder, task, max_per_task, rows)
+        n, correct = len(rows), sum(row["correct"] for row in rows)
+        low, high = wilson_interval(correct / n, n)
+        results["tasks"][task.label] = {
+            "accuracy": correct / n,
+            "centered": (correct / n - task.baseline) / (1 - task.baseline),
+            "n": n,
+            "low": low,
+            "high": high,
+            "truncated": sum(row["truncated"] for row in rows),
+        }
+    if not results["tasks"]:
+        raise NanochatError(f"{bundle} holds the data of none of its {len(tasks)} tasks")
+    centered = [task["centered"] for task in results["tasks"].values()]
+    name = "core_metric" if len(centered) == NUM_TASKS else "core_partial"
+    results[name] = sum(centered) / len(centered)
+    return results
+
+
+def _evaluate_task(
+    scorer: Scorer, task: CoreTask, max_per_task: int, report: Callable[[str, int, int], None]
+) -> list[dict[str, Any]]:
+    """One row for each question, in order, from all ranks."""
+    items = read_items(task)
+    chosen = list(range(len(items)))
+    random.Random(1337).shuffle(chosen)
+    chosen = chosen[:max_per_task] if max_per_task > 0 else chosen
+    ddp, rank, _, world_size = get_dist_info()
+    mine = chosen[rank::world_size]
+    rows: list[dict[str, Any]] = []
+    for at in range(0, len(mine), 256):  # prompts are made as they are needed: memory stays bounded
+        questions = [build_question(task, items, index, scorer) for index in mine[at : at + 256]]
+        for question, scores in zip(questions, scorer.score(questions), strict=True):
+            rows.append(_judge(task, question, scores))
+        report(task.label, len(rows), len(mine))
+    if ddp:
+        gathered: list[list[dict[str, Any]]] = [[] for _ in range(world_size)]
+        dist.all_gather_object(gathered, rows)
+        rows = [row for part in gathered for row in part]
+    return sorted(rows, key=lambda row: row["index"])
+
+
+def _judge(task: CoreTask, question: Question, scores: list[tuple[float, bool]]) -> dict[str, Any]:
+    row = {"index": question.index, "truncated": question.truncated, "logprobs": [round(mean, 6) for mean, _ in scores]}
+    if task.kind == "language_modeling":
+        return {**row, "correct": scores[0][1]}
+    chosen = max(range(len(scores)), key=lambda i: scores[i][0])
+    return {**row, "chosen": chosen, "gold": question.gold, "correct": chosen == question.gold}
+
+
+def _rows_path(folder: Path, task: CoreTask, max_per_task: int) -> Path:
+    return folder / f"{task.label}{f'_{max_per_task}' if max_per_task > 0 else ''}.jsonl"
+
+
+def _finished_rows(folder: Path | None, task: CoreTask, max_per_task: int) -> list[dict[str, Any]] | None:
+    if folder is None or not (path := _rows_path(folder, task, max_per_task)).exists():
+        return None
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _write_rows(folder: Path | None, task: CoreTask, max_per_task: int, rows: list[dict[str, Any]]) -> None:
+    ddp, rank, _, _ = get_dist_info()
+    if folder is not None and rank == 0:
+        atomic_write(_rows_path(folder, task, max_per_task), "".join(json.dumps(row) + "\n" for row in rows))
+    if ddp:
+        dist.barrier()

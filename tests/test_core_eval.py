@@ -1,0 +1,190 @@
+"""CORE: prompts as published, shared beginnings and batches that change nothing, what is missing or malformed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat.common import NanochatError
+from nanochat.core_eval import (
+    CoreTask,
+    NanochatScorer,
+    build_question,
+    evaluate_core,
+    find_bundle,
+    read_items,
+    read_tasks,
+    render,
+)
+from nanochat.tokenizer import Tokenizer
+from scripts import base_eval
+from tests.helpers import make_document, make_model
+
+CHOICES = [{"query": f"Question {i}: which", "choices": [f"the cat {i}", f"a small dog {i}", "her brother"], "gold": i % 3}
+           for i in range(12)]  # fmt: skip
+SCHEMA = [{"context_options": [f"the cat {i} sees the king and the cat", f"the cat {i} sees the king and the king"],
+           "continuation": "follows the river.", "gold": i % 2} for i in range(8)]  # fmt: skip
+TEXTS = [{"context": make_document(i, 3) + " ", "continuation": "the cat"} for i in range(9)]
+BUNDLE = {
+    "arc_easy": ("multiple_choice", CHOICES, 3, "\nAnswer: "),
+    "winograd": ("schema", SCHEMA, 2, None),
+    "lambada_openai": ("language_modeling", TEXTS, 0, None),
+}
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    folder = tmp_path / "bundle"
+    (folder / "eval_data").mkdir(parents=True)
+    lines = ["icl_tasks:"]
+    for label, (kind, items, shots, delimiter) in {**BUNDLE, "squad": ("language_modeling", None, 10, None)}.items():
+        lines += [
+            f"- label: {label}",
+            f"  dataset_uri: {label}.jsonl",
+            f"  num_fewshot: [{shots}]",
+            f"  icl_task_type: {kind}",
+        ]
+        if delimiter is not None:
+            lines.append(f"  continuation_delimiter: {json.dumps(delimiter)}")
+        if items is not None:
+            (folder / "eval_data" / f"{label}.jsonl").write_text("\n".join(map(json.dumps, items)), encoding="utf-8")
+    (folder / "core.yaml").write_text("\n".join(lines), encoding="utf-8")
+    rows = ["Eval Task,Random baseline", "arc_easy,25", "winograd,50", "lambada_openai,0", "squad,0"]
+    (folder / "eval_meta_data.csv").write_text("\n".join(rows), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def scorer(tokenizer: Tokenizer) -> NanochatScorer:
+    return NanochatScorer(make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=256), tokenizer)
+
+
+def test_prompts_are_rendered_as_published() -> None:
+    task = CoreTask("x", "multiple_choice", Path(), 1, "\nAnswer: ", 0.25)
+    texts, _ = render(task, CHOICES[1], [CHOICES[0]])
+    assert texts[1] == "Question 0: which\nAnswer: the cat 0\n\nQuestion 1: which\nAnswer: a small dog 1"
+    task = CoreTask("x", "schema", Path(), 1, " ", 0.5)
+    texts, _ = render(task, SCHEMA[0], [SCHEMA[1]])
+    assert texts[0].startswith("the cat 1 sees the king and the king follows the river.\n\nthe cat 0")
+    assert texts[0].endswith("and the cat follows the river.")
+    task = CoreTask("x", "language_modeling", Path(), 0, " ", 0.0)
+    (text,), before = render(task, {"context": " one two ", "continuation": "three"}, [])
+    assert text == "one two three" and before == "one two"
+
+
+def test_what_is_judged_is_the_answer(scorer: NanochatScorer, bundle: Path) -> None:
+    decode = scorer.tokenizer.decode
+    for task in read_tasks(bundle)[:3]:
+        items = read_items(task)
+        for index in (0, 5):
+            question = build_question(task, items, index, scorer)
+            judged = [decode(c.tokens[c.start :]) for c in question.candidates]
+            if task.kind == "schema":
+                assert len(set(judged)) == 1 and "follows the river." in judged[0]
+            elif task.kind == "language_modeling":
+                assert judged[0].strip() == "the cat"
+            else:
+                assert len(set(judged)) == 3
+                for text, choice in zip(judged, items[index]["choices"], strict=True):
+                    assert choice.endswith(text.strip())
+
+
+def test_batches_and_shared_beginnings_change_nothing(scorer: NanochatScorer, bundle: Path) -> None:
+    """Against the plain model, one text at a time; long prompts that lose their beginning included."""
+    plain = NanochatScorer(scorer.model, scorer.tokenizer, batch_tokens=1, share=False)
+    for context in (256, 40):
+        scorer.context = plain.context = context
+        for task in read_tasks(bundle)[:3]:
+            items = read_items(task)
+            questions = [build_question(task, items, index, scorer) for index in range(len(items))]
+            assert any(q.truncated for q in questions) == (context == 40) or task.kind != "multiple_choice"
+            if task.kind != "language_modeling" and context == 256:
+                assert max(q.num_shared for q in questions) > 16
+            for together, alone in zip(scorer.score(questions), plain.score(questions), strict=True):
+                for (mean, greedy), (expected, greedy_alone) in zip(together, alone, strict=True):
+                    assert mean == pytest.approx(expected, abs=2e-4)
+                    assert greedy == greedy_alone
+    candidate = questions[0].candidates[0]
+    with torch.no_grad():
+        logprobs = scorer.model(torch.tensor([candidate.tokens]))[0].log_softmax(-1)
+    places = range(candidate.start, len(candidate.tokens))
+    expected = sum(logprobs[i - 1, candidate.tokens[i]].item() for i in places) / len(places)
+    assert plain.score(questions[:1])[0][0][0] == pytest.approx(expected, abs=2e-4)
+
+
+def test_the_metric_is_centred_and_says_what_is_missing(scorer: NanochatScorer, bundle: Path, tmp_path: Path) -> None:
+    results = evaluate_core(scorer, bundle, folder=tmp_path / "out")
+    assert results["missing"] == ["squad"] and "core_metric" not in results
+    for label, baseline in (("arc_easy", 0.25), ("winograd", 0.5), ("lambada_openai", 0.0)):
+        task = results["tasks"][label]
+        assert task["centered"] == pytest.approx((task["accuracy"] - baseline) / (1 - baseline))
+        rows = [json.loads(line) for line in (tmp_path / "out" / f"{label}.jsonl").read_text().splitlines()]
+        assert len(rows) == task["n"] == len(BUNDLE[label][1])
+        assert sum(row["correct"] for row in rows) / len(rows) == task["accuracy"]
+    mean = sum(task["centered"] for task in results["tasks"].values()) / 3
+    assert results["core_partial"] == pytest.approx(mean)
+    limited = evaluate_core(scorer, bundle, max_per_task=4)
+    assert {task["n"] for task in limited["tasks"].values()} == {4}
+
+
+def test_finished_tasks_are_not_computed_again(scorer: NanochatScorer, bundle: Path, tmp_path: Path) -> None:
+    first = evaluate_core(scorer, bundle, folder=tmp_path / "out")
+    (tmp_path / "out" / "winograd.jsonl").unlink()
+    computed: list[str] = []
+    again = evaluate_core(scorer, bundle, folder=tmp_path / "out", report=lambda label, done, total: computed.append(label))
+    assert again == first
+    assert set(computed) == {"winograd"}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{", "arc_easy.jsonl:2"),
+        ('{"query": "x"}', "choices"),
+        ('{"query": "x", "choices": ["a"], "gold": 3}', "gold 3"),
+        ("7", ":2"),
+    ],
+)
+def test_malformed_lines_are_named(scorer: NanochatScorer, bundle: Path, line: str, words: str) -> None:
+    path = bundle / "eval_data" / "arc_easy.jsonl"
+    path.write_text(json.dumps(CHOICES[0]) + "\n" + line, encoding="utf-8")
+    with pytest.raises(NanochatError, match=words):
+        evaluate_core(scorer, bundle)
+
+
+def test_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NanochatError, match=r"no core\.yaml"):
+        find_bundle(tmp_path)
+    monkeypatch.setattr("nanochat.core_eval.BUNDLE_URL", (tmp_path / "absent.zip").as_uri())
+    with pytest.raises(NanochatError, match="give a folder with --eval-bundle"):
+        find_bundle(None)
+
+
+def test_a_bundle_is_downloaded_once(bundle: Path, tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    archive = shutil.make_archive(str(tmp_path / "packed"), "zip", bundle.parent, bundle.name)
+    monkeypatch.setattr("nanochat.core_eval.BUNDLE_URL", Path(archive).as_uri())
+    folder = find_bundle(None)
+    assert folder == base_dir / "eval_bundle" and len(read_tasks(folder)) == 4
+    Path(archive).unlink()
+    assert find_bundle(None) == folder
+
+
+def test_the_command(tiny_run: Path, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--eval=core", f"--eval-bundle={bundle}", "--model-tag=tiny", "--max-per-task=3", "--device-type=cpu"]
+    assert base_eval.main(flags) == 0
+    output = capsys.readouterr().out
+    assert "core_partial" in output and "3 of 22 tasks" in output and "without data: squad" in output
+    saved = json.loads((tiny_run / "base" / "eval.json").read_text())
+    assert set(saved["core"]["tasks"]) == set(BUNDLE)
+
+
+@pytest.mark.slow
+def test_the_real_bundle(real_data: Path, tiny_run: Path, tokenizer: Tokenizer, scorer: NanochatScorer) -> None:
+    results = evaluate_core(scorer, real_data / "eval_bundle", max_per_task=2)
+    assert len(results["tasks"]) == 18
+    assert set(results["missing"]) == {"hellaswag_zeroshot", "hellaswag", "squad", "coqa"}
