@@ -64,7 +64,7 @@ def test_a_broken_installation_is_not_hidden() -> None:
         (base_train.main, ["--depth=2", "--head-dim=12"], "head_dim 12"),
         (base_train.main, ["--resume=soon"], "soon"),
         (base_train.main, ["--device-type=tpu"], "tpu"),
-        (base_eval.main, ["--eval=core"], "core"),
+        (base_eval.main, ["--eval=magic"], "magic"),
         (base_eval.main, ["--model-tag=absent"], "absent"),
         (chat_sft.main, ["--model-tag=tiny", "--resume=auto", "--tasks=Nonsense"], "Nonsense"),
         (chat_sft.main, ["--model-tag=tiny", "--resume=auto", "--tasks=CustomJSON:/nowhere.jsonl"], "nowhere"),

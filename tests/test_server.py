@@ -312,14 +312,13 @@ def test_a_client_that_leaves_frees_its_place(engine: Engine, stream: bool) -> N
     free = scheduler.allocator.num_free
     slow = threading.Event()
     decode = scheduler.runner.decode
-    scheduler.runner.decode = lambda *args: slow.wait(0.02) or decode(*args)
+    scheduler.runner.decode = lambda *args: slow.wait(0.1) or decode(*args)
     with serve(create_app([engine], "tiny")) as port:
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(_request({**HELLO, "stream": stream, "ignore_eos": True, "max_tokens": 10_000}))
             _wait(lambda: scheduler.num_running == 1)
-        _wait(lambda: scheduler.num_running == 0, seconds=1)
-        assert scheduler.allocator.num_free == free
-        assert scheduler.generated_tokens < 100
+        _wait(lambda: scheduler.num_running == 0 and scheduler.allocator.num_free == free)
+        assert scheduler.generated_tokens < 60  # of more than 100 that it would have been
 
 
 def test_an_answer_that_takes_too_long_is_ended(engine: Engine) -> None:
@@ -330,7 +329,7 @@ def test_an_answer_that_takes_too_long_is_ended(engine: Engine) -> None:
         response = client.post(CHAT, json=body)
         assert response.status_code == 504 and response.json()["error"]["code"] == "timeout"
         assert _events(client.post(CHAT, json={**body, "stream": True}).text)[-1]["error"]["code"] == "timeout"
-        _wait(lambda: engine.scheduler.num_running == 0, seconds=2)
+        _wait(lambda: engine.scheduler.num_running == 0)
 
 
 def test_slow_and_broken_clients_do_not_stop_the_others(engine: Engine) -> None:
