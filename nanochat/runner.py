@@ -71,8 +71,9 @@ class ModelRunner:
         # The table is wider than any text, so that a compiled step never meets the whole of it as a special case.
         self.table = torch.zeros(rows, self.max_blocks + COLUMNS_STEP, dtype=torch.long, device=self.device)
         self.inputs = torch.zeros(2, rows, dtype=torch.long, device=self.device)  # tokens, positions
-        pinned = self.device.type == "cuda"
-        self._staging = torch.zeros(2, rows, dtype=torch.long, pin_memory=pinned) if pinned else self.inputs
+        self._staging = self.inputs  # where the host writes them
+        if self.device.type != "cpu":
+            self._staging = torch.zeros(2, rows, dtype=torch.long, pin_memory=self.device.type == "cuda")
         self._columns = torch.zeros(-(-self.max_blocks // COLUMNS_STEP) * COLUMNS_STEP, device=self.device)
         model.rotary(None, config.sequence_len)  # the whole table now: compiled code is not to see it grow
         self._compiled: Callable[..., torch.Tensor] | None = None  # of _decode_step
