@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat.checkpoint_manager import get_stage_dir, load_model
-from nanochat.common import NanochatError, compute_init, run_command
+from nanochat.common import NanochatError, compute_init, get_base_dir, run_command
 from nanochat.core_eval import NUM_TASKS, NanochatScorer, Scorer, evaluate_core, find_bundle
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import get_source
 from nanochat.engine import Engine, continue_openings
+from nanochat.hf_scorer import HuggingFaceScorer
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.progress import Progress
 from nanochat.report import merge_eval
@@ -31,6 +33,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
     parser.add_argument("--data", default=None, metavar="NAME|PATH", help="text to measure on (default: the run's own)")
     parser.add_argument("--eval-bundle", type=Path, default=None, metavar="DIR", help="CORE's data (default: downloaded)")
+    parser.add_argument("--hf-path", default=None, metavar="DIR|NAME", help="CORE of a Hugging Face model instead of ours")
     parser.add_argument("--max-per-task", type=int, default=-1, help="questions of each CORE task (-1: all)")
     parser.add_argument("--split-tokens", type=int, default=-1, help="tokens of each split (-1: 2^20, or all)")
     parser.add_argument("--device-batch-size", type=int, default=-1, metavar="ROWS")
@@ -44,6 +47,13 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := set(kinds) - set(KINDS):
         raise NanochatError(f"--eval {', '.join(sorted(unknown))} is not measured here: choose from {', '.join(KINDS)}")
     _, rank, _, world_size, device = compute_init(args.device_type)
+    if args.hf_path is not None:
+        folder = get_base_dir() / "core" / re.sub(r"[^A-Za-z0-9._-]+", "_", args.hf_path)
+        scorer = HuggingFaceScorer(args.hf_path, device)
+        results = {"core": run_core(scorer, args.eval_bundle, args.max_per_task, folder)}
+        if rank == 0:
+            show(results)
+        return 0
     model, tokenizer, meta = load_model("base", device, "eval", args.model_tag, args.step)
     source = get_source(args.data or meta["settings"]["data"])
     T = model.config.sequence_len

@@ -19,6 +19,7 @@ from nanochat.core_eval import (
     read_tasks,
     render,
 )
+from nanochat.hf_scorer import HuggingFaceScorer
 from nanochat.tokenizer import Tokenizer
 from scripts import base_eval
 from tests.helpers import make_document, make_model
@@ -181,6 +182,39 @@ def test_the_command(tiny_run: Path, bundle: Path, capsys: pytest.CaptureFixture
     assert "core_partial" in output and "3 of 22 tasks" in output and "without data: squad" in output
     saved = json.loads((tiny_run / "base" / "eval.json").read_text())
     assert set(saved["core"]["tasks"]) == set(BUNDLE)
+
+
+@pytest.mark.slow
+def test_a_hugging_face_model(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A small Llama from a folder, against its own logits; and a path that holds none."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install nanochat[eval]")
+    tokenizers = pytest.importorskip("tokenizers")
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<s>"])
+    inner.train_from_iterator((make_document(seed) for seed in range(100)), trainer)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>").save_pretrained(tmp_path / "llama")
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=400, max_position_embeddings=64, **shape)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    scorer = HuggingFaceScorer(str(tmp_path / "llama"), torch.device("cpu"))
+    assert scorer.context == 64
+    task = read_tasks(bundle)[0]
+    items = read_items(task)
+    questions = [build_question(task, items, index, scorer) for index in range(5)]
+    for question, scores in zip(questions, scorer.score(questions), strict=True):
+        for candidate, (mean, _) in zip(question.candidates, scores, strict=True):
+            with torch.no_grad():
+                logprobs = scorer.model(torch.tensor([candidate.tokens])).logits[0].float().log_softmax(-1)
+            places = range(candidate.start, len(candidate.tokens))
+            expected = sum(logprobs[i - 1, candidate.tokens[i]].item() for i in places) / len(places)
+            assert mean == pytest.approx(expected, abs=0.02)
+    flags = ["--eval=core", f"--eval-bundle={bundle}", "--device-type=cpu"]
+    assert base_eval.main([*flags, f"--hf-path={tmp_path / 'llama'}"]) == 0
+    assert "3 of 22 tasks" in capsys.readouterr().out
+    with pytest.raises(NanochatError, match="transformers can load"):
+        HuggingFaceScorer(str(tmp_path), torch.device("cpu"))
 
 
 @pytest.mark.slow

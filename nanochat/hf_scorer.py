@@ -1,0 +1,74 @@
+"""Scores with a Hugging Face model, so that published results can be reproduced. Used by scripts/base_eval --hf-path.
+
+Needs the extra `eval` (transformers). Texts of similar length go together, padded on the right, under a token budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from nanochat.common import NanochatError, get_compute_dtype
+from nanochat.core_eval import BATCH_TOKENS, Candidate, Question
+
+LONGEST_CONTEXT = 4096  # also of models that can do more: no CORE question is longer
+
+
+class HuggingFaceScorer:
+    """A causal language model from a folder or the hub. Raises NanochatError where it cannot be loaded."""
+
+    def __init__(self, path: str, device: torch.device) -> None:
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+        except ImportError:
+            raise NanochatError("--hf-path needs transformers: pip install 'nanochat[eval]'") from None
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(path)
+            self.model = AutoModelForCausalLM.from_pretrained(path, dtype=get_compute_dtype(device)).to(device).eval()
+        except (OSError, ValueError) as error:
+            where = "folder" if Path(path).exists() else "model of the hub"
+            reason = str(error).splitlines()[0][:300]
+            raise NanochatError(f"--hf-path {path!r} is no {where} that transformers can load: {reason}") from error
+        self.device = device
+        self.context = min(LONGEST_CONTEXT, getattr(self.model.config, "max_position_embeddings", LONGEST_CONTEXT))
+        # What stands before a text that begins a document: the model must see something before its first token.
+        special = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
+        self.first = next((token for token in special if token is not None), None)
+        if self.first is None:
+            raise NanochatError(f"the tokenizer of {path!r} has no token to begin a text with")
+
+    def encode(self, text: str) -> list[int]:
+        return [self.first, *self.tokenizer.encode(text, add_special_tokens=False)]
+
+    @torch.inference_mode()
+    def score(self, questions: list[Question]) -> list[list[tuple[float, bool]]]:
+        """See core_eval.Scorer."""
+        candidates = [candidate for question in questions for candidate in question.candidates]
+        scores: list[tuple[float, bool]] = [(0.0, False)] * len(candidates)
+        for batch in self._batches(candidates):
+            longest = max(len(candidates[i].tokens) for i in batch)
+            padded = [candidates[i].tokens + [self.first] * (longest - len(candidates[i].tokens)) for i in batch]
+            lengths = torch.tensor([len(candidates[i].tokens) for i in batch], device=self.device)
+            mask = (torch.arange(longest, device=self.device) < lengths[:, None]).long()
+            logits = self.model(torch.tensor(padded, device=self.device), attention_mask=mask).logits
+            for row, i in enumerate(batch):
+                tokens, start = candidates[i].tokens, candidates[i].start
+                judged = logits[row, start - 1 : len(tokens) - 1].float()
+                wanted = torch.tensor(tokens[start:], device=self.device)
+                mean = judged.log_softmax(-1).gather(1, wanted[:, None]).mean().item()
+                scores[i] = (mean, bool((judged.argmax(-1) == wanted).all()))
+        found = iter(scores)
+        return [[next(found) for _ in question.candidates] for question in questions]
+
+    def _batches(self, candidates: list[Candidate]) -> Iterator[list[int]]:
+        budget = BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
+        batch: list[int] = []
+        for i in sorted(range(len(candidates)), key=lambda i: len(candidates[i].tokens)):
+            if batch and (len(batch) + 1) * len(candidates[i].tokens) > budget:
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
