@@ -37,6 +37,7 @@ BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip
 NUM_TASKS = 22
 BATCH_TOKENS = {"cpu": 16_384, "cuda": 131_072}  # of a batch, all candidates counted
 SHORTEST_SHARED = 16  # tokens: a shorter common beginning is not worth a pass of its own
+MOST_REPEATED = 32  # tokens of a shared beginning that may be computed with each candidate, so that batches are larger
 LOGIT_ROWS = 2048  # positions whose logits exist at a time
 
 
@@ -242,25 +243,22 @@ class NanochatScorer:
         return results
 
     def _batches(self, questions: list[Question]) -> Iterator[list[int]]:
-        """Places of questions that go together: of similar length, within the budget, padding within the context."""
+        """Places of questions that go together: with alike beginnings in length, within the budget."""
 
-        def size(i: int) -> tuple[int, int, int]:
-            shared = self._shared(questions[i])
-            return shared, max(len(c.tokens) for c in questions[i].candidates) - shared, len(questions[i].candidates)
-
+        shared = [self._shared(question) for question in questions]
+        longest = [max(len(c.tokens) for c in question.candidates) for question in questions]
         batch: list[int] = []
-        widest = (0, 0)
-        rows = 0
-        for i in sorted(range(len(questions)), key=size):
-            shared, rest, count = size(i)
-            wider = (max(widest[0], shared), max(widest[1], rest))
-            fits = (rows + count) * sum(wider) <= self.batch_tokens and sum(wider) <= self.context
-            alike = (widest[0] == 0) == (shared == 0)
-            if batch and not (fits and alike):
+        rows = length = 0
+        for i in sorted(range(len(questions)), key=lambda i: (shared[i], longest[i])):
+            count = len(questions[i].candidates)
+            fits = (rows + count) * max(length, longest[i]) <= self.batch_tokens
+            if batch and not (
+                fits and shared[i] - shared[batch[0]] <= MOST_REPEATED and bool(shared[i]) == bool(shared[batch[0]])
+            ):
                 yield batch
-                batch, rows, wider = [], 0, (shared, rest)
+                batch, rows, length = [], 0, 0
             batch.append(i)
-            rows, widest = rows + count, wider
+            rows, length = rows + count, max(length, longest[i])
         if batch:
             yield batch
 
@@ -271,27 +269,23 @@ class NanochatScorer:
     def _score_batch(self, questions: list[Question]) -> list[tuple[float, bool]]:
         """The scores of all candidates, in order."""
         device = self.model.get_device()
-        shared = [self._shared(question) for question in questions]
-        rows = [(c, n) for question, n in zip(questions, shared, strict=True) for c in question.candidates]
+        n = min(self._shared(question) for question in questions)  # of every text in the batch, computed once a question
+        rows = [candidate for question in questions for candidate in question.candidates]
         cache = None
-        if max(shared):
+        if n:
             cache = KVCache.for_model(self.model, len(questions))
-            self.model.features(
-                _padded([q.candidates[0].tokens[:n] for q, n in zip(questions, shared, strict=True)], device), cache
-            )
-            cache.set_lengths(shared)
+            self.model.features(_padded([question.candidates[0].tokens[:n] for question in questions], device), cache)
             cache.keep_rows([i for i, question in enumerate(questions) for _ in question.candidates])
-            cache.set_lengths([n for _, n in rows])
-        features = self.model.features(_padded([c.tokens[n:] for c, n in rows], device), cache)
-        places = [(row, c.start - 1 - n + k) for row, (c, n) in enumerate(rows) for k in range(len(c.tokens) - c.start)]
+        features = self.model.features(_padded([c.tokens[n:] for c in rows], device), cache)
+        places = [(row, c.start - 1 - n + k) for row, c in enumerate(rows) for k in range(len(c.tokens) - c.start)]
         at = torch.tensor(places, device=device)
-        targets = torch.tensor([token for c, _ in rows for token in c.tokens[c.start :]], device=device)
+        targets = torch.tensor([token for c in rows for token in c.tokens[c.start :]], device=device)
         logprobs, likeliest = [], []
         for part, wanted in zip(at.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
             logits = self.model.logits(features[part[:, 0], part[:, 1]])
             logprobs.append(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0])
             likeliest.append(logits.argmax(-1) == wanted)
-        sizes = [len(c.tokens) - c.start for c, _ in rows]
+        sizes = [len(c.tokens) - c.start for c in rows]
         means = [part.mean().item() for part in torch.cat(logprobs).split(sizes)]
         greedy = [bool(part.all()) for part in torch.cat(likeliest).split(sizes)]
         return list(zip(means, greedy, strict=True))
