@@ -62,8 +62,7 @@ class ModelRunner:
     """Runs one model over KVBlocks, for at most `max_rows` texts in a decoding step."""
 
     def __init__(self, model: GPT, num_blocks: int, max_rows: int) -> None:
-        self.model, self.max_rows = model, max_rows
-        config, self.device = model.config, model.get_device()
+        self.model, self.device, config = model, model.get_device(), model.config
         self.max_blocks = -(-config.sequence_len // BLOCK_SIZE)
         self.memory = KVBlocks(config, num_blocks, self.device, model.get_compute_dtype())
         rows = max(2, max_rows)

@@ -28,6 +28,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from nanochat.common import NanochatError
 from nanochat.engine import Engine, trim_conversation
 from nanochat.openai_api import (
+    MAX_CHARS,
+    MAX_MESSAGES,
     ChatRequest,
     CompletionRequest,
     Reply,
@@ -55,14 +57,14 @@ PAGE_HEADERS = {
 
 
 class DetokenizeRequest(BaseModel):
-    tokens: list[TokenId] = Field(max_length=200_000)
+    tokens: list[TokenId] = Field(max_length=MAX_CHARS)
 
 
 class TokenizeRequest(BaseModel):
     """Either a text or messages, of which the tokens are wanted."""
 
-    prompt: str | None = Field(None, max_length=200_000)
-    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=500)
+    prompt: str | None = Field(None, max_length=MAX_CHARS)
+    messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
 
 
 def create_app(

@@ -100,7 +100,7 @@ def measure(engine: Engine, B: int, args: argparse.Namespace, memory_rate: float
     device, vocab_size = engine.model.get_device(), engine.tokenizer.get_vocab_size()
     generator = torch.Generator().manual_seed(B)
     scheduler = engine.scheduler
-    prompts = torch.randint(vocab_size, (3 * B + 3, args.prompt_tokens), generator=generator).tolist()
+    prompts = torch.randint(vocab_size, (2 * B + 3, args.prompt_tokens), generator=generator).tolist()
 
     def sequences(prompts: list[list[int]], new_tokens: int) -> list[Sequence]:
         params = SamplingParams(args.temperature, args.top_k, max_tokens=new_tokens, ignore_eos=True)

@@ -40,6 +40,21 @@ def test_attention_kernels_that_cannot_launch_are_passed_over(broken: tuple, cho
     assert attend is chosen
 
 
+def test_a_new_run_on_a_cpu_compiles_after_its_first_step(corpus: Path, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a resumed one before its first, so that it computes what the uninterrupted one did."""
+    tokenizer.save(get_base_dir() / "tokenizers" / "default")
+    metrics = get_base_dir() / "runs" / "late" / "base" / "metrics.jsonl"
+    steps_done: list[int] = []
+    monkeypatch.setattr("nanochat.trainer.can_compile", lambda device: None)
+    monkeypatch.setattr("nanochat.gpt.GPT.compile", lambda self: steps_done.append(metrics.read_text().count("train/loss")))
+    flags = [flag for flag in TINY_TRAINING if flag != "--no-compile"] + ["--data", str(corpus), "--model-tag=late"]
+    assert base_train.main([*flags, "--save-every=3"]) == 0
+    assert steps_done[0] == 1
+    steps_done.clear()
+    assert base_train.main([*flags, "--resume=3"]) == 0
+    assert steps_done[0] == 6  # nothing was trained before it
+
+
 def test_without_a_compiler_training_runs_eagerly_and_says_so(
     corpus: Path, tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

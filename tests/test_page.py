@@ -184,6 +184,23 @@ def test_failures_are_told_and_can_be_tried_again(page: playwright.Page) -> None
     assert page.get_by_role("alert").count() == 0
 
 
+def test_an_answer_can_be_stopped(page: playwright.Page) -> None:
+    """By the button and by Escape; what was asked stays, and the next question is answered."""
+    page.route("**/chat/completions", lambda route: None)  # an answer that never comes
+    for stop in (lambda: page.locator("#send").click(), lambda: page.keyboard.press("Escape")):
+        page.fill("#text", "hello")
+        page.keyboard.press("Enter")
+        page.locator("#log[aria-busy]").wait_for()
+        assert page.locator("#send").inner_text() == "Stop"
+        stop()
+        _settle(page)
+        assert "stopped" in page.locator(".message.assistant").last.inner_text()
+        assert page.locator("#send").inner_text() == "Send"
+    page.route("**/chat/completions", _never_silent)
+    _ask(page, "hello again")
+    assert page.locator(".message").count() == 6
+
+
 def test_settings_are_kept_and_used(page: playwright.Page) -> None:
     page.locator("#open-settings").click()
     page.locator("[name=max_tokens]").fill("3")

@@ -1,6 +1,7 @@
 // The runs page: curves, samples and evaluations of a run, read again every few seconds while it trains.
 
 import { get } from "./api.js";
+import { element } from "./render.js";
 import { settings } from "./store.js";
 
 const PERIOD_MS = 3000;
@@ -9,13 +10,6 @@ const STAGES = { base: "Pretraining", sft: "Fine-tuning", rl: "Reinforcement" };
 const TITLES = { "train/loss": "training loss (smoothed)", "val/bpb": "validation bits per byte", "train/tok_per_s": "tokens per second", "train/mfu": "MFU", "train/lrm": "learning rate factor" };
 const [choice, live, main] = ["run", "live", "stages"].map((id) => document.getElementById(id));
 if (settings.theme) document.documentElement.dataset.theme = settings.theme;
-
-function element(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
 
 const number = (value) => (Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(4))));
 
