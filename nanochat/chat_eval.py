@@ -1,103 +1,150 @@
-"""How well a chat model does a task. Used by scripts/chat_eval.
+"""How well a chat model does a task. Used by scripts/chat_eval and, while training, by scripts/chat_rl.
 
 Generative tasks are answered by the batched engine and judged by the task; categorical ones by the likeliest letter.
+ChatCORE is the mean of the centred accuracies of six tasks.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from nanochat.common import append_json_lines, get_dist_info, read_json_lines
 from nanochat.engine import Engine
+from nanochat.scores import centered_mean, pass_at_k, wilson_interval
 from tasks.common import Conversation, Task
+
+CHATCORE_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
+CHUNK_BATCHES = 8  # batches between two notes of progress: enough that the engine's rows stay full
+NUM_EXAMPLES = 8  # answers that are kept for the report
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How problems are answered; tokens and temperature are for generative tasks alone."""
+
+    num_samples: int = 1
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int = 50
+
+    def file_name(self, task_name: str) -> str:
+        return f"{task_name}_n{self.num_samples}_m{self.max_tokens}_t{self.temperature:g}_k{self.top_k}.jsonl"
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """Accuracy over n problems with its 95% interval, and the first few answers."""
+    """Accuracy (the mean over problems and samples) over n problems, with its 95% interval.
+
+    pass_at: the chance that one of k samples is right, for k = 1, 2, 4 ... and all; truncated: prompts that were too
+    long for the context and lost their beginning; examples: the first few questions with an answer.
+    """
 
     accuracy: float
-    num_problems: int
+    n: int
     low: float
     high: float
+    baseline: float
+    pass_at: dict[int, float]
+    truncated: int
     examples: list[dict[str, Any]]
 
     def as_dict(self) -> dict[str, Any]:
-        return {"accuracy": self.accuracy, "n": self.num_problems, "low": self.low, "high": self.high}
-
-
-def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson score interval of a share of n trials; sound for small n and shares near 0 or 1."""
-    if n == 0:
-        return 0.0, 1.0
-    center = share + z * z / (2 * n)
-    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, (center - spread) / (1 + z * z / n)), min(1.0, (center + spread) / (1 + z * z / n))
+        """All but the examples, JSON."""
+        content = asdict(self)
+        del content["examples"]
+        return {**content, "pass_at": {str(k): value for k, value in self.pass_at.items()}}
 
 
 def evaluate_task(
     engine: Engine,
     task: Task,
-    max_problems: int | None = None,
-    batch_size: int = 16,
-    num_samples: int = 1,
-    max_tokens: int = 256,
-    temperature: float = 0.0,
-    top_k: int | None = 50,
+    max_problems: int = -1,
+    batch_size: int = 32,
+    answering: Answering | None = None,
+    path: Path | None = None,
     report: Callable[[int], None] = lambda done: None,
 ) -> TaskResult:
-    """Measure a task's first max_problems. With several samples a problem counts if any of them is right (pass@n).
+    """Measure a task's first max_problems (-1: all), over all ranks.
 
-    report is told how many problems are done, after each batch.
+    path: where each problem's outcome is written, a JSON object a line, and read again: an evaluation that was
+    stopped goes on. report is told how many problems are done. A problem's answers depend on its own number alone,
+    whatever is answered beside it.
     """
-    count = len(task) if max_problems is None or max_problems < 0 else min(max_problems, len(task))
-    limit = engine.model.config.sequence_len
-    scores: list[float] = []
-    examples: list[dict[str, Any]] = []
-    # Problems of like length together: less padding, and a batch ends together.
+    answering = answering or Answering()
+    ddp, rank, _, world_size = get_dist_info()
+    count = len(task) if max_problems < 0 else min(max_problems, len(task))
     problems = [task[i] for i in range(count)]
     prompts = [engine.tokenizer.render_for_completion(problem) for problem in problems]
-    order = sorted(range(count), key=lambda i: len(prompts[i]))
-    for start in range(0, count, batch_size):
-        chosen = order[start : start + batch_size]
-        # Too long a prompt loses its oldest tokens, but for the first: the question's end matters most.
-        batch = [_shorten(prompts[i], limit - min(max_tokens, limit // 4)) for i in chosen]
-        if task.eval_type == "categorical":
-            answers = [[letter] for letter in choose_letters(engine, batch, [problems[i] for i in chosen])]
-        else:
-            answers = _generate(engine, batch, num_samples, max_tokens, temperature, top_k, seed=chosen[0])
-        for i, texts in zip(chosen, answers, strict=True):
-            scores.append(max(float(task.evaluate(problems[i], text)) for text in texts))
-            if len(examples) < 8:
-                question = problems[i]["messages"][-2]["content"]
-                examples.append({"question": question, "answer": texts[0], "correct": scores[-1] > 0})
-        report(len(scores))
-    accuracy = sum(scores) / max(1, len(scores))
-    return TaskResult(accuracy, len(scores), *wilson_interval(accuracy, len(scores)), examples)
+    known = read_json_lines(path) if path is not None else []
+    rows = {row["index"]: row for row in known if row["index"] < count}
+    if ddp:
+        dist.barrier()  # all have read before the first writes
+    # Problems of like length together: less padding, and a batch ends together.
+    waiting = sorted((i for i in range(count) if i not in rows), key=lambda i: len(prompts[i]))
+    report(len(rows))
+    chunk = batch_size * CHUNK_BATCHES * world_size
+    for start in range(0, len(waiting), chunk):
+        chosen = waiting[start : start + chunk]
+        new = _answer(engine, task, problems, prompts, chosen[rank::world_size], batch_size, answering)
+        if ddp:
+            gathered: list[list[dict[str, Any]]] = [[] for _ in range(world_size)]
+            dist.all_gather_object(gathered, new)
+            new = [row for part in gathered for row in part]
+        if path is not None and rank == 0:
+            append_json_lines(path, new)
+        rows.update((row["index"], row) for row in new)
+        report(len(rows))
+    return _summarize(task, problems, [rows[i] for i in range(count)])
 
 
-def _shorten(prompt: list[int], most: int) -> list[int]:
-    return prompt if len(prompt) <= most else [prompt[0], *prompt[len(prompt) - most + 1 :]]
-
-
-def _generate(
+def _answer(
     engine: Engine,
+    task: Task,
+    problems: list[Conversation],
     prompts: list[list[int]],
-    num_samples: int,
-    max_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    seed: int,
-) -> list[list[str]]:
-    """num_samples answers to each prompt."""
-    repeated = [prompt for prompt in prompts for _ in range(num_samples)]
-    rows = engine.complete(repeated, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
+    chosen: list[int],
+    batch_size: int,
+    answering: Answering,
+) -> list[dict[str, Any]]:
+    """The outcomes of the chosen problems: {"index", "scores" (of each sample, 0 to 1), "answers", "truncated"}."""
+    limit = engine.model.config.sequence_len
+    most = limit - min(answering.max_tokens, limit // 4)
+    # Too long a prompt loses its oldest tokens, but for the first: the question's end matters most.
+    shortened = [p if len(p) <= most else [p[0], *p[len(p) - most + 1 :]] for p in (prompts[i] for i in chosen)]
+    if task.eval_type == "categorical":
+        answers = []
+        for at in range(0, len(chosen), batch_size):
+            batch = [problems[i] for i in chosen[at : at + batch_size]]
+            answers += [[letter] for letter in choose_letters(engine, shortened[at : at + batch_size], batch)]
+    else:
+        answers = _generate(engine, shortened, chosen, answering)
+    # Judging may mean to run a program: side by side, as far as there are cores.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pairs = [(problems[i], text) for i, texts in zip(chosen, answers, strict=True) for text in texts]
+        scores = iter(list(pool.map(lambda pair: float(task.evaluate(*pair)), pairs)))
+    return [
+        {"index": i, "scores": [next(scores) for _ in texts], "answers": texts, "truncated": len(prompts[i]) > most}
+        for i, texts in zip(chosen, answers, strict=True)
+    ]
+
+
+def _generate(engine: Engine, prompts: list[list[int]], numbers: list[int], answering: Answering) -> list[list[str]]:
+    """num_samples answers to each prompt; those to problem i are drawn with seeds of its own."""
+    n = answering.num_samples
+    rows = engine.complete(
+        [prompt for prompt in prompts for _ in range(n)], max_tokens=answering.max_tokens,
+        temperature=answering.temperature, top_k=answering.top_k, seed=[n * i + k for i in numbers for k in range(n)],
+    )  # fmt: skip
     texts = [engine.tokenizer.decode(row.tokens) for row in rows]
-    return [texts[i : i + num_samples] for i in range(0, len(texts), num_samples)]
+    return [texts[i : i + n] for i in range(0, len(texts), n)]
 
 
 @torch.no_grad()
@@ -114,3 +161,32 @@ def choose_letters(engine: Engine, prompts: list[list[int]], problems: list[Conv
         tokens = [engine.tokenizer.encode(letter)[0] for letter in letters]
         chosen.append(letters[int(row[tokens].argmax())])
     return chosen
+
+
+def _summarize(task: Task, problems: list[Conversation], rows: list[dict[str, Any]]) -> TaskResult:
+    n = len(rows)
+    accuracy = sum(sum(row["scores"]) / len(row["scores"]) for row in rows) / max(1, n)
+    tries = len(rows[0]["scores"]) if rows else 1
+    right = [sum(score > 0 for score in row["scores"]) for row in rows]
+    ks = sorted({1 << j for j in range(tries.bit_length())} | {tries})
+    pass_at = {k: sum(pass_at_k(tries, r, k) for r in right) / max(1, n) for k in ks}
+    examples = [
+        {"question": problems[row["index"]]["messages"][-2]["content"], "answer": row["answers"][0],
+         "correct": row["scores"][0] > 0}
+        for row in rows[:NUM_EXAMPLES]
+    ]  # fmt: skip
+    truncated = sum(row["truncated"] for row in rows)
+    return TaskResult(accuracy, n, *wilson_interval(accuracy, n), task.baseline, pass_at, truncated, examples)
+
+
+def chatcore(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """{"name", "value", "low", "high", "tasks"} of the tasks of ChatCORE among the results by name; None without any.
+
+    The name is "chatcore_metric" over all six tasks and "chatcore_partial" over fewer.
+    """
+    measured = [results[name] for name in CHATCORE_TASKS if name in results]
+    if not measured:
+        return None
+    mean, low, high = centered_mean(measured)
+    name = "chatcore_metric" if len(measured) == len(CHATCORE_TASKS) else "chatcore_partial"
+    return {"name": name, "value": mean, "low": low, "high": high, "tasks": len(measured)}

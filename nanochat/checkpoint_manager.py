@@ -227,8 +227,8 @@ def load_model(
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """The model, its tokenizer and its meta. source: base, sft or rl; phase: "train" or "eval".
 
-    Without a tag the newest run with such a checkpoint; without a step its newest. meta gains "tag" and "stage".
-    Raises CheckpointError.
+    Without a tag the newest run with such a checkpoint; without a step its newest. meta gains "tag", "stage" and
+    "weights", the hash by which results of other weights can be told. Raises CheckpointError.
     """
     if phase not in ("train", "eval"):
         raise ValueError(f"phase must be train or eval, not {phase!r}")
@@ -244,7 +244,9 @@ def load_model(
         )
     model = build_model(meta["model_config"], model_state, device)
     model.train(phase == "train")
-    return model, tokenizer, {**meta, "tag": tag, "stage": source}
+    manifest = _read_json(step_dir(stage_dir, step) / MANIFEST_FILE)
+    weights = manifest["files"][MODEL_FILE]["sha256"]
+    return model, tokenizer, {**meta, "tag": tag, "stage": source, "weights": weights}
 
 
 def build_model(

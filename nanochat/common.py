@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,6 +67,28 @@ def atomic_write(path: Path | str, content: bytes | str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
         raise
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """The values of a file that is appended to, [] if there is none; a line that a crash cut short is passed over."""
+    values = []
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+        try:
+            values.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return values
+
+
+def append_json_lines(path: Path, values: Iterable[Any]) -> None:
+    """Add a line for each value, never to one that a crash cut short."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write("".join(json.dumps(value) + "\n" for value in values).encode("utf-8"))
 
 
 # ----------------------------------------------------------------------------- commands

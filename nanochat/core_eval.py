@@ -27,10 +27,10 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from nanochat.chat_eval import wilson_interval
 from nanochat.common import NanochatError, atomic_write, get_base_dir, get_dist_info
 from nanochat.gpt import GPT
 from nanochat.kv_cache import KVCache
+from nanochat.scores import centered, centered_mean, wilson_interval
 from nanochat.tokenizer import Tokenizer
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -326,7 +326,8 @@ def evaluate_core(
         low, high = wilson_interval(correct / n, n)
         results["tasks"][task.label] = {
             "accuracy": correct / n,
-            "centered": (correct / n - task.baseline) / (1 - task.baseline),
+            "centered": centered(correct / n, task.baseline),
+            "baseline": task.baseline,
             "n": n,
             "low": low,
             "high": high,
@@ -334,9 +335,8 @@ def evaluate_core(
         }
     if not results["tasks"]:
         raise NanochatError(f"{bundle} holds the data of none of its {len(tasks)} tasks")
-    centered = [task["centered"] for task in results["tasks"].values()]
-    name = "core_metric" if len(centered) == NUM_TASKS else "core_partial"
-    results[name] = sum(centered) / len(centered)
+    name = "core_metric" if len(results["tasks"]) == NUM_TASKS else "core_partial"
+    results[name], results["low"], results["high"] = centered_mean(results["tasks"].values())
     return results
 
 

@@ -40,9 +40,13 @@ class Engine:
         """Tokens that end an answer."""
         return self.scheduler.stop_ids
 
-    def compile(self) -> str | None:
-        """Compile decoding for weights that stay as they are; see ModelRunner.compile."""
-        return self.scheduler.runner.compile()
+    def compile(self, frozen: bool = True) -> str | None:
+        """Compile decoding, for weights that stay as they are if `frozen`; see ModelRunner.compile."""
+        return self.scheduler.runner.compile(frozen)
+
+    def forget(self) -> None:
+        """Share nothing of what was computed so far: the weights have changed since."""
+        self.scheduler.allocator.forget()
 
     @property
     def is_compiled(self) -> bool:
@@ -99,10 +103,14 @@ class Engine:
         max_tokens: int | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
-        seed: int = 42,
+        seed: int | list[int] = 42,
+        policy_logprobs: bool = False,
     ) -> list[Sequence]:
-        """Continue many prompts, of any number and lengths; prompt i is sampled with seed + i."""
-        sequences = self._sequences(prompts, max_tokens, temperature, top_k, seed)
+        """Continue many prompts, of any number and lengths; prompt i is sampled with seed[i], or seed + i.
+
+        policy_logprobs: see SamplingParams.
+        """
+        sequences = self._sequences(prompts, max_tokens, temperature, top_k, seed, policy_logprobs)
         try:
             for _ in self._run(sequences):
                 pass
@@ -113,11 +121,19 @@ class Engine:
     # ------------------------------------------------------------------------- running
 
     def _sequences(
-        self, prompts: list[list[int]], max_tokens: int | None, temperature: float, top_k: int | None, seed: int
+        self,
+        prompts: list[list[int]],
+        max_tokens: int | None,
+        temperature: float,
+        top_k: int | None,
+        seed: int | list[int],
+        policy_logprobs: bool = False,
     ) -> list[Sequence]:
+        seeds = seed if isinstance(seed, list) else range(seed, seed + len(prompts))
+        shared = {"max_tokens": max_tokens, "policy_logprobs": policy_logprobs}
         sequences = [
-            Sequence(prompt, SamplingParams(temperature, top_k or 0, seed=seed + i, max_tokens=max_tokens))
-            for i, prompt in enumerate(prompts)
+            Sequence(prompt, SamplingParams(temperature, top_k or 0, seed=own_seed, **shared))
+            for prompt, own_seed in zip(prompts, seeds, strict=True)
         ]
         for sequence in sequences:
             self.scheduler.check(sequence)

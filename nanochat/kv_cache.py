@@ -198,6 +198,11 @@ class BlockAllocator:
             self._key_of[block] = key
         return self._published[key][1]
 
+    def forget(self) -> None:
+        """Let no block be found any more; those in use stay with their users."""
+        self._published.clear()
+        self._key_of.clear()
+
 
 class KVBlocks:
     """The memory itself: for each layer keys and values (num_blocks, BLOCK_SIZE, n_kv_head, head_dim).

@@ -23,8 +23,9 @@ import psutil
 import torch
 
 from nanochat.checkpoint_manager import STAGES, get_run_dir, get_runs_dir
-from nanochat.common import NanochatError, atomic_write, run_command
+from nanochat.common import NanochatError, atomic_write, read_json_lines, run_command
 from nanochat.progress import format_seconds
+from nanochat.scores import describe_pass_at
 
 STAGE_TITLES = {"base": "Pretraining", "sft": "Supervised fine-tuning", "rl": "Reinforcement learning"}
 SHOWN_SETTINGS = (
@@ -51,13 +52,7 @@ class Section:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; what a resumed run did again replaces what it had done before."""
     rows: list[dict[str, Any]] = []
-    if not path.exists():
-        return rows
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line that a crash cut short
+    for row in read_json_lines(path):
         if "train/loss" in row:  # back in time: the run was resumed here
             rows = [old for old in rows if old["step"] < row["step"]]
         rows.append(row)
@@ -187,6 +182,11 @@ def _evaluation_sections(stage: str, results: dict[str, Any], rows: list[dict[st
     for name, task in results.get("tasks", {}).items():
         interval = f"{task['low']:.1%} to {task['high']:.1%}"
         table.append([name, f"{task['accuracy']:.1%}", interval, f"{task['n']:,}"])
+        if passed := describe_pass_at(task.get("pass_at", {})):
+            table.append(["", passed, "", ""])
+    if mean := results.get("chatcore"):
+        interval = f"{mean['low']:.4f} to {mean['high']:.4f}"
+        table.append([f"{mean['name']}, over {mean['tasks']} tasks", f"{mean['value']:.4f}", interval, ""])
     if table:
         sections.append(Section(f"{STAGE_TITLES[stage]}: evaluation", ["", "", "95% interval", "problems"], table))
     samples = list(results.get("samples", []))

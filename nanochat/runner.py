@@ -168,17 +168,18 @@ class ModelRunner:
     def _step(self) -> Callable[..., torch.Tensor]:
         return self._compiled or self._decode_step
 
-    def compile(self) -> str | None:
-        """Compile the decoding step; returns why not, where that is impossible. The weights must not change afterwards.
+    def compile(self, frozen: bool = True) -> str | None:
+        """Compile the decoding step; returns why not, where that is impossible.
 
-        No other thread may compute meanwhile: the compiler traces by replacing parts of PyTorch for all of them.
+        frozen: the weights will not change afterwards, so that on a CPU they are packed for its matrix units. No other
+        thread may compute meanwhile: the compiler traces by replacing parts of PyTorch for all of them.
         """
-        return can_compile(self.device) or self._compile()
+        return can_compile(self.device) or self._compile(frozen)
 
     @torch.inference_mode()
-    def _compile(self) -> str | None:
+    def _compile(self, frozen: bool) -> str | None:
         self.model.compute_dtype = self.model.get_compute_dtype()  # asking the CPU what it can is not for compiled code
-        options = dict(CPU_OPTIONS) if self.device.type == "cpu" else {}
+        options = dict(CPU_OPTIONS) if self.device.type == "cpu" and frozen else {}
         if options and any(isinstance(module, Int8Linear) for module in self.model.modules()):
             options["max_autotune_gemm_backends"] = "CPP,ATEN"  # the template has no kernel for some int8 products
         compiled = torch.compile(self._decode_step, fullgraph=True)

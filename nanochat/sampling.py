@@ -28,6 +28,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()  # texts that end the answer and are left out of it
     logprobs: int | None = None  # record each token's log-probability and this many alternatives
     prompt_logprobs: bool = False  # record those of the prompt's tokens, too (it is then computed anew)
+    policy_logprobs: bool = False  # record the logarithm of the probability with which each token was drawn
     ignore_eos: bool = False  # go on past the model's own end (for benchmarks)
 
     def __post_init__(self) -> None:
@@ -61,31 +62,44 @@ def sample(logits: torch.Tensor, params: list[SamplingParams], uniform: list[flo
     """
     if all(p.greedy for p in params):
         return logits.argmax(dim=-1)
+    cumulative = _weights(logits, params).cumsum(dim=-1)
+    below_one = _column([min(u, 1 - 2**-23) for u in uniform], logits)  # also rounded, the sum itself is never reached
+    drawn = torch.searchsorted(cumulative, below_one * cumulative[:, -1:], right=True)[:, 0]
+    return torch.where(_greedy(params, logits), logits.argmax(dim=-1), drawn)
 
-    def column(values: list[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float32, device=logits.device)[:, None]
 
-    greedy = [p.greedy for p in params]
-    # Greedy rows take part with temperature 1 and are overruled at the end.
-    scaled = logits / column([1.0 if g else p.temperature for p, g in zip(params, greedy, strict=True)])
+def policy_logprobs(logits: torch.Tensor, params: list[SamplingParams], drawn: torch.Tensor) -> torch.Tensor:
+    """(B,) float32: the logarithms of the probabilities with which `sample` drew the tokens `drawn`, (B,)."""
+    weights = _weights(logits, params)
+    logprobs = (weights.gather(1, drawn[:, None])[:, 0] / weights.sum(dim=-1)).log()
+    return logprobs.masked_fill(_greedy(params, logits), 0.0)
+
+
+def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+
+
+def _greedy(params: list[SamplingParams], like: torch.Tensor) -> torch.Tensor:
+    """(B,) bool: the rows whose likeliest token is taken, whatever was drawn."""
+    return torch.tensor([p.greedy for p in params], device=like.device)
+
+
+def _weights(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    """(B, vocab_size): what each token's probability is proportional to; greedy rows as if at temperature 1."""
+    scaled = logits / _column([1.0 if p.greedy else p.temperature for p in params], logits)
     top = scaled.amax(dim=-1, keepdim=True)
     weights = (scaled - top).exp_()
     if any(p.restricts for p in params):
-        weights.masked_fill_(scaled < _thresholds(scaled, top, params, column), 0.0)
-    cumulative = weights.cumsum(dim=-1)
-    below_one = column([min(u, 1 - 2**-23) for u in uniform])  # also after rounding: the sum itself is never reached
-    drawn = torch.searchsorted(cumulative, below_one * cumulative[:, -1:], right=True)[:, 0]
-    if any(greedy):
-        drawn = torch.where(torch.tensor(greedy, device=logits.device), logits.argmax(dim=-1), drawn)
-    return drawn
+        weights.masked_fill_(scaled < _thresholds(scaled, top, params), 0.0)
+    return weights
 
 
-def _thresholds(scaled: torch.Tensor, top: torch.Tensor, params: list[SamplingParams], column) -> torch.Tensor:
+def _thresholds(scaled: torch.Tensor, top: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
     """(B, 1): the smallest scaled logit that may be drawn in each row; ties with it may be as well."""
     vocab_size = scaled.size(-1)
     threshold = torch.full_like(top, float("-inf"))
     if any(p.min_p > 0 for p in params):
-        threshold = torch.maximum(threshold, top + column([p.min_p for p in params]).log())
+        threshold = torch.maximum(threshold, top + _column([p.min_p for p in params], top).log())
     largest_k = max(min(p.top_k, vocab_size) for p in params)
     if any(p.top_p < 1 for p in params):
         largest_k = vocab_size
@@ -100,7 +114,7 @@ def _thresholds(scaled: torch.Tensor, top: torch.Tensor, params: list[SamplingPa
         inside = likeliest >= threshold  # top-p counts what top-k and min-p leave
         probabilities = (likeliest - top).exp() * inside
         before = probabilities.cumsum(dim=-1) - probabilities
-        wanted = column([p.top_p for p in params]) * probabilities.sum(dim=-1, keepdim=True)
+        wanted = _column([p.top_p for p in params], top) * probabilities.sum(dim=-1, keepdim=True)
         last = ((before < wanted) & inside).sum(dim=-1, keepdim=True).clamp(min=1) - 1
         narrows = torch.tensor([p.top_p < 1 for p in params], device=scaled.device)[:, None]
         cut = likeliest.gather(1, last).masked_fill(~narrows, float("-inf"))

@@ -23,7 +23,7 @@ from nanochat.common import NanochatError, logger
 from nanochat.gpt import GPT
 from nanochat.kv_cache import BLOCK_SIZE, BlockAllocator, KVBlocks
 from nanochat.runner import ModelRunner
-from nanochat.sampling import SamplingParams, penalize_repetition, sample
+from nanochat.sampling import SamplingParams, penalize_repetition, policy_logprobs, sample
 from nanochat.tokenizer import IncrementalDecoder, Tokenizer
 
 CHUNK = {"cpu": 256, "cuda": 2048}  # tokens of prompts in a step
@@ -50,6 +50,7 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)  # generated, without the token that stopped it
     masks: list[int] = field(default_factory=list)  # 1 sampled, 0 forced by a tool
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of sampled tokens and of stop_token, if asked for
+    policy_logprobs: list[float] = field(default_factory=list)  # the same, as they were drawn: see SamplingParams
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of the prompt's tokens but the first, if asked for
     pieces: list[tuple[str, str]] = field(default_factory=list)  # (text, type of the part it belongs to)
     finish_reason: str | None = None  # "stop", "length" (max_tokens), "context" (full), "cancelled" or "error"
@@ -303,7 +304,11 @@ class Scheduler:
                 seen = self._mark_seen(sequence, logits[i])
                 adjusted[i] = penalize_repetition(logits[i], seen, sequence.params.repetition_penalty)
         uniform = [0.0 if p.greedy else s.random.random() for s, p in zip(sequences, params, strict=True)]
-        drawn = sample(adjusted, params, uniform).tolist()
+        chosen = sample(adjusted, params, uniform)
+        drawn = chosen.tolist()
+        if any(p.policy_logprobs for p in params):
+            for sequence, logprob in zip(sequences, policy_logprobs(adjusted, params, chosen).tolist(), strict=True):
+                sequence.policy_logprobs.append(logprob)
         for i, (sequence, token) in enumerate(zip(sequences, drawn, strict=True)):
             if sequence.params.logprobs is not None:
                 sequence.logprobs.append(_logprob(logits[i], token, sequence.params.logprobs))

@@ -26,7 +26,7 @@ from nanochat.checkpoint_manager import (
     newest_valid_step,
     read_meta,
 )
-from nanochat.common import NanochatError, atomic_write, print0, synchronize
+from nanochat.common import NanochatError, atomic_write, print0, read_json_lines, synchronize
 from nanochat.compilation import can_compile
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
@@ -78,20 +78,14 @@ class Stage:
         """True if the last step was saved and evaluated, so that there is nothing left to do."""
         if self.resume_step is None or self.resume_step < num_iterations:
             return False
-        rows = [json.loads(line) for line in _complete_lines(self.directory / "metrics.jsonl")]
-        return any(row["step"] == num_iterations and "val/bpb" in row for row in rows)
+        rows = [row for row in read_json_lines(self.directory / "metrics.jsonl") if row["step"] == num_iterations]
+        return any(name.startswith("val/") for row in rows for name in row)
 
     def recorded_settings(self) -> dict[str, Any]:
         """The settings that the checkpoint to go on from was made with; {} for a stage that starts anew."""
         if self.resume_step is None:
             return {}
         return read_meta(self.directory, self.resume_step)["settings"]
-
-
-def _complete_lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
 
 
 def open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Stage:

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     most = max(1, (args.split_tokens if args.split_tokens > 0 else 2**20) // (rows * T * world_size))
     results: dict[str, Any] = {}
     if "core" in kinds:
-        folder = get_stage_dir(meta["tag"], "base") / "core" / f"step_{meta['step']:06d}"
+        folder = get_stage_dir(meta["tag"], "base") / "core" / f"step_{meta['step']:06d}_{meta['weights'][:8]}"
         results["core"] = run_core(NanochatScorer(model, tokenizer), args.eval_bundle, args.max_per_task, folder)
     if "bpb" in kinds:
         results["bpb"] = {}
@@ -103,7 +103,8 @@ def show(results: dict[str, Any]) -> None:
         if core["missing"]:
             console.print(f"without data: {', '.join(core['missing'])}")
         name = "core_metric" if "core_metric" in core else "core_partial"
-        console.print(f"{name}: {core[name]:.4f}, the mean over {len(core['tasks'])} of {NUM_TASKS} tasks")
+        interval = f"{core['low']:.4f} to {core['high']:.4f}"
+        console.print(f"{name}: {core[name]:.4f} ({interval}), the mean over {len(core['tasks'])} of {NUM_TASKS} tasks")
     if "bpb" in results:
         table = Table("split", "bits per byte")
         for split, value in results["bpb"].items():

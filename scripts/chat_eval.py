@@ -1,61 +1,105 @@
-"""Measure a chat model on tasks: python -m scripts.chat_eval -a Arithmetic,ARC-Easy."""
+"""Measure a chat model on tasks: python -m scripts.chat_eval -a "ARC-Easy|GSM8K".
+
+Without -a, the six tasks of ChatCORE. Stopped and run again, it goes on where it was.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from nanochat.chat_eval import evaluate_task
+from nanochat.chat_eval import CHATCORE_TASKS, Answering, TaskResult, chatcore, evaluate_task
 from nanochat.checkpoint_manager import get_stage_dir, load_model
-from nanochat.common import compute_init, run_command
+from nanochat.common import NanochatError, compute_init, run_command
 from nanochat.engine import Engine
 from nanochat.progress import Progress
 from nanochat.report import merge_eval
+from nanochat.scores import describe_pass_at
 from tasks import TASKS, build_task
+from tasks.common import Task
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure a chat model on tasks.")
     parser.add_argument("-i", "--source", default="sft", choices=("base", "sft", "rl"), help="stage of the model")
-    parser.add_argument("-a", "--task-name", default="ARC-Easy,ARC-Challenge,MMLU,GSM8K,SpellingBee", metavar="NAME,...",
-                        help=f"of {', '.join(TASKS)}")  # fmt: skip
+    parser.add_argument("-a", "--task-name", default=None, metavar="NAME|...",
+                        help=f"of {', '.join(TASKS)} (default: those of ChatCORE whose data can be had)")  # fmt: skip
     parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest with that stage)")
     parser.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
     parser.add_argument("-x", "--max-problems", type=int, default=-1, help="of each task (-1: all)")
-    parser.add_argument("-n", "--num-samples", type=int, default=1, help="answers to a problem; one right counts")
+    parser.add_argument("-n", "--num-samples", type=int, default=1, help="answers to a problem, for pass@k")
     parser.add_argument("-m", "--max-new-tokens", type=int, default=256)
     parser.add_argument("-t", "--temperature", type=float, default=0.0)
     parser.add_argument("-k", "--top-k", type=int, default=50)
-    parser.add_argument("-b", "--batch-size", type=int, default=16, help="problems at a time")
+    parser.add_argument("-b", "--batch-size", type=int, default=32, help="problems at a time")
     parser.add_argument("--task-data", type=Path, default=None, metavar="DIR", help="local folder instead of the hub")
+    parser.add_argument("--unsafe-execution", action="store_true", help="run programs of the model without isolation")
     parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    *_, device = compute_init(args.device_type)
-    tasks = {name: build_task(name, "test", args.task_data) for name in args.task_name.split(",")}
+    if args.unsafe_execution:
+        os.environ["NANOCHAT_UNSAFE_EXECUTION"] = "1"
+    _, rank, _, _, device = compute_init(args.device_type)
     model, tokenizer, meta = load_model(args.source, device, "eval", args.model_tag, args.step)
-    engine = Engine(model, tokenizer)
+    tasks, missing = collect_tasks(args.task_name, args.task_data)
+    engine = Engine(model, tokenizer, max_rows=args.batch_size)
+    answering = Answering(args.num_samples, args.max_new_tokens, args.temperature, args.top_k)
     stage_dir = get_stage_dir(meta["tag"], args.source)
-    table = Table("task", "accuracy", "95% interval", "problems")
+    folder = stage_dir / "chat_eval" / f"step_{meta['step']:06d}_{meta['weights'][:8]}"
+    results: dict[str, TaskResult] = {}
     for name, task in tasks.items():
         total = len(task) if args.max_problems < 0 else min(args.max_problems, len(task))
+        path = folder / answering.file_name(name)
         with Progress(f"evaluating {name}", total, unit="problem") as progress:
-            result = evaluate_task(
-                engine, task, args.max_problems, args.batch_size, args.num_samples, args.max_new_tokens,
-                args.temperature, args.top_k, progress.update,
+            results[name] = evaluate_task(
+                engine, task, args.max_problems, args.batch_size, answering, path, progress.update
             )  # fmt: skip
-        merge_eval(stage_dir, meta["step"], {"tasks": {name: result.as_dict()}, "examples": {name: result.examples}})
-        interval = f"{result.low:.1%} to {result.high:.1%}"
-        table.add_row(name, f"{result.accuracy:.1%}", interval, str(result.num_problems))
-    Console().print(table)
+        if rank == 0:
+            scores, examples = results[name].as_dict(), results[name].examples
+            merge_eval(stage_dir, meta["step"], {"tasks": {name: scores}, "examples": {name: examples}})
+    if rank == 0:
+        mean = chatcore({name: result.as_dict() for name, result in results.items()})
+        if mean is not None:
+            merge_eval(stage_dir, meta["step"], {"chatcore": mean})
+        show(results, mean, missing)
     return 0
+
+
+def collect_tasks(names: str | None, data_dir: Path | None) -> tuple[dict[str, Task], dict[str, str]]:
+    """The tasks by name, and those of ChatCORE that cannot be had with the reason. One that was asked for must be there."""
+    if names is not None:
+        return {name: build_task(name, "test", data_dir) for name in filter(None, re.split(r"[|,]", names))}, {}
+    tasks, missing = {}, {}
+    for name in CHATCORE_TASKS:
+        try:
+            tasks[name] = build_task(name, "test", data_dir)
+        except NanochatError as error:
+            missing[name] = str(error)
+    return tasks, missing
+
+
+def show(results: dict[str, TaskResult], mean: dict | None, missing: dict[str, str]) -> None:
+    console = Console()
+    table = Table("task", "accuracy", "95% interval", "problems", "pass@k", "truncated")
+    for name, result in results.items():
+        interval = f"{result.low:.1%} to {result.high:.1%}"
+        passed = describe_pass_at(result.pass_at)
+        table.add_row(name, f"{result.accuracy:.1%}", interval, str(result.n), passed, str(result.truncated or ""))
+    console.print(table)
+    for name, reason in missing.items():
+        console.print(f"left out: {name}: {reason}", markup=False)
+    if mean is not None:
+        over = f"the mean over {mean['tasks']} of {len(CHATCORE_TASKS)} tasks, each 0 for guessing"
+        console.print(f"{mean['name']}: {mean['value']:.4f} ({mean['low']:.4f} to {mean['high']:.4f}), {over}")
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tasks.common import Conversation, Task, evaluate_letter, load_rows, multiple_choice
+from tasks.common import Conversation, RowTask, evaluate_letter, load_rows, multiple_choice
 
 
-class ARC(Task):
+class ARC(RowTask):
     """subset: "ARC-Easy" or "ARC-Challenge"."""
 
     eval_type = "categorical"
+    baseline = 0.25
 
     def __init__(self, split: str, data_dir: Path | None = None, subset: str = "ARC-Easy", **slicing: int) -> None:
         super().__init__(**slicing)
@@ -19,20 +20,15 @@ class ARC(Task):
         local = [f"arc/{subset}/{name}.jsonl"]
         if split == "test":  # an evaluation bundle beside the task data has it too
             local.append(f"../eval_bundle/eval_data/world_knowledge/{subset.lower().replace('-', '_')}.jsonl")
-        self.rows = load_rows(data_dir, local, "allenai/ai2_arc", subset, name)
+        self.rows = load_rows(data_dir, local, "allenai/ai2_arc", subset, name, self.convert)
 
-    def num_examples(self) -> int:
-        return len(self.rows)
-
-    def get_example(self, index: int) -> Conversation:
-        return multiple_choice(*_question(self.rows[index]))
+    @staticmethod
+    def convert(row: dict[str, Any]) -> Conversation:
+        """A row in the hub's form or an evaluation bundle's."""
+        if "query" in row:
+            return multiple_choice(row["query"].removeprefix("Question: "), row["choices"], row["gold"])
+        labels = list(row["choices"]["label"])
+        return multiple_choice(row["question"], list(row["choices"]["text"]), labels.index(row["answerKey"]))
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         return evaluate_letter(conversation, completion)
-
-
-def _question(row: dict[str, Any]) -> tuple[str, list[str], int]:
-    """(question, choices, index of the answer) of a row in the hub's form or an evaluation bundle's."""
-    if "query" in row:
-        return row["query"].removeprefix("Question: "), row["choices"], row["gold"]
-    return row["question"], list(row["choices"]["text"]), list(row["choices"]["label"]).index(row["answerKey"])

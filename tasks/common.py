@@ -11,7 +11,7 @@ import bisect
 import itertools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -30,6 +30,7 @@ class Task(ABC):
     """
 
     eval_type = "generative"
+    baseline = 0.0  # accuracy of guessing
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1) -> None:
         if start < 0 or step < 1 or (stop is not None and stop < start):
@@ -60,6 +61,26 @@ class Task(ABC):
         if not 0 <= index < len(self):
             raise IndexError(f"conversation {index} of {len(self)}")
         return self.get_example(self.start + index * self.step)
+
+
+class RowTask(Task):
+    """A task that makes each conversation from a row of a data set, `self.rows`; a subclass says how.
+
+    `convert` raises KeyError, TypeError or ValueError for a row that is none of its kind.
+    """
+
+    rows: Sequence[dict[str, Any]]
+
+    @staticmethod
+    @abstractmethod
+    def convert(row: dict[str, Any]) -> Conversation:
+        """The conversation of a row."""
+
+    def num_examples(self) -> int:
+        return len(self.rows)
+
+    def get_example(self, index: int) -> Conversation:
+        return self.convert(self.rows[index])
 
 
 class GeneratedTask(Task):
@@ -125,7 +146,9 @@ def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> 
 
 
 def multiple_choice(question: str, choices: Sequence[str], answer: int) -> Conversation:
-    """A conversation that asks for the letter of a choice and is answered with it."""
+    """A conversation that asks for the letter of a choice and is answered with it. Raises ValueError for no such choice."""
+    if not 0 <= answer < len(choices):
+        raise ValueError(f"answer {answer} is none of {len(choices)} choices")
     letters = [chr(ord("A") + i) for i in range(len(choices))]
     messages = [
         {"role": "user", "content": render_mc(question, letters, choices)},
@@ -142,8 +165,8 @@ def evaluate_letter(conversation: Conversation, completion: str) -> bool:
 # ----------------------------------------------------------------------------- rows from a folder or the hub
 
 
-def read_jsonl(path: Path) -> list[Any]:
-    """The values of a JSONL file. Raises NanochatError naming file and line."""
+def read_jsonl(path: Path, check: Callable[[Any], object] = lambda row: None) -> list[Any]:
+    """The values of a JSONL file. Raises NanochatError naming file and line, also of a value that `check` refuses."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): U+2028 may stand in a string
     except (OSError, UnicodeDecodeError) as error:
@@ -154,8 +177,12 @@ def read_jsonl(path: Path) -> list[Any]:
             continue
         try:
             rows.append(json.loads(line))
+            check(rows[-1])
         except json.JSONDecodeError as error:
             raise NanochatError(f"{path}, line {number}, is not JSON ({error.msg}): mend or remove it") from error
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise NanochatError(f"{path}, line {number}, is no row of this task ({reason}): mend or remove it") from error
     return rows
 
 
@@ -173,16 +200,21 @@ class ArrowRows(Sequence):
 
 
 def load_rows(
-    data_dir: Path | None, local_names: Sequence[str], repo_id: str, subset: str, split: str
+    data_dir: Path | None,
+    local_names: Sequence[str],
+    repo_id: str,
+    subset: str,
+    split: str,
+    check: Callable[[Any], object],
 ) -> Sequence[dict[str, Any]]:
     """The rows of a data set: the first of local_names (JSONL) below data_dir, else `subset/split-*.parquet` on the hub.
 
-    Raises NanochatError that says where the data was looked for.
+    Raises NanochatError that says where the data was looked for, or which line `check` (RowTask.convert) refuses.
     """
     if data_dir is not None:
         for name in local_names:
             if (data_dir / name).is_file():
-                return read_jsonl(data_dir / name)
+                return read_jsonl(data_dir / name, check)
         raise NanochatError(f"--task-data {data_dir} has no {' or '.join(local_names)}: add it or leave the task out")
     return ArrowRows(_download_split(repo_id, subset, split))
 

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
-from tasks.common import Conversation, Task, load_rows
+from tasks.common import Conversation, RowTask, load_rows
 
 NUM_VAL = 473  # questions at the end of the training split that are held out (a tenth of it at most)
 CALL = re.compile(r"<<([^=<>]+)=([^<>]+)>>")
 ANSWER = re.compile(r"####\s*\$?(-?[\d,]*\.?\d+)")
 
 
-class GSM8K(Task):
+class GSM8K(RowTask):
     """Questions in words, whose answers end with "#### number"."""
 
     def __init__(self, split: str, data_dir: Path | None = None, **slicing: int) -> None:
         super().__init__(**slicing)
         name = "test" if split == "test" else "train"
-        self.rows = load_rows(data_dir, [f"gsm8k/{name}.jsonl"], "openai/gsm8k", "main", name)
-        held_out = min(NUM_VAL, len(self.rows) // 10)
-        whole = {"train": (0, len(self.rows) - held_out), "val": (len(self.rows) - held_out, len(self.rows))}
-        self.first, self.end = whole.get(split, (0, len(self.rows)))
+        rows = load_rows(data_dir, [f"gsm8k/{name}.jsonl"], "openai/gsm8k", "main", name, self.convert)
+        held_out = min(NUM_VAL, len(rows) // 10)
+        first, end = {"train": (0, len(rows) - held_out), "val": (len(rows) - held_out, len(rows))}.get(split, (0, len(rows)))
+        self.rows = [rows[i] for i in range(first, end)]
 
-    def num_examples(self) -> int:
-        return self.end - self.first
-
-    def get_example(self, index: int) -> Conversation:
-        row = self.rows[self.first + index]
+    @staticmethod
+    def convert(row: dict[str, Any]) -> Conversation:
+        answer = extract_answer(row["answer"])
+        if answer is None:
+            raise ValueError("its answer does not end with #### and a number")
         parts: list[dict[str, str]] = []
         # split() gives text, expression, result, text, expression, ...
         pieces = CALL.split(row["answer"])
@@ -38,7 +39,7 @@ class GSM8K(Task):
                 parts.append({"type": "python", "text": expression})
                 parts.append({"type": "python_output", "text": result})
         messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": parts}]
-        return {"messages": messages, "answer": extract_answer(row["answer"])}
+        return {"messages": messages, "answer": answer}
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         answer = extract_answer(completion)

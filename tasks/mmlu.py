@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from tasks.common import Conversation, Task, evaluate_letter, load_rows, multiple_choice
+from tasks.common import Conversation, RowTask, evaluate_letter, load_rows, multiple_choice
 
 # split: (subset on the hub, split on the hub, local files in order of preference)
 SPLITS = {
@@ -14,21 +15,19 @@ SPLITS = {
 }
 
 
-class MMLU(Task):
+class MMLU(RowTask):
     """Trained on the auxiliary split, measured on the test split."""
 
     eval_type = "categorical"
+    baseline = 0.25
 
     def __init__(self, split: str, data_dir: Path | None = None, **slicing: int) -> None:
         super().__init__(**slicing)
         subset, name, local = SPLITS[split]
-        self.rows = load_rows(data_dir, local, "cais/mmlu", subset, name)
+        self.rows = load_rows(data_dir, local, "cais/mmlu", subset, name, self.convert)
 
-    def num_examples(self) -> int:
-        return len(self.rows)
-
-    def get_example(self, index: int) -> Conversation:
-        row = self.rows[index]
+    @staticmethod
+    def convert(row: dict[str, Any]) -> Conversation:
         row = row.get("train", row)  # the auxiliary split wraps its rows once more
         return {**multiple_choice(row["question"], row["choices"], row["answer"]), "subject": row["subject"]}
 

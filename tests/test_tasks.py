@@ -228,3 +228,30 @@ def test_malformed_conversations_are_named(tmp_path: Path, line: str, message: s
 
 def test_dolly_is_a_custom_task(real_data: Path) -> None:
     assert len(CustomJSON(real_data / "tasks" / "dolly.jsonl")) == 950
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "line"),
+    [
+        ("GSM8K", "gsm8k/test.jsonl", '{"question": "q", "answer": "no number"}'),
+        ("GSM8K", "gsm8k/test.jsonl", '{"question": "q"}'),
+        ("GSM8K", "gsm8k/test.jsonl", "[1, 2]"),
+        ("MMLU", "mmlu/test.jsonl", '{"question": "q", "choices": ["a", "b"], "answer": 2, "subject": "s"}'),
+        ("MMLU", "mmlu/test.jsonl", '{"question": "q", "choices": 7, "answer": 0, "subject": "s"}'),
+        ("ARC-Easy", "arc/ARC-Easy/test.jsonl",
+         '{"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "B"}'),
+        ("SmolTalk", "smoltalk/test.jsonl", '{"messages": [{"role": "user"}]}'),
+    ],
+)  # fmt: skip
+def test_malformed_rows_are_named_by_file_and_line(tmp_path: Path, name: str, file: str, line: str) -> None:
+    good = {
+        "GSM8K": {"question": "q", "answer": "1 #### 1"},
+        "MMLU": {"question": "q", "choices": ["a", "b"], "answer": 1, "subject": "s"},
+        "ARC-Easy": {"query": "q", "choices": ["a", "b"], "gold": 1},
+        "SmolTalk": {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    }[name]
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(good) + "\n\n" + line, encoding="utf-8")
+    with pytest.raises(NanochatError, match=rf"{path.name}, line 3, is no row of this task"):
+        build_task(name, "val" if name == "SmolTalk" else "test", tmp_path)

@@ -1,0 +1,46 @@
+"""What a share of right answers says: its interval, what guessing would give, several tries. Used by the evaluations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The Wilson score interval of a share of n trials; sound for small n and shares near 0 or 1."""
+    if n == 0:
+        return 0.0, 1.0
+    center = share + z * z / (2 * n)
+    spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, (center - spread) / (1 + z * z / n)), min(1.0, (center + spread) / (1 + z * z / n))
+
+
+def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
+    """The chance that k of the samples, drawn without replacement, hold a right one: unbiased for any k <= num_samples.
+
+    Method: arXiv 2107.03374, equation 1.
+    """
+    return 1 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
+
+
+def centered(accuracy: float, baseline: float) -> float:
+    """0 for what guessing gives, 1 for all right."""
+    return (accuracy - baseline) / (1 - baseline)
+
+
+def centered_mean(tasks: Iterable[Mapping[str, Any]]) -> tuple[float, float, float]:
+    """(mean, low, high) of the centred accuracies of tasks, each with "accuracy", "low", "high" and "baseline".
+
+    The interval adds the tasks' own ones as independent errors.
+    """
+    tasks = list(tasks)
+    mean = sum(centered(task["accuracy"], task["baseline"]) for task in tasks) / len(tasks)
+    half_widths = ((task["high"] - task["low"]) / 2 / (1 - task["baseline"]) for task in tasks)
+    error = math.sqrt(sum(half * half for half in half_widths)) / len(tasks)
+    return mean, mean - error, mean + error
+
+
+def describe_pass_at(pass_at: Mapping[Any, float]) -> str:
+    """ "pass@1 12.5%, pass@8 40.0%"; empty for a single sample."""
+    return ", ".join(f"pass@{k} {value:.1%}" for k, value in pass_at.items()) if len(pass_at) > 1 else ""

@@ -1,0 +1,154 @@
+"""Chat evaluation: tries and intervals, answers that depend on their problem alone, going on after a stop."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat import chat_eval as chat_eval_module
+from nanochat.chat_eval import CHATCORE_TASKS, Answering, chatcore, evaluate_task
+from nanochat.engine import Engine
+from nanochat.scores import centered_mean, pass_at_k, wilson_interval
+from nanochat.tokenizer import Tokenizer
+from scripts import chat_eval
+from tasks.common import Conversation, Task, multiple_choice
+from tests.helpers import make_document, make_model
+
+
+class LongAnswers(Task):
+    """Judged by the length of the answer, so that a model that knows nothing is right now and then."""
+
+    def num_examples(self) -> int:
+        return 9
+
+    def get_example(self, index: int) -> Conversation:
+        question = make_document(index, 1 + index % 4)
+        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "x"}]}
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return len(completion) % 2 == 0
+
+
+class Letters(LongAnswers):
+    eval_type = "categorical"
+    baseline = 0.25
+
+    def get_example(self, index: int) -> Conversation:
+        return multiple_choice(make_document(index, 2), ["one", "two", "three", "four"], index % 4)
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return completion == conversation["messages"][-1]["content"]
+
+
+@pytest.fixture
+def engine(tokenizer: Tokenizer) -> Engine:
+    return Engine(make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=256), tokenizer, max_rows=8)
+
+
+@given(st.integers(1, 7), st.data())
+def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_one(n: int, data: st.DataObject) -> None:
+    right, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
+    draws = list(itertools.combinations([i < right for i in range(n)], k))
+    assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def test_intervals_hold_their_share_and_shrink() -> None:
+    for n in (0, 1, 5, 400):
+        for right in {0, n // 2, n}:
+            low, high = wilson_interval(right / max(1, n), n)
+            assert 0 <= low <= right / max(1, n) <= high <= 1 and low < high
+    task = {"accuracy": 0.25, "low": 0.2, "high": 0.3, "baseline": 0.25}
+    mean, low, high = centered_mean([task])
+    assert mean == 0 and high - low == pytest.approx(0.1 / 0.75)
+    _, low, high = centered_mean([task] * 4)
+    assert high - low == pytest.approx(0.1 / 0.75 / 2)
+
+
+@pytest.mark.parametrize("task", [LongAnswers(), Letters()])
+def test_outcomes_do_not_depend_on_the_batch(engine: Engine, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    answering = Answering(num_samples=2, max_tokens=6, temperature=1.0)
+    whole = evaluate_task(engine, task, -1, 8, answering)
+    monkeypatch.setattr(chat_eval_module, "CHUNK_BATCHES", 1)
+    assert evaluate_task(engine, task, -1, 2, answering) == whole
+    assert whole.n == 9 and whole.low <= whole.accuracy <= whole.high and whole.baseline == task.baseline
+    few = evaluate_task(engine, task, 3, 8, answering)
+    assert few.n == 3 and few.examples == whole.examples[:3]
+
+
+def test_a_stopped_evaluation_goes_on(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a kill in the middle of a line, only what is missing is answered again, and the result is the same."""
+    task, answering, path = LongAnswers(), Answering(2, 6, 1.0), tmp_path / "eval" / "rows.jsonl"
+    whole = evaluate_task(engine, task, -1, 8, answering, path)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join(lines[:5]) + "\n" + lines[5][:20], encoding="utf-8")
+    answered: list[int] = []
+    generate = chat_eval_module._generate
+
+    def watched(engine: Engine, prompts: list[list[int]], numbers: list[int], answering: Answering) -> list[list[str]]:
+        answered.extend(numbers)
+        return generate(engine, prompts, numbers, answering)
+
+    monkeypatch.setattr(chat_eval_module, "_generate", watched)
+    assert evaluate_task(engine, task, -1, 8, answering, path) == whole
+    assert sorted(answered) == sorted(json.loads(line)["index"] for line in lines[5:])
+    answered.clear()
+    assert evaluate_task(engine, task, -1, 8, answering, path) == whole and not answered
+
+
+def test_pass_at_k_grows_and_starts_at_the_accuracy(engine: Engine) -> None:
+    result = evaluate_task(engine, LongAnswers(), -1, 8, Answering(6, 8, 1.0))
+    assert list(result.pass_at) == [1, 2, 4, 6]
+    assert result.pass_at[1] == pytest.approx(result.accuracy)
+    values = list(result.pass_at.values())
+    assert values == sorted(values) and values[0] < values[-1]
+
+
+def test_long_prompts_lose_their_beginning_and_are_counted(engine: Engine) -> None:
+    class Long(LongAnswers):
+        def get_example(self, index: int) -> Conversation:
+            content = "word " * (500 if index == 2 else 5)
+            return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": ""}]}
+
+    result = evaluate_task(engine, Long(), -1, 8, Answering(max_tokens=4))
+    assert (result.truncated, result.n) == (1, 9)
+
+
+def test_a_model_that_never_stops_ends_at_its_limit(engine: Engine) -> None:
+    engine.scheduler.stop_ids = set()
+    result = evaluate_task(engine, LongAnswers(), 2, 8, Answering(max_tokens=7))
+    assert all(0 < len(engine.tokenizer.encode(e["answer"])) <= 3 * 7 for e in result.examples)
+    assert engine.scheduler.is_idle
+
+
+def test_chatcore_is_the_centred_mean_and_says_over_how_many() -> None:
+    result = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "baseline": 0.25}
+    assert chatcore({"Arithmetic": result}) is None
+    partial = chatcore({"MMLU": result, "Arithmetic": result})
+    assert partial["name"] == "chatcore_partial" and partial["tasks"] == 1 and partial["value"] == pytest.approx(1 / 3)
+    assert partial["low"] < partial["value"] < partial["high"]
+    assert chatcore(dict.fromkeys(CHATCORE_TASKS, result))["name"] == "chatcore_metric"
+
+
+def test_the_command_on_real_tasks(tiny_run: Path, real_data: Path, capsys: pytest.CaptureFixture) -> None:
+    flags = ["--model-tag=tiny", "-a", "ARC-Easy|MMLU,GSM8K", "-x", "4", "-m", "4", "-n", "2", "-t", "1", "--device-type=cpu"]
+    flags.append(f"--task-data={real_data / 'tasks'}")
+    assert chat_eval.main(flags) == 0
+    out = capsys.readouterr().out
+    assert "chatcore_partial" in out and "3 of 6 tasks" in out
+    saved = json.loads((tiny_run / "sft" / "eval.json").read_text(encoding="utf-8"))
+    assert set(saved["tasks"]) == {"ARC-Easy", "MMLU", "GSM8K"} and saved["chatcore"]["tasks"] == 3
+    (folder,) = (tiny_run / "sft" / "chat_eval").iterdir()
+    assert {path.name.split("_")[0] for path in folder.iterdir()} == {"ARC-Easy", "MMLU", "GSM8K"}
+
+
+def test_without_any_data_the_tasks_are_named(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "tasks").mkdir()
+    flags = ["--model-tag=tiny", "-x", "2", "-m", "4", f"--task-data={tmp_path / 'tasks'}", "--device-type=cpu"]
+    assert chat_eval.main(flags) == 0  # SpellingBee is made, not read
+    out = " ".join(capsys.readouterr().out.split())
+    assert "left out: GSM8K" in out and "1 of 6 tasks" in out
