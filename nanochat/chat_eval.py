@@ -163,6 +163,17 @@ def choose_letters(engine: Engine, prompts: list[list[int]], problems: list[Conv
     return chosen
 
 
+def sample_answers(engine: Engine, task: Task, count: int = 4, max_tokens: int = 64) -> list[dict[str, str]]:
+    """The first few questions of a task, each as [{"prompt", "text"}], with the likeliest answers."""
+    messages = [task[i]["messages"][0] for i in range(min(count, len(task)))]
+    prompts = [engine.tokenizer.render_for_completion({"messages": [message]}) for message in messages]
+    rows = engine.complete(prompts, max_tokens=max_tokens, temperature=0)
+    return [
+        {"prompt": message["content"], "text": engine.tokenizer.decode(row.tokens)}
+        for message, row in zip(messages, rows, strict=True)
+    ]
+
+
 def _summarize(task: Task, problems: list[Conversation], rows: list[dict[str, Any]]) -> TaskResult:
     n = len(rows)
     accuracy = sum(sum(row["scores"]) / len(row["scores"]) for row in rows) / max(1, n)
@@ -180,12 +191,12 @@ def _summarize(task: Task, problems: list[Conversation], rows: list[dict[str, An
 
 
 def chatcore(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """{"name", "value", "low", "high", "tasks"} of the tasks of ChatCORE among the results by name; None without any.
+    """{"name", "value", "low", "high", "tasks"} of the tasks of ChatCORE among the results by name; None of fewer than two.
 
     The name is "chatcore_metric" over all six tasks and "chatcore_partial" over fewer.
     """
     measured = [results[name] for name in CHATCORE_TASKS if name in results]
-    if not measured:
+    if len(measured) < 2:
         return None
     mean, low, high = centered_mean(measured)
     name = "chatcore_metric" if len(measured) == len(CHATCORE_TASKS) else "chatcore_partial"

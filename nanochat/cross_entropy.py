@@ -37,14 +37,14 @@ def softcapped_cross_entropy(
     ignored positions. compiled_gradient: `softmax_gradient`, compiled, from a caller that compiles.
     """
     if reduction == "none":
-        return _token_losses(x, weight, targets, cap)
+        return token_losses(x, weight, targets, cap)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"loss_reduction must be mean, sum or none, not {reduction!r}")
     weight = weight.to(x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         total = _FusedLoss.apply(x, weight, targets, cap, compiled_gradient or softmax_gradient)
     else:
-        total = _token_losses(x, weight, targets, cap).sum()
+        total = token_losses(x, weight, targets, cap).sum()
     if reduction == "sum":
         return total
     return total / (targets != IGNORE_INDEX).sum().clamp(min=1)
@@ -57,11 +57,21 @@ def _chunk_size(num_tokens: int, vocab_size: int, device: torch.device) -> int:
     return min(size, num_tokens)
 
 
-def _token_losses(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float) -> torch.Tensor:
-    """(N,) losses by autograd, each chunk's logits recomputed in the backward pass."""
+def token_losses(
+    x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float, temperature: float = 1.0, top_k: int = 0
+) -> torch.Tensor:
+    """(N,) losses by autograd, each chunk's logits recomputed in the backward pass; arguments as above.
+
+    They are those of the distribution that sampling at `temperature` among the `top_k` likeliest tokens (0: all) draws
+    from; the target always counts as one of these, whatever rounding made of it.
+    """
 
     def chunk_losses(x_chunk: torch.Tensor, weight: torch.Tensor, target_chunk: torch.Tensor) -> torch.Tensor:
-        logits = softcap(x_chunk @ weight.T, cap)
+        logits = softcap(x_chunk @ weight.T, cap) / temperature
+        if 0 < top_k < logits.size(-1):
+            excluded = logits < logits.topk(top_k, dim=-1).values[:, -1:]
+            excluded.scatter_(1, target_chunk.clamp(min=0)[:, None], False)
+            logits = logits.masked_fill(excluded, float("-inf"))
         return torch.nn.functional.cross_entropy(logits, target_chunk, ignore_index=IGNORE_INDEX, reduction="none")
 
     weight = weight.to(x.dtype)

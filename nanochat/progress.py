@@ -12,7 +12,7 @@ from rich.progress import Progress as RichProgress
 
 REFRESH_S = 0.2  # on a terminal
 LINE_S = 10.0  # elsewhere: seconds between lines, and at least a twentieth of the work
-FORMATS = {"loss": ".4f", "bpb": ".4f", "tok_per_s": ",.0f", "mfu": ".0%"}
+FORMATS = {"loss": ".4f", "bpb": ".4f", "tok_per_s": ",.0f", "mfu": ".0%", "reward": ".3f", "pass@1": ".1%"}
 LABELS = {"tok_per_s": "tok/s", "mfu": "MFU"}
 
 

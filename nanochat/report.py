@@ -153,17 +153,17 @@ def _overview_row(stage: str, rows: list[dict[str, Any]]) -> list[str]:
     if not train:
         return [STAGE_TITLES[stage], "0", *["-"] * 6]
     last = train[-1]
-    speeds = sorted(row["train/tok_per_s"] for row in train)
-    shares = sorted(row["train/mfu"] for row in train)
+    speeds = sorted(row["train/tok_per_s"] for row in train if "train/tok_per_s" in row)
+    shares = sorted(row["train/mfu"] for row in train if "train/mfu" in row)
     return [
         STAGE_TITLES[stage],
         f"{last['step']:,}",
-        f"{last['train/tokens']:,}",
+        f"{last['train/tokens']:,}" if "train/tokens" in last else "-",
         format_seconds(last["time_s"]),
         f"{last['train/loss']:.4f}",
         f"{val[-1]:.4f}" if val else "-",
-        f"{speeds[len(speeds) // 2]:,.0f}",
-        f"{shares[len(shares) // 2]:.1%}",
+        f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "-",
+        f"{shares[len(shares) // 2]:.1%}" if shares else "-",
     ]
 
 

@@ -38,12 +38,12 @@ from nanochat.trainer import Trainer
 FREE_SETTINGS = {
     "resume", "resume_from_step", "device_batch_size", "grad_accum_steps", "run", "tensorboard", "device", "dtype",
     "world_size", "compile", "eval_every", "eval_tokens", "sample_every", "save_every",
-    "core_metric_every", "core_metric_max_per_task",
+    "core_metric_every", "core_metric_max_per_task", "max_rows", "eval_examples", "eval_samples",
     "sample_prompts", "log_every",
 }  # fmt: skip
 
 
-def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+def add_training_arguments(parser: argparse.ArgumentParser, eval_every: int = 250, horizon_by_time: bool = True) -> None:
     """Flags that every training script has."""
     run = parser.add_argument_group("run")
     run.add_argument("--run", default="dummy", metavar="NAME", help="Weights & Biases run name; 'dummy' logs nothing there")
@@ -56,9 +56,10 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on from the newest checkpoint, from none, from STEP",
     )
     run.add_argument("--save-every", type=int, default=-1, metavar="STEPS", help="save every so often (-1: at the end)")
-    run.add_argument("--eval-every", type=int, default=250, metavar="STEPS", help="validation bits per byte (-1: at the end)")
-    run.add_argument("--eval-tokens", type=int, default=-1, metavar="N", help="validation tokens to use (-1: see docs)")
-    run.add_argument("--target-minutes", type=float, default=-1.0, help="train about so long, as measured at the start")
+    run.add_argument("--eval-every", type=int, default=eval_every, metavar="STEPS", help="validate (-1: at the end)")
+    if horizon_by_time:
+        run.add_argument("--eval-tokens", type=int, default=-1, metavar="N", help="validation tokens to use (-1: all)")
+        run.add_argument("--target-minutes", type=float, default=-1.0, help="train about so long, as measured at the start")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
     machine.add_argument("--device-batch-size", type=int, default=-1, metavar="ROWS", help="rows at a time (-1: as fit)")

@@ -30,6 +30,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.progress import Progress
 from nanochat.scaling import learning_rate_factor, muon_momentum
 
+SHOWN = ("loss", "reward", "tok_per_s", "mfu", "bpb", "pass@1")  # on the progress line, where there are such numbers
 Batch = tuple[torch.Tensor, ...]  # (inputs, targets, ...): targets (B, T) int64, -1 where there is nothing to predict
 
 
@@ -47,18 +48,24 @@ class TrainConfig:
     """What the loop itself needs to know. Periods are in steps; 0 or less means never (but for the last step)."""
 
     num_iterations: int
-    total_batch_size: int  # tokens in an update, over all ranks
+    total_batch_size: int  # tokens in an update, over all ranks; 0: it varies, and speed is not counted in tokens
     grad_accum_steps: int = 1
     warmup_steps: int = 40
     warmdown_ratio: float = 0.65
     final_lr_frac: float = 0.05
     muon_momentum: float = 0.95
     eval_every: int = 250
+    eval_first: bool = False  # also before the first update
     sample_every: int = 2000
     save_every: int = -1
     log_every: int = 1
     compile: bool = True
     stage_name: str = "training"
+
+
+def count_supervised(batch: Batch) -> torch.Tensor:
+    """Tokens that have a target: what `summed_loss` is a sum over."""
+    return (batch[1] >= 0).sum()
 
 
 def summed_loss(model: GPT, batch: Batch) -> torch.Tensor:
@@ -71,7 +78,8 @@ class Trainer:
     """Trains `model` from `loader` until `config.num_iterations` updates are done.
 
     evaluate: () -> {"val/bpb": ...}, called with the model in eval mode; sample: () -> [{"prompt": ..., "text": ...}];
-    loss_fn: (model, batch) -> summed loss, which the trainer divides by the supervised tokens of the whole step.
+    loss_fn: (model, batch) -> summed loss, which the trainer divides by the whole step's sum of count_fn(batch);
+    step_metrics: () -> what else the newest step's row says.
     meta: what else a checkpoint must say (model_config, tokenizer, settings, lineage), JSON.
     """
 
@@ -87,10 +95,13 @@ class Trainer:
         evaluate: Callable[[], dict[str, float]] | None = None,
         sample: Callable[[], list[dict[str, str]]] | None = None,
         loss_fn: Callable[[GPT, Batch], torch.Tensor] = summed_loss,
+        count_fn: Callable[[Batch], torch.Tensor] = count_supervised,
+        step_metrics: Callable[[], dict[str, float]] = dict,
     ) -> None:
         self.model, self.optimizer, self.loader, self.config = model, optimizer, loader, config
         self.stage_dir, self.metrics, self.meta = stage_dir, metrics, meta
-        self.evaluate_fn, self.sample_fn, self.loss_fn = evaluate, sample, loss_fn
+        self.evaluate_fn, self.sample_fn = evaluate, sample
+        self.loss_fn, self.count_fn, self.step_metrics = loss_fn, count_fn, step_metrics
         self.ddp, self.rank, _, self.world_size = get_dist_info()
         self.device = model.get_device()
         self.step = 0
@@ -137,7 +148,7 @@ class Trainer:
                 last = self.step >= config.num_iterations
                 if (last or self._due(config.save_every)) and self.step not in list_steps(self.stage_dir):
                     self.save()
-                if last or self._due(config.eval_every):
+                if last or self._due(config.eval_every) or (config.eval_first and self.step == 0):
                     self._evaluate()
                 if last or self._due(config.sample_every):
                     self._sample()
@@ -180,10 +191,10 @@ class Trainer:
         config = self.config
         started = time.perf_counter()
         batches = [next(self.loader) for _ in range(config.grad_accum_steps)]
-        supervised = self._count_supervised(batches)
+        count = self._count(batches)
         loss = torch.zeros((), device=self.device)
         for batch in batches:
-            part = self.loss_fn(self.model, batch) / supervised
+            part = self.loss_fn(self.model, batch) / count
             part.backward()
             loss += part.detach()
         factor = self._set_schedules()
@@ -196,9 +207,9 @@ class Trainer:
         else:
             self.time_s += time.perf_counter() - started
 
-    def _count_supervised(self, batches: list[Batch]) -> torch.Tensor:
-        """Supervised tokens in this update over all ranks, at least 1: a batch without any has loss 0."""
-        count = sum((batch[1] >= 0).sum() for batch in batches)
+    def _count(self, batches: list[Batch]) -> torch.Tensor:
+        """What this update's loss is divided by, over all ranks; at least 1: a batch with nothing to learn has loss 0."""
+        count = sum(self.count_fn(batch) for batch in batches)
         if self.ddp:
             dist.all_reduce(count)
         return count.clamp(min=1)
@@ -230,20 +241,19 @@ class Trainer:
         steps = len(values)
         elapsed = self.time_s - getattr(self, "_logged_time_s", self.time_s - (time.perf_counter() - started))
         self._logged_time_s = self.time_s
-        tokens_per_s = self.config.total_batch_size * steps / elapsed
-        row = {
-            "step": self.step,
-            "time_s": round(self.time_s, 4),
-            "train/loss": sum(values) / steps,
-            "train/lrm": factor,
-            "train/tok_per_s": round(tokens_per_s, 1),
-            "train/mfu": tokens_per_s * self.flops_per_token / self.matmul_rate,
-            "train/tokens": self.step * self.config.total_batch_size,
-            "train/flops": self.step * self.config.total_batch_size * self.flops_per_token,
-        }
+        row = {"step": self.step, "time_s": round(self.time_s, 4), "train/loss": sum(values) / steps, "train/lrm": factor}
+        if batch_size := self.config.total_batch_size:
+            tokens_per_s = batch_size * steps / elapsed
+            row |= {
+                "train/tok_per_s": round(tokens_per_s, 1),
+                "train/mfu": tokens_per_s * self.flops_per_token / self.matmul_rate,
+                "train/tokens": self.step * batch_size,
+                "train/flops": self.step * batch_size * self.flops_per_token,
+            }
+        row |= self.step_metrics()
         self.metrics.log(row)
-        bpb = {"bpb": self.results["val/bpb"]} if "val/bpb" in self.results else {}
-        self.progress.update(self.step, loss=row["train/loss"], tok_per_s=tokens_per_s, mfu=row["train/mfu"], **bpb)
+        shown = {name.rpartition("/")[2]: value for name, value in (row | self.results).items()}
+        self.progress.update(self.step, **{name: shown[name] for name in SHOWN if name in shown})
 
     def _describe_divergence(self) -> str:
         steps = list_steps(self.stage_dir)

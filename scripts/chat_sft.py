@@ -11,6 +11,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from nanochat.chat_eval import sample_answers
 from nanochat.checkpoint_manager import build_model, find_run, get_stage_dir, list_steps, load_checkpoint, load_model
 from nanochat.common import compute_init, get_compute_dtype, print0, run_command
 from nanochat.compilation import keep_freed_memory
@@ -34,7 +35,6 @@ from nanochat.trainer import TrainConfig, Trainer
 from tasks import build_mixture
 
 DEFAULT_TASKS = "SmolTalk,MMLU*3,GSM8K*4,Identity*2,SimpleSpelling,SpellingBee"
-NUM_SAMPLES = 4
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -124,15 +124,7 @@ def main(argv: list[str] | None = None) -> int:
         return {"val/bpb": evaluate_bpb(model, itertools.islice(batches, most), token_bytes)}
 
     def sample() -> list[dict[str, str]]:
-        engine = Engine(model, tokenizer)
-        samples = []
-        for example in itertools.islice(val_task, NUM_SAMPLES):  # a mixture: some of each kind
-            prompt = example["messages"][0]["content"]
-            conversation = {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": ""}]}
-            tokens = tokenizer.render_for_completion(conversation)
-            answers, _ = engine.generate_batch(tokens, 1, max_tokens=64, temperature=0)
-            samples.append({"prompt": prompt, "text": tokenizer.decode(answers[0][len(tokens) :])})
-        return samples
+        return sample_answers(Engine(model, tokenizer), val_task)  # a mixture: some of each kind
 
     trainer = Trainer(
         model, optimizer, loader,

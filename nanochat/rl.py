@@ -1,0 +1,257 @@
+"""Learning from rewards: rollouts of a task, advantages, and the policy-gradient loss. Used by scripts/chat_rl.
+
+An update answers some problems several times each, with the weights as they are, rewards the answers, and makes those
+that were better than others likelier. What a tool wrote is not learned; the token that ended an answer is.
+
+Methods: REINFORCE (Williams 1992), GRPO (arXiv 2402.03300), DAPO's normalization by tokens and its leaving out of groups
+that all earned the same (arXiv 2503.14476), without division by the group's spread (arXiv 2503.20783).
+To add an objective, extend `advantages` and `OBJECTIVES`.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from nanochat.common import NanochatError
+from nanochat.cross_entropy import token_losses
+from nanochat.engine import Engine
+from nanochat.gpt import GPT, LOGIT_CAP
+from nanochat.scheduler import Sequence
+from tasks.common import Task
+
+OBJECTIVES = ("dapo", "grpo", "reinforce")
+CORRECTION_LIMIT = 2.0  # of the ratio between a token's probabilities in training and in sampling
+ROW_STEP = 64  # tokens: rows are padded to a multiple, so that few shapes occur
+
+# (inputs, targets, advantages, scale, sampled_logprobs): (B, T) int64, (B, T) int64 with -1 where nothing was sampled,
+# (B, 1) float32, (B, 1) float32 what a token counts, (B, T) float32 its log-probability when it was drawn
+RolloutBatch = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How answers are drawn and compared. Raises NanochatError for values that mean nothing."""
+
+    objective: str = "dapo"
+    examples_per_step: int = 16
+    num_samples: int = 16  # answers to a problem
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 0
+    kl_weight: float = 0.0  # of the distance from the model at the start
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        if self.objective not in OBJECTIVES:
+            raise NanochatError(f"--objective {self.objective!r} is not known: choose {', '.join(OBJECTIVES)}")
+        if self.num_samples < 2 and self.objective != "reinforce":
+            raise NanochatError(f"--num-samples {self.num_samples} leaves nothing to compare: choose 2 or more")
+        if self.temperature < 0.01:
+            raise NanochatError(f"--temperature {self.temperature} explores nothing: choose 0.01 or more")
+        if self.kl_weight > 0 and self.top_k > 0:
+            raise NanochatError("--kl-weight compares whole distributions: leave --top-k at 0 with it")
+
+
+def advantages(rewards: torch.Tensor, objective: str, baseline: float) -> torch.Tensor:
+    """How much better than expected each answer is; (problems, answers) float32 like the rewards.
+
+    dapo: than the mean of its group; grpo: the same in units of the group's standard deviation, 0 in a group that all
+    earned the same; reinforce: than `baseline`, the mean reward of the whole step.
+    """
+    if objective == "reinforce":
+        return rewards - baseline
+    relative = rewards - rewards.mean(dim=1, keepdim=True)
+    if objective == "grpo":
+        return relative / rewards.std(dim=1, keepdim=True, correction=0).clamp(min=1e-6)
+    return relative
+
+
+class RolloutLoader:
+    """Endless micro-batches of rollouts, `micro_batches` for each update, drawn when an update's first one is asked for.
+
+    Each rank answers its share of an update's problems. What comes next follows from the number of the update and the
+    weights alone, so that a resumed run goes on as it would have. `metrics()` tells of the newest update.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        task: Task,
+        settings: RolloutSettings,
+        micro_batches: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if settings.examples_per_step < world_size or len(task) < 1:
+            raise NanochatError(
+                f"{settings.examples_per_step} problems a step of {len(task)} are too few for {world_size} ranks: "
+                "raise --examples-per-step or give more data"
+            )
+        self.engine, self.task, self.settings, self.micro_batches = engine, task, settings, micro_batches
+        self.rank, self.world_size = rank, world_size
+        self.device = engine.model.get_device()
+        self.step = 0
+        self._batches: list[RolloutBatch] = []
+        self._metrics: dict[str, float] = {}
+
+    def __iter__(self) -> Iterator[RolloutBatch]:
+        return self
+
+    def __next__(self) -> RolloutBatch:
+        if not self._batches:
+            self._batches = self._make_batches(*self._roll_out())
+            self.step += 1
+        return self._batches.pop(0)
+
+    def metrics(self) -> dict[str, float]:
+        return self._metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self._batches = state["step"], []
+
+    # ------------------------------------------------------------------------- drawing and judging
+
+    def _problems(self) -> list[tuple[int, int]]:
+        """(place in the run, index) of this rank's problems of the update: an epoch is one pass in an order of its own."""
+        places = range(self.step * self.settings.examples_per_step, (self.step + 1) * self.settings.examples_per_step)
+        chosen: list[tuple[int, int]] = []
+        orders: dict[int, np.ndarray] = {}
+        for place in places[self.rank :: self.world_size]:
+            epoch, at = divmod(place, len(self.task))
+            if epoch not in orders:
+                orders[epoch] = np.random.default_rng([self.settings.seed, epoch]).permutation(len(self.task))
+            chosen.append((place, int(orders[epoch][at])))
+        return chosen
+
+    def _roll_out(self) -> tuple[list[Sequence], torch.Tensor]:
+        """(answers, rewards (problems, num_samples) float32) of this rank's problems."""
+        started = time.perf_counter()
+        settings, engine, n = self.settings, self.engine, self.settings.num_samples
+        chosen = self._problems()
+        problems = [self.task[index] for _, index in chosen]
+        most = engine.model.config.sequence_len - settings.max_tokens
+        prompts = [engine.tokenizer.render_for_completion(problem) for problem in problems]
+        shortened = [p if len(p) <= most else [p[0], *p[len(p) - most + 1 :]] for p in prompts]
+        engine.forget()  # the weights have changed since the last update
+        engine.model.eval()
+        # One place in the run, one seed: whatever the number of ranks, an answer is drawn with the same numbers.
+        seeds = [(settings.seed << 40) + n * place + k for place, _ in chosen for k in range(n)]
+        answers = engine.complete(
+            [prompt for prompt in shortened for _ in range(n)], max_tokens=settings.max_tokens,
+            temperature=settings.temperature, top_k=settings.top_k, seed=seeds, policy_logprobs=True,
+        )  # fmt: skip
+        engine.model.train()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # judging may mean to run a program
+            texts = [engine.tokenizer.decode(answer.tokens) for answer in answers]
+            pairs = zip([problem for problem in problems for _ in range(n)], texts, strict=True)
+            rewards = list(pool.map(lambda pair: float(self.task.reward(*pair)), pairs))
+        table = torch.tensor(rewards).view(len(problems), n)
+        self._count(answers, table, sum(len(p) > most for p in prompts), time.perf_counter() - started)
+        return answers, table
+
+    def _count(self, answers: list[Sequence], rewards: torch.Tensor, shortened: int, seconds: float) -> None:
+        """Sum up what this update's answers were, over all ranks."""
+        sampled = sum(sum(answer.masks) for answer in answers)
+        unfinished = sum(answer.stop_token is None for answer in answers)
+        mixed = (rewards != rewards[:, :1]).any(dim=1).sum()
+        sums = torch.tensor(
+            [rewards.numel(), rewards.sum(), len(rewards), mixed, sampled, unfinished, shortened],
+            dtype=torch.float64 if self.device.type != "mps" else torch.float32, device=self.device,
+        )  # fmt: skip
+        if self.world_size > 1:
+            dist.all_reduce(sums)
+        count, reward, groups, mixed, sampled, unfinished, shortened = sums.tolist()
+        self._metrics = {
+            "rl/reward": reward / count,
+            "rl/mixed_groups": mixed / groups,  # those that teach something
+            "rl/answer_tokens": sampled / count,
+            "rl/unfinished": unfinished / count,
+            "rl/shortened_prompts": shortened,
+            "rl/rollout_tok_per_s": round(sampled / seconds, 1),
+        }
+
+    # ------------------------------------------------------------------------- packing
+
+    def _make_batches(self, answers: list[Sequence], rewards: torch.Tensor) -> list[RolloutBatch]:
+        """micro_batches batches of answers of like length; those without a say in the update are left out."""
+        worth = advantages(rewards, self.settings.objective, self._metrics["rl/reward"]).flatten().tolist()
+        kept = [(answer, a) for answer, a in zip(answers, worth, strict=True) if a != 0 or self.settings.kl_weight > 0]
+        kept.sort(key=lambda pair: pair[0].length)
+        bounds = [len(kept) * i // self.micro_batches for i in range(self.micro_batches + 1)]
+        return [self._pack(kept[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
+
+    def _pack(self, rows: list[tuple[Sequence, float]]) -> RolloutBatch:
+        """Rows of prompt and answer; a batch of none is one row in which nothing was sampled."""
+        longest = max((answer.length for answer, _ in rows), default=1)
+        T = min(-(-longest // ROW_STEP) * ROW_STEP, self.engine.model.config.sequence_len)
+        B = max(1, len(rows))
+        ids = np.full((B, T + 1), self.engine.tokenizer.get_bos_token_id(), dtype=np.int64)
+        targets = np.full((B, T), -1, dtype=np.int64)
+        sampled_logprobs = np.zeros((B, T), dtype=np.float32)
+        worth, scale = np.zeros((B, 1), dtype=np.float32), np.ones((B, 1), dtype=np.float32)
+        for i, (answer, advantage) in enumerate(rows):
+            stop = [] if answer.stop_token is None else [answer.stop_token]
+            text = [*answer.prompt, *answer.tokens, *stop]
+            ids[i, : len(text)] = text
+            drawn = len(answer.prompt) - 1 + np.flatnonzero([*answer.masks, *[1 for _ in stop]])
+            targets[i, drawn] = ids[i, drawn + 1]
+            sampled_logprobs[i, drawn] = answer.policy_logprobs
+            worth[i] = advantage
+            if self.settings.objective != "dapo":
+                scale[i] = 1 / max(1, len(drawn))  # every answer counts the same, however long
+        arrays = (ids[:, :-1], targets, worth, scale, sampled_logprobs)
+        return tuple(torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in arrays)
+
+
+# ----------------------------------------------------------------------------- the loss
+
+
+def policy_logprobs(
+    model: GPT, inputs: torch.Tensor, targets: torch.Tensor, temperature: float, top_k: int
+) -> torch.Tensor:
+    """(B, T) float32: log-probabilities of the targets in the distribution that sampling draws from; 0 at -1."""
+    head = model.lm_head.weight[: model.config.vocab_size]
+    losses = token_losses(model.features(inputs).flatten(0, 1), head, targets.flatten(), LOGIT_CAP, temperature, top_k)
+    return -losses.view(targets.shape)
+
+
+def make_policy_loss(
+    settings: RolloutSettings, reference: GPT | None = None
+) -> tuple[Callable[[GPT, RolloutBatch], torch.Tensor], Callable[[RolloutBatch], torch.Tensor]]:
+    """(loss_fn, count_fn) for a Trainer: the summed loss of a batch, and what the sum over an update is divided by.
+
+    That is the number of sampled tokens for dapo, of answers for the others. Training computes a token's probability a
+    little differently than sampling did (other kernels, other rounding): each token is weighted by the ratio of the
+    two, at most CORRECTION_LIMIT. reference: the model to stay close to; the distance is the k3 estimate of
+    http://joschu.net/blog/kl-approx.html.
+    """
+
+    def loss_fn(model: GPT, batch: RolloutBatch) -> torch.Tensor:
+        inputs, targets, worth, scale, sampled_logprobs = batch
+        logprobs = policy_logprobs(model, inputs, targets, settings.temperature, settings.top_k)
+        correction = (logprobs.detach() - sampled_logprobs).exp().clamp(max=CORRECTION_LIMIT)
+        gain = worth * correction * logprobs
+        if reference is not None:
+            with torch.no_grad():
+                expected = policy_logprobs(reference, inputs, targets, settings.temperature, 0)
+            log_ratio = expected - logprobs
+            gain = gain - settings.kl_weight * (log_ratio.exp() - log_ratio - 1)
+        return -(gain * scale).sum()
+
+    def count_fn(batch: RolloutBatch) -> torch.Tensor:
+        supervised = batch[1] >= 0
+        return supervised.sum() if settings.objective == "dapo" else supervised.any(dim=1).sum()
+
+    return loss_fn, count_fn

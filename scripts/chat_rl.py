@@ -1,0 +1,159 @@
+"""Reinforce a chat model on a task with rewards: python -m scripts.chat_rl --task GSM8K.
+
+Reads the SFT checkpoint of --model-tag (default: the newest run), writes into the same run's rl directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from nanochat.chat_eval import Answering, evaluate_task, sample_answers
+from nanochat.checkpoint_manager import build_model, find_run, get_stage_dir, list_steps, load_model
+from nanochat.common import NanochatError, compute_init, get_compute_dtype, print0, run_command
+from nanochat.compilation import keep_freed_memory
+from nanochat.engine import Engine
+from nanochat.metrics import MetricsLog
+from nanochat.rl import OBJECTIVES, RolloutLoader, RolloutSettings, make_policy_loss
+from nanochat.stage import (
+    add_training_arguments,
+    check_settings,
+    describe_model,
+    load_states,
+    open_stage,
+    prepare_directory,
+    restore,
+)
+from nanochat.trainer import TrainConfig, Trainer
+from tasks import build_task
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Reinforce a chat model on a task with rewards.")
+    add_training_arguments(parser, eval_every=60, horizon_by_time=False)
+    data = parser.add_argument_group("data")
+    data.add_argument("-i", "--source", default="sft", choices=("base", "sft"), help="stage of the model to start from")
+    data.add_argument("--model-step", type=int, default=None, help="checkpoint to start from (default: the newest)")
+    data.add_argument("--task", default="GSM8K", metavar="NAME", help="what is rewarded; measured on its part held out")
+    data.add_argument("--task-data", type=Path, default=None, metavar="DIR", help="local folder instead of the hub")
+    rollouts = parser.add_argument_group("rollouts")
+    rollouts.add_argument("--objective", default="dapo", metavar="|".join(OBJECTIVES), help="how answers are compared")
+    rollouts.add_argument("--examples-per-step", type=int, default=16, help="problems in an update, over all ranks")
+    rollouts.add_argument("--num-samples", type=int, default=16, help="answers to each")
+    rollouts.add_argument("--max-new-tokens", type=int, default=256)
+    rollouts.add_argument("--temperature", type=float, default=1.0)
+    rollouts.add_argument("--top-k", type=int, default=0, help="0: all tokens")
+    rollouts.add_argument("--kl-weight", type=float, default=0.0, help="of the distance from the model at the start")
+    rollouts.add_argument("--max-rows", type=int, default=64, help="answers that are written together")
+    optimization = parser.add_argument_group("optimization")
+    optimization.add_argument("--num-epochs", type=int, default=1, help="passes over the task")
+    optimization.add_argument("--num-iterations", type=int, default=-1, help="updates, instead of epochs")
+    optimization.add_argument("--embedding-lr", type=float, default=0.3)
+    optimization.add_argument("--unembedding-lr", type=float, default=0.008)
+    optimization.add_argument("--matrix-lr", type=float, default=0.02)
+    optimization.add_argument("--scalar-lr", type=float, default=0.5)
+    optimization.add_argument("--weight-decay", type=float, default=0.0)
+    optimization.add_argument("--init-lr-frac", type=float, default=0.05, help="start from this share of those rates")
+    optimization.add_argument("--seed", type=int, default=42)
+    measuring = parser.add_argument_group("measuring")
+    measuring.add_argument("--eval-examples", type=int, default=400, help="problems of the part held out")
+    measuring.add_argument("--eval-samples", type=int, default=8, help="answers to each: pass@1 and pass@8")
+    measuring.add_argument("--sample-every", type=int, default=-1, help="show answers (-1: at the end only)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    keep_freed_memory()
+    _, rank, _, world_size, device = compute_init(args.device_type, args.seed)
+    tag = find_run(args.source, args.model_tag)
+    stage = open_stage("rl", tag, tag, args.resume)
+    rollout_settings = RolloutSettings(
+        args.objective, args.examples_per_step, args.num_samples, args.max_new_tokens, args.temperature, args.top_k,
+        args.kl_weight, args.seed,
+    )  # fmt: skip
+
+    # Where it starts, and for how long it goes on
+    parent_dir = get_stage_dir(tag, args.source)
+    parent_step = list_steps(parent_dir)[-1] if args.model_step is None else args.model_step
+    start, tokenizer, _ = load_model(args.source, device, "eval", tag, parent_step)
+    if args.max_new_tokens >= start.config.sequence_len:
+        raise NanochatError(
+            f"--max-new-tokens {args.max_new_tokens} leaves no room for a question in a context of "
+            f"{start.config.sequence_len}: choose fewer"
+        )
+    model_config = asdict(start.config)
+    train_task = build_task(args.task, "train", args.task_data)
+    val_task = build_task(args.task, "val", args.task_data)
+    num_iterations = args.num_iterations
+    if num_iterations <= 0:
+        num_iterations = max(1, args.num_epochs * len(train_task) // args.examples_per_step)
+    if stage.resume_step is None:
+        weights = {name: tensor.clone() for name, tensor in start.state_dict().items()}
+        model, optimizer_state, trainer_state = build_model(model_config, weights, device), None, None
+    else:
+        model, optimizer_state, trainer_state = restore(stage, model_config, device)
+    reference = start if args.kl_weight > 0 else None
+    del start
+    rows = args.device_batch_size if args.device_batch_size > 0 else 32
+    rows_per_rank = -(-args.examples_per_step // world_size) * args.num_samples
+    settings = {
+        **vars(args), **describe_model(model), "task_data": str(args.task_data) if args.task_data else None,
+        "tasks": args.task, "num_iterations": num_iterations, "device_batch_size": rows, "device": str(device),
+        "dtype": str(get_compute_dtype(device)), "world_size": world_size, "tag": stage.tag, "stage": "rl",
+        "parent": f"{args.source} step {parent_step}", "tokenizer_fingerprint": tokenizer.fingerprint(),
+    }  # fmt: skip
+    check_settings(stage, settings)
+    if stage.is_complete(num_iterations):
+        print0(f"{stage.directory} is complete: {num_iterations} steps done")
+        return 0
+    prepare_directory(stage, tokenizer, settings, rank)
+    print0(f"reinforcing {stage.tag} on {args.task}: {num_iterations:,} updates of {args.examples_per_step} problems")
+
+    # The parts
+    optimizer = model.setup_optimizer(
+        matrix_lr=args.matrix_lr * args.init_lr_frac, embedding_lr=args.embedding_lr * args.init_lr_frac,
+        unembedding_lr=args.unembedding_lr * args.init_lr_frac, scalar_lr=args.scalar_lr * args.init_lr_frac,
+        weight_decay=args.weight_decay,
+    )  # fmt: skip
+    engine = Engine(model, tokenizer, max_rows=args.max_rows)
+    if args.compile and (reason := engine.compile(frozen=False)) is not None:
+        print0(f"answering without torch.compile: {reason}")
+    loader = RolloutLoader(engine, train_task, rollout_settings, -(-rows_per_rank // rows), rank, world_size)
+    loss_fn, count_fn = make_policy_loss(rollout_settings, reference)
+    answering = Answering(args.eval_samples, args.max_new_tokens, args.temperature, args.top_k)
+
+    def evaluate() -> dict[str, float]:
+        engine.forget()
+        result = evaluate_task(engine, val_task, args.eval_examples, args.max_rows, answering)
+        return {f"val/pass@{k}": result.pass_at[k] for k in sorted({1, args.eval_samples})}
+
+    def sample() -> list[dict[str, str]]:
+        engine.forget()
+        return sample_answers(engine, val_task, max_tokens=args.max_new_tokens)
+
+    trainer = Trainer(
+        model, optimizer, loader,
+        TrainConfig(
+            num_iterations=num_iterations, total_batch_size=0, grad_accum_steps=loader.micro_batches, warmup_steps=0,
+            warmdown_ratio=1.0, final_lr_frac=0.0, eval_every=args.eval_every, eval_first=True,
+            sample_every=args.sample_every, save_every=args.save_every, stage_name="reinforcing",
+            compile=False,  # rows of ever other lengths: the time is in the answering
+        ),
+        stage.directory,
+        MetricsLog(stage.directory, settings, args.run, args.tensorboard, rank),
+        {
+            "model_config": model_config, "tokenizer": tokenizer.fingerprint(), "settings": settings,
+            "parent": {"stage": args.source, "step": parent_step},
+        },
+        evaluate=evaluate, sample=sample, loss_fn=loss_fn, count_fn=count_fn, step_metrics=loader.metrics,
+    )  # fmt: skip
+    load_states(trainer, optimizer, optimizer_state, trainer_state)
+    trainer.train()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

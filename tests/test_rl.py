@@ -1,0 +1,255 @@
+"""RL: what is learned of an answer, what it is worth, that sampling and training agree, resume, ranks, and learning."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat.checkpoint_manager import get_stage_dir, list_steps, load_checkpoint
+from nanochat.common import NanochatError
+from nanochat.engine import Engine
+from nanochat.rl import RolloutLoader, RolloutSettings, advantages, make_policy_loss, policy_logprobs
+from nanochat.tokenizer import Tokenizer
+from scripts import chat_rl
+from tasks.common import Conversation, Task
+from tests.helpers import make_document, make_model
+
+FLAGS = [
+    "--model-tag=tiny", "--task=Arithmetic", "--examples-per-step=3", "--num-samples=4", "--max-new-tokens=12",
+    "--eval-examples=2", "--eval-samples=2", "--eval-every=-1", "--device-batch-size=4", "--init-lr-frac=1",
+    "--device-type=cpu", "--no-compile",
+]  # fmt: skip
+
+
+class Vowels(Task):
+    """The more of the answer's letters are an e, the better."""
+
+    def num_examples(self) -> int:
+        return 10
+
+    def get_example(self, index: int) -> Conversation:
+        question = make_document(index, 1)
+        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "e"}]}
+
+    def evaluate(self, conversation: Conversation, completion: str) -> float:
+        return completion.count("e") / max(1, len(completion))
+
+
+@pytest.fixture
+def engine(tokenizer: Tokenizer) -> Engine:
+    return Engine(make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=256), tokenizer, max_rows=16)
+
+
+def _settings(**changes: object) -> RolloutSettings:
+    return RolloutSettings(**{"examples_per_step": 3, "num_samples": 4, "max_tokens": 10, **changes})
+
+
+def test_advantages_compare_answers_to_the_same_problem() -> None:
+    rewards = torch.tensor([[0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]])
+    for objective in ("dapo", "grpo"):
+        worth = advantages(rewards, objective, 0.5)
+        torch.testing.assert_close(worth.sum(1), torch.zeros(3))
+        assert (worth[1] == 0).all() and worth[2, 3] > 0 > worth[2, 0]
+    torch.testing.assert_close(advantages(rewards, "grpo", 0.5)[[0, 2]].std(1, correction=0), torch.ones(2))
+    torch.testing.assert_close(advantages(rewards, "dapo", 0.5) + rewards.mean(1, keepdim=True), rewards)
+    assert torch.equal(advantages(rewards, "reinforce", 0.5), rewards - 0.5)
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.6, 5), (1.7, 40)])
+def test_training_sees_the_distribution_that_was_sampled(engine: Engine, temperature: float, top_k: int) -> None:
+    """So the correction is 1, the tokens are the ones that were drawn, and the stop token is one of them."""
+    settings = _settings(temperature=temperature, top_k=top_k, num_samples=8)
+    engine.scheduler.stop_ids = set(range(0, 300, 7))  # so that many end by a stop token
+    loader = RolloutLoader(engine, Vowels(), settings, micro_batches=3)
+    checked = stopped = 0
+    for inputs, targets, _, _, sampled_logprobs in (next(loader) for _ in range(3)):
+        drawn = targets >= 0
+        logprobs = policy_logprobs(engine.model, inputs, targets, temperature, top_k)
+        torch.testing.assert_close(logprobs[drawn], sampled_logprobs[drawn], atol=2e-4, rtol=0)
+        assert torch.equal(targets[:, :-1][drawn[:, :-1]], inputs[:, 1:][drawn[:, :-1]])
+        last = drawn.flip(1).float().argmax(1)
+        ends = targets.flip(1)[torch.arange(len(targets)), last]
+        stopped += sum(int(token) in engine.stop_ids for token in ends)
+        checked += int(drawn.sum())
+    assert checked > 20 and stopped > 3
+
+
+def test_tool_output_is_not_learned(engine: Engine) -> None:
+    """A model that can hardly say anything but calls: what comes back is forced, and so has no target."""
+    special = engine.tokenizer.encode_special
+    start, end, output = special("<|python_start|>"), special("<|python_end|>"), special("<|output_start|>")
+    five = engine.tokenizer.encode("5")[0]
+    with torch.no_grad():
+        engine.model.lm_head.weight.zero_()
+    logits = engine.model.logits
+
+    def loaded(x: torch.Tensor) -> torch.Tensor:
+        result = logits(x)
+        result[..., [start, end, five]] += 6.0
+        return result
+
+    engine.model.logits = loaded
+    loader = RolloutLoader(engine, Vowels(), _settings(max_tokens=40), micro_batches=1)
+    answers, rewards = loader._roll_out()
+    inputs, targets, *_ = loader._pack([(answer, 1.0) for answer in answers])
+    outputs = 0
+    for row, answer in enumerate(answers):
+        text = answer.prompt + answer.tokens
+        for i, token in enumerate(answer.tokens):
+            place = len(answer.prompt) + i - 1
+            assert int(targets[row, place]) == (token if answer.masks[i] else -1)
+            assert place + 1 >= inputs.size(1) or int(inputs[row, place + 1]) == text[place + 1]
+        outputs += answer.tokens.count(output)
+        assert (targets[row, : len(answer.prompt) - 1] == -1).all()
+        assert int((targets[row] >= 0).sum()) == len(answer.policy_logprobs)
+    assert outputs > 3
+
+
+def test_the_gradient_is_that_of_the_weighted_likelihood(engine: Engine) -> None:
+    """Against the formula written out over whole, unpadded answers; for every objective and a distance, too."""
+    reference = make_model(seed=5, vocab_size=engine.model.config.vocab_size, sequence_len=256)
+    for objective, kl_weight in (("dapo", 0.0), ("grpo", 0.0), ("reinforce", 0.0), ("dapo", 0.3)):
+        settings = _settings(objective=objective, kl_weight=kl_weight)
+        loader = RolloutLoader(engine, Vowels(), settings, micro_batches=3)
+        answers, rewards = loader._roll_out()
+        batches = loader._make_batches(answers, rewards)
+        loss_fn, count_fn = make_policy_loss(settings, reference if kl_weight else None)
+        count = sum(count_fn(batch) for batch in batches)
+        engine.model.zero_grad()
+        for batch in batches:
+            (loss_fn(engine.model, batch) / count).backward()
+        gradient = engine.model.lm_head.weight.grad.clone()
+
+        worth = advantages(rewards, objective, float(rewards.mean())).flatten().tolist()
+        total, tokens, rows = 0.0, 0, 0
+        for answer, advantage in zip(answers, worth, strict=True):
+            ids = answer.prompt + answer.tokens + ([answer.stop_token] if answer.stop_token is not None else [])
+            drawn = range(len(answer.prompt), len(ids))
+            logprobs = engine.model(torch.tensor([ids]))[0].log_softmax(-1)
+            own = torch.stack([logprobs[i - 1, ids[i]] for i in drawn])
+            gain = advantage * own
+            if kl_weight:
+                with torch.no_grad():
+                    expected = reference(torch.tensor([ids]))[0].log_softmax(-1)
+                ratio = torch.stack([expected[i - 1, ids[i]] for i in drawn]) - own
+                gain = gain - kl_weight * (ratio.exp() - ratio - 1)
+            if advantage or kl_weight:
+                total = total - (gain.sum() if objective == "dapo" else gain.mean())
+                tokens, rows = tokens + len(own), rows + 1
+        engine.model.zero_grad()
+        (total / (tokens if objective == "dapo" else rows)).backward()
+        torch.testing.assert_close(gradient, engine.model.lm_head.weight.grad, atol=2e-5, rtol=2e-3)
+
+
+def test_nothing_to_learn_gives_no_gradient(engine: Engine) -> None:
+    class Fair(Vowels):
+        def reward(self, conversation: Conversation, completion: str) -> float:
+            return 1.0
+
+    loss_fn, count_fn = make_policy_loss(_settings())
+    loader = RolloutLoader(engine, Fair(), _settings(), micro_batches=2)
+    for batch in (next(loader), next(loader)):
+        assert int(count_fn(batch)) == 0
+        loss_fn(engine.model, batch).backward()
+    assert all(p.grad is None or not p.grad.any() for p in engine.model.parameters())
+    assert loader.metrics()["rl/reward"] == 1 and loader.metrics()["rl/mixed_groups"] == 0
+
+
+def test_ranks_share_an_update_and_epochs_see_every_problem_once(engine: Engine) -> None:
+    alone = RolloutLoader(engine, Vowels(), _settings(examples_per_step=4), 1)
+    shares = [RolloutLoader(engine, Vowels(), _settings(examples_per_step=4), 1, rank, 3) for rank in range(3)]
+    seen = []
+    for step in range(5):
+        for loader in (alone, *shares):
+            loader.load_state_dict({"step": step})
+        together = sorted(pair for loader in shares for pair in loader._problems())
+        assert together == alone._problems()
+        seen += [index for _, index in together]
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+
+
+def test_weights_that_changed_share_nothing_with_the_old(engine: Engine) -> None:
+    prompt = list(range(40))
+    before = engine.complete([prompt], max_tokens=8, temperature=0)[0].tokens
+    with torch.no_grad():
+        for parameter in engine.model.parameters():
+            parameter.mul_(-0.5)
+    engine.forget()
+    after = engine.complete([prompt], max_tokens=8, temperature=0)[0]
+    assert after.cached_tokens == 0
+    assert after.tokens == Engine(engine.model, engine.tokenizer).complete([prompt], max_tokens=8, temperature=0)[0].tokens
+    assert after.tokens != before
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"objective": "ppo"}, "ppo"), ({"num_samples": 1}, "num-samples 1"), ({"temperature": 0.0}, "temperature 0"),
+     ({"kl_weight": 0.1, "top_k": 5}, "top-k")],
+)  # fmt: skip
+def test_settings_that_cannot_learn_are_refused(settings: dict, words: str) -> None:
+    with pytest.raises(NanochatError, match=words):
+        _settings(**settings)
+
+
+# ----------------------------------------------------------------------------- the command
+
+
+def _final_weights(tag: str) -> dict[str, torch.Tensor]:
+    stage_dir = get_stage_dir(tag, "rl")
+    return load_checkpoint(stage_dir, list_steps(stage_dir)[-1])[0]
+
+
+def test_a_resumed_run_goes_the_way_of_one_never_stopped(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, after a stop in mid-run by the same command; the rewards are logged at every update."""
+    monkeypatch.setattr("tasks.arithmetic.Arithmetic.reward", lambda self, conversation, text: float(len(text) % 3))
+    flags = [*FLAGS, "--num-iterations=4", "--save-every=1", "--kl-weight=0.1"]
+    assert chat_rl.main(flags) == 0
+    whole = _final_weights("tiny")
+    stage_dir = get_stage_dir("tiny", "rl")
+    rows = [json.loads(line) for line in (stage_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    rewards = {row["step"]: row["rl/reward"] for row in rows if "rl/reward" in row}
+    assert list(rewards) == [1, 2, 3, 4]
+    assert {"val/pass@1", "val/pass@2"} <= set(rows[0]) and rows[0]["step"] == 0
+    for step in (3, 4):
+        for file in (stage_dir / f"step_{step:06d}").iterdir():
+            file.unlink()
+    assert chat_rl.main([*flags, "--resume=auto"]) == 0
+    resumed = _final_weights("tiny")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    start = load_checkpoint(get_stage_dir("tiny", "sft"), 4)[0]
+    assert any(not torch.equal(whole[name], start[name]) for name in whole)
+
+
+def test_bad_input_of_the_command(tiny_run: Path) -> None:
+    for flags, words in (
+        (["--task=SmolTalk", "--task-data=/nowhere"], "nowhere"),
+        (["--max-new-tokens=128"], "context of 128"),
+        (["--model-tag=absent"], "absent"),
+        (["--objective=magic"], "magic"),
+    ):
+        with pytest.raises(NanochatError, match=words):
+            chat_rl.main([*FLAGS, *flags])
+    assert not (tiny_run / "rl").exists()
+
+
+@pytest.mark.slow
+def test_reward_rises(engine: Engine) -> None:
+    """A small model finds out, from rewards alone, that the letter e is what is wanted."""
+    engine.model.init_weights(0)
+    engine.model.train()
+    optimizer = engine.model.setup_optimizer(matrix_lr=0.01, embedding_lr=0.05, unembedding_lr=0.004, scalar_lr=0.0)
+    settings = _settings(examples_per_step=4, num_samples=16)
+    loader = RolloutLoader(engine, Vowels(), settings, micro_batches=1)
+    loss_fn, count_fn = make_policy_loss(settings)
+    rewards = []
+    for _ in range(30):
+        batch = next(loader)
+        (loss_fn(engine.model, batch) / count_fn(batch).clamp(min=1)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rewards.append(loader.metrics()["rl/reward"])
+    assert sum(rewards[:3]) / 3 < 0.15
+    assert sum(rewards[-3:]) / 3 > 0.5
