@@ -226,7 +226,7 @@ class NanochatScorer:
     """Scores with a GPT: batches of similar length under a token budget, shared beginnings once."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, batch_tokens: int | None = None, share: bool = True) -> None:
-        self.model, self.tokenizer, self.share = model, tokenizer, share
+        self.model, self.tokenizer, self.share = model.uncompiled(), tokenizer, share
         self.context = model.config.sequence_len
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(model.get_device().type, BATCH_TOKENS["cpu"])
 

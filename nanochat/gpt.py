@@ -10,6 +10,7 @@ be cast whole with `.to(torch.bfloat16)`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -254,6 +255,12 @@ class GPT(nn.Module):
         if not self.is_compiled:
             self._compiled_block = torch.compile(Block.forward, dynamic=False)
             self._compiled_gradient = torch.compile(softmax_gradient, dynamic=False)
+
+    def uncompiled(self) -> GPT:
+        """This very model, all weights shared, that computes uncompiled: for texts of ever other lengths."""
+        twin = copy.copy(self)
+        twin._compiled_block = twin._compiled_gradient = None
+        return twin
 
     def trunk(
         self,

@@ -95,7 +95,11 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
             name = f"{stage}_curves"
             plots[name] = _plot_curves(rows, run_dir / "plots" / name)
             sections.append(Section(f"{STAGE_TITLES[stage]}: curves", plot=name))
-        sections += _evaluation_sections(stage, read_json(stage_dir / "eval.json"), rows)
+        results = read_json(stage_dir / "eval.json")
+        if core := results.get("core"):
+            plots["core"] = _plot_core(core["tasks"], run_dir / "plots" / "core")
+            sections.append(_core_section(core))
+        sections += _evaluation_sections(stage, results, rows)
     if not overview.rows:
         raise NanochatError(f"{run_dir} holds no stage to report on: train one first")
     context = {"title": f"nanochat: {run_dir.name}", "made": time.strftime("%Y-%m-%d %H:%M"), "sections": sections}
@@ -176,6 +180,26 @@ def _format(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
+def _core_section(core: dict[str, Any]) -> Section:
+    table = [
+        [
+            label,
+            f"{task['accuracy']:.1%}",
+            f"{task['low']:.1%} to {task['high']:.1%}",
+            f"{task['centered']:.4f}",
+            f"{task['n']:,}",
+        ]
+        for label, task in core["tasks"].items()
+    ]
+    name = "core_metric" if "core_metric" in core else "core_partial"
+    table.append(
+        [f"{name}, over {len(core['tasks'])} tasks", "", f"{core['low']:.4f} to {core['high']:.4f}", f"{core[name]:.4f}", ""]
+    )
+    if core["missing"]:
+        table.append([f"without data: {', '.join(core['missing'])}", "", "", "", ""])
+    return Section("CORE", ["task", "accuracy", "95% interval", "centred", "questions"], table, plot="core")
+
+
 def _evaluation_sections(stage: str, results: dict[str, Any], rows: list[dict[str, Any]]) -> list[Section]:
     sections = []
     table = [[f"bits per byte, {split}", f"{value:.4f}", "", ""] for split, value in results.get("bpb", {}).items()]
@@ -206,11 +230,7 @@ def _evaluation_sections(stage: str, results: dict[str, Any], rows: list[dict[st
 
 def _plot_curves(rows: list[dict[str, Any]], path: Path) -> str:
     """Loss and validation bits per byte over steps: written as PNG, returned as SVG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = _pyplot()
     train = [row for row in rows if row.get("train/loss") is not None]
     val = [row for row in rows if row.get("val/bpb") is not None]
     figure, axes = plt.subplots(1, 2 if val else 1, figsize=(9 if val else 5, 3.2), layout="constrained", squeeze=False)
@@ -224,14 +244,45 @@ def _plot_curves(rows: list[dict[str, Any]], path: Path) -> str:
         axes[0][1].plot(steps, values, color="#b5532a", marker="o", markersize=3.5)
         axes[0][1].annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), textcoords="offset points", xytext=(-6, 8))
         axes[0][1].set(title="validation bits per byte", xlabel="step")
-    for axis in axes[0]:
+    return _save_figure(figure, path)
+
+
+def _plot_core(tasks: dict[str, dict[str, Any]], path: Path) -> str:
+    """Centred accuracies with their intervals, the best on top: written as PNG, returned as SVG."""
+    plt = _pyplot()
+    ordered = sorted(tasks.items(), key=lambda item: item[1]["centered"])
+    figure, axis = plt.subplots(figsize=(9, 0.8 + 0.24 * len(ordered)), layout="constrained")
+    values = [task["centered"] for _, task in ordered]
+    bounds = [[(task[side] - task["baseline"]) / (1 - task["baseline"]) for _, task in ordered] for side in ("low", "high")]
+    errors = [
+        [v - low for v, low in zip(values, bounds[0], strict=True)],
+        [h - v for v, h in zip(values, bounds[1], strict=True)],
+    ]
+    axis.barh([label for label, _ in ordered], values, xerr=errors, color="#9db8d9", ecolor="#2b5c9e", capsize=2)
+    axis.axvline(0, color="#667085", linewidth=0.8)
+    axis.set(title="centred accuracy: 0 is guessing, 1 is all right", ylim=(-0.7, len(ordered) - 0.3))
+    return _save_figure(figure, path)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save_figure(figure: Any, path: Path) -> str:
+    """Write a figure as PNG beside `path` and return it as SVG."""
+    for axis in figure.axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path.with_suffix(".png"), dpi=150)
     svg = io.StringIO()
     figure.savefig(svg, format="svg")
-    plt.close(figure)
+    _pyplot().close(figure)
     text = svg.getvalue()
     return text[text.index("<svg") :]
 

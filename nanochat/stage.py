@@ -38,7 +38,7 @@ from nanochat.trainer import Trainer
 FREE_SETTINGS = {
     "resume", "resume_from_step", "device_batch_size", "grad_accum_steps", "run", "tensorboard", "device", "dtype",
     "world_size", "compile", "eval_every", "eval_tokens", "sample_every", "save_every",
-    "core_metric_every", "core_metric_max_per_task", "max_rows", "eval_examples", "eval_samples",
+    "core_metric_every", "core_metric_max_per_task", "eval_bundle", "max_rows", "eval_examples", "eval_samples",
     "sample_prompts", "log_every",
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ MAX_DIGITS = 64  # of an integer, at every step
 MAX_EXPONENT = 256
 
 Number = int | float
+NO_NUMBER = re.compile(r"\d\.?(?![eE][-+]?\d)[A-Za-z_]")  # such as 3and, of which Python's parser would warn
 
 OPERATORS = {
     ast.Add: operator.add,
@@ -38,7 +39,7 @@ def use_calculator(expression: str) -> str | None:
 
     Commas between digits outside of strings are thousands separators.
     """
-    if len(expression) > MAX_CHARS or "\0" in expression:
+    if len(expression) > MAX_CHARS or set(expression) & {"\0", "\\"}:
         return None
     try:
         tree = ast.parse(_without_separators(expression.strip()), mode="eval")
@@ -48,8 +49,10 @@ def use_calculator(expression: str) -> str | None:
 
 
 def _without_separators(expression: str) -> str:
-    """Drop commas between digits, but not in string literals."""
+    """Drop commas between digits, but not in string literals. Raises _NotAllowed for digits that run into letters."""
     pieces = re.split(r"""("[^"]*"|'[^']*')""", expression)
+    if any(NO_NUMBER.search(piece) for piece in pieces[::2]):
+        raise _NotAllowed
     return "".join(p if i % 2 else re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", p) for i, p in enumerate(pieces))
 
 

@@ -13,7 +13,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +30,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.progress import Progress
 from nanochat.scaling import learning_rate_factor, muon_momentum
 
+Evaluation = Callable[[], dict[str, float]]
 SHOWN = ("loss", "reward", "tok_per_s", "mfu", "bpb", "pass@1")  # on the progress line, where there are such numbers
 Batch = tuple[torch.Tensor, ...]  # (inputs, targets, ...): targets (B, T) int64, -1 where there is nothing to predict
 
@@ -77,7 +78,8 @@ def summed_loss(model: GPT, batch: Batch) -> torch.Tensor:
 class Trainer:
     """Trains `model` from `loader` until `config.num_iterations` updates are done.
 
-    evaluate: () -> {"val/bpb": ...}, called with the model in eval mode; sample: () -> [{"prompt": ..., "text": ...}];
+    evaluate: () -> {"val/bpb": ...}, called with the model in eval mode every config.eval_every steps; evaluations: more of
+    these, each with a period of its own; sample: () -> [{"prompt": ..., "text": ...}];
     loss_fn: (model, batch) -> summed loss, which the trainer divides by the whole step's sum of count_fn(batch);
     step_metrics: () -> what else the newest step's row says.
     meta: what else a checkpoint must say (model_config, tokenizer, settings, lineage), JSON.
@@ -92,7 +94,8 @@ class Trainer:
         stage_dir: Path,
         metrics: MetricsLog,
         meta: dict[str, Any],
-        evaluate: Callable[[], dict[str, float]] | None = None,
+        evaluate: Evaluation | None = None,
+        evaluations: Sequence[tuple[int, Evaluation]] = (),
         sample: Callable[[], list[dict[str, str]]] | None = None,
         loss_fn: Callable[[GPT, Batch], torch.Tensor] = summed_loss,
         count_fn: Callable[[Batch], torch.Tensor] = count_supervised,
@@ -100,13 +103,14 @@ class Trainer:
     ) -> None:
         self.model, self.optimizer, self.loader, self.config = model, optimizer, loader, config
         self.stage_dir, self.metrics, self.meta = stage_dir, metrics, meta
-        self.evaluate_fn, self.sample_fn = evaluate, sample
+        self.evaluations = [*([(config.eval_every, evaluate)] if evaluate else []), *evaluations]
+        self.sample_fn = sample
         self.loss_fn, self.count_fn, self.step_metrics = loss_fn, count_fn, step_metrics
         self.ddp, self.rank, _, self.world_size = get_dist_info()
         self.device = model.get_device()
         self.step = 0
         self.time_s = 0.0  # of training alone, over all sittings
-        self.results: dict[str, float] = {}  # of the newest evaluation
+        self.results: dict[str, float] = {}  # of the newest evaluations
         self._pending: list[torch.Tensor] = []  # losses not yet read from the device
         self._stop_signal: int | None = None
 
@@ -148,8 +152,9 @@ class Trainer:
                 last = self.step >= config.num_iterations
                 if (last or self._due(config.save_every)) and self.step not in list_steps(self.stage_dir):
                     self.save()
-                if last or self._due(config.eval_every) or (config.eval_first and self.step == 0):
-                    self._evaluate()
+                for period, evaluate in self.evaluations:
+                    if last or self._due(period) or (config.eval_first and self.step == 0):
+                        self._evaluate(evaluate)
                 if last or self._due(config.sample_every):
                     self._sample()
                 if last:
@@ -265,15 +270,14 @@ class Trainer:
 
     # ------------------------------------------------------------------------- callbacks
 
-    def _evaluate(self) -> None:
-        if self.evaluate_fn is None:
-            return
+    def _evaluate(self, evaluate: Evaluation) -> None:
         self.model.eval()
         with torch.no_grad():
-            self.results = self.evaluate_fn()
+            results = evaluate()
         self.model.train()
-        self.metrics.log({"step": self.step, "time_s": round(self.time_s, 4), **self.results})
-        text = ", ".join(f"{name} {value:.4f}" for name, value in self.results.items())
+        self.results = {**self.results, **results}
+        self.metrics.log({"step": self.step, "time_s": round(self.time_s, 4), **results})
+        text = ", ".join(f"{name} {value:.4f}" for name, value in results.items())
         self.progress.print(f"step {self.step}: {text}")
 
     def _sample(self) -> None:

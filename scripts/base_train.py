@@ -9,11 +9,13 @@ import argparse
 import itertools
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch.distributed as dist
 
 from nanochat.common import compute_init, get_compute_dtype, print0, run_command
 from nanochat.compilation import keep_freed_memory
+from nanochat.core_eval import NanochatScorer, evaluate_core, find_bundle
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import default_source_name, get_source
 from nanochat.engine import Engine, continue_openings
@@ -66,7 +68,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     optimization.add_argument("--final-lr-frac", type=float, default=0.05)
     optimization.add_argument("--seed", type=int, default=42)
     measuring = parser.add_argument_group("measuring")
-    measuring.add_argument("--core-metric-every", type=int, default=-1, help="not measured yet: leave at -1")
+    measuring.add_argument("--core-metric-every", type=int, default=-1, metavar="STEPS", help="CORE (-1: never)")
+    measuring.add_argument("--core-metric-max-per-task", type=int, default=500, help="questions of each CORE task (-1: all)")
+    measuring.add_argument("--eval-bundle", type=Path, default=None, metavar="DIR", help="CORE's data (default: downloaded)")
     measuring.add_argument("--sample-every", type=int, default=2000, help="show samples (-1: never)")
     measuring.add_argument("--resume-from-step", type=int, default=-1, help="the same as --resume STEP")
     return parser.parse_args(argv)
@@ -97,8 +101,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.target_minutes > 0 and args.num_iterations <= 0:
         steps = steps_in(stage, model, args.target_minutes, rows, horizon.total_batch_size, args.compile)
         horizon = replace(horizon, num_iterations=steps)
+    bundle = find_bundle(args.eval_bundle) if args.core_metric_every > 0 else None
     settings = {
-        **vars(args), **describe_model(model), "num_iterations": horizon.num_iterations,
+        **vars(args), **describe_model(model), "eval_bundle": str(bundle) if bundle else None,
+        "num_iterations": horizon.num_iterations,
         "total_batch_size": horizon.total_batch_size, "device_batch_size": rows, "device": str(device),
         "dtype": str(get_compute_dtype(device)), "world_size": world_size, "tag": stage.tag, "stage": "base",
         "parent": None, "tokenizer_fingerprint": tokenizer.fingerprint(),
@@ -129,6 +135,12 @@ def main(argv: list[str] | None = None) -> int:
         most = None if args.eval_tokens < 0 else max(1, args.eval_tokens // (rows * args.max_seq_len * world_size))
         return {"val/bpb": evaluate_bpb(model, itertools.islice(batches, most), token_bytes)}
 
+    def evaluate_core_metric() -> dict[str, float]:
+        scorer = NanochatScorer(model, tokenizer)
+        results = evaluate_core(scorer, bundle, args.core_metric_max_per_task)
+        name = "core_metric" if "core_metric" in results else "core_partial"
+        return {f"val/{name}": results[name]}
+
     def sample() -> list[dict[str, str]]:
         return continue_openings(Engine(model, tokenizer), source)
 
@@ -148,6 +160,7 @@ def main(argv: list[str] | None = None) -> int:
             "data": source.describe(), "parent": None,
         },
         evaluate=evaluate,
+        evaluations=[(args.core_metric_every, evaluate_core_metric)] if bundle else [],
         sample=sample if args.sample_every > 0 else None,
     )  # fmt: skip
     load_states(trainer, optimizer, optimizer_state, trainer_state)

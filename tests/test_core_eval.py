@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat import report
 from nanochat.common import NanochatError
 from nanochat.core_eval import (
     CoreTask,
@@ -20,8 +21,10 @@ from nanochat.core_eval import (
     render,
 )
 from nanochat.hf_scorer import HuggingFaceScorer
+from nanochat.report import read_metrics
 from nanochat.tokenizer import Tokenizer
-from scripts import base_eval
+from scripts import base_eval, base_train
+from tests.conftest import TINY_TRAINING
 from tests.helpers import make_document, make_model
 
 CHOICES = [{"query": f"Question {i}: which", "choices": [f"the cat {i}", f"a small dog {i}", "her brother"], "gold": i % 3}
@@ -222,3 +225,24 @@ def test_the_real_bundle(real_data: Path, tiny_run: Path, tokenizer: Tokenizer, 
     results = evaluate_core(scorer, real_data / "eval_bundle", max_per_task=2)
     assert len(results["tasks"]) == 18
     assert set(results["missing"]) == {"hellaswag_zeroshot", "hellaswag", "squad", "coqa"}
+
+
+def test_core_while_training_and_in_the_report(
+    corpus: Path, tokenizer: Tokenizer, bundle: Path, base_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The metric has a period of its own, also of a compiled model, and is the same as measured afterwards."""
+    tokenizer.save(base_dir / "tokenizers" / "default")
+    flags = [*TINY_TRAINING, "--data", str(corpus), "--model-tag=core", f"--eval-bundle={bundle}", "--eval-every=4"]
+    assert base_train.main([*flags, "--core-metric-every=3", "--core-metric-max-per-task=4"]) == 0
+    rows = read_metrics(base_dir / "runs" / "core" / "base" / "metrics.jsonl")
+    measured = {row["step"]: row["val/core_partial"] for row in rows if "val/core_partial" in row}
+    assert list(measured) == [3, 6]
+    assert [row["step"] for row in rows if "val/bpb" in row] == [4, 6]
+    flags = ["--eval=core", f"--eval-bundle={bundle}", "--model-tag=core", "--max-per-task=4", "--device-type=cpu"]
+    assert base_eval.main(flags) == 0
+    assert f"core_partial: {measured[6]:.4f}" in capsys.readouterr().out
+    report.main(["--model-tag=core"])
+    folder = base_dir / "runs" / "core"
+    assert "core_partial, over 3 tasks" in (folder / "report.md").read_text(encoding="utf-8")
+    assert (folder / "plots" / "core.png").stat().st_size > 1000
+    assert "arc_easy" in (folder / "report.html").read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 
 import pytest
 from hypothesis import given
@@ -39,7 +40,8 @@ def test_computes(expression: str, result: str) -> None:
         "", "1/0", "9**9**9", "2**9999", "10**65", "1e999", "float('nan')", "x", "__import__('os')", "().__class__",
         "'a'*10", "'a'.upper()", "'a'.count('a', 0)", "f'{1}'.count('1')", "(x := 1)", "lambda: 1", "[1]", "b'a'.count(b'a')",
         "True", "1 if 1 else 2", "1 < 2", "1; 2", "3\n4", "(" * 200 + ")" * 200, "-" * 100 + "1", "1+" * 127 + "1" * 10,
-        "9" * 300, "\0", "(-8)**0.5", "'a' 'b'.join('c')", "1j", "~1", "1 << 3", "'x'.count", "open('f')",
+        "9" * 300, "\0", "(-8)**0.5", "'a' 'b'.join('c')", "1j", "~1", "1 << 3", "3and 4", "0x10", "1_000", "'a\\n'.count('a')",
+        "'x'.count", "open('f')",
     ],
 )  # fmt: skip
 def test_refuses(expression: str) -> None:
@@ -58,6 +60,42 @@ def test_never_raises_and_is_quick(text: str) -> None:
 def test_agrees_with_python(a: int, b: int, op: str) -> None:
     expected = {"+": a + b, "-": a - b, "*": a * b}[op]
     assert use_calculator(f"({a}){op}({b})") == str(expected)
+
+
+numbers = st.integers(0, 999).map(str) | st.decimals(0, 99, places=2).map(str)
+expressions = st.recursive(
+    numbers,
+    lambda parts: st.tuples(parts, st.sampled_from([" + ", "-", "*", " / ", "//", "%"]), parts).map("".join)
+    | parts.map("({})".format)
+    | parts.map("-{}".format),
+    max_leaves=8,
+)
+
+
+@given(expressions)
+def test_agrees_with_python_on_whole_expressions(expression: str) -> None:
+    try:
+        expected = eval(expression.replace("-" * 2, "- -"))
+    except ZeroDivisionError:
+        expected = None
+    result = use_calculator(expression)
+    if expected is None or len(expression) > 256:
+        assert result is None
+    else:
+        assert float(result) == pytest.approx(float(expected), rel=1e-9, abs=1e-9)
+
+
+@given(st.text("ab 3,x()+", max_size=40), st.text("ab 3,x", max_size=3))
+def test_counts_like_python(text: str, part: str) -> None:
+    assert use_calculator(f"'{text}'.count('{part}')") == str(text.count(part))
+
+
+@given(st.text("0123456789andxelo_.+-*/ '\\\"()", max_size=30))
+def test_python_has_nothing_to_warn_of(text: str) -> None:
+    """What a model writes must not end as a warning on the user's terminal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        use_calculator(text)
 
 
 def test_works_from_any_thread() -> None:
