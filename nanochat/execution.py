@@ -1,0 +1,422 @@
+"""Runs model-written programs in isolation. Used by the tasks whose answers are programs (tasks/humaneval.py).
+
+A program gets a process of its own, in new user, mount, process, network, IPC and UTS namespaces, made by bwrap or, where
+that is missing, by unshare. It sees a read-only root with Python and three devices, one small writable folder in memory,
+no network, no other process, no environment; limits and a filter of system calls keep it to one thread. A program that
+has ended, failed or overstepped a limit takes all of this with it: nothing passes from one to the next.
+
+execution_worker.py is the side that runs inside. Processes are started ahead (Sandbox), so that a program need not wait
+for Python. A child that is to die with its parent dies with the *thread* that started it (prctl(2), PR_SET_PDEATHSIG):
+one thread starts all of a Sandbox's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import hashlib
+import json
+import os
+import queue
+import secrets
+import selectors
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat.common import NanochatError
+
+DEFAULT_MEMORY_BYTES = 256 * 1024**2  # address space, the interpreter's 30 MiB included
+MAX_OUTPUT_BYTES = 64 * 1024  # of stdout, of stderr, and of what a program writes to the report pipe
+DISK_BYTES = 16 * 1024**2  # of the work folder, which is memory
+DISK_FILES = 4096
+START_TIMEOUT_S = 60.0  # a worker is ready in 0.1 s; a machine that pages may need longer
+EXIT_TIMEOUT_S = 2.0  # for a process that closed its pipes, or was killed, to be gone
+
+WORKER = Path(__file__).with_name("execution_worker.py")
+ENVIRONMENT = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "LANG": "C.UTF-8"}
+DEVICES = ("null", "zero", "urandom")
+
+# System calls that a program has no use for: more processes, other processes, the network, memory outside of the limit,
+# namespaces and mounts, and what has often been a way into the kernel.
+DENIED_CALLS = """
+    fork vfork clone execve execveat unshare setns mount umount umount2 pivot_root chroot mount_setattr move_mount open_tree
+    fsopen fsmount fsconfig fspick ptrace process_vm_readv process_vm_writev process_madvise pidfd_open pidfd_getfd
+    pidfd_send_signal kcmp socket connect bind listen accept accept4 memfd_create memfd_secret shmget shmat
+    msgget semget mq_open bpf keyctl add_key request_key perf_event_open io_uring_setup io_uring_enter io_uring_register
+    io_setup userfaultfd kexec_load kexec_file_load init_module finit_module delete_module reboot personality acct quotactl
+    swapon swapoff syslog settimeofday clock_settime clock_adjtime adjtimex sethostname setdomainname iopl ioperm
+    modify_ldt fanotify_init inotify_init inotify_init1 name_to_handle_at open_by_handle_at lookup_dcookie
+    mknod mknodat vhangup uselib ustat sysfs mbind migrate_pages move_pages set_mempolicy seccomp landlock_create_ruleset
+""".split()
+# Root without capabilities still owns the machine's /dev/null, and bwrap shows devices writable or not at all.
+DENIED_TO_ROOT = """
+    chmod fchmod fchmodat fchmodat2 chown fchown lchown fchownat utime utimes futimesat utimensat setxattr lsetxattr
+    fsetxattr setxattrat removexattr lremovexattr fremovexattr removexattrat
+""".split()
+
+
+@dataclass(frozen=True)
+class ExecutionResult:
+    """How a program ended. success: it ran to its end without an exception; error: else why, in one line."""
+
+    success: bool
+    stdout: str
+    stderr: str
+    error: str | None = None
+    timeout: bool = False
+    memory_exceeded: bool = False
+
+
+def execute_code(
+    code: str,
+    timeout: float = 5.0,
+    maximum_memory_bytes: int = DEFAULT_MEMORY_BYTES,
+    unsafe: bool | None = None,
+) -> ExecutionResult:
+    """Run one program for at most `timeout` seconds, in isolation unless `unsafe` (default: NANOCHAT_UNSAFE_EXECUTION=1).
+
+    Raises NanochatError where nothing isolates it. For many programs a Sandbox is faster.
+    """
+    process = _Process(choose_launcher(unsafe))
+    try:
+        return process.run(code, timeout, maximum_memory_bytes)
+    finally:
+        process.close()
+
+
+class Sandbox:
+    """A pool: `size` processes wait for a program while up to `size` others run one. Usable from many threads.
+
+    Raises NanochatError where nothing isolates programs and `unsafe` is not set. To be closed, or used in a `with`.
+    """
+
+    def __init__(
+        self, size: int | None = None, maximum_memory_bytes: int = DEFAULT_MEMORY_BYTES, unsafe: bool | None = None
+    ) -> None:
+        self.size = size or os.cpu_count() or 1
+        self.maximum_memory_bytes = maximum_memory_bytes
+        self._launcher = choose_launcher(unsafe)
+        self._slots = threading.Semaphore(self.size)  # programs that may start
+        self._wanted = threading.Semaphore(self.size)  # processes that may be started
+        self._waiting: queue.Queue[_Process | OSError | None] = queue.Queue()  # None: closed
+        self._closed = threading.Event()
+        self._starter = threading.Thread(target=self._start_processes, name="sandbox", daemon=True)
+        self._starter.start()
+
+    def _start_processes(self) -> None:
+        while True:
+            self._wanted.acquire()
+            if self._closed.is_set():
+                return
+            try:
+                self._waiting.put(_Process(self._launcher))
+            except OSError as error:  # too many processes or files: for the one who asks next to see
+                self._waiting.put(error)
+
+    def run(self, code: str, timeout_s: float = 5.0) -> ExecutionResult:
+        """Run one program for at most `timeout_s` seconds, not counting the wait for its turn."""
+        with self._slots:
+            process = self._waiting.get()
+            if process is None:
+                self._waiting.put(None)
+                raise NanochatError("this sandbox is closed: make another one")
+            self._wanted.release()  # the next one starts while this one works
+            if isinstance(process, OSError):
+                raise NanochatError(f"no process could be started for a program ({process})") from process
+            try:
+                return process.run(code, timeout_s, self.maximum_memory_bytes)
+            finally:
+                process.close()
+
+    def close(self) -> None:
+        """End all processes, those that run a program too."""
+        self._closed.set()
+        self._wanted.release()
+        self._starter.join()
+        self._waiting.put(None)
+        while (process := self._waiting.get()) is not None:
+            if isinstance(process, _Process):
+                process.close()
+        self._waiting.put(None)
+
+    def __enter__(self) -> Sandbox:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class _Process:
+    """A worker, for one program."""
+
+    def __init__(self, launcher: Callable[[], list[str]]) -> None:
+        """Start it, without waiting until it is ready. Raises OSError."""
+        self._isolated = launcher is not plain_command
+        self._folder = None if self._isolated else tempfile.TemporaryDirectory(prefix="nanochat-", ignore_cleanup_errors=True)
+        work = self._folder.name if self._folder else "/work"
+        read_end, write_end = os.pipe()
+        self._report = open(read_end, "rb", buffering=0)  # noqa: SIM115 - closed with the process
+        try:
+            self._process = subprocess.Popen(
+                [*launcher(), str(write_end)], pass_fds=[write_end], start_new_session=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                cwd=work if self._folder else "/", env={**ENVIRONMENT, "HOME": work, "TMPDIR": work},
+            )  # fmt: skip
+        except BaseException:
+            self._report.close()
+            raise
+        finally:
+            os.close(write_end)
+
+    def run(self, code: str, timeout_s: float, memory_bytes: int) -> ExecutionResult:
+        """Run the program. Raises NanochatError if the process never got ready for one."""
+        self._wait_until_ready()
+        key = secrets.token_bytes(32)
+        request = {"code": code, "key": key.hex(), "filter": (build_filter() or b"").hex()}
+        request |= {"memory_bytes": memory_bytes, "cpu_s": int(timeout_s) + 2, "file_bytes": DISK_BYTES}
+        output = [bytearray(), bytearray(), bytearray()]  # stdout, stderr, report
+        deadline = time.monotonic() + timeout_s
+        with contextlib.suppress(BrokenPipeError):  # it died; its exit says how
+            self._process.stdin.write(json.dumps(request).encode())
+            self._process.stdin.close()
+        error = self._gather(output, key, deadline)
+        verdict = _find_verdict(output[2], key)
+        exit_code = self._kill()
+        stdout, stderr = (bytes(part[:MAX_OUTPUT_BYTES]).decode("utf-8", "replace") for part in output[:2])
+        timed_out, memory = error == "timeout", error is None and verdict == "memory"
+        if timed_out:
+            error = f"timed out after {timeout_s:g} s"
+        elif memory:
+            error = f"memory limit of {memory_bytes / 1024**2:g} MiB"
+        elif error is None and verdict != "ok":
+            error = verdict.removeprefix("error ") if verdict else _describe_exit(exit_code)
+        return ExecutionResult(error is None, stdout, stderr, error, timed_out, memory)
+
+    def _wait_until_ready(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._report, selectors.EVENT_READ)
+            began = bool(selector.select(START_TIMEOUT_S))
+        if not began or self._report.read(1) != b"+":
+            self._kill()
+            reason = self._process.stderr.read(4096).decode("utf-8", "replace").strip().splitlines()
+            raise NanochatError(reason[-1] if reason else f"no sign of life in {START_TIMEOUT_S:g} s")
+
+    def _gather(self, output: list[bytearray], key: bytes, deadline: float) -> str | None:
+        """Gather output until the verdict, the end or the deadline; "timeout", or which limit was overstepped."""
+        with selectors.DefaultSelector() as selector:
+            for pipe, buffer in zip((self._process.stdout, self._process.stderr, self._report), output, strict=True):
+                selector.register(pipe, selectors.EVENT_READ, buffer)
+            while selector.get_map():
+                finished = _find_verdict(output[2], key) is not None
+                ready = selector.select(0 if finished else max(0.0, deadline - time.monotonic()))
+                if not ready:  # a worker flushes before it reports, so what is not there then will not come
+                    return None if finished else "timeout"
+                for item, _ in ready:
+                    content = os.read(item.fd, 65536)
+                    if not content:
+                        selector.unregister(item.fileobj)
+                    item.data.extend(content)
+                    if len(item.data) > MAX_OUTPUT_BYTES:
+                        return f"output limit of {MAX_OUTPUT_BYTES // 1024} KiB"
+        self._has_ended_after(EXIT_TIMEOUT_S)  # or else it closed its pipes and stays
+        return None
+
+    def _has_ended_after(self, seconds: float) -> bool:
+        """Wait for its end. It stays a zombie then: as long as it is one, its process group is no one else's."""
+        deadline = time.monotonic() + seconds
+        while os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.002)
+        return True
+
+    def _kill(self) -> int:
+        """End whatever is left, and reap it; returns the exit code, as subprocess gives it."""
+        process = self._process
+        if process.returncode is None:
+            # The launcher's child is process 1 of the namespace: the kernel ends all others with it, and the launcher
+            # reaps it. Killing the launcher first would leave a zombie where the machine's own process 1 reaps none.
+            if self._isolated and not self._has_ended_after(0):
+                with contextlib.suppress(OSError):
+                    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+                        os.kill(int(child), signal.SIGKILL)
+                    self._has_ended_after(EXIT_TIMEOUT_S)
+            with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS says the latter of a zombie
+                os.killpg(process.pid, signal.SIGKILL)
+        return process.wait()
+
+    def close(self) -> None:
+        """Leave nothing of it."""
+        self._kill()
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr, self._report):
+            pipe.close()
+        if self._folder:
+            with contextlib.suppress(RecursionError):  # folders a thousand deep
+                self._folder.cleanup()
+
+
+def _find_verdict(report: bytearray, key: bytes) -> str | None:
+    """The verdict in the last line of a report, if it is whole and its signature is right."""
+    if not report.endswith(b"\n"):
+        return None
+    verdict, _, signature = bytes(report).rstrip(b"\n").rpartition(b"\n")[2].rpartition(b" ")
+    expected = hashlib.blake2b(verdict, key=key, digest_size=32).hexdigest().encode()
+    return verdict.decode("unicode_escape") if secrets.compare_digest(signature, expected) else None
+
+
+def _describe_exit(exit_code: int) -> str:
+    """A launcher exits with 128 + the signal that ended the worker; subprocess has -signal for its own child."""
+    number = -exit_code if exit_code < 0 else exit_code - 128
+    return f"ended with signal {number}" if number > 0 else f"ended before its end with exit code {exit_code}"
+
+
+@functools.lru_cache(maxsize=1)
+def build_filter() -> bytes | None:
+    """The filter of system calls as a BPF program; None where libseccomp is missing or knows nothing of this machine."""
+    try:
+        import pyseccomp
+    except (ImportError, RuntimeError, OSError, AttributeError):  # the package, the library, or a function of it
+        return None
+    program = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
+    denied = DENIED_CALLS + (DENIED_TO_ROOT if os.geteuid() == 0 else [])
+    for code, names in ((errno.EPERM, denied), (errno.ENOSYS, ["clone3"])):  # ENOSYS: the C library then tries clone
+        for name in names:
+            with contextlib.suppress(ValueError, OSError):  # not a call of this architecture, or younger than the library
+                program.add_rule(pyseccomp.ERRNO(code), name)
+    with tempfile.TemporaryFile() as file:
+        program.export_bpf(file)
+        file.seek(0)
+        return file.read()
+
+
+# ----------------------------------------------------------------------------- launchers: commands that start a worker
+
+
+def choose_launcher(unsafe: bool | None) -> Callable[[], list[str]]:
+    if unsafe is None:
+        unsafe = os.environ.get("NANOCHAT_UNSAFE_EXECUTION") == "1"
+    if sys.platform == "win32":
+        raise NanochatError("programs of a model run on Linux, or with --unsafe-execution on macOS: use WSL on Windows")
+    return plain_command if unsafe else find_launcher()
+
+
+@functools.lru_cache(maxsize=1)
+def find_launcher() -> Callable[[], list[str]]:
+    """The first launcher that really starts a worker here. Raises NanochatError that says what each lacks."""
+    way_out = "or run programs without isolation with --unsafe-execution (NANOCHAT_UNSAFE_EXECUTION=1)"
+    if sys.platform != "linux":
+        raise NanochatError(f"programs of a model can be isolated only on Linux, not on {sys.platform}: use Linux, {way_out}")
+    if os.geteuid() == 0 and not build_filter():  # RLIMIT_NPROC does not bind root
+        raise NanochatError(
+            "as root nothing limits the processes of a program without libseccomp: install libseccomp2 (and pip install "
+            f"pyseccomp), run as another user, {way_out}"
+        )
+    reasons = []
+    for name, launcher in LAUNCHERS.items():
+        reason = why_unusable(name)
+        if reason is None:
+            return launcher
+        reasons.append(f"{name}: {reason}")
+    raise NanochatError(
+        f"nothing isolates the programs of a model here ({'; '.join(reasons)}): install bubblewrap and allow user "
+        f"namespaces, {way_out}"
+    )
+
+
+def why_unusable(name: str) -> str | None:
+    """Why a launcher does not work on this machine; None if it does."""
+    if shutil.which(name, path=ENVIRONMENT["PATH"]) is None:
+        return "not installed"
+    try:
+        process = _Process(LAUNCHERS[name])
+        try:
+            return process.run("pass", START_TIMEOUT_S, DEFAULT_MEMORY_BYTES).error
+        finally:
+            process.close()
+    except (NanochatError, OSError) as error:
+        return str(error)
+
+
+def python_command(worker: str) -> list[str]:
+    """The base interpreter, without the packages of a virtual environment; the report's fd is to follow."""
+    return [os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8", worker]
+
+
+def plain_command() -> list[str]:
+    """No isolation: limits only."""
+    return python_command(str(WORKER))
+
+
+def root_layout() -> tuple[list[str], dict[str, str]]:
+    """(folders to show read-only at their own place, symbolic links {path: target}): all that Python needs.
+
+    Raises NanochatError if Python's files cannot be shown without the home folder.
+    """
+    folders, links = ["/usr"], {}
+    for path in ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"):
+        if os.path.islink(path):
+            links[path] = os.readlink(path)
+        elif os.path.isdir(path):
+            folders.append(path)
+    for prefix in (Path(os.path.realpath(sys.executable)).parents[1], Path(os.path.realpath(sys.base_prefix))):
+        if Path.home().is_relative_to(prefix):
+            raise NanochatError(f"Python is installed in {prefix}, which holds the home folder: use another Python")
+        if not any(prefix.is_relative_to(folder) for folder in folders):
+            folders.append(str(prefix))
+    return folders, links
+
+
+def bwrap_command() -> list[str]:
+    folders, links = root_layout()
+    command = "bwrap --unshare-user --unshare-pid --unshare-net --unshare-ipc --unshare-uts --die-with-parent".split()
+    command += ["--cap-drop", "ALL"]
+    for folder in folders:
+        command += ["--ro-bind", folder, folder]
+    for path, target in links.items():
+        command += ["--symlink", target, path]
+    for name in DEVICES:
+        command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+    command += ["--ro-bind", str(WORKER), "/sandbox/worker.py", "--size", str(DISK_BYTES), "--tmpfs", "/work"]
+    return [*command, "--remount-ro", "/", "--chdir", "/work", "--", *python_command("/sandbox/worker.py")]
+
+
+def unshare_command() -> list[str]:
+    """The same by hand: a shell, as process 1 of the new namespaces, builds the root and starts the worker in it."""
+    folders, links = root_layout()
+    # /sys is there to be mounted on, and nothing that is to be shown lies below it.
+    lines = ["set -e", "mount -t tmpfs -o size=1m,mode=755 sandbox /sys", "cd /sys", "mkdir dev old proc sandbox work"]
+    for folder in map(shlex.quote, folders):
+        lines.append(f"mkdir -p .{folder}; mount --rbind {folder} .{folder}")
+    for path, target in links.items():
+        lines.append(f"ln -s {shlex.quote(target)} .{path}")
+    for source, path in [(str(WORKER), "sandbox/worker.py"), *((f"/dev/{name}", f"dev/{name}") for name in DEVICES)]:
+        lines.append(f": > {path}; mount --bind {shlex.quote(source)} {path}")
+    lines += [
+        # Each mount by itself: read-only is not inherited by the mounts below.
+        "while read -r _ _ _ _ point _; do",
+        "  case $point in /sys|/sys/*) ;; *) continue;; esac",
+        '  point=$(printf %b "$point"); options=remount,bind,ro,nosuid',
+        "  case $point in /sys/dev/*) ;; *) options=$options,nodev;; esac",
+        '  [ ! -e "$point" ] || mount -o $options "$point"',  # below the old /sys there are mounts, now hidden
+        "done < /proc/self/mountinfo",
+        f"mount -t tmpfs -o size={DISK_BYTES},nr_inodes={DISK_FILES},mode=700,nosuid,nodev sandbox work",
+        "mount --rbind /proc proc",  # for umount, which looks there
+        "pivot_root . old; umount -l /old; umount -l /proc; cd /work",
+        'setpriv --no-new-privs --bounding-set=-all --inh-caps=-all "$@"',
+        "exit $?",  # the line above is not the last: a shell that turns into the worker would make it process 1
+    ]
+    unshare = "setpriv --pdeathsig KILL unshare --user --map-root-user --mount --pid --net --ipc --uts --kill-child".split()
+    return [*unshare, "sh", "-c", "\n".join(lines), "sh", *python_command("/sandbox/worker.py")]
+
+
+LAUNCHERS = {"bwrap": bwrap_command, "unshare": unshare_command}
