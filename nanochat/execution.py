@@ -45,23 +45,19 @@ EXIT_TIMEOUT_S = 2.0  # for a process that closed its pipes, or was killed, to b
 WORKER = Path(__file__).with_name("execution_worker.py")
 ENVIRONMENT = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "LANG": "C.UTF-8"}
 DEVICES = ("null", "zero", "urandom")
+DROP_PRIVILEGES = 'setpriv --no-new-privs --bounding-set=-all --inh-caps=-all --ambient-caps=-all "$@"'
 
 # System calls that a program has no use for: more processes, other processes, the network, memory outside of the limit,
 # namespaces and mounts, and what has often been a way into the kernel.
 DENIED_CALLS = """
     fork vfork clone execve execveat unshare setns mount umount umount2 pivot_root chroot mount_setattr move_mount open_tree
     fsopen fsmount fsconfig fspick ptrace process_vm_readv process_vm_writev process_madvise pidfd_open pidfd_getfd
-    pidfd_send_signal kcmp socket connect bind listen accept accept4 memfd_create memfd_secret shmget shmat
-    msgget semget mq_open bpf keyctl add_key request_key perf_event_open io_uring_setup io_uring_enter io_uring_register
-    io_setup userfaultfd kexec_load kexec_file_load init_module finit_module delete_module reboot personality acct quotactl
-    swapon swapoff syslog settimeofday clock_settime clock_adjtime adjtimex sethostname setdomainname iopl ioperm
-    modify_ldt fanotify_init inotify_init inotify_init1 name_to_handle_at open_by_handle_at lookup_dcookie
-    mknod mknodat vhangup uselib ustat sysfs mbind migrate_pages move_pages set_mempolicy seccomp landlock_create_ruleset
-""".split()
-# Root without capabilities still owns the machine's /dev/null, and bwrap shows devices writable or not at all.
-DENIED_TO_ROOT = """
-    chmod fchmod fchmodat fchmodat2 chown fchown lchown fchownat utime utimes futimesat utimensat setxattr lsetxattr
-    fsetxattr setxattrat removexattr lremovexattr fremovexattr removexattrat
+    pidfd_send_signal kcmp socket connect bind listen accept accept4 memfd_create memfd_secret shmget shmat msgget semget
+    mq_open bpf keyctl add_key request_key perf_event_open io_uring_setup io_uring_enter io_uring_register io_setup userfaultfd
+    kexec_load kexec_file_load init_module finit_module delete_module reboot personality acct quotactl swapon swapoff syslog
+    settimeofday clock_settime clock_adjtime adjtimex sethostname setdomainname iopl ioperm modify_ldt fanotify_init
+    inotify_init inotify_init1 name_to_handle_at open_by_handle_at lookup_dcookie mknod mknodat vhangup uselib ustat sysfs
+    mbind migrate_pages move_pages set_mempolicy seccomp landlock_create_ruleset sync syncfs
 """.split()
 
 
@@ -78,10 +74,7 @@ class ExecutionResult:
 
 
 def execute_code(
-    code: str,
-    timeout: float = 5.0,
-    maximum_memory_bytes: int = DEFAULT_MEMORY_BYTES,
-    unsafe: bool | None = None,
+    code: str, timeout: float = 5.0, maximum_memory_bytes: int = DEFAULT_MEMORY_BYTES, unsafe: bool | None = None
 ) -> ExecutionResult:
     """Run one program for at most `timeout` seconds, in isolation unless `unsafe` (default: NANOCHAT_UNSAFE_EXECUTION=1).
 
@@ -103,25 +96,30 @@ class Sandbox:
     def __init__(
         self, size: int | None = None, maximum_memory_bytes: int = DEFAULT_MEMORY_BYTES, unsafe: bool | None = None
     ) -> None:
-        self.size = size or os.cpu_count() or 1
+        size = size or os.cpu_count() or 1
         self.maximum_memory_bytes = maximum_memory_bytes
         self._launcher = choose_launcher(unsafe)
-        self._slots = threading.Semaphore(self.size)  # programs that may start
-        self._wanted = threading.Semaphore(self.size)  # processes that may be started
+        self._slots = threading.Semaphore(size)  # programs that may start
+        self._wanted = threading.Semaphore(size)  # processes that may be started
         self._waiting: queue.Queue[_Process | OSError | None] = queue.Queue()  # None: closed
-        self._closed = threading.Event()
+        self._closed = False
         self._starter = threading.Thread(target=self._start_processes, name="sandbox", daemon=True)
         self._starter.start()
 
     def _start_processes(self) -> None:
         while True:
             self._wanted.acquire()
-            if self._closed.is_set():
-                return
+            if self._closed:
+                break
             try:
                 self._waiting.put(_Process(self._launcher))
             except OSError as error:  # too many processes or files: for the one who asks next to see
                 self._waiting.put(error)
+        self._waiting.put(None)
+        while (process := self._waiting.get()) is not None:
+            if isinstance(process, _Process):
+                process.close()
+        self._waiting.put(None)
 
     def run(self, code: str, timeout_s: float = 5.0) -> ExecutionResult:
         """Run one program for at most `timeout_s` seconds, not counting the wait for its turn."""
@@ -139,15 +137,10 @@ class Sandbox:
                 process.close()
 
     def close(self) -> None:
-        """End all processes, those that run a program too."""
-        self._closed.set()
+        """End all processes, those that run a program too: they die with the thread that started them."""
+        self._closed = True
         self._wanted.release()
         self._starter.join()
-        self._waiting.put(None)
-        while (process := self._waiting.get()) is not None:
-            if isinstance(process, _Process):
-                process.close()
-        self._waiting.put(None)
 
     def __enter__(self) -> Sandbox:
         return self
@@ -161,7 +154,7 @@ class _Process:
 
     def __init__(self, launcher: Callable[[], list[str]]) -> None:
         """Start it, without waiting until it is ready. Raises OSError."""
-        self._isolated = launcher is not plain_command
+        self._isolated, self._killed = launcher is not plain_command, False
         self._folder = None if self._isolated else tempfile.TemporaryDirectory(prefix="nanochat-", ignore_cleanup_errors=True)
         work = self._folder.name if self._folder else "/work"
         read_end, write_end = os.pipe()
@@ -199,7 +192,7 @@ class _Process:
         elif memory:
             error = f"memory limit of {memory_bytes / 1024**2:g} MiB"
         elif error is None and verdict != "ok":
-            error = verdict.removeprefix("error ") if verdict else _describe_exit(exit_code)
+            error = verdict or _describe_exit(exit_code)
         return ExecutionResult(error is None, stdout, stderr, error, timed_out, memory)
 
     def _wait_until_ready(self) -> None:
@@ -228,50 +221,48 @@ class _Process:
                     item.data.extend(content)
                     if len(item.data) > MAX_OUTPUT_BYTES:
                         return f"output limit of {MAX_OUTPUT_BYTES // 1024} KiB"
-        self._has_ended_after(EXIT_TIMEOUT_S)  # or else it closed its pipes and stays
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it closed its pipes and stays
+            self._process.wait(EXIT_TIMEOUT_S)
         return None
-
-    def _has_ended_after(self, seconds: float) -> bool:
-        """Wait for its end. It stays a zombie then: as long as it is one, its process group is no one else's."""
-        deadline = time.monotonic() + seconds
-        while os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.002)
-        return True
 
     def _kill(self) -> int:
         """End whatever is left, and reap it; returns the exit code, as subprocess gives it."""
         process = self._process
-        if process.returncode is None:
-            # The launcher's child is process 1 of the namespace: the kernel ends all others with it, and the launcher
-            # reaps it. Killing the launcher first would leave a zombie where the machine's own process 1 reaps none.
-            if self._isolated and not self._has_ended_after(0):
-                with contextlib.suppress(OSError):
+        if not self._killed:
+            self._killed = True  # once: later its number may be another's
+            if self._isolated and process.poll() is None:
+                # The launcher's child is process 1 of the namespace: the kernel ends all others with it, and the launcher
+                # reaps it. Killing the launcher first would leave a zombie where the machine's process 1 reaps none.
+                with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                     for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
                         os.kill(int(child), signal.SIGKILL)
-                    self._has_ended_after(EXIT_TIMEOUT_S)
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS says the latter of a zombie
-                os.killpg(process.pid, signal.SIGKILL)
+                    process.wait(EXIT_TIMEOUT_S)
+            if not self._isolated or process.poll() is None:
+                with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS says the latter of a zombie
+                    os.killpg(process.pid, signal.SIGKILL)
         return process.wait()
 
     def close(self) -> None:
         """Leave nothing of it."""
         self._kill()
         for pipe in (self._process.stdin, self._process.stdout, self._process.stderr, self._report):
-            pipe.close()
+            with contextlib.suppress(BrokenPipeError):  # part of a request was left to write
+                pipe.close()
         if self._folder:
             with contextlib.suppress(RecursionError):  # folders a thousand deep
                 self._folder.cleanup()
 
 
 def _find_verdict(report: bytearray, key: bytes) -> str | None:
-    """The verdict in the last line of a report, if it is whole and its signature is right."""
+    """ "ok", "memory" or why the program failed, if the report's last line is whole and rightly signed."""
     if not report.endswith(b"\n"):
         return None
     verdict, _, signature = bytes(report).rstrip(b"\n").rpartition(b"\n")[2].rpartition(b" ")
     expected = hashlib.blake2b(verdict, key=key, digest_size=32).hexdigest().encode()
-    return verdict.decode("unicode_escape") if secrets.compare_digest(signature, expected) else None
+    if not secrets.compare_digest(signature, expected):
+        return None
+    reason = verdict.removeprefix(b"error ")
+    return verdict.decode() if reason == verdict else reason[1:-1].decode("unicode_escape", "replace").removesuffix(": ")
 
 
 def _describe_exit(exit_code: int) -> str:
@@ -282,14 +273,16 @@ def _describe_exit(exit_code: int) -> str:
 
 @functools.lru_cache(maxsize=1)
 def build_filter() -> bytes | None:
-    """The filter of system calls as a BPF program; None where libseccomp is missing or knows nothing of this machine."""
+    """The filter of system calls as a BPF program; None where libseccomp is missing.
+
+    The namespaces and limits hold without it, but for shared memory and sockets of the machine itself (AF_VSOCK).
+    """
     try:
         import pyseccomp
     except (ImportError, RuntimeError, OSError, AttributeError):  # the package, the library, or a function of it
         return None
     program = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
-    denied = DENIED_CALLS + (DENIED_TO_ROOT if os.geteuid() == 0 else [])
-    for code, names in ((errno.EPERM, denied), (errno.ENOSYS, ["clone3"])):  # ENOSYS: the C library then tries clone
+    for code, names in ((errno.EPERM, DENIED_CALLS), (errno.ENOSYS, ["clone3"])):  # ENOSYS: the C library then tries clone
         for name in names:
             with contextlib.suppress(ValueError, OSError):  # not a call of this architecture, or younger than the library
                 program.add_rule(pyseccomp.ERRNO(code), name)
@@ -323,8 +316,7 @@ def find_launcher() -> Callable[[], list[str]]:
         )
     reasons = []
     for name, launcher in LAUNCHERS.items():
-        reason = why_unusable(name)
-        if reason is None:
+        if (reason := why_unusable(name)) is None:
             return launcher
         reasons.append(f"{name}: {reason}")
     raise NanochatError(
@@ -379,7 +371,6 @@ def root_layout() -> tuple[list[str], dict[str, str]]:
 def bwrap_command() -> list[str]:
     folders, links = root_layout()
     command = "bwrap --unshare-user --unshare-pid --unshare-net --unshare-ipc --unshare-uts --die-with-parent".split()
-    command += ["--cap-drop", "ALL"]
     for folder in folders:
         command += ["--ro-bind", folder, folder]
     for path, target in links.items():
@@ -387,7 +378,12 @@ def bwrap_command() -> list[str]:
     for name in DEVICES:
         command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
     command += ["--ro-bind", str(WORKER), "/sandbox/worker.py", "--size", str(DISK_BYTES), "--tmpfs", "/work"]
-    return [*command, "--remount-ro", "/", "--chdir", "/work", "--", *python_command("/sandbox/worker.py")]
+    command += ["--remount-ro", "/", "--chdir", "/work"]
+    # What bwrap cannot do: to limit the number of files, and to show a device that not even its owner can change.
+    command += "--uid 0 --gid 0 --cap-drop ALL --cap-add CAP_SYS_ADMIN --cap-add CAP_SETPCAP sh -c".split()
+    lines = ["set -e", f"mount -t tmpfs -o remount,nr_inodes={DISK_FILES},nosuid,nodev sandbox /work"]
+    lines += ["for device in /dev/*; do mount -o remount,bind,ro,nosuid $device; done", f"exec {DROP_PRIVILEGES}"]
+    return [*command, "\n".join(lines), "sh", *python_command("/sandbox/worker.py")]
 
 
 def unshare_command() -> list[str]:
@@ -412,7 +408,7 @@ def unshare_command() -> list[str]:
         f"mount -t tmpfs -o size={DISK_BYTES},nr_inodes={DISK_FILES},mode=700,nosuid,nodev sandbox work",
         "mount --rbind /proc proc",  # for umount, which looks there
         "pivot_root . old; umount -l /old; umount -l /proc; cd /work",
-        'setpriv --no-new-privs --bounding-set=-all --inh-caps=-all "$@"',
+        DROP_PRIVILEGES,
         "exit $?",  # the line above is not the last: a shell that turns into the worker would make it process 1
     ]
     unshare = "setpriv --pdeathsig KILL unshare --user --map-root-user --mount --pid --net --ipc --uts --kill-child".split()

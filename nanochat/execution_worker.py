@@ -5,10 +5,12 @@ request comes over stdin, as one JSON object up to the end of the file; an empty
 Then limits are set, the program runs, and the verdict goes to the report pipe. Nothing of the process is used twice.
 
 The program lives in this process and may rewrite all of it. A verdict is therefore signed with a key that came with the
-request and is kept in no variable, and nothing that a program may have replaced is used to send it.
+request and is kept in no variable, and nothing that a program may easily have replaced is used to send it. A program that
+is written to find this key in its own memory can: this keeps honest mistakes and cheap tricks from counting as success.
 """
 
 import builtins
+import contextlib
 import hashlib
 import importlib
 import json
@@ -31,10 +33,10 @@ WARM = """
     abc bisect collections copy dataclasses datetime decimal enum fractions functools heapq itertools math operator random re
     statistics string time typing
 """.split()  # what programs often import: they need not wait for it
-PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38  # linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38  # linux/prctl.h
 SECCOMP_MODE_FILTER = 2
 SIGKILL = 9
-MAX_ERROR_CHARS = 300  # escaped at most tenfold, so that a verdict fits into PIPE_BUF and is written at once
+MAX_ERROR_CHARS = 300  # as a literal at most tenfold, so that a verdict fits into PIPE_BUF and is written at once
 
 
 def main() -> None:
@@ -42,8 +44,11 @@ def main() -> None:
     report_fd = int(sys.argv.pop())
     for name in WARM:
         importlib.import_module(name)
+    with contextlib.suppress(OSError):  # without isolation it has a session already
+        os.setsid()  # or signals to its process group would reach the launcher, outside of the namespaces
     if sys.platform == "linux" and ctypes:
         prctl(PR_SET_PDEATHSIG, SIGKILL)
+        prctl(PR_SET_DUMPABLE, 0)  # a limit of 0 on core files does not keep them from a core_pattern that is a pipe
     os.write(report_fd, b"+")
     content = sys.stdin.buffer.read()
     if not content:
@@ -52,10 +57,12 @@ def main() -> None:
     del content
     leave_only(report_fd)
     set_limits(request["memory_bytes"], request["cpu_s"], request["file_bytes"])
-    if request["filter"]:
-        install_filter(bytes.fromhex(request["filter"]))
-    # The key goes from the request into the state of a hash, and that is on the stack while the program runs.
-    finish(
+    if bpf := bytes.fromhex(request.pop("filter")):
+        install_filter(bpf)
+    sys.settrace = sys.setprofile = lambda function: None  # a tracer may make a caller jump to another line
+    # The key goes from the request into the state of a hash. While the program runs, that and `finish` are on the stack
+    # of this frame, and have no name.
+    globals().pop("finish")(
         os.write,
         os._exit,
         hashlib.blake2b(key=bytes.fromhex(request.pop("key")), digest_size=32),
@@ -104,39 +111,27 @@ def install_filter(bpf: bytes) -> None:
 
 
 def run_program(code: str, stdout: TextIO, stderr: TextIO) -> bytes:
-    """Run a program as __main__; returns the verdict: b"ok", b"memory", or b"error " and an escaped sentence.
+    """Run a program as __main__; returns the verdict: b"ok", b"memory", or b"error " and an ASCII literal of the reason.
 
-    All that may call code of the program happens here: the text of its exception, and flushing what it printed.
+    All that may call code of the program happens here: the text of its exception, and flushing what it printed. If that
+    fails the worker fails, too. No name is looked up after the program from which it could make b"ok" out of an error.
     """
     module = types.ModuleType("__main__")
     module.__builtins__ = builtins
     sys.modules["__main__"] = module  # dataclasses, pickle and typing look names up there
-    settrace, setprofile = sys.settrace, sys.setprofile
-    verdict = b"ok"
     try:
         exec(compile(code, "<program>", "exec", dont_inherit=True), module.__dict__)
     except MemoryError:
-        verdict = b"memory"
+        return b"memory"
     except BaseException as error:  # SystemExit too: the program did not get to its end
-        verdict = describe(error)
-    settrace(None)
-    setprofile(None)
-    for stream in (stdout, stderr):
-        try:  # noqa: SIM105 - contextlib is Python code, which the program may have replaced
-            stream.flush()
-        except BaseException:  # it closed the stream
-            pass
-    return verdict
-
-
-def describe(error: BaseException) -> bytes:
-    """b"error Name: message", escaped to ASCII without line breaks."""
-    try:
-        name, message = f"{type(error).__name__}", f"{error}"
-        text = f"{name}: {message}" if message else name
-        return b"error " + text[:MAX_ERROR_CHARS].encode("unicode_escape")
-    except BaseException:  # its __str__ failed
-        return b"error an exception without a readable text"
+        return b"error " + f"{f'{type(error).__name__}: {error}'[:MAX_ERROR_CHARS]!a}".encode()
+    finally:
+        for stream in (stdout, stderr):
+            try:  # noqa: SIM105 - contextlib is Python code, which the program may have replaced
+                stream.flush()
+            except Exception:  # it closed the stream
+                pass
+    return b"ok"
 
 
 def finish(write, leave, sign, verdict: bytes) -> None:

@@ -14,7 +14,6 @@ from nanochat.execution import Sandbox
 from tasks.common import Conversation, RowTask, load_rows
 
 FENCED = re.compile(r"```(?:python)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
-IMPORT = re.compile(r"^(?:import|from) .*$", re.MULTILINE)
 TIMEOUT_S = 5.0  # a problem's tests take the reference solution a few ms, one of them 1 s
 _LOCK = threading.Lock()
 
@@ -59,8 +58,11 @@ def _make_sandbox() -> Sandbox:
 
 
 def build_program(conversation: Conversation, completion: str) -> str:
-    """The completion's first fenced block, or all of it, between the prompt's imports and the problem's tests."""
+    """The completion's first fenced block, or all of it, between the problem's own lines and its tests.
+
+    The lines bring imports and helpers that the answer may leave out; the function that they begin is defined again, or
+    gets the body that the answer is.
+    """
     fenced = FENCED.search(completion)
     answer = fenced[1] if fenced else completion
-    imports = "\n".join(IMPORT.findall(conversation["prompt"]))
-    return f"{imports}\n{answer}\n{conversation['test']}\ncheck({conversation['entry_point']})\n"
+    return f"{conversation['prompt']}\n{answer}\n{conversation['test']}\ncheck({conversation['entry_point']})\n"
