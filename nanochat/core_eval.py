@@ -28,16 +28,15 @@ import torch.distributed as dist
 import yaml
 
 from nanochat.common import NanochatError, atomic_write, get_base_dir, get_dist_info
-from nanochat.gpt import GPT
-from nanochat.kv_cache import KVCache
+from nanochat.compilation import can_compile
+from nanochat.flash_attention import AttentionPlan, attend_masked
+from nanochat.gpt import GPT, Block
 from nanochat.scores import centered, centered_mean, wilson_interval
 from nanochat.tokenizer import Tokenizer
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 NUM_TASKS = 22
-BATCH_TOKENS = {"cpu": 16_384, "cuda": 131_072}  # of a batch, all candidates counted
-SHORTEST_SHARED = 16  # tokens: a shorter common beginning is not worth a pass of its own
-MOST_REPEATED = 32  # tokens of a shared beginning that may be computed with each candidate, so that batches are larger
+BATCH_TOKENS = {"cpu": 8_192, "cuda": 131_072}  # of a batch, all candidates counted
 LOGIT_ROWS = 2048  # positions whose logits exist at a time
 
 
@@ -70,12 +69,8 @@ class Question:
 
     @property
     def num_shared(self) -> int:
-        """Tokens at the beginning that all candidates share, less the one whose logits are needed for what follows."""
-        if len(self.candidates) == 1:
-            return 0
-        first = min((c.tokens for c in self.candidates), key=len)
-        same = next((i for i in range(len(first)) if len({c.tokens[i] for c in self.candidates}) > 1), len(first))
-        return max(0, min(same, *(c.start for c in self.candidates)) - 1)
+        """Tokens at the beginning that all candidates share."""
+        return _common_length([candidate.tokens for candidate in self.candidates])
 
 
 class Scorer(Protocol):
@@ -207,6 +202,8 @@ def build_question(task: CoreTask, items: list[dict[str, Any]], index: int, scor
         starts = [len(t) - shared for t in tokens]
     else:
         starts = [_common_length([tokens[0], scorer.encode(before)])]
+    if task.kind == "multiple_choice":  # where one choice begins another, both are judged from the same place
+        starts = [min(*starts, *(len(text) - 1 for text in tokens))] * len(tokens)
     starts = [min(max(start, 1), len(text) - 1) for text, start in zip(tokens, starts, strict=True)]  # before, and after
     cut = max(0, max(map(len, tokens)) - scorer.context)  # the same for all, so that they go on beginning alike
     cut = min([cut, *(start - 1 for start in starts)])
@@ -222,78 +219,119 @@ def _common_length(texts: list[list[int]]) -> int:
 # ----------------------------------------------------------------------------- our models
 
 
+@dataclass
+class Row:
+    """Texts that are computed together: what they share once, then the rest of each, which does not see the others."""
+
+    tokens: list[int]
+    positions: list[int]  # of each token in its own text
+    owners: list[int]  # 0: shared by all; i: of the row's i-th text
+    judged: list[tuple[list[int], list[int]]]  # for each text: places whose features predict, and the tokens they should
+
+    @classmethod
+    def of(cls, candidates: list[Candidate], shared: int) -> Row:
+        row = cls(candidates[0].tokens[:shared], list(range(shared)), [0] * shared, [])
+        for owner, candidate in enumerate(candidates, 1):
+            offset = len(row.tokens) - shared  # from a place in the text to its place in the row, beyond what is shared
+            end = len(candidate.tokens)
+            before = range(candidate.start - 1, end - 1)
+            places = [at if at < shared else at + offset for at in before]
+            row.judged.append((places, candidate.tokens[candidate.start :]))
+            row.tokens += candidate.tokens[shared:]
+            row.positions += range(shared, end)
+            row.owners += [owner] * (end - shared)
+        return row
+
+
 class NanochatScorer:
-    """Scores with a GPT: batches of similar length under a token budget, shared beginnings once."""
+    """Scores with a GPT: rows of like length together under a token budget, what candidates share once."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, batch_tokens: int | None = None, share: bool = True) -> None:
         self.model, self.tokenizer, self.share = model.uncompiled(), tokenizer, share
         self.context = model.config.sequence_len
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(model.get_device().type, BATCH_TOKENS["cpu"])
+        self._run_block: Callable[..., torch.Tensor] = Block.forward
+
+    def compile(self) -> str | None:
+        """Compile for rows of any number and length, which pays from a few thousand questions on; returns why not."""
+        reason = can_compile(self.model.get_device())
+        if reason is None:
+            self._run_block = torch.compile(Block.forward, dynamic=True)
+            with torch.inference_mode():  # now, on sizes that mean nothing elsewhere, which the compiler might fix otherwise
+                self._score_batch([Row.of([Candidate([0] * length, 1)], 0) for length in (37, 23, 11)])
+        return reason
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, prepend="<|bos|>")
 
     @torch.inference_mode()
     def score(self, questions: list[Question]) -> list[list[tuple[float, bool]]]:
-        results: list[list[tuple[float, bool]]] = [[] for _ in questions]
-        for batch in self._batches(questions):
-            scores = iter(self._score_batch([questions[i] for i in batch]))
-            for i in batch:
-                results[i] = [next(scores) for _ in questions[i].candidates]
-        return results
+        rows = [self._rows(question) for question in questions]
+        flat = [row for part in rows for row in part]
+        scores: list[list[tuple[float, bool]]] = [[] for _ in flat]
+        for batch in self._batches(flat):
+            for place, found in zip(batch, self._score_batch([flat[i] for i in batch]), strict=True):
+                scores[place] = found
+        remaining = iter(scores)
+        return [[score for _ in part for score in next(remaining)] for part in rows]
 
-    def _batches(self, questions: list[Question]) -> Iterator[list[int]]:
-        """Places of questions that go together: with alike beginnings in length, within the budget."""
+    def _rows(self, question: Question) -> list[Row]:
+        """One row for all candidates, or one for each where attention over the long row would cost more."""
+        shared = question.num_shared if self.share else 0
+        together = Row.of(question.candidates, shared)
+        if self.share and len(together.tokens) ** 2 <= sum(len(c.tokens) ** 2 for c in question.candidates):
+            return [together]
+        return [Row.of([candidate], 0) for candidate in question.candidates]
 
-        shared = [self._shared(question) for question in questions]
-        longest = [max(len(c.tokens) for c in question.candidates) for question in questions]
+    def _batches(self, rows: list[Row]) -> Iterator[list[int]]:
+        """Places of rows that go together."""
         batch: list[int] = []
-        rows = length = 0
-        for i in sorted(range(len(questions)), key=lambda i: (shared[i], longest[i])):
-            count = len(questions[i].candidates)
-            fits = (rows + count) * max(length, longest[i]) <= self.batch_tokens
-            if batch and not (
-                fits and shared[i] - shared[batch[0]] <= MOST_REPEATED and bool(shared[i]) == bool(shared[batch[0]])
-            ):
+        for i in sorted(range(len(rows)), key=lambda i: len(rows[i].tokens)):
+            if batch and (len(batch) + 1) * len(rows[i].tokens) > self.batch_tokens:
                 yield batch
-                batch, rows, length = [], 0, 0
+                batch = []
             batch.append(i)
-            rows, length = rows + count, max(length, longest[i])
         if batch:
             yield batch
 
-    def _shared(self, question: Question) -> int:
-        shared = question.num_shared if self.share else 0
-        return shared if shared >= SHORTEST_SHARED else 0
-
-    def _score_batch(self, questions: list[Question]) -> list[tuple[float, bool]]:
-        """The scores of all candidates, in order."""
-        device = self.model.get_device()
-        n = min(self._shared(question) for question in questions)  # of every text in the batch, computed once a question
-        rows = [candidate for question in questions for candidate in question.candidates]
-        cache = None
-        if n:
-            cache = KVCache.for_model(self.model, len(questions))
-            self.model.features(_padded([question.candidates[0].tokens[:n] for question in questions], device), cache)
-            cache.keep_rows([i for i, question in enumerate(questions) for _ in question.candidates])
-        features = self.model.features(_padded([c.tokens[n:] for c in rows], device), cache)
-        places = [(row, c.start - 1 - n + k) for row, c in enumerate(rows) for k in range(len(c.tokens) - c.start)]
-        at = torch.tensor(places, device=device)
-        targets = torch.tensor([token for c in rows for token in c.tokens[c.start :]], device=device)
+    def _score_batch(self, rows: list[Row]) -> list[list[tuple[float, bool]]]:
+        """The scores of each row's texts."""
+        model, device = self.model, self.model.get_device()
+        if len(rows) == 1:  # compiled code takes any number, but treats one as a special case
+            return self._score_batch(rows * 2)[:1]
+        idx = _padded([row.tokens for row in rows], 0, device)
+        positions = _padded([row.positions for row in rows], 0, device)
+        owners = _padded([row.owners for row in rows], -1, device).to(torch.int32)  # padding sees padding alone
+        places = positions.to(torch.int32)  # small numbers: of the time, masks should take little
+        distance = places[:, :, None] - places[:, None, :]
+        visible = (owners[:, None, :] == 0) | (owners[:, :, None] == owners[:, None, :])
+        visible &= distance >= 0
+        nothing, hidden = torch.tensor([0.0, float("-inf")], dtype=model.get_compute_dtype(), device=device)
+        masks = {
+            window: torch.where(visible & (distance <= window), nothing, hidden)[:, None]
+            for window in set(model.config.windows())
+        }
+        plans = [AttentionPlan(attend_masked, 0, masks[window]) for window in model.config.windows()]
+        T = idx.size(1)
+        judged = [(i, places, targets) for i, row in enumerate(rows) for places, targets in row.judged]
+        wanted = torch.tensor([i * T + place for i, places, _ in judged for place in places], device=device)
+        targets = torch.tensor([token for *_, tokens in judged for token in tokens], device=device)
+        features = model.trunk(idx, model.rotary(positions, T), plans, self._run_block, wanted)
         logprobs, likeliest = [], []
-        for part, wanted in zip(at.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
-            logits = self.model.logits(features[part[:, 0], part[:, 1]])
+        for part, wanted in zip(features.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
+            logits = model.logits(part)
             logprobs.append(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0])
             likeliest.append(logits.argmax(-1) == wanted)
-        sizes = [len(c.tokens) - c.start for c in rows]
+        sizes = [len(places) for _, places, _ in judged]
         means = [part.mean().item() for part in torch.cat(logprobs).split(sizes)]
         greedy = [bool(part.all()) for part in torch.cat(likeliest).split(sizes)]
-        return list(zip(means, greedy, strict=True))
+        found = iter(zip(means, greedy, strict=True))
+        return [[next(found) for _ in row.judged] for row in rows]
 
 
-def _padded(texts: list[list[int]], device: torch.device) -> torch.Tensor:
-    longest = max(map(len, texts))
-    return torch.tensor([text + [0] * (longest - len(text)) for text in texts], device=device)
+def _padded(rows: list[list[int]], filler: int, device: torch.device) -> torch.Tensor:
+    longest = max(map(len, rows))
+    return torch.tensor([row + [filler] * (longest - len(row)) for row in rows], device=device)
 
 
 # ----------------------------------------------------------------------------- the metric

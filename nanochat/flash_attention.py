@@ -133,6 +133,14 @@ def attend_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Attent
     return y.transpose(2, 3).reshape(B, num_blocks * window, H, D)[:, :T]
 
 
+def attend_masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+    """Attention with a mask for each row, (B, 1, T, T) in q's dtype, added to the scores; see `plan_attention`."""
+    q, k, v = (x.transpose(1, 2) for x in (q, repeat_kv(k, q.size(2)), repeat_kv(v, q.size(2))))
+    if q.device.type == "cpu" and q.size(2) <= LONGEST_PLAIN_CONTEXT:
+        return _softmax_product(q, k, v, plan.mask).transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask).transpose(1, 2)
+
+
 def _softmax_product(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """softmax(q k^T / sqrt(D) + mask) v, for q (..., Tq, D) and k, v (..., Tk, D).
 

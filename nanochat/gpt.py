@@ -165,10 +165,16 @@ class Block(nn.Module):
         value_embedding: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor],
         attention: AttentionPlan | KVCache,
+        places: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x: the stream, x0: the first embedding, value_embedding: this layer's, or None; each (B, T, n_embd)."""
+        """x: the stream, x0: the first embedding, value_embedding: this layer's, or None; each (B, T, n_embd).
+
+        places: (N,) int64, of the B * T tokens those that are wanted, as (N, n_embd); the others only serve as keys.
+        """
         x = (lambdas[0] * x + lambdas[1] * x0).to(x.dtype)
         x = x + self.attn(norm(x), value_embedding, rotary, attention)
+        if places is not None:
+            x = x.flatten(0, 1)[places]
         return x + self.mlp(norm(x))
 
 
@@ -268,15 +274,20 @@ class GPT(nn.Module):
         rotary: tuple[torch.Tensor, torch.Tensor],
         attention: list[AttentionPlan] | list[KVCache],
         run_block: Callable[..., torch.Tensor] = Block.forward,
+        places: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Token ids (B, T) to final features (B, T, n_embd) in the compute dtype; `attention` is one for each layer."""
+        """Token ids (B, T) to final features (B, T, n_embd) in the compute dtype; `attention` is one for each layer.
+
+        places: (N,), of the B * T tokens the only ones whose features are wanted, (N, n_embd): the last layer saves the rest.
+        """
         dtype = self.get_compute_dtype()
         x0 = norm(self.wte(idx).to(dtype))
         x = x0.view_as(x0)  # another tensor object: the compiler gives a block whose x is x0 a graph of its own
         for i, block in enumerate(self.blocks):
             lambdas = (self.resid_lambdas[i], self.x0_lambdas[i])
             value_embedding = self.value_embeds[str(i)](idx).to(dtype) if str(i) in self.value_embeds else None
-            x = run_block(block, x, x0, lambdas, value_embedding, rotary, attention[i])
+            wanted = places if i == len(self.blocks) - 1 else None
+            x = run_block(block, x, x0, lambdas, value_embedding, rotary, attention[i], wanted)
         return norm(x)
 
     def forward(

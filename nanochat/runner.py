@@ -90,8 +90,9 @@ class ModelRunner:
         view = PrefillView(self.memory, blocks, start, T)
         ids = torch.tensor([tokens], device=self.device)
         positions = torch.arange(start, start + T, device=self.device)[None]
-        x = model.trunk(ids, model.rotary(positions, T), [view] * model.config.n_layer)
-        return model.logits(x[0] if every else x[:, -1])
+        last = None if every else torch.tensor([T - 1], device=self.device)
+        x = model.trunk(ids, model.rotary(positions, T), [view] * model.config.n_layer, places=last)
+        return model.logits(x[0] if every else x)
 
     # ------------------------------------------------------------------------- decoding
 

@@ -24,6 +24,7 @@ from nanochat.progress import Progress
 from nanochat.report import merge_eval
 
 KINDS = ("core", "bpb", "sample")
+WORTH_COMPILING = 100  # questions of each CORE task: with fewer, the compiler takes longer than it saves
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -38,6 +39,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--split-tokens", type=int, default=-1, help="tokens of each split (-1: 2^20, or all)")
     parser.add_argument("--device-batch-size", type=int, default=-1, metavar="ROWS")
     parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="run CORE eagerly")
     return parser.parse_args(argv)
 
 
@@ -62,7 +64,10 @@ def main(argv: list[str] | None = None) -> int:
     results: dict[str, Any] = {}
     if "core" in kinds:
         folder = get_stage_dir(meta["tag"], "base") / "core" / f"step_{meta['step']:06d}_{meta['weights'][:8]}"
-        results["core"] = run_core(NanochatScorer(model, tokenizer), args.eval_bundle, args.max_per_task, folder)
+        scorer = NanochatScorer(model, tokenizer)
+        if args.compile and not 0 < args.max_per_task < WORTH_COMPILING:
+            scorer.compile()
+        results["core"] = run_core(scorer, args.eval_bundle, args.max_per_task, folder)
     if "bpb" in kinds:
         results["bpb"] = {}
         for split in ("train", "val"):
