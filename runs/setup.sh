@@ -15,7 +15,13 @@ stamp=.venv/.nanochat-installed
 wanted="$extras $(cksum <pyproject.toml)"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
 # What is installed with more extras serves one that asks for fewer.
-if [ $# -eq 0 ] && [ -f "$stamp" ] && [ "$(sed 's/^[^ ]* //' "$stamp")" = "$(cksum <pyproject.toml)" ]; then exit 0; fi
+if [ -f "$stamp" ] && [ "$(sed 's/^[^ ]* //' "$stamp")" = "$(cksum <pyproject.toml)" ]; then
+    missing=0
+    for extra in ${extras//,/ }; do
+        case ",$(sed 's/ .*//' "$stamp")," in *",$extra,"*) ;; *) missing=1 ;; esac
+    done
+    if [ "$missing" = 0 ]; then exit 0; fi
+fi
 
 find_python() {
     local candidate

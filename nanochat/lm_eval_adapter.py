@@ -1,0 +1,199 @@
+"""Lets lm-evaluation-harness measure our checkpoints: python -m nanochat.lm_eval_adapter --tasks arc_easy.
+
+The harness has no entry point for other models than its own, so this module registers "nanochat" and hands over to the
+harness's command; a program imports it and calls lm_eval.simple_evaluate(model="nanochat"). Needs the extra `eval`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nanochat.checkpoint_manager import STAGES, load_model
+from nanochat.common import NanochatError, compute_init, logger, run_command
+from nanochat.core_eval import Candidate, NanochatScorer, Question
+from nanochat.engine import Engine
+from nanochat.sampling import SamplingParams
+from nanochat.scheduler import Sequence
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string, warning_once
+    from tqdm import tqdm
+except ImportError as error:
+    MISSING = f"lm-evaluation-harness is not installed ({error}): pip install 'nanochat[eval]'"
+    if __name__ == "__main__":
+        sys.exit(f"error: {MISSING}")
+    raise NanochatError(MISSING) from error
+
+ARGUMENTS = {"source": str, "model_tag": str, "step": int, "device": str, "batch_tokens": int}
+CHAT_MARK = "<|nanochat_messages|>"  # begins a context that is a conversation: JSON, then how the answer begins
+SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}  # of answers
+MOST_CANDIDATES, CHUNK = 64, 256  # of a question; questions at a time: what is done is in the harness's cache
+
+
+@register_model("nanochat")
+class NanochatLM(TemplateLM):
+    """A checkpoint as the harness wants it. Every text begins with <|bos|>; too long ones are cut on the left, after it."""
+
+    def __init__(self, **arguments: Any) -> None:
+        """arguments: see ARGUMENTS. Raises NanochatError for others, and if there is no such checkpoint or device."""
+        super().__init__()
+        for name, value in arguments.items():
+            if name not in ARGUMENTS:
+                raise NanochatError(f"unknown argument {name!r} in --model_args: choose from {', '.join(ARGUMENTS)}")
+            if ARGUMENTS[name] is int and not isinstance(value, int):
+                raise NanochatError(f"{name}={value} in --model_args is not a whole number")
+        given = {name: ARGUMENTS[name](value) for name, value in arguments.items()}  # a tag may have been read as a number
+        if (source := given.get("source", "base")) not in STAGES:
+            raise NanochatError(f"source={source} in --model_args is no stage of a run: choose from {', '.join(STAGES)}")
+        _, self._rank, _, self._world_size, self._device = compute_init(given.get("device", ""))
+        # Not self.tokenizer: the base class takes that for one of Hugging Face's.
+        model, self.bpe, self.meta = load_model(source, self._device, "eval", given.get("model_tag"), given.get("step"))
+        self.scorer = NanochatScorer(model, self.bpe, given.get("batch_tokens"))
+        self.trimmed = 0  # requests since the last report
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> NanochatLM:
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> NanochatLM:
+        device = (additional_config or {}).get("device")  # the harness's batch sizes are not ours: we count tokens
+        asked = {"device": device} if device not in (None, "cuda:0") else {}  # the latter is said when nobody asked
+        return cls(**{**asked, **arg_dict})
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.bpe.get_bos_token_id()  # what stands between documents, and before the first
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Tokens of a context and what follows it; add_special_tokens: False for what does not begin a text."""
+        if string.startswith(CHAT_MARK):
+            messages, end = json.JSONDecoder().raw_decode(string, len(CHAT_MARK))
+            return self.bpe.render_for_completion({"messages": messages}) + self.bpe.encode(string[end:])
+        return self.bpe.encode(string, prepend=None if add_special_tokens is False else "<|bos|>")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The messages as JSON behind a mark, for tok_encode: no text can spell special tokens.
+
+        Without add_generation_prompt the last message is the beginning of the answer.
+        """
+        messages, begun = (chat_history, "") if add_generation_prompt else (chat_history[:-1], chat_history[-1]["content"])
+        return CHAT_MARK + json.dumps(messages, ensure_ascii=False) + begun
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As the harness does it, but always the tokens of the whole text, also where one spans the two."""
+        if (before := context.rstrip()) == context + continuation:
+            raise NanochatError(f"an empty continuation cannot be judged; its context ends with {context[-40:]!r}")
+        tokens = self.tok_encode(context + continuation)
+        start = min(len(self.tok_encode(before)), len(tokens) - 1)
+        return tokens[:start], tokens[start:]
+
+    def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[tuple[float, bool]]:
+        """(log P(judged | before), whether it is the likeliest) for each (arguments for the cache, before, judged)."""
+        # What follows the same context is one question; a task's texts without a context may be thousands, though.
+        numbered = groupby(enumerate(requests), lambda item: (item[0] // MOST_CANDIDATES, item[1][1]))
+        groups, results = [[request for _, request in group] for _, group in numbered], []
+        for at in tqdm(range(0, len(groups), CHUNK), desc="log-likelihoods", disable=self.rank != 0):
+            part = groups[at : at + CHUNK]
+            questions = [Question(0, [self._candidate(b, j) for _, b, j in group], 0, False) for group in part]
+            for group, scores in zip(part, self.scorer.score(questions), strict=True):
+                for (arguments, _, judged), (mean, greedy) in zip(group, scores, strict=True):
+                    results.append((mean * len(judged), greedy))
+                    if arguments is not None:
+                        self.cache_hook.add_partial("loglikelihood", arguments, results[-1])
+        self._report_trimmed(len(requests))
+        return results
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """log P(text). Past the context it goes on in windows, each with the last token of the one before."""
+        texts = [self.tok_encode(*request.args, add_special_tokens=False) for request in requests]
+        windows = [list(get_rolling_token_windows(text, self.eot_token_id, self.scorer.context - 1, 1)) for text in texts]
+        scores = iter(self._loglikelihood_tokens([(None, *make_disjoint_window(w)) for text in windows for w in text]))
+        results = [float(sum(next(scores)[0] for _ in text)) for text in windows]
+        for request, result in zip(requests, results, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, result)
+        return results
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The answer to each context up to one of the texts "until", or "max_gen_toks"; greedy unless asked otherwise."""
+        scheduler, results = Engine(self.scorer.model, self.bpe).scheduler, []
+        for at in tqdm(range(0, len(requests), CHUNK), desc="answers", disable=self.rank != 0):
+            part = requests[at : at + CHUNK]
+            # Each has a seed of its own: a request that is repeated wants another answer each time.
+            sequences = [self._sequence(*request.args, seed=42 + at + i) for i, request in enumerate(part)]
+            for sequence in sequences:
+                scheduler.submit(sequence)
+            while scheduler.num_waiting or scheduler.num_running:
+                if scheduler.is_idle:
+                    scheduler.wait()
+                scheduler.step()
+            for request, sequence in zip(part, sequences, strict=True):
+                results.append("".join(text for text, kind in sequence.pieces if kind == "text"))  # no calculations
+                self.cache_hook.add_partial("generate_until", request.args, results[-1])
+        self._report_trimmed(len(requests))
+        return results
+
+    def _sequence(self, context: str, settings: dict[str, Any], seed: int) -> Sequence:
+        asked = normalize_gen_kwargs(settings)
+        if unknown := sorted(asked.keys() - SETTINGS):
+            warning_once(logger, f"generation settings that nanochat does not have, and leaves out: {', '.join(unknown)}")
+        temperature = asked.get("temperature", 1.0) if asked["do_sample"] else 0.0
+        top_k, top_p = asked.get("top_k", 0), asked.get("top_p", 1.0)
+        most, stop = asked["max_gen_toks"], tuple(text for text in asked["until"] if text)
+        params = SamplingParams(temperature, top_k, top_p, seed=seed, max_tokens=most, stop=stop)
+        room = min(max(1, most), self.scorer.context // 2)  # the prompt may have half of the context in any case
+        return Sequence(self._trim(self.tok_encode(context), self.scorer.context - room), params)
+
+    def _candidate(self, before: list[int], judged: list[int]) -> Candidate:
+        tokens = self._trim(before + judged, self.scorer.context)
+        if len(judged) >= len(tokens):
+            raise NanochatError(f"a continuation of {len(judged)} tokens does not fit a context of {len(tokens)} with <|bos|>")
+        return Candidate(tokens, len(tokens) - len(judged))
+
+    def _trim(self, tokens: list[int], most: int) -> list[int]:
+        self.trimmed += len(tokens) > most
+        return tokens if len(tokens) <= most else [tokens[0], *tokens[len(tokens) - most + 1 :]]
+
+    def _report_trimmed(self, total: int) -> None:
+        if self.trimmed:
+            logger.warning(f"{self.trimmed} of {total} requests were cut on the left to fit {self.scorer.context} tokens")
+        self.trimmed = 0
+
+    @property
+    def tokenizer_name(self) -> str:
+        return f"nanochat-{self.bpe.fingerprint()}"
+
+    def get_model_info(self) -> dict[str, Any]:
+        return {f"model_{name}": self.meta[name] for name in ("tag", "stage", "step")}
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self.gather_object(tensor.cpu()))
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any]:
+        parts: list[Any] = [None] * self.world_size
+        dist.all_gather_object(parts, obj)
+        return parts
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+def main(argv: list[str] | None = None) -> int:
+    sys.argv = ["lm_eval", "run", "--model", "nanochat", *(argv or [])]  # there the harness's command looks for them
+    cli_evaluate()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
