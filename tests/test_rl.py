@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from nanochat.checkpoint_manager import get_stage_dir, list_steps, load_checkpoint
-from nanochat.common import NanochatError
+from nanochat.common import NanochatError, read_json_lines
 from nanochat.engine import Engine
 from nanochat.rl import RolloutLoader, RolloutSettings, advantages, make_policy_loss, policy_logprobs
 from nanochat.tokenizer import Tokenizer
@@ -253,3 +257,30 @@ def test_reward_rises(engine: Engine) -> None:
         rewards.append(loader.metrics()["rl/reward"])
     assert sum(rewards[:3]) / 3 < 0.15
     assert sum(rewards[-3:]) / 3 > 0.5
+
+
+@pytest.mark.slow
+def test_two_ranks_reinforce_and_measure_like_one(tiny_run: Path, base_dir: Path) -> None:
+    """The same answers, rewards and scores; the update differs by rounding alone."""
+    environment = {**os.environ, "NANOCHAT_DTYPE": "float32", "OMP_NUM_THREADS": "1"}
+    flags = ["--num-iterations=1", "--task=SimpleSpelling", "--objective=reinforce", "--temperature=0.5"]  # always some signal
+    flags += ["--examples-per-step=4", "--eval-examples=3"]
+    measure = ["--model-tag=tiny", "-a", "Arithmetic", "-x", "9", "-n", "2", "-t", "1", "-m", "8", "--device-type=cpu"]
+    metrics, scores = [], []
+    for ranks in (1, 2):
+        for script, arguments in (("chat_rl", [*FLAGS, *flags]), ("chat_eval", measure)):
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+            command += ["-m", f"scripts.{script}", *arguments]
+            subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+        rows = read_json_lines(tiny_run / "rl" / "metrics.jsonl")
+        metrics.append({name: value for row in rows for name, value in row.items() if name.startswith(("rl/", "val/"))})
+        (path,) = (tiny_run / "sft" / "chat_eval").glob("*/Arithmetic*")
+        scores.append(sorted(read_json_lines(path), key=lambda row: row["index"]))
+        shutil.move(tiny_run / "rl", base_dir / f"rl{ranks}")
+        shutil.rmtree(tiny_run / "sft" / "chat_eval")
+    speed = "rl/rollout_tok_per_s"
+    assert metrics[0].pop(speed) > 0 and metrics[1].pop(speed) > 0
+    assert metrics[0] == metrics[1] and scores[0] == scores[1]
+    one, two = (load_checkpoint(base_dir / f"rl{ranks}", 1)[0] for ranks in (1, 2))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=2e-3, rtol=1e-2, msg=name)
