@@ -234,7 +234,8 @@ class _Process:
                 # The launcher's child is process 1 of the namespace: the kernel ends all others with it, and the launcher
                 # reaps it. Killing the launcher first would leave a zombie where the machine's process 1 reaps none.
                 with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+                    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="ascii")
+                    for child in children.split():
                         os.kill(int(child), signal.SIGKILL)
                     process.wait(EXIT_TIMEOUT_S)
             if not self._isolated or process.poll() is None:

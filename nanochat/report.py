@@ -28,6 +28,8 @@ from nanochat.progress import format_seconds
 from nanochat.scores import describe_pass_at
 
 STAGE_TITLES = {"base": "Pretraining", "sft": "Supervised fine-tuning", "rl": "Reinforcement learning"}
+TRAINED_TITLES = {"train/loss": "training loss (nats per token)", "rl/reward": "reward of the sampled answers"}
+MEASURED_TITLES = {"val/bpb": "validation bits per byte", "val/core": "CORE", "val/pass@": "held-out problems solved"}
 SHOWN_SETTINGS = (
     "depth", "data", "tasks", "max_seq_len", "window_pattern", "num_iterations", "total_batch_size", "device_batch_size",
     "num_params", "num_scaling_params", "flops_per_token", "matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay",
@@ -229,22 +231,34 @@ def _evaluation_sections(stage: str, results: dict[str, Any], rows: list[dict[st
 
 
 def _plot_curves(rows: list[dict[str, Any]], path: Path) -> str:
-    """Loss and validation bits per byte over steps: written as PNG, returned as SVG."""
+    """What was trained on and what it was measured by, over steps: written as PNG, returned as SVG."""
     plt = _pyplot()
-    train = [row for row in rows if row.get("train/loss") is not None]
-    val = [row for row in rows if row.get("val/bpb") is not None]
-    figure, axes = plt.subplots(1, 2 if val else 1, figsize=(9 if val else 5, 3.2), layout="constrained", squeeze=False)
-    loss = axes[0][0]
-    steps, values = [row["step"] for row in train], [row["train/loss"] for row in train]
-    loss.plot(steps, values, color="#9db8d9", linewidth=0.8)
-    loss.plot(steps, smooth(values), color="#2b5c9e", linewidth=1.6)
-    loss.set(title="training loss (nats per token)", xlabel="step")
-    if val:
-        steps, values = [row["step"] for row in val], [row["val/bpb"] for row in val]
-        axes[0][1].plot(steps, values, color="#b5532a", marker="o", markersize=3.5)
-        axes[0][1].annotate(f"{values[-1]:.3f}", (steps[-1], values[-1]), textcoords="offset points", xytext=(-6, 8))
-        axes[0][1].set(title="validation bits per byte", xlabel="step")
+    names = {name for row in rows for name, value in row.items() if value is not None}
+    trained = "rl/reward" if "rl/reward" in names else "train/loss"
+    measured = sorted(name for name in names if name.startswith("val/"))
+    titles = dict.fromkeys(map(_kind_of, measured))  # pass@1 and pass@8 share a picture; bits per byte and CORE do not
+    count = 1 + len(titles)
+    figure, axes = plt.subplots(1, count, figsize=(4.5 * count + 0.5, 3.2), layout="constrained", squeeze=False)
+    steps, values = _series(rows, trained)
+    axes[0][0].plot(steps, values, color="#9db8d9", linewidth=0.8)
+    axes[0][0].plot(steps, smooth(values, min(0.95, 1 - 8 / (len(values) + 8))), color="#2b5c9e", linewidth=1.6)
+    axes[0][0].set(title=TRAINED_TITLES[trained], xlabel="step")
+    for axis, title in zip(axes[0][1:], titles, strict=True):
+        for name in (name for name in measured if _kind_of(name) == title):
+            steps, values = _series(rows, name)
+            axis.plot(steps, values, marker="o", markersize=3.5, label=f"{name.removeprefix('val/')} {values[-1]:.3f}")
+        axis.set(title=title, xlabel="step")
+        axis.legend()
     return _save_figure(figure, path)
+
+
+def _kind_of(name: str) -> str:
+    return next((title for prefix, title in MEASURED_TITLES.items() if name.startswith(prefix)), name.removeprefix("val/"))
+
+
+def _series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    chosen = [row for row in rows if row.get(name) is not None]
+    return [row["step"] for row in chosen], [row[name] for row in chosen]
 
 
 def _plot_core(tasks: dict[str, dict[str, Any]], path: Path) -> str:
