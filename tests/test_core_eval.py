@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from nanochat import report
-from nanochat.common import NanochatError
+from nanochat.common import NanochatError, read_json_lines
 from nanochat.core_eval import (
     CoreTask,
     NanochatScorer,
@@ -168,8 +172,6 @@ def test_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_bundle_is_downloaded_once(bundle: Path, tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
-
     archive = shutil.make_archive(str(tmp_path / "packed"), "zip", bundle.parent, bundle.name)
     monkeypatch.setattr("nanochat.core_eval.BUNDLE_URL", Path(archive).as_uri())
     folder = find_bundle(None)
@@ -246,3 +248,19 @@ def test_core_while_training_and_in_the_report(
     assert "core_partial, over 3 tasks" in (folder / "report.md").read_text(encoding="utf-8")
     assert (folder / "plots" / "core.png").stat().st_size > 1000
     assert "arc_easy" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_two_ranks_find_what_one_does(tiny_run: Path, bundle: Path) -> None:
+    found = []
+    for ranks in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        command += ["-m", "scripts.base_eval", "--eval=core", f"--eval-bundle={bundle}", "--model-tag=tiny", "--no-compile"]
+        environment = {**os.environ, "NANOCHAT_DTYPE": "float32", "OMP_NUM_THREADS": "1"}
+        subprocess.run([*command, "--device-type=cpu"], env=environment, check=True, capture_output=True, timeout=300)
+        (folder,) = (tiny_run / "base" / "core").iterdir()
+        rows = {path.name: read_json_lines(path) for path in folder.iterdir()}
+        found.append({name: [(row["index"], row["correct"]) for row in part] for name, part in rows.items()})
+        shutil.rmtree(folder)
+    assert found[0] == found[1]
+    assert {len(part) for part in found[0].values()} == {len(items) for _, items, *_ in BUNDLE.values()}
