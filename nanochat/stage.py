@@ -66,6 +66,22 @@ def add_training_arguments(parser: argparse.ArgumentParser, eval_every: int = 25
     machine.add_argument("--no-compile", dest="compile", action="store_false", help="run eagerly")
 
 
+def add_rate_arguments(group: argparse._ArgumentGroup) -> None:
+    """Peak learning rates, which `setup_optimizer` reads."""
+    group.add_argument("--embedding-lr", type=float, default=0.3)
+    group.add_argument("--unembedding-lr", type=float, default=0.008)
+    group.add_argument("--matrix-lr", type=float, default=0.02)
+    group.add_argument("--scalar-lr", type=float, default=0.5)
+
+
+def setup_optimizer(model: GPT, args: argparse.Namespace, scale: float, weight_decay: float) -> MuonAdamW:
+    """The model's optimizer with the rates that were asked for, all times `scale`."""
+    return model.setup_optimizer(
+        matrix_lr=args.matrix_lr * scale, embedding_lr=args.embedding_lr * scale,
+        unembedding_lr=args.unembedding_lr * scale, scalar_lr=args.scalar_lr * scale, weight_decay=weight_decay,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Stage:
     """An opened stage: where it writes and the step it goes on from (None: it starts anew)."""

@@ -23,6 +23,7 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.metrics import MetricsLog
 from nanochat.scaling import accumulation_steps, model_config, plan_horizon
 from nanochat.stage import (
+    add_rate_arguments,
     add_training_arguments,
     check_settings,
     choose_device_batch_size,
@@ -31,6 +32,7 @@ from nanochat.stage import (
     open_stage,
     prepare_directory,
     restore,
+    setup_optimizer,
     steps_in,
 )
 from nanochat.tokenizer import FILE_NAME, get_tokenizer, get_tokenizer_dir
@@ -58,10 +60,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     horizon.add_argument("--target-param-data-ratio", type=float, default=12.0, help="training tokens per parameter")
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--total-batch-size", type=int, default=-1, help="tokens in an update (-1: by depth)")
-    optimization.add_argument("--embedding-lr", type=float, default=0.3)
-    optimization.add_argument("--unembedding-lr", type=float, default=0.008)
-    optimization.add_argument("--matrix-lr", type=float, default=0.02)
-    optimization.add_argument("--scalar-lr", type=float, default=0.5)
+    add_rate_arguments(optimization)
     optimization.add_argument("--weight-decay", type=float, default=0.2, help="of matrices, at depth 12")
     optimization.add_argument("--warmup-steps", type=int, default=40)
     optimization.add_argument("--warmdown-ratio", type=float, default=0.65)
@@ -120,13 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     # The parts
-    optimizer = model.setup_optimizer(
-        matrix_lr=args.matrix_lr * horizon.lr_scale,
-        embedding_lr=args.embedding_lr * horizon.lr_scale,
-        unembedding_lr=args.unembedding_lr * horizon.lr_scale,
-        scalar_lr=args.scalar_lr * horizon.lr_scale,
-        weight_decay=args.weight_decay * horizon.weight_decay_scale,
-    )
+    optimizer = setup_optimizer(model, args, horizon.lr_scale, args.weight_decay * horizon.weight_decay_scale)
     loader = TokenLoader(source, tokenizer, rows, args.max_seq_len, "train", rank, world_size, device)
     token_bytes = tokenizer.get_token_bytes()
 

@@ -18,6 +18,7 @@ from nanochat.engine import Engine
 from nanochat.metrics import MetricsLog
 from nanochat.rl import OBJECTIVES, RolloutLoader, RolloutSettings, make_policy_loss
 from nanochat.stage import (
+    add_rate_arguments,
     add_training_arguments,
     check_settings,
     describe_model,
@@ -25,6 +26,7 @@ from nanochat.stage import (
     open_stage,
     prepare_directory,
     restore,
+    setup_optimizer,
 )
 from nanochat.trainer import TrainConfig, Trainer
 from tasks import build_task
@@ -50,10 +52,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--num-epochs", type=int, default=1, help="passes over the task")
     optimization.add_argument("--num-iterations", type=int, default=-1, help="updates, instead of epochs")
-    optimization.add_argument("--embedding-lr", type=float, default=0.3)
-    optimization.add_argument("--unembedding-lr", type=float, default=0.008)
-    optimization.add_argument("--matrix-lr", type=float, default=0.02)
-    optimization.add_argument("--scalar-lr", type=float, default=0.5)
+    add_rate_arguments(optimization)
     optimization.add_argument("--weight-decay", type=float, default=0.0)
     optimization.add_argument("--init-lr-frac", type=float, default=0.05, help="start from this share of those rates")
     optimization.add_argument("--seed", type=int, default=42)
@@ -113,11 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     print0(f"reinforcing {stage.tag} on {args.task}: {num_iterations:,} updates of {args.examples_per_step} problems")
 
     # The parts
-    optimizer = model.setup_optimizer(
-        matrix_lr=args.matrix_lr * args.init_lr_frac, embedding_lr=args.embedding_lr * args.init_lr_frac,
-        unembedding_lr=args.unembedding_lr * args.init_lr_frac, scalar_lr=args.scalar_lr * args.init_lr_frac,
-        weight_decay=args.weight_decay,
-    )  # fmt: skip
+    optimizer = setup_optimizer(model, args, args.init_lr_frac, args.weight_decay)
     engine = Engine(model, tokenizer, max_rows=args.max_rows)
     if args.compile and (reason := engine.compile(frozen=False)) is not None:
         print0(f"answering without torch.compile: {reason}")

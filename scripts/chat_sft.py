@@ -21,6 +21,7 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.metrics import MetricsLog
 from nanochat.scaling import accumulation_steps, learning_rate_scale
 from nanochat.stage import (
+    add_rate_arguments,
     add_training_arguments,
     check_settings,
     choose_device_batch_size,
@@ -29,6 +30,7 @@ from nanochat.stage import (
     open_stage,
     prepare_directory,
     restore,
+    setup_optimizer,
     steps_in,
 )
 from nanochat.trainer import TrainConfig, Trainer
@@ -48,10 +50,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--num-iterations", type=int, default=-1, help="updates (-1: one pass over the mixture)")
     optimization.add_argument("--total-batch-size", type=int, default=-1, help="tokens in an update (-1: the base's)")
-    optimization.add_argument("--embedding-lr", type=float, default=0.3)
-    optimization.add_argument("--unembedding-lr", type=float, default=0.008)
-    optimization.add_argument("--matrix-lr", type=float, default=0.02)
-    optimization.add_argument("--scalar-lr", type=float, default=0.5)
+    add_rate_arguments(optimization)
     optimization.add_argument("--weight-decay", type=float, default=0.0)
     optimization.add_argument("--init-lr-frac", type=float, default=0.8, help="start from this share of those rates")
     optimization.add_argument("--warmup-steps", type=int, default=0)
@@ -108,10 +107,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # The parts
     scale = args.init_lr_frac * learning_rate_scale(total_batch_size)
-    optimizer = model.setup_optimizer(
-        matrix_lr=args.matrix_lr * scale, embedding_lr=args.embedding_lr * scale,
-        unembedding_lr=args.unembedding_lr * scale, scalar_lr=args.scalar_lr * scale, weight_decay=args.weight_decay,
-    )  # fmt: skip
+    optimizer = setup_optimizer(model, args, scale, args.weight_decay)
     if trainer_state is None and args.load_optimizer:
         _, base_optimizer_state, _ = load_checkpoint(base_dir, base_step, device, load_optimizer=True)
         optimizer.load_state_dict(base_optimizer_state)
