@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.common import append_json_lines, get_dist_info, read_json_lines
-from nanochat.engine import Engine
+from nanochat.engine import Engine, trim_prompt
 from nanochat.scores import centered_mean, pass_at_k, wilson_interval
 from tasks.common import Conversation, Task
 
@@ -117,8 +117,7 @@ def _answer(
     """The outcomes of the chosen problems: {"index", "scores" (of each sample, 0 to 1), "answers", "truncated"}."""
     limit = engine.model.config.sequence_len
     most = limit - min(answering.max_tokens, limit // 4)
-    # Too long a prompt loses its oldest tokens, but for the first: the question's end matters most.
-    shortened = [p if len(p) <= most else [p[0], *p[len(p) - most + 1 :]] for p in (prompts[i] for i in chosen)]
+    shortened = [trim_prompt(prompts[i], most) for i in chosen]
     if task.eval_type == "categorical":
         answers = []
         for at in range(0, len(chosen), batch_size):

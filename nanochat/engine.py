@@ -111,12 +111,16 @@ class Engine:
         policy_logprobs: see SamplingParams.
         """
         sequences = self._sequences(prompts, max_tokens, temperature, top_k, seed, policy_logprobs)
+        self.run(sequences)
+        return sequences
+
+    def run(self, sequences: list[Sequence]) -> None:
+        """Continue texts that each have settings of their own, until all are done."""
         try:
             for _ in self._run(sequences):
                 pass
         finally:
             self._abandon(sequences)
-        return sequences
 
     # ------------------------------------------------------------------------- running
 
@@ -208,6 +212,11 @@ class EngineThread:
     def _tell(self) -> None:
         if self.after_step is not None:
             self.after_step()
+
+
+def trim_prompt(tokens: list[int], most: int) -> list[int]:
+    """At most so many tokens: too long a prompt loses its oldest ones but for the first, as its end matters most."""
+    return tokens if len(tokens) <= most else [tokens[0], *tokens[len(tokens) - most + 1 :]]
 
 
 def trim_conversation(conversation: dict[str, Any], tokenizer: Tokenizer, max_tokens: int) -> tuple[dict[str, Any], int]:

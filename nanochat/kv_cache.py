@@ -90,13 +90,6 @@ class KVCache:
         self.values[:, :, :length] = other.values[:, :, :length]
         self.set_lengths([length] * self.batch_size)
 
-    def keep_rows(self, rows: list[int]) -> None:
-        """Drop all rows but these: finished ones leave the batch."""
-        index = torch.tensor(rows, device=self.keys.device)
-        self.keys, self.values = self.keys.index_select(1, index), self.values.index_select(1, index)
-        self.lengths = self.lengths[index]
-        self.batch_size = len(rows)
-
     def _reserve(self, length: int) -> None:
         """Make room for rows of that length."""
         allocated = self.keys.size(2)

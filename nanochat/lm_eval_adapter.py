@@ -17,7 +17,7 @@ import torch.distributed as dist
 from nanochat.checkpoint_manager import STAGES, load_model
 from nanochat.common import NanochatError, compute_init, logger, run_command
 from nanochat.core_eval import Candidate, NanochatScorer, Question
-from nanochat.engine import Engine
+from nanochat.engine import Engine, trim_prompt
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Sequence
 
@@ -127,17 +127,12 @@ class NanochatLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The answer to each context up to one of the texts "until", or "max_gen_toks"; greedy unless asked otherwise."""
-        scheduler, results = Engine(self.scorer.model, self.bpe).scheduler, []
+        engine, results = Engine(self.scorer.model, self.bpe), []
         for at in tqdm(range(0, len(requests), CHUNK), desc="answers", disable=self.rank != 0):
             part = requests[at : at + CHUNK]
             # Each has a seed of its own: a request that is repeated wants another answer each time.
             sequences = [self._sequence(*request.args, seed=42 + at + i) for i, request in enumerate(part)]
-            for sequence in sequences:
-                scheduler.submit(sequence)
-            while scheduler.num_waiting or scheduler.num_running:
-                if scheduler.is_idle:
-                    scheduler.wait()
-                scheduler.step()
+            engine.run(sequences)
             for request, sequence in zip(part, sequences, strict=True):
                 results.append("".join(text for text, kind in sequence.pieces if kind == "text"))  # no calculations
                 self.cache_hook.add_partial("generate_until", request.args, results[-1])
@@ -163,7 +158,7 @@ class NanochatLM(TemplateLM):
 
     def _trim(self, tokens: list[int], most: int) -> list[int]:
         self.trimmed += len(tokens) > most
-        return tokens if len(tokens) <= most else [tokens[0], *tokens[len(tokens) - most + 1 :]]
+        return trim_prompt(tokens, most)
 
     def _report_trimmed(self, total: int) -> None:
         if self.trimmed:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from nanochat.common import NanochatError
 from nanochat.cross_entropy import token_losses
-from nanochat.engine import Engine
+from nanochat.engine import Engine, trim_prompt
 from nanochat.gpt import GPT, LOGIT_CAP
 from nanochat.scheduler import Sequence
 from tasks.common import Task
@@ -143,13 +143,12 @@ class RolloutLoader:
         problems = [self.task[index] for _, index in chosen]
         most = engine.model.config.sequence_len - settings.max_tokens
         prompts = [engine.tokenizer.render_for_completion(problem) for problem in problems]
-        shortened = [p if len(p) <= most else [p[0], *p[len(p) - most + 1 :]] for p in prompts]
         engine.forget()  # the weights have changed since the last update
         engine.model.eval()
         # One place in the run, one seed: whatever the number of ranks, an answer is drawn with the same numbers.
         seeds = [(settings.seed << 40) + n * place + k for place, _ in chosen for k in range(n)]
         answers = engine.complete(
-            [prompt for prompt in shortened for _ in range(n)], max_tokens=settings.max_tokens,
+            [trim_prompt(prompt, most) for prompt in prompts for _ in range(n)], max_tokens=settings.max_tokens,
             temperature=settings.temperature, top_k=settings.top_k, seed=seeds, policy_logprobs=True,
         )  # fmt: skip
         engine.model.train()
