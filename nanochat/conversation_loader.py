@@ -7,24 +7,27 @@ longer than a row is truncated to it and counted; one that then has nothing supe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 
 from nanochat.common import NanochatError
+from nanochat.lanes import count_lanes, rank_lanes, rows_of_rank
 from nanochat.tokenizer import Tokenizer
 from tasks.common import Task
 
-BUFFER_SIZE = 128  # conversations to choose from when a row is filled
+LANE_CONVERSATIONS = 16  # to choose from when a row is filled
 
 
 class ConversationLoader:
     """Iterates over (inputs, targets), each (batch_size, sequence_len) int64; targets are -1 where not supervised.
 
     With `loop`, epochs follow each other without end, each in an order of its own; without, one pass in the task's own
-    order, the last batch filled with padding. Each rank reads every world_size-th conversation.
+    order, the last batch filled with padding. Conversations are dealt in turn to lanes (lanes.py): the n-th rows of all
+    ranks together are the same for any number of ranks that divides them.
     """
 
     def __init__(
@@ -39,41 +42,43 @@ class ConversationLoader:
         loop: bool = True,
         seed: int = 42,
     ) -> None:
-        if len(task) < world_size:
-            raise NanochatError(f"{len(task)} conversations are too few for {world_size} ranks: give more data")
+        if not len(task):
+            raise NanochatError("there is no conversation to learn from: give more data")
         self.task, self.tokenizer = task, tokenizer
         self.batch_size, self.row_len = batch_size, sequence_len + 1
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self.loop, self.seed = loop, seed
-        self.epoch = 0
-        self.cursor = rank  # the next place in the epoch's order
+        self.rows = 0  # made by this rank
         self.counts: Counter[str] = Counter()
-        self._order = self._make_order()
-        self._buffer: list[tuple[int, np.ndarray, np.ndarray]] = []  # (index, ids, mask), in the order they were read
+        self._orders: dict[int, np.ndarray] = {}  # of the newest epochs
+        self._set_lanes(count_lanes(world_size))
+
+    def _set_lanes(self, num_lanes: int) -> None:
+        self.num_lanes = num_lanes
+        self._lanes = {lane: _Lane(cursor=lane) for lane in rank_lanes(num_lanes, self.rank, self.world_size)}
 
     # ------------------------------------------------------------------------- reading
 
-    def _make_order(self) -> np.ndarray:
+    def _index(self, cursor: int) -> int | None:
+        """The conversation at a place in the run; None when the data has ended."""
+        epoch, at = divmod(cursor, len(self.task))
         if not self.loop:
-            return np.arange(len(self.task))
-        return np.random.default_rng([self.seed, self.epoch]).permutation(len(self.task))
+            return at if epoch == 0 else None
+        if epoch not in self._orders:
+            self._orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(len(self.task))
+            self._orders.pop(epoch - 3, None)  # lanes are not far apart
+        return int(self._orders[epoch][at])
 
     def _render(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and mask of a conversation, cut to a row's length."""
+        """Ids and mask of a conversation, one token longer than a row at most."""
         ids, mask = self.tokenizer.render_conversation(self.task[index], max_tokens=self.row_len + 1)
         return np.asarray(ids, dtype=np.int64), np.asarray(mask, dtype=bool)
 
-    def _refill(self) -> None:
-        """Read conversations until the buffer is full or the data ends."""
+    def _refill(self, lane: _Lane) -> None:
+        """Read conversations until the lane has enough to choose from or the data ends."""
         unusable = 0
-        while len(self._buffer) < BUFFER_SIZE:
-            if self.cursor >= len(self._order):
-                if not self.loop:
-                    return
-                self.epoch, self.cursor = self.epoch + 1, self.rank
-                self._order = self._make_order()
-            index = int(self._order[self.cursor])
-            self.cursor += self.world_size
+        while len(lane.buffer) < LANE_CONVERSATIONS and (index := self._index(lane.cursor)) is not None:
+            lane.cursor += self.num_lanes
             ids, mask = self._render(index)
             self.counts["conversations"] += 1
             if len(ids) > self.row_len:
@@ -87,30 +92,37 @@ class ConversationLoader:
                         f"no conversation has an assistant's token within {self.row_len - 1} tokens: raise --max-seq-len"
                     )
                 continue
-            self._buffer.append((index, ids, mask))
+            lane.buffer.append((index, ids, mask))
 
     # ------------------------------------------------------------------------- packing
 
     def _next_row(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Ids (row_len,) and targets (row_len - 1,) of the next row; None when there is nothing left."""
-        self._refill()
-        if not self._buffer:
-            return None
+        turns = list(self._lanes.values())
+        for _ in turns:  # a lane that has ended, which happens only without a next epoch, loses its turn
+            lane = turns[self.rows % len(turns)]
+            self.rows += 1
+            self._refill(lane)
+            if lane.buffer:
+                return self._fill(lane)
+        return None
+
+    def _fill(self, lane: _Lane) -> tuple[np.ndarray, np.ndarray]:
         ids = np.full(self.row_len, self.tokenizer.get_bos_token_id(), dtype=np.int64)
         mask = np.zeros(self.row_len, dtype=bool)
         used = 0
-        while self._buffer:
-            fitting = [i for i, entry in enumerate(self._buffer) if len(entry[1]) <= self.row_len - used]
+        while lane.buffer:
+            fitting = [i for i, entry in enumerate(lane.buffer) if len(entry[1]) <= self.row_len - used]
             if not fitting:
                 break
             # The oldest opens a row, so that none waits for ever; then the longest that fits.
-            best = 0 if used == 0 else max(fitting, key=lambda i: len(self._buffer[i][1]))
-            _, conversation, supervised = self._buffer.pop(best)
+            best = 0 if used == 0 else max(fitting, key=lambda i: len(lane.buffer[i][1]))
+            _, conversation, supervised = lane.buffer.pop(best)
             ids[used : used + len(conversation)] = conversation
             mask[used : used + len(conversation)] = supervised
             used += len(conversation)
-            if not self._buffer:
-                self._refill()
+            if not lane.buffer:
+                self._refill(lane)
         self.counts["tokens"] += used
         self.counts["slots"] += self.row_len
         return ids, np.where(mask[1:], ids[1:], -1)
@@ -128,34 +140,43 @@ class ConversationLoader:
             inputs[i], targets[i] = ids[:-1], row_targets
         tensors = torch.from_numpy(inputs), torch.from_numpy(targets)
         if self.device.type == "cuda":
-            return tuple(t.pin_memory().to(self.device, non_blocking=True) for t in tensors)
-        return tuple(t.to(self.device) for t in tensors)
+            return tuple(tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors)
+        return tuple(tensor.to(self.device) for tensor in tensors)
 
     # ------------------------------------------------------------------------- state
 
     def stats(self) -> dict[str, float]:
-        """Conversations read, truncated and skipped so far, and the share of the rows that is not padding."""
+        """Conversations read, truncated and skipped so far by this rank, and the share of its rows that is not padding."""
         names = ("conversations", "truncated", "skipped")
         filled = self.counts["tokens"] / max(1, self.counts["slots"])
-        return {**{name: self.counts[name] for name in names}, "epoch": self.epoch, "filled": filled}
+        epoch = min(lane.cursor for lane in self._lanes.values()) // len(self.task)
+        return {**{name: self.counts[name] for name in names}, "epoch": epoch, "filled": filled}
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "epoch": self.epoch,
-            "cursor": self.cursor,
-            "buffer": [index for index, _, _ in self._buffer],
-            "counts": dict(self.counts),
-        }
+        """Where this rank is, JSON."""
+        lanes = {str(number): {"cursor": lane.cursor, "buffer": [index for index, _, _ in lane.buffer]}
+                 for number, lane in self._lanes.items()}  # fmt: skip
+        return {"num_lanes": self.num_lanes, "rows": self.rows, "lanes": lanes, "counts": dict(self.counts)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue as the loader that gave this state would have, on the same task and number of ranks."""
-        self.epoch, self.cursor = state["epoch"], state["cursor"]
-        self.counts = Counter(state["counts"])
-        self._order = self._make_order()
-        self._buffer = [
-            (index, ids[: self.row_len], mask[: self.row_len])
-            for index, (ids, mask) in ((index, self._render(index)) for index in state["buffer"])
-        ]
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on as the loaders that gave these states, one for each rank of then, would have, on the same task.
+
+        Raises NanochatError if this number of ranks cannot share the data.
+        """
+        self._set_lanes(states[0]["num_lanes"])
+        saved = {number: lane for state in states for number, lane in state["lanes"].items()}
+        for number, lane in self._lanes.items():
+            lane.cursor = saved[str(number)]["cursor"]
+            rendered = ((index, *self._render(index)) for index in saved[str(number)]["buffer"])
+            lane.buffer = [(index, ids[: self.row_len], mask[: self.row_len]) for index, ids, mask in rendered]
+        self.rows = rows_of_rank([state["rows"] for state in states], self.world_size)
+        self.counts = Counter(states[self.rank]["counts"] if len(states) == self.world_size else {})
+
+
+@dataclass
+class _Lane:
+    cursor: int  # the next conversation, by its place in the run
+    buffer: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)  # (index, ids, mask), as they were read
 
 
 def estimate_tokens(task: Task, tokenizer: Tokenizer, sequence_len: int, sample_size: int = 1000) -> int:

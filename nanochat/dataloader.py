@@ -2,33 +2,41 @@
 
 Every row begins with BOS and is full. Whole documents are placed best fit first; when none fits, the first of a waiting
 document goes in and the rest goes on in later rows, again behind a BOS: nothing is cut away and nothing is read twice.
+
+On the way: documents -> dealt to lanes (lanes.py) -> tokenized, in one thread -> packed, in another -> batches.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterator
-from typing import Any
+import bisect
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from nanochat.common import NanochatError
-from nanochat.dataset import Source
+from nanochat.dataset import Document, Source
+from nanochat.lanes import count_lanes, rank_lanes, rows_of_rank
+from nanochat.read_ahead import ReadAhead
 from nanochat.tokenizer import Tokenizer
 
-BUFFER_DOCUMENTS = 256  # documents to choose from when a row is filled
-READ_DOCUMENTS = 64  # documents that the thread tokenizes at a time
-PREFETCH = 8  # batches of such documents that may wait
+LANE_DOCUMENTS = 32  # that a lane chooses from when it fills a row,
+LANE_ROWS = 32  # or as many as make so many rows, if they are long
+CHUNK_DOCUMENTS = 128  # tokenized at a time
+CHUNKS_AHEAD = 4
+BATCHES_AHEAD = 4
 
 
 class TokenLoader:
     """Iterates over (inputs, targets), each (batch_size, sequence_len) int64 on `device`.
 
     With `loop`, epochs follow each other in the same order without end. Without, every token of the split is a target
-    once; what is left of the last batch is padding, with targets of -1. Rank r of n reads documents r, r + n, ...
-    Tokenization runs in a thread ahead of the consumer. Close it, or use it in a `with` statement, to end the thread.
+    once; what is left of the last batch is padding, with targets of -1. The n-th rows of all ranks together are the same
+    for any number of ranks that divides lanes.LANES. Tokenizing and packing run in threads ahead of the consumer. Close
+    it, or use it in a `with` statement, to end them.
     """
 
     def __init__(
@@ -48,148 +56,88 @@ class TokenLoader:
         self.batch_size, self.row_len = batch_size, sequence_len + 1
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self.loop, self.num_threads = loop, num_threads
-        self.bos = tokenizer.get_bos_token_id()
-        self.epoch = 0
-        self.next_document = rank  # the first document of this epoch that is not in the buffer yet
-        self._tokens_read = self._tokens_placed = 0
-        # (epoch, document, offset, tokens from there on), the longest waiting first
-        self._buffer: list[tuple[int, int, int, np.ndarray]] = []
-        self._reader: _Reader | None = None
-        self._exhausted = False
+        lanes = count_lanes(world_size)
+        self._lanes = {lane: _Lane(self.row_len) for lane in rank_lanes(lanes, rank, world_size)}
+        self._place = _Place(_Reading(0, 0, (0,) * lanes), 0, 0, _look(self._lanes))
+        self._batches: ReadAhead[tuple[np.ndarray, np.ndarray, _Place]] | None = None
 
-    # ------------------------------------------------------------------------- filling the buffer
-
-    def _refill(self) -> None:
-        """Take tokenized documents from the thread until the buffer is full or the data ends."""
-        if self._reader is None:
-            self._reader = _Reader(self, self.epoch, self.next_document)
-        while len(self._buffer) < BUFFER_DOCUMENTS and not self._exhausted:
-            item = self._reader.get()
-            if item is None:
-                self._exhausted = True
-                return
-            epoch, document, tokens = item
-            self._buffer.append((epoch, document, 0, tokens))
-            self._tokens_read += len(tokens)
-            self.epoch, self.next_document = epoch, document + self.world_size
-
-    # ------------------------------------------------------------------------- packing
-
-    def _next_row(self) -> tuple[np.ndarray, int] | None:
-        """(ids (row_len,), how many are real) of the next row; None when there is nothing left."""
-        self._refill()
-        if not self._buffer:
-            return None
-        row = np.full(self.row_len, self.bos, dtype=np.int64)
-        used = 0
-        while used < self.row_len - 1:
-            self._refill()
-            if not self._buffer:
-                break
-            room = self.row_len - used - 1  # behind the BOS that opens a document, or its continuation
-            index, length = self._choose(room, used == 0)
-            epoch, document, offset, tokens = self._buffer[index]
-            row[used + 1 : used + 1 + length] = tokens[:length]
-            used += 1 + length
-            self._tokens_placed += length
-            del self._buffer[index]
-            if length < len(tokens):  # back in the queue, so that a batch is of many documents and not of one book
-                self._buffer.append((epoch, document, offset + length, tokens[length:]))
-        return row, max(used, 1)
-
-    def _choose(self, room: int, row_is_empty: bool) -> tuple[int, int]:
-        """(index in the buffer, tokens to take): the longest document that fits, else the first part of another.
-
-        The longest waiting opens each row, whole or in part, so that none waits for ever.
-        """
-        if row_is_empty:
-            return 0, min(room, len(self._buffer[0][3]))
-        lengths = np.fromiter((len(entry[3]) for entry in self._buffer), dtype=np.int64, count=len(self._buffer))
-        fitting = np.where(lengths <= room, lengths, -1)
-        best = int(fitting.argmax())
-        if fitting[best] > 0:
-            return best, int(fitting[best])
-        return 0, min(room, int(lengths[0]))
+    def _start(self) -> ReadAhead[tuple[np.ndarray, np.ndarray, _Place]]:
+        place, bos = self._place, self.tokenizer.get_bos_token_id()
+        first = {number: lane.next for number, lane in self._lanes.items()}
+        dealt = _deal(self.source, self.split, self.loop, place.reading, first)
+        tokenized = ReadAhead(_tokenize(dealt, self.tokenizer, self.num_threads), CHUNKS_AHEAD)
+        return ReadAhead(_pack(tokenized, self._lanes, self.batch_size, self.row_len, bos, place), BATCHES_AHEAD)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self
 
     def __next__(self) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = np.full((self.batch_size, self.row_len), self.bos, dtype=np.int64)
-        lengths = np.zeros(self.batch_size, dtype=np.int64)
-        for i in range(self.batch_size):
-            found = self._next_row()
-            if found is None:
-                break
-            rows[i], lengths[i] = found
-        if not lengths.any():
-            raise StopIteration
-        targets = rows[:, 1:].copy()
-        targets[np.arange(1, self.row_len) >= lengths[:, None]] = -1
-        inputs = torch.from_numpy(np.ascontiguousarray(rows[:, :-1]))
-        batch = inputs, torch.from_numpy(targets)
+        if self._batches is None:
+            self._batches = self._start()
+        inputs, targets, self._place = next(self._batches)
+        batch = torch.from_numpy(inputs), torch.from_numpy(targets)
         if self.device.type == "cuda":
             return tuple(tensor.pin_memory().to(self.device, non_blocking=True) for tensor in batch)
         return tuple(tensor.to(self.device) for tensor in batch)
 
+    def stats(self) -> dict[str, float]:
+        """Tokens given out so far, how much of the rows they fill (the rest opens documents), and the epoch being read."""
+        place = self._place
+        filled = place.tokens / max(1, place.rows * (self.row_len - 1))
+        return {"tokens": place.tokens, "filled": filled, "epoch": place.reading.epoch}
+
     # ------------------------------------------------------------------------- state
 
-    def stats(self) -> dict[str, float]:
-        """Tokens read so far, and the share of them that was given out; what still waits is not lost."""
-        waiting = sum(len(entry[3]) for entry in self._buffer)
-        used = self._tokens_placed / max(1, self._tokens_read - waiting)
-        return {"tokens_read": self._tokens_read, "tokens_used": self._tokens_placed, "share": used, "epoch": self.epoch}
-
     def state_dict(self) -> dict[str, Any]:
-        """Where the consumer is (not the thread), JSON: the buffer by document and offset, and the next document."""
-        return {
-            "epoch": self.epoch,
-            "next_document": self.next_document,
-            "buffer": [list(entry[:3]) for entry in self._buffer],
-            "tokens_read": self._tokens_read,
-            "tokens_placed": self._tokens_placed,
-            "world_size": self.world_size,
-        }
+        """Where the consumer of this rank is (not its threads), JSON; documents are named by epoch, number and offset."""
+        place = self._place
+        lanes = {str(number): {"next": list(next_document), "candidates": [list(p[:3]) for p in candidates],
+                               "waiting": [list(p[:3]) for p in waiting]}
+                 for number, (next_document, candidates, waiting) in place.lanes.items()}  # fmt: skip
+        return {"reading": list(place.reading), "rows": place.rows, "tokens": place.tokens, "lanes": lanes}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on as the loader that gave this state would have. Raises NanochatError if the data is not the same."""
-        if state["world_size"] != self.world_size:
-            raise NanochatError(
-                f"this run's data was divided among {state['world_size']} processes, not {self.world_size}: "
-                "resume with as many"
-            )
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go on as the loaders that gave these states, one for each rank of then, would have.
+
+        Raises NanochatError if the data is not the same, or if this number of ranks cannot share it.
+        """
         self.close()
-        self._exhausted = False
-        self.epoch, self.next_document = state["epoch"], state["next_document"]
-        self._tokens_read, self._tokens_placed = state["tokens_read"], state["tokens_placed"]
-        wanted = sorted({document for _, document, _ in state["buffer"]})
-        texts = dict(zip(wanted, self._documents_at(wanted), strict=False))
-        if len(texts) < len(wanted):
-            raise NanochatError(f"{self.source.name} has fewer documents than when this run began: restore it")
-        tokens = dict(zip(texts, self._tokenize(list(texts.values())), strict=True))
-        self._buffer = [(epoch, doc, offset, tokens[doc][offset:]) for epoch, doc, offset in state["buffer"]]
+        readings = [_Reading(epoch, number, tuple(loads)) for epoch, number, loads in (s["reading"] for s in states)]
+        mine = rank_lanes(len(readings[0].loads), self.rank, self.world_size)
+        saved = {int(number): (lane, reading) for state, reading in zip(states, readings, strict=True)
+                 for number, lane in state["lanes"].items()}  # fmt: skip
+        pieces = [piece for number in mine for kind in ("candidates", "waiting") for piece in saved[number][0][kind]]
+        tokens = self._read_again({document for _, document, _ in pieces})
+        self._lanes = {}
+        for number in mine:
+            lane = self._lanes[number] = _Lane(self.row_len)
+            old = saved[number][0]
+            lane.next = tuple(old["next"])
+            for epoch, document, offset in old["candidates"]:
+                lane.add(_Piece(epoch, document, offset, tokens[document][offset:]))
+            lane.waiting.extend(_Piece(epoch, document, 0, tokens[document]) for epoch, document, _ in old["waiting"])
+        rows = rows_of_rank([state["rows"] for state in states], self.world_size)
+        placed = sum(state["tokens"] for state in states) // self.world_size
+        # Ranks had read ahead differently: go on from the earliest of them. Lanes know what they were dealt already.
+        earliest = min((saved[number][1] for number in mine), key=lambda reading: reading[:2])
+        self._place = _Place(earliest, rows, placed, _look(self._lanes))
 
-    def _documents_at(self, indices: list[int]) -> Iterator[str]:
-        """The documents with these numbers (ascending), in one pass."""
-        remaining = iter(indices)
-        index = next(remaining, None)
-        if index is None:
-            return
-        for number, text in enumerate(self.source.documents(self.split, index), index):
-            if number == index:
-                yield text
-                index = next(remaining, None)
-                if index is None:
-                    return
-
-    def _tokenize(self, texts: list[str]) -> list[np.ndarray]:
-        rows = self.tokenizer.encode(texts, num_threads=self.num_threads)
-        return [np.asarray(row, dtype=np.int32) for row in rows]
+    def _read_again(self, numbers: set[int]) -> dict[int, np.ndarray]:
+        """The tokens of the documents with these numbers, in one pass."""
+        found: dict[int, Document] = {}
+        for number, document in self.source.numbered(self.split, min(numbers)) if numbers else ():
+            if number in numbers:
+                found[number] = document
+            if len(found) == len(numbers):
+                break
+        if len(found) < len(numbers):
+            raise NanochatError(f"{self.source.name} lacks documents that were there when this run began: restore them")
+        return dict(zip(found, _encode(list(found.values()), self.tokenizer, self.num_threads), strict=True))
 
     def close(self) -> None:
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
 
     def __enter__(self) -> TokenLoader:
         return self
@@ -198,65 +146,177 @@ class TokenLoader:
         self.close()
 
 
-class _Reader:
-    """A thread that reads and tokenizes ahead, through a bounded queue; its failure reaches the consumer."""
+# ----------------------------------------------------------------------------- where a loader is
 
-    def __init__(self, loader: TokenLoader, epoch: int, next_document: int) -> None:
-        self._queue: queue.Queue[Any] = queue.Queue(PREFETCH)
-        self._ready: Iterator[tuple[int, int, np.ndarray]] = iter(())
-        self._closed = threading.Event()
-        self._step = loader.world_size
-        # The thread holds what it needs but not the loader, so that a forgotten loader can be collected.
-        arguments = (loader.source, loader.split, loader.rank, loader.world_size, loader.loop, loader._tokenize)
-        self._thread = threading.Thread(target=self._run, args=(*arguments, epoch, next_document), daemon=True)
-        self._thread.start()
 
-    def _run(self, source, split, rank, world_size, loop, tokenize, epoch: int, first: int) -> None:
-        try:
-            while True:
-                number, texts, found = first, [], False
-                for text in source.documents(split, first, world_size):
-                    found = True
-                    texts.append(text)
-                    if len(texts) == READ_DOCUMENTS:
-                        if not self._put((epoch, number, tokenize(texts))):
-                            return
-                        number, texts = number + world_size * len(texts), []
-                if texts and not self._put((epoch, number, tokenize(texts))):
-                    return
-                if not found and first == rank:
-                    raise NanochatError(f"{source.name} has no {split} document for rank {rank} of {world_size}")
-                if not loop:
-                    self._put(None)
-                    return
-                epoch, first = epoch + 1, rank
-        except Exception as error:  # whatever it is, it belongs to the consumer
-            self._put(error)
+class _Piece(NamedTuple):
+    """A document, or what is left of one."""
 
-    def _put(self, item: Any) -> bool:
-        """Wait for room; False once the reader is closed."""
-        while not self._closed.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-                return True
-            except queue.Full:
+    epoch: int
+    number: int  # of the document
+    offset: int  # tokens of it that were placed before
+    tokens: np.ndarray  # (n,) int32, from there on
+
+
+class _Reading(NamedTuple):
+    """How far the documents have been dealt."""
+
+    epoch: int
+    number: int  # of the next document
+    loads: tuple[int, ...]  # what each lane, of all ranks, was dealt so far; less the lightest load of earlier epochs
+
+
+class _Place(NamedTuple):
+    """Where the consumer is: all that decides what comes next."""
+
+    reading: _Reading
+    rows: int  # that this rank has made
+    tokens: int  # in them
+    lanes: dict[int, tuple[tuple[int, int], list[_Piece], list[_Piece]]]  # (next document, candidates, waiting)
+
+
+def _look(lanes: dict[int, _Lane]) -> dict[int, tuple[tuple[int, int], list[_Piece], list[_Piece]]]:
+    return {n: (lane.next, list(lane.candidates.values()), list(lane.waiting)) for n, lane in lanes.items()}
+
+
+class _Lane:
+    """Documents in the order in which they were dealt, and what goes next into a row of them."""
+
+    def __init__(self, row_len: int) -> None:
+        self.row_len = row_len
+        self.next = (0, 0)  # (epoch, number): documents before it were dealt, to this lane or to another
+        self.waiting: deque[_Piece] = deque()  # dealt, but not to choose from yet
+        self.candidates: dict[int, _Piece] = {}  # by arrival, the oldest first
+        self._arrivals = itertools.count()
+        self._by_length: list[tuple[int, int]] = []  # (tokens, -arrival), ascending
+        self._tokens = 0  # of the candidates
+
+    def is_hungry(self) -> bool:
+        return len(self.candidates) < LANE_DOCUMENTS and self._tokens < LANE_ROWS * self.row_len
+
+    def add(self, piece: _Piece) -> None:
+        """One more candidate."""
+        arrival = next(self._arrivals)
+        self.candidates[arrival] = piece
+        bisect.insort(self._by_length, (len(piece.tokens), -arrival))
+        self._tokens += len(piece.tokens)
+
+    def take(self, room: int, row_is_empty: bool) -> _Piece:
+        """The longest candidate that fits, else the oldest. The oldest opens each row, so that none waits for ever."""
+        fitting = 0 if row_is_empty else bisect.bisect_right(self._by_length, (room, 1))
+        if fitting:
+            _, arrival = self._by_length.pop(fitting - 1)
+            piece = self.candidates.pop(-arrival)
+        else:
+            arrival = next(iter(self.candidates))
+            piece = self.candidates.pop(arrival)
+            del self._by_length[bisect.bisect_left(self._by_length, (len(piece.tokens), -arrival))]
+        self._tokens -= len(piece.tokens)
+        return piece
+
+
+# ----------------------------------------------------------------------------- what the threads run
+
+
+class _Dealt(NamedTuple):
+    """A document for one of this rank's lanes, and how far dealing has come with it."""
+
+    lane: int
+    epoch: int
+    number: int
+    document: Document
+    reading: _Reading
+
+
+def _deal(
+    source: Source, split: str, loop: bool, reading: _Reading, first: dict[int, tuple[int, int]]
+) -> Iterator[_Dealt]:
+    """Deal each document to the lane that was dealt the least so far, by characters (or tokens, if it comes in those).
+
+    Every rank reads all documents and passes on those of its own lanes, the keys of `first`, from the one named there on.
+    So all ranks deal alike without a word between them, and the lanes stay level to about a document's length.
+    """
+    epoch, start, loads = reading.epoch, reading.number, list(reading.loads)
+    while True:
+        number = -1
+        for number, document in source.numbered(split, start):
+            lane = loads.index(min(loads))
+            loads[lane] += len(document)
+            if lane in first and (epoch, number) >= first[lane]:
+                yield _Dealt(lane, epoch, number, document, _Reading(epoch, number + 1, tuple(loads)))
+        if number < 0 and start == 0:
+            raise NanochatError(f"{source.name} has no {split} document: give more text")
+        if not loop:
+            return
+        epoch, start = epoch + 1, 0
+        loads = [load - min(loads) for load in loads]
+
+
+def _tokenize(dealt: Iterable[_Dealt], tokenizer: Tokenizer, num_threads: int) -> Iterator[list[_Dealt]]:
+    """The same in chunks, all documents as tokens."""
+    dealt = iter(dealt)
+    while chunk := list(itertools.islice(dealt, CHUNK_DOCUMENTS)):
+        tokens = _encode([d.document for d in chunk], tokenizer, num_threads)
+        yield [d._replace(document=ids) for d, ids in zip(chunk, tokens, strict=True)]
+
+
+def _encode(documents: list[Document], tokenizer: Tokenizer, num_threads: int) -> list[np.ndarray]:
+    if documents and not isinstance(documents[0], str):
+        return documents
+    return tokenizer.encode_arrays(documents, num_threads)
+
+
+def _pack(
+    chunks: Iterable[list[_Dealt]], lanes: dict[int, _Lane], batch_size: int, row_len: int, bos: int, place: _Place
+) -> Iterator[tuple[np.ndarray, np.ndarray, _Place]]:
+    """Batches of rows, the lanes in turn: (inputs, targets, where the consumer is with them)."""
+    dealt = itertools.chain.from_iterable(chunks)
+    turns = list(lanes.values())
+    reading, made, placed = place.reading, place.rows, place.tokens
+
+    def feed(lane: _Lane) -> None:
+        nonlocal reading
+        while lane.is_hungry():
+            if lane.waiting:
+                lane.add(lane.waiting.popleft())
                 continue
-        return False
+            if (item := next(dealt, None)) is None:
+                return
+            other = lanes[item.lane]
+            other.waiting.append(_Piece(item.epoch, item.number, 0, item.document))
+            reading = item.reading
+            other.next = reading[:2]
 
-    def get(self) -> tuple[int, int, np.ndarray] | None:
-        """(epoch, document number, tokens) of the next document, or None at the end of the data."""
-        while True:
-            item = next(self._ready, None)
-            if item is not None:
-                return item
-            chunk = self._queue.get()
-            if chunk is None:
-                return None
-            if isinstance(chunk, Exception):
-                raise chunk
-            epoch, number, rows = chunk
-            self._ready = iter([(epoch, number + i * self._step, row) for i, row in enumerate(rows)])
+    def fill(row: np.ndarray, lane: _Lane) -> int:
+        """Fill a row of BOS tokens from a lane; returns how many places are used, 0 if the lane has ended."""
+        nonlocal placed
+        used = 0
+        while used < row_len - 1:
+            feed(lane)
+            if not lane.candidates:
+                break
+            room = row_len - used - 1  # behind the BOS that opens a document, or its continuation
+            piece = lane.take(room, used == 0)
+            count = min(room, len(piece.tokens))
+            row[used + 1 : used + 1 + count] = piece.tokens[:count]
+            used += 1 + count
+            placed += count
+            if count < len(piece.tokens):  # at the end of the queue, so that rows are of many documents, not of one book
+                lane.add(piece._replace(offset=piece.offset + count, tokens=piece.tokens[count:]))
+        return used
 
-    def close(self) -> None:
-        self._closed.set()
-        self._thread.join(timeout=5)
+    while True:
+        rows = np.full((batch_size, row_len), bos, dtype=np.int64)
+        used = np.zeros(batch_size, dtype=np.int64)
+        for i in range(batch_size):
+            for _ in turns:  # a lane that has ended, which happens only without a next epoch, loses its turn
+                lane = turns[made % len(turns)]
+                made += 1
+                used[i] = fill(rows[i], lane)
+                if used[i]:
+                    break
+        if not used.any():
+            return
+        targets = rows[:, 1:].copy()
+        targets[np.arange(1, row_len) >= used[:, None]] = -1
+        yield np.ascontiguousarray(rows[:, :-1]), targets, _Place(reading, made, placed, _look(lanes))

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import glob
 import hashlib
 import itertools
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import NanochatError, get_base_dir, print0, run_command
+from nanochat.document_files import READABLE, Batches, Document, DocumentFile, is_remote, list_local, list_remote
 
 VAL_SHARE = 0.02  # of the documents, by hash, where no file is named for validation
-TEXT_FILE_CHARS = 4000  # a plain text file becomes documents of about this size, cut at blank lines
-TEXT_COLUMNS = ("text", "content", "body")
+FILES_AHEAD = 2  # that are fetched, if they are far, while one is read
+FOOTERS_AT_A_TIME = 16
 
 
 class Source:
@@ -34,56 +34,117 @@ class Source:
 
     name: str
 
-    def __init__(self, train_files: list[Path], val_files: list[Path]) -> None:
-        self.train_files, self.val_files = train_files, val_files
+    def __init__(self, train_files: Iterable[DocumentFile], val_files: Iterable[DocumentFile]) -> None:
+        self.train_files, self.val_files = list(train_files), list(val_files)
+        self._limit: int | None = None
+        self._tokenizer: tuple[str | None] | None = None  # in a tuple once it is known
 
-    def documents(self, split: str, start: int = 0, step: int = 1) -> Iterator[str]:
-        """Documents number start, start + step, ... of a split ("train" or "val"): each rank's own part."""
+    def numbered(self, split: str, start: int = 0) -> Iterator[tuple[int, Document]]:
+        """(number, document) of a split ("train" or "val") in ascending order, from number `start` on.
+
+        Every row of the split's files has a number. Rows without content, and those that a hash puts into the other
+        split, are passed over, so numbers have gaps and never depend on where reading began. What is before `start` is
+        skipped by the metadata of parquet files, and read through in others. Raises NanochatError for a damaged file.
+        """
         if split not in ("train", "val"):
             raise ValueError(f"split must be train or val, not {split!r}")
-        if self.val_files:
-            files = self.train_files if split == "train" else self.val_files
-            yield from itertools.islice(_read_files(files), start, None, step)
-            return
-        limit = self._hash_limit()
-        in_split = (text for text in _read_files(self.train_files) if (_hash(text) < limit) == (split == "val"))
-        yield from itertools.islice(in_split, start, None, step)
+        files = self.val_files if split == "val" and self.val_files else self.train_files
+        limit = None if self.val_files else self._hash_limit()
+        for number, documents in self._batches(files, start):
+            for number, document in enumerate(documents, number):  # noqa: B020
+                if _has_content(document) and (limit is None or (_hash(document) < limit) == (split == "val")):
+                    yield number, document
+
+    def documents(self, split: str) -> Iterator[str]:
+        """The texts of a split. Raises NanochatError if the source holds tokens."""
+        if self.tokenizer_fingerprint() is not None:
+            raise NanochatError(f"the shards of {self.name} hold tokens, and this command needs text: give it the text")
+        for _, text in self.numbered(split):
+            yield text
+
+    def tokenizer_fingerprint(self) -> str | None:
+        """Of the tokenizer that made the tokens of this source; None if it holds text. Raises NanochatError."""
+        if self._tokenizer is None:
+            fingerprint = self.train_files[0].footer().tokenizer
+            for file in self.val_files[:1]:
+                _check_kind(file, fingerprint)
+            self._tokenizer = (fingerprint,)
+        return self._tokenizer[0]
+
+    def _batches(self, files: list[DocumentFile], start: int) -> Batches:
+        fingerprint = self.tokenizer_fingerprint()
+        index, first = self._file_with(files, start) if start else (0, 0)
+        for index, file in enumerate(files[index:], index):  # noqa: B020
+            file.fetch(following=files[index + 1 : index + 1 + FILES_AHEAD])
+            _check_kind(file, fingerprint)
+            for row, documents in file.batches(max(0, start - first)):
+                yield first + row, documents
+            first += file.num_rows()
+
+    @staticmethod
+    def _file_with(files: list[DocumentFile], start: int) -> tuple[int, int]:
+        """(index of the file in which row `start` is, number of its first row)."""
+        first = 0
+        with concurrent.futures.ThreadPoolExecutor(FOOTERS_AT_A_TIME) as pool:
+            for index, file in enumerate(files):
+                if index % FOOTERS_AT_A_TIME == 0:
+                    list(pool.map(DocumentFile.footer, files[index : index + FOOTERS_AT_A_TIME]))
+                if first + file.num_rows() > start:
+                    return index, first
+                first += file.num_rows()
+        return len(files), first
 
     def _hash_limit(self) -> int:
         """Documents with a lower hash are for validation; a small source gives at least its lowest one."""
-        hashes = [_hash(text) for text in itertools.islice(_read_files(self.train_files), 1000)]
-        if len(hashes) < 2:
-            raise NanochatError(f"{self.name} holds a single document: add a file whose name says val for validation")
-        return max(int(VAL_SHARE * 2**32), sorted(hashes)[0] + 1)
+        if self._limit is None:
+            documents = itertools.chain.from_iterable(batch for _, batch in self._batches(self.train_files, 0))
+            hashes = [_hash(document) for document in itertools.islice(filter(_has_content, documents), 1000)]
+            if len(hashes) < 2:
+                raise NanochatError(f"{self.name} holds a single document: add a file whose name says val for validation")
+            self._limit = max(int(VAL_SHARE * 2**32), min(hashes) + 1)
+        return self._limit
 
     def describe(self) -> dict[str, Any]:
-        """What was read, for the record of a run: names and sizes of the files."""
-        files = [*self.train_files, *self.val_files]
-        return {"source": self.name, "files": {path.name: path.stat().st_size for path in files}}
+        """What was read, for the record of a run: names and sizes of the files, as they were listed."""
+        return {"source": self.name, "files": {file.name: file.size for file in (*self.train_files, *self.val_files)}}
+
+
+def _has_content(document: Document) -> bool:
+    return len(document) > 0 and not (isinstance(document, str) and document.isspace())
+
+
+def _hash(document: Document) -> int:
+    data = document.encode("utf-8", "surrogatepass") if isinstance(document, str) else document.tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=4).digest(), "little")
+
+
+def _check_kind(file: DocumentFile, fingerprint: str | None) -> None:
+    """Raises NanochatError if the file is not, like the first one, of texts or of this tokenizer's tokens."""
+    found = file.footer().tokenizer
+    if found != fingerprint:
+        holds = ["texts" if f is None else f"tokens of the tokenizer {f}" for f in (found, fingerprint)]
+        raise NanochatError(f"{file.address} holds {holds[0]}, but the first file holds {holds[1]}: keep them in two folders")
 
 
 class FileSource(Source):
-    """A file, a folder or a glob of .txt, .md, .jsonl and .parquet files. Raises NanochatError if there are none."""
+    """Files that exist: a file, a folder or a glob, on this machine or at an fsspec address (hf://, s3://, https://, ...).
 
-    READABLE = (".txt", ".md", ".jsonl", ".parquet")
+    Raises NanochatError if there are none that can be read.
+    """
 
     def __init__(self, path: str) -> None:
         self.name = path
-        expanded = Path(path).expanduser()
-        if expanded.is_dir():
-            found = sorted(p for p in expanded.rglob("*") if p.is_file())
-        else:
-            found = sorted(map(Path, glob.glob(str(expanded), recursive=True)))
+        found = list_remote(path) if is_remote(path) else list_local(path)
         if not found:
             raise NanochatError(f"--data {path} is neither {', '.join(SOURCES)} nor an existing file, folder or glob")
-        files = [p for p in found if p.suffix.lower() in self.READABLE]
+        files = [found[name]() for name in sorted(found) if name.suffix.lower() in READABLE]
         if not files:
-            raise NanochatError(f"--data {path} holds no {', '.join(self.READABLE)} file")
-        empty = [p for p in files if p.stat().st_size == 0]
+            raise NanochatError(f"--data {path} holds no {', '.join(READABLE)} file")
+        empty = [file for file in files if file.size == 0]
         if empty:
-            raise NanochatError(f"{empty[0]} is empty: remove it or fill it")
-        val = [p for p in files if re.search(r"(^|[^a-z])val(id|idation)?([^a-z]|$)", p.stem.lower())]
-        super().__init__([p for p in files if p not in val] or val, val if len(val) < len(files) else [])
+            raise NanochatError(f"{empty[0].address} is empty: remove it or fill it")
+        val = [file for file in files if re.search(r"(^|[^a-z])val(id|idation)?([^a-z]|$)", Path(file.name).stem.lower())]
+        super().__init__([file for file in files if file not in val] or val, val if len(val) < len(files) else [])
 
 
 class BuiltinSource(Source):
@@ -94,7 +155,7 @@ class BuiltinSource(Source):
 
         self.name = name
         self.directory = harvest(get_base_dir() / "data" / name)
-        super().__init__([self.directory / "train.parquet"], [self.directory / "val.parquet"])
+        super().__init__(*([DocumentFile(self.directory / f"{split}.parquet")] for split in ("train", "val")))
 
     def describe(self) -> dict[str, Any]:
         manifest = json.loads((self.directory / "manifest.json").read_text(encoding="utf-8"))
@@ -135,7 +196,7 @@ class HubSource(Source):
             raise NanochatError(
                 f"{what} {'is missing' if train else 'is'} in {directory}: run python -m nanochat.dataset --data {name} -n 8"
             )
-        super().__init__(train, val)
+        super().__init__(map(DocumentFile, train), map(DocumentFile, val))
 
 
 SOURCES = {"builtin": BuiltinSource, "climbmix": HubSource, "fineweb-edu": HubSource}
@@ -155,64 +216,6 @@ def default_source_name() -> str:
 def get_source(name_or_path: str) -> Source:
     """The source of that name, made ready to read, or the files at that path. Raises NanochatError."""
     return SOURCES.get(name_or_path, FileSource)(name_or_path)
-
-
-# ----------------------------------------------------------------------------- reading files
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=4).digest(), "little")
-
-
-def _read_files(files: list[Path]) -> Iterator[str]:
-    """The documents of files, empty ones left out. Raises NanochatError, naming the file, for one that is damaged."""
-    readers = {".parquet": _read_parquet, ".jsonl": _read_jsonl}
-    for path in files:
-        try:
-            yield from (text for text in readers.get(path.suffix.lower(), _read_text)(path) if text.strip())
-        except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-            raise NanochatError(f"{path} cannot be read ({str(error).splitlines()[0]}): remove or replace it") from error
-
-
-def _text_column(path: Path, names: list[str]) -> str:
-    for column in TEXT_COLUMNS:
-        if column in names:
-            return column
-    raise NanochatError(f"{path} has no column {' or '.join(TEXT_COLUMNS)}, only {', '.join(names)}: rename one")
-
-
-def _read_parquet(path: Path) -> Iterator[str]:
-    with pq.ParquetFile(path) as file:
-        column = _text_column(path, file.schema_arrow.names)
-        for batch in file.iter_batches(batch_size=1024, columns=[column]):
-            yield from (text or "" for text in batch.column(0).to_pylist())
-
-
-def _read_jsonl(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise NanochatError(f"{path}, line {number}, is not JSON ({error.msg}): mend or remove it") from error
-            if not isinstance(row, dict):
-                raise NanochatError(f"{path}, line {number}, is not an object with a text")
-            yield str(row[_text_column(path, list(row))])
-
-
-def _read_text(path: Path) -> Iterator[str]:
-    """A text file in documents of about TEXT_FILE_CHARS, cut at blank lines."""
-    paragraphs: list[str] = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            if not line.strip() and sum(map(len, paragraphs)) >= TEXT_FILE_CHARS:
-                yield "".join(paragraphs)
-                paragraphs = []
-            else:
-                paragraphs.append(line)
-    yield "".join(paragraphs)
 
 
 # ----------------------------------------------------------------------------- downloading

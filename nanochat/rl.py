@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,7 @@ from nanochat.common import NanochatError
 from nanochat.cross_entropy import token_losses
 from nanochat.engine import Engine, trim_prompt
 from nanochat.gpt import GPT, LOGIT_CAP
-from nanochat.scheduler import Sequence
+from nanochat.scheduler import Sequence as Answer
 from tasks.common import Task
 
 OBJECTIVES = ("dapo", "grpo", "reinforce")
@@ -118,8 +118,8 @@ class RolloutLoader:
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self._batches = state["step"], []
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        self.step, self._batches = states[0]["step"], []
 
     # ------------------------------------------------------------------------- drawing and judging
 
@@ -135,7 +135,7 @@ class RolloutLoader:
             chosen.append((place, int(orders[epoch][at])))
         return chosen
 
-    def _roll_out(self) -> tuple[list[Sequence], torch.Tensor]:
+    def _roll_out(self) -> tuple[list[Answer], torch.Tensor]:
         """(answers, rewards (problems, num_samples) float32) of this rank's problems."""
         started = time.perf_counter()
         settings, engine, n = self.settings, self.engine, self.settings.num_samples
@@ -160,7 +160,7 @@ class RolloutLoader:
         self._count(answers, table, sum(len(p) > most for p in prompts), time.perf_counter() - started)
         return answers, table
 
-    def _count(self, answers: list[Sequence], rewards: torch.Tensor, shortened: int, seconds: float) -> None:
+    def _count(self, answers: list[Answer], rewards: torch.Tensor, shortened: int, seconds: float) -> None:
         """Sum up what this update's answers were, over all ranks."""
         sampled = sum(sum(answer.masks) for answer in answers)
         unfinished = sum(answer.stop_token is None for answer in answers)
@@ -183,7 +183,7 @@ class RolloutLoader:
 
     # ------------------------------------------------------------------------- packing
 
-    def _make_batches(self, answers: list[Sequence], rewards: torch.Tensor) -> list[RolloutBatch]:
+    def _make_batches(self, answers: list[Answer], rewards: torch.Tensor) -> list[RolloutBatch]:
         """micro_batches batches of answers of like length; those without a say in the update are left out."""
         worth = advantages(rewards, self.settings.objective, self._metrics["rl/reward"]).flatten().tolist()
         kept = [(answer, a) for answer, a in zip(answers, worth, strict=True) if a != 0 or self.settings.kl_weight > 0]
@@ -191,7 +191,7 @@ class RolloutLoader:
         bounds = [len(kept) * i // self.micro_batches for i in range(self.micro_batches + 1)]
         return [self._pack(kept[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
 
-    def _pack(self, rows: list[tuple[Sequence, float]]) -> RolloutBatch:
+    def _pack(self, rows: list[tuple[Answer, float]]) -> RolloutBatch:
         """Rows of prompt and answer; a batch of none is one row in which nothing was sampled."""
         longest = max((answer.length for answer, _ in rows), default=1)
         T = min(-(-longest // ROW_STEP) * ROW_STEP, self.engine.model.config.sequence_len)

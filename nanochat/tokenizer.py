@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,19 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         return self._encoding.decode_bytes(list(ids))
+
+    def encode_arrays(self, texts: list[str], num_threads: int = 2) -> list[np.ndarray]:
+        """The ids of each text as (n,) int32: what `encode` gives, without the detour over Python's numbers."""
+        size = -(-len(texts) // num_threads)
+        parts = [texts[i : i + size] for i in range(0, len(texts), size)] if texts else []
+        with ThreadPoolExecutor(num_threads) as pool:
+            return [row for rows in pool.map(lambda part: [self._encode_array(text) for text in part], parts) for row in rows]
+
+    def _encode_array(self, text: str) -> np.ndarray:
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=()).view(np.int32)
+        except UnicodeEncodeError:  # half a surrogate pair
+            return np.asarray(self.encode(text), dtype=np.int32)
 
     def encode_special(self, name: str) -> int:
         """The id of a special token. Raises KeyError."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import http.server
-import itertools
 import json
 import threading
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -61,13 +61,128 @@ def test_text_files_become_documents(tmp_path: Path) -> None:
     assert sum(len(d.split()) for d in documents) == sum(len(d.split()) for d in DOCUMENTS)
 
 
-def test_ranks_share_the_documents(tmp_path: Path) -> None:
-    _write(tmp_path / "train.jsonl", DOCUMENTS)
-    _write(tmp_path / "val.jsonl", DOCUMENTS[:3])
+FINGERPRINT = "0123abcd"
+TOKENS = [np.arange(i % 7, dtype=np.int32) * 1000 + i for i in range(100)]  # every seventh is empty
+
+
+def _write_tokens(path: Path, documents: list[np.ndarray], kind: pa.DataType, fingerprint: str | None = FINGERPRINT) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {"nanochat.tokenizer": fingerprint} if fingerprint else None
+    schema = pa.schema([("tokens", kind)], metadata=metadata)
+    column = pa.array([d.tolist() for d in documents], kind)
+    pq.write_table(pa.table({"tokens": column}, schema=schema), path, row_group_size=7)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+@pytest.mark.parametrize("by_hash", [True, False])
+def test_numbers_do_not_depend_on_where_reading_begins(tmp_path: Path, suffix: str, by_hash: bool) -> None:
+    with_blanks = [" \n" if i % 9 == 0 else d for i, d in enumerate(DOCUMENTS)]
+    for i in range(4):
+        _write(tmp_path / f"a{i}{suffix}", with_blanks[i * 25 : i * 25 + 25])
+    if not by_hash:
+        _write(tmp_path / f"val{suffix}", DOCUMENTS[:3])
     source = get_source(str(tmp_path))
-    parts = [list(source.documents("train", rank, 3)) for rank in range(3)]
-    assert sorted(itertools.chain(*parts)) == sorted(DOCUMENTS)
-    assert list(source.documents("train", 5, 1)) == DOCUMENTS[5:]
+    everything = list(source.numbered("train"))
+    assert all(text == with_blanks[number] and text.strip() for number, text in everything)
+    if by_hash:
+        everything = sorted(everything + list(source.numbered("val")))
+    assert [number for number, _ in everything] == [i for i in range(100) if i % 9]
+    for start in range(0, 102, 3):
+        for split in ("train", "val"):
+            expected = [pair for pair in source.numbered(split) if pair[0] >= start]
+            assert list(get_source(str(tmp_path)).numbered(split, start)) == expected
+
+
+def test_numbers_of_a_text_file(tmp_path: Path) -> None:
+    _write(tmp_path / "book.txt", DOCUMENTS)
+    _write(tmp_path / "val.txt", DOCUMENTS[:1])
+    source = get_source(str(tmp_path))
+    everything = list(source.numbered("train"))
+    assert list(source.numbered("train", 3)) == everything[3:]
+
+
+def test_what_comes_before_is_not_read(tmp_path: Path) -> None:
+    """A damaged row group before the start is passed over, as is a whole damaged file with a good footer."""
+    for name in ("a", "b"):
+        _write(tmp_path / f"{name}.parquet", DOCUMENTS[:50])
+    _write(tmp_path / "val.parquet", DOCUMENTS[:3])
+    for name, groups in (("a", 8), ("b", 2)):
+        path = tmp_path / f"{name}.parquet"
+        data = bytearray(path.read_bytes())
+        end = pq.read_metadata(path).row_group(groups - 1).column(0)
+        end = end.dictionary_page_offset or end.data_page_offset
+        data[4:end] = bytes(end - 4)
+        path.write_bytes(data)
+    source = get_source(str(tmp_path))
+    assert [number for number, _ in source.numbered("train", 64)] == list(range(64, 100))
+    with pytest.raises(NanochatError, match=r"a\.parquet cannot be read"):
+        list(source.numbered("train"))
+
+
+@pytest.mark.parametrize("kind", [pa.list_(pa.uint16()), pa.list_(pa.int32()), pa.large_list(pa.uint32())])
+@pytest.mark.parametrize("by_hash", [True, False])
+def test_tokens(tmp_path: Path, kind: pa.DataType, by_hash: bool) -> None:
+    _write_tokens(tmp_path / "a.parquet", TOKENS[:60], kind)
+    _write_tokens(tmp_path / "b.parquet", TOKENS[60:], kind)
+    if not by_hash:
+        _write_tokens(tmp_path / "val.parquet", TOKENS[:3], kind)
+    source = get_source(str(tmp_path))
+    assert source.tokenizer_fingerprint() == FINGERPRINT
+    for start in (0, 5, 13, 60, 61, 99):
+        found = list(source.numbered("train", start)) + (list(source.numbered("val", start)) if by_hash else [])
+        assert sorted(number for number, _ in found) == [i for i in range(start, 100) if i % 7]
+        for number, ids in found:
+            assert ids.dtype == np.int32
+            assert np.array_equal(ids, TOKENS[number])
+    with pytest.raises(NanochatError, match="hold tokens, and this command needs text"):
+        next(source.documents("train"))
+
+
+def test_kinds_are_not_mixed(tmp_path: Path) -> None:
+    kind = pa.list_(pa.uint16())
+    _write(tmp_path / "texts" / "a.jsonl", DOCUMENTS)
+    assert get_source(str(tmp_path / "texts")).tokenizer_fingerprint() is None
+    _write_tokens(tmp_path / "texts" / "val.parquet", TOKENS, kind)
+    with pytest.raises(NanochatError, match=r"val\.parquet holds tokens .* holds texts"):
+        get_source(str(tmp_path / "texts")).tokenizer_fingerprint()
+    _write_tokens(tmp_path / "two" / "a.parquet", TOKENS, kind)
+    _write_tokens(tmp_path / "two" / "b.parquet", TOKENS, kind, "another")
+    _write_tokens(tmp_path / "two" / "val.parquet", TOKENS, kind)
+    with pytest.raises(NanochatError, match=r"b\.parquet holds tokens of the tokenizer another"):
+        list(get_source(str(tmp_path / "two")).numbered("train"))
+    _write_tokens(tmp_path / "c.parquet", TOKENS, kind, None)
+    with pytest.raises(NanochatError, match=r"which tokenizer.*nanochat\.tokenizer.*scripts\.data_prep"):
+        get_source(str(tmp_path / "c.parquet")).tokenizer_fingerprint()
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_a_shard_that_vanishes_or_shrinks_is_named(tmp_path: Path, suffix: str) -> None:
+    for name in ("a", "b", "val"):
+        _write(tmp_path / f"{name}{suffix}", DOCUMENTS[:20])
+    path = tmp_path / f"b{suffix}"
+    whole = path.read_bytes()
+    source = get_source(str(tmp_path))
+    reading = source.numbered("train")
+    assert next(reading)[0] == 0
+    path.unlink()
+    with pytest.raises(NanochatError, match=rf"b\{suffix} is gone"):
+        list(reading)
+    path.write_bytes(whole)
+    reading = source.numbered("train")
+    next(reading)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(NanochatError, match=rf"b\{suffix} has \d+ bytes, and had {len(whole)}"):
+        list(reading)
+
+
+def test_a_file_cut_between_two_lines_while_it_is_read_is_named(tmp_path: Path) -> None:
+    _write(tmp_path / "a.jsonl", DOCUMENTS * 100)
+    _write(tmp_path / "val.jsonl", DOCUMENTS[:1])
+    reading = get_source(str(tmp_path)).numbered("train")
+    next(reading)
+    _write(tmp_path / "a.jsonl", DOCUMENTS * 50)
+    with pytest.raises(NanochatError, match=r"a\.jsonl has"):
+        list(reading)
 
 
 def test_bad_data_is_named(tmp_path: Path) -> None:

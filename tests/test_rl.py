@@ -168,7 +168,7 @@ def test_ranks_share_an_update_and_epochs_see_every_problem_once(engine: Engine)
     seen = []
     for step in range(5):
         for loader in (alone, *shares):
-            loader.load_state_dict({"step": step})
+            loader.load_state_dict([{"step": step}])
         together = sorted(pair for loader in shares for pair in loader._problems())
         assert together == alone._problems()
         seen += [index for _, index in together]

@@ -1,0 +1,339 @@
+"""Files of documents: parquet, JSON lines and plain text, read from any row on. Used by dataset.py.
+
+A document is a text, or, in a parquet file that scripts/data_prep wrote, the token ids of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import glob
+import io
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+
+from nanochat.common import NanochatError
+from nanochat.shard_cache import Shard, get_shard_cache, remote_error, retry
+
+Document = str | np.ndarray  # a text, or token ids: (length,) int32, read-only, no BOS
+# (row of the first, documents) until the end of the file; the last may be empty, and ends at the number of rows
+Batches = Iterator[tuple[int, list[Document]]]
+
+READABLE = (".txt", ".md", ".jsonl", ".parquet")
+TEXT_FILE_CHARS = 4000  # a plain text file becomes documents of about this size, cut at blank lines
+TEXT_COLUMNS = ("text", "content", "body")
+TOKEN_COLUMN = "tokens"
+TOKENIZER_KEY = b"nanochat.tokenizer"  # in a parquet schema's metadata: the fingerprint of the tokenizer that made it
+BATCH_ROWS = 1024
+# What file systems call the properties of a file that change with its content.
+VERSION_KEYS = ("ETag", "etag", "blob_id", "md5Hash", "md5", "content_md5", "Content-MD5", "generation", "version_id")
+VERSION_KEYS += ("LastModified", "Last-Modified", "last_modified", "mtime", "modified", "updated", "created")
+
+
+@dataclass(frozen=True)
+class Footer:
+    """What is known of a file without reading its documents. `num_rows` is None where only reading tells."""
+
+    num_rows: int | None
+    tokenizer: str | None  # the fingerprint, None for a file of texts
+
+
+class DocumentFile:
+    """A local file, as it was when it was listed. Rows are numbered from 0, those without content included.
+
+    `name` and `size` (bytes) go into the record of a run, `address` into errors. Everything that reads raises
+    NanochatError, naming the file, if it is damaged, gone, or of another size than when it was listed.
+    """
+
+    way_out = "remove or replace it"
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name, self.address, self.size = path, path.name, str(path), path.stat().st_size
+        self._num_rows: int | None = None
+        self._footer: Footer | None = None
+
+    @property
+    def suffix(self) -> str:
+        return Path(self.name).suffix.lower()
+
+    def fetch(self, following: Sequence[DocumentFile] = ()) -> None:
+        """Bring the file to this machine, if it is far, and begin to bring those that will be read after it."""
+
+    def open(self) -> BinaryIO:
+        """The whole file, on this machine."""
+        return open(self.path, "rb")
+
+    def footer(self) -> Footer:
+        if self._footer is None:
+            with self.errors_named():
+                self._footer = self.read_footer()
+        return self._footer
+
+    def read_footer(self) -> Footer:
+        if self.suffix != ".parquet":
+            return Footer(None, None)
+        with self.open() as file:
+            self._check_size(file)
+            return _parquet_footer(file, self.address)
+
+    def num_rows(self) -> int:
+        """By the metadata of a parquet file; others are passed through once."""
+        if self._num_rows is None:
+            self._num_rows = self.footer().num_rows
+        if self._num_rows is None:
+            for _ in self.batches(sys.maxsize):
+                pass
+        return self._num_rows
+
+    def batches(self, start: int = 0) -> Batches:
+        """The documents from row `start` on; see Batches."""
+        read = {".parquet": _read_parquet, ".jsonl": _read_jsonl}.get(self.suffix, _read_text)
+        with self.errors_named(), self.open() as file:
+            self._check_size(file)
+            for row, documents in read(file, self.address, start):
+                yield row, documents
+            self._check_size(file)  # cut between two lines while it was read, it would look whole
+            self._num_rows = row + len(documents)
+
+    def _check_size(self, file: BinaryIO) -> None:
+        size = os.fstat(file.fileno()).st_size
+        if size != self.size:
+            raise NanochatError(
+                f"{self.address} has {size} bytes, and had {self.size} when this run listed it: restore it, or start again"
+            )
+
+    @contextlib.contextmanager
+    def errors_named(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise NanochatError(f"{self.address} is gone, and was there when this run listed it: restore it") from error
+        except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+            what = (str(error) or type(error).__name__).splitlines()[0]
+            raise NanochatError(f"{self.address} cannot be read ({what}): {self.way_out}") from error
+
+
+class RemoteFile(DocumentFile):
+    """A file that is fetched whole to the cache when it is read; of its footer alone, only that is."""
+
+    way_out = "replace it; if it is sound there, remove the folder data/cache below NANOCHAT_BASE_DIR"
+
+    def __init__(self, shard: Shard) -> None:
+        self.shard, self.name, self.address, self.size = shard, str(shard.name), shard.url, shard.size
+        self._num_rows, self._footer = None, None
+
+    def fetch(self, following: Sequence[DocumentFile] = ()) -> None:
+        cache = get_shard_cache()
+        cache.fetch(self.shard)
+        cache.prefetch([file.shard for file in following if isinstance(file, RemoteFile)])
+
+    def open(self) -> BinaryIO:
+        return get_shard_cache().open(self.shard)
+
+    def read_footer(self) -> Footer:
+        if self.suffix != ".parquet" or self.shard in get_shard_cache():
+            return super().read_footer()
+        try:
+            return retry(self._read_far_footer)
+        except (ValueError, NotImplementedError):  # a server that gives no parts of files
+            return super().read_footer()
+        except Exception as error:
+            raise remote_error(self.address, error) from error
+
+    def _read_far_footer(self) -> Footer:
+        with self.shard.filesystem.open(self.shard.path, "rb") as file:
+            return _parquet_footer(file, self.address)
+
+
+# ----------------------------------------------------------------------------- parquet
+
+
+def _parquet_footer(file: BinaryIO, address: str) -> Footer:
+    metadata = pq.read_metadata(file)
+    return Footer(metadata.num_rows, _column(metadata.schema.to_arrow_schema(), address)[1])
+
+
+def _column(schema: pa.Schema, address: str) -> tuple[str, str | None]:
+    """(name of the column to read, fingerprint of its tokenizer or None for a text)."""
+    fingerprint = (schema.metadata or {}).get(TOKENIZER_KEY)
+    kind = schema.field(TOKEN_COLUMN).type if TOKEN_COLUMN in schema.names else None
+    holds_ids = isinstance(kind, (pa.ListType, pa.LargeListType)) and pa.types.is_integer(kind.value_type)
+    if holds_ids and fingerprint is not None:
+        return TOKEN_COLUMN, fingerprint.decode()
+    if holds_ids and not set(TEXT_COLUMNS) & set(schema.names):
+        raise NanochatError(
+            f"{address} has a column {TOKEN_COLUMN} but does not say which tokenizer made it ({TOKENIZER_KEY.decode()} "
+            "in the schema's metadata): write it with python -m scripts.data_prep"
+        )
+    return _text_column(address, schema.names), None
+
+
+def _text_column(address: str, names: list[str]) -> str:
+    for column in TEXT_COLUMNS:
+        if column in names:
+            return column
+    raise NanochatError(f"{address} has no column {' or '.join(TEXT_COLUMNS)}, only {', '.join(names)}: rename one")
+
+
+def _read_parquet(file: BinaryIO, address: str, start: int) -> Batches:
+    parquet = pq.ParquetFile(file)
+    column, tokenizer = _column(parquet.schema_arrow, address)
+    convert = _texts if tokenizer is None else _token_ids
+    ends = list(itertools.accumulate(parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)))
+    skipped = sum(end <= start for end in ends)  # row groups
+    row = ends[skipped - 1] if skipped else 0
+    groups = list(range(skipped, len(ends)))
+    for batch in parquet.iter_batches(batch_size=BATCH_ROWS, row_groups=groups, columns=[column]) if groups else ():
+        begin = max(0, start - row)
+        if begin < batch.num_rows:
+            yield row + begin, convert(batch.column(0)[begin:])
+        row += batch.num_rows
+    yield row, []
+
+
+def _texts(column: pa.Array) -> list[Document]:
+    return [text or "" for text in column.to_pylist()]
+
+
+def _token_ids(column: pa.Array) -> list[Document]:
+    ids = column.values.cast(pa.int32()).to_numpy()  # once for all documents, which are views of it
+    offsets = column.offsets.to_pylist()
+    return [ids[begin:end] for begin, end in itertools.pairwise(offsets)]
+
+
+# ----------------------------------------------------------------------------- lines and plain text
+
+
+def _in_batches(documents: Iterator[Document], row: int) -> Batches:
+    while batch := list(itertools.islice(documents, BATCH_ROWS)):
+        yield row, batch
+        row += len(batch)
+    yield row, []
+
+
+def _read_jsonl(file: BinaryIO, address: str, start: int) -> Batches:
+    """One document a line; an empty line is one without content."""
+    lines = io.TextIOWrapper(file, encoding="utf-8", newline="\n")
+    passed = sum(1 for _ in itertools.islice(lines, start))
+    yield from _in_batches((_parse_line(line, address, n) for n, line in enumerate(lines, passed + 1)), passed)
+    lines.detach()
+
+
+def _parse_line(line: str, address: str, number: int) -> str:
+    if not line.strip():
+        return ""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise NanochatError(f"{address}, line {number}, is not JSON ({error.msg}): mend or remove it") from error
+    if not isinstance(row, dict):
+        raise NanochatError(f"{address}, line {number}, is not an object with a text")
+    return str(row[_text_column(address, list(row))])
+
+
+def _read_text(file: BinaryIO, address: str, start: int) -> Batches:
+    lines = io.TextIOWrapper(file, encoding="utf-8")
+    documents = _cut_at_blank_lines(lines)
+    passed = sum(1 for _ in itertools.islice(documents, start))
+    yield from _in_batches(documents, passed)
+    lines.detach()
+
+
+def _cut_at_blank_lines(lines: Iterator[str]) -> Iterator[str]:
+    """Documents of about TEXT_FILE_CHARS."""
+    document: list[str] = []
+    chars = 0
+    for line in lines:
+        if chars >= TEXT_FILE_CHARS and not line.strip():
+            yield "".join(document)
+            document, chars = [], 0
+        else:
+            document.append(line)
+            chars += len(line)
+    yield "".join(document)
+
+
+# ----------------------------------------------------------------------------- listing
+
+Listing = dict[PurePath, Callable[[], DocumentFile]]  # what was found, and how to get it, if it is of interest
+
+
+def is_remote(address: str) -> bool:
+    return "://" in address and not address.startswith("file://")
+
+
+def list_local(path: str) -> Listing:
+    """The files at a path, below a folder, or that a glob matches."""
+    expanded = Path(path.removeprefix("file://")).expanduser()
+    found = expanded.rglob("*") if expanded.is_dir() else map(Path, glob.glob(str(expanded), recursive=True))
+    return {path: functools.partial(DocumentFile, path) for path in found if path.is_file()}
+
+
+def list_remote(address: str) -> Listing:
+    """The same at an fsspec address. Raises NanochatError if it cannot be listed."""
+    try:
+        filesystem, path = url_to_fs(address, **_filesystem_options(address))
+        infos = retry(lambda: _list_filesystem(filesystem, path))
+    except Exception as error:
+        raise remote_error(address, error) from error
+    chained = "".join(address.partition("::")[1:])  # zip://a.parquet::s3://bucket/file.zip: the path does not tell which zip
+    shards = (Shard(filesystem.unstrip_protocol(n) + chained, filesystem, n, **_properties(info)) for n, info in infos.items())
+    return {shard.name: functools.partial(_remote_file, shard) for shard in shards}
+
+
+def _filesystem_options(address: str) -> dict[str, Any]:
+    """Those of a file system whose defaults are not for large files."""
+    if address.startswith("hf://"):
+        from huggingface_hub.utils import disable_progress_bars
+
+        for name in ("http_get", "xet_get"):  # bars from several threads and ranks would cover the training log
+            disable_progress_bars(f"huggingface_hub.{name}")
+    if address.startswith(("http://", "https://")):
+        with contextlib.suppress(ImportError):  # url_to_fs says so
+            from aiohttp import ClientTimeout
+
+            return {"client_kwargs": {"timeout": ClientTimeout(total=None, sock_connect=30, sock_read=60)}}
+    return {}
+
+
+def _list_filesystem(filesystem: AbstractFileSystem, path: str) -> dict[str, dict[str, Any]]:
+    filesystem.invalidate_cache()
+    is_web = path.startswith(("http://", "https://"))
+    if any(character in path for character in ("*[" if is_web else "*?[")):
+        found = filesystem.glob(path, detail=True)
+    elif (is_web and path.endswith("/")) or (info := filesystem.info(path))["type"] == "directory":
+        found = filesystem.find(path, detail=True)
+    else:
+        found = {info["name"]: info}
+    return {name: info for name, info in found.items() if info["type"] == "file"}
+
+
+def _properties(info: dict[str, Any]) -> dict[str, Any]:
+    """Size and version of a Shard; a size of -1 where the listing does not tell."""
+    size = info.get("size")
+    return {"size": -1 if size is None else size, "version": str([info[key] for key in VERSION_KEYS if info.get(key)])}
+
+
+def _remote_file(shard: Shard) -> RemoteFile:
+    """Raises NanochatError if the server does not tell the size, without which a whole file is not known from a cut one."""
+    if shard.size < 0:  # as in the listing of a web server
+        try:
+            info = retry(lambda: shard.filesystem.info(shard.path))
+        except Exception as error:
+            raise remote_error(shard.url, error) from error
+        shard = replace(shard, **_properties(info))
+    if shard.size < 0:
+        raise NanochatError(f"{shard.url}: its server does not say how large it is: download it and give its path")
+    return RemoteFile(shard)

@@ -1,0 +1,39 @@
+"""Dealing training data to a fixed number of lanes, so that the order of the data does not depend on the number of ranks.
+
+Used by dataloader.py and conversation_loader.py. A lane packs what it was dealt by itself; row number g of the whole
+training is the next one of lane g % lanes. A rank runs the lanes rank, rank + world_size, ... and so makes every
+world_size-th row: any number of ranks that divides the lanes reads the same rows for the same update, and may take over
+from any other such number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from nanochat.common import NanochatError
+
+LANES = 16
+
+
+def count_lanes(world_size: int) -> int:
+    """As many lanes as usual, or so many more that the ranks divide them."""
+    return math.lcm(LANES, world_size)
+
+
+def rank_lanes(lanes: int, rank: int, world_size: int) -> list[int]:
+    """The lanes of a rank, in the order in which they give rows. Raises NanochatError if the ranks do not divide them."""
+    if lanes % world_size:
+        fitting = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
+        raise NanochatError(
+            f"this run's data is dealt to {lanes} lanes, which {world_size} processes cannot share evenly: "
+            f"go on with one of {fitting}"
+        )
+    return list(range(rank, lanes, world_size))
+
+
+def rows_of_rank(rows: Sequence[int], world_size: int) -> int:
+    """How many rows each of world_size ranks has made, if the ranks of then made so many each."""
+    if sum(rows) % world_size:
+        raise NanochatError(f"{sum(rows)} rows cannot be shared among {world_size} processes: go on with {len(rows)}")
+    return sum(rows) // world_size
