@@ -40,6 +40,7 @@ class OptimizerSettings:
     embedding_weight_decay: float = 0.0
     adam_betas: tuple[float, float] = (0.8, 0.95)
     adam_eps: float = 1e-10
+    scalar_eps: float = 1e-6  # a norm makes their first gradient 0 but for rounding, of which Adam must not make a step
     muon_momentum: float = 0.95
     muon_beta2: float = 0.9
 
@@ -80,8 +81,8 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> MuonAdamW:
         Group("adamw", *take("wte."), embedding_lr, decay, **adam),
         Group("adamw", *take("value_embeds."), embedding_lr, decay, **adam),
         # Each residual factor moves the whole stream: a hundredth of the rate of the factors of the first embedding.
-        Group("adamw", *take("resid_lambdas"), settings.scalar_lr * 0.01, **adam),
-        Group("adamw", *take("x0_lambdas"), settings.scalar_lr, betas=(0.96, 0.95), eps=settings.adam_eps),
+        Group("adamw", *take("resid_lambdas"), settings.scalar_lr * 0.01, betas=settings.adam_betas, eps=settings.scalar_eps),
+        Group("adamw", *take("x0_lambdas"), settings.scalar_lr, betas=(0.96, 0.95), eps=settings.scalar_eps),
     ]
     for shape in sorted({tuple(p.shape) for p in by_name.values()}):
         names = [name for name, p in by_name.items() if tuple(p.shape) == shape]
