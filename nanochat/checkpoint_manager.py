@@ -1,25 +1,30 @@
-"""Checkpoints: safetensors and JSON, all of a step visible together or not at all. Used by trainer.py and every script.
+"""Checkpoints: safetensors and JSON, all of a step visible together or not at all. Used by every script; written by
+trainer.py through checkpoint_writer.py.
 
 A run is one directory, `<base>/runs/<tag>`, with a directory for each stage: base, sft, rl. A step of a stage:
 
     runs/<tag>/<stage>/step_000400/model.safetensors, optim.safetensors (optional), meta.json, manifest.json
 
 It is written under a temporary name, flushed to disk, hashed, and renamed last. The manifest holds the hash of each file;
-a directory without a manifest, or under another name, is not a checkpoint and is never selected.
+a directory without a manifest, or under another name, is not a checkpoint and is never selected. `best.json` of a stage
+names the step that was measured best.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -27,8 +32,9 @@ from nanochat.common import NanochatError, get_base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1: the manifest had no digest of its own
 STAGES = ("base", "sft", "rl")
+BEST_FILE = "best.json"
 MODEL_FILE, OPTIMIZER_FILE, META_FILE, MANIFEST_FILE = (
     "model.safetensors",
     "optim.safetensors",
@@ -79,16 +85,23 @@ def find_run(stage: str, model_tag: str | None = None) -> str:
         known = [path.name for path in sorted(get_runs_dir().glob("*")) if list_steps(path / stage)]
         choices = f"runs with one: {', '.join(known)}" if known else "no run has one yet"
         raise CheckpointError(f"run {model_tag!r} has no {stage} checkpoint in {get_runs_dir()}; {choices}")
-    newest: tuple[float, str] | None = None
-    for stage_dir in get_runs_dir().glob(f"*/{stage}"):
-        steps = list_steps(stage_dir)
-        if steps:
-            created = _read_json(step_dir(stage_dir, steps[-1]) / MANIFEST_FILE).get("created", 0.0)
-            newest = max(newest or (created, stage_dir.parent.name), (created, stage_dir.parent.name))
-    if newest is None:
+    runs = _newest_of_runs(stage)
+    if not runs:
         command = {"base": "scripts.base_train", "sft": "scripts.chat_sft", "rl": "scripts.chat_rl"}[stage]
         raise CheckpointError(f"no {stage} checkpoint in {get_runs_dir()}: make one with python -m {command}")
-    return newest[1]
+    return max(runs)[1]
+
+
+def _newest_of_runs(stage: str) -> list[tuple[float, str]]:
+    """(when its newest checkpoint was made, tag) of each run with this stage ("*": any); unreadable ones left out."""
+    found = []
+    for stage_dir in get_runs_dir().glob(f"*/{stage}"):
+        for step in reversed(list_steps(stage_dir)):
+            with contextlib.suppress(CheckpointError, ValueError, TypeError):
+                created = float(_read_json(step_dir(stage_dir, step) / MANIFEST_FILE)["created"])
+                found.append((created, stage_dir.parent.name))
+                break
+    return found
 
 
 # ----------------------------------------------------------------------------- writing
@@ -105,36 +118,91 @@ def save_checkpoint(
 
     `meta` must be JSON. Raises OSError if the disk is full; nothing half-written stays.
     """
-    target = step_dir(stage_dir, step)
-    stage_dir.mkdir(parents=True, exist_ok=True)
-    temporary = stage_dir / f".{target.name}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = begin_checkpoint(stage_dir, step)
     try:
-        temporary.mkdir()
         _save_tensors(model_state, temporary / MODEL_FILE)
         if optimizer_state is not None:
             _save_tensors(optimizer_state, temporary / OPTIMIZER_FILE)
-        _write_json({"version": FORMAT_VERSION, "step": step, **meta}, temporary / META_FILE)
-        files = {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in temporary.iterdir()}
-        manifest = {"version": FORMAT_VERSION, "step": step, "created": time.time(), "files": files}
-        _write_json(manifest, temporary / MANIFEST_FILE)
-        for path in (*temporary.iterdir(), temporary):
-            _flush_to_disk(path)
-        if target.exists():  # the same step again, after a resume: the old one gives way only now
-            old = stage_dir / f".{target.name}.{os.getpid()}.old"
-            os.rename(target, old)
-            os.rename(temporary, target)
-            shutil.rmtree(old)
-        else:
-            os.rename(temporary, target)
-        _flush_to_disk(stage_dir)
+        return finish_checkpoint(temporary, stage_dir, step, meta)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def begin_checkpoint(stage_dir: Path, step: int) -> Path:
+    """An empty directory for the files of a step; `finish_checkpoint` makes it visible."""
+    temporary = stage_dir / f".{step_dir(stage_dir, step).name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def finish_checkpoint(temporary: Path, stage_dir: Path, step: int, meta: dict[str, Any]) -> Path:
+    """Add meta and manifest to the files in a temporary directory, flush all of it, and give it its name."""
+    target = step_dir(stage_dir, step)
+    _write_json({"version": FORMAT_VERSION, "step": step, **meta}, temporary / META_FILE)
+    paths = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+    files = {
+        path.relative_to(temporary).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in paths
+    }
+    manifest = {"version": FORMAT_VERSION, "step": step, "created": _later_than_all(time.time()), "files": files}
+    _write_json({**manifest, "digest": _digest(manifest)}, temporary / MANIFEST_FILE)
+    for path in (*temporary.rglob("*"), temporary):
+        _flush_to_disk(path)
+    if target.exists():  # the same step again, after a resume: the old one gives way only now
+        old = stage_dir / f".{target.name}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(target, old)
+        os.rename(temporary, target)
+        shutil.rmtree(old)
+    else:
+        os.rename(temporary, target)
+    _flush_to_disk(stage_dir)
     return target
 
 
+def _later_than_all(now: float) -> float:
+    """A time for a new checkpoint: later than that of any there is, even if the clock was set back."""
+    return max([now, *(created + 1e-3 for created, _ in _newest_of_runs("*"))])
+
+
+@contextlib.contextmanager
+def lock_stage(stage_dir: Path) -> Iterator[None]:
+    """While this lasts no other process may write to the stage; the system ends it with the process.
+
+    Raises NanochatError if another process is at it.
+    """
+    stage_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(stage_dir / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise NanochatError(
+            f"{stage_dir} is being trained by another process: wait for it, stop it, or choose another --model-tag"
+        ) from None
+
+
+def clean_up(stage_dir: Path) -> None:
+    """Remove what killed processes left half-written, and put back what they had set aside to be replaced."""
+    for old in stage_dir.glob(".step_*.old"):
+        target = stage_dir / old.name.removeprefix(".").removesuffix(".old")
+        if not target.exists():
+            os.rename(old, target)
+    for left in (*stage_dir.glob(".step_*.tmp"), *stage_dir.glob(".step_*.old")):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def prune(stage_dir: Path, step: int, keep_last: int, best: int | None) -> None:
+    """Remove checkpoints up to `step` but for the newest keep_last and the best. Later ones are of another attempt."""
+    steps = [n for n in list_steps(stage_dir) if n <= step]
+    for n in steps[: max(0, len(steps) - keep_last)]:
+        if n != best:
+            directory = step_dir(stage_dir, n)
+            (directory / MANIFEST_FILE).unlink()  # first: from now on it is no checkpoint
+            shutil.rmtree(directory, ignore_errors=True)
+
+
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    tensors = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(tensors, path)
     except SafetensorError as error:  # its own class for what is an OSError, a full disk most often
@@ -155,6 +223,12 @@ def _flush_to_disk(path: Path) -> None:
         os.close(fd)
 
 
+def _digest(manifest: dict[str, Any]) -> str:
+    """Of what a manifest says, so that damage to the manifest itself is noticed."""
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         digest = hashlib.sha256()
@@ -168,7 +242,10 @@ def _sha256(path: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+        return content
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): choose another step with --step") from error
 
@@ -176,20 +253,28 @@ def _read_json(path: Path) -> dict[str, Any]:
 def verify_checkpoint(directory: Path) -> None:
     """Raise CheckpointError unless every file is there, whole and unchanged since it was written."""
     manifest = _read_json(directory / MANIFEST_FILE)
-    if manifest.get("version", 0) > FORMAT_VERSION:
-        raise CheckpointError(f"{directory} has format {manifest['version']}, newer than this nanochat reads: update it")
+    version = manifest.get("version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise CheckpointError(f"{directory} has format {version}, newer than this nanochat reads: update it")
+    if version != 1 and manifest.get("digest") != _digest(manifest):
+        raise _damage(directory / MANIFEST_FILE)
     for name, expected in manifest["files"].items():
         path = directory / name
         if not path.is_file() or path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
-            others = [str(step) for step in list_steps(directory.parent) if step_dir(directory.parent, step) != directory]
-            way_out = f"use another step: {', '.join(others)}" if others else "train it again"
-            raise CheckpointError(f"{path} is damaged (missing, or not what was saved); {way_out}")
+            raise _damage(path)
+
+
+def _damage(path: Path) -> CheckpointError:
+    directory = next(parent for parent in path.parents if parent.name.startswith("step_"))
+    others = [str(step) for step in list_steps(directory.parent) if step_dir(directory.parent, step) != directory]
+    way_out = f"use another step: {', '.join(others)}" if others else "train it again"
+    return CheckpointError(f"{path} is damaged (missing, or not what was saved); {way_out}")
 
 
 def load_checkpoint(
     stage_dir: Path, step: int, device: torch.device | str = "cpu", load_optimizer: bool = False
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None, dict[str, Any]]:
-    """(model_state, optimizer_state or None, meta) of a step, verified. Raises CheckpointError."""
+    """(model_state, optimizer_state or None, meta) of a step, verified; the optimizer's on the CPU. Raises CheckpointError."""
     directory = step_dir(stage_dir, step)
     if step not in list_steps(stage_dir):
         steps = ", ".join(map(str, list_steps(stage_dir))) or "none"
@@ -200,7 +285,7 @@ def load_checkpoint(
     if load_optimizer:
         if not (directory / OPTIMIZER_FILE).exists():
             raise CheckpointError(f"{directory} was saved without optimizer state: training cannot go on from it")
-        optimizer_state = load_file(directory / OPTIMIZER_FILE, device=str(device))
+        optimizer_state = load_file(directory / OPTIMIZER_FILE)
     return model_state, optimizer_state, _read_json(directory / META_FILE)
 
 

@@ -1,6 +1,6 @@
 """Ground floor of the house: device, compute dtype, process group, paths, errors, logging.
 
-Everything else imports from here; this module imports nothing of nanochat's.
+Everything else imports from here; this module imports nothing of nanochat's but the heartbeat.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ import traceback
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from nanochat.heartbeat import RESTART, Heartbeat
+
+T = TypeVar("T")
 logger = logging.getLogger("nanochat")
 
 
@@ -111,7 +114,7 @@ def run_command(main: Callable[[list[str] | None], int]) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) went away: nothing to say and nobody to hear it
         sys.stderr.close()
         return 141
-    except (NanochatError, OSError, torch.OutOfMemoryError) as error:
+    except (NanochatError, OSError, torch.OutOfMemoryError, dist.DistError) as error:
         if debug:
             traceback.print_exc()
         print(f"error: {describe_error(error)}", file=sys.stderr)
@@ -129,6 +132,8 @@ def describe_error(error: BaseException) -> str:
         return f"no permission for {error.filename}: choose another folder, for example with NANOCHAT_BASE_DIR"
     if isinstance(error, torch.OutOfMemoryError):
         return f"the device ran out of memory: choose a smaller --device-batch-size or --max-seq-len ({error})"
+    if isinstance(error, dist.DistError):
+        return f"another process of this job has gone ({str(error).splitlines()[0]}): {RESTART}"
     return str(error)
 
 
@@ -182,9 +187,10 @@ def compute_init(device_type: str = "", seed: int = 42) -> tuple[bool, int, int,
         torch.cuda.manual_seed(seed)
         torch.cuda.set_device(device)
     if ddp and not dist.is_initialized():
-        backend = "nccl" if device_type == "cuda" else "gloo"
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"  # gloo too, for what the host decides
         device_id = device if device_type == "cuda" else None
         dist.init_process_group(backend, timeout=timedelta(minutes=10), device_id=device_id)
+        _start_heartbeat(rank, world_size)
         if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     return ddp, rank, local_rank, world_size, device
@@ -193,7 +199,44 @@ def compute_init(device_type: str = "", seed: int = 42) -> tuple[bool, int, int,
 def compute_cleanup() -> None:
     """Leave the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
+        if _heartbeats:
+            _heartbeats.pop().stop()
         dist.destroy_process_group()
+
+
+_heartbeats: list[Heartbeat] = []  # of the process group this process is in: one or none
+
+
+def _start_heartbeat(rank: int, world_size: int) -> None:
+    if world_size > 1:
+        _heartbeats.append(Heartbeat(dist.distributed_c10d._get_default_store(), rank, world_size))
+
+
+def from_rank0(value: T) -> T:
+    """Rank 0's value, on every rank (a collective call): for what must be decided once."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank (a collective call); asks between the hosts, without waiting for a device."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return flag
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def gather_objects(value: T) -> list[T]:
+    """The values of all ranks, in their order, on every rank (a collective call)."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def get_compute_dtype(device: torch.device | str) -> torch.dtype:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,9 @@ class MetricsLog:
         stage_dir.mkdir(parents=True, exist_ok=True)
         path = stage_dir / "metrics.jsonl"
         torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - open for the life of the run
-        if torn:  # a crash cut the last line short: what follows must not be glued to it
-            self._file.write("\n")
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open for the life of the run
+        # A crash may have cut the last line short: what follows must not be glued to it.
+        self._unwritten = b"\n" if torn else b""
         if run != "dummy":
             try:
                 import wandb
@@ -46,13 +47,12 @@ class MetricsLog:
             self._tensorboard = SummaryWriter(str(stage_dir / "tensorboard"))
 
     def log(self, row: dict[str, Any]) -> None:
-        """Write one row; it is on disk (or at least with the system) when this returns."""
+        """Write one row; it is with the system when this returns, or, if the disk is full, tried again with the next."""
         if self._file is None:
             return
         row = {"timestamp": round(time.time(), 3), **row}
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        self._write(json.dumps(finite) + "\n")
         place = ("step", "timestamp")
         numbers = {k: v for k, v in finite.items() if isinstance(v, int | float) and k not in place}
         if self._wandb is not None:
@@ -61,8 +61,20 @@ class MetricsLog:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(name, value, row["step"])
 
+    def _write(self, line: str) -> None:
+        complained = bool(self._unwritten.strip())
+        self._unwritten += line.encode("utf-8")
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+        except OSError as error:
+            if not complained:
+                print(f"metrics cannot be written now ({error.strerror}); training goes on and they are kept", file=sys.stderr)
+
     def close(self) -> None:
         if self._file is not None:
+            if self._unwritten.strip():
+                self._write("")
             self._file.close()
         if self._wandb is not None:
             self._wandb.finish()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from dataclasses import dataclass
@@ -19,15 +20,26 @@ import torch.distributed as dist
 from nanochat.checkpoint_manager import (
     CheckpointError,
     build_model,
+    clean_up,
     get_run_dir,
     get_stage_dir,
     list_steps,
     load_checkpoint,
+    lock_stage,
     newest_valid_step,
     read_meta,
 )
-from nanochat.common import NanochatError, atomic_write, print0, read_json_lines, synchronize
+from nanochat.common import (
+    NanochatError,
+    atomic_write,
+    from_rank0,
+    get_dist_info,
+    print0,
+    read_json_lines,
+    synchronize,
+)
 from nanochat.compilation import can_compile
+from nanochat.dataset import Source
 from nanochat.gpt import GPT
 from nanochat.optim import MuonAdamW
 from nanochat.scaling import accumulation_steps, default_device_batch_size
@@ -37,7 +49,8 @@ from nanochat.trainer import Trainer
 # What may differ between a run and its resumption: it changes how the work is done, not what is computed.
 FREE_SETTINGS = {
     "resume", "resume_from_step", "device_batch_size", "grad_accum_steps", "run", "tensorboard", "device", "dtype",
-    "world_size", "compile", "eval_every", "eval_tokens", "sample_every", "save_every",
+    "world_size", "compile", "eval_every", "eval_tokens", "sample_every", "save_every", "keep_last",
+    "data", "tokenizer",  # what these mean is compared, not where it lies
     "core_metric_every", "core_metric_max_per_task", "eval_bundle", "max_rows", "eval_examples", "eval_samples",
     "sample_prompts", "log_every",
 }  # fmt: skip
@@ -56,6 +69,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, eval_every: int = 25
         help="go on from the newest checkpoint, from none, from STEP",
     )
     run.add_argument("--save-every", type=int, default=-1, metavar="STEPS", help="save every so often (-1: at the end)")
+    run.add_argument("--keep-last", type=int, default=3, metavar="K", help="checkpoints to keep, and the best (-1: all)")
     run.add_argument("--eval-every", type=int, default=eval_every, metavar="STEPS", help="validate (-1: at the end)")
     if horizon_by_time:
         run.add_argument("--eval-tokens", type=int, default=-1, metavar="N", help="validation tokens to use (-1: all)")
@@ -109,10 +123,25 @@ def open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Sta
     """Decide between going on and starting anew, without ever writing over an older run.
 
     resume "none": a run of a given tag must be new; without a tag the first free of d4, d4-2, d4-3 ... is taken.
-    "auto": from the newest intact checkpoint, or anew if there is none. A number: from that step.
+    "auto": from the newest intact checkpoint, or anew if there is none. A number: from that step. Rank 0 decides for all.
     """
     if resume not in ("auto", "none") and not resume.isdigit():
         raise NanochatError(f"--resume {resume!r} is neither auto nor none nor a step")
+    if resume == "none" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+        raise NanochatError("torchrun started this job again, but it may not go on from a checkpoint: add --resume auto")
+    outcome: Stage | NanochatError | None = None
+    if get_dist_info()[1] == 0:
+        try:
+            outcome = _open_stage(name, tag, default_tag, resume)
+        except NanochatError as error:
+            outcome = error
+    outcome = from_rank0(outcome)
+    if isinstance(outcome, NanochatError):
+        raise outcome
+    return outcome
+
+
+def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Stage:
     if resume == "none":
         if tag is None:
             tag, n = default_tag, 1
@@ -128,6 +157,9 @@ def open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Sta
     else:
         tag = tag or default_tag
         directory = get_stage_dir(tag, name)
+        if directory.exists():
+            with lock_stage(directory):
+                clean_up(directory)
         if resume == "auto":
             step, skipped = newest_valid_step(directory)
             for sentence in skipped:
@@ -144,6 +176,12 @@ def open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Sta
 def check_settings(stage: Stage, new: dict[str, Any]) -> None:
     """Raise NanochatError if a stage that is to go on was started with other settings."""
     old = stage.recorded_settings()
+    fingerprint = new["tokenizer_fingerprint"]
+    if old.get("tokenizer_fingerprint", fingerprint) != fingerprint:
+        raise NanochatError(
+            f"the tokenizer is not the one that run {stage.tag!r} was started with: give the copy that the run keeps, "
+            f"--tokenizer={get_run_dir(stage.tag)}, or choose another --model-tag"
+        )
     for key, value in json.loads(json.dumps(new)).items():
         if key not in FREE_SETTINGS and key in old and old[key] != value:
             flag = "--" + key.replace("_", "-")
@@ -153,11 +191,33 @@ def check_settings(stage: Stage, new: dict[str, Any]) -> None:
             )
 
 
+def check_tokens(source: Source, tokenizer: Tokenizer) -> None:
+    """Raise NanochatError if the source holds tokens of another tokenizer."""
+    found = source.tokenizer_fingerprint()
+    if found is not None and found != tokenizer.fingerprint():
+        raise NanochatError(
+            f"{source.name} holds tokens of another tokenizer ({found[:12]}, not {tokenizer.fingerprint()[:12]}): give the one "
+            "that made them with --tokenizer"
+        )
+
+
+def check_data(stage: Stage, source: Source) -> None:
+    """Raise NanochatError if files that a stage read are gone or changed. New ones, behind them, are welcome."""
+    if stage.resume_step is None:
+        return
+    now = source.describe()["files"]
+    for name, size in read_meta(stage.directory, stage.resume_step)["data"]["files"].items():
+        if now.get(name) != size:
+            what = "is gone" if name not in now else "has changed"
+            raise NanochatError(f"{name} of {source.name} {what} since run {stage.tag!r} read it: restore it to go on")
+
+
 def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, Any], rank: int) -> None:
     """Write what the stage is (settings.json, the tokenizer) before it starts."""
     if rank != 0:
         return
-    stage.directory.mkdir(parents=True, exist_ok=True)
+    with lock_stage(stage.directory):
+        pass  # nobody else is at it; the trainer takes the lock for its time
     if stage.resume_step is not None:
         print0(f"going on from step {stage.resume_step} of {stage.directory}")
     else:

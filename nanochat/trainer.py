@@ -1,14 +1,15 @@
 """THE training loop. Pretraining, SFT and RL differ only in the loader, the loss and the callbacks that they bring.
 
 A Trainer is itself one state: `state_dict()` holds everything that decides what comes next, and a run that is stopped
-and resumed goes the way it would have gone. Order at a step: save, evaluate, sample, then train, so that a crash in an
-evaluation costs nothing.
+and resumed goes the way it would have gone, on the same number of ranks or on another. Order at a step: save, evaluate,
+sample, then train, so that a crash in an evaluation costs nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import math
 import signal
 import threading
@@ -21,8 +22,9 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from nanochat.checkpoint_manager import list_steps, save_checkpoint
-from nanochat.common import NanochatError, get_dist_info
+from nanochat.checkpoint_manager import BEST_FILE, CheckpointError, list_steps, lock_stage
+from nanochat.checkpoint_writer import CheckpointWriter
+from nanochat.common import NanochatError, any_rank, atomic_write, describe_error, gather_objects, get_dist_info
 from nanochat.compilation import can_compile, measure_matmul_rate
 from nanochat.gpt import GPT
 from nanochat.metrics import MetricsLog
@@ -31,6 +33,7 @@ from nanochat.progress import Progress
 from nanochat.scaling import learning_rate_factor, muon_momentum
 
 Evaluation = Callable[[], dict[str, float]]
+PATIENCE_S = 3.0  # between a wish to stop and a demand
 SHOWN = ("loss", "reward", "tok_per_s", "mfu", "bpb", "pass@1")  # on the progress line, where there are such numbers
 Batch = tuple[torch.Tensor, ...]  # (inputs, targets, ...): targets (B, T) int64, -1 where there is nothing to predict
 
@@ -40,8 +43,8 @@ class Loader(Protocol):
 
     def __iter__(self) -> Iterator[Batch]: ...
     def __next__(self) -> Batch: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...  # of this rank, JSON
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None: ...  # of all ranks there were
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,9 @@ class TrainConfig:
     eval_first: bool = False  # also before the first update
     sample_every: int = 2000
     save_every: int = -1
+    keep_last: int = -1  # checkpoints, besides the best; 0 or less keeps all
+    compare_every: int = 100  # make sure that all ranks still hold the same parameters
+    best_metric: str = "-val/bpb"  # of an evaluation, what the best checkpoint has the most of; - for the least
     log_every: int = 1
     compile: bool = True
     stage_name: str = "training"
@@ -111,27 +117,79 @@ class Trainer:
         self.step = 0
         self.time_s = 0.0  # of training alone, over all sittings
         self.results: dict[str, float] = {}  # of the newest evaluations
+        self.best: dict[str, float] = {}  # {"step": ..., "value": ...} of the saved step that was measured best
+        self._saved_step: int | None = None  # the newest checkpoint is of this state
+        self._writer = CheckpointWriter(stage_dir, config.keep_last)
         self._pending: list[torch.Tensor] = []  # losses not yet read from the device
-        self._stop_signal: int | None = None
+        self._asked_to_stop_at: float | None = None
 
     # ------------------------------------------------------------------------- state
 
-    def state_dict(self) -> dict[str, Any]:
-        """What, with the model's and the optimizer's tensors, decides how the run goes on; JSON."""
-        return {"step": self.step, "time_s": self.time_s, "loader": self.loader.state_dict(), "results": self.results}
+    def state_dict(self, loader_state: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What, with the model's and the optimizer's tensors, decides how the run goes on; JSON. A collective call.
+
+        loader_state: this rank's loader's, if not as it is now.
+        """
+        return {
+            "step": self.step, "time_s": self.time_s, "results": self.results, "best": self.best,
+            "loader": gather_objects(loader_state or self.loader.state_dict()),
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on as the trainer that gave this state would have; it may have had another number of ranks."""
+        if not isinstance(state["loader"], list):
+            raise CheckpointError(
+                f"step {state['step']} of {self.stage_dir} was saved by an older nanochat, whose place in the data cannot be "
+                "taken over: its weights can be used, but training must start anew under another --model-tag"
+            )
         self.step, self.time_s, self.results = state["step"], state["time_s"], state["results"]
+        self.best = state["best"]
+        self._saved_step = self.step
         self.loader.load_state_dict(state["loader"])
 
-    def save(self) -> None:
-        """Write a checkpoint of this step (a collective call: rank 0 writes, the others give their optimizer state)."""
+    def save(self, wait: bool = False, loader_state: dict[str, Any] | None = None) -> None:
+        """Begin to write a checkpoint of this step; with `wait`, until it is on disk (a collective call).
+
+        Raises OSError if it then could not be written. Otherwise that is reported when the next one is due, and training
+        goes on: the checkpoints that there are stay.
+        """
+        self._compare_ranks()
+        meta = {**self.meta, "trainer": self.state_dict(loader_state), "train_config": asdict(self.config)}
         optimizer_state = self.optimizer.state_dict()
+        failure = None
         if self.rank == 0:
-            meta = {**self.meta, "trainer": self.state_dict(), "train_config": asdict(self.config)}
-            save_checkpoint(self.stage_dir, self.step, self.model.state_dict(), optimizer_state, meta)
-        if self.ddp:
-            dist.barrier()
+            self._report_failed_save()
+            self._writer.start(self.step, self.model.state_dict(), optimizer_state, meta, self.best.get("step"))
+            if wait:
+                try:
+                    self._writer.wait()
+                except OSError as error:
+                    failure = error
+        self._saved_step = self.step
+        if wait and any_rank(failure is not None):
+            raise failure or NanochatError("rank 0 could not write the checkpoint: its reason stands above")
+
+    def _report_failed_save(self) -> None:
+        try:
+            self._writer.wait()
+        except OSError as error:
+            self.progress.print(f"warning: a checkpoint could not be written; training goes on. {describe_error(error)}")
+
+    def _compare_ranks(self) -> None:
+        """Raise NanochatError if ranks no longer hold the same parameters, bit for bit."""
+        if not self.ddp:
+            return
+        names, sums = zip(*((name, p.data.view(torch.int32).sum()) for name, p in self.model.named_parameters()), strict=True)
+        least = torch.stack(sums)
+        most = least.clone()
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        different = [name for name, same in zip(names, (least == most).tolist(), strict=True) if not same]
+        if different:
+            raise NanochatError(
+                f"the ranks hold different parameters at step {self.step} ({len(different)}, first {different[0]}), as after "
+                f"a fault of memory or network: {self._last_good()}; go on from there with --resume auto"
+            )
 
     # ------------------------------------------------------------------------- the loop
 
@@ -140,29 +198,37 @@ class Trainer:
 
         Raises NanochatError if the loss stops being a number, naming the last good checkpoint.
         """
-        config = self.config
-        self._prepare()
-        total = config.num_iterations
         with (
-            Progress(config.stage_name, total=total, unit="step", start=self.step) as self.progress,
+            self._locked(),
+            Progress(self.config.stage_name, self.config.num_iterations, "step", start=self.step) as self.progress,
             self._stop_on_signals(),
             _frozen_garbage(),
         ):
-            while True:
-                last = self.step >= config.num_iterations
-                if (last or self._due(config.save_every)) and self.step not in list_steps(self.stage_dir):
-                    self.save()
-                for period, evaluate in self.evaluations:
-                    if last or self._due(period) or (config.eval_first and self.step == 0):
-                        self._evaluate(evaluate)
-                if last or self._due(config.sample_every):
-                    self._sample()
-                if last:
-                    break
-                self._compile()
-                self._train_step()
-                self._check_stop()
+            self._prepare()
+            try:
+                self._loop()
+            finally:
+                self._report_failed_save()
         self.metrics.close()
+
+    def _loop(self) -> None:
+        config = self.config
+        while True:
+            last = self.step >= config.num_iterations
+            if (last or self._due(config.save_every)) and self.step != self._saved_step:
+                self.save(wait=last)
+            for period, evaluate in self.evaluations:
+                if last or self._due(period) or (config.eval_first and self.step == 0):
+                    self._evaluate(evaluate)
+            if last or self._due(config.sample_every):
+                self._sample()
+            if last:
+                return
+            if self._due(config.compare_every):
+                self._compare_ranks()
+            self._compile()
+            self._train_step()
+            self._check_stop()
 
     def _prepare(self) -> None:
         self.model.train()
@@ -195,8 +261,7 @@ class Trainer:
         """One update: gradients of all micro-batches, schedules, optimizer."""
         config = self.config
         started = time.perf_counter()
-        batches = [next(self.loader) for _ in range(config.grad_accum_steps)]
-        count = self._count(batches)
+        batches, count = self._fetch()
         loss = torch.zeros((), device=self.device)
         for batch in batches:
             part = self.loss_fn(self.model, batch) / count
@@ -212,12 +277,26 @@ class Trainer:
         else:
             self.time_s += time.perf_counter() - started
 
-    def _count(self, batches: list[Batch]) -> torch.Tensor:
-        """What this update's loss is divided by, over all ranks; at least 1: a batch with nothing to learn has loss 0."""
+    def _fetch(self) -> tuple[list[Batch], torch.Tensor]:
+        """This update's batches, and what its loss is divided by, over all ranks; a batch with nothing to learn has loss 0.
+
+        If the data fails on any rank, all save the state before this update and leave.
+        """
+        loader_state = self.loader.state_dict()
+        failure, batches = None, []
+        try:
+            batches = [next(self.loader) for _ in range(self.config.grad_accum_steps)]
+        except Exception as error:  # whatever it is, nothing that was learned may be lost
+            failure = error
+        if any_rank(failure is not None):
+            if self.step > 0 and self.step != self._saved_step:
+                self.save(wait=True, loader_state=loader_state)
+                self.progress.print(f"step {self.step} is saved; once the data is mended, go on with --resume auto")
+            raise failure or NanochatError("another rank could not read its data: its reason stands above")
         count = sum(self.count_fn(batch) for batch in batches)
         if self.ddp:
             dist.all_reduce(count)
-        return count.clamp(min=1)
+        return batches, count.clamp(min=1)
 
     def _set_schedules(self) -> float:
         """Move learning rates, momentum and weight decay to this step; returns the learning rate's factor."""
@@ -261,12 +340,15 @@ class Trainer:
         self.progress.update(self.step, **{name: shown[name] for name in SHOWN if name in shown})
 
     def _describe_divergence(self) -> str:
-        steps = list_steps(self.stage_dir)
-        good = f"the last good checkpoint is step {steps[-1]} in {self.stage_dir}" if steps else "no checkpoint exists yet"
         return (
-            f"the loss is no longer a number at step {self.step}: {good}; resume from it with a lower learning rate "
-            "(--matrix-lr, --embedding-lr)"
+            f"the loss is no longer a number at step {self.step}: {self._last_good()}; resume from it with a lower learning "
+            "rate (--matrix-lr, --embedding-lr)"
         )
+
+    def _last_good(self) -> str:
+        self._writer.wait()
+        steps = list_steps(self.stage_dir)
+        return f"the last good checkpoint is step {steps[-1]} in {self.stage_dir}" if steps else "no checkpoint exists yet"
 
     # ------------------------------------------------------------------------- callbacks
 
@@ -279,6 +361,19 @@ class Trainer:
         self.metrics.log({"step": self.step, "time_s": round(self.time_s, 4), **results})
         text = ", ".join(f"{name} {value:.4f}" for name, value in results.items())
         self.progress.print(f"step {self.step}: {text}")
+        self._note_best(results)
+
+    def _note_best(self, results: dict[str, float]) -> None:
+        """Remember this step if it is saved and better than those before; best.json says so."""
+        name = self.config.best_metric.removeprefix("-")
+        sign = -1 if self.config.best_metric.startswith("-") else 1
+        if name not in results or self.step != self._saved_step:
+            return
+        if not self.best or sign * results[name] > sign * self.best["value"]:
+            self.best = {"step": self.step, "value": results[name]}
+            if self.rank == 0:
+                with contextlib.suppress(OSError):  # a full disk, of which the next checkpoint tells
+                    atomic_write(self.stage_dir / BEST_FILE, json.dumps({"step": self.step, name: results[name]}))
 
     def _sample(self) -> None:
         """Show what the model writes. Rank 0 alone; the others wait at the next collective."""
@@ -295,15 +390,19 @@ class Trainer:
 
     @contextlib.contextmanager
     def _stop_on_signals(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM asks for a stop after the step at hand; a second one stops at once."""
+        """The first Ctrl-C or SIGTERM asks for a stop after the step at hand; a second one, not at once, stops at once.
+
+        torchrun passes on what the terminal has sent already: the same wish may come twice.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def ask_to_stop(number: int, frame: object) -> None:
-            if self._stop_signal is not None:
+            now = time.monotonic()
+            if self._asked_to_stop_at is not None and now - self._asked_to_stop_at > PATIENCE_S:
                 raise KeyboardInterrupt
-            self._stop_signal = number
+            self._asked_to_stop_at = self._asked_to_stop_at or now
 
         previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -313,15 +412,19 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _check_stop(self) -> None:
-        stop = self._stop_signal is not None
-        if self.ddp:  # every rank saves or none does
-            flag = torch.tensor(int(stop), device=self.device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            stop = bool(flag)
-        if stop:
-            self.save()
+        if any_rank(self._asked_to_stop_at is not None):  # every rank saves or none does
+            self.save(wait=True)
             self.progress.print(f"stopped after step {self.step}; saved. Go on with --resume auto")
             raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """No two processes train the same stage. Raises NanochatError if another one does."""
+        if self.rank != 0:
+            yield
+            return
+        with lock_stage(self.stage_dir):
+            yield
 
 
 @contextlib.contextmanager

@@ -25,7 +25,9 @@ from nanochat.scaling import accumulation_steps, model_config, plan_horizon
 from nanochat.stage import (
     add_rate_arguments,
     add_training_arguments,
+    check_data,
     check_settings,
+    check_tokens,
     choose_device_batch_size,
     describe_model,
     load_states,
@@ -87,6 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     source = get_source(args.data)
     make_default_tokenizer(args.tokenizer, args.data, rank)
     tokenizer = get_tokenizer(args.tokenizer)
+    check_tokens(source, tokenizer)
     config = model_config(
         args.depth, tokenizer.get_vocab_size(), args.max_seq_len, args.aspect_ratio, args.head_dim, args.window_pattern,
         args.num_kv_heads,
@@ -109,6 +112,7 @@ def main(argv: list[str] | None = None) -> int:
         "parent": None, "tokenizer_fingerprint": tokenizer.fingerprint(),
     }  # fmt: skip
     check_settings(stage, settings)
+    check_data(stage, source)
     if stage.is_complete(horizon.num_iterations):
         print0(f"{stage.directory} is complete: {horizon.num_iterations} steps done")
         return 0
@@ -144,6 +148,7 @@ def main(argv: list[str] | None = None) -> int:
             grad_accum_steps=accumulation_steps(horizon.total_batch_size, rows, args.max_seq_len, world_size),
             warmup_steps=args.warmup_steps, warmdown_ratio=args.warmdown_ratio, final_lr_frac=args.final_lr_frac,
             eval_every=args.eval_every, sample_every=args.sample_every, save_every=args.save_every,
+            keep_last=args.keep_last,
             log_every=10 if device.type == "cuda" else 1, compile=args.compile, stage_name="pretraining",
         ),
         stage.directory,

@@ -134,7 +134,8 @@ def main(argv: list[str] | None = None) -> int:
         TrainConfig(
             num_iterations=num_iterations, total_batch_size=0, grad_accum_steps=loader.micro_batches, warmup_steps=0,
             warmdown_ratio=1.0, final_lr_frac=0.0, eval_every=args.eval_every, eval_first=True,
-            sample_every=args.sample_every, save_every=args.save_every, stage_name="reinforcing",
+            sample_every=args.sample_every, save_every=args.save_every,
+            keep_last=args.keep_last, best_metric="val/pass@1", stage_name="reinforcing",
             compile=False,  # rows of ever other lengths: the time is in the answering
         ),
         stage.directory,

@@ -129,6 +129,7 @@ def main(argv: list[str] | None = None) -> int:
             grad_accum_steps=accumulation_steps(total_batch_size, rows, sequence_len, world_size),
             warmup_steps=args.warmup_steps, warmdown_ratio=args.warmdown_ratio, final_lr_frac=args.final_lr_frac,
             eval_every=args.eval_every, sample_every=args.sample_every, save_every=args.save_every,
+            keep_last=args.keep_last,
             log_every=10 if device.type == "cuda" else 1, compile=args.compile, stage_name="fine-tuning",
         ),
         stage.directory,

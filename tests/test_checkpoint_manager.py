@@ -55,12 +55,11 @@ def test_damage_is_found_and_the_step_before_is_used(stage_dir: Path, name: str,
     else:
         content[len(content) // 2] ^= 1
         path.write_bytes(content if damage == "flip" else content[: len(content) // 2])
-    if not (name == "manifest.json" and damage == "flip"):  # a flipped digit in the manifest may hit a time stamp
-        with pytest.raises(CheckpointError):
-            load_checkpoint(stage_dir, 2, load_optimizer=True)
-        step, skipped = newest_valid_step(stage_dir)
-        assert step == 1
-        assert len(skipped) == (0 if name == "manifest.json" and damage == "remove" else 1)
+    with pytest.raises(CheckpointError):
+        load_checkpoint(stage_dir, 2, load_optimizer=True)
+    step, skipped = newest_valid_step(stage_dir)
+    assert step == 1
+    assert len(skipped) == (0 if name == "manifest.json" and damage == "remove" else 1)
 
 
 @pytest.mark.parametrize("failing", ["_save_tensors", "_write_json", "_sha256", "_flush_to_disk"])
@@ -102,7 +101,8 @@ def test_the_newest_run_is_chosen_not_the_largest(tiny_run: Path) -> None:
     assert find_run("base", "tiny") == "tiny"
     for run, created in ((tiny_run, 2.0), (other, 1.0)):
         manifest = step_dir(run / "base", 6) / "manifest.json"
-        manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "created": created}))
+        content = {**json.loads(manifest.read_text()), "created": created}
+        manifest.write_text(json.dumps({**content, "digest": checkpoint_manager._digest(content)}))
     assert find_run("base") == "tiny"
     assert load_model("base", "cpu", "eval")[2]["tag"] == "tiny"
 

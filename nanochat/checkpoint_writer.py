@@ -1,0 +1,66 @@
+"""Writes a trainer's checkpoints while training goes on, and keeps the newest and the best. Used by trainer.py.
+
+The tensors are copied, which takes as long as reading memory once; a thread writes, flushes and hashes the copy. The
+thread computes nothing with torch: a second team of OpenMP threads would slow the training down.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanochat.checkpoint_manager import prune, save_checkpoint
+
+State = dict[str, torch.Tensor]
+
+
+class CheckpointWriter:
+    """One checkpoint at a time into `stage_dir`; afterwards all but the newest `keep_last` and the best are removed.
+
+    keep_last 0 or less keeps all.
+    """
+
+    def __init__(self, stage_dir: Path, keep_last: int) -> None:
+        self.stage_dir, self.keep_last = stage_dir, keep_last
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._copies: State = {}  # the buffers of the last snapshot, to be filled again
+
+    def start(self, step: int, model_state: State, optimizer_state: State, meta: dict[str, Any], best: int | None) -> None:
+        """Copy the tensors and begin to write them. Call `wait` first. best: the step that must not be removed."""
+        copies = {f"{kind}/{name}": self._copy(f"{kind}/{name}", tensor)
+                  for kind, state in (("model", model_state), ("optim", optimizer_state))
+                  for name, tensor in state.items()}  # fmt: skip
+        self._copies = copies
+        if any(tensor.is_cuda for tensor in (*model_state.values(), *optimizer_state.values())):
+            torch.cuda.synchronize()
+        states = [{name.partition("/")[2]: copy for name, copy in copies.items() if name.startswith(kind)}
+                  for kind in ("model/", "optim/")]  # fmt: skip
+        self._thread = threading.Thread(target=self._write, args=(step, *states, meta, best), name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until what was begun is on disk. Raises what went wrong with it, once: most often OSError, for a full disk."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        copy = self._copies.get(name)
+        if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return copy.copy_(tensor.detach(), non_blocking=True)
+
+    def _write(self, step: int, model_state: State, optimizer_state: State, meta: dict[str, Any], best: int | None) -> None:
+        try:
+            save_checkpoint(self.stage_dir, step, model_state, optimizer_state, meta)
+            if self.keep_last > 0:
+                prune(self.stage_dir, step, self.keep_last, best)
+        except Exception as error:  # whatever it is, it belongs to whoever waits
+            self._error = error

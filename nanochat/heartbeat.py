@@ -1,0 +1,82 @@
+"""Ends this process when another rank has gone, instead of waiting for it for ever. Started by common.compute_init.
+
+A collective that waits for a dead process or a cut link may wait for ten minutes, and says little when it gives up. So
+every rank counts up a number in the rendezvous store and watches the numbers of the others: one that stands still, or a
+store that cannot be reached, ends the process with one sentence, and torchrun starts the job again or gives it up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch.distributed as dist
+
+BEAT_S = 2.0
+LIMIT_S = float(os.environ.get("NANOCHAT_HEARTBEAT_S", 40.0))  # how long a rank may be silent
+EXIT_CODE = 75  # EX_TEMPFAIL: to be tried again
+RESTART = "start the same command again with --resume auto (torchrun --max-restarts=3 does so by itself)"
+LEFT = 1 << 40  # added to the number of a rank that has left as it should
+
+
+class Heartbeat:
+    """A daemon thread of this rank. `give_up(reason)` is called once if another rank is gone; the default exits."""
+
+    def __init__(
+        self, store: dist.Store, rank: int, world_size: int, give_up: Callable[[str], None] | None = None,
+        beat_s: float = BEAT_S, limit_s: float = LIMIT_S,
+    ) -> None:  # fmt: skip
+        self.rank, self.world_size = rank, world_size
+        self.beat_s, self.limit_s = beat_s, limit_s
+        self._store = store.clone()  # a connection of its own: others wait in theirs
+        self._store.set_timeout(timedelta(seconds=limit_s))
+        self._key = f"beat{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._give_up = give_up or self._exit
+        self._stopped = threading.Event()
+        self._answered_at = time.monotonic()  # a clock that nobody can set
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+        threading.Thread(target=self._watch, name="heartbeat watch", daemon=True).start()
+
+    def stop(self) -> None:
+        """This rank leaves as it should: the others are told."""
+        self._stopped.set()
+        with contextlib.suppress(RuntimeError, ConnectionError):  # the store may have left before
+            self._store.add(f"{self._key}/{self.rank}", LEFT)
+
+    def _beat(self) -> None:
+        counts = dict.fromkeys(range(self.world_size), 0)
+        changed_at = dict.fromkeys(range(self.world_size), time.monotonic())
+        while not self._stopped.wait(self.beat_s):
+            try:
+                self._store.add(f"{self._key}/{self.rank}", 1)
+                for other in range(self.world_size):
+                    count = self._store.add(f"{self._key}/{other}", 0)
+                    if count != counts[other] or count >= LEFT:
+                        counts[other], changed_at[other] = count, time.monotonic()
+            except (RuntimeError, ConnectionError) as error:
+                if not self._stopped.is_set():
+                    self._give_up(f"the rendezvous store cannot be reached ({str(error).splitlines()[0]})")
+                return
+            self._answered_at = now = time.monotonic()
+            silent = [str(other) for other in range(self.world_size) if now - changed_at[other] > self.limit_s]
+            if silent and not self._stopped.is_set():
+                self._give_up(f"nothing was heard of rank {', '.join(silent)} for {self.limit_s:.0f} s")
+                return
+
+    def _watch(self) -> None:
+        """A store behind a cut link may not even time out."""
+        while not self._stopped.wait(self.beat_s):
+            if time.monotonic() - self._answered_at > self.limit_s + 3 * self.beat_s:
+                self._give_up(f"the rendezvous store did not answer for {self.limit_s:.0f} s")
+                return
+
+    def _exit(self, reason: str) -> None:
+        print(
+            f"error: rank {self.rank} ends, since {reason}: {RESTART}", file=sys.stderr, flush=True
+        )
+        os._exit(EXIT_CODE)
