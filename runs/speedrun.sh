@@ -18,7 +18,7 @@ extras=()
 bash runs/setup.sh "${extras[@]}"
 source .venv/bin/activate
 export OMP_NUM_THREADS=1
-launch() { torchrun --standalone --nproc_per_node="$nproc" -m "$@"; }
+launch() { torchrun --standalone --nproc_per_node="$nproc" -m -- "$@"; }
 
 # The tokenizer needs 8 shards; the rest of what pretraining reads comes meanwhile.
 python -m nanochat.dataset --data=climbmix -n 8

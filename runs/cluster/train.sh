@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# What each node of a cluster runs. Started on all of them by slurm.sbatch, skypilot.yaml or pytorchjob.yaml, or by hand.
+#
+# The recipe sets: NNODES, NODE_RANK (0 is the first node), RDZV_ENDPOINT (HOST:PORT of the first node; the next three ports
+# are used as well), RDZV_ID (the same on all nodes, another for another job), NANOCHAT_BASE_DIR (on a file system that all
+# nodes share), and NODE_ADDR where the other nodes cannot resolve this one's host name.
+# You may set: DEPTH, MODEL_TAG, NPROC (processes a node), DATA (climbmix, fineweb-edu, builtin, or what else --data takes),
+# SHARDS (to download, of the first two), LOCAL_DATA=1 (each node downloads its own), TOKENIZER (one that exists; otherwise one
+# of VOCAB_SIZE tokens is trained), STAGES, SAVE_EVERY (steps), SAVE_S (seconds that a stopped run has to save), WANDB_RUN,
+# BASE_FLAGS and SFT_FLAGS (more flags for scripts.base_train and scripts.chat_sft).
+#
+# SIGTERM or SIGUSR1 stops the run: the step at hand is finished and saved, and the exit code is 143. The same command again
+# goes on from there. A process that fails is started again with all the others, three times, from the newest checkpoint.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+for name in NNODES NODE_RANK RDZV_ENDPOINT RDZV_ID NANOCHAT_BASE_DIR; do
+    [ -n "${!name:-}" ] || { echo "error: $name is not set: see the first lines of runs/cluster/train.sh" >&2; exit 2; }
+done
+depth="${DEPTH:-24}"
+tag="${MODEL_TAG:-d$depth}"
+data="${DATA:-climbmix}"
+nproc="${NPROC:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}"
+if [ "$nproc" -lt 1 ]; then
+    echo "error: nvidia-smi sees no GPU on $(hostname): set NPROC" >&2
+    exit 2
+fi
+# shellcheck source=/dev/null
+[ -n "${VIRTUAL_ENV:-}" ] || [ ! -f .venv/bin/activate ] || source .venv/bin/activate
+export NANOCHAT_BASE_DIR OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+# Bash runs a trap only between commands, or while it waits: so each command runs in the background and is waited for.
+# The command itself ignores SIGUSR1, which Slurm sends to every process of a step: the one SIGTERM comes from here.
+stopped=""
+child=""
+stop() {
+    stopped=1
+    [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true
+}
+trap stop TERM USR1
+
+run() {
+    local status=0
+    [ -z "$stopped" ] || exit 143
+    (trap '' USR1; trap - TERM; exec "$@") &
+    child=$!
+    wait "$child" || status=$?
+    while kill -0 "$child" 2>/dev/null; do  # a signal ended the wait, not the command
+        status=0
+        wait "$child" || status=$?
+    done
+    child=""
+    [ -z "$stopped" ] || exit 143
+    return "$status"
+}
+
+# The first node prepares the text and the tokenizer. The others find its first stage's port closed until that is done.
+tokenizer="${TOKENIZER:-default}"
+if [ "$NODE_RANK" = 0 ] || [ "${LOCAL_DATA:-}" = 1 ]; then
+    case "$data" in
+        climbmix | fineweb-edu) run python -m nanochat.dataset --data="$data" -n "${SHARDS:-240}" ;;
+    esac
+fi
+if [ -n "${TOKENIZER:-}" ]; then
+    :
+elif [ "$NODE_RANK" = 0 ]; then
+    run python -m scripts.tok_train --data="$data" --vocab-size="${VOCAB_SIZE:-32768}"
+else  # a mounted bucket shows a new file some seconds late
+    until [ -e "$NANOCHAT_BASE_DIR/tokenizers/default/tokenizer.json" ]; do run sleep 2; done
+fi
+
+# launch STAGE FLAG...: one stage on all processes of all nodes, each stage on a port of its own
+host="${RDZV_ENDPOINT%:*}"
+port="${RDZV_ENDPOINT##*:}"
+launch() {
+    local stage="$1"
+    shift
+    until [ "$NODE_RANK" = 0 ] || (exec 3<>"/dev/tcp/$host/$port") 2>/dev/null; do run sleep 2; done
+    echo "$stage: $nproc processes on node $NODE_RANK of $NNODES"
+    # After "--", torchrun takes no --run for an abbreviation of its own --run-path.
+    run torchrun --nnodes="$NNODES" --nproc-per-node="$nproc" --max-restarts=3 --shutdown-timeout="${SAVE_S:-300}" \
+        --rdzv-backend=c10d --rdzv-endpoint="$host:$port" --rdzv-id="$RDZV_ID-$stage" --rdzv-conf=join_timeout=900 \
+        ${NODE_ADDR:+--local-addr="$NODE_ADDR"} -m -- "scripts.$stage" --model-tag="$tag" "$@"
+    port=$((port + 1))
+}
+
+read -ra base_flags <<<"${BASE_FLAGS:-}"
+read -ra sft_flags <<<"${SFT_FLAGS:-}"
+resumable=(--resume=auto --save-every="${SAVE_EVERY:-250}" --run="${WANDB_RUN:-dummy}")
+for stage in ${STAGES:-base_train chat_sft base_eval chat_eval}; do
+    case "$stage" in
+        base_train)
+            launch base_train --depth="$depth" --data="$data" --tokenizer="$tokenizer" "${resumable[@]}" "${base_flags[@]}"
+            ;;
+        chat_sft) launch chat_sft "${resumable[@]}" "${sft_flags[@]}" ;;
+        base_eval) launch base_eval ;;
+        chat_eval) launch chat_eval --source=sft ;;
+        *) echo "error: stage '$stage' is none of base_train, chat_sft, base_eval, chat_eval" >&2; exit 2 ;;
+    esac
+done
+if [ "$NODE_RANK" = 0 ]; then run python -m nanochat.report --model-tag="$tag"; fi
