@@ -1,4 +1,4 @@
-"""Where documents come from. Every command that reads text takes `--data NAME|PATH` and asks `get_source` for it.
+"""Where documents come from. Every command that reads text takes `--data NAME|PATH|ADDRESS` and asks `get_source`.
 
 To add a source by name, write a class with a `prepare` that returns its files, and list it in SOURCES.
 As a command it downloads: python -m nanochat.dataset --data climbmix -n 8
@@ -214,7 +214,7 @@ def default_source_name() -> str:
 
 
 def get_source(name_or_path: str) -> Source:
-    """The source of that name, made ready to read, or the files at that path. Raises NanochatError."""
+    """The source of that name, made ready to read, or the files at that path or address. Raises NanochatError."""
     return SOURCES.get(name_or_path, FileSource)(name_or_path)
 
 

@@ -1,4 +1,4 @@
-"""Fetches the shards of remote data sets to the local disk and keeps the latest used of them. Used by dataset.py.
+"""Fetches the shards of remote data sets to the local disk and keeps the latest used of them. Used by document_files.py.
 
 Readers read whole local files and never wait for a network in steady state, since the next shard is fetched meanwhile.
 """
