@@ -5,6 +5,8 @@ A run is one directory, `<base>/runs/<tag>`, with a directory for each stage: ba
 
     runs/<tag>/<stage>/step_000400/model.safetensors, optim.safetensors (optional), meta.json, manifest.json
 
+With --fsdp `sharded/`, of torch.distributed.checkpoint, takes the place of the safetensors.
+
 It is written under a temporary name, flushed to disk, hashed, and renamed last. The manifest holds the hash of each file;
 a directory without a manifest, or under another name, is not a checkpoint and is never selected. `best.json` of a stage
 names the step that was measured best.
@@ -19,22 +21,23 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from nanochat.common import NanochatError, get_base_dir
+from nanochat.common import NanochatError, any_rank, get_base_dir, get_dist_info
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
 
 FORMAT_VERSION = 2  # 1: the manifest had no digest of its own
 STAGES = ("base", "sft", "rl")
 BEST_FILE = "best.json"
+SHARDED_DIR = "sharded"
 MODEL_FILE, OPTIMIZER_FILE, META_FILE, MANIFEST_FILE = (
     "model.safetensors",
     "optim.safetensors",
@@ -128,12 +131,44 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def save_sharded(stage_dir: Path, step: int, states: dict[str, dict[str, torch.Tensor]], meta: dict[str, Any]) -> None:
+    """Write one step of which each rank holds parts (a collective call); states: by MODEL_FILE and OPTIMIZER_FILE.
+
+    Raises OSError, or on the other ranks NanochatError, if it cannot be written; nothing half-written stays.
+    """
+    from nanochat.sharding import write_sharded
+
+    tensors = {f"{file_name}/{name}": tensor for file_name, state in states.items() for name, tensor in state.items()}
+    rank0 = get_dist_info()[1] == 0
+    temporary = _temporary(stage_dir, step)
+    parts: list[tuple[bool, Callable[[], Any]]] = [
+        (rank0, lambda: begin_checkpoint(stage_dir, step)),
+        (True, lambda: write_sharded(temporary / SHARDED_DIR, tensors)),
+        (rank0, lambda: finish_checkpoint(temporary, stage_dir, step, meta)),
+    ]
+    for mine, do in parts:
+        failure = None
+        try:
+            if mine:
+                do()
+        except OSError as error:
+            failure = error
+        if any_rank(failure is not None):
+            if rank0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise failure or NanochatError(f"another rank could not write its part of the checkpoint of step {step}")
+
+
 def begin_checkpoint(stage_dir: Path, step: int) -> Path:
     """An empty directory for the files of a step; `finish_checkpoint` makes it visible."""
-    temporary = stage_dir / f".{step_dir(stage_dir, step).name}.tmp"
+    temporary = _temporary(stage_dir, step)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     return temporary
+
+
+def _temporary(stage_dir: Path, step: int) -> Path:
+    return stage_dir / f".{step_dir(stage_dir, step).name}.tmp"
 
 
 def finish_checkpoint(temporary: Path, stage_dir: Path, step: int, meta: dict[str, Any]) -> Path:
@@ -277,16 +312,42 @@ def load_checkpoint(
     """(model_state, optimizer_state or None, meta) of a step, verified; the optimizer's on the CPU. Raises CheckpointError."""
     directory = step_dir(stage_dir, step)
     if step not in list_steps(stage_dir):
-        steps = ", ".join(map(str, list_steps(stage_dir))) or "none"
-        raise CheckpointError(f"there is no checkpoint of step {step} in {stage_dir}; steps there: {steps}")
+        raise _no_such_step(stage_dir, step)
     verify_checkpoint(directory)
-    model_state = load_file(directory / MODEL_FILE, device=str(device))
+    model_state = read_tensors(directory, MODEL_FILE)
+    model_state = {name: tensor.to(device) for name, tensor in model_state.items()}
     optimizer_state = None
     if load_optimizer:
-        if not (directory / OPTIMIZER_FILE).exists():
+        optimizer_state = read_tensors(directory, OPTIMIZER_FILE)
+        if not optimizer_state:
             raise CheckpointError(f"{directory} was saved without optimizer state: training cannot go on from it")
-        optimizer_state = load_file(directory / OPTIMIZER_FILE)
     return model_state, optimizer_state, _read_json(directory / META_FILE)
+
+
+def _no_such_step(stage_dir: Path, step: int) -> CheckpointError:
+    steps = ", ".join(map(str, list_steps(stage_dir))) or "none"
+    return CheckpointError(f"there is no checkpoint of step {step} in {stage_dir}; steps there: {steps}")
+
+
+def read_tensors(directory: Path, file_name: str) -> dict[str, torch.Tensor]:
+    """What MODEL_FILE or OPTIMIZER_FILE holds, on the CPU, whichever way it was saved; {} if there is none."""
+    if (directory / SHARDED_DIR).exists():
+        from nanochat.sharding import read_whole
+
+        return read_whole(directory / SHARDED_DIR, prefix=f"{file_name}/")
+    return load_file(directory / file_name) if (directory / file_name).exists() else {}
+
+
+def load_into(directory: Path, file_name: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Fill tensors, of which this rank may hold some rows only, with those of a checkpoint; reads no more than it must."""
+    from nanochat.sharding import fill, read_sharded
+
+    if (directory / SHARDED_DIR).exists():
+        read_sharded(directory / SHARDED_DIR, {f"{file_name}/{name}": tensor for name, tensor in tensors.items()})
+        return
+    with safe_open(directory / file_name, "pt") as file:
+        for name, tensor in tensors.items():
+            fill(tensor, file.get_tensor(name))
 
 
 def read_meta(stage_dir: Path, step: int) -> dict[str, Any]:
@@ -307,31 +368,43 @@ def newest_valid_step(stage_dir: Path) -> tuple[int | None, list[str]]:
     return None, skipped
 
 
-def load_model(
-    source: str, device: torch.device | str, phase: str, model_tag: str | None = None, step: int | None = None
-) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """The model, its tokenizer and its meta. source: base, sft or rl; phase: "train" or "eval".
+def open_checkpoint(
+    source: str, model_tag: str | None = None, step: int | None = None
+) -> tuple[Path, Tokenizer, dict[str, Any]]:
+    """(stage directory, tokenizer, meta) of a step, without its tensors. source: base, sft or rl.
 
     Without a tag the newest run with such a checkpoint; without a step its newest. meta gains "tag", "stage" and
     "weights", the hash by which results of other weights can be told. Raises CheckpointError.
     """
-    if phase not in ("train", "eval"):
-        raise ValueError(f"phase must be train or eval, not {phase!r}")
     tag = find_run(source, model_tag)
     stage_dir = get_stage_dir(tag, source)
-    step = list_steps(stage_dir)[-1] if step is None or step < 0 else step
-    model_state, _, meta = load_checkpoint(stage_dir, step, device)
+    steps = list_steps(stage_dir)
+    step = steps[-1] if step is None or step < 0 else step
+    if step not in steps:
+        raise _no_such_step(stage_dir, step)
+    meta = read_meta(stage_dir, step)
     tokenizer = Tokenizer.load(get_run_dir(tag))
     if tokenizer.fingerprint() != meta["tokenizer"]:
         raise CheckpointError(
             f"the tokenizer in {get_run_dir(tag)} is not the one that step {step} of {source} was trained with: "
             "restore it, or train again"
         )
+    manifest = _read_json(step_dir(stage_dir, step) / MANIFEST_FILE)
+    weights = manifest["files"].get(MODEL_FILE, {}).get("sha256") or manifest["digest"]
+    return stage_dir, tokenizer, {**meta, "tag": tag, "stage": source, "weights": weights}
+
+
+def load_model(
+    source: str, device: torch.device | str, phase: str, model_tag: str | None = None, step: int | None = None
+) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """The model, its tokenizer and its meta, as of `open_checkpoint`; phase: "train" or "eval". Raises CheckpointError."""
+    if phase not in ("train", "eval"):
+        raise ValueError(f"phase must be train or eval, not {phase!r}")
+    stage_dir, tokenizer, meta = open_checkpoint(source, model_tag, step)
+    model_state, _, _ = load_checkpoint(stage_dir, meta["step"], device)
     model = build_model(meta["model_config"], model_state, device)
     model.train(phase == "train")
-    manifest = _read_json(step_dir(stage_dir, step) / MANIFEST_FILE)
-    weights = manifest["files"][MODEL_FILE]["sha256"]
-    return model, tokenizer, {**meta, "tag": tag, "stage": source, "weights": weights}
+    return model, tokenizer, meta
 
 
 def build_model(

@@ -13,11 +13,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import NanochatError, get_compute_dtype
 from nanochat.cross_entropy import SoftmaxGradient, softcap, softcapped_cross_entropy, softmax_gradient
@@ -178,6 +179,11 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
+def _call_block(block: Block, *inputs: Any) -> torch.Tensor:
+    """With the hooks by which a sharded block gathers its parameters; its forward is GPT.run_block."""
+    return block(*inputs)
+
+
 class GPT(nn.Module):
     """The whole model. Build it under `torch.device("meta")` and call `to_empty` and `init_weights`, or load weights."""
 
@@ -200,6 +206,8 @@ class GPT(nn.Module):
         self.compute_dtype: torch.dtype | None = None  # None: what the device does best
         self._compiled_block: Callable[..., torch.Tensor] | None = None
         self._compiled_gradient: SoftmaxGradient | None = None  # of the loss
+        self.recompute_blocks = False  # in the backward pass, instead of keeping what is inside them
+        self.is_sharded = False  # by sharding.py: each rank holds some rows of every parameter
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()
@@ -212,14 +220,25 @@ class GPT(nn.Module):
         generator = None
         if seed is not None:
             generator = torch.Generator(device=self.get_device()).manual_seed(seed)
+
+        def draw(parameter: nn.Parameter, method: str, a: float, b: float) -> None:
+            values = torch.empty(parameter.shape, device=self.get_device())
+            getattr(values, method)(a, b, generator=generator)
+            if self.is_sharded:  # the same values, of which this rank keeps its rows
+                from nanochat.sharding import fill
+
+                fill(parameter, values)
+            else:
+                parameter.copy_(values)
+
         bound = 3**0.5 * self.config.n_embd**-0.5
-        self.wte.weight.normal_(0, 0.8, generator=generator)
-        self.lm_head.weight.normal_(0, 0.001, generator=generator)
+        draw(self.wte.weight, "normal_", 0, 0.8)
+        draw(self.lm_head.weight, "normal_", 0, 0.001)
         for embedding in self.value_embeds.values():
-            embedding.weight.uniform_(-bound, bound, generator=generator)
+            draw(embedding.weight, "uniform_", -bound, bound)
         for block in self.blocks:
             for matrix in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.c_fc):
-                matrix.weight.uniform_(-bound, bound, generator=generator)
+                draw(matrix.weight, "uniform_", -bound, bound)
             for matrix in (block.attn.c_proj, block.mlp.c_proj):
                 matrix.weight.zero_()
             if block.attn.has_value_embedding:
@@ -319,11 +338,19 @@ class GPT(nn.Module):
             kv_cache.advance(T)
             return x
         plans = [plan_attention(T, w, idx.device, self.get_compute_dtype()) for w in self.config.windows()]
+        run_block = _call_block if self.is_sharded else self.run_block
         if not self.is_compiled:
-            return self.trunk(idx, self.rotary(None, T), plans)
+            return self.trunk(idx, self.rotary(None, T), plans, run_block)
         with torch.enable_grad():  # evaluation runs the graphs that training compiled, instead of compiling more
-            x = self.trunk(idx, self.rotary(None, T), plans, self._compiled_block)
+            x = self.trunk(idx, self.rotary(None, T), plans, run_block)
         return x if torch.is_grad_enabled() else x.detach()
+
+    def run_block(self, block: Block, *inputs: Any) -> torch.Tensor:
+        """A block as training runs it: compiled or not, its inside kept for the backward pass or not."""
+        forward = self._compiled_block or Block.forward
+        if self.recompute_blocks and self.training:
+            return checkpoint(forward, block, *inputs, use_reentrant=False)
+        return forward(block, *inputs)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Features (..., n_embd) to soft-capped logits (..., vocab_size) float32; the padding is never predicted."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from nanochat.common import NanochatError
+from nanochat.common import NanochatError, any_rank
 from nanochat.gpt import GPT
 
 
@@ -24,7 +24,7 @@ def evaluate_bpb(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]
     device = model.get_device()
     bytes_of = torch.as_tensor(token_bytes, dtype=torch.long, device=device)
     nats, num_bytes = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
-    for inputs, targets in batches:
+    for inputs, targets in _in_step(batches, device) if model.is_sharded else batches:
         losses = model(inputs, targets, loss_reduction="none")
         sizes = torch.where(targets >= 0, bytes_of[targets.clamp(min=0)], 0)
         nats += (losses * (sizes > 0)).sum()
@@ -35,3 +35,13 @@ def evaluate_bpb(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]
     if not num_bytes:
         raise NanochatError("there is no text to measure bits per byte on: give more validation data")
     return float(nats) / (math.log(2) * int(num_bytes))
+
+
+def _in_step(
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The same, and then batches without a target while other ranks have some: a sharded model computes on all or none."""
+    iterator = iter(batches)
+    nothing = torch.zeros(1, 8, dtype=torch.long, device=device)
+    while any_rank((batch := next(iterator, None)) is not None):
+        yield batch or (nothing, nothing - 1)

@@ -10,6 +10,7 @@ cautious weight decay (arXiv 2510.12402), AdamW (arXiv 1711.05101).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -91,14 +92,14 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> MuonAdamW:
         groups.append(
             Group("muon", names, params, settings.matrix_lr, settings.weight_decay, betas, 0.0, settings.muon_momentum)
         )
-    return MuonAdamW([group for group in groups if group.params])
+    return MuonAdamW([group for group in groups if group.params], model.is_sharded)
 
 
 class MuonAdamW:
-    """The optimizer. `step()` expects gradients that are to be summed over ranks."""
+    """The optimizer. `step()` expects gradients that are to be summed over ranks, or of a sharded model, that are so."""
 
-    def __init__(self, groups: list[Group]) -> None:
-        self.groups = groups
+    def __init__(self, groups: list[Group], sharded: bool = False) -> None:
+        self.groups, self.sharded = groups, sharded
         distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if distributed else 0
         self.world_size = dist.get_world_size() if distributed else 1
@@ -106,7 +107,14 @@ class MuonAdamW:
         self._units = [unit for group in groups for unit in self._make_units(group)]
 
     def _make_units(self, group: Group) -> Iterable[_Unit]:
-        if group.kind == "muon":
+        if self.sharded:
+            from nanochat.sharded_optim import ShardedAdamWUnit, ShardedMuonUnit
+
+            if group.kind == "muon":
+                yield ShardedMuonUnit(group, self.rank, self.world_size)
+            else:
+                yield from map(ShardedAdamWUnit, itertools.repeat(group), group.names, group.params)
+        elif group.kind == "muon":
             yield _MuonUnit(group, group.names, group.params, self.rank, self.world_size)
         else:
             for name, param in zip(group.names, group.params, strict=True):
@@ -132,14 +140,18 @@ class MuonAdamW:
     # ------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Flat tensors by name, whole whatever the number of ranks (a collective call): "wte.weight/exp_avg", ..."""
+        """Flat tensors by name (a collective call): "wte.weight/exp_avg", ...; of parameters that are cut, cut like them.
+
+        Of whole parameters they are whole, whatever the number of ranks, and given to rank 0 alone, on the CPU if there
+        are several.
+        """
         state = {"steps": torch.tensor(self.steps)}
         for unit in self._units:
             state.update(unit.gather_state())
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state_dict`, on any number of ranks. Raises KeyError for a missing entry."""
+        """The inverse of `state_dict`, from whole tensors or cut ones, on any number of ranks. Raises KeyError."""
         self.steps = int(state["steps"])
         for unit in self._units:
             unit.scatter_state(state)
@@ -228,7 +240,9 @@ class _Unit:
                 share = self._padded(share, self.rows_per_rank).contiguous()
                 whole = share.new_empty((self.rows_per_rank * self.world_size, *share.shape[1:]))
                 dist.all_gather_into_tensor(whole, share)
-                share = whole[: self.rows]
+                if self.rank != 0:
+                    continue
+                share = whole[: self.rows].cpu()  # one unit at a time: a device may have no room for all
             result.update(self._split_state(name, share))
         return result
 
@@ -255,27 +269,7 @@ class _AdamWUnit(_Unit):
 
     def _update_rows(self, grad: Tensor, step: int) -> None:
         mine = self.params[0].data.view(-1)[self.begin : self.end]
-        master = mine if mine.dtype == torch.float32 else mine.float()
-        exp_avg, exp_avg_sq = (self._share_of(name, grad) for name in self.state_names)
-        group = self.group
-        # One pass over memory; decoupled decay, eps added after the bias correction.
-        torch._fused_adamw_(
-            [master],
-            [grad],
-            [exp_avg],
-            [exp_avg_sq],
-            [],
-            [torch.tensor(float(step), device=grad.device)],
-            lr=group.lr,
-            beta1=group.betas[0],
-            beta2=group.betas[1],
-            weight_decay=group.weight_decay,
-            eps=group.eps,
-            amsgrad=False,
-            maximize=False,
-        )
-        if master is not mine:
-            mine.copy_(master)
+        adamw_update(mine, grad, *(self._share_of(name, grad) for name in self.state_names), self.group, step)
 
     def _write_rows(self, rows: Tensor, begin: int) -> None:
         self.params[0].data.view(-1)[begin : begin + rows.size(0)].copy_(rows)
@@ -307,29 +301,18 @@ class _MuonUnit(_Unit):
         group = self.group
         mine = self.params[self.begin : self.end]
         momentum = self._share_of("momentum", grad)
-        second_moment = self._share_of("second_moment", self._neuron_means(grad))
+        second_moment = self._share_of("second_moment", neuron_means(grad))
         momentum.lerp_(grad, 1 - group.momentum)
         update = orthogonalize(grad.lerp_(momentum, group.momentum)).float()  # Nesterov
         update = normalize_neurons(update, second_moment, group.betas[1])
-        height, width = grad.shape[-2:]
-        lr = group.lr * max(1.0, height / width) ** 0.5
-        values = torch.stack([p.data for p in mine]).float()
-        if group.weight_decay:  # cautious: only where decay and update pull the same way
-            update.addcmul_(values * group.weight_decay, (update * values >= 0).float())
-        values.sub_(update, alpha=lr)
-        torch._foreach_copy_([p.data for p in mine], list(values.unbind()))
-
-    @staticmethod
-    def _neuron_means(grad: Tensor) -> Tensor:
-        """A tensor of the second moment's shape: one number for each row or column, whichever are more."""
-        return grad.mean(dim=-1 if grad.size(-2) >= grad.size(-1) else -2, keepdim=True)
+        apply_update([p.data for p in mine], update, group, grad.shape[-2:])
 
     def _write_rows(self, rows: Tensor, begin: int) -> None:
         torch._foreach_copy_([p.data for p in self.params[begin : begin + rows.size(0)]], list(rows.unbind()))
 
     def _empty_share(self, name: str) -> Tensor:
         like = self.params[0].data.float().unsqueeze(0)
-        return (like if name == "momentum" else self._neuron_means(like))[:0]
+        return (like if name == "momentum" else neuron_means(like))[:0]
 
     def _split_state(self, name: str, rows: Tensor) -> dict[str, Tensor]:
         return {f"{param_name}/{name}": row for param_name, row in zip(self.names, rows.unbind(), strict=True)}
@@ -339,6 +322,41 @@ class _MuonUnit(_Unit):
             mine = [state[f"{param_name}/{name}"] for param_name in self.names[self.begin : self.end]]
             if mine:
                 self.state[name] = torch.stack(mine).to(self.params[0].device, torch.float32)
+
+
+def adamw_update(
+    values: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, group: Group, step: int
+) -> None:
+    """One step of AdamW on tensors of one shape, in place, in one pass over memory; the last three float32.
+
+    Decoupled decay; eps is added after the bias correction.
+    """
+    master = values if values.dtype == torch.float32 else values.float()
+    torch._fused_adamw_(
+        [master], [grad], [exp_avg], [exp_avg_sq], [], [torch.tensor(float(step), device=grad.device)],
+        lr=group.lr, beta1=group.betas[0], beta2=group.betas[1], weight_decay=group.weight_decay, eps=group.eps,
+        amsgrad=False, maximize=False,
+    )  # fmt: skip
+    if master is not values:
+        values.copy_(master)
+
+
+def apply_update(matrices: list[Tensor], update: Tensor, group: Group, shape: torch.Size) -> None:
+    """Move matrices, or some rows of them, against their Muon update (n, rows, columns) float32, which is used up.
+
+    shape: of a whole matrix. Weight decay is cautious: only where it pulls the same way as the update.
+    """
+    lr = group.lr * max(1.0, shape[0] / shape[1]) ** 0.5
+    values = torch.stack(matrices).float()
+    if group.weight_decay:
+        update.addcmul_(values * group.weight_decay, (update * values >= 0).float())
+    values.sub_(update, alpha=lr)
+    torch._foreach_copy_(matrices, list(values.unbind()))
+
+
+def neuron_means(matrices: Tensor) -> Tensor:
+    """A tensor of the second moment's shape: one number for each row or column, whichever are more."""
+    return matrices.mean(dim=-1 if matrices.size(-2) >= matrices.size(-1) else -2, keepdim=True)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

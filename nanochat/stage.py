@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 
 from nanochat.checkpoint_manager import (
+    MODEL_FILE,
+    OPTIMIZER_FILE,
     CheckpointError,
     build_model,
     clean_up,
@@ -25,12 +27,17 @@ from nanochat.checkpoint_manager import (
     get_stage_dir,
     list_steps,
     load_checkpoint,
+    load_into,
     lock_stage,
     newest_valid_step,
     read_meta,
+    read_tensors,
+    step_dir,
+    verify_checkpoint,
 )
 from nanochat.common import (
     NanochatError,
+    any_rank,
     atomic_write,
     from_rank0,
     get_dist_info,
@@ -40,7 +47,7 @@ from nanochat.common import (
 )
 from nanochat.compilation import can_compile
 from nanochat.dataset import Source
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.scaling import accumulation_steps, default_device_batch_size
 from nanochat.tokenizer import Tokenizer
@@ -49,15 +56,16 @@ from nanochat.trainer import Trainer
 # What may differ between a run and its resumption: it changes how the work is done, not what is computed.
 FREE_SETTINGS = {
     "resume", "resume_from_step", "device_batch_size", "grad_accum_steps", "run", "tensorboard", "device", "dtype",
-    "world_size", "compile", "eval_every", "eval_tokens", "sample_every", "save_every", "keep_last",
+    "world_size", "fsdp", "activation_checkpointing",
+    "compile", "eval_every", "eval_tokens", "sample_every", "save_every", "keep_last",
     "data", "tokenizer",  # what these mean is compared, not where it lies
     "core_metric_every", "core_metric_max_per_task", "eval_bundle", "max_rows", "eval_examples", "eval_samples",
     "sample_prompts", "log_every",
 }  # fmt: skip
 
 
-def add_training_arguments(parser: argparse.ArgumentParser, eval_every: int = 250, horizon_by_time: bool = True) -> None:
-    """Flags that every training script has."""
+def add_training_arguments(parser: argparse.ArgumentParser, eval_every: int = 250, generates: bool = False) -> None:
+    """Flags that every training script has. generates: the stage writes what it learns from, which takes a whole model."""
     run = parser.add_argument_group("run")
     run.add_argument("--run", default="dummy", metavar="NAME", help="Weights & Biases run name; 'dummy' logs nothing there")
     run.add_argument("--tensorboard", action="store_true", help="write TensorBoard event files beside metrics.jsonl")
@@ -71,12 +79,18 @@ def add_training_arguments(parser: argparse.ArgumentParser, eval_every: int = 25
     run.add_argument("--save-every", type=int, default=-1, metavar="STEPS", help="save every so often (-1: at the end)")
     run.add_argument("--keep-last", type=int, default=3, metavar="K", help="checkpoints to keep, and the best (-1: all)")
     run.add_argument("--eval-every", type=int, default=eval_every, metavar="STEPS", help="validate (-1: at the end)")
-    if horizon_by_time:
+    if not generates:
         run.add_argument("--eval-tokens", type=int, default=-1, metavar="N", help="validation tokens to use (-1: all)")
         run.add_argument("--target-minutes", type=float, default=-1.0, help="train about so long, as measured at the start")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
     machine.add_argument("--device-batch-size", type=int, default=-1, metavar="ROWS", help="rows at a time (-1: as fit)")
+    if generates:
+        parser.set_defaults(fsdp=False)
+    else:
+        machine.add_argument("--fsdp", action="store_true", help="cut the model over all ranks: for models beyond one GPU")
+    machine.add_argument("--activation-checkpointing", action="store_true",
+                         help="compute blocks again in the backward pass: slower by a third, for less memory")  # fmt: skip
     machine.add_argument("--no-compile", dest="compile", action="store_false", help="run eagerly")
 
 
@@ -111,6 +125,11 @@ class Stage:
             return False
         rows = [row for row in read_json_lines(self.directory / "metrics.jsonl") if row["step"] == num_iterations]
         return any(name.startswith("val/") for row in rows for name in row)
+
+    @property
+    def start(self) -> tuple[Path, int] | None:
+        """Where the weights to go on from are."""
+        return None if self.resume_step is None else (self.directory, self.resume_step)
 
     def recorded_settings(self) -> dict[str, Any]:
         """The settings that the checkpoint to go on from was made with; {} for a stage that starts anew."""
@@ -196,8 +215,8 @@ def check_tokens(source: Source, tokenizer: Tokenizer) -> None:
     found = source.tokenizer_fingerprint()
     if found is not None and found != tokenizer.fingerprint():
         raise NanochatError(
-            f"{source.name} holds tokens of another tokenizer ({found[:12]}, not {tokenizer.fingerprint()[:12]}): give the one "
-            "that made them with --tokenizer"
+            f"{source.name} holds tokens of another tokenizer ({found[:12]}, not {tokenizer.fingerprint()[:12]}): give "
+            "the one that made them with --tokenizer"
         )
 
 
@@ -227,26 +246,46 @@ def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, An
     atomic_write(stage.directory / "settings.json", json.dumps(settings, indent=2))
 
 
-def restore(
-    stage: Stage, model_config: dict[str, Any], device: torch.device
-) -> tuple[GPT, dict[str, torch.Tensor] | None, dict[str, Any] | None]:
-    """(model, optimizer state, trainer state) of the step to go on from; a new model and None, None if there is none."""
-    if stage.resume_step is None:
-        return build_model(model_config, None, device), None, None
-    weights, optimizer_state, meta = load_checkpoint(stage.directory, stage.resume_step, device, load_optimizer=True)
-    return build_model(meta["model_config"], weights, device), optimizer_state, meta["trainer"]
+def make_model(
+    model_config: dict[str, Any], device: torch.device, args: argparse.Namespace, start: tuple[Path, int] | None
+) -> GPT:
+    """The model of a stage, as its flags want it: new, or with the weights of `start`, a step of some stage."""
+    if not args.fsdp:
+        model = build_model(model_config, load_checkpoint(*start, device)[0] if start else None, device)
+    else:
+        from nanochat.sharding import shard
+
+        with torch.device("meta"):
+            model = GPT(GPTConfig(**model_config))
+        shard(model, device)
+        model.to_empty(device=device)
+        if start is None:
+            model.init_weights(seed=42)
+        else:
+            verify_checkpoint(step_dir(*start))
+            load_into(step_dir(*start), MODEL_FILE, dict(model.named_parameters()))
+    model.recompute_blocks = args.activation_checkpointing
+    return model
 
 
-def load_states(
-    trainer: Trainer,
-    optimizer: MuonAdamW,
-    optimizer_state: dict[str, torch.Tensor] | None,
-    state: dict[str, Any] | None,
-) -> None:
-    """Put a resumed trainer where it was."""
-    if state is not None:
-        optimizer.load_state_dict(optimizer_state)
-        trainer.load_state_dict(state)
+def load_optimizer(optimizer: MuonAdamW, stage_dir: Path, step: int) -> None:
+    """Give an optimizer the state of a step. Raises CheckpointError if that was saved without."""
+    directory = step_dir(stage_dir, step)
+    if optimizer.sharded:
+        state = optimizer.state_dict()
+        load_into(directory, OPTIMIZER_FILE, state)
+    else:
+        state = read_tensors(directory, OPTIMIZER_FILE)
+    if not state:
+        raise CheckpointError(f"{directory} was saved without optimizer state: training cannot go on from it")
+    optimizer.load_state_dict(state)
+
+
+def go_on(trainer: Trainer, stage: Stage) -> None:
+    """Put a resumed stage's trainer where it was."""
+    if stage.resume_step is not None:
+        load_optimizer(trainer.optimizer, stage.directory, stage.resume_step)
+        trainer.load_state_dict(read_meta(stage.directory, stage.resume_step)["trainer"])
 
 
 # ----------------------------------------------------------------------------- what stages share
@@ -302,12 +341,8 @@ def choose_device_batch_size(model: GPT, requested: int, total_batch_size: int, 
         return requested
     rows = default_device_batch_size(total_batch_size, T, world_size, 2**17 if device.type == "cuda" else 2**13)
     accumulation_steps(total_batch_size, rows, T, world_size)
-    while device.type == "cuda" and rows > 1 and not _fits(model, rows):
+    while device.type == "cuda" and rows > 1 and any_rank(not _fits(model, rows)):
         rows = default_device_batch_size(total_batch_size, T, world_size, rows * T - 1)
-    if world_size > 1:  # all ranks must agree
-        fewest = torch.tensor(rows, device=device)
-        dist.all_reduce(fewest, op=dist.ReduceOp.MIN)
-        rows = int(fewest)
     return rows
 
 

@@ -22,7 +22,16 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from nanochat.checkpoint_manager import BEST_FILE, CheckpointError, list_steps, lock_stage
+from nanochat.checkpoint_manager import (
+    BEST_FILE,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    CheckpointError,
+    list_steps,
+    lock_stage,
+    prune,
+    save_sharded,
+)
 from nanochat.checkpoint_writer import CheckpointWriter
 from nanochat.common import NanochatError, any_rank, atomic_write, describe_error, gather_objects, get_dist_info
 from nanochat.compilation import can_compile, measure_matmul_rate
@@ -156,6 +165,9 @@ class Trainer:
         self._compare_ranks()
         meta = {**self.meta, "trainer": self.state_dict(loader_state), "train_config": asdict(self.config)}
         optimizer_state = self.optimizer.state_dict()
+        if self.model.is_sharded:
+            self._save_sharded(optimizer_state, meta, wait)
+            return
         failure = None
         if self.rank == 0:
             self._report_failed_save()
@@ -169,6 +181,19 @@ class Trainer:
         if wait and any_rank(failure is not None):
             raise failure or NanochatError("rank 0 could not write the checkpoint: its reason stands above")
 
+    def _save_sharded(self, optimizer_state: dict[str, torch.Tensor], meta: dict[str, Any], wait: bool) -> None:
+        """Each rank writes its part while all wait: there is no room for a second copy of such a model."""
+        try:
+            states = {MODEL_FILE: self.model.state_dict(), OPTIMIZER_FILE: optimizer_state}
+            save_sharded(self.stage_dir, self.step, states, meta)
+            if self.rank == 0 and self.config.keep_last > 0:
+                prune(self.stage_dir, self.step, self.config.keep_last, self.best.get("step"))
+        except (OSError, NanochatError) as error:
+            if wait:
+                raise
+            self.progress.print(f"warning: a checkpoint could not be written; training goes on. {describe_error(error)}")
+        self._saved_step = self.step
+
     def _report_failed_save(self) -> None:
         try:
             self._writer.wait()
@@ -177,7 +202,7 @@ class Trainer:
 
     def _compare_ranks(self) -> None:
         """Raise NanochatError if ranks no longer hold the same parameters, bit for bit."""
-        if not self.ddp:
+        if not self.ddp or self.model.is_sharded:
             return
         names, sums = zip(*((name, p.data.view(torch.int32).sum()) for name, p in self.model.named_parameters()), strict=True)
         least = torch.stack(sums)

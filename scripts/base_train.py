@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from nanochat.common import compute_init, get_compute_dtype, print0, run_command
+from nanochat.common import NanochatError, compute_init, get_compute_dtype, print0, run_command
 from nanochat.compilation import keep_freed_memory
 from nanochat.core_eval import NanochatScorer, evaluate_core, find_bundle
 from nanochat.dataloader import TokenLoader
@@ -30,10 +30,10 @@ from nanochat.stage import (
     check_tokens,
     choose_device_batch_size,
     describe_model,
-    load_states,
+    go_on,
+    make_model,
     open_stage,
     prepare_directory,
-    restore,
     setup_optimizer,
     steps_in,
 )
@@ -81,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     keep_freed_memory()
     _, rank, _, world_size, device = compute_init(args.device_type, args.seed)
+    if args.fsdp and args.core_metric_every > 0:
+        raise NanochatError("--core-metric-every needs a whole model: leave it out with --fsdp, and run base_eval afterwards")
     resume = str(args.resume_from_step) if args.resume_from_step >= 0 else args.resume
     stage = open_stage("base", args.model_tag, f"d{args.depth}", resume)
 
@@ -94,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         args.depth, tokenizer.get_vocab_size(), args.max_seq_len, args.aspect_ratio, args.head_dim, args.window_pattern,
         args.num_kv_heads,
     )  # fmt: skip
-    model, optimizer_state, trainer_state = restore(stage, asdict(config), device)
+    model = make_model(asdict(config), device, args, stage.start)
     horizon = plan_horizon(
         config, model.estimate_flops(), args.num_iterations, args.target_flops, args.target_param_data_ratio,
         args.total_batch_size,
@@ -159,9 +161,9 @@ def main(argv: list[str] | None = None) -> int:
         },
         evaluate=evaluate,
         evaluations=[(args.core_metric_every, evaluate_core_metric)] if bundle else [],
-        sample=sample if args.sample_every > 0 else None,
+        sample=sample if args.sample_every > 0 and not args.fsdp else None,  # which takes a whole model
     )  # fmt: skip
-    load_states(trainer, optimizer, optimizer_state, trainer_state)
+    go_on(trainer, stage)
     trainer.train()
     loader.close()
     return 0

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from nanochat.chat_eval import Answering, evaluate_task, sample_answers
-from nanochat.checkpoint_manager import build_model, find_run, get_stage_dir, list_steps, load_model
+from nanochat.checkpoint_manager import find_run, load_model, open_checkpoint
 from nanochat.common import NanochatError, compute_init, get_compute_dtype, print0, run_command
 from nanochat.compilation import keep_freed_memory
 from nanochat.engine import Engine
@@ -22,10 +21,10 @@ from nanochat.stage import (
     add_training_arguments,
     check_settings,
     describe_model,
-    load_states,
+    go_on,
+    make_model,
     open_stage,
     prepare_directory,
-    restore,
     setup_optimizer,
 )
 from nanochat.trainer import TrainConfig, Trainer
@@ -34,7 +33,7 @@ from tasks import build_task
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Reinforce a chat model on a task with rewards.")
-    add_training_arguments(parser, eval_every=60, horizon_by_time=False)
+    add_training_arguments(parser, eval_every=60, generates=True)
     data = parser.add_argument_group("data")
     data.add_argument("-i", "--source", default="sft", choices=("base", "sft"), help="stage of the model to start from")
     data.add_argument("--model-step", type=int, default=None, help="checkpoint to start from (default: the newest)")
@@ -75,27 +74,20 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
 
     # Where it starts, and for how long it goes on
-    parent_dir = get_stage_dir(tag, args.source)
-    parent_step = list_steps(parent_dir)[-1] if args.model_step is None else args.model_step
-    start, tokenizer, _ = load_model(args.source, device, "eval", tag, parent_step)
-    if args.max_new_tokens >= start.config.sequence_len:
+    parent_dir, tokenizer, parent_meta = open_checkpoint(args.source, tag, args.model_step)
+    parent_step, model_config = parent_meta["step"], parent_meta["model_config"]
+    if args.max_new_tokens >= model_config["sequence_len"]:
         raise NanochatError(
             f"--max-new-tokens {args.max_new_tokens} leaves no room for a question in a context of "
-            f"{start.config.sequence_len}: choose fewer"
+            f"{model_config['sequence_len']}: choose fewer"
         )
-    model_config = asdict(start.config)
     train_task = build_task(args.task, "train", args.task_data)
     val_task = build_task(args.task, "val", args.task_data)
     num_iterations = args.num_iterations
     if num_iterations <= 0:
         num_iterations = max(1, args.num_epochs * len(train_task) // args.examples_per_step)
-    if stage.resume_step is None:
-        weights = {name: tensor.clone() for name, tensor in start.state_dict().items()}
-        model, optimizer_state, trainer_state = build_model(model_config, weights, device), None, None
-    else:
-        model, optimizer_state, trainer_state = restore(stage, model_config, device)
-    reference = start if args.kl_weight > 0 else None
-    del start
+    model = make_model(model_config, device, args, stage.start or (parent_dir, parent_step))
+    reference = load_model(args.source, device, "eval", tag, parent_step)[0] if args.kl_weight > 0 else None
     rows = args.device_batch_size if args.device_batch_size > 0 else 32
     rows_per_rank = -(-args.examples_per_step // world_size) * args.num_samples
     settings = {
@@ -146,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         },
         evaluate=evaluate, sample=sample, loss_fn=loss_fn, count_fn=count_fn, step_metrics=loader.metrics,
     )  # fmt: skip
-    load_states(trainer, optimizer, optimizer_state, trainer_state)
+    go_on(trainer, stage)
     trainer.train()
     return 0
 

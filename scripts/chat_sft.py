@@ -8,11 +8,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 from nanochat.chat_eval import sample_answers
-from nanochat.checkpoint_manager import build_model, find_run, get_stage_dir, list_steps, load_checkpoint, load_model
+from nanochat.checkpoint_manager import find_run, open_checkpoint
 from nanochat.common import compute_init, get_compute_dtype, print0, run_command
 from nanochat.compilation import keep_freed_memory
 from nanochat.conversation_loader import ConversationLoader, estimate_tokens
@@ -26,10 +25,11 @@ from nanochat.stage import (
     check_settings,
     choose_device_batch_size,
     describe_model,
-    load_states,
+    go_on,
+    load_optimizer,
+    make_model,
     open_stage,
     prepare_directory,
-    restore,
     setup_optimizer,
     steps_in,
 )
@@ -70,21 +70,15 @@ def main(argv: list[str] | None = None) -> int:
     stage = open_stage("sft", base_tag, base_tag, args.resume)
 
     # Where it starts: the base model, its tokenizer, its settings
-    base_dir = get_stage_dir(base_tag, "base")
-    base_step = list_steps(base_dir)[-1] if args.model_step is None else args.model_step
-    base, tokenizer, base_meta = load_model("base", device, "train", base_tag, base_step)
-    model_config = {**asdict(base.config)}
+    base_dir, tokenizer, base_meta = open_checkpoint("base", base_tag, args.model_step)
+    base_step, model_config = base_meta["step"], base_meta["model_config"]
     if args.max_seq_len > 0:
         model_config["sequence_len"] = args.max_seq_len
     sequence_len = model_config["sequence_len"]
     total_batch_size = args.total_batch_size if args.total_batch_size > 0 else base_meta["settings"]["total_batch_size"]
     train_task = build_mixture(args.tasks, "train", args.task_data)
     val_task = build_mixture(args.tasks, "val", args.task_data)
-    if stage.resume_step is None:
-        model, optimizer_state, trainer_state = build_model(model_config, base.state_dict(), device), None, None
-    else:
-        model, optimizer_state, trainer_state = restore(stage, model_config, device)
-    del base
+    model = make_model(model_config, device, args, stage.start or (base_dir, base_step))
     rows = choose_device_batch_size(model, args.device_batch_size, total_batch_size, world_size)
     num_iterations = args.num_iterations
     if num_iterations <= 0:
@@ -108,9 +102,8 @@ def main(argv: list[str] | None = None) -> int:
     # The parts
     scale = args.init_lr_frac * learning_rate_scale(total_batch_size)
     optimizer = setup_optimizer(model, args, scale, args.weight_decay)
-    if trainer_state is None and args.load_optimizer:
-        _, base_optimizer_state, _ = load_checkpoint(base_dir, base_step, device, load_optimizer=True)
-        optimizer.load_state_dict(base_optimizer_state)
+    if stage.resume_step is None and args.load_optimizer:
+        load_optimizer(optimizer, base_dir, base_step)
     loader = ConversationLoader(train_task, tokenizer, rows, sequence_len, rank, world_size, device, seed=args.seed)
     token_bytes = tokenizer.get_token_bytes()
 
@@ -139,9 +132,9 @@ def main(argv: list[str] | None = None) -> int:
             "parent": {"stage": "base", "step": base_step},
         },
         evaluate=evaluate,
-        sample=sample,
+        sample=None if args.fsdp else sample,  # which takes a whole model
     )  # fmt: skip
-    load_states(trainer, optimizer, optimizer_state, trainer_state)
+    go_on(trainer, stage)
     trainer.train()
     stats = loader.stats()
     print0(

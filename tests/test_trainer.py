@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat.checkpoint_manager import list_steps, load_checkpoint, load_model
+from nanochat.checkpoint_manager import list_steps, load_checkpoint
 from nanochat.common import NanochatError
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
@@ -159,71 +159,6 @@ def test_a_signal_saves_and_leaves(corpus: Path, base_dir: Path, number: signal.
     assert "Traceback" not in errors
     step = int(re.search(r"stopped after step (\d+)", output)[1])
     assert list_steps(metrics.parent) == [step]
-
-
-def test_two_ranks_equal_one(corpus: Path, base_dir: Path) -> None:
-    """The same global batch of the same rows gives the same losses, with sharded optimizer state."""
-    flags = ["-m", "scripts.base_train", *TINY_TRAINING, "--data", str(corpus), "--device-batch-size=2"]
-    environment = {**os.environ, "NANOCHAT_DTYPE": "float32", "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *flags]
-    subprocess.run([*torchrun, "--model-tag=two"], env=environment, check=True, capture_output=True, timeout=300)
-    stage_dir = base_dir / "runs" / "two" / "base"
-    assert len(_losses(stage_dir)) == 6
-    assert _losses(stage_dir)[-1] < _losses(stage_dir)[0]
-    _, state, meta = load_checkpoint(stage_dir, 6, load_optimizer=True)
-    model, _, _ = load_model("base", "cpu", "train", "two")
-    assert meta["trainer"]["loader"]["world_size"] == 2
-    for name, parameter in model.named_parameters():  # whole, although each rank held only a share
-        kind = "momentum" if f"{name}/momentum" in state else "exp_avg"
-        assert state[f"{name}/{kind}"].shape == parameter.shape
-
-
-SEVERAL_RANKS = """
-import sys, torch, torch.distributed as dist
-from tests.helpers import make_model
-from tests.test_trainer import set_gradients
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-shares = {2: (0.5, 0.5), 3: (0.5, 0.25, 0.25)}[dist.get_world_size()]
-model = make_model(n_layer=3, n_kv_head=1)
-optimizer = model.setup_optimizer(weight_decay=0.1)
-for step in range(4):
-    set_gradients(model, step, shares[rank])
-    optimizer.step(); optimizer.zero_grad()
-state = optimizer.state_dict()
-if rank == 0:
-    torch.save({"model": model.state_dict(), "optimizer": state}, sys.argv[1])
-dist.destroy_process_group()
-"""
-
-
-def set_gradients(model: GPT, step: int, share: float) -> None:
-    """One rank's part of the same gradients. Shares are powers of two, so that their sum is exact: what differs then is
-    the optimizer's doing, not rounding that Adam makes a whole step of."""
-    generator = torch.Generator().manual_seed(step)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator) * share
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_the_optimizer_is_the_same_on_any_number_of_ranks(tmp_path: Path, ranks: int) -> None:
-    """Shapes that do not divide by the ranks included; state as well as weights."""
-    script, result = tmp_path / "ranks.py", tmp_path / "result.pt"
-    script.write_text(SEVERAL_RANKS, encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    subprocess.run([*torchrun, str(script), str(result)], env=environment, check=True, capture_output=True, timeout=300)
-    model = make_model(n_layer=3, n_kv_head=1)
-    optimizer = model.setup_optimizer(weight_decay=0.1)
-    for step in range(4):
-        set_gradients(model, step, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    found = torch.load(result, weights_only=True)
-    for mine, theirs in ((model.state_dict(), found["model"]), (optimizer.state_dict(), found["optimizer"])):
-        assert set(mine) == set(theirs)
-        for name, tensor in mine.items():
-            torch.testing.assert_close(theirs[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
 
 
 # ----------------------------------------------------------------------------- bits per byte

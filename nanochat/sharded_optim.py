@@ -1,0 +1,143 @@
+"""Muon and AdamW on parameters of which each rank holds some rows (sharding.py). Built by optim.py, the same interface.
+
+AdamW works on the rows alone. Muon needs whole matrices: each rank owns some of a group's, receives their rows from all
+ranks, orthogonalizes them and sends the rows of the result back; momentum and weights never leave the rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from nanochat.optim import Group, adamw_update, apply_update, neuron_means, normalize_neurons, orthogonalize
+
+
+def local_rows(values: Tensor, like: DTensor) -> Tensor:
+    """This rank's rows of a tensor, whole or already cut, that is laid out as the parameter `like`; float32."""
+    if not isinstance(values, DTensor):
+        values = values.to(like.device, torch.float32)
+        values = distribute_tensor(values, like.device_mesh, like.placements, src_data_rank=None)
+    return values.to_local()
+
+
+def as_sharded(rows: Tensor, like: DTensor) -> DTensor:
+    """The inverse: all ranks' rows as one tensor."""
+    return DTensor.from_local(rows, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+
+
+def local_grad(param: DTensor) -> Tensor:
+    return torch.zeros_like(param.to_local()) if param.grad is None else param.grad.to_local()
+
+
+class ShardedAdamWUnit:
+    """One parameter; everything happens on this rank's rows."""
+
+    def __init__(self, group: Group, name: str, param: DTensor) -> None:
+        self.group, self.name, self.param = group, name, param
+        self.state = {kind: torch.zeros_like(param.to_local()) for kind in ("exp_avg", "exp_avg_sq")}
+
+    def start_reduce(self) -> None:
+        """Gradients came summed."""
+
+    def update(self, step: int) -> None:
+        rows = self.param.to_local()
+        if rows.numel():
+            adamw_update(rows, local_grad(self.param), self.state["exp_avg"], self.state["exp_avg_sq"], self.group, step)
+
+    def start_gather(self) -> None:
+        """Parameters stay cut."""
+
+    finish_gather = start_gather
+
+    def gather_state(self) -> dict[str, Tensor]:
+        return {f"{self.name}/{kind}": as_sharded(rows, self.param) for kind, rows in self.state.items()}
+
+    def scatter_state(self, state: dict[str, Tensor]) -> None:
+        for kind, rows in self.state.items():
+            rows.copy_(local_rows(state[f"{self.name}/{kind}"], self.param))
+
+
+class ShardedMuonUnit:
+    """Matrices of one shape. n of them, of which this rank owns `owned` and holds `height` rows of each."""
+
+    def __init__(self, group: Group, rank: int, world_size: int) -> None:
+        self.group, self.names, self.params = group, group.names, group.params
+        self.rank, self.world_size = rank, world_size
+        n, (rows, columns) = len(self.params), self.params[0].shape
+        per_rank, chunk = -(-n // world_size), -(-rows // world_size)
+        bounds = [min(r * per_rank, n) for r in range(world_size + 1)]
+        self.counts = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]  # matrices of each owner
+        self.heights = [max(0, min(chunk, rows - r * chunk)) for r in range(world_size)]  # rows that each rank holds
+        self.owned, self.height, self.columns = self.counts[rank], self.heights[rank], columns
+        self.begin = bounds[rank]
+        like = torch.zeros(self.owned, rows, columns, device="meta")
+        device = self.params[0].device
+        self.second_moment = torch.zeros(neuron_means(like).shape, device=device)
+        self.momentum = torch.zeros(n, self.height, columns, device=device)
+        self._work: dist.Work | None = None
+        self._buffers: tuple[Tensor, ...] = ()  # kept until the collective that uses them is done
+
+    def _send(self, rows: Tensor, sent: list[int], received: list[int]) -> None:
+        """Begin to exchange rows of `columns` numbers; what arrives is the first buffer."""
+        arriving = rows.new_empty(sum(received), self.columns)
+        group = self.params[0].device_mesh.get_group()
+        self._work = dist.all_to_all_single(arriving, rows, received, sent, group=group, async_op=True)
+        self._buffers = (arriving, rows)
+
+    def _received(self) -> Tensor:
+        self._work.wait()
+        arrived = self._buffers[0]
+        self._work, self._buffers = None, ()
+        return arrived
+
+    def _splits(self) -> tuple[list[int], list[int]]:
+        """Rows that this rank exchanges with each other: (of their matrices, that it holds; of its own, that they hold)."""
+        return [count * self.height for count in self.counts], [self.owned * height for height in self.heights]
+
+    def start_reduce(self) -> None:
+        """Nesterov momentum on the rows held here, which then go to the owners of their matrices."""
+        grad = torch.stack([local_grad(param).float() for param in self.params])
+        self.momentum.lerp_(grad, 1 - self.group.momentum)
+        held, owned = self._splits()
+        self._send(grad.lerp_(self.momentum, self.group.momentum).flatten(0, 1), held, owned)
+
+    def update(self, step: int) -> None:
+        arrived = self._received()
+        if not self.owned:
+            self._directions = arrived
+            return
+        parts = arrived.split(self._splits()[1])
+        parts = [part.view(self.owned, height, self.columns) for part, height in zip(parts, self.heights, strict=True)]
+        matrices = torch.cat(parts, dim=1)
+        directions = normalize_neurons(orthogonalize(matrices).float(), self.second_moment, self.group.betas[1])
+        self._directions = torch.cat([part.flatten(0, 1) for part in directions.split(self.heights, dim=1)])
+
+    def start_gather(self) -> None:
+        held, owned = self._splits()
+        self._send(self._directions, owned, held)
+
+    def finish_gather(self) -> None:
+        directions = self._received().view(len(self.params), self.height, self.columns)
+        values = [param.to_local() for param in self.params]
+        apply_update(values, directions, self.group, self.params[0].shape)
+
+    # ------------------------------------------------------------------------- state
+
+    def gather_state(self) -> dict[str, Tensor]:
+        """Momentum in rows; the second moment, which is small, whole on every rank."""
+        per_rank = self.counts[0]
+        share = self.second_moment.new_zeros(per_rank, *self.second_moment.shape[1:])
+        share[: self.owned] = self.second_moment
+        whole = share.new_empty(per_rank * self.world_size, *share.shape[1:])
+        dist.all_gather_into_tensor(whole, share, group=self.params[0].device_mesh.get_group())
+        momentum = {f"{name}/momentum": as_sharded(rows, param)
+                    for name, rows, param in zip(self.names, self.momentum, self.params, strict=True)}  # fmt: skip
+        return momentum | {f"{name}/second_moment": whole[i].clone() for i, name in enumerate(self.names)}
+
+    def scatter_state(self, state: dict[str, Tensor]) -> None:
+        for name, rows, param in zip(self.names, self.momentum, self.params, strict=True):
+            rows.copy_(local_rows(state[f"{name}/momentum"], param))
+        for i in range(self.owned):
+            self.second_moment[i].copy_(state[f"{self.names[self.begin + i]}/second_moment"])

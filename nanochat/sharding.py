@@ -1,0 +1,84 @@
+"""Models beyond one GPU's memory: parameters cut over all ranks by PyTorch's fully_shard (FSDP2). Used with --fsdp.
+
+Each rank holds its rows of every parameter. A block's matrices are whole only while it computes; gradients arrive as
+sums, cut the same way; sharded_optim.py updates the parts. Checkpoints are written by torch.distributed.checkpoint, each
+rank its own parts, and can be read by any number of ranks, and whole by one process without any group.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from nanochat.common import NanochatError, get_compute_dtype
+from nanochat.gpt import GPT
+
+
+def shard(model: GPT, device: torch.device) -> None:
+    """Cut the parameters of a model, best one that is still on the meta device, over all ranks.
+
+    Blocks are sent in the compute dtype; embeddings, head and scalars in float32, as they are used. Raises NanochatError
+    outside torchrun.
+    """
+    if not dist.is_initialized():
+        raise NanochatError("--fsdp cuts the model over several processes: start it with torchrun --nproc_per_node=N")
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(get_compute_dtype(device), reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in model.blocks:
+        block.forward = functools.partial(model.run_block, block)  # within the hooks that gather its parameters
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    for embedding in model.value_embeds.values():
+        fully_shard(embedding, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)  # the loss reads the head after the forward pass
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)  # the trainer divides by the tokens of all ranks
+            module.set_force_sum_reduction_for_comms(True)
+    model.is_sharded = True
+
+
+def fill(target: torch.Tensor, values: torch.Tensor) -> None:
+    """Copy a whole tensor into a parameter or state, of which this rank may hold a part only. No communication."""
+    values = values.to(target.device, target.dtype)
+    if isinstance(target, DTensor):
+        values = distribute_tensor(values, target.device_mesh, target.placements, src_data_rank=None)
+    with torch.no_grad():
+        target.copy_(values)
+
+
+def write_sharded(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write parts into `directory`, each rank its own and those that all have once (a collective call).
+
+    Raises OSError on every rank if one of them fails.
+    """
+    try:
+        dcp.save(dict(tensors), checkpoint_id=directory)
+    except dcp.api.CheckpointException as error:
+        reasons = [wrapped[0] for wrapped in error.failures.values()]
+        number = next((reason.errno for reason in reasons if isinstance(reason, OSError)), None)
+        raise OSError(number or errno.EIO, f"{reasons[0]}", str(directory)) from error
+
+
+def read_sharded(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Fill tensors, whole or in parts, with those of their names. Reads what is needed; no communication."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it may be: that is the point
+        dcp.load(dict(tensors), checkpoint_id=directory, no_dist=True)
+
+
+def read_whole(directory: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """All tensors whose names begin with the prefix, which is left out, whole and on the CPU."""
+    entries = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype)
+               for name, entry in entries.items() if name.startswith(prefix)}  # fmt: skip
+    read_sharded(directory, tensors)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
