@@ -114,13 +114,24 @@ def run_command(main: Callable[[list[str] | None], int]) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) went away: nothing to say and nobody to hear it
         sys.stderr.close()
         return 141
-    except (NanochatError, OSError, torch.OutOfMemoryError, dist.DistError) as error:
+    except (NanochatError, OSError, torch.OutOfMemoryError) as error:
         if debug:
             traceback.print_exc()
         print(f"error: {describe_error(error)}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        if not _is_lost_connection(error):
+            raise
+        print(f"error: another process of this job has gone: {RESTART}", file=sys.stderr)
+        return 1
     finally:
         compute_cleanup()
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """What gloo and NCCL raise where the other side has left; gloo without a class of its own."""
+    signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "Socket Timeout")
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs))
 
 
 def describe_error(error: BaseException) -> str:
@@ -132,8 +143,6 @@ def describe_error(error: BaseException) -> str:
         return f"no permission for {error.filename}: choose another folder, for example with NANOCHAT_BASE_DIR"
     if isinstance(error, torch.OutOfMemoryError):
         return f"the device ran out of memory: choose a smaller --device-batch-size or --max-seq-len ({error})"
-    if isinstance(error, dist.DistError):
-        return f"another process of this job has gone ({str(error).splitlines()[0]}): {RESTART}"
     return str(error)
 
 

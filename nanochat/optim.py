@@ -29,6 +29,11 @@ POLAR_EXPRESS = (
 )
 
 
+# Older PyTorch knows them by other names alone, newer ones warn of those.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 @dataclass(frozen=True)
 class OptimizerSettings:
     """Peak learning rates by kind of parameter, and what else the optimizer needs to know."""
@@ -189,7 +194,7 @@ class _Unit:
             return
         rows = self._padded(rows)
         share = rows.new_empty((self.rows_per_rank, *rows.shape[1:]))
-        self._work = dist.reduce_scatter_tensor(share, rows, op=dist.ReduceOp.SUM, async_op=True)
+        self._work = reduce_scatter(share, rows, op=dist.ReduceOp.SUM, async_op=True)
         self._buffers = (share, rows)
 
     def update(self, step: int) -> None:
@@ -207,7 +212,7 @@ class _Unit:
             return
         share = self._padded(self._as_rows([p.data for p in self.params])[self.begin : self.end], self.rows_per_rank)
         whole = share.new_empty((self.rows_per_rank * self.world_size, *share.shape[1:]))
-        self._work = dist.all_gather_into_tensor(whole, share.contiguous(), async_op=True)
+        self._work = all_gather(whole, share.contiguous(), async_op=True)
         self._buffers = (whole, share)
 
     def finish_gather(self) -> None:
@@ -239,7 +244,7 @@ class _Unit:
             if self.world_size > 1:
                 share = self._padded(share, self.rows_per_rank).contiguous()
                 whole = share.new_empty((self.rows_per_rank * self.world_size, *share.shape[1:]))
-                dist.all_gather_into_tensor(whole, share)
+                all_gather(whole, share)
                 if self.rank != 0:
                     continue
                 share = whole[: self.rows].cpu()  # one unit at a time: a device may have no room for all

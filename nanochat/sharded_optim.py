@@ -11,7 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nanochat.optim import Group, adamw_update, apply_update, neuron_means, normalize_neurons, orthogonalize
+from nanochat.optim import (
+    Group,
+    adamw_update,
+    all_gather,
+    apply_update,
+    neuron_means,
+    normalize_neurons,
+    orthogonalize,
+)
 
 
 def local_rows(values: Tensor, like: DTensor) -> Tensor:
@@ -131,7 +139,7 @@ class ShardedMuonUnit:
         share = self.second_moment.new_zeros(per_rank, *self.second_moment.shape[1:])
         share[: self.owned] = self.second_moment
         whole = share.new_empty(per_rank * self.world_size, *share.shape[1:])
-        dist.all_gather_into_tensor(whole, share, group=self.params[0].device_mesh.get_group())
+        all_gather(whole, share, group=self.params[0].device_mesh.get_group())
         momentum = {f"{name}/momentum": as_sharded(rows, param)
                     for name, rows, param in zip(self.names, self.momentum, self.params, strict=True)}  # fmt: skip
         return momentum | {f"{name}/second_moment": whole[i].clone() for i, name in enumerate(self.names)}

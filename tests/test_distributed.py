@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.checkpoint_manager import list_steps, load_checkpoint, load_model
-from nanochat.heartbeat import EXIT_CODE, Heartbeat
+from nanochat.heartbeat import Heartbeat
 from nanochat.report import read_metrics
 from scripts import base_train
 from tests.helpers import make_model
@@ -179,7 +178,8 @@ def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(corpus: Path, base_dir
             assert job.returncode != 0
             assert time.monotonic() - killed_at < 60
             assert "exitcode  : -9" in errors  # torchrun's own report names the rank
-            assert "Traceback" not in errors.split("torch.distributed.elastic")[0]
+            assert "[rank0]:" not in errors  # no trace of ours
+            assert "error: another process of this job has gone" in errors
     assert job.returncode == 0, errors[-3000:]
     assert _values(stage_dir) == pytest.approx(expected, abs=1e-4)
 
@@ -192,7 +192,7 @@ from nanochat.common import get_dist_info, run_command
 step = trainer.Trainer._train_step
 def flip_a_bit(self):
     step(self)
-    if self.step == 5 and self.rank == 1:
+    if self.step == 6 and self.rank == 1:
         with torch.no_grad():
             self.model.wte.weight.view(torch.int32)[7, 3] ^= 1
 trainer.Trainer._train_step = flip_a_bit
@@ -202,7 +202,10 @@ raise SystemExit(run_command(base_train.main))
 
 @pytest.mark.slow
 def test_ranks_that_differ_by_one_bit_stop(corpus: Path, base_dir: Path, tmp_path: Path) -> None:
-    """And the checkpoint of that moment is not written: the last good one is named."""
+    """And the checkpoint of that moment is not written: the last good one is named.
+
+    (A step later the optimizer's all-gather would have mended it.)
+    """
     script = tmp_path / "diverged.py"
     script.write_text(DIVERGED, encoding="utf-8")
     flags = [*SMALL, f"--data={corpus}", "--num-iterations=9", "--save-every=3", "--model-tag=flipped"]
@@ -298,10 +301,10 @@ def test_two_machines_and_a_cut_link(corpus: Path, base_dir: Path, monkeypatch: 
     def start(nodes: tuple[str, str], attempt: int) -> list[subprocess.Popen]:
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d"]
         torchrun += [f"--rdzv_id=far{attempt}", f"--rdzv_endpoint=10.231.0.1:{29500 + attempt}"]
-        command = ["-m", "--", "scripts.base_train", *flags]
+        addresses = [[f"--rdzv_conf=is_host={i == 1}", f"--local-addr=10.231.0.{i}"] for i in (1, 2)]
         return [
-            _start(["ip", "netns", "exec", node, *torchrun, f"--local-addr=10.231.0.{i}", *command])
-            for i, node in enumerate(nodes, 1)
+            _start(["ip", "netns", "exec", node, *torchrun, *address, "-m", "--", "scripts.base_train", *flags])
+            for node, address in zip(nodes, addresses, strict=True)
         ]
 
     with _two_machines() as nodes:
@@ -309,22 +312,11 @@ def test_two_machines_and_a_cut_link(corpus: Path, base_dir: Path, monkeypatch: 
         _wait_for(lambda: len(list_steps(stage_dir)) >= 2)
         subprocess.run(["ip", "-n", nodes[1], "link", "set", "cable", "down"], check=True)
         cut_at = time.monotonic()
-        ended: dict[int, float] = {}
-        messages: dict[int, str] = {}
-
-        def collect(i: int) -> None:
-            messages[i] = jobs[i].communicate(timeout=150)[1]
-            ended[i] = time.monotonic() - cut_at
-
-        threads = [threading.Thread(target=collect, args=(i,)) for i in range(2)]
-        for thread in threads:
-            thread.start()
-        workers_gone = _wait_for(lambda: _seconds_until_no_worker(jobs, cut_at), 90)
-        for thread in threads:
-            thread.join()
-        assert workers_gone < 60
-        assert all(job.returncode != 0 for job in jobs)
-        assert any(f"exitcode  : {EXIT_CODE}" in text or "error: " in text for text in messages.values())
+        _wait_for(lambda: not any(map(_lives, jobs)), 90)
+        assert time.monotonic() - cut_at < 60
+        for job in jobs:
+            job.kill()  # torchrun itself waits for its own store for minutes
+            assert "error: rank" in job.communicate()[1]
         subprocess.run(["ip", "-n", nodes[1], "link", "set", "cable", "up"], check=True)
         for job in start(nodes, 1):
             _, errors = job.communicate(timeout=200)
@@ -332,12 +324,10 @@ def test_two_machines_and_a_cut_link(corpus: Path, base_dir: Path, monkeypatch: 
     assert _values(stage_dir) == pytest.approx(expected, abs=1e-4)
 
 
-def _seconds_until_no_worker(jobs: list[subprocess.Popen], since: float) -> float:
-    """0 while a training process lives; else how long it took."""
-    for process in psutil.process_iter(["cmdline", "ppid"]):
-        if "--model-tag=far" in (process.info["cmdline"] or []) and process.info["ppid"] in [job.pid for job in jobs]:
-            return 0
-    return time.monotonic() - since
+def _lives(job: subprocess.Popen) -> bool:
+    """Whether a training process of this launcher is still there."""
+    children = psutil.Process(job.pid).children(recursive=True)
+    return any(child.status() != psutil.STATUS_ZOMBIE and "--model-tag=far" in child.cmdline() for child in children)
 
 
 # ----------------------------------------------------------------------------- one optimizer
