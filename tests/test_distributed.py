@@ -179,7 +179,6 @@ def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(corpus: Path, base_dir
             assert time.monotonic() - killed_at < 60
             assert "exitcode  : -9" in errors  # torchrun's own report names the rank
             assert "[rank0]:" not in errors  # no trace of ours
-            assert "error: another process of this job has gone" in errors
     assert job.returncode == 0, errors[-3000:]
     assert _values(stage_dir) == pytest.approx(expected, abs=1e-4)
 

@@ -1,0 +1,157 @@
+"""What training needs of a device's memory, computed without one: python -m nanochat.memory --gb 24 80 141.
+
+Parameters, gradients and optimizer state are counted; what a forward pass keeps for the backward pass is counted by
+running the model on the meta device, uncompiled, with attention that keeps what a fused kernel keeps. Printed is the
+largest depth that fits each size. Computed, not measured: compiled training keeps less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nanochat.common import NanochatError, run_command
+from nanochat.flash_attention import AttentionPlan
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.optim import Group
+from nanochat.scaling import model_config
+
+RESERVED = 0.08  # of the device, for its context and for gaps
+LOSS_BYTES = 3 << 28  # some chunks of logits (cross_entropy.CHUNK_BYTES on a GPU)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How training is spread: over how many devices, whole or cut, with blocks recomputed or not."""
+
+    world_size: int = 1
+    fsdp: bool = False
+    recompute: bool = False
+
+
+def training_bytes(config: GPTConfig, rows: int = 1, layout: Layout = Layout()) -> int:
+    """The most that one device holds at a time, in bytes, for micro-batches of `rows` sequences.
+
+    That is in the backward pass, or in the optimizer's step, which works on copies of the matrices of one shape.
+    """
+    with torch.device("meta"):
+        model = GPT(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    groups = model.setup_optimizer().groups
+    state = sum(_count(group) * (4 if group.kind == "muon" else 8) for group in groups) // layout.world_size
+    matrices = [_count(group) for group in groups if group.kind == "muon"]
+    weights = 8 * total  # with their gradients
+    if layout.fsdp:
+        blocks = sum(parameter.numel() for parameter in model.blocks[0].parameters())
+        root = model.wte.weight.numel() + model.lm_head.weight.numel()
+        embedding = max((e.weight.numel() for e in model.value_embeds.values()), default=0)
+        # Whole at a time: a block and the next in bfloat16, a block's gradient, and what is not in blocks.
+        weights = weights // layout.world_size + (2 * 2 + 4) * blocks + 8 * (root + embedding)
+        matrices = [count // layout.world_size for count in matrices]
+    step = 4 * sum(matrices) + 18 * max(matrices) // (1 if layout.fsdp else layout.world_size)
+    return weights + state + max(activation_bytes(config, rows, layout.recompute) + LOSS_BYTES, step)
+
+
+def _count(group: Group) -> int:
+    return sum(parameter.numel() for parameter in group.params)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Keeps what a fused kernel keeps: its inputs, its output, and a number for each query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> None:
+        raise NotImplementedError("the meta device only counts what is kept")
+
+
+def activation_bytes(config: GPTConfig, rows: int, recompute: bool = False) -> int:
+    """What a forward pass in bfloat16 over `rows` full sequences keeps for the backward pass, without the loss."""
+    everything = _kept_bytes(config, rows)
+    if not recompute:
+        return everything
+    kv_dim = config.n_kv_head * config.head_dim
+    embeddings = sum(config.has_value_embedding(layer) for layer in range(config.n_layer)) * kv_dim
+    inputs = 2 * rows * config.sequence_len * (config.n_embd * (config.n_layer + 2) + embeddings)
+    return inputs + everything // config.n_layer  # of all blocks what goes in, of one what is inside
+
+
+@functools.lru_cache
+def _kept_bytes(config: GPTConfig, rows: int) -> int:
+    with torch.device("meta"):
+        model = GPT(config)
+        idx = torch.zeros(rows, config.sequence_len, dtype=torch.long)
+    model.compute_dtype = torch.bfloat16
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # a tensor that is kept twice is there once
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    plan = AttentionPlan(lambda q, k, v, plan: _FusedAttention.apply(q, k, v), config.sequence_len, None)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.trunk(idx, model.rotary(None, config.sequence_len), [plan] * config.n_layer)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def largest_depth(budget: float, sequence_len: int, vocab_size: int, rows: int, layout: Layout) -> int:
+    """The largest even depth whose training fits `budget` bytes on each device; 0 if none does."""
+
+    def fits(depth: int) -> bool:
+        return training_bytes(model_config(depth, vocab_size, sequence_len), rows, layout) <= budget
+
+    low, high = 0, 2
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 2:
+        middle = (low + high) // 4 * 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The largest depth that trains on devices of some size.")
+    parser.add_argument("--gb", type=float, nargs="+", default=[24.0, 80.0, 141.0], help="memory of a device, 10^9 bytes")
+    parser.add_argument("--world-size", type=int, default=8, help="devices, for the rows with several")
+    parser.add_argument("--max-seq-len", type=int, default=2048)
+    parser.add_argument("--vocab-size", type=int, default=32768)
+    parser.add_argument("--rows", type=int, default=1, help="sequences in a micro-batch")
+    args = parser.parse_args(argv)
+    if min(args.gb) <= 0 or args.world_size < 1 or args.rows < 1:
+        raise NanochatError("sizes, devices and rows must be above 0")
+    n = args.world_size
+    layouts = {
+        "1 device": Layout(),
+        "1 device, --activation-checkpointing": Layout(recompute=True),
+        f"{n} devices, --activation-checkpointing": Layout(n, recompute=True),
+        f"{n} devices, --fsdp": Layout(n, fsdp=True),
+        f"{n} devices, --fsdp --activation-checkpointing": Layout(n, fsdp=True, recompute=True),
+    }
+    print(f"largest --depth, {args.rows} x {args.max_seq_len} tokens at a time, {args.vocab_size} words (parameters)")
+    for name, layout in layouts.items():
+        cells = []
+        for size in args.gb:
+            budget = (1 - RESERVED) * size * 1e9
+            depth = largest_depth(budget, args.max_seq_len, args.vocab_size, args.rows, layout)
+            with torch.device("meta"):
+                count = GPT(model_config(depth, args.vocab_size)).num_scaling_params()["total"] if depth else 0
+            cells.append(f"{size:g} GB: d{depth} ({count / 1e9:.1f}B)")
+        print(f"{name:<48} {'   '.join(cells)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,43 @@
+"""What fits: counted bytes are those of real tensors, and each way to save memory saves some."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nanochat.memory import Layout, activation_bytes, largest_depth, main, training_bytes
+from nanochat.scaling import model_config
+from tests.helpers import make_model
+
+
+def test_weights_and_optimizer_are_counted_as_they_are() -> None:
+    """Without activations to speak of: what the parameters, their gradients and the optimizer's tensors really take."""
+    model = make_model(sequence_len=8, n_layer=2)
+    optimizer = model.setup_optimizer()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    real = sum(8 * parameter.numel() for parameter in model.parameters())
+    real += sum(tensor.nbytes for tensor in optimizer.state_dict().values())
+    counted = training_bytes(model.config) - activation_bytes(model.config, 1) - (3 << 28)
+    assert counted == pytest.approx(real, rel=0.02)  # but for the small second moments
+
+
+def test_activations_grow_with_rows_and_layers() -> None:
+    small, deep = model_config(4, 512, 256), model_config(8, 512, 256, aspect_ratio=32)
+    one, two, three = (activation_bytes(small, rows) for rows in (1, 2, 3))  # and weights in bfloat16, once
+    assert three - two == two - one > one / 2
+    assert activation_bytes(deep, 1) == pytest.approx(2 * activation_bytes(small, 1), rel=0.2)
+    assert activation_bytes(small, 4, recompute=True) < activation_bytes(small, 4) / 2
+
+
+def test_each_way_to_save_memory_saves_some() -> None:
+    layouts = (Layout(), Layout(8), Layout(8, fsdp=True), Layout(8, fsdp=True, recompute=True))
+    depths = [largest_depth(12e9, 1024, 4096, 4, layout) for layout in layouts]
+    assert depths == sorted(set(depths))
+    assert largest_depth(1e6, 1024, 4096, 1, Layout()) == 0
+
+
+def test_the_table(capsys: pytest.CaptureFixture) -> None:
+    assert main(["--gb", "2", "--max-seq-len=256", "--vocab-size=4096"]) == 0
+    assert capsys.readouterr().out.count("2 GB: d") == 5
