@@ -43,8 +43,23 @@ def _quiet_float32(tokenizer, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -
     tokenizer.save(base_dir / "tokenizers" / "default")
 
 
+_started: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def _leave_nothing_behind() -> Iterator[None]:
+    """A test that fails must not leave processes that hold up the next."""
+    yield
+    while _started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in (*psutil.Process(_started[-1].pid).children(recursive=True), _started[-1]):
+                process.kill()
+        _started.pop().communicate()
+
+
 def _start(command: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    _started.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    return _started[-1]
 
 
 def _launch(ranks: int, *command: str, restarts: int = 0) -> subprocess.Popen:
