@@ -566,7 +566,7 @@ class LocalExecutor(LocalPipelineExecutor):
 
 def _start_worker() -> None:
     """Silences a worker on the screen and makes it end with the command, however that ends."""
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
     parent = multiprocessing.parent_process().sentinel
 
     def wait() -> None:

@@ -71,7 +71,7 @@ class DocumentFile:
     def fetch(self, following: Sequence[DocumentFile] = ()) -> None:
         """Bring the file to this machine, if it is far, and begin to bring those that will be read after it."""
 
-    def open(self) -> BinaryIO:
+    def open_bytes(self) -> BinaryIO:
         """The whole file, on this machine."""
         return open(self.path, "rb")
 
@@ -84,7 +84,7 @@ class DocumentFile:
     def read_footer(self) -> Footer:
         if self.suffix != ".parquet":
             return Footer(None, None)
-        with self.open() as file:
+        with self.open_bytes() as file:
             self._check_size(file)
             return _parquet_footer(file, self.address)
 
@@ -100,7 +100,7 @@ class DocumentFile:
     def batches(self, start: int = 0) -> Batches:
         """The documents from row `start` on; see Batches."""
         read = {".parquet": _read_parquet, ".jsonl": _read_jsonl}.get(self.suffix, _read_text)
-        with self.errors_named(), self.open() as file:
+        with self.errors_named(), self.open_bytes() as file:
             self._check_size(file)
             for row, documents in read(file, self.address, start):
                 yield row, documents
@@ -139,8 +139,8 @@ class RemoteFile(DocumentFile):
         cache.fetch(self.shard)
         cache.prefetch([file.shard for file in following if isinstance(file, RemoteFile)])
 
-    def open(self) -> BinaryIO:
-        return get_shard_cache().open(self.shard)
+    def open_bytes(self) -> BinaryIO:
+        return get_shard_cache().open_shard(self.shard)
 
     def read_footer(self) -> Footer:
         if self.suffix != ".parquet" or self.shard in get_shard_cache():

@@ -83,7 +83,7 @@ class ShardCache:
         self._reading = shard.entry
         return self._fetch(shard, keep=set())
 
-    def open(self, shard: Shard) -> BinaryIO:
+    def open_shard(self, shard: Shard) -> BinaryIO:
         """The shard, open for reading: from now on no eviction can take it away."""
         for _ in range(OPEN_ATTEMPTS):
             with contextlib.suppress(FileNotFoundError):  # evicted since it was fetched
