@@ -37,7 +37,7 @@ class Heartbeat:
         self._store.set_timeout(timedelta(seconds=limit_s))
         self._key = f"beat{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         self._give_up = give_up or self._exit
-        self._stopped = threading.Event()
+        self._stopped, self._ending = threading.Event(), threading.Lock()
         self._answered_at = time.monotonic()  # a clock that nobody can set
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
         threading.Thread(target=self._watch, name="heartbeat watch", daemon=True).start()
@@ -59,21 +59,27 @@ class Heartbeat:
                     if count != counts[other] or count >= LEFT:
                         counts[other], changed_at[other] = count, time.monotonic()
             except (RuntimeError, ConnectionError) as error:
-                if not self._stopped.is_set():
-                    self._give_up(f"the rendezvous store cannot be reached ({str(error).splitlines()[0]})")
+                self._end(f"the rendezvous store cannot be reached ({str(error).splitlines()[0]})")
                 return
             self._answered_at = now = time.monotonic()
             silent = [str(other) for other in range(self.world_size) if now - changed_at[other] > self.limit_s]
-            if silent and not self._stopped.is_set():
-                self._give_up(f"nothing was heard of rank {', '.join(silent)} for {self.limit_s:.0f} s")
+            if silent:
+                self._end(f"nothing was heard of rank {', '.join(silent)} for {self.limit_s:.0f} s")
                 return
 
     def _watch(self) -> None:
         """A store behind a cut link may not even time out."""
         while not self._stopped.wait(self.beat_s):
             if time.monotonic() - self._answered_at > self.limit_s + 3 * self.beat_s:
-                self._give_up(f"the rendezvous store did not answer for {self.limit_s:.0f} s")
+                self._end(f"the rendezvous store did not answer for {self.limit_s:.0f} s")
                 return
+
+    def _end(self, reason: str) -> None:
+        with self._ending:  # either thread may be first
+            if self._stopped.is_set():
+                return
+            self._stopped.set()
+        self._give_up(reason)
 
     def _exit(self, reason: str) -> None:
         print(

@@ -264,7 +264,8 @@ def test_heartbeat_notices_silence_and_only_that() -> None:
 
 def test_heartbeat_notices_a_rank_that_never_came() -> None:
     reasons: list[tuple[int, str]] = []
-    hearts = _hearts(reasons, _stores(2), range(1))
+    stores = _stores(2)
+    hearts = _hearts(reasons, stores, range(1))
     _wait_for(lambda: reasons, 5)
     assert reasons == [(0, "nothing was heard of rank 1 for 1 s")]
     hearts[0].stop()
