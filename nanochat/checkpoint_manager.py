@@ -100,10 +100,11 @@ def _newest_of_runs(stage: str) -> list[tuple[float, str]]:
     found = []
     for stage_dir in get_runs_dir().glob(f"*/{stage}"):
         for step in reversed(list_steps(stage_dir)):
-            with contextlib.suppress(CheckpointError, ValueError, TypeError):
-                created = float(_read_json(step_dir(stage_dir, step) / MANIFEST_FILE)["created"])
-                found.append((created, stage_dir.parent.name))
-                break
+            with contextlib.suppress(CheckpointError):
+                manifest = _read_json(step_dir(stage_dir, step) / MANIFEST_FILE)
+                if manifest.get("version") == 1 or manifest.get("digest") == _digest(manifest):
+                    found.append((manifest["created"], stage_dir.parent.name))
+                    break
     return found
 
 
@@ -207,13 +208,17 @@ def lock_stage(stage_dir: Path) -> Iterator[None]:
     Raises NanochatError if another process is at it.
     """
     stage_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(stage_dir / ".lock", timeout=0, is_singleton=True)  # this process may take it again
     try:
-        with FileLock(stage_dir / ".lock", timeout=0):
-            yield
+        lock.acquire()
     except Timeout:
         raise NanochatError(
             f"{stage_dir} is being trained by another process: wait for it, stop it, or choose another --model-tag"
         ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def clean_up(stage_dir: Path) -> None:
@@ -231,9 +236,9 @@ def prune(stage_dir: Path, step: int, keep_last: int, best: int | None) -> None:
     steps = [n for n in list_steps(stage_dir) if n <= step]
     for n in steps[: max(0, len(steps) - keep_last)]:
         if n != best:
-            directory = step_dir(stage_dir, n)
-            (directory / MANIFEST_FILE).unlink()  # first: from now on it is no checkpoint
-            shutil.rmtree(directory, ignore_errors=True)
+            shutil.rmtree(_temporary(stage_dir, n), ignore_errors=True)
+            os.rename(step_dir(stage_dir, n), _temporary(stage_dir, n))  # at once: no part of it is ever seen
+            shutil.rmtree(_temporary(stage_dir, n), ignore_errors=True)
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -6,11 +6,12 @@ Used by the training scripts, which also share their flags and the fitting of th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,7 @@ class Stage:
     name: str
     directory: Path
     resume_step: int | None
+    lock: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, compare=False)
 
     def is_complete(self, num_iterations: int) -> bool:
         """True if the last step was saved and evaluated, so that there is nothing left to do."""
@@ -235,8 +237,7 @@ def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, An
     """Write what the stage is (settings.json, the tokenizer) before it starts."""
     if rank != 0:
         return
-    with lock_stage(stage.directory):
-        pass  # nobody else is at it; the trainer takes the lock for its time
+    stage.lock.enter_context(lock_stage(stage.directory))  # as long as the stage lives; the trainer takes it once more
     if stage.resume_step is not None:
         print0(f"going on from step {stage.resume_step} of {stage.directory}")
     else:

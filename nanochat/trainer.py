@@ -188,17 +188,20 @@ class Trainer:
             save_sharded(self.stage_dir, self.step, states, meta)
             if self.rank == 0 and self.config.keep_last > 0:
                 prune(self.stage_dir, self.step, self.config.keep_last, self.best.get("step"))
+            self._saved_step = self.step
         except (OSError, NanochatError) as error:
             if wait:
                 raise
             self.progress.print(f"warning: a checkpoint could not be written; training goes on. {describe_error(error)}")
-        self._saved_step = self.step
 
     def _report_failed_save(self) -> None:
         try:
             self._writer.wait()
         except OSError as error:
             self.progress.print(f"warning: a checkpoint could not be written; training goes on. {describe_error(error)}")
+            if self.best and self.best["step"] not in list_steps(self.stage_dir):
+                self.best = {}
+                (self.stage_dir / BEST_FILE).unlink(missing_ok=True)
 
     def _compare_ranks(self) -> None:
         """Raise NanochatError if ranks no longer hold the same parameters, bit for bit."""
@@ -234,7 +237,7 @@ class Trainer:
                 self._loop()
             finally:
                 self._report_failed_save()
-        self.metrics.close()
+                self.metrics.close()
 
     def _loop(self) -> None:
         config = self.config
@@ -379,8 +382,14 @@ class Trainer:
 
     def _evaluate(self, evaluate: Evaluation) -> None:
         self.model.eval()
-        with torch.no_grad():
-            results = evaluate()
+        try:
+            with torch.no_grad():
+                results = evaluate()
+        except Exception:  # whatever it is, nothing that was learned may be lost
+            if not self.ddp and self.step > 0 and self.step != self._saved_step:
+                self.save(wait=True)
+                self.progress.print(f"step {self.step} is saved; once the cause is mended, go on with --resume auto")
+            raise
         self.model.train()
         self.results = {**self.results, **results}
         self.metrics.log({"step": self.step, "time_s": round(self.time_s, 4), **results})
