@@ -317,7 +317,7 @@ def load_checkpoint(
     """(model_state, optimizer_state or None, meta) of a step, verified; the optimizer's on the CPU. Raises CheckpointError."""
     directory = step_dir(stage_dir, step)
     if step not in list_steps(stage_dir):
-        raise _no_such_step(stage_dir, step)
+        raise no_such_step(stage_dir, step)
     verify_checkpoint(directory)
     model_state = read_tensors(directory, MODEL_FILE)
     model_state = {name: tensor.to(device) for name, tensor in model_state.items()}
@@ -329,7 +329,7 @@ def load_checkpoint(
     return model_state, optimizer_state, _read_json(directory / META_FILE)
 
 
-def _no_such_step(stage_dir: Path, step: int) -> CheckpointError:
+def no_such_step(stage_dir: Path, step: int) -> CheckpointError:
     steps = ", ".join(map(str, list_steps(stage_dir))) or "none"
     return CheckpointError(f"there is no checkpoint of step {step} in {stage_dir}; steps there: {steps}")
 
@@ -386,7 +386,7 @@ def open_checkpoint(
     steps = list_steps(stage_dir)
     step = steps[-1] if step is None or step < 0 else step
     if step not in steps:
-        raise _no_such_step(stage_dir, step)
+        raise no_such_step(stage_dir, step)
     meta = read_meta(stage_dir, step)
     tokenizer = Tokenizer.load(get_run_dir(tag))
     if tokenizer.fingerprint() != meta["tokenizer"]:

@@ -40,11 +40,11 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 from fsspec.core import url_to_fs
 
 from nanochat.common import NanochatError, atomic_write
-from nanochat.document_files import TEXT_COLUMNS, TEXT_FILE_CHARS, TOKEN_COLUMN, TOKENIZER_KEY
+from nanochat.document_files import TOKEN_COLUMN, TOKENIZER_KEY
 from nanochat.progress import Progress
+from nanochat.raw_files import read_texts
 from nanochat.tokenizer import Tokenizer
 
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 ROW_GROUP_DOCUMENTS = 1024
 RUN_BYTES = 256 * 2**20  # of documents that a task holds in memory before it writes them as a run
 ROW_BYTES = 200  # what a document costs in memory beside its text
@@ -88,94 +88,6 @@ class Layout:
             items = itertools.chain.from_iterable(step.items() for step in steps)
             counts.append({name: int(value["total"] if isinstance(value, dict) else value) for name, value in items})
         return counts
-
-
-# ----------------------------------------------------------------------------- input
-
-
-def kind_of(path: str) -> str | None:
-    """The suffix that says how to read a file, less its compression; None for a file that is not read."""
-    name = Path(path).name.lower()
-    if name.startswith("."):
-        return None
-    suffixes = Path(name).suffixes or [""]
-    if suffixes[-1] in COMPRESSIONS:
-        suffix = suffixes[-2] if len(suffixes) > 1 else ""
-        return {".json": ".jsonl"}.get(suffix, suffix if suffix in (".jsonl", ".txt", ".md") else None)
-    return suffixes[-1] if suffixes[-1] in (".parquet", ".jsonl", ".txt", ".md") else None
-
-
-def read_texts(file: Any, path: str, column: str | None) -> Iterator[str]:
-    """The text of every row of an open file, "" where there is none. Raises NanochatError, naming the file."""
-    try:
-        if kind_of(path) == ".parquet":
-            texts = _read_parquet(file, path, column)
-        else:
-            compression = COMPRESSIONS.get(Path(path).suffix.lower())
-            stream = pa.CompressedInputStream(pa.PythonFile(file, "r"), compression) if compression else file
-            lines = io.TextIOWrapper(stream, encoding="utf-8", newline="\n" if kind_of(path) == ".jsonl" else None)
-            texts = _read_jsonl(lines, path, column) if kind_of(path) == ".jsonl" else _cut_at_blank_lines(lines)
-        for text in texts:
-            # Half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes U+FFFD, as in the tokenizer.
-            yield text if _is_unicode(text) else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise NanochatError(f"{path} cannot be read ({str(error).splitlines()[0]}): remove or replace it") from error
-
-
-def _is_unicode(text: str) -> bool:
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def choose_column(path: str, names: list[str], column: str | None) -> str:
-    for name in [column] if column else TEXT_COLUMNS:
-        if name in names:
-            return name
-    wanted = column or " or ".join(TEXT_COLUMNS)
-    raise NanochatError(f"{path} has no column {wanted}, only {', '.join(names)}: name one with --text-column")
-
-
-def _read_parquet(file: Any, path: str, column: str | None) -> Iterator[str]:
-    with pq.ParquetFile(file) as parquet:
-        column = choose_column(path, parquet.schema_arrow.names, column)
-        kind = parquet.schema_arrow.field(column).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise NanochatError(f"{path}: column {column} holds {kind}, not text: name another with --text-column")
-        for batch in parquet.iter_batches(batch_size=ROW_GROUP_DOCUMENTS, columns=[column]):
-            yield from (text or "" for text in batch.column(0).to_pylist())
-
-
-def _read_jsonl(lines: Iterable[str], path: str, column: str | None) -> Iterator[str]:
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise NanochatError(f"{path}, line {number}, is not JSON ({error.msg}): mend or remove it") from error
-        if not isinstance(row, dict):
-            raise NanochatError(f"{path}, line {number}, is not an object with a text")
-        text = row[choose_column(f"{path}, line {number},", list(row), column)]
-        yield "" if text is None else str(text)
-
-
-def _cut_at_blank_lines(lines: Iterable[str]) -> Iterator[str]:
-    """Documents of about TEXT_FILE_CHARS, by the rule of nanochat/document_files.py."""
-    document: list[str] = []
-    characters = 0
-    for line in lines:
-        if characters >= TEXT_FILE_CHARS and not line.strip():
-            yield "".join(document)
-            document, characters = [], 0
-        else:
-            document.append(line)
-            characters += len(line)
-    yield "".join(document)
 
 
 # ----------------------------------------------------------------------------- keys

@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
@@ -177,14 +177,16 @@ def _column(schema: pa.Schema, address: str) -> tuple[str, str | None]:
             f"{address} has a column {TOKEN_COLUMN} but does not say which tokenizer made it ({TOKENIZER_KEY.decode()} "
             "in the schema's metadata): write it with python -m scripts.data_prep"
         )
-    return _text_column(address, schema.names), None
+    return text_column(address, schema.names), None
 
 
-def _text_column(address: str, names: list[str]) -> str:
-    for column in TEXT_COLUMNS:
+def text_column(address: str, names: list[str], wanted: str | None = None, way_out: str = "rename one") -> str:
+    """The name of the wanted column, or of the first that usually holds text. Raises NanochatError."""
+    columns = (wanted,) if wanted else TEXT_COLUMNS
+    for column in columns:
         if column in names:
             return column
-    raise NanochatError(f"{address} has no column {' or '.join(TEXT_COLUMNS)}, only {', '.join(names)}: rename one")
+    raise NanochatError(f"{address} has no column {' or '.join(columns)}, only {', '.join(names)}: {way_out}")
 
 
 def _read_parquet(file: BinaryIO, address: str, start: int) -> Batches:
@@ -227,11 +229,12 @@ def _read_jsonl(file: BinaryIO, address: str, start: int) -> Batches:
     """One document a line; an empty line is one without content."""
     lines = io.TextIOWrapper(file, encoding="utf-8", newline="\n")
     passed = sum(1 for _ in itertools.islice(lines, start))
-    yield from _in_batches((_parse_line(line, address, n) for n, line in enumerate(lines, passed + 1)), passed)
+    yield from _in_batches((parse_line(line, address, n) for n, line in enumerate(lines, passed + 1)), passed)
     lines.detach()
 
 
-def _parse_line(line: str, address: str, number: int) -> str:
+def parse_line(line: str, address: str, number: int, wanted: str | None = None, way_out: str = "rename one") -> str:
+    """The text of a line of JSON, "" where there is none. Raises NanochatError, naming file and line."""
     if not line.strip():
         return ""
     try:
@@ -240,18 +243,19 @@ def _parse_line(line: str, address: str, number: int) -> str:
         raise NanochatError(f"{address}, line {number}, is not JSON ({error.msg}): mend or remove it") from error
     if not isinstance(row, dict):
         raise NanochatError(f"{address}, line {number}, is not an object with a text")
-    return str(row[_text_column(address, list(row))])
+    text = row[text_column(f"{address}, line {number},", list(row), wanted, way_out)]
+    return "" if text is None else str(text)
 
 
 def _read_text(file: BinaryIO, address: str, start: int) -> Batches:
     lines = io.TextIOWrapper(file, encoding="utf-8")
-    documents = _cut_at_blank_lines(lines)
+    documents = cut_at_blank_lines(lines)
     passed = sum(1 for _ in itertools.islice(documents, start))
     yield from _in_batches(documents, passed)
     lines.detach()
 
 
-def _cut_at_blank_lines(lines: Iterator[str]) -> Iterator[str]:
+def cut_at_blank_lines(lines: Iterable[str]) -> Iterator[str]:
     """Documents of about TEXT_FILE_CHARS."""
     document: list[str] = []
     chars = 0

@@ -31,6 +31,7 @@ from nanochat.checkpoint_manager import (
     load_into,
     lock_stage,
     newest_valid_step,
+    no_such_step,
     read_meta,
     read_tensors,
     step_dir,
@@ -188,8 +189,7 @@ def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> St
         else:
             step = int(resume)
             if step not in list_steps(directory):
-                steps = ", ".join(map(str, list_steps(directory))) or "none"
-                raise CheckpointError(f"--resume {step}: there is no such step in {directory}; steps there: {steps}")
+                raise no_such_step(directory, step)
     directory = get_stage_dir(tag, name)
     return Stage(tag, name, directory, step)
 

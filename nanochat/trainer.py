@@ -163,6 +163,8 @@ class Trainer:
         goes on: the checkpoints that there are stay.
         """
         self._compare_ranks()
+        if self.rank == 0:
+            self._report_failed_save()  # which may have been the best one's
         meta = {**self.meta, "trainer": self.state_dict(loader_state), "train_config": asdict(self.config)}
         optimizer_state = self.optimizer.state_dict()
         if self.model.is_sharded:
@@ -170,7 +172,6 @@ class Trainer:
             return
         failure = None
         if self.rank == 0:
-            self._report_failed_save()
             self._writer.start(self.step, self.model.state_dict(), optimizer_state, meta, self.best.get("step"))
             if wait:
                 try:

@@ -146,7 +146,7 @@ def _describe(layout: Layout) -> str:
 
 def list_inputs(address: str) -> dict[str, int]:
     """{path: bytes} of the readable files at a local or remote address, sorted. Raises NanochatError if there are none."""
-    from nanochat.data_prep import kind_of
+    from nanochat.raw_files import kind_of
 
     try:
         fs, path = url_to_fs(address)
@@ -183,7 +183,7 @@ def estimate_tokens(
 
 def _sample(fs: Any, path: str, size: int, column: str | None, sample_bytes: int) -> tuple[list[str], float]:
     """(first texts of a file, bytes of text that all of it holds by the share of it that they are)."""
-    from nanochat.data_prep import kind_of, read_texts
+    from nanochat.raw_files import kind_of, read_texts
 
     texts, text_bytes, share = [], 0, 1.0
     with fs.open(path, "rb") as file:

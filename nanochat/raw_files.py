@@ -1,0 +1,75 @@
+"""Raw text as data preparation reads it: open files of any of our kinds, compressed or not. Used by data_prep.py.
+
+Training reads document_files.py's files, which can begin anywhere; here every row is read once, from the first on.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanochat.common import NanochatError
+from nanochat.document_files import BATCH_ROWS, cut_at_blank_lines, parse_line, text_column
+
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+WAY_OUT = "name one with --text-column"
+
+
+def kind_of(path: str) -> str | None:
+    """The suffix that says how to read a file, less its compression; None for a file that is not read."""
+    name = Path(path).name.lower()
+    if name.startswith("."):
+        return None
+    suffixes = Path(name).suffixes or [""]
+    if suffixes[-1] in COMPRESSIONS:
+        suffix = suffixes[-2] if len(suffixes) > 1 else ""
+        return {".json": ".jsonl"}.get(suffix, suffix if suffix in (".jsonl", ".txt", ".md") else None)
+    return suffixes[-1] if suffixes[-1] in (".parquet", ".jsonl", ".txt", ".md") else None
+
+
+def read_texts(file: Any, path: str, column: str | None) -> Iterator[str]:
+    """The text of every row of an open file, "" where there is none. Raises NanochatError, naming the file."""
+    try:
+        if kind_of(path) == ".parquet":
+            texts = _read_parquet(file, path, column)
+        else:
+            compression = COMPRESSIONS.get(Path(path).suffix.lower())
+            stream = pa.CompressedInputStream(pa.PythonFile(file, "r"), compression) if compression else file
+            lines = io.TextIOWrapper(stream, encoding="utf-8", newline="\n" if kind_of(path) == ".jsonl" else None)
+            texts = _read_jsonl(lines, path, column) if kind_of(path) == ".jsonl" else cut_at_blank_lines(lines)
+        for text in texts:
+            # Half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes U+FFFD, as in the tokenizer.
+            yield text if _is_unicode(text) else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise NanochatError(f"{path} cannot be read ({str(error).splitlines()[0]}): remove or replace it") from error
+
+
+def _is_unicode(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _read_parquet(file: Any, path: str, column: str | None) -> Iterator[str]:
+    with pq.ParquetFile(file) as parquet:
+        column = text_column(path, parquet.schema_arrow.names, column, WAY_OUT)
+        kind = parquet.schema_arrow.field(column).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise NanochatError(f"{path}: column {column} holds {kind}, not text: name another with --text-column")
+        for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=[column]):
+            yield from (text or "" for text in batch.column(0).to_pylist())
+
+
+def _read_jsonl(lines: Iterable[str], path: str, column: str | None) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield parse_line(line, path, number, column, WAY_OUT)
