@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from nanochat.heartbeat import RESTART, Heartbeat
+from nanochat.heartbeat import RESTART, Heartbeat, fresh_store
 
 T = TypeVar("T")
 logger = logging.getLogger("nanochat")
@@ -131,7 +131,7 @@ def run_command(main: Callable[[list[str] | None], int]) -> int:
 def _is_lost_connection(error: RuntimeError) -> bool:
     """What gloo and NCCL raise where the other side has left; gloo without a class of its own."""
     signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "Socket Timeout")
-    return dist.is_initialized() and (isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs))
+    return isinstance(error, dist.DistError) or (dist.is_initialized() and any(sign in str(error) for sign in signs))
 
 
 def describe_error(error: BaseException) -> str:
@@ -198,8 +198,13 @@ def compute_init(device_type: str = "", seed: int = 42) -> tuple[bool, int, int,
     if ddp and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"  # gloo too, for what the host decides
         device_id = device if device_type == "cuda" else None
-        dist.init_process_group(backend, timeout=timedelta(minutes=10), device_id=device_id)
-        _start_heartbeat(rank, world_size)
+        timeout = timedelta(minutes=10)
+        store = fresh_store(next(dist.rendezvous("env://", timeout=timeout))[0], rank, world_size, timeout.total_seconds())
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
+        )
+        if world_size > 1:
+            _heartbeats.append(Heartbeat(store, rank, world_size))
         if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     return ddp, rank, local_rank, world_size, device
@@ -214,11 +219,6 @@ def compute_cleanup() -> None:
 
 
 _heartbeats: list[Heartbeat] = []  # of the process group this process is in: one or none
-
-
-def _start_heartbeat(rank: int, world_size: int) -> None:
-    if world_size > 1:
-        _heartbeats.append(Heartbeat(dist.distributed_c10d._get_default_store(), rank, world_size))
 
 
 def from_rank0(value: T) -> T:

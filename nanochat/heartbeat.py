@@ -1,4 +1,4 @@
-"""Ends this process when another rank has gone, instead of waiting for it for ever. Started by common.compute_init.
+"""Meets the other ranks, and ends this process when one of them has gone. Used by common.compute_init.
 
 A collective that waits for a dead process or a cut link may wait for ten minutes, and says little when it gives up. So
 every rank counts up a number in the rendezvous store and watches the numbers of the others: one that stands still, or a
@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -22,6 +23,33 @@ LIMIT_S = float(os.environ.get("NANOCHAT_HEARTBEAT_S", 40.0))  # how long a rank
 EXIT_CODE = 75  # EX_TEMPFAIL: to be tried again
 RESTART = "start the same command again with --resume auto (torchrun --max-restarts=3 does so by itself)"
 LEFT = 1 << 40  # added to the number of a rank that has left as it should
+
+
+def fresh_store(store: dist.Store, rank: int, world_size: int, timeout_s: float = 600.0) -> dist.Store:
+    """A part of the rendezvous store that only the ranks of this very attempt use.
+
+    torchrun keeps one store for all attempts of a job. After a restart it still holds the addresses of processes that are
+    dead, and who reads them before they are written anew never connects. So rank 0 draws a name for the attempt and tells
+    each rank that asks for it with a token of its own, until all have confirmed. Raises TimeoutError.
+    """
+    token = uuid.uuid4().hex
+    if rank != 0:
+        store.set(f"hello/{rank}", token)
+        attempt = store.get(f"welcome/{rank}/{token}").decode()  # waits for it
+        store.set(f"here/{rank}/{attempt}", "")
+        return dist.PrefixStore(attempt, store)
+    missing = set(range(1, world_size))
+    deadline = time.monotonic() + timeout_s
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"hello/{other}"]):  # perhaps of a dead process, whose token nobody waits for
+                store.set(f"welcome/{other}/{store.get(f'hello/{other}').decode()}", token)
+            if store.check([f"here/{other}/{token}"]):
+                missing.remove(other)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"rank {', '.join(map(str, sorted(missing)))} did not come within {timeout_s:.0f} s: {RESTART}")
+        time.sleep(0.02)
+    return dist.PrefixStore(token, store)
 
 
 class Heartbeat:
@@ -35,7 +63,6 @@ class Heartbeat:
         self.beat_s, self.limit_s = beat_s, limit_s
         self._store = store.clone()  # a connection of its own: others wait in theirs
         self._store.set_timeout(timedelta(seconds=limit_s))
-        self._key = f"beat{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         self._give_up = give_up or self._exit
         self._stopped, self._ending = threading.Event(), threading.Lock()
         self._answered_at = time.monotonic()  # a clock that nobody can set
@@ -46,16 +73,16 @@ class Heartbeat:
         """This rank leaves as it should: the others are told."""
         self._stopped.set()
         with contextlib.suppress(RuntimeError, ConnectionError):  # the store may have left before
-            self._store.add(f"{self._key}/{self.rank}", LEFT)
+            self._store.add(f"beat/{self.rank}", LEFT)
 
     def _beat(self) -> None:
         counts = dict.fromkeys(range(self.world_size), 0)
         changed_at = dict.fromkeys(range(self.world_size), time.monotonic())
         while not self._stopped.wait(self.beat_s):
             try:
-                self._store.add(f"{self._key}/{self.rank}", 1)
+                self._store.add(f"beat/{self.rank}", 1)
                 for other in range(self.world_size):
-                    count = self._store.add(f"{self._key}/{other}", 0)
+                    count = self._store.add(f"beat/{other}", 0)
                     if count != counts[other] or count >= LEFT:
                         counts[other], changed_at[other] = count, time.monotonic()
             except (RuntimeError, ConnectionError) as error:

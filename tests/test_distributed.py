@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.checkpoint_manager import list_steps, load_checkpoint, load_model
-from nanochat.heartbeat import Heartbeat
+from nanochat.heartbeat import Heartbeat, fresh_store
 from nanochat.report import read_metrics
 from scripts import base_train
 from tests.helpers import make_model
@@ -260,6 +261,23 @@ def test_heartbeat_notices_silence_and_only_that() -> None:
     assert [rank for rank, _ in reasons] == [0]
     assert "rank 1" in reasons[0][1]
     hearts[0].stop()
+
+
+def test_an_attempt_shares_nothing_with_the_one_before() -> None:
+    """Though the store still greets on behalf of dead processes; and whoever comes first."""
+    stores = _stores(3)
+    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
+        with ThreadPoolExecutor(3) as pool:
+            waiting = {}
+            for rank in order:
+                waiting[rank] = pool.submit(fresh_store, stores[rank], rank, 3, 5.0)
+                time.sleep(0.1)
+            fresh = [waiting[rank].result() for rank in range(3)]
+        assert not fresh[1].check(["address"])
+        fresh[0].set("address", f"of {order}")
+        assert fresh[1].get("address") == fresh[2].get("address") == f"of {order}".encode()
+    with pytest.raises(TimeoutError, match="rank 1, 2 did not come"):
+        fresh_store(stores[0], 0, 3, 0.3)
 
 
 def test_heartbeat_notices_a_rank_that_never_came() -> None:
