@@ -6,17 +6,19 @@ ChatCORE is the mean of the centred accuracies of six tasks.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from nanochat.common import append_json_lines, get_dist_info, read_json_lines
+from nanochat.common import all_or_none, append_json_lines, gather_objects, get_dist_info, read_json_lines
 from nanochat.engine import Engine, trim_prompt
 from nanochat.scores import centered_mean, pass_at_k, wilson_interval
 from tasks.common import Conversation, Task
@@ -93,11 +95,9 @@ def evaluate_task(
     chunk = batch_size * CHUNK_BATCHES * world_size
     for start in range(0, len(waiting), chunk):
         chosen = waiting[start : start + chunk]
-        new = _answer(engine, task, problems, prompts, chosen[rank::world_size], batch_size, answering)
-        if ddp:
-            gathered: list[list[dict[str, Any]]] = [[] for _ in range(world_size)]
-            dist.all_gather_object(gathered, new)
-            new = [row for part in gathered for row in part]
+        mine = chosen[rank::world_size]
+        answer_mine = partial(_answer, engine, task, problems, prompts, mine, batch_size, answering)
+        new = list(itertools.chain.from_iterable(gather_objects(all_or_none(answer_mine))))
         if path is not None and rank == 0:
             append_json_lines(path, new)
         rows.update((row["index"], row) for row in new)

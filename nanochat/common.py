@@ -120,7 +120,7 @@ def run_command(main: Callable[[list[str] | None], int]) -> int:
         print(f"error: {describe_error(error)}", file=sys.stderr)
         return 1
     except RuntimeError as error:
-        if not _is_lost_connection(error):
+        if not is_lost_connection(error):
             raise
         print(f"error: another process of this job has gone: {RESTART}", file=sys.stderr)
         return 1
@@ -128,7 +128,7 @@ def run_command(main: Callable[[list[str] | None], int]) -> int:
         compute_cleanup()
 
 
-def _is_lost_connection(error: RuntimeError) -> bool:
+def is_lost_connection(error: Exception) -> bool:
     """What gloo and NCCL raise where the other side has left; gloo without a class of its own."""
     signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "Socket Timeout")
     return isinstance(error, dist.DistError) or (dist.is_initialized() and any(sign in str(error) for sign in signs))
@@ -237,6 +237,22 @@ def any_rank(flag: bool) -> bool:
     flags = torch.tensor(int(flag))
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
     return bool(flags)
+
+
+def all_or_none(work: Callable[[], T]) -> T:
+    """This rank's share of something that all ranks do, each alone (a collective call, but `work` has none inside).
+
+    If it fails on any rank it raises on all of them, so that they can save together: its own error where it happened,
+    NanochatError elsewhere.
+    """
+    failure = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    if any_rank(failure is not None):
+        raise failure or NanochatError("another rank has failed: its reason stands above")
+    return result
 
 
 def gather_objects(value: T) -> list[T]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import os
 import random
@@ -27,7 +28,7 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from nanochat.common import NanochatError, atomic_write, get_base_dir, get_dist_info
+from nanochat.common import NanochatError, all_or_none, atomic_write, gather_objects, get_base_dir, get_dist_info
 from nanochat.compilation import can_compile
 from nanochat.flash_attention import AttentionPlan, attend_masked
 from nanochat.gpt import GPT, Block
@@ -386,18 +387,19 @@ def _evaluate_task(
     chosen = list(range(len(items)))
     random.Random(1337).shuffle(chosen)
     chosen = chosen[:max_per_task] if max_per_task > 0 else chosen
-    ddp, rank, _, world_size = get_dist_info()
+    _, rank, _, world_size = get_dist_info()
     mine = chosen[rank::world_size]
-    rows: list[dict[str, Any]] = []
-    for at in range(0, len(mine), 256):  # prompts are made as they are needed: memory stays bounded
-        questions = [build_question(task, items, index, scorer) for index in mine[at : at + 256]]
-        for question, scores in zip(questions, scorer.score(questions), strict=True):
-            rows.append(_judge(task, question, scores))
-        report(task.label, len(rows), len(mine))
-    if ddp:
-        gathered: list[list[dict[str, Any]]] = [[] for _ in range(world_size)]
-        dist.all_gather_object(gathered, rows)
-        rows = [row for part in gathered for row in part]
+
+    def judge_mine() -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = []
+        for at in range(0, len(mine), 256):  # prompts are made as they are needed: memory stays bounded
+            questions = [build_question(task, items, index, scorer) for index in mine[at : at + 256]]
+            for question, scores in zip(questions, scorer.score(questions), strict=True):
+                rows.append(_judge(task, question, scores))
+            report(task.label, len(rows), len(mine))
+        return rows
+
+    rows = itertools.chain.from_iterable(gather_objects(all_or_none(judge_mine)))
     return sorted(rows, key=lambda row: row["index"])
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from nanochat.common import NanochatError, any_rank
+from nanochat.common import NanochatError, all_or_none, any_rank
 from nanochat.gpt import GPT
 
 
@@ -21,14 +21,10 @@ def evaluate_bpb(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]
     (vocab_size,) as of Tokenizer.get_token_bytes. Tokens of no bytes (special ones) count in neither sum.
     Raises NanochatError if no byte was predicted at all.
     """
-    device = model.get_device()
-    bytes_of = torch.as_tensor(token_bytes, dtype=torch.long, device=device)
-    nats, num_bytes = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
-    for inputs, targets in _in_step(batches, device) if model.is_sharded else batches:
-        losses = model(inputs, targets, loss_reduction="none")
-        sizes = torch.where(targets >= 0, bytes_of[targets.clamp(min=0)], 0)
-        nats += (losses * (sizes > 0)).sum()
-        num_bytes += sizes.sum()
+    if model.is_sharded:
+        nats, num_bytes = _sum_up(model, _in_step(batches, model.get_device()), token_bytes)
+    else:
+        nats, num_bytes = all_or_none(lambda: _sum_up(model, batches, token_bytes))
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(nats)
         dist.all_reduce(num_bytes)
@@ -37,11 +33,26 @@ def evaluate_bpb(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]
     return float(nats) / (math.log(2) * int(num_bytes))
 
 
+def _sum_up(
+    model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], token_bytes: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(nats, bytes) of this rank's batches, each ()."""
+    device = model.get_device()
+    bytes_of = torch.as_tensor(token_bytes, dtype=torch.long, device=device)
+    nats, num_bytes = torch.zeros((), device=device), torch.zeros((), dtype=torch.long, device=device)
+    for inputs, targets in batches:
+        losses = model(inputs, targets, loss_reduction="none")
+        sizes = torch.where(targets >= 0, bytes_of[targets.clamp(min=0)], 0)
+        nats += (losses * (sizes > 0)).sum()
+        num_bytes += sizes.sum()
+    return nats, num_bytes
+
+
 def _in_step(
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The same, and then batches without a target while other ranks have some: a sharded model computes on all or none."""
     iterator = iter(batches)
     nothing = torch.zeros(1, 8, dtype=torch.long, device=device)
-    while any_rank((batch := next(iterator, None)) is not None):
+    while any_rank((batch := all_or_none(lambda: next(iterator, None))) is not None):
         yield batch or (nothing, nothing - 1)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from nanochat.common import NanochatError
+from nanochat.common import NanochatError, all_or_none
 from nanochat.cross_entropy import token_losses
 from nanochat.engine import Engine, trim_prompt
 from nanochat.gpt import GPT, LOGIT_CAP
@@ -108,7 +108,9 @@ class RolloutLoader:
 
     def __next__(self) -> RolloutBatch:
         if not self._batches:
-            self._batches = self._make_batches(*self._roll_out())
+            answers, rewards, shortened, seconds = all_or_none(self._roll_out)
+            self._count(answers, rewards, shortened, seconds)
+            self._batches = self._make_batches(answers, rewards)
             self.step += 1
         return self._batches.pop(0)
 
@@ -135,8 +137,8 @@ class RolloutLoader:
             chosen.append((place, int(orders[epoch][at])))
         return chosen
 
-    def _roll_out(self) -> tuple[list[Answer], torch.Tensor]:
-        """(answers, rewards (problems, num_samples) float32) of this rank's problems."""
+    def _roll_out(self) -> tuple[list[Answer], torch.Tensor, int, float]:
+        """(answers, rewards (problems, num_samples) float32, shortened prompts, seconds) of this rank's problems."""
         started = time.perf_counter()
         settings, engine, n = self.settings, self.engine, self.settings.num_samples
         chosen = self._problems()
@@ -157,8 +159,7 @@ class RolloutLoader:
             pairs = zip([problem for problem in problems for _ in range(n)], texts, strict=True)
             rewards = list(pool.map(lambda pair: float(self.task.reward(*pair)), pairs))
         table = torch.tensor(rewards).view(len(problems), n)
-        self._count(answers, table, sum(len(p) > most for p in prompts), time.perf_counter() - started)
-        return answers, table
+        return answers, table, sum(len(p) > most for p in prompts), time.perf_counter() - started
 
     def _count(self, answers: list[Answer], rewards: torch.Tensor, shortened: int, seconds: float) -> None:
         """Sum up what this update's answers were, over all ranks."""

@@ -114,12 +114,13 @@ def setup_optimizer(model: GPT, args: argparse.Namespace, scale: float, weight_d
 
 @dataclass(frozen=True)
 class Stage:
-    """An opened stage: where it writes and the step it goes on from (None: it starts anew)."""
+    """An opened stage: where it writes and the step it goes on from (None: it starts anew), of those it found."""
 
     tag: str
     name: str
     directory: Path
     resume_step: int | None
+    steps: list[int]
     lock: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, compare=False)
 
     def is_complete(self, num_iterations: int) -> bool:
@@ -191,7 +192,7 @@ def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> St
             if step not in list_steps(directory):
                 raise no_such_step(directory, step)
     directory = get_stage_dir(tag, name)
-    return Stage(tag, name, directory, step)
+    return Stage(tag, name, directory, step, list_steps(directory))
 
 
 def check_settings(stage: Stage, new: dict[str, Any]) -> None:
@@ -238,6 +239,8 @@ def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, An
     if rank != 0:
         return
     stage.lock.enter_context(lock_stage(stage.directory))  # as long as the stage lives; the trainer takes it once more
+    if list_steps(stage.directory) != stage.steps:
+        raise NanochatError(f"{stage.directory} was trained by another process meanwhile: give the same command again")
     if stage.resume_step is not None:
         print0(f"going on from step {stage.resume_step} of {stage.directory}")
     else:

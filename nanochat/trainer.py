@@ -33,7 +33,16 @@ from nanochat.checkpoint_manager import (
     save_sharded,
 )
 from nanochat.checkpoint_writer import CheckpointWriter
-from nanochat.common import NanochatError, any_rank, atomic_write, describe_error, gather_objects, get_dist_info
+from nanochat.common import (
+    NanochatError,
+    all_or_none,
+    any_rank,
+    atomic_write,
+    describe_error,
+    gather_objects,
+    get_dist_info,
+    is_lost_connection,
+)
 from nanochat.compilation import can_compile, measure_matmul_rate
 from nanochat.gpt import GPT
 from nanochat.metrics import MetricsLog
@@ -204,6 +213,11 @@ class Trainer:
                 self.best = {}
                 (self.stage_dir / BEST_FILE).unlink(missing_ok=True)
 
+    def _save_before_leaving(self, loader_state: dict[str, Any] | None = None) -> None:
+        if self.step > 0 and self.step != self._saved_step:
+            self.save(wait=True, loader_state=loader_state)
+            self.progress.print(f"step {self.step} is saved; once the cause is mended, go on with --resume auto")
+
     def _compare_ranks(self) -> None:
         """Raise NanochatError if ranks no longer hold the same parameters, bit for bit."""
         if not self.ddp or self.model.is_sharded:
@@ -312,16 +326,11 @@ class Trainer:
         If the data fails on any rank, all save the state before this update and leave.
         """
         loader_state = self.loader.state_dict()
-        failure, batches = None, []
         try:
-            batches = [next(self.loader) for _ in range(self.config.grad_accum_steps)]
-        except Exception as error:  # whatever it is, nothing that was learned may be lost
-            failure = error
-        if any_rank(failure is not None):
-            if self.step > 0 and self.step != self._saved_step:
-                self.save(wait=True, loader_state=loader_state)
-                self.progress.print(f"step {self.step} is saved; once the data is mended, go on with --resume auto")
-            raise failure or NanochatError("another rank could not read its data: its reason stands above")
+            batches = all_or_none(lambda: [next(self.loader) for _ in range(self.config.grad_accum_steps)])
+        except Exception:  # whatever it is, nothing that was learned may be lost
+            self._save_before_leaving(loader_state)
+            raise
         count = sum(self.count_fn(batch) for batch in batches)
         if self.ddp:
             dist.all_reduce(count)
@@ -386,10 +395,9 @@ class Trainer:
         try:
             with torch.no_grad():
                 results = evaluate()
-        except Exception:  # whatever it is, nothing that was learned may be lost
-            if not self.ddp and self.step > 0 and self.step != self._saved_step:
-                self.save(wait=True)
-                self.progress.print(f"step {self.step} is saved; once the cause is mended, go on with --resume auto")
+        except Exception as error:
+            if not is_lost_connection(error):  # all ranks have come here, see all_or_none
+                self._save_before_leaving()
             raise
         self.model.train()
         self.results = {**self.results, **results}

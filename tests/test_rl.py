@@ -97,7 +97,7 @@ def test_tool_output_is_not_learned(engine: Engine) -> None:
 
     engine.model.logits = loaded
     loader = RolloutLoader(engine, Vowels(), _settings(max_tokens=40), micro_batches=1)
-    answers, rewards = loader._roll_out()
+    answers, *_ = loader._roll_out()
     inputs, targets, *_ = loader._pack([(answer, 1.0) for answer in answers])
     outputs = 0
     for row, answer in enumerate(answers):
@@ -118,8 +118,9 @@ def test_the_gradient_is_that_of_the_weighted_likelihood(engine: Engine) -> None
     for objective, kl_weight in (("dapo", 0.0), ("grpo", 0.0), ("reinforce", 0.0), ("dapo", 0.3)):
         settings = _settings(objective=objective, kl_weight=kl_weight)
         loader = RolloutLoader(engine, Vowels(), settings, micro_batches=3)
-        answers, rewards = loader._roll_out()
-        batches = loader._make_batches(answers, rewards)
+        answers, *counted = loader._roll_out()
+        loader._count(answers, *counted)
+        batches = loader._make_batches(answers, counted[0])
         loss_fn, count_fn = make_policy_loss(settings, reference if kl_weight else None)
         count = sum(count_fn(batch) for batch in batches)
         engine.model.zero_grad()

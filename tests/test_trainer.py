@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from nanochat.common import NanochatError
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import read_metrics
+from nanochat.stage import open_stage, prepare_directory
+from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import Batch, Trainer, summed_loss
 from scripts import base_train, chat_sft
 from tests.conftest import TINY_TRAINING
@@ -134,6 +137,16 @@ def test_a_crash_in_an_evaluation_costs_no_training(corpus: Path, monkeypatch: p
     with pytest.raises(ZeroDivisionError):
         _train(corpus, "crashed", "--eval-every=3", "--save-every=3")
     assert list_steps(Path(os.environ["NANOCHAT_BASE_DIR"]) / "runs" / "crashed" / "base") == [3]
+
+
+def test_what_a_stage_goes_on_from_may_not_change_before_it_starts(tiny_run: Path, tokenizer: Tokenizer) -> None:
+    """Another process may train it while this one still reads its data; nothing of that is written over."""
+    stage = open_stage("base", "tiny", "d2", "auto")
+    shutil.copytree(tiny_run / "base" / "step_000006", tiny_run / "base" / "step_000009")
+    metrics = (tiny_run / "base" / "metrics.jsonl").read_text(encoding="utf-8")
+    with pytest.raises(NanochatError, match="by another process meanwhile"):
+        prepare_directory(stage, tokenizer, {}, rank=0)
+    assert (tiny_run / "base" / "metrics.jsonl").read_text(encoding="utf-8") == metrics
 
 
 def test_speed_counts_the_tokens_of_all_micro_batches(corpus: Path) -> None:
