@@ -118,9 +118,9 @@ def test_the_gradient_is_that_of_the_weighted_likelihood(engine: Engine) -> None
     for objective, kl_weight in (("dapo", 0.0), ("grpo", 0.0), ("reinforce", 0.0), ("dapo", 0.3)):
         settings = _settings(objective=objective, kl_weight=kl_weight)
         loader = RolloutLoader(engine, Vowels(), settings, micro_batches=3)
-        answers, *counted = loader._roll_out()
-        loader._count(answers, *counted)
-        batches = loader._make_batches(answers, counted[0])
+        answers, rewards, *counted = loader._roll_out()
+        loader._count(answers, rewards, *counted)
+        batches = loader._make_batches(answers, rewards)
         loss_fn, count_fn = make_policy_loss(settings, reference if kl_weight else None)
         count = sum(count_fn(batch) for batch in batches)
         engine.model.zero_grad()
