@@ -12,12 +12,14 @@ import logging
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -102,6 +104,8 @@ def run_command(main: Callable[[list[str] | None], int]) -> int:
 
     `--debug` anywhere on the command line (or NANOCHAT_DEBUG=1) shows the trace as well.
     """
+    global _is_command
+    _is_command = True
     debug = "--debug" in sys.argv or os.environ.get("NANOCHAT_DEBUG") == "1"
     argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -126,6 +130,14 @@ def run_command(main: Callable[[list[str] | None], int]) -> int:
         return 1
     finally:
         compute_cleanup()
+
+
+_is_command = False  # this process runs one of our commands, and has from its start
+
+
+def seconds_since_start() -> float:
+    """Since the command was given; 0 where a script's `main` is called from elsewhere."""
+    return time.time() - psutil.Process().create_time() if _is_command else 0.0
 
 
 def is_lost_connection(error: Exception) -> bool:

@@ -11,12 +11,12 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from nanochat.checkpoint_manager import (
     MODEL_FILE,
@@ -42,9 +42,11 @@ from nanochat.common import (
     any_rank,
     atomic_write,
     from_rank0,
+    gather_objects,
     get_dist_info,
     print0,
     read_json_lines,
+    seconds_since_start,
     synchronize,
 )
 from nanochat.compilation import can_compile
@@ -83,7 +85,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, eval_every: int = 25
     run.add_argument("--eval-every", type=int, default=eval_every, metavar="STEPS", help="validate (-1: at the end)")
     if not generates:
         run.add_argument("--eval-tokens", type=int, default=-1, metavar="N", help="validation tokens to use (-1: all)")
-        run.add_argument("--target-minutes", type=float, default=-1.0, help="train about so long, as measured at the start")
+        run.add_argument("--target-minutes", type=float, default=-1.0, help="end the training about so long after the start")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
     machine.add_argument("--device-batch-size", type=int, default=-1, metavar="ROWS", help="rows at a time (-1: as fit)")
@@ -296,10 +298,10 @@ def go_on(trainer: Trainer, stage: Stage) -> None:
 
 
 def steps_in(stage: Stage, model: GPT, minutes: float, rows: int, total_batch_size: int, compile: bool) -> int:
-    """Updates that this machine does in so many minutes: --target-minutes as a horizon.
+    """Updates that this machine does until `minutes` after the command was given: --target-minutes as a horizon.
 
-    Measured on a few micro-batches of `rows`, compiled as the training will be. A resumed stage keeps what it began
-    with, so that its schedules stay what they were.
+    Measured on a few micro-batches of `rows`, compiled as the training will be, and on updates by nothing. A resumed stage
+    keeps what it began with, so that its schedules stay what they were. Raises NanochatError if no time is left.
     """
     if old := stage.recorded_settings():
         return old["num_iterations"]
@@ -308,19 +310,23 @@ def steps_in(stage: Stage, model: GPT, minutes: float, rows: int, total_batch_si
         print0("compiling, and measuring how fast this machine trains")
         model.compile()
     idx = torch.zeros(rows, T, dtype=torch.long, device=device)
-    seconds = []
-    for _ in range(5):
+    optimizer = model.setup_optimizer(matrix_lr=0, embedding_lr=0, unembedding_lr=0, scalar_lr=0, weight_decay=0)
+
+    def seconds_of(work: Callable[[], Any]) -> float:
         started = time.perf_counter()
-        model(idx, idx).backward()
+        work()
         synchronize(device)
-        seconds.append(time.perf_counter() - started)
+        return time.perf_counter() - started
+
+    passes = [seconds_of(lambda: model(idx, idx).backward()) for _ in range(5)][2:]  # the first ones compile and warm up
+    updates = [seconds_of(optimizer.step) for _ in range(3)][1:]
     model.zero_grad(set_to_none=True)
-    slowest = torch.tensor(statistics.median(seconds[2:]), device=device)  # the first ones compile and warm up
-    world_size = 1
-    if dist.is_initialized():
-        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        world_size = dist.get_world_size()
-    return max(1, round(60 * minutes / slowest.item() * rows * T * world_size / total_batch_size))
+    accumulated = accumulation_steps(total_batch_size, rows, T, get_dist_info()[3])
+    ranks = gather_objects((accumulated * statistics.median(passes) + min(updates), seconds_since_start()))
+    seconds, elapsed = (max(column) for column in zip(*ranks, strict=True))
+    if elapsed >= 60 * minutes:
+        raise NanochatError(f"--target-minutes {minutes:g} is over: start-up alone took {elapsed:.0f} s here; give more")
+    return max(1, int((60 * minutes - elapsed) / seconds))
 
 
 def describe_model(model: GPT) -> dict[str, Any]:
