@@ -1,0 +1,246 @@
+"""What the tests of recovery share: lives of training commands, runs to compare with, and what a stage holds.
+
+Most lives are forked from a process that has imported everything (`Nursery`), so that one costs half a second and ends as
+the command does. The fixtures are known to all tests: conftest.py names this file as a plugin.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanochat.checkpoint_manager import list_steps, step_dir
+from nanochat.report import read_metrics
+from tests.conftest import TINY_TRAINING
+
+ROOT = Path(__file__).parent.parent
+LAST, LONG, KEEP = 12, 60, 2  # steps of a run, of a long one, and checkpoints kept
+BASE_FLAGS = [*TINY_TRAINING, f"--num-iterations={LAST}", "--save-every=2", "--eval-every=3", f"--keep-last={KEEP}",
+              "--model-tag=tiny", "--resume=auto"]  # fmt: skip
+FILES = ("model.safetensors", "optim.safetensors", "meta.json", "manifest.json")
+STATE = {"a": torch.arange(6.0).view(2, 3)}
+
+# ----------------------------------------------------------------------------- lives
+
+NURSERY = """
+import gc, importlib, json, os, sys, traceback
+import torch
+from nanochat.common import get_compute_dtype, run_command
+from nanochat.compilation import measure_matmul_rate
+from tasks.arithmetic import Arithmetic
+
+scripts = {name: importlib.import_module(f"scripts.{name}") for name in ("base_train", "chat_sft", "chat_rl")}
+measure_matmul_rate(torch.device("cpu"), get_compute_dtype("cpu"))  # half a second, remembered by all that are forked
+Arithmetic.reward = lambda self, conversation, text: float(len(text) % 3)  # so that there is something to learn
+gc.collect()
+gc.freeze()
+
+def live(base_dir, log, script, flags):
+    os.environ["NANOCHAT_BASE_DIR"] = base_dir
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number in (1, 2):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.argv = [script, *flags]
+    try:
+        code = run_command(scripts[script].main)
+    except BaseException:
+        traceback.print_exc()
+        code = 99
+    sys.stdout.flush()
+    os._exit(code)
+
+for line in sys.stdin:
+    what, *rest = json.loads(line)
+    if what == "start":
+        answer = os.fork() or live(*rest)
+    else:
+        pid, status = os.waitpid(rest[0], os.WNOHANG)
+        answer = os.waitstatus_to_exitcode(status) if pid else None
+    print(json.dumps(answer), flush=True)
+"""
+
+
+class Nursery:
+    """A process from which lives of the training scripts are forked, each with one thread."""
+
+    def __init__(self, directory: Path) -> None:
+        command, pipe = [sys.executable, "-c", NURSERY], subprocess.PIPE
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)
+        self._directory, self._born = directory, 0
+
+    def ask(self, *request: Any) -> Any:
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
+
+    def start(self, base_dir: Path, flags: list[str], script: str = "base_train") -> Life:
+        self._born += 1
+        log = self._directory / f"{self._born}.log"
+        log.touch()
+        return Life(self, self.ask("start", str(base_dir), str(log), script, flags), log)
+
+    def run(self, base_dir: Path, flags: list[str], script: str = "base_train", code: int = 0) -> str:
+        """A whole life; returns what it said."""
+        life = self.start(base_dir, flags, script)
+        assert life.wait() == code, life.said()
+        return life.said()
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
+class Life:
+    """One run of a command."""
+
+    def __init__(self, nursery: Nursery, pid: int, log: Path) -> None:
+        self._nursery, self._pid, self._log = nursery, pid, log
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        """The exit code, minus the signal's number for one that was killed; None while it lives."""
+        if self._code is None:
+            self._code = self._nursery.ask("poll", self._pid)
+        return self._code
+
+    def wait(self, until: Callable[[], bool] = lambda: False, timeout_s: float = 60.0, pause_s: float = 0.004) -> int | None:
+        """Until it has ended or something else is so; returns the exit code, or None while it lives."""
+        deadline = time.monotonic() + timeout_s
+        while self.poll() is None and not until():
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(pause_s)
+        return self._code
+
+    def send(self, number: signal.Signals) -> None:
+        if self.poll() is None:  # it is not waited for before the next poll: the number is still its own
+            os.kill(self._pid, number)
+
+    def said(self) -> str:
+        return self._log.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    if not hasattr(os, "fork"):
+        pytest.skip("lives are forked, which this system cannot")
+    nursery = Nursery(tmp_path_factory.mktemp("lives"))
+    yield nursery
+    nursery.close()
+
+
+# ----------------------------------------------------------------------------- runs to compare with
+
+
+@pytest.fixture(scope="session")
+def base_flags(corpus: Path) -> list[str]:
+    return [*BASE_FLAGS, f"--data={corpus}"]
+
+
+@pytest.fixture(scope="session")
+def whole(nursery: Nursery, base_flags: list[str], tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stage of a base training that nothing disturbed, with all its checkpoints. Not to be changed."""
+    directory = tmp_path_factory.mktemp("whole")
+    tokenizer.save(directory / "tokenizers" / "default")
+    nursery.run(directory, [*base_flags, "--keep-last=-1"])
+    return directory / "runs" / "tiny" / "base"
+
+
+@pytest.fixture(scope="session")
+def whole_long(nursery: Nursery, base_flags: list[str], tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of LONG steps, for what must come about while a command runs; the usual checkpoints are kept."""
+    directory = tmp_path_factory.mktemp("long")
+    tokenizer.save(directory / "tokenizers" / "default")
+    nursery.run(directory, [*base_flags, f"--num-iterations={LONG}"])
+    return directory / "runs" / "tiny" / "base"
+
+
+@pytest.fixture
+def tokenizer_in_place(tokenizer, base_dir: Path) -> None:
+    tokenizer.save(base_dir / "tokenizers" / "default")
+
+
+def interrupted_copy(whole: Path, base_dir: Path, newest: int = 8) -> Path:
+    """The stage as it was when `newest` had been saved."""
+    stage_dir = stage_dir_of(base_dir)
+    shutil.copytree(whole, stage_dir, dirs_exist_ok=True)
+    for step in range(newest + 2, LAST + 1, 2):
+        shutil.rmtree(step_dir(stage_dir, step))
+    lines = (whole / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    known = [line for line in lines if json.loads(line)["step"] <= newest]
+    (stage_dir / "metrics.jsonl").write_text("".join(known), encoding="utf-8")
+    shutil.copy(whole.parent / "tokenizer.json", stage_dir.parent)
+    return stage_dir
+
+
+# ----------------------------------------------------------------------------- what a stage holds
+
+
+def stage_dir_of(base_dir: Path, stage: str = "base") -> Path:
+    return base_dir / "runs" / "tiny" / stage
+
+
+def content_of(stage_dir: Path, step: int) -> tuple[Any, ...]:
+    """All of a checkpoint that decides how the run goes on."""
+    directory = step_dir(stage_dir, step)
+    trainer = json.loads((directory / "meta.json").read_text(encoding="utf-8"))["trainer"]
+    return *((directory / name).read_bytes() for name in FILES[:2]), {**trainer, "time_s": None}
+
+
+def logged(stage_dir: Path, name: str) -> list[tuple[int, float]]:
+    """(step, value); a value that was measured again after a resume is there once if it is the same."""
+    return list(dict.fromkeys((row["step"], row[name]) for row in read_metrics(stage_dir / "metrics.jsonl") if name in row))
+
+
+def assert_ended_alike(stage_dir: Path, whole: Path) -> None:
+    last = list_steps(whole)[-1]
+    assert list_steps(stage_dir)[-1] == last
+    assert content_of(stage_dir, last) == content_of(whole, last)
+    assert [step for step, _ in logged(whole, "train/loss")] == list(range(1, last + 1))
+    for name in ("train/loss", "val/bpb", "val/pass@1"):
+        assert logged(stage_dir, name) == logged(whole, name)
+    assert not [*stage_dir.glob(".step_*")]
+    best = json.loads((stage_dir / "best.json").read_text(encoding="utf-8"))
+    assert best == json.loads((whole / "best.json").read_text(encoding="utf-8"))
+    assert best["step"] in list_steps(stage_dir)
+
+
+def count_rows(stage_dir: Path) -> int:
+    path = stage_dir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+# ----------------------------------------------------------------------------- training
+
+
+def start_command(base_dir: Path, flags: list[str]) -> subprocess.Popen[str]:
+    """The real thing: python -m scripts.base_train."""
+    command, pipe = [sys.executable, "-m", "scripts.base_train", *flags], subprocess.PIPE
+    environment = {**os.environ, "NANOCHAT_BASE_DIR": str(base_dir), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def train_here(flags: list[str], at_step: dict[int, Callable[[], object]], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Train in this process; what belongs to a step happens when it is evaluated, which is after each."""
+    from scripts import base_train  # only who trains waits for it
+
+    measure, calls = base_train.evaluate_bpb, iter(range(1, 1000))
+
+    def evaluate(*arguments: Any) -> float:
+        at_step.get(next(calls), lambda: None)()
+        return measure(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(base_train, "evaluate_bpb", evaluate)
+        assert base_train.main([*flags, "--eval-every=1"]) == 0
+    return stage_dir_of(Path(os.environ["NANOCHAT_BASE_DIR"]))
