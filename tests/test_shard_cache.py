@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
-import http.server
 import json
 import os
 import pickle
@@ -15,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +25,7 @@ from nanochat.common import NanochatError
 from nanochat.dataset import get_source
 from nanochat.shard_cache import Shard, ShardCache, get_shard_cache
 from tests.helpers import make_document
+from tests.hub_server import HubServer, serve_folder
 
 DOCUMENTS = [make_document(seed) for seed in range(100)]
 
@@ -411,83 +408,20 @@ def test_a_source_can_be_pickled(memory: str) -> None:
 # ----------------------------------------------------------------------------- web servers and the hub
 
 
-class _Server(http.server.BaseHTTPRequestHandler):
-    """Files below `root` at /files/, and in the hub's layout as the data set someone/texts."""
-
-    protocol_version = "HTTP/1.1"
-    root: Path
-    requests: list[str]
-    cut: int | None
-
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def do_GET(self) -> None:
-        self._answer()
-
-    def _answer(self) -> None:
-        path = urllib.parse.unquote(self.path.split("?")[0])
-        self.requests.append(f"{self.command} {path} {self.headers.get('Range', '')}".strip())
-        tree, api = "/api/datasets/someone/texts/tree/main", "/api/datasets/someone/texts"
-        for prefix in ("/files/", "/datasets/someone/texts/resolve/main/"):
-            if path.startswith(prefix) and (self.root / path.removeprefix(prefix)).is_file():
-                return self._send_file((self.root / path.removeprefix(prefix)).read_bytes())
-        if path.startswith(tree) and (folder := self.root / path.removeprefix(tree).strip("/")).is_dir():
-            found = folder.rglob("*") if "recursive=true" in self.path.lower() else folder.iterdir()
-            return self._send(json.dumps([self._entry(p) for p in sorted(found)]).encode())
-        if path in (api, f"{api}/revision/main"):
-            return self._send(json.dumps({"id": "someone/texts", "sha": "0" * 40, "tags": [], "siblings": []}).encode())
-        code = "EntryNotFound" if "someone/texts" in path else "RepoNotFound"
-        return self._send(b"", 403 if path.startswith("/closed") else 404, {"X-Error-Code": code})
-
-    def _entry(self, path: Path) -> dict:
-        if path.is_dir():
-            return {"type": "directory", "oid": "0" * 40, "size": 0, "path": str(path.relative_to(self.root))}
-        oid = hashlib.sha1(path.read_bytes()).hexdigest()
-        return {"type": "file", "oid": oid, "size": path.stat().st_size, "path": str(path.relative_to(self.root))}
-
-    def _send_file(self, body: bytes) -> None:
-        headers = {"ETag": f'"{hashlib.sha256(body).hexdigest()}"', "X-Repo-Commit": "0" * 40, "Accept-Ranges": "bytes"}
-        if "Range" not in self.headers:
-            return self._send(body, 200, headers)
-        begin, _, end = self.headers["Range"].removeprefix("bytes=").partition("-")
-        begin, end = int(begin), min(int(end or len(body)), len(body) - 1)
-        headers["Content-Range"] = f"bytes {begin}-{end}/{len(body)}"
-        return self._send(body[begin : end + 1], 206, headers)
-
-    def _send(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            cut = self.cut if len(body) > 1000 else None
-            self.wfile.write(body[:cut])
-            self.close_connection = cut is not None
-
-    def log_message(self, *arguments: object) -> None:
-        """Tests are quiet."""
-
-
 @pytest.fixture
-def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Server]]:
-    handler = type("Handler", (_Server,), {"root": folder, "requests": [], "cut": None})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=functools.partial(server.serve_forever, 0.05), daemon=True).start()
-    handler.address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", handler.address)
-    template = handler.address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-    yield handler
-    server.shutdown()
-    server.server_close()
+def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[HubServer]]:
+    with serve_folder(folder) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
+        template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield server
 
 
 def _is_whole(request: str) -> bool:
     return request.startswith("GET") and "bytes=" not in request
 
 
-def test_a_file_on_a_web_server(folder: Path, server: type[_Server]) -> None:
+def test_a_file_on_a_web_server(folder: Path, server: type[HubServer]) -> None:
     pytest.importorskip("aiohttp")
     for query in ("", "?download=true"):
         address = f"{server.address}/files/one/a.parquet{query}"
@@ -512,7 +446,7 @@ def test_no_server_is_one_sentence() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["", "/**/*.parquet", "/one-more", "/one/a.parquet"])
-def test_a_data_set_on_the_hub(folder: Path, server: type[_Server], pattern: str) -> None:
+def test_a_data_set_on_the_hub(folder: Path, server: type[HubServer], pattern: str) -> None:
     assert _numbered(f"hf://datasets/someone/texts{pattern}") == _numbered(f"{folder}{pattern}")
     first = [request for request in server.requests if _is_whole(request) and "/resolve/" in request]
     assert len(first) == len(set(first))
@@ -520,14 +454,14 @@ def test_a_data_set_on_the_hub(folder: Path, server: type[_Server], pattern: str
     assert [request for request in server.requests if _is_whole(request) and "/resolve/" in request] == first
 
 
-def test_on_the_hub_too_a_changed_file_is_fetched_anew(folder: Path, server: type[_Server]) -> None:
+def test_on_the_hub_too_a_changed_file_is_fetched_anew(folder: Path, server: type[HubServer]) -> None:
     before = _numbered("hf://datasets/someone/texts")
     data = folder / "one-more" / "d.jsonl"
     data.write_text(data.read_text().replace(".", "!"))
     assert _numbered("hf://datasets/someone/texts") == _numbered(str(folder)) != before
 
 
-def test_what_the_hub_lacks_is_named(server: type[_Server]) -> None:
+def test_what_the_hub_lacks_is_named(server: type[HubServer]) -> None:
     for address in ("hf://datasets/someone/nothing", "hf://datasets/someone/texts/nothing"):
         with pytest.raises(NanochatError, match=rf"{address} cannot be read \(it is not there\)"):
             get_source(address)
@@ -540,7 +474,7 @@ print(sum(len(text) for text in get_source(sys.argv[1]).documents("train")))
 """
 
 
-def test_processes_fetch_a_shard_once(folder: Path, server: type[_Server]) -> None:
+def test_processes_fetch_a_shard_once(folder: Path, server: type[HubServer]) -> None:
     pytest.importorskip("aiohttp")
     shutil.rmtree(folder / "one-more")
     command = [sys.executable, "-c", READ, "hf://datasets/someone/texts"]
