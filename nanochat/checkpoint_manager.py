@@ -30,13 +30,14 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from nanochat.common import NanochatError, any_rank, get_base_dir, get_dist_info
+from nanochat.common import NanochatError, any_rank, get_base_dir, get_dist_info, remove_leftovers
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.tokenizer import FILE_NAME as TOKENIZER_FILE
 from nanochat.tokenizer import Tokenizer
 
 FORMAT_VERSION = 2  # 1: the manifest had no digest of its own
 STAGES = ("base", "sft", "rl")
-BEST_FILE = "best.json"
+BEST_FILE, SETTINGS_FILE = "best.json", "settings.json"
 SHARDED_DIR = "sharded"
 MODEL_FILE, OPTIMIZER_FILE, META_FILE, MANIFEST_FILE = (
     "model.safetensors",
@@ -222,13 +223,20 @@ def lock_stage(stage_dir: Path) -> Iterator[None]:
 
 
 def clean_up(stage_dir: Path) -> None:
-    """Remove what killed processes left half-written, and put back what they had set aside to be replaced."""
+    """Remove what killed processes left half-written, and put back what they had set aside to be replaced.
+
+    To be called under the stage's lock. What others write beside it, such as eval.json, is not touched.
+    """
     for old in stage_dir.glob(".step_*.old"):
         target = stage_dir / old.name.removeprefix(".").removesuffix(".old")
         if not target.exists():
             os.rename(old, target)
     for left in (*stage_dir.glob(".step_*.tmp"), *stage_dir.glob(".step_*.old")):
         shutil.rmtree(left, ignore_errors=True)
+    for name in (BEST_FILE, SETTINGS_FILE):
+        remove_leftovers(stage_dir / name)
+    if stage_dir.name == "base":  # which gives the run its tokenizer
+        remove_leftovers(stage_dir.parent / TOKENIZER_FILE)
 
 
 def prune(stage_dir: Path, step: int, keep_last: int, best: int | None) -> None:

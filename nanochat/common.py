@@ -5,13 +5,12 @@ Everything else imports from here; this module imports nothing of nanochat's but
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import logging
 import os
+import secrets
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -57,21 +56,29 @@ test_data_dir.__test__ = False  # pytest: this is no test
 
 
 def atomic_write(path: Path | str, content: bytes | str) -> None:
-    """Write a file so that a reader, or a crash at any byte, sees the old content or the new, never a part."""
+    """Write a file so that a reader, or a crash at any byte, sees the old content or the new, never a part.
+
+    It has the mode of a file that open() makes, so that others may read it where the umask lets them.
+    """
     path = Path(path)
     data = content.encode("utf-8") if isinstance(content, str) else content
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
     try:
-        with os.fdopen(fd, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left of writing a file. None may be writing it at the time."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        left.unlink(missing_ok=True)
 
 
 def read_json_lines(path: Path) -> list[Any]:

@@ -22,7 +22,7 @@ import jinja2
 import psutil
 import torch
 
-from nanochat.checkpoint_manager import STAGES, get_run_dir, get_runs_dir
+from nanochat.checkpoint_manager import SETTINGS_FILE, STAGES, get_run_dir, get_runs_dir
 from nanochat.common import NanochatError, atomic_write, read_json_lines, run_command
 from nanochat.progress import format_seconds
 from nanochat.scores import describe_pass_at
@@ -88,7 +88,7 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
     for stage in STAGES:
         stage_dir = run_dir / stage
         rows = read_metrics(stage_dir / "metrics.jsonl")
-        settings = read_json(stage_dir / "settings.json")
+        settings = read_json(stage_dir / SETTINGS_FILE)
         if not settings:
             continue
         overview.rows.append(_overview_row(stage, rows))
@@ -312,7 +312,7 @@ def smooth(values: list[float], decay: float = 0.95) -> list[float]:
 
 def find_newest_run() -> str:
     """The run that was written to last. Raises NanochatError if there is none."""
-    runs = [path for path in get_runs_dir().glob("*") if any((path / stage / "settings.json").exists() for stage in STAGES)]
+    runs = [path for path in get_runs_dir().glob("*") if any((path / stage / SETTINGS_FILE).exists() for stage in STAGES)]
     if not runs:
         raise NanochatError(f"no run in {get_runs_dir()}: make one with python -m scripts.base_train")
     stamps = {run: max(p.stat().st_mtime for stage in STAGES for p in run.glob(f"{stage}/*.json*")) for run in runs}

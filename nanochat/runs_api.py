@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from nanochat.checkpoint_manager import STAGES, get_run_dir, get_runs_dir, list_steps
+from nanochat.checkpoint_manager import SETTINGS_FILE, STAGES, get_run_dir, get_runs_dir, list_steps
 from nanochat.common import NanochatError
 from nanochat.openai_api import RequestError
 from nanochat.report import read_json, read_metrics, smooth
@@ -58,7 +58,7 @@ def describe_stage(stage_dir: Path) -> dict[str, Any]:
         curves[name] = _points([row for row in rows if row.get(name) is not None], name)
     sampled = [row for row in rows if "sample/text" in row][-40:]
     return {
-        "settings": read_json(stage_dir / "settings.json"),
+        "settings": read_json(stage_dir / SETTINGS_FILE),
         "step": max((row["step"] for row in rows), default=0),
         "time_s": rows[-1]["time_s"] if rows else 0.0,
         "updated": rows[-1]["timestamp"] if rows else 0.0,

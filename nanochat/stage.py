@@ -21,6 +21,7 @@ import torch
 from nanochat.checkpoint_manager import (
     MODEL_FILE,
     OPTIMIZER_FILE,
+    SETTINGS_FILE,
     CheckpointError,
     build_model,
     clean_up,
@@ -249,7 +250,7 @@ def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, An
         (stage.directory / "metrics.jsonl").unlink(missing_ok=True)  # of a start that never reached a checkpoint
         if stage.name == "base":
             tokenizer.save(get_run_dir(stage.tag))
-    atomic_write(stage.directory / "settings.json", json.dumps(settings, indent=2))
+    atomic_write(stage.directory / SETTINGS_FILE, json.dumps(settings, indent=2))
 
 
 def make_model(

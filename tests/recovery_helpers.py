@@ -209,7 +209,7 @@ def assert_ended_alike(stage_dir: Path, whole: Path) -> None:
     assert [step for step, _ in logged(whole, "train/loss")] == list(range(1, last + 1))
     for name in ("train/loss", "val/bpb", "val/pass@1"):
         assert logged(stage_dir, name) == logged(whole, name)
-    assert not [*stage_dir.glob(".step_*")]
+    assert not [*stage_dir.glob(".step_*"), *stage_dir.parent.rglob(".*.tmp")]
     best = json.loads((stage_dir / "best.json").read_text(encoding="utf-8"))
     assert best == json.loads((whole / "best.json").read_text(encoding="utf-8"))
     assert best["step"] in list_steps(stage_dir)

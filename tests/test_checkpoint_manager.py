@@ -14,6 +14,7 @@ import torch
 from nanochat import checkpoint_manager
 from nanochat.checkpoint_manager import (
     CheckpointError,
+    clean_up,
     find_run,
     get_run_dir,
     list_steps,
@@ -23,7 +24,7 @@ from nanochat.checkpoint_manager import (
     save_checkpoint,
     step_dir,
 )
-from nanochat.common import NanochatError
+from nanochat.common import NanochatError, atomic_write
 from nanochat.tokenizer import Tokenizer
 
 STATE = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
@@ -93,6 +94,34 @@ def test_saving_a_step_again_replaces_it(stage_dir: Path) -> None:
         save_checkpoint(stage_dir, 1, STATE, None, {"note": note})
     assert load_checkpoint(stage_dir, 1)[2]["note"] == "two"
     assert [path.name for path in stage_dir.iterdir()] == ["step_000001"]
+
+
+class Death(BaseException):
+    """Ends a write as kill -9 would."""
+
+
+def test_what_deaths_leave_half_written_is_cleaned_up(stage_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that only the holder of the stage's lock writes; not what an evaluation may be about to put in place."""
+
+    def die(*arguments: object, **options: object) -> None:
+        raise Death
+
+    run_dir = stage_dir.parent
+    ours = [stage_dir / "best.json", stage_dir / "settings.json", run_dir / "tokenizer.json"]
+    theirs = [stage_dir / "eval.json", run_dir / "report.md", run_dir / "sft" / "best.json"]
+    for path in (*ours, *theirs):
+        atomic_write(path, "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", die)
+        patch.setattr(Path, "unlink", lambda *arguments, **options: None)
+        for path in (*ours, *theirs, *ours):
+            with pytest.raises(Death):
+                atomic_write(path, "new")
+    there = set(run_dir.rglob("*"))
+    clean_up(stage_dir)
+    removed = there - set(run_dir.rglob("*"))
+    assert sorted(path.with_name(".".join(path.name.split(".")[1:3])) for path in removed) == sorted(ours * 2)
+    assert all(path.read_text() == "old" for path in (*ours, *theirs))
 
 
 def test_the_newest_run_is_chosen_not_the_largest(tiny_run: Path) -> None:
