@@ -178,6 +178,9 @@ def finish_checkpoint(temporary: Path, stage_dir: Path, step: int, meta: dict[st
     target = step_dir(stage_dir, step)
     _write_json({"version": FORMAT_VERSION, "step": step, **meta}, temporary / META_FILE)
     paths = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
+    for path in paths:  # safetensors makes files that only their owner may read, whatever the umask
+        with contextlib.suppress(OSError):  # a file system that knows no modes
+            shutil.copymode(temporary / META_FILE, path)
     files = {
         path.relative_to(temporary).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in paths
     }

@@ -44,6 +44,13 @@ def test_what_is_saved_is_loaded(stage_dir: Path) -> None:
     assert load_checkpoint(stage_dir, 5)[1] is None
 
 
+def test_its_files_are_as_readable_as_others(stage_dir: Path) -> None:
+    stage_dir.mkdir(parents=True)
+    (stage_dir / "other").write_text("x")
+    directory = save_checkpoint(stage_dir, 5, STATE, STATE, {})
+    assert {path.stat().st_mode for path in directory.iterdir()} == {(stage_dir / "other").stat().st_mode}
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optim.safetensors", "meta.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "tear", "remove"])
 def test_damage_is_found_and_the_step_before_is_used(stage_dir: Path, name: str, damage: str) -> None:
