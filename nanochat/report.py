@@ -53,12 +53,15 @@ class Section:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; what a resumed run did again replaces what it had done before."""
-    rows: list[dict[str, Any]] = []
+    rows: dict[Any, dict[str, Any]] = {}  # in the order of their steps
     for row in read_json_lines(path):
-        if "train/loss" in row:  # back in time: the run was resumed here
-            rows = [old for old in rows if old["step"] < row["step"]]
-        rows.append(row)
-    return rows
+        newest = row["step"] - ("train/loss" in row)  # an update comes before all else of its step
+        while rows and next(reversed(rows.values()))["step"] > newest:  # back in time: the run was resumed here
+            rows.popitem()
+        what = (row["step"], frozenset(row), row.get("sample/prompt"))  # samples have many rows a step
+        rows.pop(what, None)  # a step that is gone on from is evaluated once more
+        rows[what] = row
+    return list(rows.values())
 
 
 def read_json(path: Path) -> dict[str, Any]:

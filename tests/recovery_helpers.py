@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from nanochat.checkpoint_manager import list_steps, step_dir
+from nanochat.common import read_json_lines
 from nanochat.report import read_metrics
 from tests.conftest import TINY_TRAINING
 
@@ -198,8 +199,12 @@ def content_of(stage_dir: Path, step: int) -> tuple[Any, ...]:
 
 
 def logged(stage_dir: Path, name: str) -> list[tuple[int, float]]:
-    """(step, value); a value that was measured again after a resume is there once if it is the same."""
-    return list(dict.fromkeys((row["step"], row[name]) for row in read_metrics(stage_dir / "metrics.jsonl") if name in row))
+    """(step, value) of all lives; what was done again after a resume is there once if it came to the same."""
+    return list(dict.fromkeys(_series(read_json_lines(stage_dir / "metrics.jsonl"), name)))
+
+
+def _series(rows: list[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    return [(row["step"], row[name]) for row in rows if name in row]
 
 
 def assert_ended_alike(stage_dir: Path, whole: Path) -> None:
@@ -208,7 +213,7 @@ def assert_ended_alike(stage_dir: Path, whole: Path) -> None:
     assert content_of(stage_dir, last) == content_of(whole, last)
     assert [step for step, _ in logged(whole, "train/loss")] == list(range(1, last + 1))
     for name in ("train/loss", "val/bpb", "val/pass@1"):
-        assert logged(stage_dir, name) == logged(whole, name)
+        assert logged(stage_dir, name) == logged(whole, name) == _series(read_metrics(stage_dir / "metrics.jsonl"), name)
     assert not [*stage_dir.glob(".step_*"), *stage_dir.parent.rglob(".*.tmp")]
     best = json.loads((stage_dir / "best.json").read_text(encoding="utf-8"))
     assert best == json.loads((whole / "best.json").read_text(encoding="utf-8"))

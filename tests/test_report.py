@@ -84,6 +84,31 @@ def test_a_resumed_run_counts_each_step_once(tmp_path: Path) -> None:
     assert [row["train/loss"] for row in rows] == [0, 1, 4, 5, 6]
 
 
+def test_what_is_evaluated_again_after_a_resume_counts_once(tmp_path: Path) -> None:
+    """The newest of what says the same of the same step; all samples stay, and what the run has not done again goes."""
+    path = tmp_path / "metrics.jsonl"
+
+    def sitting(first: int, last: int, note: int) -> list[dict]:
+        rows = []
+        for step in range(first, last + 1):
+            rows += [{"step": step, "train/loss": note}] if step > first else []
+            rows += [{"step": step, "val/bpb": note}, {"step": step, "val/core": note}]
+            rows += [{"step": step, "sample/prompt": prompt, "sample/text": str(note)} for prompt in ("a", "b", "c")]
+        return rows
+
+    def read(*sittings: list[dict]) -> list[dict]:
+        path.write_text("".join(json.dumps(row) + "\n" for rows in sittings for row in rows), encoding="utf-8")
+        return read_metrics(path)
+
+    whole, updates = sitting(0, 6, 1), sitting(0, 2, 1)[-6:-5]
+    assert read(whole) == whole
+    # Killed after step 4 and gone on from step 2, whose update alone is not done again.
+    expected = [*sitting(0, 1, 1), *updates, *sitting(2, 6, 2)]
+    assert read(sitting(0, 4, 1), sitting(2, 6, 2)) == expected
+    assert read(sitting(0, 4, 1), sitting(2, 2, 3), sitting(2, 6, 2)) == expected
+    assert read(sitting(0, 4, 1), sitting(2, 2, 2)) == expected[: -4 * 6]
+
+
 def test_a_run_without_stages_is_an_error(base_dir: Path) -> None:
     with pytest.raises(NanochatError, match="base_train"):
         report.main([])
