@@ -243,13 +243,25 @@ def clean_up(stage_dir: Path) -> None:
 
 
 def prune(stage_dir: Path, step: int, keep_last: int, best: int | None) -> None:
-    """Remove checkpoints up to `step` but for the newest keep_last and the best. Later ones are of another attempt."""
-    steps = [n for n in list_steps(stage_dir) if n <= step]
-    for n in steps[: max(0, len(steps) - keep_last)]:
-        if n != best:
+    """Remove checkpoints up to `step` that are older than the newest keep_last, but for the best. Later ones are of another
+    attempt; damaged ones keep nobody's place, as far as that can be told without reading all of them.
+    """
+    kept = 0
+    for n in reversed([n for n in list_steps(stage_dir) if n <= step]):
+        if kept < keep_last:
+            kept += _seems_whole(step_dir(stage_dir, n))
+        elif n != best:
             shutil.rmtree(_temporary(stage_dir, n), ignore_errors=True)
             os.rename(step_dir(stage_dir, n), _temporary(stage_dir, n))  # at once: no part of it is ever seen
             shutil.rmtree(_temporary(stage_dir, n), ignore_errors=True)
+
+
+def _seems_whole(directory: Path) -> bool:
+    try:
+        list_files(directory)
+    except CheckpointError:
+        return False
+    return True
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -303,6 +315,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def verify_checkpoint(directory: Path) -> None:
     """Raise CheckpointError unless every file is there, whole and unchanged since it was written."""
+    for name, expected in list_files(directory).items():
+        if _sha256(directory / name) != expected["sha256"]:
+            raise _damage(directory / name)
+
+
+def list_files(directory: Path) -> dict[str, dict[str, Any]]:
+    """{name: {"sha256", "bytes"}} by the manifest. Raises CheckpointError unless they are there in their sizes; reads none."""
     manifest = _read_json(directory / MANIFEST_FILE)
     version = manifest.get("version")
     if isinstance(version, int) and version > FORMAT_VERSION:
@@ -311,8 +330,9 @@ def verify_checkpoint(directory: Path) -> None:
         raise _damage(directory / MANIFEST_FILE)
     for name, expected in manifest["files"].items():
         path = directory / name
-        if not path.is_file() or path.stat().st_size != expected["bytes"] or _sha256(path) != expected["sha256"]:
+        if not path.is_file() or path.stat().st_size != expected["bytes"]:
             raise _damage(path)
+    return manifest["files"]
 
 
 def _damage(path: Path) -> CheckpointError:

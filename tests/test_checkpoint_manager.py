@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from nanochat.checkpoint_manager import (
     load_checkpoint,
     load_model,
     newest_valid_step,
+    prune,
     save_checkpoint,
     step_dir,
 )
@@ -101,6 +103,36 @@ def test_saving_a_step_again_replaces_it(stage_dir: Path) -> None:
         save_checkpoint(stage_dir, 1, STATE, None, {"note": note})
     assert load_checkpoint(stage_dir, 1)[2]["note"] == "two"
     assert [path.name for path in stage_dir.iterdir()] == ["step_000001"]
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize(
+    ("damaged", "keep_last", "left"),
+    [
+        ((), 2, [2, 5, 6]),
+        ((5,), 2, [2, 4, 5, 6]),  # 5 goes when 4 does
+        ((3, 4), 1, [2, 6]),
+        ((3, 4, 5), 2, [2, 3, 4, 5, 6]),
+        ((6,), 1, [2, 5, 6]),
+        ((1, 2, 3, 4), 3, [1, 2, 3, 4, 5, 6]),
+    ],
+)
+@pytest.mark.parametrize("name", ["model.safetensors", "meta.json", "manifest.json"])
+@pytest.mark.parametrize("damage", [Path.unlink, _truncate])
+def test_the_newest_whole_checkpoints_are_kept_and_the_best(
+    stage_dir: Path, damaged: tuple[int, ...], keep_last: int, left: list[int], name: str, damage: Callable[[Path], None]
+) -> None:
+    """Those later than the step at hand are nobody's business; without a manifest a step is no checkpoint to begin with."""
+    for step in range(1, 8):
+        save_checkpoint(stage_dir, step, STATE, None, {})
+    for step in damaged:
+        damage(step_dir(stage_dir, step) / name)
+    listed = list_steps(stage_dir)
+    prune(stage_dir, 6, keep_last, best=2)
+    assert list_steps(stage_dir) == [step for step in [*left, 7] if step in listed]
 
 
 class Death(BaseException):
