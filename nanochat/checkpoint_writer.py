@@ -42,6 +42,11 @@ class CheckpointWriter:
         self._thread = threading.Thread(target=self._write, args=(step, *states, meta, best), name="checkpoint")
         self._thread.start()
 
+    def write(self, step: int, model_state: State, optimizer_state: State, meta: dict[str, Any], best: int | None) -> None:
+        """The same while the caller waits, which takes no memory for copies. Raises what goes wrong."""
+        self._write(step, model_state, optimizer_state, meta, best)
+        self.wait()
+
     def wait(self) -> None:
         """Until what was begun is on disk. Raises what went wrong with it, once: most often OSError, for a full disk."""
         if self._thread is not None:

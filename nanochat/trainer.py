@@ -181,12 +181,11 @@ class Trainer:
             return
         failure = None
         if self.rank == 0:
-            self._writer.start(self.step, self.model.state_dict(), optimizer_state, meta, self.best.get("step"))
-            if wait:
-                try:
-                    self._writer.wait()
-                except OSError as error:
-                    failure = error
+            checkpoint = (self.step, self.model.state_dict(), optimizer_state, meta, self.best.get("step"))
+            try:
+                (self._writer.write if wait else self._writer.start)(*checkpoint)
+            except OSError as error:
+                failure = error
         self._saved_step = self.step
         if wait and any_rank(failure is not None):
             raise failure or NanochatError("rank 0 could not write the checkpoint: its reason stands above")
