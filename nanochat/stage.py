@@ -6,13 +6,15 @@ Used by the training scripts, which also share their flags and the fitting of th
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
+import difflib
 import json
 import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +109,33 @@ def add_rate_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--scalar-lr", type=float, default=0.5)
 
 
-def setup_optimizer(model: GPT, args: argparse.Namespace, scale: float, weight_decay: float) -> MuonAdamW:
-    """The model's optimizer with the rates that were asked for, all times `scale`."""
-    return model.setup_optimizer(
-        matrix_lr=args.matrix_lr * scale, embedding_lr=args.embedding_lr * scale,
-        unembedding_lr=args.unembedding_lr * scale, scalar_lr=args.scalar_lr * scale, weight_decay=weight_decay,
-    )  # fmt: skip
+def setup_optimizer(
+    model: GPT, args: argparse.Namespace, scale: float, weight_decay: float, **settings: Any
+) -> MuonAdamW:
+    """The model's optimizer with the rates that were asked for, all times `scale`; settings: of OptimizerSettings."""
+    rates = {name: getattr(args, name) * scale for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")}
+    return model.setup_optimizer(**{**rates, "weight_decay": weight_decay, **settings})
+
+
+def parse_switches(pairs: list[str], *settings: type) -> list[dict[str, Any]]:
+    """NAME=VALUE pairs as keyword arguments, those of each dataclass in `settings` for itself.
+
+    Raises NanochatError for a name that none of them has, or a value that does not suit it.
+    """
+    parsed: list[dict[str, Any]] = [{} for _ in settings]
+    known = {f.name: (kind, f.default) for kind, cls in zip(parsed, settings, strict=True) for f in fields(cls)}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(sorted(known))}"
+            raise NanochatError(f"--set {pair}: there is no switch {name!r}; {hint}")
+        kind, default = known[name]
+        try:
+            kind[name] = text if isinstance(default, str) else type(default)(ast.literal_eval(text))
+        except (ValueError, SyntaxError, TypeError):
+            raise NanochatError(f"--set {pair}: the value must be like {default!r}") from None
+    return parsed
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,10 @@ from nanochat.core_eval import NanochatScorer, evaluate_core, find_bundle
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import default_source_name, get_source
 from nanochat.engine import Engine, continue_openings
+from nanochat.gpt import GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.metrics import MetricsLog
+from nanochat.optim import OptimizerSettings
 from nanochat.scaling import accumulation_steps, model_config, plan_horizon
 from nanochat.stage import (
     add_rate_arguments,
@@ -33,6 +35,7 @@ from nanochat.stage import (
     go_on,
     make_model,
     open_stage,
+    parse_switches,
     prepare_directory,
     setup_optimizer,
     steps_in,
@@ -68,6 +71,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     optimization.add_argument("--warmdown-ratio", type=float, default=0.65)
     optimization.add_argument("--final-lr-frac", type=float, default=0.05)
     optimization.add_argument("--seed", type=int, default=42)
+    optimization.add_argument("--set", dest="switches", nargs="+", default=[], metavar="NAME=VALUE",
+                              help="for experiments: fields of GPTConfig and OptimizerSettings")  # fmt: skip
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument("--core-metric-every", type=int, default=-1, metavar="STEPS", help="CORE (-1: never)")
     measuring.add_argument("--core-metric-max-per-task", type=int, default=500, help="questions of each CORE task (-1: all)")
@@ -92,10 +97,12 @@ def main(argv: list[str] | None = None) -> int:
     make_default_tokenizer(args.tokenizer, args.data, rank)
     tokenizer = get_tokenizer(args.tokenizer)
     check_tokens(source, tokenizer)
+    model_switches, optimizer_switches = parse_switches(args.switches, GPTConfig, OptimizerSettings)
     config = model_config(
         args.depth, tokenizer.get_vocab_size(), args.max_seq_len, args.aspect_ratio, args.head_dim, args.window_pattern,
         args.num_kv_heads,
     )  # fmt: skip
+    config = replace(config, **model_switches)
     model = make_model(asdict(config), device, args, stage.start)
     horizon = plan_horizon(
         config, model.estimate_flops(), args.num_iterations, args.target_flops, args.target_param_data_ratio,
@@ -125,7 +132,8 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     # The parts
-    optimizer = setup_optimizer(model, args, horizon.lr_scale, args.weight_decay * horizon.weight_decay_scale)
+    weight_decay = args.weight_decay * horizon.weight_decay_scale
+    optimizer = setup_optimizer(model, args, horizon.lr_scale, weight_decay, **optimizer_switches)
     loader = TokenLoader(source, tokenizer, rows, args.max_seq_len, "train", rank, world_size, device)
     token_bytes = tokenizer.get_token_bytes()
 
