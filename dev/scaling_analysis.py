@@ -1,0 +1,123 @@
+"""What a series of runs says about size and horizon: python -m dev.scaling_analysis --runs 'law-*'
+
+Reads the runs that runs/miniseries.sh or runs/scaling_laws.sh left below NANOCHAT_BASE_DIR, prints a table of their sizes,
+tokens, FLOPs and validation bits per byte, and writes scaling.csv and scaling.png beside them. Where there are three or
+more sizes under one budget, a parabola through bits per byte against log(size) gives the budget's best size (approach 2
+of arXiv 2203.15556); over budgets, the exponents of the best size and of the best number of tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nanochat.checkpoint_manager import get_runs_dir
+from nanochat.common import NanochatError, run_command
+from nanochat.report import read_metrics
+
+COLUMNS = ("run", "depth", "size", "tokens", "flops", "tokens_per_param", "bpb")
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """A row of the table; None for a run without a validation result. size: parameters as scaling laws count them."""
+    stage_dir = folder / "base"
+    if not (stage_dir / "settings.json").exists() or not (stage_dir / "metrics.jsonl").exists():
+        return None
+    settings = json.loads((stage_dir / "settings.json").read_text(encoding="utf-8"))
+    measured = [row["val/bpb"] for row in read_metrics(stage_dir / "metrics.jsonl") if "val/bpb" in row]
+    if not measured:
+        return None
+    tokens, size = settings["num_iterations"] * settings["total_batch_size"], settings["num_scaling_params"]
+    return {
+        "run": folder.name, "depth": settings["depth"], "size": size, "tokens": tokens,
+        "flops": tokens * settings["flops_per_token"], "tokens_per_param": round(tokens / size, 2), "bpb": measured[-1],
+        "budget": settings["target_flops"],
+    }  # fmt: skip
+
+
+def best_size(rows: list[dict[str, Any]]) -> float | None:
+    """The size at the bottom of a parabola through bpb against log(size); None if it opens the wrong way."""
+    a, b, _ = np.polyfit([np.log(row["size"]) for row in rows], [row["bpb"] for row in rows], 2)
+    return float(np.exp(-b / (2 * a))) if a > 0 else None
+
+
+def analyse(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """{"budget", "size", "tokens"} of each budget that was spent on three or more sizes and has a best one."""
+    by_budget: dict[float, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if row["budget"] > 0:
+            by_budget[row["budget"]].append(row)
+    optima = []
+    for budget, group in sorted(by_budget.items()):
+        if len(group) >= 3 and (size := best_size(group)):
+            # FLOPs for each token grow with the size: between the runs, as a power of it.
+            slope, offset = np.polyfit(np.log([r["size"] for r in group]), np.log([r["tokens"] for r in group]), 1)
+            optima.append({"budget": budget, "size": size, "tokens": float(np.exp(offset + slope * np.log(size)))})
+    return optima
+
+
+def draw(rows: list[dict[str, Any]], optima: list[dict[str, float]], path: Path) -> None:
+    """Left: bits per byte against FLOPs. Right: against size, a line for each budget, the best sizes marked."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    left.scatter([row["flops"] for row in rows], [row["bpb"] for row in rows])
+    for row in rows:
+        left.annotate(f"d{row['depth']}", (row["flops"], row["bpb"]), textcoords="offset points", xytext=(4, 4), fontsize=8)
+    for budget in sorted({row["budget"] for row in rows}):
+        group = sorted((row for row in rows if row["budget"] == budget), key=lambda row: row["size"])
+        label = f"{budget:.0e} FLOPs" if budget > 0 else "by depth"
+        right.plot([row["size"] for row in group], [row["bpb"] for row in group], marker="o", label=label)
+    for optimum in optima:
+        right.axvline(optimum["size"], color="grey", linestyle=":", linewidth=1)
+    left.set(xscale="log", xlabel="FLOPs", ylabel="validation bits per byte")
+    right.set(xscale="log", xlabel="parameters (matrices and head)")
+    right.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Table, fit and plot of a series of runs.")
+    parser.add_argument("--runs", default="*", metavar="PATTERN", help="names of runs, with * and ?")
+    args = parser.parse_args(argv)
+    found = [read_run(folder) for folder in sorted(get_runs_dir().glob(args.runs))]
+    rows = sorted((row for row in found if row), key=lambda row: (row["budget"], row["size"]))
+    if not rows:
+        raise NanochatError(f"no run {args.runs!r} in {get_runs_dir()} has a validation result: start with runs/miniseries.sh")
+    print(f"{'run':24} {'depth':>5} {'size':>12} {'tokens':>14} {'FLOPs':>9} {'tokens/size':>11} {'bpb':>7}")
+    for row in rows:
+        print(
+            f"{row['run']:24} {row['depth']:5} {row['size']:12,} {row['tokens']:14,} {row['flops']:9.2e} "
+            f"{row['tokens_per_param']:11.1f} {row['bpb']:7.4f}"
+        )
+    optima = analyse(rows)
+    for optimum in optima:
+        ratio = optimum["tokens"] / optimum["size"]
+        print(f"best at {optimum['budget']:.1e} FLOPs: {optimum['size']:,.0f} parameters, {ratio:.1f} tokens for each")
+    if len(optima) > 1:
+        budgets = np.log([optimum["budget"] for optimum in optima])
+        for name in ("size", "tokens"):
+            exponent = np.polyfit(budgets, np.log([optimum[name] for optimum in optima]), 1)[0]
+            print(f"best {name} grows as FLOPs^{exponent:.2f}")
+    with open(get_runs_dir() / "scaling.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(rows, optima, get_runs_dir() / "scaling.png")
+    print(f"written: {get_runs_dir() / 'scaling.csv'}, scaling.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
