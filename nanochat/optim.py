@@ -82,7 +82,7 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> MuonAdamW:
 
     embedding_lr = settings.embedding_lr * width_scale
     decay = settings.embedding_weight_decay
-    groups = [
+    adamw = [
         Group("adamw", *take("lm_head."), settings.unembedding_lr * width_scale, **adam),
         Group("adamw", *take("wte."), embedding_lr, decay, **adam),
         Group("adamw", *take("value_embeds."), embedding_lr, decay, **adam),
@@ -90,14 +90,18 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> MuonAdamW:
         Group("adamw", *take("resid_lambdas"), settings.scalar_lr * 0.01, betas=settings.adam_betas, eps=settings.scalar_eps),
         Group("adamw", *take("x0_lambdas"), settings.scalar_lr, betas=(0.96, 0.95), eps=settings.scalar_eps),
     ]
+    muon = []
     for shape in sorted({tuple(p.shape) for p in by_name.values()}):
         names = [name for name, p in by_name.items() if tuple(p.shape) == shape]
         params = [by_name[name] for name in names]
         betas = (0.0, settings.muon_beta2)
-        groups.append(
+        muon.append(
             Group("muon", names, params, settings.matrix_lr, settings.weight_decay, betas, 0.0, settings.muon_momentum)
         )
-    return MuonAdamW([group for group in groups if group.params], model.is_sharded)
+    # On several ranks AdamW's parameters, many numbers and little work, travel while Muon computes: to their owners while
+    # the first half does, and back while the second half does.
+    half = len(muon) // 2
+    return MuonAdamW([group for group in (*muon[:half], *adamw, *muon[half:]) if group.params], model.is_sharded)
 
 
 class MuonAdamW:
