@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from nanochat import builtin_corpus
 from nanochat.common import test_data_dir
 from nanochat.tokenizer import Tokenizer
 from tests.helpers import make_document, write_corpus
+from tests.many_ranks import ROOT, stop_all
 
 pytest_plugins = ["tests.recovery_helpers"]  # its fixtures, for several files
 
@@ -55,6 +57,17 @@ def real_data() -> Path:
 def tokenizer() -> Tokenizer:
     """512 tokens learned from the small grammar."""
     return Tokenizer.train((make_document(seed) for seed in range(300)), 400)
+
+
+@pytest.fixture
+def many_ranks(tokenizer: Tokenizer, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For ranks that a test starts: float32, a core each, the checkout, a tokenizer; none of them outlives it."""
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    tokenizer.save(base_dir / "tokenizers" / "default")
+    yield
+    stop_all()
 
 
 @pytest.fixture(scope="session")

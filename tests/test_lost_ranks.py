@@ -1,0 +1,226 @@
+"""A rank, a node or a link that is lost ends the job with a reason, and what is started again goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import psutil
+import pytest
+import torch.distributed as dist
+
+from nanochat.checkpoint_manager import list_steps
+from nanochat.heartbeat import Heartbeat, fresh_store
+from tests.many_ranks import SMALL, WHOLE, free_port, launch, node_command, start, train, values, wait_for
+
+pytestmark = pytest.mark.usefixtures("many_ranks")
+
+
+def _workers(launcher: subprocess.Popen) -> list[psutil.Process]:
+    """The training processes that a launcher has now."""
+    found = []
+    for process in psutil.Process(launcher.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended, which its launcher may not know yet
+            if "scripts.base_train" in process.cmdline():
+                found.append(process)
+    return found
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(corpus: Path, base_dir: Path) -> None:
+    flags = ["-m", "--", "scripts.base_train", *SMALL, f"--data={corpus}", "--num-iterations=40", "--save-every=4"]
+    expected = values(train(1, corpus, WHOLE, "--num-iterations=40"))
+    stage_dir = base_dir / "runs" / "killed" / "base"
+    for restarts in (0, 1):
+        before = len(list_steps(stage_dir))
+        job = launch(2, *flags, "--model-tag=killed", "--resume=auto", restarts=restarts)
+        wait_for(lambda: len(list_steps(stage_dir)) >= before + 2)  # noqa: B023 - used at once
+        killed_at = time.monotonic()
+        _workers(job)[1].send_signal(signal.SIGKILL)
+        _, errors = job.communicate(timeout=120)
+        if restarts == 0:
+            assert job.returncode != 0
+            assert time.monotonic() - killed_at < 60
+            assert "exitcode  : -9" in errors  # torchrun's own report names the rank
+            assert "[rank0]:" not in errors  # no trace of ours
+    assert job.returncode == 0, errors[-3000:]
+    assert values(stage_dir) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_one_node_of_two_restarts(corpus: Path, base_dir: Path) -> None:
+    """A process of it is killed: both nodes start theirs again, and the run ends as if nothing had happened."""
+    expected = values(train(1, corpus, WHOLE, "--num-iterations=40"))
+    command = ["-m", "--", "scripts.base_train", *SMALL, f"--data={corpus}", "--num-iterations=40", "--save-every=4"]
+    command += ["--model-tag=near", "--resume=auto"]
+    stage_dir, endpoint = base_dir / "runs" / "near" / "base", f"127.0.0.1:{free_port()}"
+    nodes = [start(node_command(i, endpoint, "127.0.0.1", *command, restarts=2)) for i in range(2)]
+    wait_for(lambda: len(list_steps(stage_dir)) >= 2)
+    first = [process for node in nodes for process in _workers(node)]
+    first[1].send_signal(signal.SIGKILL)
+    wait_for(lambda: all(set(_workers(node)) - set(first) for node in nodes))
+    for node in nodes:
+        _, errors = node.communicate(timeout=200)
+        assert node.returncode == 0, errors[-3000:]
+    assert values(stage_dir) == pytest.approx(expected, abs=1e-4)
+
+
+DIVERGED = """
+import torch
+from nanochat import trainer
+from scripts import base_train
+from nanochat.common import get_dist_info, run_command
+step = trainer.Trainer._train_step
+def flip_a_bit(self):
+    step(self)
+    if self.step == 6 and self.rank == 1:
+        with torch.no_grad():
+            self.model.wte.weight.view(torch.int32)[7, 3] ^= 1
+trainer.Trainer._train_step = flip_a_bit
+raise SystemExit(run_command(base_train.main))
+"""
+
+
+@pytest.mark.slow
+def test_ranks_that_differ_by_one_bit_stop(corpus: Path, base_dir: Path, tmp_path: Path) -> None:
+    """And the checkpoint of that moment is not written: the last good one is named.
+
+    (A step later the optimizer's all-gather would have mended it.)
+    """
+    script = tmp_path / "diverged.py"
+    script.write_text(DIVERGED, encoding="utf-8")
+    flags = [*SMALL, f"--data={corpus}", "--num-iterations=9", "--save-every=3", "--model-tag=flipped"]
+    job = launch(2, str(script), *flags)
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert "the ranks hold different parameters at step 6 (1, first wte.weight)" in errors
+    assert "the last good checkpoint is step 3" in errors
+    assert list_steps(base_dir / "runs" / "flipped" / "base") == [3]
+
+
+def _stores(count: int) -> list[dist.TCPStore]:
+    port, timeout = free_port(), timedelta(seconds=5)
+    return [dist.TCPStore("127.0.0.1", port, is_master=i == 0, wait_for_workers=False, timeout=timeout) for i in range(count)]
+
+
+def _hearts(reasons: list[tuple[int, str]], stores: list[dist.TCPStore], ranks: range) -> list[Heartbeat]:
+    def give_up(rank: int):
+        return lambda reason: reasons.append((rank, reason))
+
+    return [Heartbeat(stores[rank], rank, len(stores), give_up(rank), beat_s=0.05, limit_s=0.6) for rank in ranks]
+
+
+def test_heartbeat_notices_silence_and_only_that() -> None:
+    reasons: list[tuple[int, str]] = []
+    stores = _stores(3)
+    hearts = _hearts(reasons, stores, range(3))
+    time.sleep(1.2)
+    assert not reasons
+    hearts[2].stop()  # leaves as it should
+    time.sleep(1.2)
+    assert not reasons
+    hearts[1]._stopped.set()  # dies
+    time.sleep(1.5)
+    assert [rank for rank, _ in reasons] == [0]
+    assert "rank 1" in reasons[0][1]
+    hearts[0].stop()
+
+
+def test_an_attempt_shares_nothing_with_the_one_before() -> None:
+    """Though the store still greets on behalf of dead processes; and whoever comes first."""
+    stores = _stores(3)
+    for order in ((0, 1, 2), (2, 1, 0), (1, 0, 2)):
+        with ThreadPoolExecutor(3) as pool:
+            waiting = {}
+            for rank in order:
+                waiting[rank] = pool.submit(fresh_store, stores[rank], rank, 3, 5.0)
+                time.sleep(0.1)
+            fresh = [waiting[rank].result() for rank in range(3)]
+        assert not fresh[1].check(["address"])
+        fresh[0].set("address", f"of {order}")
+        assert fresh[1].get("address") == fresh[2].get("address") == f"of {order}".encode()
+    with pytest.raises(TimeoutError, match="rank 1, 2 did not come"):
+        fresh_store(stores[0], 0, 3, 0.3)
+
+
+def test_heartbeat_notices_a_rank_that_never_came() -> None:
+    reasons: list[tuple[int, str]] = []
+    stores = _stores(2)
+    hearts = _hearts(reasons, stores, range(1))
+    wait_for(lambda: reasons, 5)
+    assert reasons == [(0, "nothing was heard of rank 1 for 1 s")]
+    hearts[0].stop()
+
+
+# ----------------------------------------------------------------------------- two machines
+
+
+@contextlib.contextmanager
+def _two_machines() -> Iterator[tuple[str, str]]:
+    """Two network namespaces joined by a virtual cable; yields their names. Addresses: 10.231.0.1 and 10.231.0.2."""
+    names = [f"nano{os.getpid()}{side}" for side in "ab"]
+    ip = shutil.which("ip")
+
+    def set_up(*command: str) -> None:
+        subprocess.run([ip, *command], check=True, capture_output=True)
+
+    try:
+        for name in names:
+            set_up("netns", "add", name)
+        set_up("link", "add", "cable", "netns", names[0], "type", "veth", "peer", "name", "cable", "netns", names[1])
+        for i, name in enumerate(names, 1):
+            set_up("-n", name, "addr", "add", f"10.231.0.{i}/24", "dev", "cable")
+            set_up("-n", name, "link", "set", "lo", "up")
+            set_up("-n", name, "link", "set", "cable", "up")
+        yield names[0], names[1]
+    finally:
+        for name in names:
+            subprocess.run([ip, "netns", "delete", name], check=False, capture_output=True)
+
+
+@pytest.mark.slow
+def test_two_machines_and_a_cut_link(corpus: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both nodes leave within a minute, saying why; started again they finish what one process would have."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need root and the ip command")
+    try:
+        with _two_machines():
+            pass
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "cable")
+    steps = 40
+    expected = values(train(1, corpus, WHOLE, f"--num-iterations={steps}"))
+    command = ["-m", "--", "scripts.base_train", *SMALL, f"--data={corpus}", f"--num-iterations={steps}", "--save-every=4"]
+    command += ["--model-tag=far", "--resume=auto"]
+    stage_dir = base_dir / "runs" / "far" / "base"
+
+    def start_nodes(names: tuple[str, str], port: int) -> list[subprocess.Popen]:
+        return [
+            start(["ip", "netns", "exec", name, *node_command(i, f"10.231.0.1:{port}", f"10.231.0.{i + 1}", *command)])
+            for i, name in enumerate(names)
+        ]
+
+    with _two_machines() as nodes:
+        jobs = start_nodes(nodes, 29500)
+        wait_for(lambda: len(list_steps(stage_dir)) >= 2)
+        subprocess.run(["ip", "-n", nodes[1], "link", "set", "cable", "down"], check=True)
+        cut_at = time.monotonic()
+        wait_for(lambda: not any(map(_workers, jobs)), 90)
+        assert time.monotonic() - cut_at < 60
+        for job in jobs:
+            job.kill()  # torchrun itself waits for its own store for minutes
+            assert "error: rank" in job.communicate()[1]
+        subprocess.run(["ip", "-n", nodes[1], "link", "set", "cable", "up"], check=True)
+        for job in start_nodes(nodes, 29501):
+            _, errors = job.communicate(timeout=200)
+            assert job.returncode == 0, errors[-3000:]
+    assert values(stage_dir) == pytest.approx(expected, abs=1e-4)
