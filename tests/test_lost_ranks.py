@@ -106,6 +106,33 @@ def test_ranks_that_differ_by_one_bit_stop(corpus: Path, base_dir: Path, tmp_pat
     assert list_steps(base_dir / "runs" / "flipped" / "base") == [3]
 
 
+EVALUATION_FAILS = """
+from nanochat import loss_eval
+from scripts import base_train
+from nanochat.common import NanochatError, get_dist_info, run_command
+sum_up = loss_eval._sum_up
+def fail_on_rank_1(*arguments):
+    if get_dist_info()[1] == 1:
+        raise NanochatError("the validation shard is gone")
+    return sum_up(*arguments)
+loss_eval._sum_up = fail_on_rank_1
+raise SystemExit(run_command(base_train.main))
+"""
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_fails_on_one_rank_costs_no_training(corpus: Path, base_dir: Path, tmp_path: Path) -> None:
+    """All ranks save the step at which it failed, though no checkpoint was due, and the job ends at once."""
+    script = tmp_path / "fails.py"
+    script.write_text(EVALUATION_FAILS, encoding="utf-8")
+    flags = [*SMALL, f"--data={corpus}", "--num-iterations=9", "--eval-every=5", "--model-tag=unmeasured"]
+    job = launch(2, str(script), *flags)
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert "error: the validation shard is gone" in errors
+    assert list_steps(base_dir / "runs" / "unmeasured" / "base") == [5]
+
+
 def _stores(count: int) -> list[dist.TCPStore]:
     port, timeout = free_port(), timedelta(seconds=5)
     return [dist.TCPStore("127.0.0.1", port, is_master=i == 0, wait_for_workers=False, timeout=timeout) for i in range(count)]
