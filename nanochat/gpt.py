@@ -1,8 +1,8 @@
 """The model: a decoder transformer that one reads in one sitting. Used by everything that trains or generates.
 
 What differs from a textbook GPT: rotary positions, normalized queries and keys, grouped key/value heads, sliding
-windows, ReLU squared, value embeddings on alternating layers, a learned share of the first embedding in every block,
-no biases and no learned norm weights, an untied head with soft-capped logits.
+windows, ReLU squared, value embeddings on alternating layers, embeddings of pairs of tokens, a learned share of the first
+embedding in every block, no biases and no learned norm weights, an untied head with soft-capped logits.
 
 Weights are float32 and are multiplied in the compute dtype (common.get_compute_dtype); a model for inference alone may
 be cast whole with `.to(torch.bfloat16)`.
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 ROTARY_BASE = 100_000
 LOGIT_CAP = 15.0
+PAIR_FACTOR = 1_000_003  # of the hash of two tokens: a prime, so that it spreads them whatever the table's size
 GATE_CHANNELS = 32  # the value-embedding gate reads only the first channels of its input
 
 
@@ -48,6 +49,7 @@ class GPTConfig:
     n_kv_head: int = 6
     n_embd: int = 768
     window_pattern: str = "SSSL"
+    bigrams: int = 0  # rows of the table of pairs of tokens, in units of the vocabulary; 0: none, as in older checkpoints
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 8:
@@ -91,6 +93,11 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     """Rotate pairs of channels by the angle of their position. x: (B, T, H, D); cos, sin: (B or 1, T, 1, D / 2)."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
+
+
+def tokens_before(idx: torch.Tensor) -> torch.Tensor:
+    """(B, T): the token before each of idx (B, T), itself where there is none."""
+    return torch.cat([idx[:, :1], idx[:, :-1]], dim=1)
 
 
 class Linear(nn.Linear):
@@ -192,6 +199,8 @@ class GPT(nn.Module):
         self.config = config
         kv_dim = config.n_kv_head * config.head_dim
         self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        rows = config.bigrams * config.padded_vocab_size
+        self.bigrams = nn.Embedding(rows, config.n_embd) if rows else None
         self.value_embeds = nn.ModuleDict(
             {
                 str(layer): nn.Embedding(config.padded_vocab_size, kv_dim)
@@ -234,6 +243,8 @@ class GPT(nn.Module):
         bound = 3**0.5 * self.config.n_embd**-0.5
         draw(self.wte.weight, "normal_", 0, 0.8)
         draw(self.lm_head.weight, "normal_", 0, 0.001)
+        if self.bigrams is not None:
+            self.bigrams.weight.zero_()
         for embedding in self.value_embeds.values():
             draw(embedding.weight, "uniform_", -bound, bound)
         for block in self.blocks:
@@ -294,13 +305,15 @@ class GPT(nn.Module):
         attention: list[AttentionPlan] | list[KVCache],
         run_block: Callable[..., torch.Tensor] = Block.forward,
         places: torch.Tensor | None = None,
+        previous: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Token ids (B, T) to final features (B, T, n_embd) in the compute dtype; `attention` is one for each layer.
 
+        previous: (B, T), the token before each in its text, the first token of a text before itself; None: rows are texts.
         places: (N,), of the B * T tokens the only ones whose features are wanted, (N, n_embd): the last layer saves the rest.
         """
         dtype = self.get_compute_dtype()
-        x0 = norm(self.wte(idx).to(dtype))
+        x0 = norm(self.embed(idx, tokens_before(idx) if previous is None else previous).to(dtype))
         x = x0.view_as(x0)  # another tensor object: the compiler gives a block whose x is x0 a graph of its own
         for i, block in enumerate(self.blocks):
             lambdas = (self.resid_lambdas[i], self.x0_lambdas[i])
@@ -308,6 +321,16 @@ class GPT(nn.Module):
             wanted = places if i == len(self.blocks) - 1 else None
             x = run_block(block, x, x0, lambdas, value_embedding, rotary, attention[i], wanted)
         return norm(x)
+
+    def embed(self, idx: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+        """(B, T, n_embd): what is looked up for each token, and for it and its predecessor together.
+
+        Pairs that meet in one row of the table share it. Hashed n-gram embeddings: arXiv 2502.01637.
+        """
+        x = self.wte(idx)
+        if self.bigrams is None:
+            return x
+        return x + self.bigrams((previous * PAIR_FACTOR + idx) % self.bigrams.num_embeddings)
 
     def forward(
         self,
@@ -334,7 +357,8 @@ class GPT(nn.Module):
         """What the head reads: (B, T, n_embd) in the compute dtype. With a cache, idx (B, T) goes on from it."""
         T = idx.size(1)
         if kv_cache is not None:
-            x = self.trunk(idx, self.rotary(kv_cache.positions(T), T), [kv_cache] * self.config.n_layer)
+            rotary, caches = self.rotary(kv_cache.positions(T), T), [kv_cache] * self.config.n_layer
+            x = self.trunk(idx, rotary, caches, previous=kv_cache.remember(idx))
             kv_cache.advance(T)
             return x
         plans = [plan_attention(T, w, idx.device, self.get_compute_dtype()) for w in self.config.windows()]
@@ -362,6 +386,7 @@ class GPT(nn.Module):
         """Parameters by kind, and "total". "scaling" (matrices and head) is what scaling laws are fitted on."""
         counts = {
             "wte": self.wte.weight.numel(),
+            "bigrams": self.bigrams.weight.numel() if self.bigrams is not None else 0,
             "value_embeds": sum(p.numel() for p in self.value_embeds.parameters()),
             "lm_head": self.lm_head.weight.numel(),
             "matrices": sum(p.numel() for p in self.blocks.parameters()),

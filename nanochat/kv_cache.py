@@ -42,6 +42,7 @@ class KVCache:
         shape = (num_layers, batch_size, min(INITIAL_LENGTH, seq_len), num_heads, head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.tokens = torch.zeros(batch_size, seq_len, dtype=torch.long, device=device)
 
     @classmethod
     def for_model(cls, model: torch.nn.Module, batch_size: int, seq_len: int | None = None) -> KVCache:
@@ -62,6 +63,12 @@ class KVCache:
         if self._longest + T > self.seq_len:
             raise ValueError(f"{self._longest + T} tokens do not fit in a cache of {self.seq_len}")
         return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
+
+    def remember(self, idx: torch.Tensor) -> torch.Tensor:
+        """Store the next tokens (batch_size, T) of each row; returns those before them, the first token before itself."""
+        positions = self.positions(idx.size(1))
+        self.tokens.scatter_(1, positions, idx)
+        return self.tokens.gather(1, (positions - 1).clamp(min=0))
 
     def advance(self, T: int) -> None:
         """Count T more tokens in every row, after all layers have stored theirs."""
@@ -88,6 +95,7 @@ class KVCache:
         self._reserve(length)
         self.keys[:, :, :length] = other.keys[:, :, :length]
         self.values[:, :, :length] = other.values[:, :, :length]
+        self.tokens[:, :length] = other.tokens[:, :length]
         self.set_lengths([length] * self.batch_size)
 
     def _reserve(self, length: int) -> None:

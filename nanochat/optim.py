@@ -4,7 +4,8 @@ Built by GPT.setup_optimizer, driven by trainer.py. With several ranks each owns
 arrive by reduce-scatter (summed: the trainer scales the loss), the share is updated, and the new values leave by
 all-gather, each collective running while other groups compute. Optimizer state exists only for the share a rank owns.
 
-Methods: Muon (kellerjordan.github.io/posts/muon), Polar Express (arXiv 2505.16932), NorMuon (arXiv 2510.05491),
+Methods: Muon (kellerjordan.github.io/posts/muon), in blocks (arXiv 2510.16981), Polar Express (arXiv 2505.16932), NorMuon
+(arXiv 2510.05491),
 cautious weight decay (arXiv 2510.12402), AdamW (arXiv 1711.05101).
 """
 
@@ -49,6 +50,7 @@ class OptimizerSettings:
     scalar_eps: float = 1e-6  # a norm makes their first gradient 0 but for rounding, of which Adam must not make a step
     muon_momentum: float = 0.95
     muon_beta2: float = 0.9
+    muon_blocks: bool = True  # orthogonalize each head, and as many neurons, for itself; False: whole matrices
 
 
 @dataclass
@@ -63,6 +65,7 @@ class Group:
     betas: tuple[float, float] = (0.8, 0.95)
     eps: float = 1e-10
     momentum: float = 0.95
+    block: tuple[int, int] | None = None  # rows and columns of what Muon orthogonalizes at a time; None: the matrix
     lr: float = field(init=False)
     weight_decay: float = field(init=False)
 
@@ -85,23 +88,36 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> MuonAdamW:
     adamw = [
         Group("adamw", *take("lm_head."), settings.unembedding_lr * width_scale, **adam),
         Group("adamw", *take("wte."), embedding_lr, decay, **adam),
+        Group("adamw", *take("bigrams."), embedding_lr, decay, **adam),
         Group("adamw", *take("value_embeds."), embedding_lr, decay, **adam),
         # Each residual factor moves the whole stream: a hundredth of the rate of the factors of the first embedding.
         Group("adamw", *take("resid_lambdas"), settings.scalar_lr * 0.01, betas=settings.adam_betas, eps=settings.scalar_eps),
         Group("adamw", *take("x0_lambdas"), settings.scalar_lr, betas=(0.96, 0.95), eps=settings.scalar_eps),
     ]
-    muon = []
-    for shape in sorted({tuple(p.shape) for p in by_name.values()}):
-        names = [name for name, p in by_name.items() if tuple(p.shape) == shape]
-        params = [by_name[name] for name in names]
-        betas = (0.0, settings.muon_beta2)
-        muon.append(
-            Group("muon", names, params, settings.matrix_lr, settings.weight_decay, betas, 0.0, settings.muon_momentum)
-        )
+    alike: dict[tuple[tuple[int, int], tuple[int, int]], list[str]] = {}  # names of matrices by shape and block
+    for name, p in by_name.items():
+        block = _block(name, p.shape, model.config.head_dim) if settings.muon_blocks else tuple(p.shape)
+        alike.setdefault((tuple(p.shape), block), []).append(name)
+    muon = [
+        Group("muon", names, [by_name[name] for name in names], settings.matrix_lr, settings.weight_decay,
+              (0.0, settings.muon_beta2), 0.0, settings.muon_momentum, None if block == shape else block)
+        for (shape, block), names in sorted(alike.items())
+    ]  # fmt: skip
     # On several ranks AdamW's parameters, many numbers and little work, travel while Muon computes: to their owners while
     # the first half does, and back while the second half does.
     half = len(muon) // 2
     return MuonAdamW([group for group in (*muon[:half], *adamw, *muon[half:]) if group.params], model.is_sharded)
+
+
+def _block(name: str, shape: torch.Size, head_dim: int) -> tuple[int, int]:
+    """A head is a map of its own: head_dim rows of a matrix that makes heads, as many columns of one that reads them.
+
+    The neurons of an MLP are treated alike: as good, and the fewer rows, the less work (dev/LOG.md, "Muon in blocks").
+    """
+    rows, columns = shape
+    if name.endswith("c_proj.weight"):
+        return (rows, head_dim)
+    return (head_dim, columns) if rows % head_dim == 0 else (rows, columns)
 
 
 class MuonAdamW:
@@ -312,7 +328,7 @@ class _MuonUnit(_Unit):
         momentum = self._share_of("momentum", grad)
         second_moment = self._share_of("second_moment", neuron_means(grad))
         momentum.lerp_(grad, 1 - group.momentum)
-        update = orthogonalize(grad.lerp_(momentum, group.momentum)).float()  # Nesterov
+        update = orthogonalize_blocks(grad.lerp_(momentum, group.momentum), group.block).float()  # Nesterov
         update = normalize_neurons(update, second_moment, group.betas[1])
         apply_update([p.data for p in mine], update, group, grad.shape[-2:])
 
@@ -366,6 +382,18 @@ def apply_update(matrices: list[Tensor], update: Tensor, group: Group, shape: to
 def neuron_means(matrices: Tensor) -> Tensor:
     """A tensor of the second moment's shape: one number for each row or column, whichever are more."""
     return matrices.mean(dim=-1 if matrices.size(-2) >= matrices.size(-1) else -2, keepdim=True)
+
+
+def orthogonalize_blocks(matrices: Tensor, block: tuple[int, int] | None) -> Tensor:
+    """`orthogonalize` for each block of matrices (n, rows, columns), with the norm that the whole matrix would have."""
+    if block is None:
+        return orthogonalize(matrices)
+    n, rows, columns = matrices.shape
+    down, across = rows // block[0], columns // block[1]
+    blocks = matrices.view(n, down, block[0], across, block[1]).transpose(2, 3)
+    result = orthogonalize(blocks.reshape(-1, *block)).view(n, down, across, *block)
+    result = result.transpose(2, 3).reshape(n, rows, columns)
+    return result * (min(rows, columns) / (down * across * min(block))) ** 0.5
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:

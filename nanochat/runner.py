@@ -69,10 +69,10 @@ class ModelRunner:
         # Written in place, never made anew: the inputs of every decoding step. Empty rows have block 0 everywhere.
         # The table is wider than any text, so that a compiled step never meets the whole of it as a special case.
         self.table = torch.zeros(rows, self.max_blocks + COLUMNS_STEP, dtype=torch.long, device=self.device)
-        self.inputs = torch.zeros(2, rows, dtype=torch.long, device=self.device)  # tokens, positions
+        self.inputs = torch.zeros(3, rows, dtype=torch.long, device=self.device)  # tokens, those before them, positions
         self._staging = self.inputs  # where the host writes them
         if self.device.type != "cpu":
-            self._staging = torch.zeros(2, rows, dtype=torch.long, pin_memory=self.device.type == "cuda")
+            self._staging = torch.zeros(3, rows, dtype=torch.long, pin_memory=self.device.type == "cuda")
         self._columns = torch.zeros(-(-self.max_blocks // COLUMNS_STEP) * COLUMNS_STEP, device=self.device)
         model.rotary(None, config.sequence_len)  # the whole table now: compiled code is not to see it grow
         self._compiled: Callable[..., torch.Tensor] | None = None  # of _decode_step
@@ -81,17 +81,19 @@ class ModelRunner:
     # ------------------------------------------------------------------------- prompts
 
     @torch.inference_mode()
-    def prefill(self, tokens: list[int], start: int, blocks: list[int], every: bool = False) -> torch.Tensor:
-        """Compute the tokens that follow the first `start` of a text.
+    def prefill(self, tokens: list[int], before: int, start: int, blocks: list[int], every: bool = False) -> torch.Tensor:
+        """Compute the tokens that follow the first `start` of a text, the last of which is `before`.
 
         Returns the logits after the last of them, (1, vocab_size) float32, or after every one, (T, vocab_size).
         """
         model, T = self.model, len(tokens)
         view = PrefillView(self.memory, blocks, start, T)
         ids = torch.tensor([tokens], device=self.device)
+        previous = torch.tensor([[before, *tokens[:-1]]], device=self.device)
         positions = torch.arange(start, start + T, device=self.device)[None]
         last = None if every else torch.tensor([T - 1], device=self.device)
-        x = model.trunk(ids, model.rotary(positions, T), [view] * model.config.n_layer, places=last)
+        views = [view] * model.config.n_layer
+        x = model.trunk(ids, model.rotary(positions, T), views, places=last, previous=previous)
         return model.logits(x[0] if every else x)
 
     # ------------------------------------------------------------------------- decoding
@@ -110,11 +112,11 @@ class ModelRunner:
         self.table[source] = 0
 
     @torch.inference_mode()
-    def decode(self, tokens: list[int], positions: list[int]) -> torch.Tensor:
-        """One more token for the first B rows: its logits (B, vocab_size) float32."""
+    def decode(self, tokens: list[int], previous: list[int], positions: list[int]) -> torch.Tensor:
+        """One more token for the first B rows, the ones before them given: its logits (B, vocab_size) float32."""
         B = len(tokens)
         staging = self._staging.numpy()  # writing through numpy costs a tenth of making a tensor
-        staging[0, :B], staging[1, :B] = tokens, positions
+        staging[0, :B], staging[1, :B], staging[2, :B] = tokens, previous, positions
         rows = self._rows_to_run(B)
         staging[:, B:rows] = 0
         if self._staging is not self.inputs:
@@ -140,23 +142,24 @@ class ModelRunner:
     def _arguments(self, rows: int, columns: int) -> tuple:
         memory = self.memory
         return (
-            self.inputs[0, :rows], self.inputs[1, :rows], self.table[:rows], self._columns[:columns],
-            memory.keys, memory.values,
+            *(row[:rows] for row in self.inputs), self.table[:rows], self._columns[:columns], memory.keys, memory.values,
         )  # fmt: skip
 
     def _decode_step(
         self,
         tokens: torch.Tensor,
+        previous: torch.Tensor,
         positions: torch.Tensor,
         table: torch.Tensor,
         columns: torch.Tensor,
         keys: list[torch.Tensor],
         values: list[torch.Tensor],
     ) -> torch.Tensor:
-        """tokens, positions: (B,); the rest as in DecodeView. What is compiled. Returns logits (B, vocab_size)."""
+        """tokens, previous, positions: (B,); the rest as in DecodeView. What is compiled. Returns logits (B, vocab_size)."""
         model = self.model
         view = DecodeView(keys, values, table, positions, columns, self.max_blocks)
-        x = model.trunk(tokens[:, None], model.rotary(positions[:, None], 1), [view] * model.config.n_layer)
+        rotary, views = model.rotary(positions[:, None], 1), [view] * model.config.n_layer
+        x = model.trunk(tokens[:, None], rotary, views, previous=previous[:, None])
         return model.logits(x[:, 0])
 
     # ------------------------------------------------------------------------- compiling
@@ -184,11 +187,11 @@ class ModelRunner:
         if options and any(isinstance(module, Int8Linear) for module in self.model.modules()):
             options["max_autotune_gemm_backends"] = "CPP,ATEN"  # the template has no kernel for some int8 products
         compiled = torch.compile(self._decode_step, fullgraph=True)
-        tokens, positions, table, columns = self._scratch(rows=2)
+        scratch = self._scratch(rows=2)
         try:
             # Not compile's own options: freezing must be known when the graph is traced, too.
             with torch._inductor.config.patch(options):
-                compiled(tokens, positions, table, columns, self.memory.keys, self.memory.values)
+                compiled(*scratch, self.memory.keys, self.memory.values)
         except Exception as error:  # whatever a compiler throws, generation goes on without it
             reason = f"the compiler failed: {str(error).splitlines()[0][:200]}"
             logger.warning("decoding stays uncompiled: %s", reason)
@@ -199,9 +202,9 @@ class ModelRunner:
     @torch.inference_mode(False)  # tensors of the same kind as the real ones
     def _scratch(self, rows: int) -> tuple[torch.Tensor, ...]:
         """Inputs that touch block 0 alone, marked as of any size."""
-        ids = torch.zeros(2, self.table.size(0), dtype=torch.long, device=self.device)
+        ids = torch.zeros(3, self.table.size(0), dtype=torch.long, device=self.device)
         table = torch.zeros_like(self.table)
-        tensors = (ids[0, :rows], ids[1, :rows], table[:rows], self._columns[:COLUMNS_STEP])
+        tensors = (*(row[:rows] for row in ids), table[:rows], self._columns[:COLUMNS_STEP])
         for tensor in tensors:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return tensors

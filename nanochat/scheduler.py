@@ -80,6 +80,10 @@ class Sequence:
         n = len(self.prompt)
         return self.prompt[i] if i < n else self.tokens[i - n]
 
+    def token_before(self, i: int) -> int:
+        """The one before token i; the first one before itself."""
+        return self.token_at(max(0, i - 1))
+
     def slice(self, start: int, end: int) -> list[int]:
         n = len(self.prompt)
         return self.prompt[start:end] + self.tokens[max(0, start - n) : max(0, end - n)]
@@ -204,7 +208,8 @@ class Scheduler:
             end = min(sequence.length, (sequence.computed // self.chunk + 1) * self.chunk)
             tokens = sequence.slice(sequence.computed, end)
             every = sequence.params.prompt_logprobs and not sequence.tokens
-            logits = self.runner.prefill(tokens, sequence.computed, sequence.blocks, every)
+            before = sequence.token_before(sequence.computed)
+            logits = self.runner.prefill(tokens, before, sequence.computed, sequence.blocks, every)
             if every:
                 following = sequence.slice(sequence.computed + 1, end + 1)
                 for row, token in zip(logits[: len(following)], following, strict=True):
@@ -252,8 +257,10 @@ class Scheduler:
         rows = self.rows
         if not rows:
             return
-        tokens = [sequence.token_at(sequence.computed) for sequence in rows]
-        logits = self.runner.decode(tokens, [sequence.computed for sequence in rows])
+        positions = [sequence.computed for sequence in rows]
+        tokens = [sequence.token_at(i) for sequence, i in zip(rows, positions, strict=True)]
+        previous = [sequence.token_before(i) for sequence, i in zip(rows, positions, strict=True)]
+        logits = self.runner.decode(tokens, previous, positions)
         sampled, places = [], []
         for place, sequence in enumerate(rows):
             self._advance(sequence, sequence.computed + 1)

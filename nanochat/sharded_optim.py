@@ -18,7 +18,7 @@ from nanochat.optim import (
     apply_update,
     neuron_means,
     normalize_neurons,
-    orthogonalize,
+    orthogonalize_blocks,
 )
 
 
@@ -119,7 +119,8 @@ class ShardedMuonUnit:
         parts = arrived.split(self._splits()[1])
         parts = [part.view(self.owned, height, self.columns) for part, height in zip(parts, self.heights, strict=True)]
         matrices = torch.cat(parts, dim=1)
-        directions = normalize_neurons(orthogonalize(matrices).float(), self.second_moment, self.group.betas[1])
+        directions = orthogonalize_blocks(matrices, self.group.block).float()
+        directions = normalize_neurons(directions, self.second_moment, self.group.betas[1])
         self._directions = torch.cat([part.flatten(0, 1) for part in directions.split(self.heights, dim=1)])
 
     def start_gather(self) -> None:

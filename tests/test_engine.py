@@ -373,10 +373,11 @@ def test_compiled_decoding_gives_the_same_texts(tokenizer: Tokenizer) -> None:
     assert [row.tokens for row in compiled] == [row.tokens for row in plain]
     runner = engine.scheduler.runner
     runner.table[:32] = torch.arange(32)[:, None] + 1
-    tokens, positions = list(range(32)), [100 + i for i in range(32)]
-    many = runner.decode(tokens, positions).clone()
+    inputs = list(range(32)), list(range(7, 39)), [100 + i for i in range(32)]
+    many = runner.decode(*inputs).clone()
     for B in (1, 2, 3, 8, 31):
-        assert torch.equal(runner.decode(tokens[:B], positions[:B]), many[:B]) or model.get_compute_dtype() != torch.bfloat16
+        some = runner.decode(*(row[:B] for row in inputs))
+        assert torch.equal(some, many[:B]) or model.get_compute_dtype() != torch.bfloat16
 
 
 def test_int8_weights_are_near_the_exact_ones(tokenizer: Tokenizer) -> None:

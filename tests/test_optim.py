@@ -10,7 +10,7 @@ import torch
 
 from nanochat.common import NanochatError
 from nanochat.gpt import GPTConfig
-from nanochat.optim import Group, MuonAdamW, normalize_neurons, orthogonalize
+from nanochat.optim import Group, MuonAdamW, normalize_neurons, orthogonalize, orthogonalize_blocks
 from nanochat.scaling import (
     accumulation_steps,
     count_params,
@@ -35,6 +35,27 @@ def test_orthogonalize_drives_singular_values_to_one(shape: tuple[int, ...], mon
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
     cosine = (result * (u @ vh)).sum() / (result.norm() * (u @ vh).norm())
     assert cosine > 0.98
+
+
+@pytest.mark.parametrize("block", [(8, 32), (16, 8)])
+def test_blocks_are_orthogonalized_for_themselves(block: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows or columns of a matrix, as a head has them; the norm is that of a whole orthogonal matrix."""
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    x = torch.randn(3, 16, 32, generator=torch.Generator().manual_seed(0))
+    result = orthogonalize_blocks(x, block)
+    rows, columns = block
+    part = orthogonalize(x[1:2, -rows:, -columns:])
+    torch.testing.assert_close(result[1:2, -rows:, -columns:] / result[1, -1, -1], part / part[0, -1, -1])
+    expected = torch.full((3,), 16**0.5)
+    torch.testing.assert_close(result.norm(dim=(-2, -1)), expected, rtol=0.1, atol=0)
+
+
+def test_heads_and_neurons_are_blocks() -> None:
+    groups = make_model(n_kv_head=1).setup_optimizer().groups
+    blocks = {name.removeprefix("blocks.0."): group.block for group in groups for name in group.names}
+    assert blocks["attn.c_q.weight"] == blocks["mlp.c_fc.weight"] == (16, 32)
+    assert blocks["attn.c_proj.weight"] == blocks["mlp.c_proj.weight"] == (32, 16)
+    assert blocks["attn.c_k.weight"] is None  # one head is all of it
 
 
 def test_adamw_is_the_textbooks() -> None:
