@@ -1,0 +1,15 @@
+# What the two series share; sourced by them, with their arguments: [NAME|PATH] [flags of base_train]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash runs/setup.sh
+source .venv/bin/activate
+data="${1:-builtin}"
+flags=("${@:2}")
+launch=(python -m)
+[ "${NPROC:-1}" = 1 ] || launch=(torchrun --standalone --nproc_per_node="$NPROC" -m --)
+
+# train TAG FLAGS...: one run of a series, gone on with where it was
+train() {
+    "${launch[@]}" scripts.base_train --data="$data" --model-tag="$1" --resume=auto --sample-every=-1 "${@:2}" "${flags[@]}"
+}

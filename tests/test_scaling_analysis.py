@@ -1,0 +1,43 @@
+"""The analysis of a series of runs: known optima are found, runs are read as they were left."""
+
+from __future__ import annotations
+
+import csv
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+
+from dev import scaling_analysis
+from dev.scaling_analysis import analyse, best_size
+from nanochat.common import NanochatError
+
+
+def _rows(budget: float, best: float) -> list[dict]:
+    """Runs whose bits per byte have their least value at a size, and whose tokens fall as FLOPs / size."""
+    sizes = [best * factor for factor in (0.4, 0.9, 1.5, 4.0)]
+    return [
+        {"budget": budget, "size": size, "tokens": budget / size, "bpb": 1 + 0.1 * math.log(size / best) ** 2} for size in sizes
+    ]
+
+
+def test_the_bottom_of_a_parabola_is_found() -> None:
+    assert best_size(_rows(1e13, 3e6)) == pytest.approx(3e6)
+    optima = analyse(_rows(1e13, 3e6) + _rows(4e13, 6e6))
+    assert [optimum["size"] for optimum in optima] == pytest.approx([3e6, 6e6])
+    assert [optimum["tokens"] for optimum in optima] == pytest.approx([1e13 / 3e6, 4e13 / 6e6])
+    falling = [{**row, "bpb": 2 - row["bpb"]} for row in _rows(1e13, 3e6)]
+    assert best_size(falling) is None
+
+
+def test_runs_are_read_as_they_were_left(tiny_run: Path, capsys: pytest.CaptureFixture) -> None:
+    shutil.copytree(tiny_run, tiny_run.parent / "tiny-2")
+    (tiny_run.parent / "unfinished" / "base").mkdir(parents=True)
+    assert scaling_analysis.main(["--runs=*"]) == 0
+    assert capsys.readouterr().out.count("tiny") >= 2
+    with open(tiny_run.parent / "scaling.csv", encoding="utf-8") as file:
+        assert [row["run"] for row in csv.DictReader(file)] == ["tiny", "tiny-2"]
+    assert (tiny_run.parent / "scaling.png").stat().st_size > 1000
+    with pytest.raises(NanochatError, match=r"runs/miniseries\.sh"):
+        scaling_analysis.main(["--runs=none-*"])
