@@ -16,10 +16,11 @@ from nanochat.common import NanochatError
 
 def _rows(budget: float, best: float) -> list[dict]:
     """Runs whose bits per byte have their least value at a size, and whose tokens fall as FLOPs / size."""
-    sizes = [best * factor for factor in (0.4, 0.9, 1.5, 4.0)]
-    return [
-        {"budget": budget, "size": size, "tokens": budget / size, "bpb": 1 + 0.1 * math.log(size / best) ** 2} for size in sizes
-    ]
+    rows = []
+    for size in (best * factor for factor in (0.4, 0.9, 1.5, 4.0)):
+        bpb = 1 + 0.1 * math.log(size / best) ** 2
+        rows.append({"budget": budget, "size": size, "tokens": budget / size, "bpb": bpb})
+    return rows
 
 
 def test_the_bottom_of_a_parabola_is_found() -> None:
