@@ -1,4 +1,8 @@
-"""Spelling words and counting their letters, by hand and with the calculator. Made from the builtin corpus's words."""
+"""Spelling words and counting their letters, by hand and with the calculator. Made from the builtin corpus's words.
+
+A word is always written behind a space, as in the question: the tokens are the same then, and to repeat them is all that a
+small model has to do. Without the space " continuity" becomes other tokens, whose spelling it would have to know.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +39,10 @@ def _word(rng: random.Random, split: str) -> str:
             return words[index]
 
 
+def _spell(word: str) -> str:
+    return f"The word {word}:{','.join(word)}"
+
+
 class SpellingBee(GeneratedTask):
     """How often a letter is in a word: the word is spelled out and counted, and the count checked by the calculator."""
 
@@ -50,8 +58,8 @@ class SpellingBee(GeneratedTask):
             running += character == letter
             lines.append(f"{i}:{character}" + (f" hit! count={running}" if character == letter else ""))
         parts = [
-            {"type": "text", "text": f"{word}:{','.join(word)}\n" + "\n".join(lines) + "\n"},
-            {"type": "python", "text": f"'{word}'.count('{letter}')"},
+            {"type": "text", "text": f"{_spell(word)}\n" + "\n".join(lines) + "\n"},
+            {"type": "python", "text": f"' {word}'.count('{letter}')"},
             {"type": "python_output", "text": str(count)},
             {"type": "text", "text": f"\n#### {count}"},
         ]
@@ -73,7 +81,7 @@ class SimpleSpelling(GeneratedTask):
         word = _word(random.Random(f"simplespelling {self.split} {index}"), self.split)
         messages = [
             {"role": "user", "content": f"Spell the word: {word}"},
-            {"role": "assistant", "content": f"{word}:{','.join(word)}"},
+            {"role": "assistant", "content": _spell(word)},
         ]
         return {"messages": messages}
 

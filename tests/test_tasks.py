@@ -124,10 +124,14 @@ def test_spelling_counts_and_splits() -> None:
         parts = conversation["messages"][-1]["content"]
         assert use_calculator(parts[1]["text"]) == conversation["answer"]
         assert bee.evaluate(conversation, parts[-1]["text"])
-        words.add(parts[1]["text"].split("'")[1])
+        word = parts[1]["text"].split("'")[1]
+        assert word.startswith(" ") and word in parts[0]["text"]
+        assert word.strip() in conversation["messages"][0]["content"]
+        words.add(word)
         answer = spelling[i]["messages"][-1]["content"]
         assert spelling.evaluate(spelling[i], answer)
-    assert not words & {spelling[i]["messages"][-1]["content"].split(":")[0] for i in range(256)}
+    tested = {spelling[i]["messages"][-1]["content"].split(":")[0].removeprefix("The word") for i in range(256)}
+    assert all(word.startswith(" ") for word in tested) and not words & tested
     docs = build_task("DocQA", "train")
     assert len(docs) > 20
     assert docs[0]["messages"][-1]["content"].endswith(".")
