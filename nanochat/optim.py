@@ -57,7 +57,7 @@ class OptimizerSettings:
 class Group:
     """Parameters that are updated alike. `lr`, `momentum` and `weight_decay` are what the trainer's schedules move."""
 
-    kind: str  # "muon": matrices of one shape, stacked; "adamw": any shapes
+    kind: str  # "muon": matrices of one shape, stacked; "rows": embeddings; "adamw": any shapes
     names: list[str]
     params: list[nn.Parameter]
     initial_lr: float
@@ -88,7 +88,7 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> MuonAdamW:
     adamw = [
         Group("adamw", *take("lm_head."), settings.unembedding_lr * width_scale, **adam),
         Group("adamw", *take("wte."), embedding_lr, decay, **adam),
-        Group("adamw", *take("bigrams."), embedding_lr, decay, **adam),
+        Group("rows", *take("bigrams."), embedding_lr, betas=settings.adam_betas),
         Group("adamw", *take("value_embeds."), embedding_lr, decay, **adam),
         # Each residual factor moves the whole stream: a hundredth of the rate of the factors of the first embedding.
         Group("adamw", *take("resid_lambdas"), settings.scalar_lr * 0.01, betas=settings.adam_betas, eps=settings.scalar_eps),
@@ -133,17 +133,19 @@ class MuonAdamW:
 
     def _make_units(self, group: Group) -> Iterable[_Unit]:
         if self.sharded:
-            from nanochat.sharded_optim import ShardedAdamWUnit, ShardedMuonUnit
+            from nanochat.sharded_optim import ShardedAdamWUnit, ShardedMuonUnit, ShardedRowsUnit
 
             if group.kind == "muon":
                 yield ShardedMuonUnit(group, self.rank, self.world_size)
             else:
-                yield from map(ShardedAdamWUnit, itertools.repeat(group), group.names, group.params)
+                unit = ShardedRowsUnit if group.kind == "rows" else ShardedAdamWUnit
+                yield from map(unit, itertools.repeat(group), group.names, group.params)
         elif group.kind == "muon":
             yield _MuonUnit(group, group.names, group.params, self.rank, self.world_size)
         else:
+            unit = _RowsUnit if group.kind == "rows" else _AdamWUnit
             for name, param in zip(group.names, group.params, strict=True):
-                yield _AdamWUnit(group, [name], [param], self.rank, self.world_size)
+                yield unit(group, [name], [param], self.rank, self.world_size)
 
     def zero_grad(self) -> None:
         for group in self.groups:
@@ -311,6 +313,35 @@ class _AdamWUnit(_Unit):
             self.state[name] = whole[self.begin : self.end].to(self.params[0].device, torch.float32).clone()
 
 
+class _RowsUnit(_Unit):
+    """One embedding, by rows."""
+
+    state_names = ("mean_square",)
+
+    def _count_rows(self) -> int:
+        return self.params[0].size(0)
+
+    def _as_rows(self, tensors: list[Tensor]) -> Tensor:
+        return tensors[0]
+
+    def _update_rows(self, grad: Tensor, step: int) -> None:
+        mine = self.params[0].data[self.begin : self.end]
+        rows_update(mine, grad, self._share_of("mean_square", grad.new_empty(grad.size(0))), self.group)
+
+    def _write_rows(self, rows: Tensor, begin: int) -> None:
+        self.params[0].data[begin : begin + rows.size(0)].copy_(rows)
+
+    def _empty_share(self, name: str) -> Tensor:
+        return torch.zeros(0, device=self.params[0].device)
+
+    def _split_state(self, name: str, rows: Tensor) -> dict[str, Tensor]:
+        return {f"{self.names[0]}/{name}": rows}
+
+    def scatter_state(self, state: dict[str, Tensor]) -> None:
+        whole = state[f"{self.names[0]}/mean_square"]
+        self.state["mean_square"] = whole[self.begin : self.end].to(self.params[0].device, torch.float32).clone()
+
+
 class _MuonUnit(_Unit):
     """Matrices of one shape, stacked: (number of matrices, rows, columns)."""
 
@@ -364,6 +395,24 @@ def adamw_update(
     )  # fmt: skip
     if master is not values:
         values.copy_(master)
+
+
+def rows_update(values: Tensor, grad: Tensor, mean_square: Tensor, group: Group) -> None:
+    """Move the rows of an embedding (rows, channels) that were looked up, each by its gradient in units of its own size.
+
+    mean_square: (rows,) float32, of a row's gradients so far, 0 before the first. A row that was not looked up has no
+    gradient and stays as it is: state and work are a fraction of AdamW's. Method: row-wise Adagrad as of arXiv 1906.00091,
+    with a running mean in place of the sum.
+    """
+    now = grad.square().mean(dim=1)
+    before = torch.where(mean_square > 0, mean_square, now)
+    mean_square.copy_(torch.where(now > 0, before.lerp(now, 1 - group.betas[1]), mean_square))
+    scale = group.lr * mean_square.clamp(min=1e-30).rsqrt()
+    if values.is_cpu:  # which would take long over all the others
+        seen = now.nonzero()[:, 0]
+        values.index_add_(0, seen, (grad[seen] * scale[seen, None]).to(values.dtype), alpha=-1)
+    else:
+        values.sub_((grad * scale[:, None]).to(values.dtype))
 
 
 def apply_update(matrices: list[Tensor], update: Tensor, group: Group, shape: torch.Size) -> None:

@@ -20,6 +20,7 @@ import torch
 from nanochat.common import NanochatError
 from nanochat.gpt import GPT, GPTConfig
 
+BIGRAM_ROWS = 2**16  # twice as many: 0.01 bits per byte less at depth 4 (dev/LOG.md, "What small models learn from")
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19
 TOKENS_PER_PARAM = 12.0  # training tokens for each scaling parameter
@@ -35,8 +36,12 @@ def model_config(
     head_dim: int = 128,
     window_pattern: str = "SSSL",
     num_kv_heads: int | None = None,
+    bigrams: int | None = None,
 ) -> GPTConfig:
-    """The model of a given depth: depth * aspect_ratio channels, rounded up to whole heads of head_dim."""
+    """The model of a given depth: depth * aspect_ratio channels, rounded up to whole heads of head_dim.
+
+    bigrams: rows of the table of pairs of tokens, in vocabularies; None for about BIGRAM_ROWS rows.
+    """
     if depth < 1:
         raise NanochatError(f"depth {depth} is no depth: choose 1 or more")
     if head_dim < 8 or head_dim % 8:
@@ -50,6 +55,7 @@ def model_config(
         n_kv_head=num_kv_heads or n_head,
         n_embd=n_head * head_dim,
         window_pattern=window_pattern,
+        bigrams=max(2, round(BIGRAM_ROWS / vocab_size)) if bigrams is None else bigrams,
     )
 
 

@@ -19,6 +19,7 @@ from nanochat.optim import (
     neuron_means,
     normalize_neurons,
     orthogonalize_blocks,
+    rows_update,
 )
 
 
@@ -44,7 +45,10 @@ class ShardedAdamWUnit:
 
     def __init__(self, group: Group, name: str, param: DTensor) -> None:
         self.group, self.name, self.param = group, name, param
-        self.state = {kind: torch.zeros_like(param.to_local()) for kind in ("exp_avg", "exp_avg_sq")}
+        self.state = self._new_state(param.to_local())
+
+    def _new_state(self, rows: Tensor) -> dict[str, Tensor]:
+        return {kind: torch.zeros_like(rows) for kind in ("exp_avg", "exp_avg_sq")}
 
     def start_reduce(self) -> None:
         """Gradients came summed."""
@@ -65,6 +69,24 @@ class ShardedAdamWUnit:
     def scatter_state(self, state: dict[str, Tensor]) -> None:
         for kind, rows in self.state.items():
             rows.copy_(local_rows(state[f"{self.name}/{kind}"], self.param))
+
+
+class ShardedRowsUnit(ShardedAdamWUnit):
+    """One embedding, by the rows held here."""
+
+    def _new_state(self, rows: Tensor) -> dict[str, Tensor]:
+        return {"mean_square": rows.new_zeros(rows.size(0))}
+
+    def update(self, step: int) -> None:
+        rows = self.param.to_local()
+        if rows.numel():
+            rows_update(rows, local_grad(self.param), self.state["mean_square"], self.group)
+
+    def gather_state(self) -> dict[str, Tensor]:
+        whole = DTensor.from_local(
+            self.state["mean_square"], self.param.device_mesh, self.param.placements, shape=self.param.shape[:1], stride=(1,)
+        )
+        return {f"{self.name}/mean_square": whole}
 
 
 class ShardedMuonUnit:

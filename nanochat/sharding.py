@@ -36,7 +36,7 @@ def shard(model: GPT, device: torch.device) -> None:
     for block in model.blocks:
         block.forward = functools.partial(model.run_block, block)  # within the hooks that gather its parameters
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    for embedding in model.value_embeds.values():
+    for embedding in (*model.value_embeds.values(), *([model.bigrams] if model.bigrams else [])):
         fully_shard(embedding, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)  # the loss reads the head after the forward pass
     for module in model.modules():
