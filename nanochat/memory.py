@@ -43,7 +43,7 @@ def training_bytes(config: GPTConfig, rows: int = 1, layout: Layout = Layout()) 
         model = GPT(config)
     total = sum(parameter.numel() for parameter in model.parameters())
     groups = model.setup_optimizer().groups
-    state = sum(_count(group) * (4 if group.kind == "muon" else 8) for group in groups) // layout.world_size
+    state = int(sum(map(_state_bytes, groups))) // layout.world_size
     matrices = [_count(group) for group in groups if group.kind == "muon"]
     weights = 8 * total  # with their gradients
     if layout.fsdp:
@@ -55,6 +55,11 @@ def training_bytes(config: GPTConfig, rows: int = 1, layout: Layout = Layout()) 
         matrices = [count // layout.world_size for count in matrices]
     step = 4 * sum(matrices) + 18 * max(matrices) // (1 if layout.fsdp else layout.world_size)
     return weights + state + max(activation_bytes(config, rows, layout.recompute) + LOSS_BYTES, step)
+
+
+def _state_bytes(group: Group) -> float:
+    """A momentum for each number of Muon's, a number for each row of an embedding's, two for each of AdamW's."""
+    return {"muon": 4, "adamw": 8, "rows": 4 / group.params[0].size(-1)}[group.kind] * _count(group)
 
 
 def _count(group: Group) -> int:
