@@ -100,7 +100,10 @@ def softmax_gradient(logits: torch.Tensor, cap: float) -> tuple[torch.Tensor, to
 def _chunk_loss_and_gradient(
     logits: torch.Tensor, targets: torch.Tensor, cap: float, gradient_of: SoftmaxGradient
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss () float32 of a chunk and its gradient with respect to the raw logits (n, vocab_size)."""
+    """Summed loss () float32 of a chunk and its gradient with respect to the raw logits (n, vocab_size).
+
+    Rows that are not supervised have a gradient as well, which the caller must not use.
+    """
     log_normalizer, gradient = gradient_of(logits, cap)
     supervised = (targets != IGNORE_INDEX)[:, None]
     columns = targets.clamp(min=0)[:, None]
@@ -109,7 +112,6 @@ def _chunk_loss_and_gradient(
     # Subtract dz/dlogits at the targets. Flat and in place: scatter_add_ would copy the whole gradient.
     flat_index = torch.arange(targets.numel(), device=targets.device) * gradient.size(1) + columns[:, 0]
     gradient.view(-1).index_add_(0, flat_index, (tanh * tanh - 1).to(gradient.dtype)[:, 0])
-    gradient.masked_fill_(~supervised, 0)
     return loss, gradient
 
 
@@ -121,6 +123,8 @@ class _FusedLoss(torch.autograd.Function):
         ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float, gradient_of: SoftmaxGradient
     ) -> torch.Tensor:
         size = _chunk_size(x.size(0), weight.size(0), x.device)
+        supervised = (targets != IGNORE_INDEX)[:, None]
+        supervised_x = x * supervised
         total = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(x)
         grad_weight = torch.zeros(weight.shape, device=x.device)
@@ -129,7 +133,8 @@ class _FusedLoss(torch.autograd.Function):
             loss, grad_logits = _chunk_loss_and_gradient(x[part] @ weight.T, targets[part], cap, gradient_of)
             total += loss
             torch.mm(grad_logits, weight, out=grad_x[part])
-            grad_weight += grad_logits.T @ x[part]
+            grad_weight += grad_logits.T @ supervised_x[part]
+        grad_x *= supervised  # here and not in the gradient of the logits, which is many times as large
         ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
         return total
 

@@ -404,7 +404,7 @@ def rows_update(values: Tensor, grad: Tensor, mean_square: Tensor, group: Group)
     gradient and stays as it is: state and work are a fraction of AdamW's. Method: row-wise Adagrad as of arXiv 1906.00091,
     with a running mean in place of the sum.
     """
-    now = grad.square().mean(dim=1)
+    now = torch.linalg.vector_norm(grad, dim=1).square() / grad.size(1)
     before = torch.where(mean_square > 0, mean_square, now)
     mean_square.copy_(torch.where(now > 0, before.lerp(now, 1 - group.betas[1]), mean_square))
     scale = group.lr * mean_square.clamp(min=1e-30).rsqrt()
