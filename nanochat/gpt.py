@@ -409,7 +409,7 @@ class GPT(nn.Module):
         return int(6 * counts["scaling"] + 12 * self.config.n_embd * keys_seen)
 
     def setup_optimizer(self, **settings: float) -> MuonAdamW:
-        """The optimizer for this model: Muon on matrices, AdamW on the rest. `settings`: optim.OptimizerSettings."""
+        """The optimizer for this model: see optim.py. `settings`: optim.OptimizerSettings."""
         from nanochat.optim import OptimizerSettings, build_optimizer
 
         return build_optimizer(self, OptimizerSettings(**settings))

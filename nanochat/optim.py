@@ -1,12 +1,11 @@
-"""MuonAdamW: Muon on matrices, AdamW on embeddings, head and scalars; one implementation for one and many ranks.
+"""MuonAdamW: Muon on matrices, AdamW on head and scalars, a rule of their own for embeddings; for one and many ranks.
 
 Built by GPT.setup_optimizer, driven by trainer.py. With several ranks each owns an equal share of every group: gradients
 arrive by reduce-scatter (summed: the trainer scales the loss), the share is updated, and the new values leave by
 all-gather, each collective running while other groups compute. Optimizer state exists only for the share a rank owns.
 
 Methods: Muon (kellerjordan.github.io/posts/muon), in blocks (arXiv 2510.16981), Polar Express (arXiv 2505.16932), NorMuon
-(arXiv 2510.05491),
-cautious weight decay (arXiv 2510.12402), AdamW (arXiv 1711.05101).
+(arXiv 2510.05491), cautious weight decay (arXiv 2510.12402), AdamW (arXiv 1711.05101), row-wise Adagrad (arXiv 1906.00091).
 """
 
 from __future__ import annotations
@@ -44,7 +43,6 @@ class OptimizerSettings:
     unembedding_lr: float = 0.008
     scalar_lr: float = 0.5
     weight_decay: float = 0.2  # of matrices
-    embedding_weight_decay: float = 0.0
     adam_betas: tuple[float, float] = (0.8, 0.95)
     adam_eps: float = 1e-10
     scalar_eps: float = 1e-6  # a norm makes their first gradient 0 but for rounding, of which Adam must not make a step
@@ -74,7 +72,7 @@ class Group:
 
 
 def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> MuonAdamW:
-    """Sort a GPT's parameters into groups. AdamW's learning rates are scaled by (n_embd / 768)^-1/2."""
+    """Sort a GPT's parameters into groups. All learning rates but Muon's are scaled by (n_embd / 768)^-1/2."""
     width_scale = (model.config.n_embd / 768) ** -0.5
     adam = {"betas": settings.adam_betas, "eps": settings.adam_eps}
     by_name = dict(model.named_parameters())
@@ -84,12 +82,10 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> MuonAdamW:
         return names, [by_name.pop(name) for name in names]
 
     embedding_lr = settings.embedding_lr * width_scale
-    decay = settings.embedding_weight_decay
-    adamw = [
+    looked_up = ("wte.", "value_embeds.", "bigrams.")
+    others = [
         Group("adamw", *take("lm_head."), settings.unembedding_lr * width_scale, **adam),
-        Group("adamw", *take("wte."), embedding_lr, decay, **adam),
-        Group("rows", *take("bigrams."), embedding_lr, betas=settings.adam_betas),
-        Group("adamw", *take("value_embeds."), embedding_lr, decay, **adam),
+        *(Group("rows", *take(prefix), embedding_lr, betas=settings.adam_betas) for prefix in looked_up),
         # Each residual factor moves the whole stream: a hundredth of the rate of the factors of the first embedding.
         Group("adamw", *take("resid_lambdas"), settings.scalar_lr * 0.01, betas=settings.adam_betas, eps=settings.scalar_eps),
         Group("adamw", *take("x0_lambdas"), settings.scalar_lr, betas=(0.96, 0.95), eps=settings.scalar_eps),
@@ -103,10 +99,10 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> MuonAdamW:
               (0.0, settings.muon_beta2), 0.0, settings.muon_momentum, None if block == shape else block)
         for (shape, block), names in sorted(alike.items())
     ]  # fmt: skip
-    # On several ranks AdamW's parameters, many numbers and little work, travel while Muon computes: to their owners while
+    # On several ranks the others, many numbers and little work, travel while Muon computes: to their owners while
     # the first half does, and back while the second half does.
     half = len(muon) // 2
-    return MuonAdamW([group for group in (*muon[:half], *adamw, *muon[half:]) if group.params], model.is_sharded)
+    return MuonAdamW([group for group in (*muon[:half], *others, *muon[half:]) if group.params], model.is_sharded)
 
 
 def _block(name: str, shape: torch.Size, head_dim: int) -> tuple[int, int]:
@@ -401,8 +397,8 @@ def rows_update(values: Tensor, grad: Tensor, mean_square: Tensor, group: Group)
     """Move the rows of an embedding (rows, channels) that were looked up, each by its gradient in units of its own size.
 
     mean_square: (rows,) float32, of a row's gradients so far, 0 before the first. A row that was not looked up has no
-    gradient and stays as it is: state and work are a fraction of AdamW's. Method: row-wise Adagrad as of arXiv 1906.00091,
-    with a running mean in place of the sum.
+    gradient and stays as it is: state and work are a fraction of AdamW's, and as much is learned (dev/LOG.md). Method: row-wise
+    Adagrad, with a running mean in place of the sum.
     """
     now = torch.linalg.vector_norm(grad, dim=1).square() / grad.size(1)
     before = torch.where(mean_square > 0, mean_square, now)

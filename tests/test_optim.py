@@ -139,7 +139,8 @@ def test_every_parameter_is_in_one_group_and_moves() -> None:
     assert sorted(grouped) == sorted(id(p) for p in model.parameters())
     kinds = {name: group.kind for group in optimizer.groups for name in group.names}
     assert kinds["blocks.0.attn.c_q.weight"] == "muon"
-    assert {kinds[n] for n in ("wte.weight", "lm_head.weight", "resid_lambdas", "value_embeds.2.weight")} == {"adamw"}
+    assert {kinds[n] for n in ("wte.weight", "bigrams.weight", "value_embeds.2.weight")} == {"rows"}
+    assert {kinds[n] for n in ("lm_head.weight", "resid_lambdas")} == {"adamw"}
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     idx = torch.randint(300, (2, 64))
     model(idx, idx).backward()
