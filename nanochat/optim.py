@@ -397,8 +397,8 @@ def rows_update(values: Tensor, grad: Tensor, mean_square: Tensor, group: Group)
     """Move the rows of an embedding (rows, channels) that were looked up, each by its gradient in units of its own size.
 
     mean_square: (rows,) float32, of a row's gradients so far, 0 before the first. A row that was not looked up has no
-    gradient and stays as it is: state and work are a fraction of AdamW's, and as much is learned (dev/LOG.md). Method: row-wise
-    Adagrad, with a running mean in place of the sum.
+    gradient and stays as it is: state and work are a fraction of AdamW's, and as much is learned (dev/LOG.md). Method:
+    row-wise Adagrad, with a running mean in place of the sum.
     """
     now = torch.linalg.vector_norm(grad, dim=1).square() / grad.size(1)
     before = torch.where(mean_square > 0, mean_square, now)

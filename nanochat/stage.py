@@ -333,7 +333,8 @@ def steps_in(stage: Stage, model: GPT, minutes: float, rows: int, total_batch_si
     if compile and can_compile(device) is None:
         print0("compiling, and measuring how fast this machine trains")
         model.compile()
-    idx = torch.zeros(rows, T, dtype=torch.long, device=device)
+    generator = torch.Generator().manual_seed(0)
+    idx = torch.randint(model.config.vocab_size, (rows, T), generator=generator).to(device)
     optimizer = model.setup_optimizer(matrix_lr=0, embedding_lr=0, unembedding_lr=0, scalar_lr=0, weight_decay=0)
 
     def seconds_of(work: Callable[[], Any]) -> float:
