@@ -83,6 +83,10 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> MuonAdamW:
 
     embedding_lr = settings.embedding_lr * width_scale
     looked_up = ("wte.", "value_embeds.", "bigrams.")
+    alone = not (dist.is_available() and dist.is_initialized())
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.sparse = alone and module.weight.device.type == "cpu"  # elsewhere whole tables travel, or cost little
     others = [
         Group("adamw", *take("lm_head."), settings.unembedding_lr * width_scale, **adam),
         *(Group("rows", *take(prefix), embedding_lr, betas=settings.adam_betas) for prefix in looked_up),
@@ -218,7 +222,9 @@ class _Unit:
     def update(self, step: int) -> None:
         if self._work is not None:
             self._work.wait()
-        if self.begin < self.end:
+        if self.world_size == 1:
+            self._update_rows(self._buffers[0], step)
+        elif self.begin < self.end:
             self._update_rows(self._buffers[0][: self.end - self.begin], step)
         self._buffers, self._work = (), None
 
@@ -310,9 +316,13 @@ class _AdamWUnit(_Unit):
 
 
 class _RowsUnit(_Unit):
-    """One embedding, by rows."""
+    """One embedding, by rows. Alone on a CPU, only those that were looked up are ever touched, from the gradient on."""
 
     state_names = ("mean_square",)
+
+    def __init__(self, group: Group, names: list[str], params: list[nn.Parameter], rank: int, world_size: int) -> None:
+        super().__init__(group, names, params, rank, world_size)
+        self.state["mean_square"] = params[0].new_zeros(self.end - self.begin, dtype=torch.float32)
 
     def _count_rows(self) -> int:
         return self.params[0].size(0)
@@ -322,7 +332,7 @@ class _RowsUnit(_Unit):
 
     def _update_rows(self, grad: Tensor, step: int) -> None:
         mine = self.params[0].data[self.begin : self.end]
-        rows_update(mine, grad, self._share_of("mean_square", grad.new_empty(grad.size(0))), self.group)
+        rows_update(mine, grad, self.state["mean_square"], self.group)
 
     def _write_rows(self, rows: Tensor, begin: int) -> None:
         self.params[0].data[begin : begin + rows.size(0)].copy_(rows)
@@ -396,19 +406,20 @@ def adamw_update(
 def rows_update(values: Tensor, grad: Tensor, mean_square: Tensor, group: Group) -> None:
     """Move the rows of an embedding (rows, channels) that were looked up, each by its gradient in units of its own size.
 
-    mean_square: (rows,) float32, of a row's gradients so far, 0 before the first. A row that was not looked up has no
-    gradient and stays as it is: state and work are a fraction of AdamW's, and as much is learned (dev/LOG.md). Method:
-    row-wise Adagrad, with a running mean in place of the sum.
+    grad: dense, or sparse with whole rows; mean_square: (rows,) float32, of a row's gradients so far, 0 before the first.
+    A row that was not looked up has no gradient and stays as it is: state and work are a fraction of AdamW's, and as much
+    is learned (dev/LOG.md). Method: row-wise Adagrad, with a running mean in place of the sum.
     """
-    now = torch.linalg.vector_norm(grad, dim=1).square() / grad.size(1)
-    before = torch.where(mean_square > 0, mean_square, now)
-    mean_square.copy_(torch.where(now > 0, before.lerp(now, 1 - group.betas[1]), mean_square))
-    scale = group.lr * mean_square.clamp(min=1e-30).rsqrt()
-    if values.is_cpu:  # which would take long over all the others
-        seen = now.nonzero()[:, 0]
-        values.index_add_(0, seen, (grad[seen] * scale[seen, None]).to(values.dtype), alpha=-1)
-    else:
-        values.sub_((grad * scale[:, None]).to(values.dtype))
+    seen = slice(None)
+    if grad.is_sparse:
+        grad = grad.coalesce()
+        seen, grad = grad.indices()[0], grad.values()
+    now, before = torch.linalg.vector_norm(grad, dim=1).square() / grad.size(1), mean_square[seen]
+    after = torch.where(before > 0, before.lerp(now, 1 - group.betas[1]), now)
+    after = torch.where(now > 0, after, before)
+    mean_square[seen] = after
+    update = (grad * (group.lr * after.clamp(min=1e-30).rsqrt())[:, None]).to(values.dtype)
+    values[seen] -= update
 
 
 def apply_update(matrices: list[Tensor], update: Tensor, group: Group, shape: torch.Size) -> None:
