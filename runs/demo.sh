@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 bash runs/setup.sh
 python=.venv/bin/python
 tag=demo
-tasks="Arithmetic:16000,Identity:2000,DocQA*2,SpellingBee:8000,SimpleSpelling:8000"
+tasks="Arithmetic:9000,Identity:2000,DocQA*2,SpellingBee:6500,SimpleSpelling:13000,Repeat:13000"
 
 # stage NUMBER COMMAND...: one step of the way, its number shown in the progress display
 stage() {
@@ -20,7 +20,7 @@ stage 1 scripts.tok_train --data=builtin --vocab-size=4096 --tokenizer=demo
 stage 2 scripts.base_train --model-tag=$tag --resume=auto --data=builtin --tokenizer=demo \
     --depth=4 --aspect-ratio=48 --head-dim=64 --max-seq-len=512 --total-batch-size=2048 --target-minutes=4.5 \
     --warmup-steps=10 --eval-every=250 --eval-tokens=65536 --save-every=100 --sample-every=-1
-stage 3 scripts.chat_sft --model-tag=$tag --resume=auto --tasks="$tasks" --target-minutes=3.5 \
+stage 3 scripts.chat_sft --model-tag=$tag --resume=auto --tasks="$tasks" --target-minutes=4.25 \
     --eval-every=-1 --eval-tokens=32768 --save-every=100
 stage 4 scripts.base_eval --model-tag=$tag --split-tokens=32768
 stage 5 scripts.chat_eval --model-tag=$tag --task-name=Arithmetic,Identity,SpellingBee --max-problems=200 --max-new-tokens=128

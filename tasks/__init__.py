@@ -19,6 +19,7 @@ TASKS: dict[str, tuple[str, str, dict[str, object]]] = {
     "HumanEval": ("humaneval", "HumanEval", {}),
     "Identity": ("identity", "Identity", {}),
     "MMLU": ("mmlu", "MMLU", {}),
+    "Repeat": ("repeat", "Repeat", {}),
     "SimpleSpelling": ("spellingbee", "SimpleSpelling", {}),
     "SmolTalk": ("smoltalk", "SmolTalk", {}),
     "SpellingBee": ("spellingbee", "SpellingBee", {}),

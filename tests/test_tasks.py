@@ -115,6 +115,21 @@ def test_identity_says_its_name() -> None:
     assert not task.evaluate(conversation, "I am a teapot.")
 
 
+def test_words_to_repeat_come_from_documents() -> None:
+    """The question holds what is to be said again; what is learned from and what is tested on differ."""
+    asked = {}
+    for split in ("train", "test"):
+        task = build_task("Repeat", split)
+        asked[split] = set()
+        for i in range(100):
+            question, answer = (message["content"] for message in task[i]["messages"])
+            text = answer.removeprefix("You said ")
+            assert text and text in question
+            assert task.evaluate(task[i], answer) and not task.evaluate(task[i], answer + ".")
+            asked[split].add(text)
+    assert len(asked["train"] & asked["test"]) < 10  # single words, by chance
+
+
 @pytest.mark.slow
 def test_spelling_counts_and_splits() -> None:
     bee, spelling = build_task("SpellingBee", "train"), build_task("SimpleSpelling", "test")
