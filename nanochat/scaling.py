@@ -3,7 +3,8 @@
 The rules are anchored at a depth of 12 with a batch of 2^19 tokens, where the peak learning rates of
 optim.OptimizerSettings were tuned, and carried to other sizes by
 
-- batch size proportional to (training tokens)^0.383 (Power Lines, arXiv 2505.13738),
+- batch size proportional to (training tokens)^0.383 above it (Power Lines, arXiv 2505.13738), and below it to
+  (training tokens)^0.79, which meets what small models learn most from (dev/LOG.md, "Batches of small models"),
 - learning rates proportional to (batch size)^1/6: the square root that is often given starves small batches here
   (dev/LOG.md, "Learning rates at a small batch"),
 - weight decay proportional to (batch size)^1/2 / (training tokens), which keeps the decay's time scale a constant
@@ -24,7 +25,7 @@ BIGRAM_ROWS = 2**16  # twice as many: 0.01 bits per byte less at depth 4 (dev/LO
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19
 TOKENS_PER_PARAM = 12.0  # training tokens for each scaling parameter
-BATCH_EXPONENT = 0.383
+BATCH_EXPONENT, SMALL_BATCH_EXPONENT = 0.383, 0.79  # above and below the reference
 LR_BATCH_EXPONENT = 1 / 6
 
 
@@ -98,8 +99,9 @@ def plan_horizon(
     target_tokens = ratio * scaling_params
     reference_tokens = TOKENS_PER_PARAM * count_params(reference)["scaling"]
     if total_batch_size <= 0:
-        ideal = REFERENCE_BATCH * (target_tokens / reference_tokens) ** BATCH_EXPONENT
-        total_batch_size = 2 ** round(math.log2(ideal))
+        share = target_tokens / reference_tokens
+        ideal = REFERENCE_BATCH * share ** (BATCH_EXPONENT if share > 1 else SMALL_BATCH_EXPONENT)
+        total_batch_size = max(2 ** round(math.log2(ideal)), config.sequence_len)
     if num_iterations <= 0:
         if target_flops > 0:
             num_iterations = round(target_flops / (flops_per_token * total_batch_size))
