@@ -281,7 +281,7 @@ def make_model(
 ) -> GPT:
     """The model of a stage, as its flags want it: new, or with the weights of `start`, a step of some stage."""
     if not args.fsdp:
-        model = build_model(model_config, load_checkpoint(*start, device)[0] if start else None, device)
+        model = build_model(model_config, load_checkpoint(*start, device)[0] if start else None, device, args.seed)
     else:
         from nanochat.sharding import shard
 
@@ -290,7 +290,7 @@ def make_model(
         shard(model, device)
         model.to_empty(device=device)
         if start is None:
-            model.init_weights(seed=42)
+            model.init_weights(args.seed)
         else:
             verify_checkpoint(step_dir(*start))
             load_into(step_dir(*start), MODEL_FILE, dict(model.named_parameters()))
@@ -299,7 +299,7 @@ def make_model(
 
 
 def load_optimizer(optimizer: MuonAdamW, stage_dir: Path, step: int) -> None:
-    """Give an optimizer the state of a step. Raises CheckpointError if that was saved without."""
+    """Give an optimizer the state of a step. Raises CheckpointError if that was saved without, or by another optimizer."""
     directory = step_dir(stage_dir, step)
     if optimizer.sharded:
         state = optimizer.state_dict()
@@ -308,7 +308,13 @@ def load_optimizer(optimizer: MuonAdamW, stage_dir: Path, step: int) -> None:
         state = read_tensors(directory, OPTIMIZER_FILE)
     if not state:
         raise CheckpointError(f"{directory} was saved without optimizer state: training cannot go on from it")
-    optimizer.load_state_dict(state)
+    try:
+        optimizer.load_state_dict(state)
+    except KeyError as error:
+        raise CheckpointError(
+            f"{directory} was saved by a nanochat whose optimizer was another (it has no {error}): its weights can be used, "
+            "but training must start anew under another --model-tag"
+        ) from None
 
 
 def go_on(trainer: Trainer, stage: Stage) -> None:

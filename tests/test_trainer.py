@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat.checkpoint_manager import list_steps, load_checkpoint
+import nanochat.stage
+from nanochat.checkpoint_manager import list_steps, load_checkpoint, read_tensors
 from nanochat.common import NanochatError
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
@@ -147,6 +148,20 @@ def test_what_a_stage_goes_on_from_may_not_change_before_it_starts(tiny_run: Pat
     with pytest.raises(NanochatError, match="by another process meanwhile"):
         prepare_directory(stage, tokenizer, {}, rank=0)
     assert (tiny_run / "base" / "metrics.jsonl").read_text(encoding="utf-8") == metrics
+
+
+def test_an_older_optimizer_is_named(corpus: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_embeddings(*arguments: object) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in read_tensors(*arguments).items() if "mean_square" not in name}
+
+    monkeypatch.setattr(nanochat.stage, "read_tensors", without_embeddings)
+    with pytest.raises(NanochatError, match="whose optimizer was another"):
+        _train(corpus, "tiny", "--resume=3", "--save-every=3")
+
+
+def test_a_seed_is_another_model(corpus: Path) -> None:
+    first, second = (_losses(_train(corpus, f"seed{seed}", f"--seed={seed}")) for seed in (1, 2))
+    assert first[1:] != second[1:]
 
 
 def test_speed_counts_the_tokens_of_all_micro_batches(corpus: Path) -> None:
