@@ -400,10 +400,10 @@ class Trainer:
             raise
         self.model.train()
         self.results = {**self.results, **results}
+        self._note_best(results)  # first: once its row is there, an evaluation is not made again
         self.metrics.log({"step": self.step, "time_s": round(self.time_s, 4), **results})
         text = ", ".join(f"{name} {value:.4f}" for name, value in results.items())
         self.progress.print(f"step {self.step}: {text}")
-        self._note_best(results)
 
     def _note_best(self, results: dict[str, float]) -> None:
         """Remember this step if it is saved and better than those before; best.json says so."""
