@@ -95,11 +95,6 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
 
 
-def tokens_before(idx: torch.Tensor) -> torch.Tensor:
-    """(B, T): the token before each of idx (B, T), itself where there is none."""
-    return torch.cat([idx[:, :1], idx[:, :-1]], dim=1)
-
-
 class Linear(nn.Linear):
     """A matrix without bias, float32 at rest, multiplied in the dtype of its input."""
 
@@ -313,7 +308,7 @@ class GPT(nn.Module):
         places: (N,), of the B * T tokens the only ones whose features are wanted, (N, n_embd): the last layer saves the rest.
         """
         dtype = self.get_compute_dtype()
-        x0 = norm(self.embed(idx, tokens_before(idx) if previous is None else previous).to(dtype))
+        x0 = norm(self.embed(idx, previous).to(dtype))
         x = x0.view_as(x0)  # another tensor object: the compiler gives a block whose x is x0 a graph of its own
         for i, block in enumerate(self.blocks):
             lambdas = (self.resid_lambdas[i], self.x0_lambdas[i])
@@ -322,7 +317,7 @@ class GPT(nn.Module):
             x = run_block(block, x, x0, lambdas, value_embedding, rotary, attention[i], wanted)
         return norm(x)
 
-    def embed(self, idx: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+    def embed(self, idx: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
         """(B, T, n_embd): what is looked up for each token, and for it and its predecessor together.
 
         Pairs that meet in one row of the table share it. Hashed n-gram embeddings: arXiv 2502.01637.
@@ -330,6 +325,8 @@ class GPT(nn.Module):
         x = self.wte(idx)
         if self.bigrams is None:
             return x
+        if previous is None:
+            previous = torch.cat([idx[:, :1], idx[:, :-1]], dim=1)
         return x + self.bigrams((previous * PAIR_FACTOR + idx) % self.bigrams.num_embeddings)
 
     def forward(

@@ -73,6 +73,15 @@ def test_one_node_of_two_restarts(corpus: Path, base_dir: Path) -> None:
     assert values(stage_dir) == pytest.approx(expected, abs=1e-4)
 
 
+def _fail(script: str, folder: Path, corpus: Path, *flags: str) -> str:
+    """Train on two ranks by a script that does not end well; returns what they said."""
+    (folder / "script.py").write_text(script, encoding="utf-8")
+    job = launch(2, str(folder / "script.py"), *SMALL, f"--data={corpus}", "--num-iterations=9", *flags)
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode != 0
+    return errors
+
+
 DIVERGED = """
 import torch
 from nanochat import trainer
@@ -95,12 +104,7 @@ def test_ranks_that_differ_by_one_bit_stop(corpus: Path, base_dir: Path, tmp_pat
 
     (A step later the optimizer's all-gather would have mended it.)
     """
-    script = tmp_path / "diverged.py"
-    script.write_text(DIVERGED, encoding="utf-8")
-    flags = [*SMALL, f"--data={corpus}", "--num-iterations=9", "--save-every=3", "--model-tag=flipped"]
-    job = launch(2, str(script), *flags)
-    _, errors = job.communicate(timeout=120)
-    assert job.returncode != 0
+    errors = _fail(DIVERGED, tmp_path, corpus, "--save-every=3", "--model-tag=flipped")
     assert "the ranks hold different parameters at step 6 (1, first wte.weight)" in errors
     assert "the last good checkpoint is step 3" in errors
     assert list_steps(base_dir / "runs" / "flipped" / "base") == [3]
@@ -123,12 +127,7 @@ raise SystemExit(run_command(base_train.main))
 @pytest.mark.slow
 def test_an_evaluation_that_fails_on_one_rank_costs_no_training(corpus: Path, base_dir: Path, tmp_path: Path) -> None:
     """All ranks save the step at which it failed, though no checkpoint was due, and the job ends at once."""
-    script = tmp_path / "fails.py"
-    script.write_text(EVALUATION_FAILS, encoding="utf-8")
-    flags = [*SMALL, f"--data={corpus}", "--num-iterations=9", "--eval-every=5", "--model-tag=unmeasured"]
-    job = launch(2, str(script), *flags)
-    _, errors = job.communicate(timeout=120)
-    assert job.returncode != 0
+    errors = _fail(EVALUATION_FAILS, tmp_path, corpus, "--eval-every=5", "--model-tag=unmeasured")
     assert "error: the validation shard is gone" in errors
     assert list_steps(base_dir / "runs" / "unmeasured" / "base") == [5]
 
