@@ -37,11 +37,10 @@ def model_config(
     head_dim: int = 128,
     window_pattern: str = "SSSL",
     num_kv_heads: int | None = None,
-    bigrams: int | None = None,
 ) -> GPTConfig:
     """The model of a given depth: depth * aspect_ratio channels, rounded up to whole heads of head_dim.
 
-    bigrams: rows of the table of pairs of tokens, in vocabularies; None for about BIGRAM_ROWS, of 2 to 16 vocabularies.
+    The table of pairs of tokens has about BIGRAM_ROWS rows, of 2 to 16 vocabularies.
     """
     if depth < 1:
         raise NanochatError(f"depth {depth} is no depth: choose 1 or more")
@@ -56,7 +55,7 @@ def model_config(
         n_kv_head=num_kv_heads or n_head,
         n_embd=n_head * head_dim,
         window_pattern=window_pattern,
-        bigrams=min(16, max(2, round(BIGRAM_ROWS / vocab_size))) if bigrams is None else bigrams,
+        bigrams=min(16, max(2, round(BIGRAM_ROWS / vocab_size))),
     )
 
 

@@ -395,7 +395,8 @@ class Trainer:
             with torch.no_grad():
                 results = evaluate()
         except Exception as error:
-            if not is_lost_connection(error):  # all ranks have come here, see all_or_none
+            # All ranks have come here, see all_or_none; those of a sharded model may still compute together.
+            if not (is_lost_connection(error) or (self.ddp and self.model.is_sharded)):
                 self._save_before_leaving()
             raise
         self.model.train()
