@@ -66,12 +66,16 @@ class Heartbeat:
         self._give_up = give_up or self._exit
         self._stopped, self._ending = threading.Event(), threading.Lock()
         self._answered_at = time.monotonic()  # a clock that nobody can set
-        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
-        threading.Thread(target=self._watch, name="heartbeat watch", daemon=True).start()
+        self._threads = [threading.Thread(target=work, name="heartbeat", daemon=True) for work in (self._beat, self._watch)]
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """This rank leaves as it should: the others are told."""
         self._stopped.set()
+        # A thread that returns from the store's C++ once the interpreter has ended aborts the process.
+        for thread in self._threads:
+            thread.join(self.limit_s)
         with contextlib.suppress(RuntimeError, ConnectionError):  # the store may have left before
             self._store.add(f"beat/{self.rank}", LEFT)
 
@@ -109,7 +113,5 @@ class Heartbeat:
         self._give_up(reason)
 
     def _exit(self, reason: str) -> None:
-        print(
-            f"error: rank {self.rank} ends, since {reason}: {RESTART}", file=sys.stderr, flush=True
-        )
+        print(f"error: rank {self.rank} ends, since {reason}: {RESTART}", file=sys.stderr, flush=True)
         os._exit(EXIT_CODE)

@@ -14,15 +14,16 @@ T = TypeVar("T")
 class ReadAhead(Generic[T]):
     """Iterates over `items`, made in a thread up to `depth` ahead; what it raises reaches the consumer.
 
-    Close it, or forget it, to end the thread; `items` must not refer to the object that holds this one.
+    Close it, or forget it, to end the thread, as the end of the process does: a thread that returned from torch's C++ after
+    the interpreter had ended would abort the process. `items` must not refer to the object that holds this one.
     """
 
     def __init__(self, items: Iterable[T], depth: int) -> None:
         self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
-        self._closed = threading.Event()
-        weakref.finalize(self, self._closed.set)
-        self._thread = threading.Thread(target=_run, args=(items, self._queue, self._closed), daemon=True)
-        self._thread.start()
+        closed = threading.Event()
+        thread = threading.Thread(target=_run, args=(items, self._queue, closed), daemon=True)
+        self._end = weakref.finalize(self, _end, thread, closed)
+        thread.start()
 
     def __iter__(self) -> Iterator[T]:
         return self
@@ -36,8 +37,13 @@ class ReadAhead(Generic[T]):
 
     def close(self) -> None:
         """End the thread, and wait for it."""
-        self._closed.set()
-        self._thread.join(timeout=5)
+        self._end()
+
+
+def _end(thread: threading.Thread, closed: threading.Event) -> None:
+    closed.set()
+    if thread is not threading.current_thread():  # in which garbage may be collected too
+        thread.join(timeout=5)
 
 
 def _run(items: Iterable[Any], items_queue: queue.Queue[tuple[str, Any]], closed: threading.Event) -> None:

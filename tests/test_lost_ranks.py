@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ import torch.distributed as dist
 
 from nanochat.checkpoint_manager import list_steps
 from nanochat.heartbeat import Heartbeat, fresh_store
-from tests.many_ranks import SMALL, WHOLE, free_port, launch, node_command, start, train, values, wait_for
+from tests.many_ranks import ROOT, SMALL, WHOLE, free_port, launch, node_command, start, train, values, wait_for
 
 pytestmark = pytest.mark.usefixtures("many_ranks")
 
@@ -158,6 +159,25 @@ def test_heartbeat_notices_silence_and_only_that() -> None:
     assert [rank for rank, _ in reasons] == [0]
     assert "rank 1" in reasons[0][1]
     hearts[0].stop()
+
+
+ENDS_AT_ONCE = """
+import time, torch, torch.distributed as dist
+from nanochat.heartbeat import Heartbeat
+from nanochat.read_ahead import ReadAhead
+store = dist.TCPStore("127.0.0.1", 0, 1, True)
+heart = Heartbeat(store, 0, 1, beat_s=1e-5)
+sums = ReadAhead((torch.arange(200_000).sum() for _ in iter(int, 1)), 2)
+next(sums)
+time.sleep(0.2)
+heart.stop()
+"""
+
+
+def test_no_thread_outlives_the_interpreter() -> None:
+    """One that did would abort the process when it came back from torch, though all its work was done."""
+    ended = subprocess.run([sys.executable, "-c", ENDS_AT_ONCE], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_an_attempt_shares_nothing_with_the_one_before() -> None:
