@@ -308,6 +308,17 @@ def cpu_multiplies_bfloat16() -> bool:
     return any(getattr(torch.cpu, name)() for name in checks if hasattr(torch.cpu, name))
 
 
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has held at once: of a GPU what its tensors took, else of the host all of it."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # which Windows lacks
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has done what was queued, so that a host clock can be read."""
     if device.type == "cuda":

@@ -40,7 +40,7 @@ def can_compile(device: torch.device) -> str | None:
 
 
 @functools.lru_cache
-def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.25) -> float:
     """Floating-point operations a second of a large matrix product on this device: what MFU is a share of.
 
     The best of several rounds, since other work on the machine can only slow it down.
@@ -91,7 +91,8 @@ def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory instead of giving it back to the system after every step.
 
     A training step on a CPU frees and takes hundreds of large buffers; fetching their pages anew from the system each
-    time took up to half of the element-wise work. Elsewhere (musl, macOS, Windows) there is nothing to do.
+    time took up to half of the element-wise work. Only what is larger than 32 MB, which would leave holes that little
+    fits into, comes from the system. Elsewhere (musl, macOS, Windows) there is nothing to do.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -99,6 +100,6 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    trim_threshold, mmap_max = -1, -4  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_MAX
-    mallopt(mmap_max, 0)
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    mallopt(mmap_threshold, 32 << 20)  # the highest that there is; set, it no longer follows what is freed
     mallopt(trim_threshold, 2**31 - 1)

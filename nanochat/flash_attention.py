@@ -5,8 +5,8 @@ that it needs; `plan.attend(q, k, v, plan)` is then all that runs in the hot pat
 
 - "fa3": FlashAttention 3, where `flash_attn_interface` is installed
 - "flex": FlexAttention compiled to a Triton kernel (CUDA with a working compiler); skips the masked blocks
-- "plain": matrix products over blocks of the window's size, so that a window saves time and memory on any device;
-  long whole-context layers go to PyTorch's scaled_dot_product_attention
+- "plain": matrix products of some queries at a time with the keys that they can see, so that causality and windows save
+  time on any device; long whole-context layers go to PyTorch's scaled_dot_product_attention
 
 To add a backend, write a function `attend_x(q, k, v, plan)` and list it in `choose_backend`.
 """
@@ -25,7 +25,8 @@ import torch.nn.functional as F
 logger = logging.getLogger(__name__)
 
 QK_SCALE = 1.2  # the length that gpt.py gives to each normalized query and key, in units of sqrt(head_dim)
-LONGEST_PLAIN_CONTEXT = 1024  # beyond it the T * T scores of a whole-context layer are better not written down
+LONGEST_PLAIN_CONTEXT = 2048  # beyond it the T * T / 2 scores of a whole-context layer are better not written down
+SMALLEST_BLOCK, MOST_BLOCKS = 128, 8  # of queries: less saves nothing more, and every block is compiled
 
 
 class AttentionPlan(NamedTuple):
@@ -92,51 +93,39 @@ def _probe(backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
 # ----------------------------------------------------------------------------- plain PyTorch
 
 
-def plain_mask(T: int, window: int, device: torch.device) -> torch.Tensor | None:
-    """What `attend_plain` adds to the scores, float32: 0 where a query sees a key, else -inf.
+def plain_mask(T: int, window: int, device: torch.device) -> list[torch.Tensor] | None:
+    """What `attend_plain` adds to the scores of each block of queries, float32: 0 where a query sees a key, else -inf.
 
-    (n, window, 2 * window) for windows: each block of queries against the keys of the block before and its own.
-    (T, T) for a whole context; None where that is left to PyTorch's kernel.
+    Each (queries, keys), where the keys are the last that the block can see. None where PyTorch's kernel does it all.
     """
-    if window >= T - 1:
-        if device.type != "cpu" or T > LONGEST_PLAIN_CONTEXT:
-            return None
-        distance = torch.arange(T)[:, None] - torch.arange(T)
-        visible = distance >= 0
-    else:
-        distance = torch.arange(window)[:, None] + window - torch.arange(2 * window)
-        visible = ((distance >= 0) & (distance <= window)).repeat(-(-T // window), 1, 1)
-        visible[0, :, :window] = False  # the first block has none before it
-    return torch.where(visible, 0.0, float("-inf")).to(device)
+    if window >= T - 1 and (device.type != "cpu" or T > LONGEST_PLAIN_CONTEXT):
+        return None
+    block = max(SMALLEST_BLOCK, -(-T // MOST_BLOCKS))
+    masks = []
+    for start in range(0, T, block):
+        query, first = torch.arange(start, min(start + block, T)), max(0, start - window)
+        distance = query[:, None] - torch.arange(first, int(query[-1]) + 1)
+        masks.append(torch.where((distance >= 0) & (distance <= window), 0.0, float("-inf")).to(device))
+    return masks
 
 
 def attend_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-    """Attention by matrix products; see `plan_attention`.
-
-    With a window, blocks of `window` queries attend to two blocks of keys, so the work is T * 2 * window, not T * T.
-    """
-    B, T, H, D = q.shape
-    k, v = (repeat_kv(x, H) for x in (k, v))
+    """Attention by matrix products, a block of queries at a time; see `plan_attention`."""
+    q, k, v = (x.transpose(1, 2) for x in (q, repeat_kv(k, q.size(2)), repeat_kv(v, q.size(2))))
     if plan.mask is None:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-    if plan.mask.dim() == 2:
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return _softmax_product(q, k, v, plan.mask).transpose(1, 2)
-    num_blocks, window = plan.mask.shape[:2]
-    padding = num_blocks * window - T
-    if padding:  # at the end: no real query sees what comes after it
-        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (q, k, v))
-    q = q.reshape(B, num_blocks, window, H, D).transpose(2, 3)  # (B, n, H, window, D)
-    k, v = (_with_previous_block(x, window) for x in (k, v))  # (B, n, H, 2 * window, D)
-    y = _softmax_product(q, k, v, plan.mask[:, None])
-    return y.transpose(2, 3).reshape(B, num_blocks * window, H, D)[:, :T]
+    results, end = [], 0
+    for mask in plan.mask:
+        start, end = end, end + mask.size(0)
+        seen = slice(end - mask.size(1), end)
+        results.append(_softmax_product(q[:, :, start:end], k[:, :, seen], v[:, :, seen], mask))
+    return torch.cat(results, dim=2).transpose(1, 2)
 
 
 def attend_masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
     """Attention with a mask for each row, (B, 1, T, T) in q's dtype, added to the scores; see `plan_attention`."""
     q, k, v = (x.transpose(1, 2) for x in (q, repeat_kv(k, q.size(2)), repeat_kv(v, q.size(2))))
-    if q.device.type == "cpu" and q.size(2) <= LONGEST_PLAIN_CONTEXT:
+    if q.device.type == "cpu" and q.size(2) <= LONGEST_PLAIN_CONTEXT // 2:  # all T * T scores
         return _softmax_product(q, k, v, plan.mask).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask).transpose(1, 2)
 
@@ -151,14 +140,6 @@ def _softmax_product(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: to
     scores = (q @ k.transpose(-1, -2)).float() * D**-0.5 + mask
     exponentials = torch.exp(scores - QK_SCALE**2 * D**0.5)
     return ((exponentials.to(v.dtype) @ v) / exponentials.sum(dim=-1, keepdim=True)).to(q.dtype)
-
-
-def _with_previous_block(x: torch.Tensor, window: int) -> torch.Tensor:
-    """(B, n * window, H, D) -> (B, n, H, 2 * window, D): each block of keys or values preceded by the one before."""
-    B, padded_T, H, D = x.shape
-    current = x.reshape(B, padded_T // window, window, H, D)
-    previous = F.pad(current, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
-    return torch.cat([previous, current], dim=2).transpose(2, 3)
 
 
 def repeat_kv(x: torch.Tensor, num_heads: int) -> torch.Tensor:

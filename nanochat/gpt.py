@@ -95,11 +95,21 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
 
 
+class Embedding(nn.Embedding):
+    """A table of one row for each index."""
+
+    def reset_parameters(self) -> None:
+        """Values come from GPT.init_weights or a checkpoint; to draw some here cost every command a second."""
+
+
 class Linear(nn.Linear):
     """A matrix without bias, float32 at rest, multiplied in the dtype of its input."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+
+    def reset_parameters(self) -> None:
+        """As for Embedding."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight.to(x.dtype))
@@ -193,12 +203,12 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         kv_dim = config.n_kv_head * config.head_dim
-        self.wte = nn.Embedding(config.padded_vocab_size, config.n_embd)
+        self.wte = Embedding(config.padded_vocab_size, config.n_embd)
         rows = config.bigrams * config.padded_vocab_size
-        self.bigrams = nn.Embedding(rows, config.n_embd) if rows else None
+        self.bigrams = Embedding(rows, config.n_embd) if rows else None
         self.value_embeds = nn.ModuleDict(
             {
-                str(layer): nn.Embedding(config.padded_vocab_size, kv_dim)
+                str(layer): Embedding(config.padded_vocab_size, kv_dim)
                 for layer in range(config.n_layer)
                 if config.has_value_embedding(layer)
             }

@@ -86,7 +86,7 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
     """Write report.md and report.html (self-contained) into a run's directory; returns their paths."""
     sections = [_system_section()]
     plots: dict[str, str] = {}
-    overview = Section("Stages", ["stage", "steps", "tokens", "time", "loss", "val bpb", "tokens/s", "MFU"])
+    overview = Section("Stages", ["stage", "steps", "tokens", "time", "loss", "val bpb", "tokens/s", "MFU", "memory"])
     sections.append(overview)
     for stage in STAGES:
         stage_dir = run_dir / stage
@@ -160,7 +160,7 @@ def _overview_row(stage: str, rows: list[dict[str, Any]]) -> list[str]:
     train = [row for row in rows if "train/loss" in row]
     val = [row["val/bpb"] for row in rows if "val/bpb" in row]
     if not train:
-        return [STAGE_TITLES[stage], "0", *["-"] * 6]
+        return [STAGE_TITLES[stage], "0", *["-"] * 7]
     last = train[-1]
     speeds = sorted(row["train/tok_per_s"] for row in train if "train/tok_per_s" in row)
     shares = sorted(row["train/mfu"] for row in train if "train/mfu" in row)
@@ -173,6 +173,7 @@ def _overview_row(stage: str, rows: list[dict[str, Any]]) -> list[str]:
         f"{val[-1]:.4f}" if val else "-",
         f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "-",
         f"{shares[len(shares) // 2]:.1%}" if shares else "-",
+        f"{last['train/peak_memory_mb'] / 1e3:.2f} GB" if "train/peak_memory_mb" in last else "-",
     ]
 
 

@@ -11,7 +11,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
-import torch._inductor.config
 import torch.nn as nn
 
 from nanochat.common import NanochatError, logger
@@ -183,6 +182,8 @@ class ModelRunner:
     @torch.inference_mode()
     def _compile(self, frozen: bool) -> str | None:
         self.model.compute_dtype = self.model.get_compute_dtype()  # asking the CPU what it can is not for compiled code
+        from torch._inductor import config as inductor_config  # here, since it takes a second
+
         options = dict(CPU_OPTIONS) if self.device.type == "cpu" and frozen else {}
         if options and any(isinstance(module, Int8Linear) for module in self.model.modules()):
             options["max_autotune_gemm_backends"] = "CPP,ATEN"  # the template has no kernel for some int8 products
@@ -190,7 +191,7 @@ class ModelRunner:
         scratch = self._scratch(rows=2)
         try:
             # Not compile's own options: freezing must be known when the graph is traced, too.
-            with torch._inductor.config.patch(options):
+            with inductor_config.patch(options):
                 compiled(*scratch, self.memory.keys, self.memory.values)
         except Exception as error:  # whatever a compiler throws, generation goes on without it
             reason = f"the compiler failed: {str(error).splitlines()[0][:200]}"

@@ -373,14 +373,16 @@ def describe_model(model: GPT) -> dict[str, Any]:
 def choose_device_batch_size(model: GPT, requested: int, total_batch_size: int, world_size: int) -> int:
     """Rows in a micro-batch: as requested, else as many as divide the total batch and fit the device's memory.
 
-    A CPU gets at most 8,192 tokens at a time, which is all its caches like. A GPU is tried: one forward and backward
+    A CPU gets at most 8,192 tokens at a time, which is all its caches like; a quarter of that with a large vocabulary, when
+    most of the time goes to the loss, which takes few tokens at a time anyway. A GPU is tried: one forward and backward
     pass, with fewer rows after each failure, so that cards of 6 and of 80 GB run the same command.
     """
     T, device = model.config.sequence_len, model.get_device()
     if requested > 0:
         accumulation_steps(total_batch_size, requested, T, world_size)  # raises if it does not divide
         return requested
-    rows = default_device_batch_size(total_batch_size, T, world_size, 2**17 if device.type == "cuda" else 2**13)
+    most_tokens = 2**17 if device.type == "cuda" else 2**13 if model.config.vocab_size < 2**14 else 2**11
+    rows = default_device_batch_size(total_batch_size, T, world_size, most_tokens)
     accumulation_steps(total_batch_size, rows, T, world_size)
     while device.type == "cuda" and rows > 1 and any_rank(not _fits(model, rows)):
         rows = default_device_batch_size(total_batch_size, T, world_size, rows * T - 1)

@@ -42,6 +42,7 @@ from nanochat.common import (
     gather_objects,
     get_dist_info,
     is_lost_connection,
+    peak_memory_bytes,
 )
 from nanochat.compilation import can_compile, measure_matmul_rate
 from nanochat.gpt import GPT
@@ -126,6 +127,7 @@ class Trainer:
         step_metrics: Callable[[], dict[str, float]] = dict,
     ) -> None:
         self.model, self.optimizer, self.loader, self.config = model, optimizer, loader, config
+        self._recompute_blocks = model.recompute_blocks
         self.stage_dir, self.metrics, self.meta = stage_dir, metrics, meta
         self.evaluations = [*([(config.eval_every, evaluate)] if evaluate else []), *evaluations]
         self.sample_fn = sample
@@ -290,9 +292,11 @@ class Trainer:
         """
         if not self.config.compile or self.model.is_compiled:
             return
+        waits = self.device.type == "cpu" and self.step == 0
+        self.model.recompute_blocks = waits or self._recompute_blocks  # uncompiled they would keep several times as much
+        if waits:
+            return
         if self.device.type == "cpu":
-            if self.step == 0:
-                return
             self.progress.print("compiling; the next step takes up to a minute, later runs find it cached")
         self.model.compile()
 
@@ -371,6 +375,7 @@ class Trainer:
                 "train/tokens": self.step * batch_size,
                 "train/flops": self.step * batch_size * self.flops_per_token,
             }
+        row["train/peak_memory_mb"] = round(peak_memory_bytes(self.device) / 1e6)
         row |= self.step_metrics()
         self.metrics.log(row)
         shown = {name.rpartition("/")[2]: value for name, value in (row | self.results).items()}

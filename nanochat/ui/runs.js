@@ -7,7 +7,7 @@ import { settings } from "./store.js";
 const PERIOD_MS = 3000;
 const LIVE_S = 60;  // a run that wrote within so many seconds is training
 const STAGES = { base: "Pretraining", sft: "Fine-tuning", rl: "Reinforcement" };
-const TITLES = { "train/loss": "training loss (smoothed)", "val/bpb": "validation bits per byte", "train/tok_per_s": "tokens per second", "train/mfu": "MFU", "train/lrm": "learning rate factor", "rl/reward": "reward", "rl/mixed_groups": "groups that teach", "rl/answer_tokens": "tokens of an answer", "rl/unfinished": "answers cut short", "val/pass@1": "pass@1, held out", "val/pass@8": "pass@8, held out" };
+const TITLES = { "train/loss": "training loss (smoothed)", "val/bpb": "validation bits per byte", "train/tok_per_s": "tokens per second", "train/mfu": "MFU", "train/peak_memory_mb": "peak memory, MB", "train/lrm": "learning rate factor", "rl/reward": "reward", "rl/mixed_groups": "groups that teach", "rl/answer_tokens": "tokens of an answer", "rl/unfinished": "answers cut short", "val/pass@1": "pass@1, held out", "val/pass@8": "pass@8, held out" };
 const [choice, live, main] = ["run", "live", "stages"].map((id) => document.getElementById(id));
 if (settings.theme) document.documentElement.dataset.theme = settings.theme;
 
