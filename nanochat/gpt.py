@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from nanochat.common import NanochatError, get_compute_dtype
 from nanochat.cross_entropy import SoftmaxGradient, softcap, softcapped_cross_entropy, softmax_gradient
 from nanochat.flash_attention import QK_SCALE, AttentionPlan, plan_attention
+from nanochat.fp8 import fp8_linear
 
 if TYPE_CHECKING:
     from nanochat.kv_cache import KVCache
@@ -107,11 +108,14 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
+        self.fp8 = False  # trained with products in 8 bits (fp8.py)
 
     def reset_parameters(self) -> None:
         """As for Embedding."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.fp8 and self.training:
+            return fp8_linear(x, self.weight)
         return F.linear(x, self.weight.to(x.dtype))
 
 

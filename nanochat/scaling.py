@@ -89,22 +89,21 @@ def plan_horizon(
 ) -> Horizon:
     """The training run that suits a model; the first positive of num_iterations, target_flops, tokens_per_param rules.
 
-    Batch size and scales follow from tokens_per_param even where the run is cut shorter or longer, so that a short
-    trial behaves like the start of the real run.
+    Batch size and scales follow from the tokens of target_flops or tokens_per_param. num_iterations changes neither, so that
+    a short trial behaves like the start of the real run.
     """
-    scaling_params = count_params(config)["scaling"]
     reference = model_config(REFERENCE_DEPTH, config.vocab_size, config.sequence_len)
-    ratio = tokens_per_param if tokens_per_param > 0 else TOKENS_PER_PARAM
-    target_tokens = ratio * scaling_params
+    if target_flops > 0:
+        target_tokens = target_flops / flops_per_token
+    else:
+        target_tokens = (tokens_per_param if tokens_per_param > 0 else TOKENS_PER_PARAM) * count_params(config)["scaling"]
     reference_tokens = TOKENS_PER_PARAM * count_params(reference)["scaling"]
     if total_batch_size <= 0:
         share = target_tokens / reference_tokens
         ideal = REFERENCE_BATCH * share ** (BATCH_EXPONENT if share > 1 else SMALL_BATCH_EXPONENT)
         total_batch_size = max(2 ** round(math.log2(ideal)), config.sequence_len)
     if num_iterations <= 0:
-        if target_flops > 0:
-            num_iterations = round(target_flops / (flops_per_token * total_batch_size))
-        elif tokens_per_param > 0:
+        if target_flops > 0 or tokens_per_param > 0:
             num_iterations = round(target_tokens / total_batch_size)
         else:
             raise NanochatError("no horizon: give --num-iterations, --target-flops or --target-param-data-ratio above 0")

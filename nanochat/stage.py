@@ -52,17 +52,20 @@ from nanochat.common import (
     seconds_since_start,
     synchronize,
 )
-from nanochat.compilation import can_compile
+from nanochat.compilation import can_compile, measure_matmul_rate
 from nanochat.dataset import Source
+from nanochat.fp8 import enable_fp8
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.scaling import accumulation_steps, default_device_batch_size
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import Trainer
 
+EXPECTED_MFU = 0.5  # the share of a device's products that training makes use of
+
 # What may differ between a run and its resumption: it changes how the work is done, not what is computed.
 FREE_SETTINGS = {
-    "resume", "resume_from_step", "device_batch_size", "grad_accum_steps", "run", "tensorboard", "device", "dtype",
+    "resume", "resume_from_step", "device_batch_size", "grad_accum_steps", "run", "tensorboard", "device", "dtype", "fp8",
     "world_size", "fsdp", "activation_checkpointing",
     "compile", "eval_every", "eval_tokens", "sample_every", "save_every", "keep_last",
     "data", "tokenizer",  # what these mean is compared, not where it lies
@@ -98,6 +101,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, eval_every: int = 25
         machine.add_argument("--fsdp", action="store_true", help="cut the model over all ranks: for models beyond one GPU")
     machine.add_argument("--activation-checkpointing", action="store_true",
                          help="compute blocks again in the backward pass: slower by a third, for less memory")  # fmt: skip
+    machine.add_argument("--fp8", action="store_true", help="multiply in 8 bits: on GPUs that do (Ada, Hopper and later)")
     machine.add_argument("--no-compile", dest="compile", action="store_false", help="run eagerly")
 
 
@@ -295,6 +299,8 @@ def make_model(
             verify_checkpoint(step_dir(*start))
             load_into(step_dir(*start), MODEL_FILE, dict(model.named_parameters()))
     model.recompute_blocks = args.activation_checkpointing
+    if args.fp8:
+        enable_fp8(model, device)
     return model
 
 
@@ -325,6 +331,12 @@ def go_on(trainer: Trainer, stage: Stage) -> None:
 
 
 # ----------------------------------------------------------------------------- what stages share
+
+
+def flops_in(model: GPT, minutes: float) -> float:
+    """Floating-point operations that the ranks do in `minutes` of training, roughly: what a batch size is chosen by."""
+    device, dtype = model.get_device(), model.get_compute_dtype()
+    return EXPECTED_MFU * from_rank0(measure_matmul_rate(device, dtype)) * get_dist_info()[3] * 60 * minutes
 
 
 def steps_in(stage: Stage, model: GPT, minutes: float, rows: int, total_batch_size: int, compile: bool) -> int:

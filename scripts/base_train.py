@@ -19,12 +19,13 @@ from nanochat.core_eval import NanochatScorer, evaluate_core, find_bundle
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import default_source_name, get_source
 from nanochat.engine import Engine, continue_openings
-from nanochat.gpt import GPTConfig
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.metrics import MetricsLog
 from nanochat.optim import OptimizerSettings
-from nanochat.scaling import accumulation_steps, model_config, plan_horizon
+from nanochat.scaling import Horizon, accumulation_steps, model_config, plan_horizon
 from nanochat.stage import (
+    Stage,
     add_rate_arguments,
     add_training_arguments,
     check_data,
@@ -32,6 +33,7 @@ from nanochat.stage import (
     check_tokens,
     choose_device_batch_size,
     describe_model,
+    flops_in,
     go_on,
     make_model,
     open_stage,
@@ -82,6 +84,26 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def plan(args: argparse.Namespace, stage: Stage, model: GPT, world_size: int) -> tuple[Horizon, int]:
+    """How long to train in what batches, and the rows of a micro-batch."""
+    flops_per_token = model.estimate_flops()
+    target_flops, batch_size = args.target_flops, args.total_batch_size
+    by_time = args.target_minutes > 0 and args.num_iterations <= 0
+    if by_time:
+        target_flops = flops_in(model, args.target_minutes)
+        batch_size = stage.recorded_settings().get("total_batch_size", batch_size)
+    horizon = plan_horizon(
+        model.config, flops_per_token, args.num_iterations, target_flops, args.target_param_data_ratio, batch_size
+    )
+    batch_size = horizon.total_batch_size
+    rows = choose_device_batch_size(model, args.device_batch_size, batch_size, world_size)
+    if by_time:  # once more, by what a batch of this size really takes
+        steps = steps_in(stage, model, args.target_minutes, rows, batch_size, args.compile)
+        flops = steps * batch_size * flops_per_token
+        horizon = plan_horizon(model.config, flops_per_token, target_flops=flops, total_batch_size=batch_size)
+    return horizon, rows
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     keep_freed_memory()
@@ -104,14 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     config = replace(config, **model_switches)
     model = make_model(asdict(config), device, args, stage.start)
-    horizon = plan_horizon(
-        config, model.estimate_flops(), args.num_iterations, args.target_flops, args.target_param_data_ratio,
-        args.total_batch_size,
-    )  # fmt: skip
-    rows = choose_device_batch_size(model, args.device_batch_size, horizon.total_batch_size, world_size)
-    if args.target_minutes > 0 and args.num_iterations <= 0:
-        steps = steps_in(stage, model, args.target_minutes, rows, horizon.total_batch_size, args.compile)
-        horizon = replace(horizon, num_iterations=steps)
+    horizon, rows = plan(args, stage, model, world_size)
     bundle = find_bundle(args.eval_bundle) if args.core_metric_every > 0 else None
     settings = {
         **vars(args), **describe_model(model), "eval_bundle": str(bundle) if bundle else None,

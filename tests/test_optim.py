@@ -227,6 +227,13 @@ def test_horizon_may_be_overridden() -> None:
     config = model_config(4, 4096)
     assert plan_horizon(config, 1, num_iterations=7).num_iterations == 7
     assert plan_horizon(config, 1000, target_flops=1e9, total_batch_size=1000).num_iterations == 1000
+    whole, short, trial = (
+        plan_horizon(config, 1000),
+        plan_horizon(config, 1000, target_flops=1e9),
+        plan_horizon(config, 1000, num_iterations=7),
+    )
+    assert short.total_batch_size < whole.total_batch_size  # a shorter run takes smaller batches
+    assert trial.total_batch_size == whole.total_batch_size  # and a trial is the start of the real one
     with pytest.raises(NanochatError, match="no horizon"):
         plan_horizon(config, 1, tokens_per_param=-1)
 
