@@ -6,7 +6,6 @@ As a command it downloads: python -m nanochat.dataset --data climbmix -n 8
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import hashlib
 import itertools
@@ -23,6 +22,7 @@ import pyarrow.parquet as pq
 
 from nanochat.common import NanochatError, get_base_dir, print0, run_command
 from nanochat.document_files import READABLE, Batches, Document, DocumentFile, is_remote, list_local, list_remote
+from nanochat.settings import SettingsParser
 
 VAL_SHARE = 0.02  # of the documents, by hash, where no file is named for validation
 FILES_AHEAD = 2  # that are fetched, if they are far, while one is read
@@ -267,8 +267,8 @@ def _opens(path: Path) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Download pretraining data.")
-    parser.add_argument("--data", default="climbmix", choices=sorted(HUB_REPOSITORIES))
+    parser = SettingsParser("Download pretraining data.", examples=["%(prog)s -n 8", "%(prog)s --data fineweb-edu -n 4"])
+    parser.add_argument("--data", default="climbmix", choices=sorted(HUB_REPOSITORIES), help="what to download")
     parser.add_argument("-n", "--num-files", type=int, default=-1, help="training shards to fetch (-1: all)")
     parser.add_argument("-w", "--num-workers", type=int, default=4, help="downloads at a time")
     args = parser.parse_args(argv)

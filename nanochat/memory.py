@@ -7,7 +7,6 @@ largest depth that fits each size. Computed, not measured: compiled training kee
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from nanochat.flash_attention import AttentionPlan
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Group
 from nanochat.scaling import model_config
+from nanochat.settings import SettingsParser
 
 RESERVED = 0.08  # of the device, for its context and for gaps
 LOSS_BYTES = 3 << 28  # some chunks of logits (cross_entropy.CHUNK_BYTES on a GPU)
@@ -128,11 +128,14 @@ def largest_depth(budget: float, sequence_len: int, vocab_size: int, rows: int, 
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="The largest depth that trains on devices of some size.")
-    parser.add_argument("--gb", type=float, nargs="+", default=[24.0, 80.0, 141.0], help="memory of a device, 10^9 bytes")
+    parser = SettingsParser(
+        "The largest depth that trains on devices of some size.", examples=["%(prog)s --gb 24 80 --max-seq-len 4096"]
+    )
+    parser.add_argument("--gb", type=float, nargs="+", default=[24.0, 80.0, 141.0],
+                        help="memory of a device, 10^9 bytes (default: 24 80 141)")  # fmt: skip
     parser.add_argument("--world-size", type=int, default=8, help="devices, for the rows with several")
-    parser.add_argument("--max-seq-len", type=int, default=2048)
-    parser.add_argument("--vocab-size", type=int, default=32768)
+    parser.add_argument("--max-seq-len", type=int, default=2048, help="context length")
+    parser.add_argument("--vocab-size", type=int, default=32768, help="tokens")
     parser.add_argument("--rows", type=int, default=1, help="sequences in a micro-batch")
     args = parser.parse_args(argv)
     if min(args.gb) <= 0 or args.world_size < 1 or args.rows < 1:

@@ -6,7 +6,6 @@ report as well.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -26,6 +25,7 @@ from nanochat.checkpoint_manager import SETTINGS_FILE, STAGES, get_run_dir, get_
 from nanochat.common import NanochatError, atomic_write, read_json_lines, run_command
 from nanochat.progress import format_seconds
 from nanochat.scores import describe_pass_at
+from nanochat.settings import SettingsParser
 
 STAGE_TITLES = {"base": "Pretraining", "sft": "Supervised fine-tuning", "rl": "Reinforcement learning"}
 TRAINED_TITLES = {"train/loss": "training loss (nats per token)", "rl/reward": "reward of the sampled answers"}
@@ -324,8 +324,8 @@ def find_newest_run() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Write the report of a run.")
-    parser.add_argument("command", nargs="?", default="generate", choices=("generate",))
+    parser = SettingsParser("Write the report of a run.", examples=["%(prog)s", "%(prog)s --model-tag d12"])
+    parser.add_argument("command", nargs="?", default="generate", choices=("generate",), help="may be left out")
     parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest)")
     args = parser.parse_args(argv)
     for path in write_report(get_run_dir(args.model_tag or find_newest_run())):

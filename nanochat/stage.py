@@ -58,6 +58,7 @@ from nanochat.fp8 import enable_fp8
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import MuonAdamW
 from nanochat.scaling import accumulation_steps, default_device_batch_size
+from nanochat.settings import CONFIG_FILE, Arguments
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import Trainer
 
@@ -107,10 +108,10 @@ def add_training_arguments(parser: argparse.ArgumentParser, eval_every: int = 25
 
 def add_rate_arguments(group: argparse._ArgumentGroup) -> None:
     """Peak learning rates, which `setup_optimizer` reads."""
-    group.add_argument("--embedding-lr", type=float, default=0.3)
-    group.add_argument("--unembedding-lr", type=float, default=0.008)
-    group.add_argument("--matrix-lr", type=float, default=0.02)
-    group.add_argument("--scalar-lr", type=float, default=0.5)
+    group.add_argument("--embedding-lr", type=float, default=0.3, help="peak learning rate of embeddings")
+    group.add_argument("--unembedding-lr", type=float, default=0.008, help="of the head")
+    group.add_argument("--matrix-lr", type=float, default=0.02, help="of matrices, which Muon updates")
+    group.add_argument("--scalar-lr", type=float, default=0.5, help="of single numbers")
 
 
 def setup_optimizer(
@@ -264,8 +265,10 @@ def check_data(stage: Stage, source: Source) -> None:
             raise NanochatError(f"{name} of {source.name} {what} since run {stage.tag!r} read it: restore it to go on")
 
 
-def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, Any], rank: int) -> None:
-    """Write what the stage is (settings.json, the tokenizer) before it starts."""
+def prepare_directory(
+    stage: Stage, tokenizer: Tokenizer, settings: dict[str, Any], args: Arguments, rank: int
+) -> None:
+    """Write what the stage is (settings.json, config.toml, the tokenizer) before it starts."""
     if rank != 0:
         return
     stage.lock.enter_context(lock_stage(stage.directory))  # as long as the stage lives; the trainer takes it once more
@@ -278,6 +281,8 @@ def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, An
         if stage.name == "base":
             tokenizer.save(get_run_dir(stage.tag))
     atomic_write(stage.directory / SETTINGS_FILE, json.dumps(settings, indent=2))
+    config = args.to_toml({**settings, "model_tag": stage.tag}, leave_out=("resume", "resume_from_step"))
+    atomic_write(stage.directory / CONFIG_FILE, config)
 
 
 def make_model(

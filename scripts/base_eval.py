@@ -22,24 +22,34 @@ from nanochat.hf_scorer import HuggingFaceScorer
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.progress import Progress
 from nanochat.report import merge_eval
+from nanochat.settings import SettingsParser
 
 KINDS = ("core", "bpb", "sample")
 WORTH_COMPILING = 100  # questions of each CORE task: with fewer, the compiler takes longer than it saves
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure a base model.")
-    parser.add_argument("--eval", default="bpb,sample", metavar="KIND,...", help=f"of {', '.join(KINDS)}")
-    parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest)")
-    parser.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
-    parser.add_argument("--data", default=None, metavar="NAME|PATH", help="text to measure on (default: the run's own)")
-    parser.add_argument("--eval-bundle", type=Path, default=None, metavar="DIR", help="CORE's data (default: downloaded)")
-    parser.add_argument("--hf-path", default=None, metavar="DIR|NAME", help="CORE of a Hugging Face model instead of ours")
-    parser.add_argument("--max-per-task", type=int, default=-1, help="questions of each CORE task (-1: all)")
-    parser.add_argument("--split-tokens", type=int, default=-1, help="tokens of each split (-1: 2^20, or all)")
-    parser.add_argument("--device-batch-size", type=int, default=-1, metavar="ROWS")
-    parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="run CORE eagerly")
+    parser = SettingsParser(
+        "Measure a base model: the CORE metric, bits per byte, samples.",
+        examples=[
+            "%(prog)s --model-tag d12 --eval core,bpb,sample",
+            "%(prog)s --hf-path openai-community/gpt2 --eval core --max-per-task 100",
+        ],
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("-g", "--model-tag", default=None, metavar="TAG", help="run (default: the newest)")
+    model.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
+    model.add_argument("--hf-path", default=None, metavar="DIR|NAME", help="CORE of a Hugging Face model instead of ours")
+    measures = parser.add_argument_group("what is measured")
+    measures.add_argument("--eval", default="bpb,sample", metavar="KIND,...", help=f"of {', '.join(KINDS)}")
+    measures.add_argument("--data", default=None, metavar="NAME|PATH", help="text to measure on (default: the run's own)")
+    measures.add_argument("--split-tokens", type=int, default=-1, help="tokens of each split (-1: 2^20, or all)")
+    measures.add_argument("--eval-bundle", type=Path, default=None, metavar="DIR", help="CORE's data (default: downloaded)")
+    measures.add_argument("--max-per-task", type=int, default=-1, help="questions of each CORE task (-1: all)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
+    machine.add_argument("--device-batch-size", type=int, default=-1, metavar="ROWS", help="rows at a time (-1: as fit)")
+    machine.add_argument("--no-compile", dest="compile", action="store_false", help="run CORE eagerly")
     return parser.parse_args(argv)
 
 

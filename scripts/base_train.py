@@ -24,6 +24,7 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.metrics import MetricsLog
 from nanochat.optim import OptimizerSettings
 from nanochat.scaling import Horizon, accumulation_steps, model_config, plan_horizon
+from nanochat.settings import SettingsParser
 from nanochat.stage import (
     Stage,
     add_rate_arguments,
@@ -48,8 +49,14 @@ from scripts import tok_train
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Pretrain a base model.")
-    add_training_arguments(parser)
+    parser = SettingsParser(
+        "Pretrain a base model.",
+        examples=[
+            "%(prog)s --depth 4 --data builtin --max-seq-len 512 --target-minutes 5",
+            "%(prog)s --config mine.toml --model-tag mine --resume auto",
+            "torchrun --standalone --nproc_per_node=8 -m -- scripts.base_train --depth 20",
+        ],
+    )
     data = parser.add_argument_group("data")
     data.add_argument("--data", default=None, metavar="NAME|PATH",
                       help="builtin, climbmix, fineweb-edu, or a path (default: climbmix if downloaded)")  # fmt: skip
@@ -57,22 +64,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     model = parser.add_argument_group("model")
     model.add_argument("--depth", type=int, default=20, help="layers; the one dial")
     model.add_argument("--aspect-ratio", type=int, default=64, help="width = depth * aspect ratio")
-    model.add_argument("--head-dim", type=int, default=128)
+    model.add_argument("--head-dim", type=int, default=128, help="channels of an attention head")
     model.add_argument("--num-kv-heads", type=int, default=None, help="fewer than the heads: grouped attention")
     model.add_argument("--max-seq-len", type=int, default=2048, help="context length")
-    model.add_argument("--window-pattern", default="SSSL", help="L whole context, S a quarter; repeated over the layers")
-    horizon = parser.add_argument_group("horizon: the first of these that is above 0")
+    model.add_argument("--window-pattern", default="SSSL", metavar="LETTERS",
+                       help="L whole context, S a quarter; repeated over the layers")  # fmt: skip
+    horizon = parser.add_argument_group("horizon (the first of these that is above 0)")
     horizon.add_argument("--num-iterations", type=int, default=-1, help="updates")
-    horizon.add_argument("--target-flops", type=float, default=-1.0)
+    horizon.add_argument("--target-flops", type=float, default=-1.0, help="of the whole training, for example 1e18")
     horizon.add_argument("--target-param-data-ratio", type=float, default=12.0, help="training tokens per parameter")
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--total-batch-size", type=int, default=-1, help="tokens in an update (-1: by depth)")
     add_rate_arguments(optimization)
     optimization.add_argument("--weight-decay", type=float, default=0.2, help="of matrices, at depth 12")
-    optimization.add_argument("--warmup-steps", type=int, default=40)
-    optimization.add_argument("--warmdown-ratio", type=float, default=0.65)
-    optimization.add_argument("--final-lr-frac", type=float, default=0.05)
-    optimization.add_argument("--seed", type=int, default=42)
+    optimization.add_argument("--warmup-steps", type=int, default=40, help="steps until the rates are at their peak")
+    optimization.add_argument("--warmdown-ratio", type=float, default=0.65, help="share of the steps in which they fall")
+    optimization.add_argument("--final-lr-frac", type=float, default=0.05, help="share of the peak at the last step")
+    optimization.add_argument("--seed", type=int, default=42, help="of the weights at the start")
     optimization.add_argument("--set", dest="switches", nargs="+", default=[], metavar="NAME=VALUE",
                               help="for experiments: fields of GPTConfig and OptimizerSettings")  # fmt: skip
     measuring = parser.add_argument_group("measuring")
@@ -81,6 +89,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     measuring.add_argument("--eval-bundle", type=Path, default=None, metavar="DIR", help="CORE's data (default: downloaded)")
     measuring.add_argument("--sample-every", type=int, default=2000, help="show samples (-1: never)")
     measuring.add_argument("--resume-from-step", type=int, default=-1, help="the same as --resume STEP")
+    add_training_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -140,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     if stage.is_complete(horizon.num_iterations):
         print0(f"{stage.directory} is complete: {horizon.num_iterations} steps done")
         return 0
-    prepare_directory(stage, tokenizer, settings, rank)
+    prepare_directory(stage, tokenizer, settings, args, rank)
     print0(
         f"depth {args.depth}: {settings['num_params']:,} parameters, {horizon.num_iterations:,} steps of "
         f"{horizon.total_batch_size:,} tokens, {device} in {settings['dtype'].removeprefix('torch.')}"

@@ -10,6 +10,7 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError, compute_init, run_command
 from nanochat.engine import Engine, trim_conversation
 from nanochat.runner import prepare_for_inference
+from nanochat.settings import SettingsParser
 from nanochat.tokenizer import IncrementalDecoder
 
 HELP = "Type a message; 'clear' begins anew, 'quit' leaves, Ctrl-C stops an answer."
@@ -17,7 +18,10 @@ DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Talk to a model.")
+    parser = SettingsParser(
+        "Talk to a model in the terminal.",
+        examples=["%(prog)s", '%(prog)s --model-tag demo --temperature 0 -p "What is 23 + 58?"'],
+    )
     parser.add_argument("-i", "--source", default="sft", choices=("base", "sft", "rl"), help="stage of the model")
     parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest with that stage)")
     parser.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
@@ -25,8 +29,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-t", "--temperature", type=float, default=0.6, help="0: always the likeliest token")
     parser.add_argument("-k", "--top-k", type=int, default=50, help="sample from the k likeliest tokens (0: from all)")
     parser.add_argument("-m", "--max-tokens", type=int, default=256, help="length of an answer at most")
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu")
+    parser.add_argument("--seed", type=int, default=42, help="of the sampling")
+    parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
     return parser.parse_args(argv)
 
 

@@ -21,26 +21,34 @@ from nanochat.engine import Engine
 from nanochat.progress import Progress
 from nanochat.report import merge_eval
 from nanochat.scores import describe_pass_at
+from nanochat.settings import SettingsParser
 from tasks import TASKS, build_task
 from tasks.common import Task
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure a chat model on tasks.")
-    parser.add_argument("-i", "--source", default="sft", choices=("base", "sft", "rl"), help="stage of the model")
-    parser.add_argument("-a", "--task-name", default=None, metavar="NAME|...",
-                        help=f"of {', '.join(TASKS)} (default: those of ChatCORE whose data can be had)")  # fmt: skip
-    parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest with that stage)")
-    parser.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
-    parser.add_argument("-x", "--max-problems", type=int, default=-1, help="of each task (-1: all)")
-    parser.add_argument("-n", "--num-samples", type=int, default=1, help="answers to a problem, for pass@k")
-    parser.add_argument("-m", "--max-new-tokens", type=int, default=256)
-    parser.add_argument("-t", "--temperature", type=float, default=0.0)
-    parser.add_argument("-k", "--top-k", type=int, default=50)
-    parser.add_argument("-b", "--batch-size", type=int, default=32, help="problems at a time")
-    parser.add_argument("--task-data", type=Path, default=None, metavar="DIR", help="local folder instead of the hub")
-    parser.add_argument("--unsafe-execution", action="store_true", help="run programs of the model without isolation")
-    parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu")
+    parser = SettingsParser(
+        "Measure a chat model on tasks.",
+        examples=["%(prog)s --model-tag d12", '%(prog)s -i rl -a "GSM8K|HumanEval" -n 8 -t 0.8'],
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("-i", "--source", default="sft", choices=("base", "sft", "rl"), help="stage of the model")
+    model.add_argument("-g", "--model-tag", default=None, metavar="TAG", help="run (default: the newest with that stage)")
+    model.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
+    tasks = parser.add_argument_group("tasks")
+    tasks.add_argument("-a", "--task-name", default=None, metavar="NAME|...",
+                       help=f"of {', '.join(TASKS)} (default: those of ChatCORE whose data can be had)")  # fmt: skip
+    tasks.add_argument("-x", "--max-problems", type=int, default=-1, help="of each task (-1: all)")
+    tasks.add_argument("--task-data", type=Path, default=None, metavar="DIR", help="local folder instead of the hub")
+    tasks.add_argument("--unsafe-execution", action="store_true", help="run programs of the model without isolation")
+    answers = parser.add_argument_group("answers")
+    answers.add_argument("-n", "--num-samples", type=int, default=1, help="answers to a problem, for pass@k")
+    answers.add_argument("-m", "--max-new-tokens", type=int, default=256, help="length of an answer at most")
+    answers.add_argument("-t", "--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    answers.add_argument("-k", "--top-k", type=int, default=50, help="sample from the k likeliest tokens (0: from all)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("-b", "--batch-size", type=int, default=32, help="problems at a time")
+    machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
     return parser.parse_args(argv)
 
 

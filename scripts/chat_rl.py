@@ -16,6 +16,7 @@ from nanochat.compilation import keep_freed_memory
 from nanochat.engine import Engine
 from nanochat.metrics import MetricsLog
 from nanochat.rl import OBJECTIVES, RolloutLoader, RolloutSettings, make_policy_loss
+from nanochat.settings import SettingsParser
 from nanochat.stage import (
     add_rate_arguments,
     add_training_arguments,
@@ -32,8 +33,10 @@ from tasks import build_task
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Reinforce a chat model on a task with rewards.")
-    add_training_arguments(parser, eval_every=60, generates=True)
+    parser = SettingsParser(
+        "Reinforce a chat model on a task with rewards.",
+        examples=["%(prog)s --task GSM8K --model-tag d12", "%(prog)s --task Arithmetic --num-iterations 50 --objective grpo"],
+    )
     data = parser.add_argument_group("data")
     data.add_argument("-i", "--source", default="sft", choices=("base", "sft"), help="stage of the model to start from")
     data.add_argument("--model-step", type=int, default=None, help="checkpoint to start from (default: the newest)")
@@ -43,8 +46,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     rollouts.add_argument("--objective", default="dapo", metavar="|".join(OBJECTIVES), help="how answers are compared")
     rollouts.add_argument("--examples-per-step", type=int, default=16, help="problems in an update, over all ranks")
     rollouts.add_argument("--num-samples", type=int, default=16, help="answers to each")
-    rollouts.add_argument("--max-new-tokens", type=int, default=256)
-    rollouts.add_argument("--temperature", type=float, default=1.0)
+    rollouts.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer at most")
+    rollouts.add_argument("--temperature", type=float, default=1.0, help="of the sampling")
     rollouts.add_argument("--top-k", type=int, default=0, help="0: all tokens")
     rollouts.add_argument("--kl-weight", type=float, default=0.0, help="of the distance from the model at the start")
     rollouts.add_argument("--max-rows", type=int, default=64, help="answers that are written together")
@@ -52,13 +55,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     optimization.add_argument("--num-epochs", type=int, default=1, help="passes over the task")
     optimization.add_argument("--num-iterations", type=int, default=-1, help="updates, instead of epochs")
     add_rate_arguments(optimization)
-    optimization.add_argument("--weight-decay", type=float, default=0.0)
+    optimization.add_argument("--weight-decay", type=float, default=0.0, help="of matrices")
     optimization.add_argument("--init-lr-frac", type=float, default=0.05, help="start from this share of those rates")
-    optimization.add_argument("--seed", type=int, default=42)
+    optimization.add_argument("--seed", type=int, default=42, help="of the sampling")
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument("--eval-examples", type=int, default=400, help="problems of the part held out")
     measuring.add_argument("--eval-samples", type=int, default=8, help="answers to each: pass@1 and pass@8")
     measuring.add_argument("--sample-every", type=int, default=-1, help="show answers (-1: at the end only)")
+    add_training_arguments(parser, eval_every=60, generates=True)
     return parser.parse_args(argv)
 
 
@@ -100,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     if stage.is_complete(num_iterations):
         print0(f"{stage.directory} is complete: {num_iterations} steps done")
         return 0
-    prepare_directory(stage, tokenizer, settings, rank)
+    prepare_directory(stage, tokenizer, settings, args, rank)
     print0(f"reinforcing {stage.tag} on {args.task}: {num_iterations:,} updates of {args.examples_per_step} problems")
 
     # The parts

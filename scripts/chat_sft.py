@@ -19,6 +19,7 @@ from nanochat.engine import Engine
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.metrics import MetricsLog
 from nanochat.scaling import accumulation_steps, learning_rate_scale
+from nanochat.settings import SettingsParser
 from nanochat.stage import (
     add_rate_arguments,
     add_training_arguments,
@@ -40,25 +41,28 @@ DEFAULT_TASKS = "SmolTalk,MMLU*3,GSM8K*4,Identity*2,SimpleSpelling,SpellingBee"
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Fine-tune a base model on conversations.")
-    add_training_arguments(parser)
+    parser = SettingsParser(
+        "Fine-tune a base model on conversations.",
+        examples=["%(prog)s --model-tag d12", '%(prog)s --tasks "SmolTalk:20000,GSM8K*4" --target-minutes 30'],
+    )
     data = parser.add_argument_group("data")
     data.add_argument("--model-step", type=int, default=None, help="base checkpoint to start from (default: the newest)")
-    data.add_argument("--tasks", default=DEFAULT_TASKS, metavar="NAME[*TIMES],...", help=f"mixture ({DEFAULT_TASKS})")
+    data.add_argument("--tasks", default=DEFAULT_TASKS, metavar="NAME[*TIMES],...", help="mixture; :MOST cuts a task")
     data.add_argument("--task-data", type=Path, default=None, metavar="DIR", help="local folder instead of the hub")
     data.add_argument("--max-seq-len", type=int, default=-1, help="row length (-1: the base model's context)")
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--num-iterations", type=int, default=-1, help="updates (-1: one pass over the mixture)")
     optimization.add_argument("--total-batch-size", type=int, default=-1, help="tokens in an update (-1: the base's)")
     add_rate_arguments(optimization)
-    optimization.add_argument("--weight-decay", type=float, default=0.0)
+    optimization.add_argument("--weight-decay", type=float, default=0.0, help="of matrices")
     optimization.add_argument("--init-lr-frac", type=float, default=0.8, help="start from this share of those rates")
-    optimization.add_argument("--warmup-steps", type=int, default=0)
-    optimization.add_argument("--warmdown-ratio", type=float, default=0.5)
-    optimization.add_argument("--final-lr-frac", type=float, default=0.0)
+    optimization.add_argument("--warmup-steps", type=int, default=0, help="steps until the rates are at their peak")
+    optimization.add_argument("--warmdown-ratio", type=float, default=0.5, help="share of the steps in which they fall")
+    optimization.add_argument("--final-lr-frac", type=float, default=0.0, help="share of the peak at the last step")
     optimization.add_argument("--load-optimizer", type=int, choices=(0, 1), default=1, help="keep the base's momenta")
-    optimization.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--sample-every", type=int, default=-1, help="show answers (-1: at the end only)")
+    optimization.add_argument("--seed", type=int, default=42, help="of the order of the conversations")
+    optimization.add_argument("--sample-every", type=int, default=-1, help="show answers (-1: at the end only)")
+    add_training_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -96,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     if stage.is_complete(num_iterations):
         print0(f"{stage.directory} is complete: {num_iterations} steps done")
         return 0
-    prepare_directory(stage, tokenizer, settings, rank)
+    prepare_directory(stage, tokenizer, settings, args, rank)
     print0(f"fine-tuning {stage.tag}: {len(train_task):,} conversations, {num_iterations:,} steps")
 
     # The parts

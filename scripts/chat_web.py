@@ -21,27 +21,32 @@ from nanochat.engine import Engine
 from nanochat.runner import prepare_for_inference
 from nanochat.server import create_app
 from nanochat.service import Limits, Service
+from nanochat.settings import SettingsParser
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Serve a model: chat page and OpenAI API.")
+    parser = SettingsParser(
+        "Serve a model: chat page, runs page, OpenAI's API.",
+        examples=["%(prog)s --model-tag demo", "%(prog)s --host 0.0.0.0 --port 8080 --api-key SECRET"],
+    )
     parser.add_argument("-i", "--source", default="sft", choices=("base", "sft", "rl"), help="stage of the model")
     parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest with that stage)")
     parser.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu")
+    machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
     machine.add_argument("-n", "--num-gpus", type=int, default=1, help="one copy of the model, and one thread, on each")
     machine.add_argument("--weights", default="auto", choices=("auto", "int8"), help="int8: half the memory of bfloat16")
     machine.add_argument("--max-rows", type=int, default=32, help="texts that are computed together")
     machine.add_argument("--kv-tokens", type=int, default=0, help="tokens held in memory (default: a quarter of what is free)")
     machine.add_argument("--no-compile", dest="compile", action="store_false", help="decode without torch.compile")
     network = parser.add_argument_group("network")
-    network.add_argument("-p", "--port", type=int, default=8000)
+    network.add_argument("-p", "--port", type=int, default=8000, help="of http://HOST:PORT")
     network.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
-    network.add_argument("--api-key", default=os.environ.get("NANOCHAT_API_KEY"), help="ask for it (or NANOCHAT_API_KEY)")
+    network.add_argument("--api-key", default=os.environ.get("NANOCHAT_API_KEY"), help="asked for (default: NANOCHAT_API_KEY)")
     network.add_argument("--cors-origin", action="append", metavar="URL", help="let pages from there call the API")
     network.add_argument("--max-waiting", type=int, default=Limits.max_waiting, help="requests in the queue; more get 429")
-    network.add_argument("--request-timeout", type=float, default=Limits.request_timeout_s, metavar="SECONDS")
+    network.add_argument("--request-timeout", type=float, default=Limits.request_timeout_s, metavar="SECONDS",
+                         help="for a whole answer")  # fmt: skip
     network.add_argument("--grace", type=float, default=Limits.grace_s, metavar="SECONDS", help="for answers when stopped")
     return parser.parse_args(argv)
 

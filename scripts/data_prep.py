@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from nanochat.common import NanochatError, atomic_write, run_command
+from nanochat.settings import SettingsParser
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 
 if TYPE_CHECKING:
@@ -29,29 +30,35 @@ MINHASH_BANDS = 14  # datatrove's own: 14 bands of 8 hashes find texts that shar
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Prepare text for pretraining: shuffle, deduplicate, tokenize.")
+    parser = SettingsParser(
+        "Prepare text for pretraining: shuffle, deduplicate, tokenize.",
+        examples=["%(prog)s --input raw/ --output prepared/", "%(prog)s --config prep.toml --executor slurm --partition cpu"],
+    )
     parser.add_argument("--input", required=True, metavar="PATH",
                         help="a file, folder or glob of .parquet, .jsonl, .txt, .md; local or s3://...")  # fmt: skip
     parser.add_argument("--output", required=True, metavar="DIR", help="where the shards go; all machines must see it")
-    parser.add_argument("--tokenizer", default="default", metavar="NAME|PATH", help="whose tokens to write")
-    parser.add_argument("--no-tokenize", action="store_true", help="write shards of text")
-    parser.add_argument("--text-column", default=None, metavar="NAME", help="default: text, content or body")
-    parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="about how many a shard holds")
-    parser.add_argument("--val-documents", type=int, default=None, help="for validation (default: 2%%, at most 10,000)")
-    parser.add_argument("--seed", type=int, default=42, help="of the order")
-    parser.add_argument("--no-dedup", action="store_true", help="keep documents with the same text")
-    parser.add_argument("--min-hash", action="store_true", help="drop near-duplicates as well")
-    parser.add_argument("--executor", default="local", choices=["local", "slurm", "ray"])
-    parser.add_argument(
+    text = parser.add_argument_group("text")
+    text.add_argument("--text-column", default=None, metavar="NAME", help="default: text, content or body")
+    text.add_argument("--val-documents", type=int, default=None, help="for validation (default: 2%%, at most 10,000)")
+    text.add_argument("--seed", type=int, default=42, help="of the order")
+    text.add_argument("--no-dedup", action="store_true", help="keep documents with the same text")
+    text.add_argument("--min-hash", action="store_true", help="drop near-duplicates as well")
+    shards = parser.add_argument_group("shards")
+    shards.add_argument("--tokenizer", default="default", metavar="NAME|PATH", help="whose tokens to write")
+    shards.add_argument("--no-tokenize", action="store_true", help="write shards of text")
+    shards.add_argument("--shard-tokens", type=int, default=100_000_000, help="about how many a shard holds")
+    machine = parser.add_argument_group("machines")
+    machine.add_argument("--executor", default="local", choices=["local", "slurm", "ray"], help="who runs the tasks")
+    machine.add_argument(
         "--tasks", type=int, default=None, help="to divide the input files among (default: one each, at most 1000)"
     )
-    parser.add_argument("--workers", type=int, default=None, help="tasks at a time (default: all cores, or no limit)")
-    parser.add_argument("--cpus-per-task", type=int, default=1, help="slurm, ray")
-    parser.add_argument("--mem-per-cpu", type=int, default=4, metavar="GB", help="slurm, ray")
-    parser.add_argument("--partition", default=None, help="slurm")
-    parser.add_argument("--time", default="12:00:00", help="slurm: limit for one task")
-    parser.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE",
-                        help="slurm: another option, for example account=NAME; may be repeated")  # fmt: skip
+    machine.add_argument("--workers", type=int, default=None, help="tasks at a time (default: all cores, or no limit)")
+    machine.add_argument("--cpus-per-task", type=int, default=1, help="slurm, ray")
+    machine.add_argument("--mem-per-cpu", type=int, default=4, metavar="GB", help="slurm, ray")
+    machine.add_argument("--partition", default=None, help="slurm")
+    machine.add_argument("--time", default="12:00:00", help="slurm: limit for one task")
+    machine.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE",
+                         help="slurm: another option, for example account=NAME; may be repeated")  # fmt: skip
     args = parser.parse_args(argv)
     for name in ("shard_tokens", "val_documents", "tasks", "workers", "cpus_per_task", "mem_per_cpu"):
         if (value := getattr(args, name)) is not None and value < 1:

@@ -26,26 +26,30 @@ from nanochat.kv_cache import BLOCK_SIZE, KVBlocks
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Sequence
+from nanochat.settings import SettingsParser
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Measure inference.")
+    parser = SettingsParser(
+        "Measure how fast a model answers.",
+        examples=["%(prog)s --model-tag d12", "%(prog)s --batch-sizes 1,32 --prompt-tokens 1000 --weights int8"],
+    )
     parser.add_argument("-i", "--source", default="sft", choices=("base", "sft", "rl"), help="stage of the model")
     parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest with that stage)")
     parser.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
-    parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu")
+    parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
     add_measurement_arguments(parser)
     return parser.parse_args(argv)
 
 
 def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch-sizes", default="1,2,4,8,16,32", metavar="B,B,...")
-    parser.add_argument("--prompt-tokens", type=int, default=256)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("-t", "--temperature", type=float, default=0.0)
-    parser.add_argument("-k", "--top-k", type=int, default=0)
-    parser.add_argument("--weights", default="auto", choices=("auto", "int8"))
-    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--batch-sizes", default="1,2,4,8,16,32", metavar="B,B,...", help="texts at a time")
+    parser.add_argument("--prompt-tokens", type=int, default=256, help="of each text")
+    parser.add_argument("--new-tokens", type=int, default=128, help="for each text")
+    parser.add_argument("-t", "--temperature", type=float, default=0.0, help="0: always the likeliest token")
+    parser.add_argument("-k", "--top-k", type=int, default=0, help="sample from the k likeliest tokens (0: from all)")
+    parser.add_argument("--weights", default="auto", choices=("auto", "int8"), help="int8: half the memory of bfloat16")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="decode without torch.compile")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -5,7 +5,6 @@ Those two are shown where tiktoken has them cached; nothing is downloaded.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import sys
@@ -18,6 +17,7 @@ from rich.table import Table
 
 from nanochat.common import run_command
 from nanochat.dataset import get_source
+from nanochat.settings import SettingsParser
 from nanochat.tokenizer import get_tokenizer
 
 OPENAI = "https://openaipublic.blob.core.windows.net/"
@@ -59,7 +59,9 @@ TEXTS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Compare a tokenizer's compression with GPT-2's and GPT-4's.")
+    parser = SettingsParser(
+        "Compare a tokenizer's compression with GPT-2's and GPT-4's.", examples=["%(prog)s --tokenizer demo --data builtin"]
+    )
     parser.add_argument("--tokenizer", default="default", metavar="NAME|PATH", help="as trained by scripts.tok_train")
     parser.add_argument("--data", default=None, metavar="NAME|PATH", help="measure on this text as well")
     parser.add_argument("--max-chars", type=int, default=2_000_000, help="of that text")

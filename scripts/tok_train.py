@@ -11,11 +11,14 @@ from typing import Any
 
 from nanochat.common import atomic_write, run_command
 from nanochat.dataset import Source, default_source_name, get_source
+from nanochat.settings import SettingsParser
 from nanochat.tokenizer import FILE_NAME, Tokenizer, get_tokenizer_dir
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a tokenizer.")
+    parser = SettingsParser(
+        "Train a tokenizer.", examples=["%(prog)s --data builtin --vocab-size 4096 --tokenizer small"]
+    )
     parser.add_argument("--data", default=None, metavar="NAME|PATH",
                         help="builtin, climbmix, fineweb-edu, or a path (default: climbmix if downloaded)")  # fmt: skip
     parser.add_argument("--tokenizer", default="default", metavar="NAME|PATH", help="where to keep it")

@@ -23,6 +23,7 @@ from nanochat.common import NanochatError
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.report import read_metrics
+from nanochat.settings import SettingsParser
 from nanochat.stage import open_stage, prepare_directory
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import Batch, Trainer, summed_loss
@@ -146,7 +147,7 @@ def test_what_a_stage_goes_on_from_may_not_change_before_it_starts(tiny_run: Pat
     shutil.copytree(tiny_run / "base" / "step_000006", tiny_run / "base" / "step_000009")
     metrics = (tiny_run / "base" / "metrics.jsonl").read_text(encoding="utf-8")
     with pytest.raises(NanochatError, match="by another process meanwhile"):
-        prepare_directory(stage, tokenizer, {}, rank=0)
+        prepare_directory(stage, tokenizer, {}, SettingsParser("").parse_args([]), rank=0)
     assert (tiny_run / "base" / "metrics.jsonl").read_text(encoding="utf-8") == metrics
 
 

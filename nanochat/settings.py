@@ -1,0 +1,221 @@
+"""The flags of a command, on its command line and in a TOML file. Every command parses its arguments with this.
+
+`--config FILE` takes any flag by its long name, with _ or -: `depth = 12`, `no_compile = true`, `set = ["bigrams=8"]`.
+Tables are headings: they group keys as the reader likes, and their names mean nothing. The command line goes before the
+file. Training keeps what it was made with in this form (`config.toml` of its stage), so that it can be repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import tomli_w
+
+from nanochat.common import NanochatError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+CONFIG_FILE = "config.toml"
+NOT_IN_FILES = ("help", "config", "debug")
+METAVARS = {int: "N", float: "X", Path: "PATH"}
+
+
+class Arguments(argparse.Namespace):
+    """What a command was told, flags and file together. `vars` gives the values alone."""
+
+    __slots__ = ("_parser",)
+
+    def to_toml(self, values: dict[str, Any], leave_out: Sequence[str] = ()) -> str:
+        """What --config takes back to give the command these values, by the names that `vars` has, grouped as in --help."""
+        tables: dict[str, dict[str, Any]] = {}
+        for group in self._parser._action_groups:
+            table = {}
+            for action in group._group_actions:
+                value = values.get(action.dest)
+                name = _long_name(action)
+                if name is None or value is None or name in NOT_IN_FILES or action.dest in leave_out:
+                    continue
+                if action.nargs == 0:
+                    value = value == action.const
+                table[name.replace("-", "_")] = str(value) if isinstance(value, Path) else value
+            if table:
+                tables[group.title.partition(" (")[0]] = table
+        return f"# {self._parser.prog} --config THIS_FILE\n\n" + tomli_w.dumps(tables)
+
+
+class SettingsParser(argparse.ArgumentParser):
+    """An ArgumentParser whose flags may also come from a file; its help is grouped, and its errors are one sentence.
+
+    examples: command lines for the end of the help, where %(prog)s stands for the command.
+    """
+
+    def __init__(self, description: str, examples: Iterable[str] = ()) -> None:
+        lines = "".join(f"\n  {example}" for example in examples)
+        super().__init__(
+            prog=_program(), description=description, epilog=lines and f"examples:{lines}", formatter_class=HelpFormatter,
+            add_help=False,
+        )  # fmt: skip
+        common = self._common = self.add_argument_group("every command")
+        common.add_argument("-h", "--help", action="help", help="show this")
+        common.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS,
+                            help="flags by their long names, in TOML; the command line goes before it")  # fmt: skip
+        common.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the trace of an error")
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Arguments:
+        """The settings of a command line, and of the file that it names.
+
+        Raises NanochatError for a file with what this command does not take; leaves with exit code 2 for such flags.
+        """
+        args = sys.argv[1:] if args is None else args
+        finder = argparse.ArgumentParser(add_help=False)
+        finder.error = self.error
+        finder.add_argument("--config")
+        file = finder.parse_known_args(args)[0].config
+        in_file = self._read(Path(file).expanduser()) if file is not None else {}
+        for action, value in in_file.items():
+            action.required = False
+            self.set_defaults(**{action.dest: value})
+        arguments, unknown = self.parse_known_args(args, namespace or Arguments())
+        if unknown:
+            self.error(f"there is no {unknown[0]!r} here{_nearest(unknown[0].partition('=')[0], self._option_string_actions)}")
+        for action, value in in_file.items():  # a list on the command line replaces the file's
+            given = getattr(arguments, action.dest)
+            if isinstance(action, argparse._AppendAction) and len(given) > len(value):
+                setattr(arguments, action.dest, given[len(value) :])
+        for name in ("config", "debug"):
+            vars(arguments).pop(name, None)
+        arguments._parser = self
+        return arguments
+
+    def _read(self, path: Path) -> dict[argparse.Action, Any]:
+        """The flags that a file gives, with their values. Raises NanochatError."""
+        try:
+            content = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise NanochatError(f"--config {path} cannot be read ({error.strerror}): check the path") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise NanochatError(f"--config {path} is no TOML ({error}): write lines such as depth = 12") from error
+        known = {_long_name(action): action for action in self._actions}
+        values: dict[argparse.Action, Any] = {}
+        for key, value in _flatten(content):
+            name = key.replace("_", "-")
+            action = known.get(name) if name not in NOT_IN_FILES else None
+            if action is None:
+                nearest = _nearest(name, set(known) - {None, *NOT_IN_FILES})
+                raise NanochatError(f"{path}: {self.prog} has no setting {key!r}{nearest or ': --help lists what there is'}")
+            if action in values:
+                raise NanochatError(f"{path} has {key} more than once, and tables are only headings: leave one")
+            values[action] = _convert(action, f"{path}: {key} = {_as_toml(value)}", value)
+        return values
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with one sentence and exit code 2."""
+        self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
+
+    def format_help(self) -> str:
+        required = [f"{_flag(action)} {action.metavar}" for action in self._actions if action.required]
+        self.usage = " ".join(["%(prog)s", *required, "[flags]"])
+        self._action_groups.sort(key=lambda group: group is self._common)  # what is special to the command comes first
+        return super().format_help()
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Flags and what they take in one column, what they mean and their defaults in the other."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return METAVARS.get(action.type, action.dest.upper())
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        takes = self._format_args(action, self._get_default_metavar_for_optional(action))
+        return f"{', '.join(action.option_strings)} {takes}"
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        """With the default, unless that says nothing (off, none) or the text has it already."""
+        says_nothing = action.default in (None, argparse.SUPPRESS, "", -1, []) or isinstance(action.default, bool)
+        if says_nothing or "default:" in action.help:
+            return action.help
+        if action.help.endswith(")"):
+            return f"{action.help[:-1]}; default: %(default)s)"
+        return f"{action.help} (default: %(default)s)"
+
+
+def _program() -> str | None:
+    """How this command was called; None where nothing better is known than the name of the file."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return None if spec is None or spec.name == "nanochat.cli" else f"python -m {spec.name}"
+
+
+def _flag(action: argparse.Action) -> str:
+    """Its long form where it has one."""
+    return next((flag for flag in action.option_strings if flag.startswith("--")), action.dest)
+
+
+def _long_name(action: argparse.Action) -> str | None:
+    """What a file calls it; None if it has no long form."""
+    return _flag(action).removeprefix("--") if _flag(action).startswith("--") else None
+
+
+def _flatten(table: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flatten(value)
+        else:
+            yield key, value
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
+def _as_toml(value: Any) -> str:
+    if isinstance(value, list):  # on one line
+        return f"[{', '.join(map(_as_toml, value))}]"
+    return tomli_w.dumps({"x": value}).removeprefix("x = ").strip()
+
+
+def _convert(action: argparse.Action, what: str, value: Any) -> Any:
+    """A file's value as the command line would have given it. Raises NanochatError, which begins with `what`."""
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise NanochatError(f"{what} is neither true nor false: choose one")
+        return action.const if value else action.default
+    if isinstance(action, argparse._AppendAction) or action.nargs == "+":
+        if not isinstance(value, list):
+            raise NanochatError(f"{what} is no list: put it into [ ]")
+        return [_convert_one(action, what, item) for item in value]
+    return _convert_one(action, what, value)
+
+
+def _convert_one(action: argparse.Action, what: str, value: Any) -> Any:
+    wanted = {int: "a whole number", float: "a number"}.get(action.type, "text")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    fits = is_number and (action.type is float or isinstance(value, int)) if wanted != "text" else isinstance(value, str)
+    if not fits and not (wanted == "text" and is_number):  # a step or a year may well be text
+        raise NanochatError(f"{what} is not {wanted}: write it like {_example(action)}")
+    try:
+        value = action.type(value if wanted != "text" else str(value)) if action.type else str(value)
+    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        raise NanochatError(f"{what} does not suit {_flag(action)} ({error}): --help says what does") from error
+    if action.choices is not None and value not in action.choices:
+        raise NanochatError(f"{what} is not among the choices: take one of {', '.join(map(str, action.choices))}")
+    return value
+
+
+def _example(action: argparse.Action) -> str:
+    name = (_long_name(action) or action.dest).replace("-", "_")
+    value = {int: 12, float: 0.5}.get(action.type, "text")
+    return f"{name} = {_as_toml(value)}"

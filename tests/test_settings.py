@@ -1,0 +1,159 @@
+"""Settings from a file are what the same flags would have been, and what was saved of a run repeats it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from nanochat.common import NanochatError, read_json_lines
+from nanochat.settings import SettingsParser
+from scripts import base_eval, base_train, chat_cli, chat_eval, chat_rl, chat_sft, chat_web, data_prep
+
+
+def parse(main_module, content: str, folder: Path, *flags: str) -> dict:
+    """What a command's arguments are with a file of this content."""
+    path = folder / "some.toml"
+    path.write_text(content, encoding="utf-8")
+    return vars(main_module.parse_arguments([f"--config={path}", *flags]))
+
+
+def test_a_file_means_what_its_flags_mean(tmp_path: Path) -> None:
+    content = """
+        depth = 4
+        target_flops = 1e15
+        no_compile = true
+        [text]
+        data = "builtin"
+        [anything.at-all]
+        max-seq-len = 512
+        set = ["bigrams=8", "n_layer=1"]
+        tensorboard = false
+        resume = 500
+    """
+    flags = ["--depth=4", "--target-flops=1e15", "--no-compile", "--data=builtin", "--max-seq-len=512", "--resume=500"]
+    flags += ["--set", "bigrams=8", "n_layer=1"]
+    assert parse(base_train, content, tmp_path) == vars(base_train.parse_arguments(flags))
+
+
+def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
+    found = parse(base_train, 'depth = 4\nset = ["bigrams=8"]\nno_compile = true', tmp_path, "--depth=6", "--set", "n_layer=1")
+    assert (found["depth"], found["switches"], found["compile"]) == (6, ["n_layer=1"], False)
+    origins = 'cors_origin = ["http://a", "http://b"]'
+    assert parse(chat_web, origins, tmp_path)["cors_origin"] == ["http://a", "http://b"]
+    assert parse(chat_web, origins, tmp_path, "--cors-origin=http://c")["cors_origin"] == ["http://c"]
+
+
+def test_a_file_may_give_what_a_command_requires(tmp_path: Path) -> None:
+    assert parse(data_prep, 'input = "raw"\noutput = "prepared"', tmp_path)["input"] == "raw"
+    assert parse(chat_eval, 'task_data = "~/x"', tmp_path)["task_data"] == Path("~/x")
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("depht = 4", ("depht", "did you mean depth?")),
+        ("zzz = 4", ("zzz", "--help")),
+        ("debug = true", ("debug",)),
+        ('depth = "four"', ('"four"', "a whole number", "depth = 12")),
+        ("depth = 4.0", ("4.0", "a whole number")),
+        ("depth = true", ("true", "a whole number")),
+        ("depth = [4]", ("[4]", "a whole number")),
+        ('matrix_lr = "high"', ('"high"', "not a number")),
+        ("data = false", ("false", "text")),
+        ("no_compile = 1", ("no_compile = 1", "true")),
+        ('set = "bigrams=8"', ("bigrams=8", "[ ]")),
+        ("depth = 4\n[model]\ndepth = 5", ("depth", "more than once")),
+        ("max_seq_len = 4\nmax-seq-len = 4", ("max-seq-len", "more than once")),
+        ("depth = x", ("no TOML", "line 1")),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_sentence(content: str, named: tuple[str, ...], tmp_path: Path) -> None:
+    with pytest.raises(NanochatError) as error:
+        parse(base_train, content, tmp_path)
+    assert "some.toml" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert all(name in str(error.value) for name in named), error.value
+
+
+def test_a_value_must_be_among_the_choices(tmp_path: Path) -> None:
+    with pytest.raises(NanochatError, match=r'source = "sfx".*base, sft, rl'):
+        parse(chat_eval, 'source = "sfx"', tmp_path)
+    with pytest.raises(NanochatError, match=r"load_optimizer = 2.*0, 1"):
+        parse(chat_sft, "load_optimizer = 2", tmp_path)
+
+
+def test_a_file_must_be_there_and_be_text(tmp_path: Path) -> None:
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+    for path, sentence in ((tmp_path / "absent.toml", "absent.toml"), (tmp_path, "cannot be read"),
+                           (tmp_path / "bytes.toml", "no TOML")):  # fmt: skip
+        with pytest.raises(NanochatError, match=sentence):
+            base_train.parse_arguments(["--config", str(path)])
+
+
+@pytest.mark.parametrize(("flags", "named"), [(["--detph=4"], "--depth"), (["--depth=x"], "'x'"), (["--config"], "--config")])
+def test_a_wrong_flag_is_one_sentence(flags: list[str], named: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        base_train.parse_arguments(flags)
+    said = capsys.readouterr().err
+    assert leaving.value.code == 2
+    assert named in said
+    assert said.startswith("error: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", [base_train, chat_sft, chat_rl])
+def test_what_is_written_is_what_is_read(module, tmp_path: Path) -> None:
+    """For each kind of value: numbers, switches, lists, paths, and text that TOML must quote."""
+    flags = ["--depth=3", "--set", 'x="y"', "a\\b"] if module is base_train else ["--task-data", str(tmp_path), "--seed=7"]
+    args = module.parse_arguments([*flags, "--model-tag=a [b]", "--no-compile", "--matrix-lr=1e-5"])
+    assert parse(module, args.to_toml(vars(args)), tmp_path) == vars(args)
+
+
+@pytest.mark.parametrize("module", [base_train, base_eval, chat_cli, chat_eval, chat_rl, chat_sft, chat_web, data_prep])
+def test_help_has_groups_defaults_and_examples_that_parse(
+    module, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanochat.settings._program", lambda: "command")
+    with pytest.raises(SystemExit):
+        module.parse_arguments(["--help"])
+    text, _, examples = capsys.readouterr().out.partition("examples:\n")
+    for part in ("usage: command ", "every command:", "--debug", "--config FILE", "default: "):
+        assert part in text
+    for line in examples.splitlines():
+        command, *flags = shlex.split(line)
+        if command == "command" and "--config" not in flags:
+            module.parse_arguments(flags)
+    assert "command" in examples
+
+
+def test_a_run_can_be_repeated_from_what_it_saved(tiny_run: Path, corpus: Path) -> None:
+    """Base and SFT: the same settings, and the same losses."""
+    for stage, module in (("base", base_train), ("sft", chat_sft)):
+        config = tiny_run / stage / "config.toml"
+        assert module.main(["--config", str(config), "--model-tag=again"]) == 0
+        folders = (tiny_run / stage, tiny_run.parent / "again" / stage)
+        first, second = (json.loads((folder / "settings.json").read_text(encoding="utf-8")) for folder in folders)
+        assert {**first, "tag": "again", "model_tag": "again"} == second
+        rows = [read_json_lines(folder / "metrics.jsonl") for folder in folders]
+        losses = [[row["train/loss"] for row in part if "train/loss" in row] for part in rows]
+        assert losses[0] and losses[0] == losses[1]
+        texts = [(folder / "config.toml").read_text(encoding="utf-8") for folder in folders]
+        assert texts[0].replace('"tiny"', '"again"') == texts[1]
+
+
+def test_resuming_is_no_setting_of_a_run(tiny_run: Path) -> None:
+    """So that the file of a resumed run can start another one, and --resume auto with it goes on with this one."""
+    config = (tiny_run / "base" / "config.toml").read_text(encoding="utf-8")
+    assert "resume" not in config
+    assert 'model_tag = "tiny"' in config
+    with pytest.raises(NanochatError, match="--resume auto"):
+        base_train.main(["--config", str(tiny_run / "base" / "config.toml")])
+    assert base_train.main(["--config", str(tiny_run / "base" / "config.toml"), "--resume=auto"]) == 0
+
+
+def test_two_long_names_are_one_setting() -> None:
+    parser = SettingsParser("A test.")
+    parser.add_argument("--new-name", "--old-name", dest="name")
+    assert 'new_name = "x"' in parser.parse_args(["--old-name=x"]).to_toml({"name": "x"})
