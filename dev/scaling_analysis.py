@@ -20,7 +20,7 @@ import numpy as np
 
 from nanochat.checkpoint_manager import get_runs_dir
 from nanochat.common import NanochatError, run_command
-from nanochat.report import read_metrics
+from nanochat.metrics import read_metrics
 
 COLUMNS = ("run", "depth", "size", "tokens", "flops", "tokens_per_param", "bpb")
 

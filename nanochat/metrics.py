@@ -1,30 +1,44 @@
-"""The one door by which numbers leave a run: metrics.jsonl always, Weights & Biases and TensorBoard where asked for.
+"""The one door by which numbers leave a run: metrics.jsonl always, and the loggers that were asked for (loggers.py).
 
-Used by trainer.py; read by report.py. One JSON object a line, always with "step", "time_s" (seconds of training)
-and "timestamp" (of the row, seconds since 1970).
+Used by trainer.py; read by report.py and others. One JSON object a line, always with "step", "time_s" (seconds of training)
+and "timestamp" (of the row, seconds since 1970). A finished run can be sent to a logger as well:
+python -m nanochat.metrics RUN --to tensorboard
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import NanochatError
+from nanochat.checkpoint_manager import SETTINGS_FILE, STAGES, get_run_dir
+from nanochat.common import NanochatError, read_json_lines, run_command
+from nanochat.loggers import LOGGERS, BackgroundLogger, LoggedRun, check_installed
 
 
 class MetricsLog:
     """Appends rows to `<stage_dir>/metrics.jsonl` on rank 0 and does nothing on the others.
 
-    run: the name of a Weights & Biases run, or "dummy" for none; tensorboard: whether to write event files as well.
-    Raises NanochatError if one is asked for that is not installed.
+    run: what the loggers call the run; "dummy": its tag and stage. log_to: names of LOGGERS; a `run` of its own adds wandb
+    where nothing else was said. resume_step: the step that the run goes on from, so that the loggers go on as well.
+    Raises NanochatError if a logger is asked for that is not installed.
     """
 
-    def __init__(self, stage_dir: Path, settings: dict[str, Any], run: str, tensorboard: bool, rank: int) -> None:
-        self._file = self._wandb = self._tensorboard = None
+    def __init__(
+        self,
+        stage_dir: Path,
+        settings: dict[str, Any],
+        run: str,
+        log_to: Iterable[str],
+        rank: int,
+        resume_step: int | None = None,
+    ) -> None:
+        self._file, self._loggers = None, []
         if rank != 0:
             return
         stage_dir.mkdir(parents=True, exist_ok=True)
@@ -33,18 +47,11 @@ class MetricsLog:
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open for the life of the run
         # A crash may have cut the last line short: what follows must not be glued to it.
         self._unwritten = b"\n" if torn else b""
-        if run != "dummy":
-            try:
-                import wandb
-            except ImportError:
-                raise NanochatError(f"--run={run} needs Weights & Biases: pip install wandb, or leave --run out") from None
-            self._wandb = wandb.init(project="nanochat", name=run, config=settings)
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise NanochatError("--tensorboard needs it installed: pip install tensorboard") from None
-            self._tensorboard = SummaryWriter(str(stage_dir / "tensorboard"))
+        names = list(dict.fromkeys(log_to)) or (["wandb"] if run != "dummy" else [])
+        logged_run = LoggedRun(stage_dir, _name(run, stage_dir), settings, resume_step)
+        for name in names:
+            check_installed(name)
+        self._loggers = [BackgroundLogger(name, logged_run) for name in names]
 
     def log(self, row: dict[str, Any]) -> None:
         """Write one row; it is with the system when this returns, or, if the disk is full, tried again with the next."""
@@ -53,13 +60,9 @@ class MetricsLog:
         row = {"timestamp": round(time.time(), 3), **row}
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._write(json.dumps(finite) + "\n")
-        place = ("step", "timestamp")
-        numbers = {k: v for k, v in finite.items() if isinstance(v, int | float) and k not in place}
-        if self._wandb is not None:
-            self._wandb.log(numbers, step=row["step"])
-        if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, row["step"])
+        if numbers := _numbers(finite):
+            for logger in self._loggers:
+                logger.log(row["step"], numbers)
 
     def _write(self, line: str) -> None:
         complained = bool(self._unwritten.strip())
@@ -76,7 +79,65 @@ class MetricsLog:
             if self._unwritten.strip():
                 self._write("")
             self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for logger in self._loggers:
+            logger.close()
+
+
+def _name(run: str, stage_dir: Path) -> str:
+    return f"{stage_dir.parent.name}-{stage_dir.name}" if run == "dummy" else run
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    """What of a row can be drawn; nothing of a sample's."""
+    if "sample/text" in row:
+        return {}
+    return {k: v for k, v in row.items() if isinstance(v, int | float) and k not in ("step", "timestamp")}
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; what a resumed run did again replaces what it had done before."""
+    rows: dict[Any, dict[str, Any]] = {}  # in the order of their steps
+    for row in read_json_lines(path):
+        newest = row["step"] - ("train/loss" in row)  # an update comes before all else of its step
+        while rows and next(reversed(rows.values()))["step"] > newest:  # back in time: the run was resumed here
+            rows.popitem()
+        what = (row["step"], frozenset(row), row.get("sample/prompt"))  # samples have many rows a step
+        rows.pop(what, None)  # a step that is gone on from is evaluated once more
+        rows[what] = row
+    return list(rows.values())
+
+
+# ----------------------------------------------------------------------------- replaying
+
+
+def replay(stage_dir: Path, to: str, run: str = "dummy") -> int:
+    """Send what a stage has logged so far to a logger, as a run of its own; returns the number of rows."""
+    settings = json.loads((stage_dir / SETTINGS_FILE).read_text(encoding="utf-8"))
+    rows = [(row["step"], _numbers(row)) for row in read_metrics(stage_dir / "metrics.jsonl")]
+    purge_all = -1 if to == "tensorboard" else None  # its directory has room for one: what it holds is replaced
+    logger = LOGGERS[to](LoggedRun(stage_dir, _name(run, stage_dir), settings, purge_all))
+    for step, numbers in rows:
+        if numbers:
+            logger.log(step, numbers)
+    logger.close()
+    return len(rows)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Send the metrics of a run that was trained without a logger to one.")
+    parser.add_argument("run_dir", metavar="RUN", help="model tag, or the directory of a run")
+    parser.add_argument("--to", required=True, choices=LOGGERS, help="where its numbers go")
+    parser.add_argument("--run", default="dummy", metavar="NAME", help="what it is called there (default: its tag and stage)")
+    args = parser.parse_args(argv)
+    check_installed(args.to)
+    run_dir = Path(args.run_dir) if Path(args.run_dir).is_dir() else get_run_dir(args.run_dir)
+    stages = [run_dir / stage for stage in STAGES if (run_dir / stage / SETTINGS_FILE).exists()]
+    if not stages:
+        raise NanochatError(f"{run_dir} holds no stage of a run: give a model tag or the directory of a run")
+    for stage_dir in stages:
+        print(f"{stage_dir}: {replay(stage_dir, args.to, args.run):,} rows sent to {args.to}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -22,7 +22,8 @@ import psutil
 import torch
 
 from nanochat.checkpoint_manager import SETTINGS_FILE, STAGES, get_run_dir, get_runs_dir
-from nanochat.common import NanochatError, atomic_write, read_json_lines, run_command
+from nanochat.common import NanochatError, atomic_write, run_command
+from nanochat.metrics import read_metrics
 from nanochat.progress import format_seconds
 from nanochat.scores import describe_pass_at
 from nanochat.settings import SettingsParser
@@ -49,19 +50,6 @@ class Section:
 
 
 # ----------------------------------------------------------------------------- reading a run
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; what a resumed run did again replaces what it had done before."""
-    rows: dict[Any, dict[str, Any]] = {}  # in the order of their steps
-    for row in read_json_lines(path):
-        newest = row["step"] - ("train/loss" in row)  # an update comes before all else of its step
-        while rows and next(reversed(rows.values()))["step"] > newest:  # back in time: the run was resumed here
-            rows.popitem()
-        what = (row["step"], frozenset(row), row.get("sample/prompt"))  # samples have many rows a step
-        rows.pop(what, None)  # a step that is gone on from is evaluated once more
-        rows[what] = row
-    return list(rows.values())
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -56,6 +56,7 @@ from nanochat.compilation import can_compile, measure_matmul_rate
 from nanochat.dataset import Source
 from nanochat.fp8 import enable_fp8
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.loggers import LOGGERS
 from nanochat.optim import MuonAdamW
 from nanochat.scaling import accumulation_steps, default_device_batch_size
 from nanochat.settings import CONFIG_FILE, Arguments
@@ -66,7 +67,7 @@ EXPECTED_MFU = 0.5  # the share of a device's products that training makes use o
 
 # What may differ between a run and its resumption: it changes how the work is done, not what is computed.
 FREE_SETTINGS = {
-    "resume", "resume_from_step", "device_batch_size", "grad_accum_steps", "run", "tensorboard", "device", "dtype", "fp8",
+    "resume", "resume_from_step", "device_batch_size", "grad_accum_steps", "run", "log_to", "device", "dtype", "fp8",
     "world_size", "fsdp", "activation_checkpointing",
     "compile", "eval_every", "eval_tokens", "sample_every", "save_every", "keep_last",
     "data", "tokenizer",  # what these mean is compared, not where it lies
@@ -78,8 +79,23 @@ FREE_SETTINGS = {
 def add_training_arguments(parser: argparse.ArgumentParser, eval_every: int = 250, generates: bool = False) -> None:
     """Flags that every training script has. generates: the stage writes what it learns from, which takes a whole model."""
     run = parser.add_argument_group("run")
-    run.add_argument("--run", default="dummy", metavar="NAME", help="Weights & Biases run name; 'dummy' logs nothing there")
-    run.add_argument("--tensorboard", action="store_true", help="write TensorBoard event files beside metrics.jsonl")
+    run.add_argument(
+        "--run",
+        default="dummy",
+        metavar="NAME",
+        help="what loggers call the run; without --log-to it goes to Weights & Biases, 'dummy' to none",
+    )
+    run.add_argument(
+        "--log-to",
+        nargs="+",
+        action="extend",
+        default=[],
+        choices=LOGGERS,
+        metavar="LOGGER",
+        help=f"loggers beside metrics.jsonl: {', '.join(LOGGERS)} (WANDB_MODE=offline keeps the first one's on disk)",
+    )
+    run.add_argument("--tensorboard", dest="log_to", action="append_const", const="tensorboard",
+                     help="the same as --log-to tensorboard")  # fmt: skip
     run.add_argument("--model-tag", default=None, metavar="TAG", help="name of the run's directory")
     run.add_argument(
         "--resume",

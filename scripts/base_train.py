@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
             log_every=10 if device.type == "cuda" else 1, compile=args.compile, stage_name="pretraining",
         ),
         stage.directory,
-        MetricsLog(stage.directory, settings, args.run, args.tensorboard, rank),
+        MetricsLog(stage.directory, settings, args.run, args.log_to, rank, stage.resume_step),
         {
             "model_config": asdict(config), "tokenizer": tokenizer.fingerprint(), "settings": settings,
             "data": source.describe(), "parent": None,

@@ -135,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
             compile=False,  # rows of ever other lengths: the time is in the answering
         ),
         stage.directory,
-        MetricsLog(stage.directory, settings, args.run, args.tensorboard, rank),
+        MetricsLog(stage.directory, settings, args.run, args.log_to, rank, stage.resume_step),
         {
             "model_config": model_config, "tokenizer": tokenizer.fingerprint(), "settings": settings,
             "parent": {"stage": args.source, "step": parent_step},

@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
             log_every=10 if device.type == "cuda" else 1, compile=args.compile, stage_name="fine-tuning",
         ),
         stage.directory,
-        MetricsLog(stage.directory, settings, args.run, args.tensorboard, rank),
+        MetricsLog(stage.directory, settings, args.run, args.log_to, rank, stage.resume_step),
         {
             "model_config": model_config, "tokenizer": tokenizer.fingerprint(), "settings": settings,
             "parent": {"stage": "base", "step": base_step},

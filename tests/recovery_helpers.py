@@ -22,7 +22,7 @@ import torch
 
 from nanochat.checkpoint_manager import list_steps, step_dir
 from nanochat.common import read_json_lines
-from nanochat.report import read_metrics
+from nanochat.metrics import read_metrics
 from tests.conftest import TINY_TRAINING
 
 ROOT = Path(__file__).parent.parent

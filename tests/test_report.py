@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,9 +13,9 @@ from rich.console import Console
 
 from nanochat import report
 from nanochat.common import NanochatError
-from nanochat.metrics import MetricsLog
+from nanochat.metrics import read_metrics
 from nanochat.progress import Progress, format_seconds
-from nanochat.report import merge_eval, read_metrics, smooth, write_report
+from nanochat.report import merge_eval, smooth, write_report
 
 
 class _Page(HTMLParser):
@@ -120,26 +119,6 @@ def test_smoothing_has_no_bias_and_keeps_constants() -> None:
     assert smooth([3.0] * 5) == pytest.approx([3.0] * 5)
     assert smooth([4.0, 0.0])[0] == 4.0
     assert smooth([]) == []
-
-
-# ----------------------------------------------------------------------------- metrics
-
-
-def test_metrics_survive_a_torn_line_and_numbers_that_are_none(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "tra', encoding="utf-8")
-    log = MetricsLog(tmp_path, {}, "dummy", False, rank=0)
-    log.log({"step": 2, "time_s": 1.0, "train/loss": math.nan})
-    log.close()
-    assert [row["step"] for row in read_metrics(path)] == [1, 2]
-    assert read_metrics(path)[-1]["train/loss"] is None
-
-
-def test_only_rank_0_writes_metrics(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "stage", {}, "dummy", True, rank=1)
-    log.log({"step": 1, "time_s": 0.0})
-    log.close()
-    assert not (tmp_path / "stage").exists()
 
 
 # ----------------------------------------------------------------------------- progress

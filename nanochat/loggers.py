@@ -1,0 +1,164 @@
+"""Where a run's numbers go beside metrics.jsonl: Weights & Biases, TensorBoard, trackio. Used by metrics.py.
+
+To add one, write a class with the methods of Logger and enter it in LOGGERS: flags, help and replaying follow.
+All get the same numbers under the same names, those of metrics.jsonl.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import queue
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from nanochat.common import NanochatError, atomic_write
+
+PROJECT = "nanochat"
+OPEN_S = 30.0  # seconds that the start waits for a logger, so that what it asks or says comes before the progress
+CLOSE_S = 60.0  # and the end, for what is still to be sent
+MAX_WAITING = 20_000  # rows; a logger that is further behind has stopped
+
+
+@dataclass(frozen=True)
+class LoggedRun:
+    """What a logger is told of the stage whose numbers it gets."""
+
+    stage_dir: Path
+    name: str
+    settings: Mapping[str, Any]
+    resume_step: int | None = None  # the step it goes on from; None: it begins
+
+
+class Logger(Protocol):
+    """Made with a LoggedRun, which it opens: a new one, or the very one that it wrote before where the run is resumed."""
+
+    def __init__(self, run: LoggedRun) -> None: ...
+    def log(self, step: int, numbers: Mapping[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class WandbLogger:
+    """One Weights & Biases run for a stage; its id is kept in the stage's directory. WANDB_MODE=offline is heeded."""
+
+    def __init__(self, run: LoggedRun) -> None:
+        import wandb
+
+        id_file = run.stage_dir / "wandb_run_id"
+        resumed = run.resume_step is not None and id_file.exists()
+        self._run = wandb.init(
+            project=PROJECT, name=run.name, config=dict(run.settings), dir=run.stage_dir,
+            group=run.settings.get("tag"), job_type=run.settings.get("stage"),
+            id=id_file.read_text(encoding="utf-8") if resumed else None, resume="allow" if resumed else None,
+        )  # fmt: skip
+        atomic_write(id_file, self._run.id)
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        if step >= self._run.step:  # it has what a killed run did after its checkpoint, and refuses it a second time
+            self._run.log(dict(numbers), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoardLogger:
+    """Event files in `tensorboard/` of the stage. A resumed run hides what it wrote after the step it goes on from."""
+
+    def __init__(self, run: LoggedRun) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge_step = None if run.resume_step is None else run.resume_step + 1
+        self._writer = SummaryWriter(str(run.stage_dir / "tensorboard"), purge_step=purge_step)
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class TrackioLogger:
+    """A trackio run in its local database (`trackio show`), or where TRACKIO_SPACE_ID or TRACKIO_SERVER_URL says."""
+
+    def __init__(self, run: LoggedRun) -> None:
+        import trackio
+
+        self._run = trackio.init(
+            PROJECT, name=run.name, group=run.settings.get("tag"), config=dict(run.settings), embed=False,
+            resume="never" if run.resume_step is None else "allow", auto_log_gpu=False, auto_log_cpu=False,
+        )  # fmt: skip
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._run.log(dict(numbers), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+LOGGERS: dict[str, type[Logger]] = {"wandb": WandbLogger, "tensorboard": TensorBoardLogger, "trackio": TrackioLogger}
+
+
+def check_installed(name: str) -> None:
+    """Raise NanochatError if the package of a logger is missing; it has the logger's name."""
+    if importlib.util.find_spec(name) is None:
+        raise NanochatError(f"logging to {name} needs its package: pip install {name}, or leave it out")
+
+
+class BackgroundLogger:
+    """A logger in a thread of its own: it may wait for a network, or break, and the training goes on as without it.
+
+    If it breaks, or falls too far behind, one warning says how to send what it missed, and it gets nothing more.
+    Raises NanochatError if the logger is not installed.
+    """
+
+    def __init__(self, name: str, run: LoggedRun) -> None:
+        check_installed(name)
+        self._name, self._run = name, run
+        self._rows: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue(MAX_WAITING)
+        self._opened, self._broken = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._work, name=f"log to {name}", daemon=True)
+        self._thread.start()
+        self._opened.wait(OPEN_S)
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        self._put((step, numbers))
+
+    def close(self) -> None:
+        self._put(None)
+        if not self._broken.is_set():
+            self._thread.join(CLOSE_S)
+            if self._thread.is_alive():
+                self._give_up(f"it has not taken everything {CLOSE_S:g} s after the end")
+
+    def _put(self, row: tuple[int, Mapping[str, float]] | None) -> None:
+        if self._broken.is_set():
+            return
+        try:
+            self._rows.put_nowait(row)
+        except queue.Full:
+            self._give_up(f"it is {MAX_WAITING:,} rows behind")
+
+    def _work(self) -> None:
+        try:
+            logger = LOGGERS[self._name](self._run)
+            self._opened.set()
+            while (row := self._rows.get()) is not None:
+                logger.log(*row)
+            logger.close()
+        except Exception as error:  # of somebody else's package, service or disk: whatever it is, it is not the training's
+            self._give_up(f"{type(error).__name__}: {error}")
+        finally:
+            self._opened.set()
+
+    def _give_up(self, reason: str) -> None:
+        self._broken.set()
+        print(
+            f"warning: nothing more goes to {self._name} ({' '.join(reason.split())}); training goes on, metrics.jsonl has "
+            f"everything, and this sends it later: python -m nanochat.metrics {self._run.stage_dir.parent.name} "
+            f"--to {self._name}",
+            file=sys.stderr,
+        )

@@ -1,0 +1,262 @@
+"""Numbers on their way out of a run: metrics.jsonl, and the loggers that may break without harm."""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from nanochat import loggers, metrics
+from nanochat.common import NanochatError
+from nanochat.loggers import LOGGERS, LoggedRun
+from nanochat.metrics import MetricsLog, read_metrics
+from scripts.base_train import parse_arguments
+
+SETTINGS = {"tag": "d2", "stage": "base", "depth": 2}
+
+
+@pytest.fixture
+def stage_dir(base_dir: Path) -> Path:
+    return base_dir / "runs" / "d2" / "base"
+
+
+@pytest.fixture
+def tensorboard() -> None:
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed: pip install tensorboard")
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb", reason="Weights & Biases is not installed: pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+
+
+@pytest.fixture
+def trackio_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of the runs that the test logs; trackio decides where it is when it is first imported."""
+    pytest.importorskip("trackio", reason="trackio is not installed: pip install trackio")
+    for module in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    return tmp_path / "trackio" / "nanochat.db"
+
+
+def _row(step: int, loss: float | None = None) -> dict[str, float]:
+    return {"step": step, "time_s": float(step), "train/loss": 1 / step if loss is None else loss}
+
+
+def _train_and_resume(stage_dir: Path, logger: str) -> None:
+    """Six steps, of which those after the fourth are lost with their process and done again."""
+    log = MetricsLog(stage_dir, SETTINGS, "dummy", [logger], rank=0)
+    for step in range(1, 7):
+        log.log(_row(step))
+    log.log({"step": 4, "time_s": 4.0, "sample/prompt": "a", "sample/text": "b"})
+    log.close()
+    log = MetricsLog(stage_dir, SETTINGS, "dummy", [logger], rank=0, resume_step=4)
+    for step in range(5, 9):
+        log.log(_row(step))
+    log.log({"step": 8, "time_s": 8.0, "val/bpb": 0.5})
+    log.close()
+
+
+# ----------------------------------------------------------------------------- metrics.jsonl
+
+
+def test_metrics_survive_a_torn_line_and_numbers_that_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "train/loss": 2.0}\n{"step": 2, "tra', encoding="utf-8")
+    log = MetricsLog(tmp_path, {}, "dummy", [], rank=0)
+    log.log({"step": 2, "time_s": 1.0, "train/loss": math.nan})
+    log.close()
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    assert read_metrics(path)[-1]["train/loss"] is None
+
+
+def test_only_rank_0_writes_metrics(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "stage", {}, "dummy", ["no such logger"], rank=1)
+    log.log({"step": 1, "time_s": 0.0})
+    log.close()
+    assert not (tmp_path / "stage").exists()
+
+
+# ----------------------------------------------------------------------------- which loggers
+
+
+class _Memory:
+    """A logger that keeps what it is given."""
+
+    made: list[_Memory]
+
+    def __init__(self, run: LoggedRun) -> None:
+        self.run, self.rows, self.closed = run, [], False
+        self.made.append(self)
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        self.rows.append((step, dict(numbers)))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_Memory]]:
+    """Takes the place of every logger, installed or not."""
+    monkeypatch.setattr(loggers, "check_installed", lambda name: None)
+    monkeypatch.setattr(metrics, "check_installed", lambda name: None)
+    monkeypatch.setattr(_Memory, "made", [], raising=False)
+    for name in LOGGERS:
+        monkeypatch.setitem(LOGGERS, name, _Memory)
+    yield _Memory.made
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        ([], []),
+        (["--run=dummy"], []),
+        (["--run=x"], ["x"]),
+        (["--tensorboard"], ["d2-base"]),
+        (["--run=x", "--log-to", "trackio", "--tensorboard", "--log-to", "trackio", "wandb"], ["x", "x", "x"]),
+    ],
+)
+def test_flags_choose_the_loggers(flags: list[str], names: list[str], stage_dir: Path, memory: list[_Memory]) -> None:
+    args = parse_arguments(flags)
+    log = MetricsLog(stage_dir, SETTINGS, args.run, args.log_to, rank=0, resume_step=7)
+    log.log({**_row(8), "val/bpb": math.inf, "note": "text"})
+    log.close()
+    assert [logger.run.name for logger in memory] == names
+    for logger in memory:
+        assert logger.run.resume_step == 7
+        assert logger.rows == [(8, {"time_s": 8.0, "train/loss": 0.125})]  # what can be drawn, and nothing else
+        assert logger.closed
+
+
+def test_a_logger_that_is_not_installed_is_named(stage_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOGGERS, "no_such_package", _Memory)
+    with pytest.raises(NanochatError, match="pip install no_such_package"):
+        MetricsLog(stage_dir, SETTINGS, "dummy", ["no_such_package"], rank=0)
+
+
+# ----------------------------------------------------------------------------- loggers that break
+
+
+@pytest.mark.parametrize("breaks_at", ["opening", "logging", "closing", "never ends"])
+def test_a_logger_that_breaks_harms_nothing(
+    breaks_at: str, stage_dir: Path, memory: list[_Memory], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """One warning with the way out; metrics.jsonl has every row, and the training waits for none of it."""
+    hung = threading.Event()
+
+    class Broken(_Memory):
+        def __init__(self, run: LoggedRun) -> None:
+            if breaks_at == "opening":
+                raise ConnectionError("no network")
+            super().__init__(run)
+
+        def log(self, step: int, numbers: Mapping[str, float]) -> None:
+            super().log(step, numbers)
+            if breaks_at == "logging" and step == 3:
+                raise OSError(28, "No space left on device")
+            if breaks_at == "never ends":
+                hung.wait()
+
+        def close(self) -> None:
+            if breaks_at == "closing":
+                raise TimeoutError("service down")
+
+    monkeypatch.setitem(LOGGERS, "wandb", Broken)
+    monkeypatch.setattr(loggers, "CLOSE_S", 0.2)
+    monkeypatch.setattr(loggers, "MAX_WAITING", 50)
+    log = MetricsLog(stage_dir, SETTINGS, "dummy", ["wandb", "trackio"], rank=0)
+    began = time.perf_counter()
+    for step in range(1, 40):
+        log.log(_row(step))
+    logged_in_s = time.perf_counter() - began
+    log.close()
+    hung.set()
+    assert logged_in_s < 2.0
+    assert len(read_metrics(stage_dir / "metrics.jsonl")) == 39
+    sound = next(logger for logger in memory if type(logger) is _Memory)
+    assert len(sound.rows) == 39 and sound.closed
+    errors = capfd.readouterr().err
+    assert errors.count("warning") == 1
+    assert "python -m nanochat.metrics d2 --to wandb" in errors
+
+
+def test_a_logger_that_falls_behind_is_left(
+    stage_dir: Path, memory: list[_Memory], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    hung = threading.Event()
+    monkeypatch.setattr(_Memory, "log", lambda *row: hung.wait())
+    monkeypatch.setattr(loggers, "MAX_WAITING", 5)
+    log = MetricsLog(stage_dir, SETTINGS, "dummy", ["trackio"], rank=0)
+    for step in range(1, 40):
+        log.log(_row(step))
+    log.close()
+    hung.set()
+    assert "5 rows behind" in capfd.readouterr().err
+
+
+# ----------------------------------------------------------------------------- the real ones
+
+
+def _read_tensorboard(folder: Path, name: str) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def _expect_whole(points: list[tuple[int, float]]) -> None:
+    assert [step for step, _ in points] == list(range(1, 9))
+    assert [value for _, value in points] == pytest.approx([1 / step for step in range(1, 9)])
+
+
+@pytest.mark.slow
+def test_tensorboard_shows_a_resumed_run_as_one(tensorboard: None, stage_dir: Path) -> None:
+    _train_and_resume(stage_dir, "tensorboard")
+    _expect_whole(_read_tensorboard(stage_dir / "tensorboard", "train/loss"))
+    assert _read_tensorboard(stage_dir / "tensorboard", "val/bpb") == [(8, 0.5)]
+
+
+@pytest.mark.slow
+def test_trackio_shows_a_resumed_run_as_one(trackio_database: Path, stage_dir: Path) -> None:
+    _train_and_resume(stage_dir, "trackio")
+    with sqlite3.connect(trackio_database) as database:
+        rows = database.execute("SELECT run_name, step, metrics FROM metrics").fetchall()
+    assert {name for name, _, _ in rows} == {"d2-base"}
+    logged = [(step, json.loads(text)) for _, step, text in rows]
+    points = {(step, numbers["train/loss"]) for step, numbers in logged if "train/loss" in numbers}
+    _expect_whole(sorted(points))
+    assert [numbers["val/bpb"] for _, numbers in logged if "val/bpb" in numbers] == [0.5]
+
+
+@pytest.mark.slow
+def test_wandb_goes_on_with_the_run_it_began(wandb: None, stage_dir: Path) -> None:
+    _train_and_resume(stage_dir, "wandb")
+    sittings = sorted((stage_dir / "wandb").glob("offline-run-*"))
+    assert len({folder.name.rpartition("-")[2] for folder in sittings}) == 1  # the id, by which `wandb sync` joins them
+    assert (stage_dir / "wandb_run_id").read_text(encoding="utf-8") == sittings[0].name.rpartition("-")[2]
+    for folder in sittings:
+        written = next(folder.glob("*.wandb")).read_bytes()
+        assert b"train/loss" in written
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_replayed(tensorboard: None, tiny_run: Path) -> None:
+    for _ in range(2):  # the second time in the place of the first
+        assert metrics.main(["tiny", "--to=tensorboard"]) == 0
+    rows = [row for row in read_metrics(tiny_run / "base" / "metrics.jsonl") if "train/loss" in row]
+    points = _read_tensorboard(tiny_run / "base" / "tensorboard", "train/loss")
+    assert points == [(row["step"], pytest.approx(row["train/loss"])) for row in rows]
+    with pytest.raises(NanochatError, match="no stage"):
+        metrics.main(["nothing", "--to=tensorboard"])
