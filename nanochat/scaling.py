@@ -7,8 +7,8 @@ optim.OptimizerSettings were tuned, and carried to other sizes by
   (training tokens)^0.79, which meets what small models learn most from (dev/LOG.md, "Batches of small models"),
 - learning rates proportional to (batch size)^1/6: the square root that is often given starves small batches here
   (dev/LOG.md, "Learning rates at a small batch"),
-- weight decay proportional to (batch size)^1/2 / (training tokens), which keeps the decay's time scale a constant
-  share of the run (arXiv 2405.13698).
+- weight decay proportional to (batch size)^5/6 / (training tokens), which with such learning rates keeps the decay's
+  time scale a constant share of the run (arXiv 2405.13698).
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def plan_horizon(
             num_iterations = round(target_tokens / total_batch_size)
         else:
             raise NanochatError("no horizon: give --num-iterations, --target-flops or --target-param-data-ratio above 0")
-    decay_scale = (total_batch_size / REFERENCE_BATCH) ** 0.5 * reference_tokens / target_tokens
+    decay_scale = (total_batch_size / REFERENCE_BATCH) ** (1 - LR_BATCH_EXPONENT) * reference_tokens / target_tokens
     return Horizon(max(1, num_iterations), total_batch_size, learning_rate_scale(total_batch_size), decay_scale)
 
 

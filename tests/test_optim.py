@@ -233,6 +233,9 @@ def test_horizon_may_be_overridden() -> None:
         plan_horizon(config, 1000, num_iterations=7),
     )
     assert short.total_batch_size < whole.total_batch_size  # a shorter run takes smaller batches
+    for horizon in (whole, short):  # learning rate times decay times updates is the same for all
+        decayed = horizon.lr_scale * horizon.weight_decay_scale * horizon.num_iterations
+        assert decayed == pytest.approx(plan_horizon(model_config(12, 4096), 1).num_iterations, rel=0.1)
     assert trial.total_batch_size == whole.total_batch_size  # and a trial is the start of the real one
     with pytest.raises(NanochatError, match="no horizon"):
         plan_horizon(config, 1, tokens_per_param=-1)
