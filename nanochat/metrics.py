@@ -107,6 +107,36 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
+def series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of one number."""
+    chosen = [row for row in rows if row.get(name) is not None]
+    return [row["step"] for row in chosen], [row[name] for row in chosen]
+
+
+def smooth(values: list[float], decay: float = 0.95) -> list[float]:
+    """An exponential mean of the values so far, without a bias towards the first."""
+    mean, weight, result = 0.0, 0.0, []
+    for value in values:
+        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
+        result.append(mean / weight)
+    return result
+
+
+def smooth_for_picture(values: list[float]) -> list[float]:
+    """The mean around each value, nearer ones counting more: it neither lags behind nor leads, nor sways at the ends."""
+    decay = min(0.95, 1 - 8 / (len(values) + 8))
+
+    def sums(values: list[float]) -> list[tuple[float, float]]:
+        total, weight, result = 0.0, 0.0, []
+        for value in values:
+            total, weight = decay * total + value, decay * weight + 1
+            result.append((total, weight))
+        return result
+
+    both = zip(values, sums(values), sums(values[::-1])[::-1], strict=True)
+    return [(before + after - value) / (w + v - 1) for value, (before, w), (after, v) in both]
+
+
 # ----------------------------------------------------------------------------- replaying
 
 

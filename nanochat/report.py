@@ -1,36 +1,50 @@
 """The report card of a run: report.md and report.html in its directory. python -m nanochat.report [--model-tag TAG]
 
-Everything comes from what the stages left behind (settings.json, metrics.jsonl, eval.json), so an unfinished run has a
-report as well.
+Everything comes from what the stages left behind (settings.json, metrics.jsonl, eval.json, a checkpoint's meta.json), so an
+unfinished run has a report as well. The page is one file: styles and pictures are in it, and it needs no JavaScript.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import psutil
 import torch
+from markupsafe import Markup, escape
 
-from nanochat.checkpoint_manager import SETTINGS_FILE, STAGES, get_run_dir, get_runs_dir
+from nanochat.checkpoint_manager import META_FILE, SETTINGS_FILE, STAGES, get_run_dir, get_runs_dir, list_steps, step_dir
 from nanochat.common import NanochatError, atomic_write, run_command
-from nanochat.metrics import read_metrics
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.metrics import read_metrics, series, smooth_for_picture
+from nanochat.plots import Bar, Curve, Panel, Shares, draw_bars, draw_panel, draw_shares, save_png, to_svg
 from nanochat.progress import format_seconds
 from nanochat.scores import describe_pass_at
 from nanochat.settings import SettingsParser
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 STAGE_TITLES = {"base": "Pretraining", "sft": "Supervised fine-tuning", "rl": "Reinforcement learning"}
-TRAINED_TITLES = {"train/loss": "training loss (nats per token)", "rl/reward": "reward of the sampled answers"}
-MEASURED_TITLES = {"val/bpb": "validation bits per byte", "val/core": "CORE", "val/pass@": "held-out problems solved"}
+TITLES = {
+    "train/loss": "training loss, nats per token", "train/lrm": "learning rate, share of its peak",
+    "train/tok_per_s": "tokens per second", "train/peak_memory_mb": "most memory held, GB",
+    "val/bpb": "validation bits per byte", "val/core": "CORE", "val/pass@": "held-out problems solved",
+    "rl/reward": "reward of the sampled answers", "rl/mixed_groups": "groups with right and wrong answers",
+    "rl/answer_tokens": "tokens in an answer", "rl/unfinished": "answers cut off",
+    "rl/rollout_tok_per_s": "tokens sampled per second",
+}  # fmt: skip
 SHOWN_SETTINGS = (
     "depth", "data", "tasks", "max_seq_len", "window_pattern", "num_iterations", "total_batch_size", "device_batch_size",
     "num_params", "num_scaling_params", "flops_per_token", "matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay",
@@ -39,14 +53,25 @@ SHOWN_SETTINGS = (
 
 
 @dataclass
+class Picture:
+    """What a section shows: in the page as SVG, beside report.md as plots/NAME.png. wide: over both columns."""
+
+    name: str
+    description: str
+    svg: str
+    wide: bool
+
+
+@dataclass
 class Section:
-    """A heading with any of: rows of a table, a picture (SVG and PNG), pairs of prompt and text."""
+    """A heading with any of: rows of a table, pictures, pairs of prompt and text."""
 
     title: str
     columns: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
-    plot: str | None = None  # file name below plots/, without suffix
-    samples: list[dict[str, str]] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    continues: bool = False  # the samples go on with their prompts, instead of answering them
 
 
 # ----------------------------------------------------------------------------- reading a run
@@ -70,40 +95,85 @@ def merge_eval(stage_dir: Path, step: int, results: dict[str, Any]) -> None:
 # ----------------------------------------------------------------------------- making the report
 
 
+class Album:
+    """Makes the pictures of a report: as PNG below plots/, as SVG for the page."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def add(self, name: str, description: str, figure: Figure, wide: bool = True) -> Picture:
+        save_png(figure, self._folder / f"{name}.png")
+        return Picture(name, description, to_svg(figure, description), wide)
+
+
 def write_report(run_dir: Path) -> tuple[Path, Path]:
     """Write report.md and report.html (self-contained) into a run's directory; returns their paths."""
-    sections = [_system_section()]
-    plots: dict[str, str] = {}
     overview = Section("Stages", ["stage", "steps", "tokens", "time", "loss", "val bpb", "tokens/s", "MFU", "memory"])
-    sections.append(overview)
+    sections, facts, album = [overview], {}, Album(run_dir / "plots")
     for stage in STAGES:
         stage_dir = run_dir / stage
-        rows = read_metrics(stage_dir / "metrics.jsonl")
         settings = read_json(stage_dir / SETTINGS_FILE)
         if not settings:
             continue
-        overview.rows.append(_overview_row(stage, rows))
-        sections.append(_settings_section(stage, settings))
-        if any("train/loss" in row for row in rows):
-            name = f"{stage}_curves"
-            plots[name] = _plot_curves(rows, run_dir / "plots" / name)
-            sections.append(Section(f"{STAGE_TITLES[stage]}: curves", plot=name))
+        rows = read_metrics(stage_dir / "metrics.jsonl")
         results = read_json(stage_dir / "eval.json")
-        if core := results.get("core"):
-            plots["core"] = _plot_core(core["tasks"], run_dir / "plots" / "core")
-            sections.append(_core_section(core))
-        sections += _evaluation_sections(stage, results, rows)
+        overview.rows.append(_overview_row(stage, rows))
+        if "num_params" in settings:
+            facts["parameters"] = f"{settings['num_params']:,}"
+        facts |= _facts(stage, rows, results)
+        sections += _curves_section(stage, rows, album)
+        sections += _evaluation_sections(stage, results, rows, album)
+        if stage == "base":
+            sections += _model_section(stage_dir, album)
+        sections.append(_settings_section(stage, settings))
     if not overview.rows:
         raise NanochatError(f"{run_dir} holds no stage to report on: train one first")
-    context = {"title": f"nanochat: {run_dir.name}", "made": time.strftime("%Y-%m-%d %H:%M"), "sections": sections}
-    markdown, html = run_dir / "report.md", run_dir / "report.html"
-    loader = jinja2.PackageLoader("nanochat", "templates")
-    # Only the page is escaped: samples are whatever a model wrote.
-    for path, autoescape in ((markdown, False), (html, True)):
-        environment = jinja2.Environment(loader=loader, autoescape=autoescape, trim_blocks=True, lstrip_blocks=True)
-        environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
-        atomic_write(path, environment.get_template(path.name).render(context, plots=plots))
-    return markdown, html
+    sections.append(_system_section())
+    context = {
+        "title": f"nanochat: {run_dir.name}", "made": time.strftime("%Y-%m-%d %H:%M"), "facts": facts, "sections": sections,
+    }  # fmt: skip
+    return render("report.md", run_dir / "report.md", context), render("report.html", run_dir / "report.html", context)
+
+
+def render(template: str, path: Path, context: dict[str, Any]) -> Path:
+    """Write a file from one of nanochat/templates; only a page is escaped: samples are whatever a model wrote."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("nanochat", "templates"), autoescape=template.endswith(".html"),
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"cell": _cell, "tokens": _mark_tokens}
+    atomic_write(path, environment.get_template(template).render(context))
+    return path
+
+
+def _cell(text: Any) -> str:
+    """For a table or a list of Markdown."""
+    return str(text).replace("|", "\\|").replace("\n", " ")
+
+
+def _mark_tokens(text: str) -> Markup:
+    """Text for a page, its special tokens set off, its empty lines never more than one."""
+    text = re.sub(r"\n\s*\n", "\n\n", text).rstrip()
+    return Markup(re.sub(r"&lt;\|(\w+)\|&gt;", r"<code>\1</code>", str(escape(text))))
+
+
+def _facts(stage: str, rows: list[dict[str, Any]], results: dict[str, Any]) -> dict[str, str]:
+    """The few numbers that the page begins with."""
+    facts = {}
+    _, values = series(rows, "val/bpb")
+    if stage == "base" and values:
+        facts["validation bits per byte"] = f"{results.get('bpb', {}).get('val', values[-1]):.4f}"
+    if core := results.get("core"):
+        facts["CORE" if "core_metric" in core else "CORE, some tasks"] = f"{core[_core_name(core)]:.4f}"
+    if mean := results.get("chatcore"):
+        facts[mean["name"]] = f"{mean['value']:.4f}"
+    if rows:
+        facts[STAGE_TITLES[stage].lower()] = format_seconds(rows[-1]["time_s"])
+    return facts
+
+
+def _core_name(core: dict[str, Any]) -> str:
+    return "core_metric" if "core_metric" in core else "core_partial"
 
 
 def _system_section() -> Section:
@@ -120,7 +190,7 @@ def _system_section() -> Section:
         rows.append(["GPU", ", ".join(names)])
     if commit := _git_commit():
         rows.append(["Code", commit])
-    return Section("Machine", ["", ""], rows)
+    return Section("The machine that wrote this", ["", ""], rows)
 
 
 def _cpu_name() -> str:
@@ -174,7 +244,98 @@ def _format(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _core_section(core: dict[str, Any]) -> Section:
+def _curves_section(stage: str, rows: list[dict[str, Any]], album: Album) -> list[Section]:
+    """Everything of a stage that was logged over its steps."""
+    title = STAGE_TITLES[stage]
+    pictures = [
+        album.add(f"{stage}_{re.sub('[^a-z]+', '_', kind)}", f"{title}: {panel.title}", draw_panel(panel), wide=False)
+        for kind, panel in make_panels(rows).items()
+    ]
+    return [Section(f"{title}: curves", pictures=pictures)] if pictures else []
+
+
+def make_panels(rows: list[dict[str, Any]]) -> dict[str, Panel]:
+    """A panel for each kind of series of two points or more: what is trained on, what it is measured by, the rest.
+
+    pass@1 and pass@8 share one; bits per byte and CORE do not.
+    """
+    counts = Counter(name for row in rows for name, value in row.items() if isinstance(value, int | float))
+    names = [name for name in counts if counts[name] > 1]
+    measured = [name for name in names if name.startswith("val/")]
+    order = ["rl/reward", "train/loss", *measured, *(name for name in TITLES if not name.startswith("val/"))]
+    kinds: dict[str, list[str]] = {}
+    for name in dict.fromkeys(name for name in order if name in names):
+        kinds.setdefault(next((prefix for prefix in TITLES if name.startswith(prefix)), name), []).append(name)
+    return {kind: _make_panel(kind, members, rows) for kind, members in kinds.items()}
+
+
+def _make_panel(kind: str, names: Sequence[str], rows: list[dict[str, Any]]) -> Panel:
+    noisy = kind in ("train/loss", "train/tok_per_s") or kind.startswith("rl/")
+    curves = []
+    for name in names:
+        steps, values = series(rows, name)
+        if name == "train/peak_memory_mb":
+            values = [value / 1e3 for value in values]
+        label = f"{name.partition('/')[2]} {values[-1]:.3f}"
+        smoothed = smooth_for_picture(values) if noisy else values
+        curves.append(Curve(label, steps, smoothed, values if noisy else None, dots=kind.startswith("val/")))
+    title = TITLES.get(kind, kind.partition("/")[2])
+    if kind.startswith("val/") and len(curves) == 1:
+        title += f": {curves[0].y[-1]:.4f}"
+    from_zero = not kind.startswith("val/") and kind != "train/loss"
+    return Panel(title, curves, from_zero=from_zero, share=_mfu_axis(rows) if kind == "train/tok_per_s" else None)
+
+
+def _mfu_axis(rows: list[dict[str, Any]]) -> tuple[float, str] | None:
+    """Tokens per second that the machine's whole matmul rate would give, as an axis."""
+    row = next((row for row in rows if row.get("train/mfu") and row.get("train/tok_per_s")), None)
+    return (row["train/tok_per_s"] / row["train/mfu"], "MFU, %") if row else None
+
+
+def _model_section(stage_dir: Path, album: Album) -> list[Section]:
+    """What the model is made of, from its newest checkpoint: parameters, and operations for each token of training."""
+    steps = list_steps(stage_dir)
+    if not steps:
+        return []
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**read_json(step_dir(stage_dir, steps[-1]) / META_FILE)["model_config"]))
+    parts = count_parts(model)
+    total = [sum(column) for column in zip(*parts.values(), strict=True)]
+
+    def cells(count: int, whole: int) -> list[str]:
+        return [f"{count:,}", f"{count / whole:.1%}"] if count else ["-", "-"]
+
+    table = [[name, *cells(params, total[0]), *cells(flops, total[1])] for name, (params, flops) in parts.items()]
+    table.append(["together", f"{total[0]:,}", "", f"{total[1]:,}", ""])
+    wholes = [
+        Shares("parameters", {name: params for name, (params, _) in parts.items()}),
+        Shares("operations", {name: flops for name, (_, flops) in parts.items()}),
+    ]
+    picture = album.add("model", "what the model is made of", draw_shares("shares of the model's parts", wholes))
+    columns = ["part", "parameters", "share", "FLOPs per token", "share"]
+    return [Section("The model", columns, table, [picture])]
+
+
+def count_parts(model: GPT) -> dict[str, tuple[int, int]]:
+    """(parameters, FLOPs to train on one token) of each part; together the model's own counts. A meta device will do."""
+    counts = model.num_scaling_params()
+    attention = sum(p.numel() for block in model.blocks for p in block.attn.parameters())
+    mlp = counts["matrices"] - attention
+    parts = {
+        "token embedding": (counts["wte"], 0),
+        "pairs of tokens": (counts["bigrams"], 0),
+        "value embeddings": (counts["value_embeds"], 0),
+        "attention matrices": (attention, 6 * attention),
+        "MLP matrices": (mlp, 6 * mlp),
+        "head": (counts["lm_head"], 6 * counts["lm_head"]),
+        "attention itself": (0, model.estimate_flops() - 6 * counts["scaling"]),
+        "scalars": (counts["scalars"], 0),
+    }
+    return {name: numbers for name, numbers in parts.items() if any(numbers)}
+
+
+def _core_section(core: dict[str, Any], album: Album) -> Section:
+    tasks = core["tasks"]
     table = [
         [
             label,
@@ -183,21 +344,26 @@ def _core_section(core: dict[str, Any]) -> Section:
             f"{task['centered']:.4f}",
             f"{task['n']:,}",
         ]
-        for label, task in core["tasks"].items()
+        for label, task in tasks.items()
     ]
-    name = "core_metric" if "core_metric" in core else "core_partial"
-    table.append(
-        [f"{name}, over {len(core['tasks'])} tasks", "", f"{core['low']:.4f} to {core['high']:.4f}", f"{core[name]:.4f}", ""]
-    )
+    name = _core_name(core)
+    table.append([f"{name}, over {len(tasks)} tasks", "", f"{core['low']:.4f} to {core['high']:.4f}", f"{core[name]:.4f}", ""])
     if core["missing"]:
         table.append([f"without data: {', '.join(core['missing'])}", "", "", "", ""])
-    return Section("CORE", ["task", "accuracy", "95% interval", "centred", "questions"], table, plot="core")
+    bars = [
+        Bar(label, task["centered"], *((task[side] - task["baseline"]) / (1 - task["baseline"]) for side in ("low", "high")))
+        for label, task in sorted(tasks.items(), key=lambda item: -item[1]["centered"])
+    ]
+    figure = draw_bars("centred accuracy: 0 is guessing, 1 is all right", bars, percent=False)
+    columns = ["task", "accuracy", "95% interval", "centred", "questions"]
+    return Section("CORE", columns, table, [album.add("core", "CORE by task", figure)])
 
 
-def _evaluation_sections(stage: str, results: dict[str, Any], rows: list[dict[str, Any]]) -> list[Section]:
-    sections = []
+def _evaluation_sections(stage: str, results: dict[str, Any], rows: list[dict[str, Any]], album: Album) -> list[Section]:
+    sections = [_core_section(results["core"], album)] if "core" in results else []
     table = [[f"bits per byte, {split}", f"{value:.4f}", "", ""] for split, value in results.get("bpb", {}).items()]
-    for name, task in results.get("tasks", {}).items():
+    tasks = results.get("tasks", {})
+    for name, task in tasks.items():
         interval = f"{task['low']:.1%} to {task['high']:.1%}"
         table.append([name, f"{task['accuracy']:.1%}", interval, f"{task['n']:,}"])
         if passed := describe_pass_at(task.get("pass_at", {})):
@@ -205,101 +371,31 @@ def _evaluation_sections(stage: str, results: dict[str, Any], rows: list[dict[st
     if mean := results.get("chatcore"):
         interval = f"{mean['low']:.4f} to {mean['high']:.4f}"
         table.append([f"{mean['name']}, over {mean['tasks']} tasks", f"{mean['value']:.4f}", interval, ""])
+    title, pictures = STAGE_TITLES[stage], []
+    if tasks:
+        bars = [Bar(name, t["accuracy"], t["low"], t["high"], t.get("baseline")) for name, t in tasks.items()]
+        figure = draw_bars("right answers, with 95% intervals", bars)
+        pictures = [album.add(f"{stage}_tasks", f"{title}: right answers by task", figure)]
     if table:
-        sections.append(Section(f"{STAGE_TITLES[stage]}: evaluation", ["", "", "95% interval", "problems"], table))
+        columns = ["", "result", "95% interval", "problems"][: 4 if tasks else 2]
+        sections.append(Section(f"{title}: evaluation", columns, [row[: len(columns)] for row in table], pictures))
+    if samples := _samples(results, rows):
+        sections.append(Section(f"{title}: samples", samples=samples, continues=stage == "base"))
+    return sections
+
+
+def _samples(results: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the newest evaluation kept, three answers of each task, else what was shown last while training."""
     samples = list(results.get("samples", []))
-    for examples in results.get("examples", {}).values():
-        samples += [{"prompt": e["question"], "text": e["answer"]} for e in examples[:3]]
+    for task, examples in results.get("examples", {}).items():
+        samples += [
+            {"prompt": e["question"], "text": e["answer"], "task": task, "correct": e.get("correct")} for e in examples[:3]
+        ]
     if not samples:
         logged = [row for row in rows if "sample/text" in row]
         newest = [row for row in logged if row["step"] == logged[-1]["step"]]
         samples = [{"prompt": row["sample/prompt"], "text": row["sample/text"]} for row in newest]
-    if samples:
-        sections.append(Section(f"{STAGE_TITLES[stage]}: samples", samples=samples))
-    return sections
-
-
-# ----------------------------------------------------------------------------- pictures
-
-
-def _plot_curves(rows: list[dict[str, Any]], path: Path) -> str:
-    """What was trained on and what it was measured by, over steps: written as PNG, returned as SVG."""
-    plt = _pyplot()
-    names = {name for row in rows for name, value in row.items() if value is not None}
-    trained = "rl/reward" if "rl/reward" in names else "train/loss"
-    measured = sorted(name for name in names if name.startswith("val/"))
-    titles = dict.fromkeys(map(_kind_of, measured))  # pass@1 and pass@8 share a picture; bits per byte and CORE do not
-    count = 1 + len(titles)
-    figure, axes = plt.subplots(1, count, figsize=(4.5 * count + 0.5, 3.2), layout="constrained", squeeze=False)
-    steps, values = _series(rows, trained)
-    axes[0][0].plot(steps, values, color="#9db8d9", linewidth=0.8)
-    axes[0][0].plot(steps, smooth(values, min(0.95, 1 - 8 / (len(values) + 8))), color="#2b5c9e", linewidth=1.6)
-    axes[0][0].set(title=TRAINED_TITLES[trained], xlabel="step")
-    for axis, title in zip(axes[0][1:], titles, strict=True):
-        for name in (name for name in measured if _kind_of(name) == title):
-            steps, values = _series(rows, name)
-            axis.plot(steps, values, marker="o", markersize=3.5, label=f"{name.removeprefix('val/')} {values[-1]:.3f}")
-        axis.set(title=title, xlabel="step")
-        axis.legend()
-    return _save_figure(figure, path)
-
-
-def _kind_of(name: str) -> str:
-    return next((title for prefix, title in MEASURED_TITLES.items() if name.startswith(prefix)), name.removeprefix("val/"))
-
-
-def _series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    chosen = [row for row in rows if row.get(name) is not None]
-    return [row["step"] for row in chosen], [row[name] for row in chosen]
-
-
-def _plot_core(tasks: dict[str, dict[str, Any]], path: Path) -> str:
-    """Centred accuracies with their intervals, the best on top: written as PNG, returned as SVG."""
-    plt = _pyplot()
-    ordered = sorted(tasks.items(), key=lambda item: item[1]["centered"])
-    figure, axis = plt.subplots(figsize=(9, 0.8 + 0.24 * len(ordered)), layout="constrained")
-    values = [task["centered"] for _, task in ordered]
-    bounds = [[(task[side] - task["baseline"]) / (1 - task["baseline"]) for _, task in ordered] for side in ("low", "high")]
-    errors = [
-        [v - low for v, low in zip(values, bounds[0], strict=True)],
-        [h - v for v, h in zip(values, bounds[1], strict=True)],
-    ]
-    axis.barh([label for label, _ in ordered], values, xerr=errors, color="#9db8d9", ecolor="#2b5c9e", capsize=2)
-    axis.axvline(0, color="#667085", linewidth=0.8)
-    axis.set(title="centred accuracy: 0 is guessing, 1 is all right", ylim=(-0.7, len(ordered) - 0.3))
-    return _save_figure(figure, path)
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save_figure(figure: Any, path: Path) -> str:
-    """Write a figure as PNG beside `path` and return it as SVG."""
-    for axis in figure.axes:
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_suffix(".png"), dpi=150)
-    svg = io.StringIO()
-    figure.savefig(svg, format="svg")
-    _pyplot().close(figure)
-    text = svg.getvalue()
-    return text[text.index("<svg") :]
-
-
-def smooth(values: list[float], decay: float = 0.95) -> list[float]:
-    """An exponential mean of the values so far, without a bias towards the first."""
-    mean, weight, result = 0.0, 0.0, []
-    for value in values:
-        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
-        result.append(mean / weight)
-    return result
+    return samples
 
 
 def find_newest_run() -> str:

@@ -12,9 +12,9 @@ from fastapi import FastAPI
 
 from nanochat.checkpoint_manager import SETTINGS_FILE, STAGES, get_run_dir, get_runs_dir, list_steps
 from nanochat.common import NanochatError
-from nanochat.metrics import read_metrics
+from nanochat.metrics import read_metrics, smooth
 from nanochat.openai_api import RequestError
-from nanochat.report import read_json, smooth
+from nanochat.report import read_json
 
 MAX_POINTS = 600  # of a curve: more than a screen shows
 

@@ -7,6 +7,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from rich.console import Console
@@ -14,8 +15,10 @@ from rich.console import Console
 from nanochat import report
 from nanochat.common import NanochatError
 from nanochat.metrics import read_metrics
+from nanochat.plots import Curve, Panel, draw_panel, to_svg
 from nanochat.progress import Progress, format_seconds
-from nanochat.report import merge_eval, smooth, write_report
+from nanochat.report import count_parts, make_panels, merge_eval, write_report
+from tests.helpers import make_model
 
 
 class _Page(HTMLParser):
@@ -23,12 +26,14 @@ class _Page(HTMLParser):
 
     def __init__(self, html: str) -> None:
         super().__init__()
-        self.text, self.tags, self.links = "", [], []
+        self.text, self.tags, self.links, self.ids = "", [], [], []
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.links += [value for name, value in attrs if name in ("src", "href") and not (value or "").startswith("#")]
+        self.ids += [value for name, value in attrs if name == "id"]
+        loaded = [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+        self.links += [value for value in loaded if not value.startswith("#")]
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -45,11 +50,16 @@ def test_the_report_holds_what_the_run_left_behind(tiny_run: Path) -> None:
         assert "Supervised fine-tuning" in text
         assert f"{settings['num_params']:,}" in text
         assert f"{last['train/loss']:.4f}" in text
-    assert page.tags.count("svg") == 2
+        for part in ("pairs of tokens", "value embeddings", "MLP matrices", "attention itself", "head"):
+            assert part in text
     assert page.links == []  # one file that needs no other
-    for picture in re.findall(r"\]\((plots/[^)]+)\)", markdown):
+    assert "script" not in page.tags
+    assert len(page.ids) == len(set(page.ids))  # the pictures do not paint each other's parts
+    pictures = re.findall(r"\]\((plots/[^)]+)\)", markdown)
+    assert {"plots/base_train_loss.png", "plots/sft_train_tok_per_s.png", "plots/model.png"} <= set(pictures)
+    assert page.tags.count("svg") == len(pictures) == len(set(pictures))
+    for picture in pictures:
         assert (tiny_run / picture).read_bytes().startswith(b"\x89PNG")
-    assert markdown.count("](plots/") == 2
 
 
 def test_what_a_model_writes_cannot_break_the_page(tiny_run: Path) -> None:
@@ -115,10 +125,42 @@ def test_a_run_without_stages_is_an_error(base_dir: Path) -> None:
         report.main(["--model-tag=nothing"])
 
 
-def test_smoothing_has_no_bias_and_keeps_constants() -> None:
-    assert smooth([3.0] * 5) == pytest.approx([3.0] * 5)
-    assert smooth([4.0, 0.0])[0] == 4.0
-    assert smooth([]) == []
+def test_the_parts_of_a_model_are_all_of_it() -> None:
+    for config in ({}, {"bigrams": 0, "n_layer": 4, "window_pattern": "L"}, {"n_kv_head": 1, "sequence_len": 128}):
+        model = make_model(**config)
+        params, flops = (sum(column) for column in zip(*count_parts(model).values(), strict=True))
+        assert params == model.num_scaling_params()["total"]
+        assert flops == model.estimate_flops()
+
+
+def test_chat_scores_are_drawn_with_their_intervals(tiny_run: Path) -> None:
+    scores = {"accuracy": 0.4, "low": 0.3, "high": 0.5, "n": 80, "baseline": 0.25}
+    answer = {"question": "2+2?", "answer": "<|python_start|>2+2<|python_end|> 4", "correct": True}
+    merge_eval(tiny_run / "sft", 4, {"tasks": {"Sums": scores}, "examples": {"Sums": [answer] * 9}})
+    _, html = write_report(tiny_run)
+    text = html.read_text(encoding="utf-8")
+    assert "30.0% to 50.0%" in text
+    assert 'aria-label="Supervised fine-tuning: right answers by task"' in text
+    assert text.count("<code>python_start</code>2+2") == 3  # of nine
+    assert text.count("Sums, right") == 3
+
+
+def test_pass_at_1_and_8_share_a_panel_and_a_single_point_has_none() -> None:
+    rows = [{"step": s, "time_s": s, "train/loss": 1.0, "rl/reward": 0.1 * s, "train/lrm": 1.0} for s in range(1, 4)]
+    rows += [{"step": s, "val/pass@1": 0.1, "val/pass@8": 0.4} for s in (0, 3)] + [{"step": 3, "val/bpb": 1.0}]
+    panels = make_panels(rows)
+    assert list(panels) == ["rl/reward", "train/loss", "val/pass@", "train/lrm"]
+    assert [curve.label for curve in panels["val/pass@"].curves] == ["pass@1 0.100", "pass@8 0.400"]
+
+
+def test_a_picture_takes_the_colors_of_its_page_and_no_name_twice() -> None:
+    panel = Panel("a < b & \"c\"", [Curve("one", [1, 2], [3.0, 4.0], dots=True), Curve("two", [1, 2], [4.0, 3.0])])
+    svg = to_svg(draw_panel(panel), panel.title)
+    ElementTree.fromstring(svg)  # well-formed
+    for variable in ("text", "soft", "line", "c0", "c1"):
+        assert f"var(--{variable}, #" in svg
+    assert svg == to_svg(draw_panel(panel), panel.title)
+    assert not set(re.findall(r'id="([^"]+)"', svg)) & set(re.findall(r'id="([^"]+)"', to_svg(draw_panel(panel), "other")))
 
 
 # ----------------------------------------------------------------------------- progress

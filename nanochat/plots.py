@@ -1,0 +1,210 @@
+"""Pictures of runs: curves, bars with intervals, shares of a whole. Used by report.py and scripts/compare.py.
+
+Each is drawn once by matplotlib and leaves as SVG, whose colours and font are the page's (light or dark), and as PNG.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# As drawn, and in a page the CSS variable of the same place: templates/page.css has both their light and dark values.
+COLORS = ("#2b6cb0", "#c2560c", "#2f855a", "#8b46c1", "#c53030", "#0f7c86", "#a16207", "#b83280")
+TEXT, SOFT, LINE = "#1d2430", "#667085", "#dfe3ea"
+VARIABLES = {TEXT: "text", SOFT: "soft", LINE: "line"} | {color: f"c{i}" for i, color in enumerate(COLORS)}
+PANEL, WIDE = 4.6, 9.4  # inches: one of two columns of a page, and both
+MAX_POINTS = 800  # of a curve: more than a page shows
+
+
+@dataclass
+class Curve:
+    """A line of a panel. raw: the unsmoothed values, drawn faint behind; dots: for the few points of an evaluation."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    raw: Sequence[float] | None = None
+    dots: bool = False
+
+
+@dataclass
+class Panel:
+    """One set of axes. from_zero: the axis begins at 0; share: (values per 100%, label) of a second axis on the right."""
+
+    title: str
+    curves: list[Curve]
+    x_label: str = "step"
+    from_zero: bool = False
+    share: tuple[float, str] | None = None
+
+
+@dataclass
+class Bar:
+    """A value with its 95% interval, and what guessing gives."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    baseline: float | None = None
+
+
+@dataclass
+class Shares:
+    """Parts of a whole, by name: one bar across the picture."""
+
+    label: str
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+def draw_panel(panel: Panel) -> Figure:
+    figure = _figure(PANEL, 2.9)
+    axis = figure.subplots()
+    for color, curve in zip(_colors(len(panel.curves)), panel.curves, strict=True):
+        kept = _thinned(len(curve.x))
+        x = [curve.x[i] for i in kept]
+        if curve.raw is not None:
+            axis.plot(x, [curve.raw[i] for i in kept], color=color, linewidth=0.7, alpha=0.3)
+        style = {"marker": "o", "markersize": 3.5} if curve.dots else {}
+        axis.plot(x, [curve.y[i] for i in kept], color=color, linewidth=1.6, label=curve.label, **style)
+    _set_title(axis, panel.title)
+    axis.set_xlabel(panel.x_label)
+    axis.grid(color=LINE, linewidth=0.8)
+    values = sorted(y for curve in panel.curves for y in curve.y)
+    if values[-1] >= 1e4:
+        axis.yaxis.set_major_formatter("{x:,.0f}")
+    if panel.from_zero:
+        axis.set_ylim(0, 1.12 * values[-1] or 1)
+    elif len(values) > 50 and not panel.curves[0].dots:  # the fall of the first steps would hide all that comes after
+        low, high = values[0], values[int(0.97 * (len(values) - 1))]
+        margin = 0.08 * (high - low) or 0.1
+        axis.set_ylim(low - 2 * margin, high + 2 * margin)
+    if panel.share is not None:
+        whole, label = panel.share
+        right = axis.secondary_yaxis("right", functions=(lambda v: 100 * v / whole, lambda v: v * whole / 100))
+        right.set_ylabel(label)
+        right.spines["right"].set_visible(False)
+    _finish(axis)
+    if len(panel.curves) > 1:
+        axis.legend(fontsize=8, frameon=False, labelcolor=TEXT)
+    return figure
+
+
+def draw_bars(title: str, bars: Sequence[Bar], percent: bool = True) -> Figure:
+    """Bars from top to bottom in their order, each with its interval; a tick marks what guessing gives."""
+    figure = _figure(WIDE, 0.75 + 0.27 * len(bars))
+    axis = figure.subplots()
+    places = range(len(bars) - 1, -1, -1)
+    scale = 100 if percent else 1
+    errors = [[scale * max(0.0, b.value - b.low) for b in bars], [scale * max(0.0, b.high - b.value) for b in bars]]
+    axis.barh(
+        places, [scale * b.value for b in bars], height=0.62, color=COLORS[0], alpha=0.55,
+        xerr=errors, error_kw={"ecolor": TEXT, "elinewidth": 1, "capsize": 2.5},
+    )  # fmt: skip
+    guessed = [(place, scale * b.baseline) for place, b in zip(places, bars, strict=True) if b.baseline]
+    if guessed:
+        axis.scatter([v for _, v in guessed], [p for p, _ in guessed], marker="|", s=110, color=COLORS[1], zorder=3)
+    axis.axvline(0, color=SOFT, linewidth=0.8)
+    axis.set_yticks(list(places), [b.label for b in bars])
+    _set_title(axis, title + (" (across a bar: what guessing gives)" if guessed else ""))
+    axis.set_ylim(-0.7, len(bars) - 0.3)
+    if percent:
+        axis.set_xlim(0, 100 if max(b.high for b in bars) > 0.5 else None)
+        axis.xaxis.set_major_formatter("{x:g}%")
+    axis.grid(axis="x", color=LINE, linewidth=0.8)
+    _finish(axis)
+    axis.tick_params(axis="y", length=0, labelcolor=TEXT)
+    return figure
+
+
+def draw_shares(title: str, wholes: Sequence[Shares]) -> Figure:
+    """What each whole is made of, as one bar each; a part has the same colour in all of them."""
+    figure = _figure(WIDE, 1.15 + 0.42 * len(wholes))
+    axis = figure.subplots()
+    names = list(dict.fromkeys(name for whole in wholes for name, value in whole.parts.items() if value))
+    places = range(len(wholes) - 1, -1, -1)
+    starts = [0.0] * len(wholes)
+    for color, name in zip(_colors(len(names)), names, strict=True):
+        widths = [100 * whole.parts.get(name, 0) / sum(whole.parts.values()) for whole in wholes]
+        axis.barh(places, widths, left=starts, height=0.62, color=color, alpha=0.75, label=name)
+        for place, start, width in zip(places, starts, widths, strict=True):
+            if width >= 5:
+                axis.text(start + width / 2, place, f"{width:.0f}%", ha="center", va="center", fontsize=8, color=TEXT)
+        starts = [start + width for start, width in zip(starts, widths, strict=True)]
+    axis.set_yticks(list(places), [whole.label for whole in wholes])
+    axis.set_xlim(0, 100)
+    _set_title(axis, title)
+    _finish(axis)
+    axis.spines[:].set_visible(False)
+    axis.tick_params(axis="y", length=0, labelcolor=TEXT)
+    axis.set_xticks([])
+    where = {"loc": "outside lower center", "ncols": 4, "frameon": False}
+    figure.legend(*axis.get_legend_handles_labels(), fontsize=8.5, labelcolor=TEXT, **where)
+    return figure
+
+
+def to_svg(figure: Figure, description: str) -> str:
+    """An <svg> for a page that defines the variables of page.css; it stands alone as well, in light colours.
+
+    Pictures of one page must have different descriptions: from these come the names of their parts.
+    """
+    import matplotlib
+
+    text = io.StringIO()
+    # Letters stay letters, so that they have the page's font and can be searched.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": description}):
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # which repeat from one picture to the next
+    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", svg)
+    for color, name in VARIABLES.items():
+        svg = svg.replace(f": {color}", f": var(--{name}, {color})")
+    label = description.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Not by way of pyplot, which keeps every figure and chooses a window system."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _set_title(axis: Axes, title: str) -> None:
+    axis.set_title(title, loc="left", fontsize=9.5, color=TEXT, fontweight="bold")
+
+
+def _finish(axis: Axes) -> None:
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[:].set_color(LINE)
+    axis.tick_params(labelsize=8.5, labelcolor=SOFT, color=LINE)
+    axis.xaxis.label.set(fontsize=8.5, color=SOFT)
+    for child in axis.child_axes:  # the second axis
+        child.tick_params(labelsize=8.5, labelcolor=SOFT, color=LINE)
+        child.yaxis.label.set(fontsize=8.5, color=SOFT)
+
+
+def _colors(count: int) -> list[str]:
+    return [COLORS[i % len(COLORS)] for i in range(count)]
+
+
+def _thinned(count: int) -> list[int]:
+    """Indices of at most MAX_POINTS points or so, the last one among them."""
+    stride = -(-count // MAX_POINTS) or 1
+    return sorted({*range(0, count, stride), count - 1} - {-1})
