@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +33,7 @@ class Curve:
     y: Sequence[float]
     raw: Sequence[float] | None = None
     dots: bool = False
+    color: int | None = None  # by number; None: by its place in the panel
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Bar:
     low: float
     high: float
     baseline: float | None = None
+    color: int = 0
 
 
 @dataclass
@@ -66,9 +68,12 @@ class Shares:
 
 
 def draw_panel(panel: Panel) -> Figure:
+    from matplotlib.ticker import EngFormatter
+
     figure = _figure(PANEL, 2.9)
     axis = figure.subplots()
-    for color, curve in zip(_colors(len(panel.curves)), panel.curves, strict=True):
+    for place, curve in enumerate(panel.curves):
+        color = _color(place if curve.color is None else curve.color)
         kept = _thinned(len(curve.x))
         x = [curve.x[i] for i in kept]
         if curve.raw is not None:
@@ -79,6 +84,8 @@ def draw_panel(panel: Panel) -> Figure:
     axis.set_xlabel(panel.x_label)
     axis.grid(color=LINE, linewidth=0.8)
     values = sorted(y for curve in panel.curves for y in curve.y)
+    if max(x for curve in panel.curves for x in curve.x) >= 1e5:
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 2.5M
     if values[-1] >= 1e4:
         axis.yaxis.set_major_formatter("{x:,.0f}")
     if panel.from_zero:
@@ -98,15 +105,18 @@ def draw_panel(panel: Panel) -> Figure:
     return figure
 
 
-def draw_bars(title: str, bars: Sequence[Bar], percent: bool = True) -> Figure:
-    """Bars from top to bottom in their order, each with its interval; a tick marks what guessing gives."""
-    figure = _figure(WIDE, 0.75 + 0.27 * len(bars))
+def draw_bars(title: str, bars: Sequence[Bar], percent: bool = True, names: Sequence[str] = ()) -> Figure:
+    """Bars from top to bottom in their order, each with its interval; a tick marks what guessing gives.
+
+    names: what the colours mean, by their numbers.
+    """
+    figure = _figure(WIDE, 0.75 + 0.27 * len(bars) + 0.25 * bool(names))
     axis = figure.subplots()
     places = range(len(bars) - 1, -1, -1)
     scale = 100 if percent else 1
     errors = [[scale * max(0.0, b.value - b.low) for b in bars], [scale * max(0.0, b.high - b.value) for b in bars]]
     axis.barh(
-        places, [scale * b.value for b in bars], height=0.62, color=COLORS[0], alpha=0.55,
+        places, [scale * b.value for b in bars], height=0.62, color=[_color(b.color) for b in bars], alpha=0.55,
         xerr=errors, error_kw={"ecolor": TEXT, "elinewidth": 1, "capsize": 2.5},
     )  # fmt: skip
     guessed = [(place, scale * b.baseline) for place, b in zip(places, bars, strict=True) if b.baseline]
@@ -122,6 +132,11 @@ def draw_bars(title: str, bars: Sequence[Bar], percent: bool = True) -> Figure:
     axis.grid(axis="x", color=LINE, linewidth=0.8)
     _finish(axis)
     axis.tick_params(axis="y", length=0, labelcolor=TEXT)
+    if names:
+        from matplotlib.patches import Patch
+
+        handles = [Patch(color=_color(number), alpha=0.55, label=name) for number, name in enumerate(names)]
+        _legend_below(figure, handles)
     return figure
 
 
@@ -132,7 +147,8 @@ def draw_shares(title: str, wholes: Sequence[Shares]) -> Figure:
     names = list(dict.fromkeys(name for whole in wholes for name, value in whole.parts.items() if value))
     places = range(len(wholes) - 1, -1, -1)
     starts = [0.0] * len(wholes)
-    for color, name in zip(_colors(len(names)), names, strict=True):
+    for number, name in enumerate(names):
+        color = _color(number)
         widths = [100 * whole.parts.get(name, 0) / sum(whole.parts.values()) for whole in wholes]
         axis.barh(places, widths, left=starts, height=0.62, color=color, alpha=0.75, label=name)
         for place, start, width in zip(places, starts, widths, strict=True):
@@ -146,8 +162,7 @@ def draw_shares(title: str, wholes: Sequence[Shares]) -> Figure:
     axis.spines[:].set_visible(False)
     axis.tick_params(axis="y", length=0, labelcolor=TEXT)
     axis.set_xticks([])
-    where = {"loc": "outside lower center", "ncols": 4, "frameon": False}
-    figure.legend(*axis.get_legend_handles_labels(), fontsize=8.5, labelcolor=TEXT, **where)
+    _legend_below(figure, axis.get_legend_handles_labels()[0])
     return figure
 
 
@@ -185,6 +200,10 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def _legend_below(figure: Figure, handles: list[Any]) -> None:
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8.5, frameon=False, labelcolor=TEXT)
+
+
 def _set_title(axis: Axes, title: str) -> None:
     axis.set_title(title, loc="left", fontsize=9.5, color=TEXT, fontweight="bold")
 
@@ -200,8 +219,8 @@ def _finish(axis: Axes) -> None:
         child.yaxis.label.set(fontsize=8.5, color=SOFT)
 
 
-def _colors(count: int) -> list[str]:
-    return [COLORS[i % len(COLORS)] for i in range(count)]
+def _color(number: int) -> str:
+    return COLORS[number % len(COLORS)]
 
 
 def _thinned(count: int) -> list[int]:

@@ -236,11 +236,12 @@ def _overview_row(stage: str, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _settings_section(stage: str, settings: dict[str, Any]) -> Section:
-    rows = [[key.replace("_", " "), _format(settings[key])] for key in SHOWN_SETTINGS if settings.get(key) is not None]
+    rows = [[key.replace("_", " "), format_value(settings[key])] for key in SHOWN_SETTINGS if settings.get(key) is not None]
     return Section(f"{STAGE_TITLES[stage]}: settings", ["", ""], rows)
 
 
-def _format(value: Any) -> str:
+def format_value(value: Any) -> str:
+    """A setting, as a table shows it."""
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
@@ -265,8 +266,13 @@ def make_panels(rows: list[dict[str, Any]]) -> dict[str, Panel]:
     order = ["rl/reward", "train/loss", *measured, *(name for name in TITLES if not name.startswith("val/"))]
     kinds: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for name in order if name in names):
-        kinds.setdefault(next((prefix for prefix in TITLES if name.startswith(prefix)), name), []).append(name)
+        kinds.setdefault(kind_of(name), []).append(name)
     return {kind: _make_panel(kind, members, rows) for kind, members in kinds.items()}
+
+
+def kind_of(name: str) -> str:
+    """The key of TITLES that a series belongs to, else its own name."""
+    return next((prefix for prefix in TITLES if name.startswith(prefix)), name)
 
 
 def _make_panel(kind: str, names: Sequence[str], rows: list[dict[str, Any]]) -> Panel:

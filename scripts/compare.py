@@ -1,0 +1,230 @@
+"""Draw runs over each other: python -m scripts.compare d12 d12-wide [--x time] [--stage base] [--output compare.html].
+
+Prints their final numbers and the settings in which they differ, and writes a page with these and the curves. Reads what the
+stages left behind, so runs that are still training can be compared as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from nanochat.checkpoint_manager import SETTINGS_FILE, STAGES, get_runs_dir
+from nanochat.common import NanochatError, run_command
+from nanochat.metrics import read_metrics, series, smooth_for_picture
+from nanochat.plots import Bar, Curve, Panel, draw_bars, draw_panel, to_svg
+from nanochat.progress import format_seconds
+from nanochat.report import STAGE_TITLES, TITLES, Picture, Section, format_value, kind_of, read_json, render
+from nanochat.stage import FREE_SETTINGS
+
+AXES = {"steps": "step", "tokens": "tokens trained on", "time": "minutes of training", "flops": "FLOPs of training"}
+SMOOTHED = ("train/loss", "train/tok_per_s", "rl/reward")
+NAMES = {"tag", "model_tag", "run", "log_to", "resume", "resume_from_step", "stage"}  # settings that say nothing of training
+
+
+@dataclass
+class Run:
+    """A stage of a run, as it was left on disk."""
+
+    name: str
+    settings: dict[str, Any]
+    rows: list[dict[str, Any]]
+    results: dict[str, Any]  # of eval.json
+
+    def values(self, series_name: str) -> list[float]:
+        return series(self.rows, series_name)[1]
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Draw runs over each other.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="model tag, or the directory of a run")
+    parser.add_argument("--output", type=Path, default=Path("compare.html"), metavar="FILE", help="the page to write")
+    parser.add_argument("--x", choices=AXES, default="steps", help="what the curves are drawn over")
+    parser.add_argument("--stage", choices=STAGES, default="base", help="of the runs")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    directories = {find_run_dir(run).resolve(): run for run in args.runs}  # the same one twice is one
+    plain = [directory.name for directory in directories]
+    runs = [
+        read_run(directory, args.stage, directory.name if plain.count(directory.name) == 1 else given)
+        for directory, given in directories.items()
+    ]
+    tables = [
+        Section("Numbers", ["", *(run.name for run in runs)], final_numbers(runs)),
+        Section("Settings that differ", ["", *(run.name for run in runs)], differing_settings(runs)),
+    ]
+    tables = [table for table in tables if table.rows]
+    for table in tables:
+        show(table)
+    sections = [Section(f"{STAGE_TITLES[args.stage]}: curves", pictures=draw_curves(runs, args.x)), *draw_scores(runs)]
+    context = {
+        "title": f"nanochat: {', '.join(run.name for run in runs)}", "made": time.strftime("%Y-%m-%d %H:%M"),
+        "sections": [*tables[:1], *(s for s in sections if s.pictures), *tables[1:]],
+    }  # fmt: skip
+    print(render("report.html", args.output, context))
+    return 0
+
+
+# ----------------------------------------------------------------------------- reading
+
+
+def find_run_dir(run: str) -> Path:
+    """The directory of a run that is named by its tag or its path. Raises NanochatError if there is none."""
+    path = Path(run).expanduser()
+    path = path.parent if path.name in STAGES else path
+    for directory in (get_runs_dir() / run, path):
+        if any((directory / stage / SETTINGS_FILE).exists() for stage in STAGES):
+            return directory
+    known = sorted({settings.parent.parent.name for settings in get_runs_dir().glob(f"*/*/{SETTINGS_FILE}")})
+    nearest = difflib.get_close_matches(path.name, known, 3, 0.4) or known[:10]
+    hint = f"there are {', '.join(nearest)}" if nearest else "there is none yet: make one with python -m scripts.base_train"
+    raise NanochatError(f"no run {run!r} in {get_runs_dir()}, nor a directory of one; {hint}")
+
+
+def read_run(directory: Path, stage: str, name: str) -> Run:
+    """Raises NanochatError if the run has no such stage."""
+    stage_dir = directory / stage
+    if not (stage_dir / SETTINGS_FILE).exists():
+        stages = [s for s in STAGES if (directory / s / SETTINGS_FILE).exists()]
+        raise NanochatError(f"run {name!r} has no stage {stage}: choose --stage {' or '.join(stages)}, or leave it out")
+    rows = read_metrics(stage_dir / "metrics.jsonl")
+    return Run(name, read_json(stage_dir / SETTINGS_FILE), rows, read_json(stage_dir / "eval.json"))
+
+
+# ----------------------------------------------------------------------------- tables
+
+
+def final_numbers(runs: list[Run]) -> list[list[str]]:
+    """A row for each number that any of the runs has, what it is first."""
+
+    def last(name: str, form: str) -> Callable[[Run], str]:
+        return lambda run: format(run.values(name)[-1], form)
+
+    def median(name: str, form: str) -> Callable[[Run], str]:
+        return lambda run: format(statistics.median(run.values(name)), form)
+
+    wanted: dict[str, Callable[[Run], str]] = {
+        "parameters": lambda run: f"{run.settings['num_params']:,}",
+        "steps": lambda run: f"{run.rows[-1]['step']:,} of {run.settings['num_iterations']:,}",
+        "tokens": last("train/tokens", ",.0f"),
+        "FLOPs": last("train/flops", ".3g"),
+        "time": lambda run: format_seconds(run.rows[-1]["time_s"]),
+        "training loss, smoothed": lambda run: f"{smooth_for_picture(run.values('train/loss'))[-1]:.4f}",
+        "validation bits per byte": last("val/bpb", ".4f"),
+        "the best of them": lambda run: f"{min(run.values('val/bpb')):.4f}",
+        "reward": last("rl/reward", ".3f"),
+        "pass@1": last("val/pass@1", ".1%"),
+        "tokens/s, median": median("train/tok_per_s", ",.0f"),
+        "MFU, median": median("train/mfu", ".1%"),
+        "most memory, MB": last("train/peak_memory_mb", ",.0f"),
+        "evaluated bits per byte": lambda run: f"{run.results['bpb']['val']:.4f}",
+        "CORE": lambda run: f"{run.results['core']['core_metric']:.4f}",
+        "CORE, some tasks": lambda run: f"{run.results['core']['core_partial']:.4f}",
+        "mean of the chat tasks": lambda run: f"{run.results['chatcore']['value']:.4f}",
+    }
+    rows = [[label, *(_or_dash(number, run) for run in runs)] for label, number in wanted.items()]
+    return [row for row in rows if set(row[1:]) != {"-"}]
+
+
+def _or_dash(number: Callable[[Run], str], run: Run) -> str:
+    try:
+        return number(run)
+    except (KeyError, IndexError, ValueError):  # it was not measured
+        return "-"
+
+
+def differing_settings(runs: list[Run]) -> list[list[str]]:
+    """A row for each setting that is not the same in all runs, those that decide the result first."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings if key not in NAMES)
+    keys = sorted(keys, key=lambda key: key in FREE_SETTINGS)
+    rows = [[key.replace("_", " "), *(format_value(run.settings.get(key, "-")) for run in runs)] for key in keys]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def show(table: Section) -> None:
+    """On the terminal."""
+    drawn = Table(title=table.title, title_justify="left", box=None, pad_edge=False)
+    for i, column in enumerate(table.columns):
+        drawn.add_column(column, justify="right" if i else "left", overflow="fold")
+    for row in table.rows:
+        drawn.add_row(*row)
+    Console(highlight=False, markup=False).print(drawn, "")
+
+
+# ----------------------------------------------------------------------------- pictures
+
+
+def draw_curves(runs: list[Run], x: str) -> list[Picture]:
+    """A panel for each kind of series that any run has, and in it a curve for each run, always of the same colour."""
+    logged = {name for run in runs for row in run.rows for name in row}
+    names = ["rl/reward", "train/loss", *sorted(name for name in logged if name.startswith("val/")), "train/tok_per_s"]
+    kinds: dict[str, list[str]] = {}
+    for name in (name for name in names if name in logged):
+        kinds.setdefault(kind_of(name), []).append(name)
+    pictures = []
+    for kind, members in kinds.items():
+        curves = []
+        for color, run in enumerate(runs):
+            for name in members:
+                steps, values = series(run.rows, name)
+                if values:
+                    label = run.name if len(members) == 1 else f"{run.name} {name.partition('/')[2]}"
+                    y = smooth_for_picture(values) if name in SMOOTHED else values
+                    curves.append(Curve(label, over(x, run, steps), y, dots=name not in SMOOTHED, color=color))
+        if not curves:
+            continue
+        panel = Panel(TITLES.get(kind, kind), curves, AXES[x], from_zero=kind == "train/tok_per_s")
+        pictures.append(Picture(kind, panel.title, to_svg(draw_panel(panel), panel.title), wide=False))
+    return pictures
+
+
+def over(x: str, run: Run, steps: list[int]) -> list[float]:
+    """Steps as places on an axis. Raises NanochatError if the run did not count what the axis shows."""
+    if x == "steps":
+        return list(steps)
+    if x == "time":
+        times = {row["step"]: row["time_s"] / 60 for row in run.rows}
+        return [times[step] for step in steps]
+    counts = run.values(f"train/{x}")
+    if not counts:
+        raise NanochatError(f"run {run.name!r} did not count its {x}: choose --x steps or --x time")
+    done = next(row["step"] for row in reversed(run.rows) if f"train/{x}" in row)
+    return [step * counts[-1] / done for step in steps]  # every step takes as many
+
+
+def draw_scores(runs: list[Run]) -> list[Section]:
+    """The tasks of CORE and of chat that any of the runs was measured by: a bar for each run."""
+    sections = []
+    for title, value, tasks_of in (
+        ("CORE: centred accuracy", "centered", lambda run: run.results.get("core", {}).get("tasks", {})),
+        ("Chat: right answers", "accuracy", lambda run: run.results.get("tasks", {})),
+    ):
+        bars = []
+        for label in dict.fromkeys(label for run in runs for label in tasks_of(run)):
+            for color, run in enumerate(runs):
+                if task := tasks_of(run).get(label):
+                    base = task["baseline"] if value == "centered" else 0.0
+                    low, high = ((task[side] - base) / (1 - base) for side in ("low", "high"))
+                    bars.append(Bar(label, task[value], low, high, color=color))
+                    label = ""  # of the first bar of a task alone
+        if bars:
+            figure = draw_bars("with 95% intervals", bars, percent=value == "accuracy", names=[run.name for run in runs])
+            sections.append(Section(title, pictures=[Picture(title, title, to_svg(figure, title), wide=True)]))
+    return sections
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

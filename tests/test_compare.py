@@ -1,0 +1,89 @@
+"""Runs drawn over each other."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nanochat.common import NanochatError
+from nanochat.report import merge_eval
+from scripts import compare
+from scripts.compare import Run, differing_settings, final_numbers, over
+
+
+@pytest.fixture
+def two_runs(tiny_run: Path) -> Path:
+    """The folder of runs "tiny" and "wide", of which the second stopped after four steps of another learning rate."""
+    other = shutil.copytree(tiny_run, tiny_run.with_name("wide")) / "base"
+    settings = json.loads((other / "settings.json").read_text(encoding="utf-8"))
+    settings |= {"matrix_lr": 0.5, "model_tag": "wide", "eval_every": 7}
+    (other / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
+    lines = (other / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (other / "metrics.jsonl").write_text("".join(lines[:4]) + '{"step": 5, "tr', encoding="utf-8")
+    return tiny_run.parent
+
+
+def test_two_runs_are_drawn_and_told_apart(
+    two_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    score = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 90, "baseline": 0.25}
+    merge_eval(two_runs / "tiny" / "base", 6, {"tasks": {"Sums": score}})
+    page = tmp_path / "out" / "page.html"
+    assert compare.main(["tiny", str(two_runs / "wide"), "tiny", "--output", str(page), "--x=time"]) == 0
+    text = page.read_text(encoding="utf-8")
+    said = capsys.readouterr().out
+    assert said.splitlines()[-1] == str(page)
+    for shown in (said, text):
+        assert "4 of 6" in shown and "6 of 6" in shown
+        assert "matrix lr" in shown and "0.5" in shown
+        assert "head dim" not in shown  # in which they do not differ
+    assert re.search(r"validation bits per byte +\d\.\d{4} +-", said)  # not measured in the second
+    assert said.count("tiny") == 2  # once a table: what is given twice is one run
+    assert text.count("<svg") == 4  # loss, bits per byte, speed, tasks
+    for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)[:1]:
+        assert ">tiny<" in svg and ">wide<" in svg and "minutes of training" in svg
+    assert not re.search(r"<script|https?://(?!www\.w3\.org)", text)
+
+
+def test_settings_that_decide_come_first(two_runs: Path) -> None:
+    runs = [compare.read_run(two_runs / name, "base", name) for name in ("tiny", "wide")]
+    assert differing_settings(runs) == [["matrix lr", "0.02", "0.5"], ["eval every", "250", "7"]]
+    assert differing_settings(runs[:1]) == []
+
+
+def test_numbers_that_no_run_has_are_left_out() -> None:
+    rows = [{"step": s, "time_s": 2.0 * s, "train/loss": 1.0 / s, "val/pass@1": None} for s in (1, 2, 3)]
+    table = final_numbers([Run("a", {"num_params": 1000, "num_iterations": 9}, rows, {}), Run("empty", {}, [], {})])
+    assert [row[0] for row in table] == ["parameters", "steps", "time", "training loss, smoothed"]
+    assert [row[1:] for row in table][:3] == [["1,000", "-"], ["3 of 9", "-"], ["0:06", "-"]]
+
+
+def test_axes_say_the_same_of_updates_and_evaluations() -> None:
+    rows = [{"step": s, "time_s": 60.0 * s, "train/loss": 1.0, "train/tokens": 512 * s} for s in (10, 20)]
+    run = Run("a", {}, [*rows, {"step": 20, "time_s": 1200.0, "val/bpb": 1.0}], {})
+    assert over("steps", run, [10, 20]) == [10, 20]
+    assert over("time", run, [10, 20]) == [10, 20]
+    assert over("tokens", run, [10, 15]) == [5120, 7680]
+    with pytest.raises(NanochatError, match="did not count its flops"):
+        over("flops", run, [10])
+
+
+def test_a_run_that_is_not_there_is_named_with_its_nearest(two_runs: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    for wrong, hint in (("tinny", "there are tiny"), ("no/such/wide", "there are wide"), ("xyz", "there are tiny, wide")):
+        with pytest.raises(NanochatError, match=f"no run '{wrong}'.*{hint}"):
+            compare.main(["tiny", wrong, "--output", str(page)])
+    with pytest.raises(NanochatError, match="no stage rl: choose --stage base or sft"):
+        compare.main(["tiny", "--stage=rl", "--output", str(page)])
+    assert not page.exists()
+
+
+def test_runs_of_one_name_are_told_apart(two_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    copy = shutil.copytree(two_runs / "tiny", tmp_path / "elsewhere" / "tiny")
+    assert compare.main(["tiny", str(copy / "sft"), "--stage=sft", "--output", str(tmp_path / "page.html")]) == 0
+    assert "elsewhere" in (tmp_path / "page.html").read_text(encoding="utf-8")
