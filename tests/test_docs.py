@@ -1,0 +1,234 @@
+"""The documentation says what is so: its programs run, its commands parse, its links lead somewhere, its errors exist."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.many_ranks import ROOT
+
+DOCS = ROOT / "docs"
+PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
+SLOW_LESSONS = {"06-pretraining", "07-generation", "08-conversations", "10-reinforcement"}
+PROGRAMS = [*sorted((DOCS / "course").glob("[0-9]*.md")), DOCS / "developer-guide.md"]
+ELLIPSIS = "…"
+
+
+def _load_runner():
+    specification = importlib.util.spec_from_file_location("course_run", DOCS / "course" / "run.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+runner = _load_runner()
+
+
+# ----------------------------------------------------------------------------- programs
+
+
+def _without_numbers(text: str) -> str:
+    """What a page's output must have in common with a run on any machine."""
+    return " ".join(re.sub(r"[-+]?\d[\d,.]*(e[-+]?\d+)?", "#", text).split())
+
+
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem in SLOW_LESSONS)) for p in PROGRAMS]
+)
+def test_programs_of_pages_run_and_print_what_is_shown(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of their asserts hold; numbers may differ by machine, and an output whose title says so by its words as well."""
+    monkeypatch.chdir(tmp_path)
+    outputs = iter(runner.run_page(path))
+    page = path.read_text(encoding="utf-8")
+    blocks = runner.read_blocks(page)
+    for i, block in enumerate(blocks):
+        if block.language == "python":
+            printed, shown = next(outputs), runner.output_block(page, blocks, i)
+            assert bool(printed.strip()) == (shown is not None), f"renew the outputs: docs/course/run.py {path.stem} --write"
+            if shown is not None and "differ" not in shown.info:
+                assert _without_numbers(printed) == _without_numbers(shown.text)
+    for picture in tmp_path.glob("*.png"):
+        assert (path.parent / "images" / picture.name).is_file()
+
+
+def test_outputs_are_put_behind_their_blocks() -> None:
+    page = (
+        "a\n\n```python\nprint(1)\n```\n\nb\n\n```python\nx = 2\n```\n\n"
+        '```python\nprint(x)\n```\n\n```text title="T"\nold\n```\n\nc\n'
+    )
+    written = runner.with_outputs(page, ["1\n", "", "2\n"])
+    assert '```\n\n```text title="Output"\n1\n```\n\nb' in written
+    assert '```text title="T"\n2\n```\n\nc\n' in written
+    assert "x = 2\n```\n\n```python" in written and "old" not in written
+    assert runner.with_outputs(written, ["1\n", "", "2\n"]) == written
+
+
+def test_lessons_are_all_listed_and_end_with_exercises() -> None:
+    lessons = PROGRAMS[:-1]
+    assert [path.name[:2] for path in lessons] == [f"{n:02d}" for n in range(1, 11)]
+    index = (DOCS / "course" / "index.md").read_text(encoding="utf-8")
+    for path in lessons:
+        assert f"({path.name})" in index
+        exercises = path.read_text(encoding="utf-8").split("## Exercises\n")[1]
+        assert 2 <= len(re.findall(r"^\d\. ", exercises, re.MULTILINE)) <= 3
+
+
+# ----------------------------------------------------------------------------- commands
+
+
+def _commands() -> Iterator[tuple[str, str]]:
+    """(where, command line) of every line of a bash block, and of every `python -m ...` within a line."""
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        for block in runner.read_blocks(page):
+            if block.language == "bash":
+                for line in block.text.replace("\\\n", " ").splitlines():
+                    if line.strip():
+                        yield path.name, line
+        inline = re.findall(r"`((?:python|torchrun|bash|pytest|pip) [^`]+)`", runner.FENCE.sub("", page))
+        yield from ((path.name, command) for command in inline)
+
+
+class _Parsed(Exception):
+    pass
+
+
+def _parse(module_name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a command's own parser read its arguments, and nothing more; it exits where they are wrong."""
+    real = argparse.ArgumentParser.parse_known_args
+    if module_name == "nanochat.lm_eval_adapter":
+        pytest.importorskip("lm_eval", reason="the harness's parser comes with the extra eval")
+
+    def parse_known_args(parser: argparse.ArgumentParser, args: list[str] | None = None, namespace=None):
+        _, rest = real(parser, args)
+        if rest and module_name.startswith("benchmarks."):  # which hand them on
+            _parse("scripts.base_train", rest, monkeypatch)
+        elif rest:
+            parser.error(f"unknown: {rest}")
+        raise _Parsed
+
+    module = importlib.import_module(module_name)
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
+        patch.setattr(sys, "argv", [module_name, *arguments])
+        with pytest.raises(_Parsed):
+            module.main(arguments)
+
+
+def _of_module(words: list[str]) -> tuple[str, list[str]] | None:
+    """(module, its arguments) of `python -m module ...` or `torchrun ... -m module ...`."""
+    if words[0] in ("python", "torchrun") and "-m" in words:
+        at = words.index("-m") + 1
+        return words[at], words[at + 1 :]
+    return None
+
+
+COMMANDS = sorted({(where, command) for where, command in _commands()})
+
+
+@pytest.mark.parametrize(("where", "command"), COMMANDS, ids=[f"{where}:{command[:60]}" for where, command in COMMANDS])
+def test_commands_of_pages_parse(where: str, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = shlex.split(command, comments=True)
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words.pop(0)
+    if not words:
+        return
+    if (found := _of_module(words)) and found[0].split(".")[0] in ("scripts", "nanochat", "benchmarks"):
+        _parse(*found, monkeypatch)
+    elif words[0] in ("python", "bash", "pytest"):
+        files = [word for word in words[1:] if word.endswith((".py", ".sh", ".md")) or "/" in word]
+        assert all((ROOT / name).exists() for name in files if not name.startswith(".venv"))
+    elif words[0] == "pip":
+        extras = re.findall(r"(?:nanochat|\.)\[([\w,]+)\]", command)
+        declared = re.findall(r'^(\w+) = \["', (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+        assert all(extra in declared for names in extras for extra in names.split(","))
+
+
+def test_enough_commands_were_found() -> None:
+    modules = {found[0] for _, command in COMMANDS if (found := _of_module(shlex.split(command, comments=True)))}
+    scripts = {f"scripts.{path.stem}" for path in (ROOT / "scripts").glob("[a-z]*.py")}
+    assert scripts <= modules, "every script is shown somewhere"
+
+
+# ----------------------------------------------------------------------------- links and the site
+
+
+def _anchors(path: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", runner.FENCE.sub("", path.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(path: Path) -> None:
+    text = runner.FENCE.sub("", path.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        other = (path.parent / name) if name else path
+        assert other.exists(), f"{path.name}: {target}"
+        if anchor:
+            assert anchor in _anchors(other), f"{path.name}: {target}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as MkDocs reads it, Python names left alone."""
+
+
+_Loader.add_multi_constructor("tag:yaml.org,2002:python/name:", lambda loader, suffix, node: suffix)
+
+
+def test_the_site_has_every_page() -> None:
+    configuration = yaml.load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"), Loader=_Loader)
+
+    def names(entry: object) -> Iterator[str]:
+        if isinstance(entry, str):
+            yield entry
+        elif isinstance(entry, dict):
+            entry = list(entry.values())
+        if isinstance(entry, list):
+            for part in entry:
+                yield from names(part)
+
+    listed = list(names(configuration["nav"]))
+    assert sorted(listed) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+
+
+def test_the_reference_names_modules_that_exist() -> None:
+    pages = "\n".join(path.read_text(encoding="utf-8") for path in (DOCS / "api").glob("*.md"))
+    named = re.findall(r"^::: (\S+)", pages, re.MULTILINE)
+    assert len(named) > 20
+    assert all(importlib.util.find_spec(name) for name in named)
+
+
+# ----------------------------------------------------------------------------- errors
+
+
+def _said_by_the_code() -> str:
+    """All literal texts of the code, what is filled in left out, each on a line of its own."""
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "runs").glob("*.sh")]
+    for folder in ("nanochat", "scripts", "tasks"):
+        for path in (ROOT / folder).glob("*.py"):
+            nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            texts += [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return "\n".join(texts)
+
+
+def test_messages_explained_are_messages_of_the_code() -> None:
+    said = _said_by_the_code()
+    rows = re.findall(r"^\| (`.*?) \| ", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+    messages = [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
+    assert len(messages) > 40
+    for message in messages:
+        for piece in message.split(ELLIPSIS):
+            assert piece.strip() in said, message
