@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import platform
 import re
+import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -97,9 +98,9 @@ def _collect() -> tuple[list[str], list[tuple[str, str]]]:
     documents: list[str] = [text for text in map(clean, _reference_topics()) if text]
     summaries: list[tuple[str, str]] = []
     chunks = [files[i : i + 64] for i in range(0, len(files), 64)]
-    # Workers only parse text, so forking is safe, and saves each of them the import of torch.
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("fork" if "fork" in methods else "spawn")
+    # Workers only parse text, so forking is safe, and saves each of them the import of torch; but macOS ends forked processes
+    # that touch its frameworks.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
         for found, pairs in pool.map(_parse_files, chunks):
             documents += found

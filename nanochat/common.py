@@ -6,6 +6,7 @@ Everything else imports from here; this module imports nothing of nanochat's but
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import os
@@ -115,6 +116,9 @@ def run_command(main: Callable[[list[str] | None], int]) -> int:
     _is_command = True
     debug = "--debug" in sys.argv or os.environ.get("NANOCHAT_DEBUG") == "1"
     argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a Windows pipe's code page lacks most of what a model may write
+            stream.reconfigure(errors="replace")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
     try:

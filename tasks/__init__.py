@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 
 from nanochat.common import NanochatError
@@ -44,10 +45,10 @@ def build_mixture(spec: str, split: str, data_dir: Path | None = None) -> TaskMi
     """Tasks interleaved: "NAME[*TIMES][:MOST],..." sees NAME that many times, and at most its first MOST conversations."""
     tasks: list[Task] = []
     for entry in filter(None, (part.strip() for part in spec.split(","))):
-        name_and_times, _, most = entry.partition(":")
-        name, _, times = name_and_times.partition("*")
-        if (times and not times.isdigit()) or (most and not most.isdigit()):
+        parsed = re.fullmatch(r"([A-Za-z]:[\\/][^*:]*|[^*:]*)(?:\*(\d*))?(?::(\d*))?", entry)  # C:\... is a path on Windows
+        if parsed is None:
             raise NanochatError(f"{entry!r} is no entry of a mixture: write NAME, NAME*TIMES or NAME*TIMES:MOST")
+        name, times, most = parsed.groups()
         task = build_task(name, split, data_dir)
         if most:
             task.stop = int(most) if split == "train" else max(1, int(most) // 20)

@@ -33,6 +33,14 @@ def test_scripts_import_without_work_and_explain_themselves(script: str, capsys:
     assert "usage:" in capsys.readouterr().out
 
 
+def test_text_that_the_output_cannot_hold_does_not_end_a_command() -> None:
+    """As Windows' code pages cannot, into which Python writes where the output is a pipe or a file."""
+    code = "from nanochat.common import run_command\nrun_command(lambda argv: print('caf\\u00e9 \\u7a7a') or 0)"
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, timeout=60, check=True)
+    assert result.stdout.decode("cp1252").strip() == "café ?"
+
+
 # ----------------------------------------------------------------------------- what is absent or wrong
 
 

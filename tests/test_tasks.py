@@ -218,6 +218,8 @@ def test_missing_task_data_names_the_file(tmp_path: Path) -> None:
 
 def test_mixture_spec() -> None:
     assert len(build_mixture("Arithmetic:40, identity*3:10", "train")) == 70
+    with pytest.raises(NanochatError, match=r"C:.chats.jsonl"):  # looked for there: the drive's colon begins no number
+        build_mixture(r"C:\chats.jsonl*2:10", "train")
     assert len(build_mixture("Arithmetic:40,Identity*3:20", "val")) == 3  # a twentieth of each, once
     assert "GSM8K" in TASKS
 
