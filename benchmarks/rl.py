@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.common import describe_machine, print_result, run_module
 from nanochat.common import compute_init, run_command
-from nanochat.report import read_metrics, smooth
+from nanochat.metrics import read_metrics, smooth
 
 BASE = "--depth=4 --aspect-ratio=48 --head-dim=64 --max-seq-len=512 --total-batch-size=2048 --num-iterations=900"
 BASE += " --warmup-steps=10 --eval-every=-1 --eval-tokens=32768 --sample-every=-1"

@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.common import describe_machine, print_result, real_data, run_module
 from nanochat.common import compute_init, run_command
-from nanochat.report import read_metrics
+from nanochat.metrics import read_metrics
 
 MODEL = ("--depth=4", "--head-dim=64", "--max-seq-len=512")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from nanochat.report import read_metrics
+from nanochat.metrics import read_metrics
 from scripts import base_train
 
 ROOT = Path(__file__).parent.parent

@@ -25,7 +25,7 @@ from nanochat.core_eval import (
     render,
 )
 from nanochat.hf_scorer import HuggingFaceScorer
-from nanochat.report import read_metrics
+from nanochat.metrics import read_metrics
 from nanochat.tokenizer import Tokenizer
 from scripts import base_eval, base_train
 from tests.conftest import TINY_TRAINING

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nanochat.settings import SettingsParser
 from tests.many_ranks import ROOT
 
 DOCS = ROOT / "docs"
@@ -105,24 +106,25 @@ class _Parsed(Exception):
 
 def _parse(module_name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a command's own parser read its arguments, and nothing more; it exits where they are wrong."""
-    real = argparse.ArgumentParser.parse_known_args
     if module_name == "nanochat.lm_eval_adapter":
         pytest.importorskip("lm_eval", reason="the harness's parser comes with the extra eval")
+    module = importlib.import_module(module_name)
+    parser_class = SettingsParser if hasattr(module, "SettingsParser") else argparse.ArgumentParser
+    real = parser_class.parse_known_args
+    handed_on: list[str] = []
 
     def parse_known_args(parser: argparse.ArgumentParser, args: list[str] | None = None, namespace=None):
-        _, rest = real(parser, args)
-        if rest and module_name.startswith("benchmarks."):  # which hand them on
-            _parse("scripts.base_train", rest, monkeypatch)
-        elif rest:
-            parser.error(f"unknown: {rest}")
+        handed_on.extend(real(parser, args, namespace)[1])
         raise _Parsed
 
-    module = importlib.import_module(module_name)
     with monkeypatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_known_args", parse_known_args)
+        patch.setattr(parser_class, "parse_known_args", parse_known_args)
         patch.setattr(sys, "argv", [module_name, *arguments])
         with pytest.raises(_Parsed):
             module.main(arguments)
+    if handed_on:
+        assert module_name.startswith("benchmarks."), f"unknown: {handed_on}"
+        _parse("scripts.base_train", handed_on, monkeypatch)
 
 
 def _of_module(words: list[str]) -> tuple[str, list[str]] | None:

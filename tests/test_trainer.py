@@ -22,7 +22,7 @@ from nanochat.checkpoint_manager import list_steps, load_checkpoint, read_tensor
 from nanochat.common import NanochatError
 from nanochat.gpt import GPT
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.report import read_metrics
+from nanochat.metrics import read_metrics
 from nanochat.settings import SettingsParser
 from nanochat.stage import open_stage, prepare_directory
 from nanochat.tokenizer import Tokenizer
