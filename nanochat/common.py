@@ -29,6 +29,9 @@ T = TypeVar("T")
 logger = logging.getLogger("nanochat")
 
 
+EX_SOFTWARE = 70  # sysexits.h: a mistake of the program's own
+
+
 class NanochatError(Exception):
     """A failure that the user can mend: one sentence with the value, the limit and the way out."""
 
@@ -37,10 +40,14 @@ class NanochatError(Exception):
 
 
 def get_base_dir() -> Path:
-    """The folder under which everything is written: NANOCHAT_BASE_DIR, else ~/.cache/nanochat."""
-    base_dir = Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
+    """The folder under which everything is written: NANOCHAT_BASE_DIR, else ~/.cache/nanochat. Made if it is not there."""
+    base_dir = _base_path()
     base_dir.mkdir(parents=True, exist_ok=True)
     return base_dir
+
+
+def _base_path() -> Path:
+    return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
 
 
 def test_data_dir() -> Path | None:
@@ -108,9 +115,10 @@ def append_json_lines(path: Path, values: Iterable[Any]) -> None:
 
 
 def run_command(main: Callable[[list[str] | None], int]) -> int:
-    """Run a script's `main` as a command: a user's mistake is one sentence on stderr and a non-zero exit code.
+    """Run a script's `main` as a command. What goes wrong is one sentence on stderr and a non-zero exit code.
 
-    `--debug` anywhere on the command line (or NANOCHAT_DEBUG=1) shows the trace as well.
+    1: what the user, or a full disk, can mend. 70: what nobody foresaw, whose trace is kept in a file. `--debug` anywhere on
+    the command line (or NANOCHAT_DEBUG=1) shows the trace as well.
     """
     global _is_command
     _is_command = True
@@ -129,16 +137,12 @@ def run_command(main: Callable[[list[str] | None], int]) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) went away: nothing to say and nobody to hear it
         sys.stderr.close()
         return 141
-    except (NanochatError, OSError, torch.OutOfMemoryError) as error:
+    except Exception as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {describe_error(error)}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        if not is_lost_connection(error):
-            raise
-        print(f"error: another process of this job has gone: {RESTART}", file=sys.stderr)
-        return 1
+        sentence = describe_error(error)
+        print(f"error: {sentence or describe_unexpected(error)}", file=sys.stderr)
+        return 1 if sentence else EX_SOFTWARE
     finally:
         compute_cleanup()
 
@@ -157,16 +161,50 @@ def is_lost_connection(error: Exception) -> bool:
     return isinstance(error, dist.DistError) or (dist.is_initialized() and any(sign in str(error) for sign in signs))
 
 
-def describe_error(error: BaseException) -> str:
-    """One sentence for a failure, with the way out where we know it."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = error.filename or get_base_dir()
-        return f"the disk is full ({where}): free some space or set NANOCHAT_BASE_DIR to a folder on a larger disk"
-    if isinstance(error, PermissionError):
-        return f"no permission for {error.filename}: choose another folder, for example with NANOCHAT_BASE_DIR"
+def describe_error(error: BaseException) -> str | None:
+    """One sentence for a failure, with the way out where we know it; None for one that nobody foresaw."""
+    text = str(error)
+    if isinstance(error, NanochatError):
+        return text
+    if isinstance(error, OSError):
+        return _describe_os_error(error)
     if isinstance(error, torch.OutOfMemoryError):
-        return f"the device ran out of memory: choose a smaller --device-batch-size or --max-seq-len ({error})"
-    return str(error)
+        return f"the device ran out of memory: choose a smaller --device-batch-size or --max-seq-len ({text.splitlines()[0]})"
+    if isinstance(error, RuntimeError) and is_lost_connection(error):
+        return f"another process of this job has gone: {RESTART}"
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+        return "this machine ran out of memory: choose a smaller --device-batch-size, --max-seq-len or --depth"
+    if isinstance(error, ModuleNotFoundError) and error.name.partition(".")[0] not in ("nanochat", "scripts", "tasks"):
+        return f"the package {error.name} is not installed: run bash runs/setup.sh, or pip install nanochat with its extras"
+    return None
+
+
+def _describe_os_error(error: OSError) -> str:
+    place = error.filename or _base_path()
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({place}): free some space or set NANOCHAT_BASE_DIR to a folder on a larger disk"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission for {place}: choose another folder, for example with NANOCHAT_BASE_DIR"
+    if error.errno in (errno.EEXIST, errno.ENOTDIR) and error.filename:
+        return f"{place} is a file, or lies in one, and a folder is needed: choose another with NANOCHAT_BASE_DIR"
+    if error.filename:
+        return f"{error.filename}: {error.strerror}: check the path"
+    return str(error).strip().partition("\n")[0]
+
+
+def describe_unexpected(error: Exception) -> str:
+    """One sentence for a mistake of ours, after keeping its trace in the base directory's logs."""
+    lines = str(error).strip().splitlines()
+    sentence = f"unexpected {type(error).__name__}{f' ({lines[0][:200]})' if lines else ''}"
+    name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    trace = "".join(traceback.format_exception(error))
+    versions = f"{Path(sys.argv[0]).name}, Python {sys.version.split()[0]}, PyTorch {torch.__version__}"  # no flags: secrets
+    try:
+        path = get_base_dir() / "logs" / name
+        atomic_write(path, f"{versions}\n\n{trace}")
+    except OSError:  # nowhere to keep it
+        return f"{sentence}: run again with --debug and report what it shows\n{trace}"
+    return f"{sentence}: a mistake of nanochat's, please report it with {path} (--debug shows the same)"
 
 
 def print0(*args: object, **kwargs: object) -> None:

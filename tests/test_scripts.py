@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nanochat.checkpoint_manager import list_steps
-from nanochat.common import NanochatError
+from nanochat.common import NanochatError, describe_error
 from scripts import base_eval, base_train, chat_cli, chat_eval, chat_sft, tok_eval, tok_train
 from tests.conftest import TINY_TRAINING
 
@@ -54,12 +54,52 @@ def test_an_error_is_one_sentence_and_an_exit_code(base_dir: Path) -> None:
     assert "Traceback" in traced.stderr
 
 
-def test_a_broken_installation_is_not_hidden() -> None:
-    """What is no user's mistake keeps its trace."""
-    code = "from nanochat.common import run_command\ndef main(argv): raise ZeroDivisionError\nrun_command(main)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+def test_a_mistake_of_ours_is_one_sentence_and_keeps_its_trace(base_dir: Path, tmp_path: Path) -> None:
+    code = "import sys\nfrom nanochat.common import run_command\ndef main(argv): return 1 // 0\nsys.exit(run_command(main))"
+    result = subprocess.run([sys.executable, "-c", code, "--api-key=x"], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 70
+    assert result.stderr.startswith("error: unexpected ZeroDivisionError") and result.stderr.count("\n") == 1
+    (trace,) = (path.read_text(encoding="utf-8") for path in (base_dir / "logs").iterdir())
+    assert "Traceback" in trace and "--api-key" not in trace
+    result = subprocess.run([sys.executable, "-c", code, "--debug"], capture_output=True, text=True, timeout=60)
+    assert "Traceback" in result.stderr
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    environment = {**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path / "file")}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=environment)
+    assert result.returncode == 70
+    assert "Traceback" in result.stderr  # where it cannot be kept it is shown
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (PermissionError(13, "Permission denied", "/x"), "no permission for /x: choose"),
+        (OSError(30, "Read-only file system", "/x"), "no permission for /x: choose"),
+        (FileExistsError(17, "File exists", "/x"), "/x is a file"),
+        (FileNotFoundError(2, "No such file or directory", "/x"), "/x: No such file or directory: check the path"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "out of memory"),
+        (ModuleNotFoundError("No module named 'wandb'", name="wandb.sdk"), "wandb.sdk is not installed"),
+    ],
+)
+def test_what_may_happen_to_anyone_has_a_way_out(error: Exception, sentence: str) -> None:
+    assert sentence in describe_error(error)
+    assert "\n" not in describe_error(error)
+
+
+@pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("x"), ModuleNotFoundError("x", name="nanochat.x")])
+def test_what_nobody_foresaw_is_told_apart(error: Exception) -> None:
+    assert describe_error(error) is None
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="permissions bind neither root nor Windows")
+def test_a_base_directory_that_may_not_be_written(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    environment = {**os.environ, "NANOCHAT_BASE_DIR": str(tmp_path / "base")}
+    result = _run("scripts.tok_train", "--data=builtin", env=environment)
     assert result.returncode == 1
-    assert "ZeroDivisionError" in result.stderr
+    assert result.stderr.startswith(f"error: no permission for {tmp_path / 'base'}: choose another folder")
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
