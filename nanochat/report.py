@@ -183,7 +183,7 @@ def _system_section() -> Section:
             "System",
             f"{platform.system()} {platform.machine()}, Python {platform.python_version()}, PyTorch {torch.__version__}",
         ],
-        ["Processor", f"{_cpu_name()}, {os.cpu_count()} cores, {memory:.0f} GiB"],
+        ["Processor", f"{cpu_name()}, {os.cpu_count()} cores, {memory:.0f} GiB"],
     ]
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -193,7 +193,7 @@ def _system_section() -> Section:
     return Section("The machine that wrote this", ["", ""], rows)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
