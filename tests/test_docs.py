@@ -15,7 +15,14 @@ from pathlib import Path
 import pytest
 import yaml
 
+from nanochat import memory
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import NanochatError
+from nanochat.engine import Engine
+from nanochat.server import create_app
 from nanochat.settings import SettingsParser
+from tasks import TASKS
+from tests.helpers import serve
 from tests.many_ranks import ROOT
 
 DOCS = ROOT / "docs"
@@ -60,6 +67,24 @@ def test_programs_of_pages_run_and_print_what_is_shown(path: Path, tmp_path: Pat
                 assert _without_numbers(printed) == _without_numbers(shown.text)
     for picture in tmp_path.glob("*.png"):
         assert (path.parent / "images" / picture.name).is_file()
+
+
+def test_the_example_of_the_sandbox_runs() -> None:
+    try:
+        runner.run_page(DOCS / "measuring.md")
+    except NanochatError as error:
+        pytest.skip(f"programs cannot be isolated here: {error}")
+
+
+def test_the_example_of_a_client_runs(tiny_run: Path) -> None:
+    """With the port that a server here has, and with one choice of few tokens."""
+    pytest.importorskip("openai", reason="the client comes with the extra dev")
+    model, tokenizer, _ = load_model("sft", "cpu", "eval", "tiny")
+    code = next(b.text for b in runner.read_blocks((DOCS / "serving.md").read_text(encoding="utf-8")) if b.language == "python")
+    with serve(create_app([Engine(model, tokenizer)], "tiny")) as port:
+        names: dict[str, object] = {}
+        exec(code.replace(":8000", f":{port}"), names)
+    assert names["reply"].choices[0].finish_reason in ("stop", "length")
 
 
 def test_outputs_are_put_behind_their_blocks() -> None:
@@ -114,7 +139,12 @@ def _parse(module_name: str, arguments: list[str], monkeypatch: pytest.MonkeyPat
     handed_on: list[str] = []
 
     def parse_known_args(parser: argparse.ArgumentParser, args: list[str] | None = None, namespace=None):
-        handed_on.extend(real(parser, args, namespace)[1])
+        parsed, rest = real(parser, args, namespace)
+        named = [getattr(parsed, name, None) or "" for name in ("task", "task_name", "tasks")]
+        if module_name.startswith("scripts.chat"):
+            tasks = [part.split("*")[0].split(":")[0] for part in re.split(r"[,|]", ",".join(named)) if part]
+            assert all(task in TASKS or task.endswith(".jsonl") for task in tasks)
+        handed_on.extend(rest)
         raise _Parsed
 
     with monkeypatch.context() as patch:
@@ -211,6 +241,20 @@ def test_the_reference_names_modules_that_exist() -> None:
     named = re.findall(r"^::: (\S+)", pages, re.MULTILINE)
     assert len(named) > 20
     assert all(importlib.util.find_spec(name) for name in named)
+
+
+def test_the_architecture_names_every_module() -> None:
+    named = set(re.findall(r"[a-z_]+", (DOCS / "architecture.md").read_text(encoding="utf-8")))
+    assert {path.stem for path in (ROOT / "nanochat").glob("[a-z]*.py")} <= named
+
+
+def test_the_table_of_what_fits_is_what_the_command_says(capsys: pytest.CaptureFixture) -> None:
+    memory.main(["--gb", "24", "80", "141"])
+    said = {re.split(r"  +", line)[0]: re.findall(r"d\d+ \([^)]+\)", line) for line in capsys.readouterr().out.splitlines()}
+    rows = re.findall(r"^\| (\d devices?.*?) \|(.*)", (DOCS / "cluster.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(rows) == 4
+    for label, cells in rows:
+        assert re.findall(r"d\d+ \([^)]+\)", cells) == said[label.replace("`", "")]
 
 
 # ----------------------------------------------------------------------------- errors
