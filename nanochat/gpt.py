@@ -51,6 +51,9 @@ class GPTConfig:
     n_embd: int = 768
     window_pattern: str = "SSSL"
     bigrams: int = 0  # rows of the table of pairs of tokens, in units of the vocabulary; 0: none, as in older checkpoints
+    value_embeddings: bool = True  # this and what follows differ in models that were made elsewhere
+    qk_scale: float = QK_SCALE
+    rotary_base: float = ROTARY_BASE
 
     def __post_init__(self) -> None:
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 8:
@@ -62,6 +65,8 @@ class GPTConfig:
             raise NanochatError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}: choose a divisor")
         if not self.window_pattern or set(self.window_pattern.upper()) - {"S", "L"}:
             raise NanochatError(f"window_pattern {self.window_pattern!r} may hold only S and L, for example SSSL")
+        if not 0 < self.qk_scale <= QK_SCALE:  # attention relies on that bound
+            raise NanochatError(f"qk_scale {self.qk_scale} must be above 0 and at most {QK_SCALE}")
 
     @property
     def head_dim(self) -> int:
@@ -82,7 +87,7 @@ class GPTConfig:
 
     def has_value_embedding(self, layer: int) -> bool:
         """Every other layer, the last one included."""
-        return (self.n_layer - 1 - layer) % 2 == 0
+        return self.value_embeddings and (self.n_layer - 1 - layer) % 2 == 0
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
@@ -125,6 +130,7 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer
         self.window = config.windows()[layer]
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
+        self.qk_scale = config.qk_scale
         self.c_q = Linear(config.n_embd, self.n_head * self.head_dim)
         self.c_k = Linear(config.n_embd, self.n_kv_head * self.head_dim)
         self.c_v = Linear(config.n_embd, self.n_kv_head * self.head_dim)
@@ -147,8 +153,8 @@ class CausalSelfAttention(nn.Module):
         if value_embedding is not None:
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., : self.ve_gate.in_features]))  # (B, T, KV), 1 at the start
             v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, self.n_kv_head, self.head_dim)
-        q = apply_rotary(norm(q) * QK_SCALE, *rotary)  # longer than 1 so that attention can be sharper
-        k = apply_rotary(norm(k) * QK_SCALE, *rotary)
+        q = apply_rotary(norm(q) * self.qk_scale, *rotary)  # longer than 1 so that attention can be sharper
+        k = apply_rotary(norm(k) * self.qk_scale, *rotary)
         if isinstance(attention, AttentionPlan):
             y = attention.attend(q, k, v, attention)
         else:
@@ -283,7 +289,7 @@ class GPT(nn.Module):
 
     def _grow_rotary(self, length: int) -> None:
         channels = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=self.get_device())
-        frequencies = ROTARY_BASE ** (-channels / self.config.head_dim)
+        frequencies = self.config.rotary_base ** (-channels / self.config.head_dim)
         angles = torch.arange(length, dtype=torch.float32, device=self.get_device())[:, None] * frequencies
         self._rotary = (angles.cos(), angles.sin())
 

@@ -236,8 +236,12 @@ def _overview_row(stage: str, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _settings_section(stage: str, settings: dict[str, Any]) -> Section:
-    rows = [[key.replace("_", " "), format_value(settings[key])] for key in SHOWN_SETTINGS if settings.get(key) is not None]
-    return Section(f"{STAGE_TITLES[stage]}: settings", ["", ""], rows)
+    return Section(f"{STAGE_TITLES[stage]}: settings", ["", ""], settings_table(settings))
+
+
+def settings_table(settings: dict[str, Any]) -> list[list[str]]:
+    """Rows of (name, value): the settings that say what a stage was."""
+    return [[key.replace("_", " "), format_value(settings[key])] for key in SHOWN_SETTINGS if settings.get(key) is not None]
 
 
 def format_value(value: Any) -> str:
@@ -365,8 +369,8 @@ def _core_section(core: dict[str, Any], album: Album) -> Section:
     return Section("CORE", columns, table, [album.add("core", "CORE by task", figure)])
 
 
-def _evaluation_sections(stage: str, results: dict[str, Any], rows: list[dict[str, Any]], album: Album) -> list[Section]:
-    sections = [_core_section(results["core"], album)] if "core" in results else []
+def evaluation_table(results: dict[str, Any]) -> list[list[str]]:
+    """Rows of (what, value, 95% interval, problems) from an eval.json, without CORE."""
     table = [[f"bits per byte, {split}", f"{value:.4f}", "", ""] for split, value in results.get("bpb", {}).items()]
     tasks = results.get("tasks", {})
     for name, task in tasks.items():
@@ -377,6 +381,12 @@ def _evaluation_sections(stage: str, results: dict[str, Any], rows: list[dict[st
     if mean := results.get("chatcore"):
         interval = f"{mean['low']:.4f} to {mean['high']:.4f}"
         table.append([f"{mean['name']}, over {mean['tasks']} tasks", f"{mean['value']:.4f}", interval, ""])
+    return table
+
+
+def _evaluation_sections(stage: str, results: dict[str, Any], rows: list[dict[str, Any]], album: Album) -> list[Section]:
+    sections = [_core_section(results["core"], album)] if "core" in results else []
+    tasks, table = results.get("tasks", {}), evaluation_table(results)
     title, pictures = STAGE_TITLES[stage], []
     if tasks:
         bars = [Bar(name, t["accuracy"], t["low"], t["high"], t.get("baseline")) for name, t in tasks.items()]

@@ -70,7 +70,7 @@ FREE_SETTINGS = {
     "resume", "resume_from_step", "device_batch_size", "grad_accum_steps", "run", "log_to", "device", "dtype", "fp8",
     "world_size", "fsdp", "activation_checkpointing",
     "compile", "eval_every", "eval_tokens", "sample_every", "save_every", "keep_last",
-    "data", "tokenizer",  # what these mean is compared, not where it lies
+    "data", "tokenizer", "from_hf",  # what these mean is compared, not where it lies
     "core_metric_every", "core_metric_max_per_task", "eval_bundle", "max_rows", "eval_examples", "eval_samples",
     "sample_prompts", "log_every",
 }  # fmt: skip

@@ -25,6 +25,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-i", "--source", default="sft", choices=("base", "sft", "rl"), help="stage of the model")
     parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest with that stage)")
     parser.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
+    parser.add_argument("--from-hf", default=None, metavar="DIR|NAME", help="a Hugging Face model instead of a run's")
     parser.add_argument("-p", "--prompt", default=None, help="answer this and leave")
     parser.add_argument("-t", "--temperature", type=float, default=0.6, help="0: always the likeliest token")
     parser.add_argument("-k", "--top-k", type=int, default=50, help="sample from the k likeliest tokens (0: from all)")
@@ -37,7 +38,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     *_, device = compute_init(args.device_type, args.seed)
-    model, tokenizer, meta = load_model(args.source, device, "eval", args.model_tag, args.step)
+    if args.from_hf is not None:
+        from nanochat.hf.load import load_hf
+
+        model, tokenizer, meta = load_hf(args.from_hf, device)
+    else:
+        model, tokenizer, meta = load_model(args.source, device, "eval", args.model_tag, args.step)
     chat = Chat(Engine(prepare_for_inference(model), tokenizer), args)
     if args.prompt is not None:
         chat.answer(args.prompt)

@@ -47,6 +47,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     data = parser.add_argument_group("data")
     data.add_argument("--model-step", type=int, default=None, help="base checkpoint to start from (default: the newest)")
+    data.add_argument("--from-hf", default=None, metavar="DIR|NAME", help="start from a Hugging Face model: makes it a run")
     data.add_argument("--tasks", default=DEFAULT_TASKS, metavar="NAME[*TIMES],...", help="mixture; :MOST cuts a task")
     data.add_argument("--task-data", type=Path, default=None, metavar="DIR", help="local folder instead of the hub")
     data.add_argument("--max-seq-len", type=int, default=-1, help="row length (-1: the base model's context)")
@@ -70,7 +71,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     keep_freed_memory()
     _, rank, _, world_size, device = compute_init(args.device_type, args.seed)
-    base_tag = find_run("base", args.model_tag)
+    if args.from_hf is not None:
+        from nanochat.hf.load import import_run
+
+        base_tag = import_run(args.from_hf, args.model_tag)
+    else:
+        base_tag = find_run("base", args.model_tag)
     stage = open_stage("sft", base_tag, base_tag, args.resume)
 
     # Where it starts: the base model, its tokenizer, its settings
@@ -106,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     # The parts
     scale = args.init_lr_frac * learning_rate_scale(total_batch_size)
     optimizer = setup_optimizer(model, args, scale, args.weight_decay)
-    if stage.resume_step is None and args.load_optimizer:
+    if stage.resume_step is None and args.load_optimizer and "imported" not in base_meta:
         load_optimizer(optimizer, base_dir, base_step)
     loader = ConversationLoader(train_task, tokenizer, rows, sequence_len, rank, world_size, device, seed=args.seed)
     token_bytes = tokenizer.get_token_bytes()

@@ -32,6 +32,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-i", "--source", default="sft", choices=("base", "sft", "rl"), help="stage of the model")
     parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest with that stage)")
     parser.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
+    parser.add_argument("--from-hf", default=None, metavar="DIR|NAME", help="a Hugging Face model instead of a run's")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
     machine.add_argument("-n", "--num-gpus", type=int, default=1, help="one copy of the model, and one thread, on each")
@@ -79,7 +80,12 @@ def load_engines(args: argparse.Namespace, devices: list[torch.device]) -> tuple
     """(an engine on each device, what the checkpoint says of itself)."""
     engines = []
     for device in devices:
-        model, tokenizer, meta = load_model(args.source, device, "eval", args.model_tag, args.step)
+        if args.from_hf is not None:
+            from nanochat.hf.load import load_hf
+
+            model, tokenizer, meta = load_hf(args.from_hf, device)
+        else:
+            model, tokenizer, meta = load_model(args.source, device, "eval", args.model_tag, args.step)
         prepare_for_inference(model, args.weights)
         engines.append(Engine(model, tokenizer, max_rows=args.max_rows, kv_tokens=args.kv_tokens))
     return engines, meta

@@ -80,7 +80,8 @@ def test_the_example_of_a_client_runs(tiny_run: Path) -> None:
     """With the port that a server here has, and with one choice of few tokens."""
     pytest.importorskip("openai", reason="the client comes with the extra dev")
     model, tokenizer, _ = load_model("sft", "cpu", "eval", "tiny")
-    code = next(b.text for b in runner.read_blocks((DOCS / "serving.md").read_text(encoding="utf-8")) if b.language == "python")
+    blocks = runner.read_blocks((DOCS / "serving.md").read_text(encoding="utf-8"))
+    code = next(block.text for block in blocks if block.language == "python")
     with serve(create_app([Engine(model, tokenizer)], "tiny")) as port:
         names: dict[str, object] = {}
         exec(code.replace(":8000", f":{port}"), names)

@@ -1,0 +1,201 @@
+"""Writes a checkpoint as a directory that Hugging Face's libraries load, and sends it to their hub. Used by
+scripts/export_hf.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from safetensors.torch import save_file
+
+from nanochat.checkpoint_manager import SETTINGS_FILE, get_stage_dir, list_steps, read_meta
+from nanochat.common import NanochatError
+from nanochat.gpt import GPT
+from nanochat.hf.tokenizer_json import to_tokenizer_json
+from nanochat.hf.weights import native_obstacles, to_custom, to_native
+from nanochat.report import STAGE_TITLES, evaluation_table, read_json, read_metrics, settings_table
+from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
+
+FORMATS = ("auto", "nanochat", "custom")
+WEIGHTS_FILE, CONFIG_FILE, TEMPLATE_FILE = "model.safetensors", "config.json", "chat_template.jinja"
+CODE_FILES = ("configuration_nanochat.py", "modeling_nanochat.py")
+OTHER_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md")
+OUR_FILES = {WEIGHTS_FILE, CONFIG_FILE, TEMPLATE_FILE, *CODE_FILES, *OTHER_FILES}
+ORIGIN_KEY = "nanochat_export"  # in config.json: which run, stage and step; also what tells an export of ours
+
+
+def export(
+    model: GPT, tokenizer: Tokenizer, meta: dict[str, Any], output: Path, form: str = "auto", repo: str | None = None
+) -> str:
+    """Write a model, as of checkpoint_manager.load_model, into the directory `output`; returns its form.
+
+    form: one of FORMATS; repo: the name on the hub that the model card is to show. `output` appears whole or not at all.
+    Raises NanochatError if the form cannot express the model or `output` holds anything but an earlier export.
+    """
+    check_output(output)
+    if form == "auto":
+        form = "custom" if native_obstacles(model) else "nanochat"
+    config, state = (to_custom if form == "custom" else to_native)(model)
+    special = tokenizer.special_ids
+    ids = {
+        "bos_token_id": special["<|bos|>"],
+        "pad_token_id": special["<|bos|>"],
+        "eos_token_id": special["<|assistant_end|>"],
+    }
+    origin = {"tag": meta["tag"], "stage": meta["stage"], "step": meta["step"], "weights": meta["weights"]}
+    ends = [special["<|assistant_end|>"], special["<|bos|>"]]  # of an answer, of a document
+    temporary = output.parent / f".{output.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        _write_json(temporary / CONFIG_FILE, {**config, **ids, ORIGIN_KEY: origin})
+        _write_json(temporary / "generation_config.json", {**ids, "eos_token_id": ends})
+        _write_json(temporary / "tokenizer.json", to_tokenizer_json(tokenizer))
+        _write_json(temporary / "tokenizer_config.json", _tokenizer_config(model.config.sequence_len))
+        (temporary / TEMPLATE_FILE).write_text(read_resource("templates", TEMPLATE_FILE), encoding="utf-8")
+        (temporary / "README.md").write_text(model_card(model, meta, form, repo), encoding="utf-8")
+        for name in CODE_FILES if form == "custom" else ():
+            (temporary / name).write_text(read_resource("hf", name), encoding="utf-8")
+        _save_weights(state, temporary / WEIGHTS_FILE)
+        for path in temporary.iterdir():
+            shutil.copymode(temporary / CONFIG_FILE, path)  # safetensors makes files that only their owner may read
+        _replace(output, temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return form
+
+
+def check_output(output: Path) -> None:
+    """Raise NanochatError if a directory holds what an export would destroy."""
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise NanochatError(f"--output {output} is a file: name a directory")
+    found = {path.name for path in output.iterdir()}
+    ours = ORIGIN_KEY in read_json(output / CONFIG_FILE) if CONFIG_FILE in found else not found
+    if strangers := found if not ours else found - OUR_FILES:
+        raise NanochatError(f"--output {output} holds {min(strangers)}, which is no export of ours: name another directory")
+
+
+def _replace(output: Path, temporary: Path) -> None:
+    """Give the new directory its name; the old one gives way only now."""
+    if not output.exists():
+        os.rename(temporary, output)
+        return
+    old = output.parent / f".{output.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(output, old)
+    os.rename(temporary, output)
+    shutil.rmtree(old)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=True) + "\n", encoding="utf-8")
+
+
+def _save_weights(state: dict[str, torch.Tensor], path: Path) -> None:
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path, {"format": "pt"})
+
+
+def _tokenizer_config(sequence_len: int) -> dict[str, Any]:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|bos|>",
+        "eos_token": "<|assistant_end|>",
+        "pad_token": "<|bos|>",
+        "additional_special_tokens": [name for name in SPECIAL_TOKENS if name not in ("<|bos|>", "<|assistant_end|>")],
+        "model_max_length": sequence_len,
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def read_resource(folder: str, name: str) -> str:
+    """A file of the package, as text."""
+    return (resources.files("nanochat") / folder / name).read_text(encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------- the model card
+
+
+def model_card(model: GPT, meta: dict[str, Any], form: str, repo: str | None) -> str:
+    """README.md: what the model is, how it is used, and what was measured of it and of those it came from."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("nanochat", "templates"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
+    stage_dir = get_stage_dir(meta["tag"], meta["stage"])
+    return environment.get_template("model_card.md").render(
+        name=repo or f"nanochat {meta['tag']}",
+        repo=repo,
+        custom=form == "custom",
+        stage=STAGE_TITLES[meta["stage"]].lower(),
+        step=meta["step"],
+        config=model.config,
+        num_params=model.num_scaling_params()["total"],
+        numbers=[row for stage, step in _lineage(meta) for row in _measured(meta["tag"], stage, step)],
+        settings=settings_table(read_json(stage_dir / SETTINGS_FILE)),
+    )
+
+
+def _lineage(meta: dict[str, Any]) -> list[tuple[str, int]]:
+    """(stage, step) of the checkpoint and of those that it was made from, the oldest first."""
+    line, parent = [(meta["stage"], meta["step"])], meta.get("parent")
+    while parent:
+        line.insert(0, (parent["stage"], parent["step"]))
+        stage_dir = get_stage_dir(meta["tag"], parent["stage"])
+        parent = read_meta(stage_dir, parent["step"]).get("parent") if parent["step"] in list_steps(stage_dir) else None
+    return line
+
+
+def _measured(tag: str, stage: str, step: int) -> list[list[str]]:
+    """Rows of (what, value, interval, problems) that were measured at that very step of a stage."""
+    stage_dir = get_stage_dir(tag, stage)
+    results = read_json(stage_dir / "eval.json")
+    if results.get("step") != step:
+        results = {}
+    logged = [row["val/bpb"] for row in read_metrics(stage_dir / "metrics.jsonl") if row["step"] == step and "val/bpb" in row]
+    if logged and "bpb" not in results:
+        results["bpb"] = {"val": logged[-1]}
+    rows = evaluation_table(results)
+    if core := results.get("core"):
+        name = "core_metric" if "core_metric" in core else "core_partial"
+        label = "CORE" if name == "core_metric" else f"part of CORE, {len(core['tasks'])} tasks"
+        rows.append([label, f"{core[name]:.4f}", f"{core['low']:.4f} to {core['high']:.4f}", ""])
+    return [[f"{STAGE_TITLES[stage]}: {label}", *rest] for label, *rest in rows]
+
+
+# ----------------------------------------------------------------------------- the hub
+
+
+def push(directory: Path, repo: str, private: bool) -> str:
+    """Send an export to the Hugging Face hub, into a repository that is made if need be; returns its address.
+
+    Raises NanochatError if the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    api = HfApi()
+    try:
+        url = api.create_repo(repo, private=private or None, exist_ok=True)  # None: as the account has it
+        api.upload_folder(
+            repo_id=repo,
+            folder_path=directory,
+            commit_message="Export from nanochat",
+            delete_patterns=sorted(OUR_FILES),  # of an earlier export in another form
+        )
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise NanochatError(
+            f"{repo!r} could not be sent to the hub ({reason}): it lies in {directory}; log in with `hf auth login`, or "
+            "check the name"
+        ) from error
+    return str(url)

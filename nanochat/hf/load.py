@@ -1,0 +1,198 @@
+"""Reads models that lie in Hugging Face's form, our own exports above all. Used by the scripts' --from-hf.
+
+Nothing of what lies there is executed: weights and JSON are read, the chat template is rendered in a sandbox.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from nanochat.checkpoint_manager import (
+    build_model,
+    get_run_dir,
+    get_stage_dir,
+    list_steps,
+    load_checkpoint,
+    lock_stage,
+    read_meta,
+    save_checkpoint,
+)
+from nanochat.common import NanochatError, from_rank0, get_dist_info, print0
+from nanochat.gpt import GPT
+from nanochat.hf.tokenizer_json import GUARD, from_tokenizer_json
+from nanochat.hf.weights import CUSTOM_TYPE, NATIVE_TYPE, from_custom, from_native
+from nanochat.tokenizer import Tokenizer
+
+ROWS_IN_A_BATCH = 32  # of fine-tuning, unless --total-batch-size says otherwise
+
+
+def load_hf(name: str, device: torch.device | str, phase: str = "eval") -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """(model, tokenizer, meta) from a directory or a repository of the hub, as checkpoint_manager.load_model gives them.
+
+    Raises NanochatError, one sentence, if there is no model that nanochat can compute.
+    """
+    directory = find_directory(name)
+    content = _read_config(directory, name)
+    tokenizer = from_tokenizer_json(directory / "tokenizer.json")
+    check_chat_template(directory, tokenizer)
+    size = tokenizer.get_vocab_size()
+    if content.get("vocab_size", size) < size:
+        raise NanochatError(
+            f"{name} has {content['vocab_size']} rows for a vocabulary of {size}: its files do not belong together"
+        )
+    if content["model_type"] == NATIVE_TYPE:
+        content["vocab_size"] = size  # what is more is padding
+    try:
+        convert = from_custom if content["model_type"] == CUSTOM_TYPE else from_native
+        config, state = convert(content, _read_weights(directory))
+    except KeyError as error:
+        raise NanochatError(f"{name} is incomplete: it has no {error}") from error
+    model = build_model(asdict(config), {key: tensor.float() for key, tensor in state.items()}, device)
+    model.train(phase == "train")
+    tag = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name.rstrip("/\\")).resolve().name if Path(name).is_dir() else name)
+    return model, tokenizer, {"tag": tag.strip("-._") or "model", "step": 0, "model_config": asdict(config)}
+
+
+def find_directory(name: str) -> Path:
+    """The directory of that name, or of a repository of the hub after it was downloaded."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise NanochatError(f"--from-hf {name}: there is no such directory, and the hub's names look like user/model")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise NanochatError(f"--from-hf {name}: neither a directory nor to be had from the hub ({reason})") from error
+
+
+def _read_config(directory: Path, name: str) -> dict[str, Any]:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise NanochatError(f"--from-hf {name} is no model: it has no config.json")
+    content = _read_json(path)
+    if content.get("model_type") not in (CUSTOM_TYPE, NATIVE_TYPE):
+        raise NanochatError(
+            f"--from-hf {name} is a model of type {content.get('model_type')!r}: nanochat computes {CUSTOM_TYPE} and "
+            f"{NATIVE_TYPE}"
+        )
+    return content
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+        return content
+    except (OSError, ValueError) as error:
+        raise NanochatError(f"{path} cannot be read ({error})") from error
+
+
+def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
+    index = directory / "model.safetensors.index.json"
+    names = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    state: dict[str, torch.Tensor] = {}
+    for name in names:
+        try:
+            state |= load_file(directory / name)
+        except (OSError, SafetensorError) as error:
+            raise NanochatError(f"{directory / name} cannot be read ({error}): fetch or export the model anew") from error
+    return state
+
+
+# ----------------------------------------------------------------------------- chat template
+
+
+class _Generation(Extension):
+    """transformers' {% generation %} ... {% endgeneration %}, which marks what the model says: here its content alone."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
+
+
+def check_chat_template(directory: Path, tokenizer: Tokenizer) -> None:
+    """Raise NanochatError if the template does not parse; say so if it renders a conversation otherwise than we do."""
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        template = path.read_text(encoding="utf-8")
+    else:
+        path = directory / "tokenizer_config.json"
+        template = _read_json(path).get("chat_template") if path.is_file() else None
+    if not isinstance(template, str):  # a base model may have none, and others several
+        return
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}, {"role": "user", "content": "So"}]
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    try:
+        compiled = environment.from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise NanochatError(f"the chat template in {path} does not parse: {error} (line {error.lineno})") from error
+    try:
+        text = compiled.render(
+            messages=messages, add_generation_prompt=True, bos_token="<|bos|>", eos_token="<|assistant_end|>"
+        )
+    except Exception:  # it is a program, and may do anything that the sandbox stops
+        text = ""
+    if text.replace(GUARD, "") != tokenizer.decode(tokenizer.render_for_completion({"messages": messages})):
+        print0(f"note: the chat template in {path} differs from nanochat's, which is used instead")
+
+
+# ----------------------------------------------------------------------------- as a run
+
+
+def import_run(name: str, tag: str | None) -> str:
+    """Make a model the base of a run of ours, so that it can be fine-tuned; returns the run's tag (a collective call).
+
+    The run that was made of the same model before is used again. Raises NanochatError if the tag is another model's.
+    """
+    outcome: str | NanochatError = ""
+    if get_dist_info()[1] == 0:
+        try:
+            outcome = _import_run(name, tag)
+        except NanochatError as error:
+            outcome = error
+    outcome = from_rank0(outcome)
+    if isinstance(outcome, NanochatError):
+        raise outcome
+    return outcome
+
+
+def _import_run(name: str, tag: str | None) -> str:
+    model, tokenizer, meta = load_hf(name, "cpu")
+    tag, state = tag or meta["tag"], model.state_dict()
+    stage_dir = get_stage_dir(tag, "base")
+    with lock_stage(stage_dir):
+        if steps := list_steps(stage_dir):
+            old = load_checkpoint(stage_dir, steps[-1])[0] if "imported" in read_meta(stage_dir, steps[-1]) else {}
+            if old.keys() != state.keys() or any(not torch.equal(old[key], state[key]) for key in old):
+                raise NanochatError(f"run {tag!r} already has a base model, another than {name}: choose another --model-tag")
+            return tag
+        tokenizer.save(get_run_dir(tag))
+        about = {
+            "model_config": meta["model_config"],
+            "tokenizer": tokenizer.fingerprint(),
+            "settings": {"total_batch_size": ROWS_IN_A_BATCH * model.config.sequence_len},
+            "imported": {"from": name},
+        }
+        save_checkpoint(stage_dir, 0, state, None, about)
+    return tag

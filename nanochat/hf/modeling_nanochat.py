@@ -1,0 +1,295 @@
+"""A nanochat model for transformers. Lies beside the exported weights and is loaded with trust_remote_code.
+
+What differs from a textbook GPT: rotary positions, normalized queries and keys, sliding windows, ReLU squared, value
+embeddings on some layers, embeddings of pairs of tokens, a learned share of the first embedding in every block, no biases
+and no learned norm weights, an untied head with soft-capped logits. The same numbers as nanochat's own gpt.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .configuration_nanochat import NanochatConfig
+
+# What this version of transformers calls the keys and values of what came before.
+CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """RMS norm over the last dimension, without weights."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate pairs of channels by the angle of their position. x: (B, T, H, D); cos, sin: (B or 1, T, 1, D / 2)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
+
+
+def visible_keys(
+    query_positions: torch.Tensor, num_keys: int, window: int, attention_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """(B or 1, 1, T, num_keys) bool: each token sees itself and the `window` before it, but no padding.
+
+    query_positions: (T,), places in the rows, padding included; attention_mask: (B, tokens so far), 0 for padding.
+    """
+    distance = query_positions[:, None] - torch.arange(num_keys, device=query_positions.device)
+    visible = ((distance >= 0) & (distance <= window))[None]
+    if attention_mask is not None:
+        real = F.pad(attention_mask.bool(), (0, num_keys - attention_mask.size(1)))  # a static cache is longer than the text
+        visible = visible & real[:, None] | (distance == 0)  # padding sees itself: an empty row would be no number
+    return visible[:, None]
+
+
+class NanochatAttention(nn.Module):
+    def __init__(self, config: NanochatConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer, self.window = config, layer, config.layer_windows[layer]
+        kv_dim = config.num_key_value_heads * config.head_dim
+        self.c_q = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.c_k = nn.Linear(config.hidden_size, kv_dim, bias=False)
+        self.c_v = nn.Linear(config.hidden_size, kv_dim, bias=False)
+        self.c_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        if layer in config.value_embedding_layers:
+            self.ve_gate = nn.Linear(config.gate_channels, config.num_key_value_heads, bias=False)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        value_embedding: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        query_positions: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> torch.Tensor:
+        B, T, C = x.shape
+        heads, kv_heads, head_dim = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
+        q = self.c_q(x).view(B, T, heads, head_dim)
+        k = self.c_k(x).view(B, T, kv_heads, head_dim)
+        v = self.c_v(x).view(B, T, kv_heads, head_dim)
+        if value_embedding is not None:
+            gate = 2 * torch.sigmoid(self.ve_gate(x[..., : self.config.gate_channels]))
+            v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, kv_heads, head_dim)
+        q = apply_rotary(norm(q) * self.config.qk_scale, *rotary)
+        k = apply_rotary(norm(k) * self.config.qk_scale, *rotary)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer)
+        k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
+        mask = visible_keys(query_positions, k.size(2), self.window, attention_mask)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class NanochatMLP(nn.Module):
+    def __init__(self, config: NanochatConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.c_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(F.relu(self.c_fc(x)).square())
+
+
+class NanochatBlock(GradientCheckpointingLayer):
+    def __init__(self, config: NanochatConfig, layer: int) -> None:
+        super().__init__()
+        self.attn = NanochatAttention(config, layer)
+        self.mlp = NanochatMLP(config)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        x0: torch.Tensor,
+        lambdas: tuple[torch.Tensor, torch.Tensor],
+        value_embedding: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        query_positions: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
+        x = (lambdas[0] * x + lambdas[1] * x0).to(x.dtype)
+        x = x + self.attn(norm(x), value_embedding, rotary, query_positions, attention_mask, cache)
+        return x + self.mlp(norm(x))
+
+
+class NanochatPreTrainedModel(PreTrainedModel):
+    config_class = NanochatConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NanochatBlock"]
+    _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, NanochatModel):
+            nn.init.constant_(module.resid_lambdas, 1.0)
+            nn.init.constant_(module.x0_lambdas, 0.1)
+
+
+class NanochatModel(NanochatPreTrainedModel):
+    """Token ids to final features."""
+
+    def __init__(self, config: NanochatConfig) -> None:
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.bigrams = nn.Embedding(config.bigram_rows, config.hidden_size) if config.bigram_rows else None
+        kv_dim = config.num_key_value_heads * config.head_dim
+        self.value_embeds = nn.ModuleDict(
+            {str(layer): nn.Embedding(config.vocab_size, kv_dim) for layer in config.value_embedding_layers}
+        )
+        self.blocks = nn.ModuleList(NanochatBlock(config, layer) for layer in range(config.num_hidden_layers))
+        self.resid_lambdas = nn.Parameter(torch.empty(config.num_hidden_layers))
+        self.x0_lambdas = nn.Parameter(torch.empty(config.num_hidden_layers))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.wte = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+        previous_ids: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """input_ids: (B, T); attention_mask: (B, tokens so far), 0 for padding; previous_ids: see `embed`.
+
+        past_key_values: what older versions of transformers call the cache.
+        """
+        if input_ids is None:
+            raise ValueError("a nanochat model needs input_ids: its value embeddings cannot be had from inputs_embeds")
+        cache = past_key_values if cache is None else cache
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            use_cache, cache = False, None  # a block that is computed twice would be stored twice
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        past = 0 if cache is None else cache.get_seq_length()
+        query_positions = past + torch.arange(input_ids.size(1), device=input_ids.device)
+        rotary = self.rotary(query_positions[None] if position_ids is None else position_ids)
+        x0 = x = norm(self.embed(input_ids, attention_mask, cache, past, previous_ids))
+        for layer, block in enumerate(self.blocks):
+            value_embedding = self.value_embeds[str(layer)](input_ids) if str(layer) in self.value_embeds else None
+            lambdas = (self.resid_lambdas[layer], self.x0_lambdas[layer])
+            x = block(x, x0, lambdas, value_embedding, rotary, query_positions, attention_mask, cache=cache)
+        return BaseModelOutputWithPast(last_hidden_state=norm(x), **{CACHE_NAME: cache if use_cache else None})
+
+    def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin), each (B or 1, T, 1, head_dim / 2) float32, for positions (B or 1, T)."""
+        channels = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=positions.device)
+        frequencies = self.config.rotary_base ** (-channels / self.config.head_dim)
+        angles = positions.float()[:, :, None, None] * frequencies
+        return angles.cos(), angles.sin()
+
+    def embed(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: Cache | None,
+        past: int,
+        previous_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """(B, T, hidden_size): what is looked up for each token, and for it and its predecessor together.
+
+        previous_ids: (B, T), the token before each; None: that of the first is the last one that went into the cache. The
+        first token of a text counts as its own predecessor.
+        """
+        x = self.wte(input_ids)
+        if self.bigrams is None:
+            return x
+        if previous_ids is None:
+            first = getattr(cache, "last_ids", None) if past else input_ids[:, :1]
+            if first is None:
+                raise ValueError("this cache was not made by this model: give previous_ids, the token before each")
+            previous_ids = torch.cat([first, input_ids[:, :-1]], dim=1)
+        if attention_mask is not None:
+            follows_text = F.pad(attention_mask.bool(), (1, 0))[:, past : past + input_ids.size(1)]
+            previous_ids = torch.where(follows_text, previous_ids, input_ids)
+        if cache is not None:
+            cache.last_ids = input_ids[:, -1:]
+        return x + self.bigrams((previous_ids * self.config.pair_factor + input_ids) % self.config.bigram_rows)
+
+
+class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
+    """Token ids to soft-capped logits."""
+
+    def __init__(self, config: NanochatConfig) -> None:
+        super().__init__(config)
+        self.model = NanochatModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.model.wte
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.model.wte = value
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Linear) -> None:
+        self.lm_head = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+        previous_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits (B, T, vocab_size) float32, of the last `logits_to_keep` tokens if that is not 0, or those at its places.
+
+        labels: (B, T), the tokens themselves (they are shifted here), -100 where there is nothing to learn.
+        """
+        cache = past_key_values if cache is None else cache
+        outputs = self.model(
+            input_ids, attention_mask, position_ids, cache=cache, previous_ids=previous_ids, use_cache=use_cache
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept]).float()
+        cap = self.config.final_logit_softcapping
+        logits = cap * torch.tanh(logits / cap)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: getattr(outputs, CACHE_NAME)})
+
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args, **kwargs) -> dict:
+        """As everywhere, with the tokens before those that are not in the cache yet, whatever beams were reordered."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        new = inputs["input_ids"].size(1)
+        if new < input_ids.size(1):
+            inputs["previous_ids"] = input_ids[:, -new - 1 : -1]
+        return inputs
+
+    @staticmethod
+    def create_masks_for_generate(config: NanochatConfig, *args, attention_mask: torch.Tensor | None = None, **kwargs):
+        """The mask of padding as it is: the windows are applied in `visible_keys`, also with a static cache."""
+        return attention_mask

@@ -1,0 +1,41 @@
+"""Write a model in the form that Hugging Face's libraries load: python -m scripts.export_hf --output my-model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import NanochatError, run_command
+from nanochat.hf.export import FORMATS, check_output, export, push
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Write a model in the form that Hugging Face's libraries load.")
+    parser.add_argument("-i", "--source", default="sft", choices=("base", "sft", "rl"), help="stage of the model")
+    parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest with that stage)")
+    parser.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="new directory, or an older export")
+    help_format = "nanochat: for transformers' own class; custom: with code of ours; auto: the first where it suffices"
+    parser.add_argument("--format", default="auto", choices=FORMATS, help=help_format)
+    parser.add_argument("--push-to-hub", default=None, metavar="USER/NAME", help="send it to the Hugging Face hub as well")
+    parser.add_argument("--private", action="store_true", help="what is sent, if it is new there")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    if args.private and args.push_to_hub is None:
+        raise NanochatError("--private is for what is sent to the hub: add --push-to-hub USER/NAME")
+    check_output(args.output)  # before anything is loaded
+    model, tokenizer, meta = load_model(args.source, "cpu", "eval", args.model_tag, args.step)
+    form = export(model, tokenizer, meta, args.output, args.format, args.push_to_hub)
+    print(f"{meta['tag']} ({args.source}, step {meta['step']}) is in {args.output}, in the form {form!r}")
+    if args.push_to_hub is not None:
+        print(push(args.output, args.push_to_hub, args.private))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,250 @@
+"""Properties of models that come from Hugging Face's form: nothing is lost on the way there and back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import NanochatError
+from nanochat.gpt import GPT
+from nanochat.hf.export import export, push
+from nanochat.hf.load import import_run, load_hf
+from nanochat.hf.weights import NORM_EPS
+from nanochat.tokenizer import Tokenizer
+from scripts import chat_cli, chat_sft, export_hf
+from tests.helpers import make_document, make_model
+from tests.hub_server import ModelHub, serve_folder
+from tests.test_hf_export import META, make_plain_model, some_ids
+
+transformers = pytest.importorskip("transformers", reason="exports are loaded by transformers: pip install 'nanochat[hf]'")
+
+
+@pytest.fixture
+def exported(tokenizer: Tokenizer, tmp_path: Path) -> tuple[GPT, Path]:
+    """(a model with everything that ours can have, its export)."""
+    model = make_model(vocab_size=tokenizer.get_vocab_size(), n_head=4, n_kv_head=2)
+    export(model, tokenizer, META, tmp_path / "export")
+    return model, tmp_path / "export"
+
+
+def logits(model: GPT) -> torch.Tensor:
+    model.compute_dtype = torch.float32
+    with torch.no_grad():
+        return model(some_ids(2, 200, model.config.vocab_size))
+
+
+def change(path: Path, **values: Any) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**content, **values}), encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------- there and back
+
+
+def test_our_own_form_comes_back_bit_for_bit(exported: tuple[GPT, Path], tokenizer: Tokenizer) -> None:
+    model, path = exported
+    back, back_tokenizer, meta = load_hf(str(path), "cpu")
+    assert torch.equal(logits(back), logits(model))
+    assert back_tokenizer.fingerprint() == tokenizer.fingerprint()
+    assert back.config.windows() == model.config.windows()
+    assert meta["tag"] == "export"
+
+
+def test_transformers_own_form_comes_back(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = make_plain_model(tokenizer)
+    assert export(model, tokenizer, META, tmp_path / "export") == "nanochat"
+    back = load_hf(str(tmp_path / "export"), "cpu")[0]
+    torch.testing.assert_close(logits(back), logits(model), rtol=0, atol=1e-4)
+    assert export(back, tokenizer, META, tmp_path / "export") == "nanochat"  # in place of the first
+
+
+def test_a_model_of_transformers_own_making(exported: tuple[GPT, Path], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    size = tokenizer.get_vocab_size()
+    rope = {"rope_type": "default", "rope_theta": 10_000.0}
+    config = transformers.NanoChatConfig(
+        vocab_size=size + 50, hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, rms_norm_eps=NORM_EPS, rope_parameters=rope,
+        initializer_range=0.2, bos_token_id=0, eos_token_id=1, pad_token_id=None,
+    )  # fmt: skip
+    theirs = transformers.NanoChatForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    transformers.AutoTokenizer.from_pretrained(exported[1]).save_pretrained(tmp_path / "theirs")
+    ours, our_tokenizer, _ = load_hf(str(tmp_path / "theirs"), "cpu")
+    assert our_tokenizer.fingerprint() == tokenizer.fingerprint()
+    with torch.no_grad():
+        expected = theirs(some_ids(2, 200, size)).logits[..., :size]  # the rest is padding
+    torch.testing.assert_close(logits(ours), expected, rtol=0, atol=1e-4)
+
+
+def test_what_transformers_saves_again_comes_back(exported: tuple[GPT, Path], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model, path = exported
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    theirs.to(torch.bfloat16).save_pretrained(tmp_path / "again")
+    transformers.AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path / "again")
+    back, back_tokenizer, _ = load_hf(str(tmp_path / "again"), "cpu")
+    rows = model.config.vocab_size
+    assert torch.equal(back.wte.weight[:rows], model.wte.weight[:rows].bfloat16().float())
+    assert back_tokenizer.fingerprint() == tokenizer.fingerprint()
+
+
+# ----------------------------------------------------------------------------- the commands
+
+
+def test_chat_with_an_export(exported: tuple[GPT, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert chat_cli.main(["--from-hf", str(exported[1]), "-p", "the cat", "-m", "5", "--device-type=cpu", "-t", "0"]) == 0
+    assert len(capsys.readouterr().out) > 1
+
+
+def test_fine_tuning_from_an_export(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = str(tmp_path / "little-model")
+    assert export_hf.main(["--model-tag=tiny", "--source=base", "--output", output]) == 0
+    flags = ["--from-hf", output, "--tasks=Arithmetic:60,Identity:40", "--num-iterations=2", "--total-batch-size=512",
+             "--no-compile", "--device-type=cpu", "--eval-tokens=512"]  # fmt: skip
+    assert chat_sft.main(flags) == 0
+    base, _, meta = load_model("base", "cpu", "eval", "little-model")
+    assert meta["imported"] == {"from": output}
+    assert torch.equal(logits(base), logits(load_model("base", "cpu", "eval", "tiny")[0]))
+    model, _, meta = load_model("sft", "cpu", "eval", "little-model")
+    assert (meta["step"], meta["parent"]) == (2, {"stage": "base", "step": 0})
+    assert not torch.equal(logits(model), logits(base))
+    assert chat_sft.main([*flags, "--resume=auto"]) == 0
+    assert "is complete" in capsys.readouterr().out
+    assert export_hf.main(["--model-tag=little-model", "--output", output]) == 0
+    with pytest.raises(NanochatError, match="already has a base model, another"):
+        import_run(output, "little-model")
+
+
+# ----------------------------------------------------------------------------- the hub
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[ModelHub]]:
+    (tmp_path / "hub").mkdir()
+    with serve_folder(tmp_path / "hub", ModelHub) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.address)
+        template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield server
+
+
+def test_to_the_hub_and_back(tiny_run: Path, tmp_path: Path, hub: type[ModelHub], capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model-tag=tiny", "--output", str(tmp_path / "export"), "--private"]
+    assert export_hf.main([*flags, "--push-to-hub=someone/model"]) == 0
+    assert f"{hub.address}/someone/model" in capsys.readouterr().out
+    assert hub.private is True
+    assert {path.name for path in hub.root.iterdir()} == {path.name for path in (tmp_path / "export").iterdir()}
+    assert "someone/model" in (hub.root / "README.md").read_text(encoding="utf-8")
+    back, _, meta = load_hf("someone/model", "cpu")
+    assert meta["tag"] == "someone-model"
+    assert torch.equal(logits(back), logits(load_model("sft", "cpu", "eval", "tiny")[0]))
+    assert not any(request.endswith(".py") for request in hub.requests if request.startswith("GET"))
+
+
+def test_sent_again_in_another_form_nothing_of_the_first_stays(
+    tokenizer: Tokenizer, tmp_path: Path, hub: type[ModelHub]
+) -> None:
+    for name in ("modeling_nanochat.py", "notes.txt"):
+        (hub.root / name).write_text("", encoding="utf-8")
+    assert export(make_plain_model(tokenizer), tokenizer, META, tmp_path / "export") == "nanochat"
+    push(tmp_path / "export", "someone/model", private=False)
+    assert {path.name for path in hub.root.iterdir()} == {path.name for path in (tmp_path / "export").iterdir()} | {
+        "notes.txt"
+    }
+    assert not hub.private
+
+
+def test_what_the_hub_refuses_is_said(tiny_run: Path, tmp_path: Path, hub: type[ModelHub]) -> None:
+    flags = ["--model-tag=tiny", "--output", str(tmp_path / "export")]
+    with pytest.raises(NanochatError, match="'nobody/model' could not be sent to the hub"):
+        export_hf.main([*flags, "--push-to-hub=nobody/model"])
+    with pytest.raises(NanochatError, match="neither a directory nor to be had from the hub"):
+        load_hf("nobody/model", "cpu")
+    with pytest.raises(NanochatError, match="--push-to-hub"):
+        export_hf.main([*flags, "--private"])
+
+
+# ----------------------------------------------------------------------------- what is no model
+
+
+def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(NanochatError, match="it has no config.json"):
+        load_hf(str(tmp_path), "cpu")
+    with pytest.raises(NanochatError, match="there is no such directory"):
+        load_hf(str(tmp_path / "absent"), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "reason"),
+    [
+        ("config.json", {"model_type": "llama"}, "is a model of type 'llama': nanochat computes nanochat_gpt and nanochat"),
+        ("config.json", {"final_logit_softcapping": 30.0}, "has final_logit_softcapping 30.0, but .* only with 15.0"),
+        ("config.json", {"layer_windows": [128, 64, 512]}, r"has layer_windows \[128, 64, 512\]"),
+        ("config.json", {"vocab_size": 100}, "do not belong together"),
+        ("config.json", {"num_hidden_layers": 2, "layer_windows": [128, 512], "value_embedding_layers": [1]}, "do not fit"),
+        ("tokenizer.json", {"added_tokens": []}, "its special tokens are not"),
+        ("tokenizer.json", {"model": {"type": "Unigram"}}, "its model is Unigram"),
+        ("tokenizer.json", {"pre_tokenizer": {"type": "Whitespace"}}, "does not split text by one pattern"),
+    ],
+)
+def test_what_we_cannot_compute_is_named(exported: tuple[GPT, Path], file: str, values: dict[str, Any], reason: str) -> None:
+    change(exported[1] / file, **values)
+    with pytest.raises(NanochatError, match=reason):
+        load_hf(str(exported[1]), "cpu")
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_damaged_file_is_named(exported: tuple[GPT, Path], name: str) -> None:
+    (exported[1] / name).write_bytes(b"\x00{")
+    with pytest.raises(NanochatError, match=name):
+        load_hf(str(exported[1]), "cpu")
+
+
+def test_a_chat_template_that_does_not_parse(exported: tuple[GPT, Path]) -> None:
+    (exported[1] / "chat_template.jinja").write_text("{% for message in %}", encoding="utf-8")
+    with pytest.raises(NanochatError, match=r"chat_template.jinja does not parse: .* \(line 1\)"):
+        load_hf(str(exported[1]), "cpu")
+
+
+@pytest.mark.parametrize("template", ["{{ messages[0].content }}", "{{ ''.__class__.mro() }}", "{{ 1 / 0 }}"])
+def test_another_chat_template_is_mentioned(
+    exported: tuple[GPT, Path], template: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load_hf(str(exported[1]), "cpu")
+    assert "chat template" not in capsys.readouterr().out
+    (exported[1] / "chat_template.jinja").write_text(template, encoding="utf-8")
+    load_hf(str(exported[1]), "cpu")
+    assert "differs from nanochat's" in capsys.readouterr().out
+
+
+def test_merges_in_another_order_are_refused(exported: tuple[GPT, Path]) -> None:
+    path = exported[1] / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["model"]["merges"].reverse()
+    change(path, model=content["model"])
+    with pytest.raises(NanochatError, match="merges are in another order"):
+        load_hf(str(exported[1]), "cpu")
+
+
+def test_a_missing_file_is_named(exported: tuple[GPT, Path]) -> None:
+    for name in ("tokenizer.json", "model.safetensors"):
+        copy = exported[1].parent / name.partition(".")[0]
+        shutil.copytree(exported[1], copy)
+        (copy / name).unlink()
+        with pytest.raises(NanochatError, match=name):
+            load_hf(str(copy), "cpu")
+
+
+def test_documents_survive_the_tokenizer_there_and_back(exported: tuple[GPT, Path], tokenizer: Tokenizer) -> None:
+    back = load_hf(str(exported[1]), "cpu")[1]
+    texts = [make_document(seed) for seed in range(20)]
+    assert back.encode(texts) == tokenizer.encode(texts)
