@@ -33,9 +33,9 @@ class MetricsLog:
         self,
         stage_dir: Path,
         settings: dict[str, Any],
-        run: str,
-        log_to: Iterable[str],
-        rank: int,
+        run: str = "dummy",
+        log_to: Iterable[str] = (),
+        rank: int = 0,
         resume_step: int | None = None,
     ) -> None:
         self._file, self._loggers = None, []
