@@ -67,12 +67,12 @@ EXPECTED_MFU = 0.5  # the share of a device's products that training makes use o
 
 # What may differ between a run and its resumption: it changes how the work is done, not what is computed.
 FREE_SETTINGS = {
-    "resume", "resume_from_step", "device_batch_size", "grad_accum_steps", "run", "log_to", "device", "dtype", "fp8",
-    "world_size", "fsdp", "activation_checkpointing",
+    "resume", "resume_from_step", "run", "log_to", "tensorboard", "log_every",
+    "device", "dtype", "fp8", "world_size", "fsdp", "activation_checkpointing", "device_batch_size", "grad_accum_steps",
     "compile", "eval_every", "eval_tokens", "sample_every", "save_every", "keep_last",
     "data", "tokenizer", "from_hf",  # what these mean is compared, not where it lies
     "core_metric_every", "core_metric_max_per_task", "eval_bundle", "max_rows", "eval_examples", "eval_samples",
-    "sample_prompts", "log_every",
+    "sample_prompts",
 }  # fmt: skip
 
 
@@ -94,8 +94,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, eval_every: int = 25
         metavar="LOGGER",
         help=f"loggers beside metrics.jsonl: {', '.join(LOGGERS)} (WANDB_MODE=offline keeps the first one's on disk)",
     )
-    run.add_argument("--tensorboard", dest="log_to", action="append_const", const="tensorboard",
-                     help="the same as --log-to tensorboard")  # fmt: skip
+    run.add_argument("--tensorboard", action="store_true", help="the same as --log-to tensorboard")
     run.add_argument("--model-tag", default=None, metavar="TAG", help="name of the run's directory")
     run.add_argument(
         "--resume",
@@ -120,6 +119,11 @@ def add_training_arguments(parser: argparse.ArgumentParser, eval_every: int = 25
                          help="compute blocks again in the backward pass: slower by a third, for less memory")  # fmt: skip
     machine.add_argument("--fp8", action="store_true", help="multiply in 8 bits: on GPUs that do (Ada, Hopper and later)")
     machine.add_argument("--no-compile", dest="compile", action="store_false", help="run eagerly")
+
+
+def chosen_loggers(args: argparse.Namespace) -> list[str]:
+    """Whom the flags want to tell of the run's numbers."""
+    return [*args.log_to, *(["tensorboard"] if args.tensorboard else [])]
 
 
 def add_rate_arguments(group: argparse._ArgumentGroup) -> None:

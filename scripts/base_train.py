@@ -33,6 +33,7 @@ from nanochat.stage import (
     check_settings,
     check_tokens,
     choose_device_batch_size,
+    chosen_loggers,
     describe_model,
     flops_in,
     go_on,
@@ -186,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
             log_every=10 if device.type == "cuda" else 1, compile=args.compile, stage_name="pretraining",
         ),
         stage.directory,
-        MetricsLog(stage.directory, settings, args.run, args.log_to, rank, stage.resume_step),
+        MetricsLog(stage.directory, settings, args.run, chosen_loggers(args), rank, stage.resume_step),
         {
             "model_config": asdict(config), "tokenizer": tokenizer.fingerprint(), "settings": settings,
             "data": source.describe(), "parent": None,

@@ -21,6 +21,7 @@ from nanochat.stage import (
     add_rate_arguments,
     add_training_arguments,
     check_settings,
+    chosen_loggers,
     describe_model,
     go_on,
     make_model,
@@ -135,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
             compile=False,  # rows of ever other lengths: the time is in the answering
         ),
         stage.directory,
-        MetricsLog(stage.directory, settings, args.run, args.log_to, rank, stage.resume_step),
+        MetricsLog(stage.directory, settings, args.run, chosen_loggers(args), rank, stage.resume_step),
         {
             "model_config": model_config, "tokenizer": tokenizer.fingerprint(), "settings": settings,
             "parent": {"stage": args.source, "step": parent_step},

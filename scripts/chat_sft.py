@@ -25,6 +25,7 @@ from nanochat.stage import (
     add_training_arguments,
     check_settings,
     choose_device_batch_size,
+    chosen_loggers,
     describe_model,
     go_on,
     load_optimizer,
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
             log_every=10 if device.type == "cuda" else 1, compile=args.compile, stage_name="fine-tuning",
         ),
         stage.directory,
-        MetricsLog(stage.directory, settings, args.run, args.log_to, rank, stage.resume_step),
+        MetricsLog(stage.directory, settings, args.run, chosen_loggers(args), rank, stage.resume_step),
         {
             "model_config": model_config, "tokenizer": tokenizer.fingerprint(), "settings": settings,
             "parent": {"stage": "base", "step": base_step},
