@@ -176,7 +176,7 @@ def test_commands_of_pages_parse(where: str, command: str, monkeypatch: pytest.M
         words.pop(0)
     if not words:
         return
-    if (found := _of_module(words)) and found[0].split(".")[0] in ("scripts", "nanochat", "benchmarks"):
+    if (found := _of_module(words)) and found[0].split(".")[0] in ("scripts", "nanochat", "benchmarks", "dev"):
         _parse(*found, monkeypatch)
     elif words[0] in ("python", "bash", "pytest"):
         files = [word for word in words[1:] if word.endswith((".py", ".sh", ".md")) or "/" in word]
