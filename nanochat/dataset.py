@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from nanochat.common import NanochatError, get_base_dir, print0, run_command
 from nanochat.document_files import READABLE, Batches, Document, DocumentFile, is_remote, list_local, list_remote
+from nanochat.progress import Progress
 from nanochat.settings import SettingsParser
 
 VAL_SHARE = 0.02  # of the documents, by hash, where no file is named for validation
@@ -226,12 +227,19 @@ def download(name: str, num_shards: int, workers: int = 4) -> None:
 
     huggingface_hub resumes and verifies the transfer. Raises NanochatError naming what could not be fetched.
     """
+    from huggingface_hub.utils import disable_progress_bars
+
     repository = HUB_REPOSITORIES[name]
     directory = get_base_dir() / "data" / name
     num_shards = repository.num_shards - 1 if num_shards < 0 else min(num_shards, repository.num_shards - 1)
     names = [*(repository.file_format.format(i) for i in range(num_shards)), repository.val_file]
-    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        failures = [failure for failure in pool.map(lambda n: _download_one(repository, n, directory), names) if failure]
+    disable_progress_bars()  # one for each file; ours is of all
+    with (
+        concurrent.futures.ThreadPoolExecutor(workers) as pool,
+        Progress(f"downloading {name}", len(names), unit="shard") as progress,
+    ):
+        outcomes = progress.watch(pool.map(lambda n: _download_one(repository, n, directory), names))
+        failures = [failure for failure in outcomes if failure]
     if failures:
         raise NanochatError(
             f"{len(failures)} of {len(names)} shards of {name} could not be fetched (first: {failures[0]}): "

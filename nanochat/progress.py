@@ -5,24 +5,30 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
+T = TypeVar("T")
 REFRESH_S = 0.2  # on a terminal
 LINE_S = 10.0  # elsewhere: seconds between lines, and at least a twentieth of the work
-FORMATS = {"loss": ".4f", "bpb": ".4f", "tok_per_s": ",.0f", "mfu": ".0%", "reward": ".3f", "pass@1": ".1%"}
+FORMATS = {
+    "loss": ".4f", "bpb": ".4f", "tok_per_s": ",.0f", "mfu": ".0%", "reward": ".3f", "pass@1": ".1%", "characters": ",.0f",
+}  # fmt: skip
 LABELS = {"tok_per_s": "tok/s", "mfu": "MFU"}
 
 
 class Progress:
     """Shows stage, steps done, the given numbers and the time left; a context manager. Silent but on rank 0.
 
-    start: steps done before, by an earlier sitting. The environment's NANOCHAT_STAGE ("2/6") goes before the stage.
+    total: None where nobody knows. start: steps done before, by an earlier sitting. The environment's NANOCHAT_STAGE ("2/6")
+    goes before the stage.
     """
 
-    def __init__(self, stage: str, total: int, unit: str = "step", start: int = 0) -> None:
+    def __init__(self, stage: str, total: int | None, unit: str = "step", start: int = 0) -> None:
         place = os.environ.get("NANOCHAT_STAGE")
         self.stage = f"[{place}] {stage}" if place else stage
         self.total, self.unit, self.start = total, unit, start
@@ -30,6 +36,7 @@ class Progress:
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._bar: RichProgress | None = None
         self._shown_at, self._shown_step = 0.0, start
+        self._last: tuple[int, dict[str, float]] = (start, {})
 
     def __enter__(self) -> Progress:
         self._began = time.perf_counter()
@@ -45,6 +52,8 @@ class Progress:
 
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
+            step, numbers = self._last
+            self._bar.update(self._task, completed=step, numbers=self._describe(step, time.perf_counter(), numbers))
             self._bar.refresh()
             self._bar.stop()
 
@@ -52,20 +61,26 @@ class Progress:
         """Report that `step` of the total are done; cheap enough to call at every step."""
         if not self.active:
             return
+        self._last = step, numbers
         now = time.perf_counter()
-        ended = step >= self.total
+        ended = self.total is not None and step >= self.total
         if self._bar is not None:
             if ended or now - self._shown_at >= REFRESH_S:
                 self._shown_at = now
                 self._bar.update(self._task, completed=step, numbers=self._describe(step, now, numbers))
                 self._bar.refresh()
             return
-        far = step - self._shown_step >= self.total / 20 and now - self._shown_at >= LINE_S
-        if ended or step == self.start + 1 or far:
+        far = step - self._shown_step >= (self.total or 0) / 20 and now - max(self._shown_at, self._began) >= LINE_S
+        if ended or far or (step == self.start + 1 and self.total is not None):
             self._shown_at, self._shown_step = now, step
-            self._console.print(
-                f"{self.stage}: {self.unit} {step}/{self.total}  {self._describe(step, now, numbers)}", markup=False
-            )
+            done = f"{step}/{self.total}" if self.total is not None else f"{step}"
+            self._console.print(f"{self.stage}: {self.unit} {done}  {self._describe(step, now, numbers)}", markup=False)
+
+    def watch(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, each a step that is done when the next is asked for."""
+        for step, item in enumerate(items, self.start + 1):
+            yield item
+            self.update(step)
 
     def print(self, text: str) -> None:
         """A message of its own, above the bar."""
@@ -75,6 +90,8 @@ class Progress:
     def _describe(self, step: int, now: float, numbers: dict[str, float]) -> str:
         parts = [f"{LABELS.get(name, name)} {value:{FORMATS.get(name, '.4g')}}" for name, value in numbers.items()]
         elapsed, done = now - self._began, step - self.start
+        if self.total is None:
+            return "  ".join([*parts, format_seconds(elapsed)])
         left = elapsed / done * (self.total - step) if done else 0.0
         return "  ".join([*parts, f"{format_seconds(left)} left" if step < self.total else format_seconds(elapsed)])
 

@@ -82,8 +82,9 @@ def main(argv: list[str] | None = None) -> int:
         results["bpb"] = {}
         for split in ("train", "val"):
             loader = TokenLoader(source, tokenizer, rows, T, split, rank, world_size, device, loop=False)
-            with loader:
-                results["bpb"][split] = evaluate_bpb(model, itertools.islice(loader, most), tokenizer.get_token_bytes())
+            with loader, Progress(f"bits per byte of {split}", total=most, unit="batch") as progress:
+                batches = progress.watch(itertools.islice(loader, most))
+                results["bpb"][split] = evaluate_bpb(model, batches, tokenizer.get_token_bytes())
     if "sample" in kinds:
         results["samples"] = continue_openings(Engine(model, tokenizer), source, temperature=0.7)
     if rank == 0:

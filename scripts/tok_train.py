@@ -11,6 +11,7 @@ from typing import Any
 
 from nanochat.common import atomic_write, run_command
 from nanochat.dataset import Source, default_source_name, get_source
+from nanochat.progress import Progress
 from nanochat.settings import SettingsParser
 from nanochat.tokenizer import FILE_NAME, Tokenizer, get_tokenizer_dir
 
@@ -45,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     started = time.perf_counter()
     counts = {"documents": 0, "characters": 0}
-    tokenizer = Tokenizer.train(_texts(source, args.max_chars, args.doc_cap, counts), args.vocab_size)
+    with Progress("reading text", total=None, unit="document") as progress:
+        tokenizer = Tokenizer.train(_texts(source, args.max_chars, args.doc_cap, counts, progress), args.vocab_size)
     seconds = time.perf_counter() - started
     path = tokenizer.save(directory)
     meta = {"recipe": recipe, **counts, "seconds": round(seconds, 2), "fingerprint": tokenizer.fingerprint()}
@@ -66,15 +68,19 @@ def _is_done(directory: Any, recipe: dict[str, Any]) -> bool:
     return json.loads(meta.read_text(encoding="utf-8")).get("recipe") == json.loads(json.dumps(recipe))
 
 
-def _texts(source: Source, max_chars: int, doc_cap: int, counts: dict[str, int]) -> Iterator[str]:
+def _texts(
+    source: Source, max_chars: int, doc_cap: int, counts: dict[str, int], progress: Progress
+) -> Iterator[str]:
     """The source's training documents, each cut to doc_cap, until max_chars are read; counts what it gives."""
     for text in source.documents("train"):
         text = text[:doc_cap]
         counts["documents"] += 1
         counts["characters"] += len(text)
+        progress.update(counts["documents"], characters=counts["characters"])
         yield text
         if counts["characters"] >= max_chars:
-            return
+            break
+    progress.print(f"{counts['characters']:,} characters read: learning tokens")
 
 
 if __name__ == "__main__":
