@@ -18,8 +18,8 @@ from typing import Any, Protocol
 from nanochat.common import NanochatError, atomic_write
 
 PROJECT = "nanochat"
-OPEN_S = 30.0  # seconds that the start waits for a logger, so that what it asks or says comes before the progress
-CLOSE_S = 60.0  # and the end, for what is still to be sent
+OPEN_S = 10.0  # seconds that the start waits for a logger, so that what it asks or says comes before the progress
+CLOSE_S = 30.0  # and the end, for what is still to be sent
 MAX_WAITING = 20_000  # rows; a logger that is further behind has stopped
 
 
@@ -119,7 +119,7 @@ class BackgroundLogger:
         check_installed(name)
         self._name, self._run = name, run
         self._rows: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue(MAX_WAITING)
-        self._opened, self._broken = threading.Event(), threading.Event()
+        self._opened, self._broken, self._lock = threading.Event(), threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._work, name=f"log to {name}", daemon=True)
         self._thread.start()
         self._opened.wait(OPEN_S)
@@ -155,10 +155,13 @@ class BackgroundLogger:
             self._opened.set()
 
     def _give_up(self, reason: str) -> None:
-        self._broken.set()
-        print(
-            f"warning: nothing more goes to {self._name} ({' '.join(reason.split())}); training goes on, metrics.jsonl has "
-            f"everything, and this sends it later: python -m nanochat.metrics {self._run.stage_dir.parent.name} "
-            f"--to {self._name}",
-            file=sys.stderr,
-        )
+        with self._lock:
+            known = self._broken.is_set()
+            self._broken.set()
+        if not known:
+            print(
+                f"warning: nothing more goes to {self._name} ({' '.join(reason.split())}). The run is not touched by that, "
+                f"metrics.jsonl has everything, and this sends it later: "
+                f"python -m nanochat.metrics {self._run.stage_dir.parent.name} --to {self._name}",
+                file=sys.stderr,
+            )

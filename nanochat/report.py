@@ -64,7 +64,7 @@ class Picture:
 
 @dataclass
 class Section:
-    """A heading with any of: rows of a table, pictures, pairs of prompt and text."""
+    """A heading with any of: rows of a table, a note to it, pictures, pairs of prompt and text."""
 
     title: str
     columns: list[str] = field(default_factory=list)
@@ -72,6 +72,7 @@ class Section:
     pictures: list[Picture] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     continues: bool = False  # the samples go on with their prompts, instead of answering them
+    note: str = ""
 
 
 # ----------------------------------------------------------------------------- reading a run
@@ -358,15 +359,14 @@ def _core_section(core: dict[str, Any], album: Album) -> Section:
     ]
     name = _core_name(core)
     table.append([f"{name}, over {len(tasks)} tasks", "", f"{core['low']:.4f} to {core['high']:.4f}", f"{core[name]:.4f}", ""])
-    if core["missing"]:
-        table.append([f"without data: {', '.join(core['missing'])}", "", "", "", ""])
+    note = f"Without data: {', '.join(core['missing'])}." if core["missing"] else ""
     bars = [
         Bar(label, task["centered"], *((task[side] - task["baseline"]) / (1 - task["baseline"]) for side in ("low", "high")))
         for label, task in sorted(tasks.items(), key=lambda item: -item[1]["centered"])
     ]
     figure = draw_bars("centred accuracy: 0 is guessing, 1 is all right", bars, percent=False)
     columns = ["task", "accuracy", "95% interval", "centred", "questions"]
-    return Section("CORE", columns, table, [album.add("core", "CORE by task", figure)])
+    return Section("CORE", columns, table, [album.add("core", "CORE by task", figure)], note=note)
 
 
 def evaluation_table(results: dict[str, Any]) -> list[list[str]]:
