@@ -33,4 +33,4 @@ def on_page_content(content: str, **kwargs: Any) -> str:
 
 def _to_mathml(formula: re.Match[str]) -> str:
     display = "block" if formula[2] == "[" else "inline"
-    return convert(html.unescape(formula[3]), display=display)
+    return convert(html.unescape(formula[3]).replace(r"\ln ", r"\ln\,"), display=display)  # or "ln p" becomes "lnp"

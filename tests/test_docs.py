@@ -62,7 +62,8 @@ def test_programs_of_pages_run_and_print_what_is_shown(path: Path, tmp_path: Pat
     for i, block in enumerate(blocks):
         if block.language == "python":
             printed, shown = next(outputs), runner.output_block(page, blocks, i)
-            assert bool(printed.strip()) == (shown is not None), f"renew the outputs: docs/course/run.py {path.stem} --write"
+            if path.parent.name == "course":
+                assert bool(printed.strip()) == (shown is not None), f"renew them: docs/course/run.py {path} --write"
             if shown is not None and "differ" not in shown.info:
                 assert _without_numbers(printed) == _without_numbers(shown.text)
     for picture in tmp_path.glob("*.png"):
