@@ -169,7 +169,7 @@ def _measured(tag: str, stage: str, step: int) -> list[list[str]]:
         name = "core_metric" if "core_metric" in core else "core_partial"
         label = "CORE" if name == "core_metric" else f"part of CORE, {len(core['tasks'])} tasks"
         rows.append([label, f"{core[name]:.4f}", f"{core['low']:.4f} to {core['high']:.4f}", ""])
-    return [[f"{STAGE_TITLES[stage]}: {label}", *rest] for label, *rest in rows]
+    return [[f"{STAGE_TITLES[stage]}: {label}" if label else "", *rest] for label, *rest in rows]
 
 
 # ----------------------------------------------------------------------------- the hub
