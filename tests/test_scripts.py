@@ -16,7 +16,10 @@ from nanochat.common import NanochatError, describe_error
 from scripts import base_eval, base_train, chat_cli, chat_eval, chat_sft, tok_eval, tok_train
 from tests.conftest import TINY_TRAINING
 
-SCRIPTS = ["tok_train", "tok_eval", "base_train", "base_eval", "chat_sft", "chat_rl", "chat_eval", "chat_cli", "chat_web", "export_hf"]
+SCRIPTS = [
+    "tok_train", "tok_eval", "base_train", "base_eval", "chat_sft", "chat_rl", "chat_eval", "chat_cli", "chat_web",
+    "compare", "export_hf",
+]  # fmt: skip
 
 
 def _run(script: str, *flags: str, **kwargs: object) -> subprocess.CompletedProcess:
