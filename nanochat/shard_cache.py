@@ -26,6 +26,7 @@ from nanochat.common import NanochatError, get_base_dir
 
 RETRY_WAITS_S = (1.0, 4.0, 15.0)  # between the attempts; what a server answers for good is not tried again
 DEFAULT_LIMIT_GB = 50.0
+ROOM_WAIT_S = 60.0  # for what others fetch at the same time, and may be evicted only then
 LEFTOVER_AGE_S = 24 * 3600
 OPEN_ATTEMPTS = 5
 
@@ -123,10 +124,14 @@ class ShardCache:
     def _download(self, shard: Shard, path: Path, keep: set[str]) -> None:
         # The size is in the name, so that whoever makes room counts it from the start.
         temporary = self.directory / f"{shard.entry}.{shard.size}.{secrets.token_hex(4)}.tmp"
+        deadline = time.monotonic() + ROOM_WAIT_S
         try:
-            with self._lock("room"):
-                self._make_room(shard, keep)
-                temporary.touch()
+            while True:
+                with self._lock("room"):
+                    if self._make_room(shard, keep, can_wait=time.monotonic() < deadline):
+                        temporary.touch()
+                        break
+                time.sleep(0.05)
             shard.filesystem.get_file(shard.path, str(temporary))
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
@@ -144,21 +149,28 @@ class ShardCache:
 
     # ------------------------------------------------------------------------- room
 
-    def _make_room(self, shard: Shard, keep: set[str]) -> None:
-        """Evict the least recently used until the shard fits. Raises NanochatError if it cannot."""
+    def _make_room(self, shard: Shard, keep: set[str], can_wait: bool) -> bool:
+        """Evict the least recently used until the shard fits. Raises NanochatError if it cannot.
+
+        can_wait: return False where it will fit once others have what they fetch now, which cannot be evicted before.
+        """
         files = [(status.st_mtime_ns, path, size) for path, status, size in self._files()]
         room = self.limit_bytes - sum(size for _, _, size in files)
         for _, path, size in sorted(files):  # a clock that jumped changes the order, no more
             if room >= shard.size:
-                return
+                return True
             if path.suffix != ".tmp" and path.name not in keep:
                 path.unlink(missing_ok=True)
                 room += size
+        underway = sum(size for _, path, size in files if path.suffix == ".tmp")
+        if room < shard.size <= room + underway and can_wait:
+            return False
         if room < shard.size:
             raise NanochatError(
                 f"{shard.url} ({shard.size / 1e9:.3g} GB) finds no room in a cache of {self.limit_bytes / 1e9:.3g} GB: raise "
                 "NANOCHAT_CACHE_GB to three shards for each process that reads at the same time"
             )
+        return True
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result, int]]:
         """(path, status, bytes it takes or will take) of every shard, those on their way included."""

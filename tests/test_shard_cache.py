@@ -376,6 +376,16 @@ def test_eviction_while_another_reads_loses_nothing(folder: Path, memory: str, m
     assert found == [expected[start:] for start in (0, 25, 50)]
 
 
+def test_room_that_others_are_filling_is_waited_for(folder: Path, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = max(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    monkeypatch.setenv("NANOCHAT_CACHE_GB", str(1.5 * size / 1e9))
+    reading = get_source(memory).numbered("train")
+    others = get_shard_cache().directory / f"other-{0:016x}.parquet.{size}.{0:08x}.tmp"
+    others.touch()
+    threading.Timer(0.5, others.unlink).start()
+    assert list(reading) == _numbered(str(folder))["train"]
+
+
 def test_a_shard_evicted_between_fetch_and_open_is_fetched_again(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fetch, evictions = ShardCache.fetch, []
 
