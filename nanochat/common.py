@@ -27,9 +27,8 @@ from nanochat.heartbeat import RESTART, Heartbeat, fresh_store
 
 T = TypeVar("T")
 logger = logging.getLogger("nanochat")
-
-
 EX_SOFTWARE = 70  # sysexits.h: a mistake of the program's own
+OURS = ("nanochat", "scripts", "tasks")  # packages
 
 
 class NanochatError(Exception):
@@ -163,18 +162,18 @@ def is_lost_connection(error: Exception) -> bool:
 
 def describe_error(error: BaseException) -> str | None:
     """One sentence for a failure, with the way out where we know it; None for one that nobody foresaw."""
-    text = str(error)
     if isinstance(error, NanochatError):
-        return text
+        return str(error)
     if isinstance(error, OSError):
         return _describe_os_error(error)
+    text = str(error).strip().partition("\n")[0]
     if isinstance(error, torch.OutOfMemoryError):
-        return f"the device ran out of memory: choose a smaller --device-batch-size or --max-seq-len ({text.splitlines()[0]})"
+        return f"the device ran out of memory: choose a smaller --device-batch-size or --max-seq-len ({text})"
     if isinstance(error, RuntimeError) and is_lost_connection(error):
         return f"another process of this job has gone: {RESTART}"
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
         return "this machine ran out of memory: choose a smaller --device-batch-size, --max-seq-len or --depth"
-    if isinstance(error, ModuleNotFoundError) and error.name.partition(".")[0] not in ("nanochat", "scripts", "tasks"):
+    if isinstance(error, ModuleNotFoundError) and (error.name or "nanochat").partition(".")[0] not in OURS:
         return f"the package {error.name} is not installed: run bash runs/setup.sh, or pip install nanochat with its extras"
     return None
 

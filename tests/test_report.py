@@ -195,6 +195,22 @@ def test_progress_is_one_live_line_on_a_terminal() -> None:
     assert "loss 1.0000" in screen.getvalue()
 
 
+def test_progress_of_what_has_no_known_end_shows_what_was_done() -> None:
+    screen = io.StringIO()
+    progress = Progress("reading text", total=None, unit="document")
+    progress._console = Console(file=screen, force_terminal=True, width=100)
+    with progress:
+        assert list(progress.watch("abc")) == ["a", "b", "c"]
+    assert "3/?" in screen.getvalue()
+
+
+def test_progress_without_an_end_is_quiet_in_a_pipe(capsys: pytest.CaptureFixture) -> None:
+    with Progress("reading text", total=None) as progress:
+        for step in range(1000):
+            progress.update(step)
+    assert capsys.readouterr().out == ""
+
+
 def test_progress_is_silent_but_on_rank_0(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with Progress("pretraining", total=2) as progress:
