@@ -112,11 +112,9 @@ class BackgroundLogger:
     """A logger in a thread of its own: it may wait for a network, or break, and the training goes on as without it.
 
     If it breaks, or falls too far behind, one warning says how to send what it missed, and it gets nothing more.
-    Raises NanochatError if the logger is not installed.
     """
 
     def __init__(self, name: str, run: LoggedRun) -> None:
-        check_installed(name)
         self._name, self._run = name, run
         self._rows: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue(MAX_WAITING)
         self._opened, self._broken, self._lock = threading.Event(), threading.Event(), threading.Lock()

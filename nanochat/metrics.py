@@ -41,16 +41,16 @@ class MetricsLog:
         self._file, self._loggers = None, []
         if rank != 0:
             return
+        names = list(dict.fromkeys(log_to)) or (["wandb"] if run != "dummy" else [])
+        for name in names:
+            check_installed(name)
         stage_dir.mkdir(parents=True, exist_ok=True)
         path = stage_dir / "metrics.jsonl"
         torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open for the life of the run
         # A crash may have cut the last line short: what follows must not be glued to it.
         self._unwritten = b"\n" if torn else b""
-        names = list(dict.fromkeys(log_to)) or (["wandb"] if run != "dummy" else [])
         logged_run = LoggedRun(stage_dir, _name(run, stage_dir), settings, resume_step)
-        for name in names:
-            check_installed(name)
         self._loggers = [BackgroundLogger(name, logged_run) for name in names]
 
     def log(self, row: dict[str, Any]) -> None:

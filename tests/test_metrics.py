@@ -124,7 +124,6 @@ class _Memory:
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_Memory]]:
     """Takes the place of every logger, installed or not."""
-    monkeypatch.setattr(loggers, "check_installed", lambda name: None)
     monkeypatch.setattr(metrics, "check_installed", lambda name: None)
     monkeypatch.setattr(_Memory, "made", [], raising=False)
     for name in LOGGERS:
@@ -158,6 +157,7 @@ def test_a_logger_that_is_not_installed_is_named(stage_dir: Path, monkeypatch: p
     monkeypatch.setitem(LOGGERS, "no_such_package", _Memory)
     with pytest.raises(NanochatError, match="pip install no_such_package"):
         MetricsLog(stage_dir, SETTINGS, "dummy", ["no_such_package"], rank=0)
+    assert not stage_dir.exists()
 
 
 # ----------------------------------------------------------------------------- loggers that break
