@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -236,6 +237,19 @@ def test_the_site_has_every_page() -> None:
 
     listed = list(names(configuration["nav"]))
     assert sorted(listed) == sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    for package in ("material", "mkdocstrings_handlers.python", "latex2mathml"):
+        pytest.importorskip(package, reason="the site needs the extra docs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert built.returncode == 0, built.stderr
+    lesson = (tmp_path / "course" / "02-loss-and-counting" / "index.html").read_text(encoding="utf-8")
+    assert "<math" in lesson and "arithmatex" not in lesson  # formulas need no script
+    assert "MuonAdamW" in (tmp_path / "api" / "model" / "index.html").read_text(encoding="utf-8")
+    assert "fonts.googleapis" not in lesson
 
 
 def test_the_reference_names_modules_that_exist() -> None:
