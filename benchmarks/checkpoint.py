@@ -72,7 +72,7 @@ class TimedTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._writer = TimedWriter(self.stage_dir, self.config.keep_last)
+        self._writer: TimedWriter = TimedWriter(self.stage_dir, self.config.keep_last)
         self.saves: list[float] = []
         self.steps: dict[bool, list[float]] = {False: [], True: []}
 

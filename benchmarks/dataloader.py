@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = Tokenizer.train(iter(texts), args.vocab_size)
     threads = os.cpu_count() or 1
     started = time.perf_counter()
-    tokens = sum(map(len, tokenizer.encode(texts, num_threads=threads)))
+    tokens = sum(len(ids) for ids in tokenizer.encode(texts, num_threads=threads))
     bare = tokens / (time.perf_counter() - started)
 
     with TokenLoader(source, tokenizer, args.rows, args.context, "train", 0, 1, torch.device("cpu")) as loader:

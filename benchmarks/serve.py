@@ -82,7 +82,8 @@ def measure_engine(engine: Engine, clients: int, rounds: int, seed: int) -> floa
     """Tokens a second of as many requests without HTTP: as many at a time as there are clients, prompts included."""
     params = SamplingParams(0, max_tokens=NEW_TOKENS, ignore_eos=True)
     waiting = [Sequence(prompt, params) for prompt in make_prompts(clients * rounds, seed)]
-    started, running = time.perf_counter(), []
+    running: list[Sequence] = []
+    started = time.perf_counter()
     while waiting or running:
         while waiting and len(running) < clients:
             running.append(waiting.pop())

@@ -140,8 +140,10 @@ class Plan:
 
 def draw_plan(facts: Facts, seed: int, number: int) -> Plan:
     rng = random.Random(f"{seed} {number}")
-    drawn = [rng.choice(facts.choices[name]) for name in ("topics", "personas", "styles", "first_messages", "languages")]
-    return Plan(seed, number, *drawn, turns=rng.choice(range(1, MAX_TURNS + 1)))
+    topic, persona, style, first, language = (
+        rng.choice(facts.choices[name]) for name in ("topics", "personas", "styles", "first_messages", "languages")
+    )
+    return Plan(seed, number, topic, persona, style, first, language, turns=rng.randint(1, MAX_TURNS))
 
 
 # ----------------------------------------------------------------------------- asking

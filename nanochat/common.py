@@ -19,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
@@ -59,7 +60,7 @@ def test_data_dir() -> Path | None:
     return path if path.is_dir() else None
 
 
-test_data_dir.__test__ = False  # pytest: this is no test
+setattr(test_data_dir, "__test__", False)  # noqa: B010 - pytest: this is no test
 
 
 def atomic_write(path: Path | str, content: bytes | str) -> None:
@@ -206,7 +207,7 @@ def describe_unexpected(error: Exception) -> str:
     return f"{sentence}: a mistake of nanochat's, please report it with {path} (--debug shows the same)"
 
 
-def print0(*args: object, **kwargs: object) -> None:
+def print0(*args: object, **kwargs: Any) -> None:
     """Print on rank 0 only."""
     if int(os.environ.get("RANK", 0)) == 0:
         print(*args, **kwargs)
@@ -244,8 +245,8 @@ def compute_init(device_type: str = "", seed: int = 42) -> tuple[bool, int, int,
     device_type = device_type or autodetect_device_type()
     if device_type not in ("cuda", "mps", "cpu"):
         raise NanochatError(f"unknown device type {device_type!r}: choose cuda, mps or cpu")
-    available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
-    if not available[device_type]():
+    available: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if device_type != "cpu" and not available[device_type]():
         raise NanochatError(f"PyTorch sees no {device_type} device here: use --device-type=cpu")
 
     torch.manual_seed(seed)
@@ -358,6 +359,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     import resource  # which Windows lacks
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A host's array as a tensor of a device; to a GPU it travels while the host goes on."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def synchronize(device: torch.device) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanochat.common import NanochatError
+from nanochat.common import NanochatError, to_device
 from nanochat.lanes import count_lanes, rank_lanes, rows_of_rank
 from nanochat.tokenizer import Tokenizer
 from tasks.common import Task
@@ -138,10 +138,7 @@ class ConversationLoader:
         targets = np.full_like(inputs, -1)
         for i, (ids, row_targets) in enumerate(rows):
             inputs[i], targets[i] = ids[:-1], row_targets
-        tensors = torch.from_numpy(inputs), torch.from_numpy(targets)
-        if self.device.type == "cuda":
-            return tuple(tensor.pin_memory().to(self.device, non_blocking=True) for tensor in tensors)
-        return tuple(tensor.to(self.device) for tensor in tensors)
+        return to_device(inputs, self.device), to_device(targets, self.device)
 
     # ------------------------------------------------------------------------- state
 

@@ -202,7 +202,7 @@ def build_question(task: CoreTask, items: list[dict[str, Any]], index: int, scor
         shared = _common_length([list(reversed(t)) for t in tokens])
         starts = [len(t) - shared for t in tokens]
     else:
-        starts = [_common_length([tokens[0], scorer.encode(before)])]
+        starts = [_common_length([tokens[0], scorer.encode(before or "")])]
     if task.kind == "multiple_choice":  # where one choice begins another, both are judged from the same place
         starts = [min(*starts, *(len(text) - 1 for text in tokens))] * len(tokens)
     starts = [min(max(start, 1), len(text) - 1) for text, start in zip(tokens, starts, strict=True)]  # before, and after

@@ -8,6 +8,7 @@ gradient of a cross-entropy needs nothing from later layers but a scalar factor.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -120,7 +121,7 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float, gradient_of: SoftmaxGradient
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float, gradient_of: SoftmaxGradient
     ) -> torch.Tensor:
         size = _chunk_size(x.size(0), weight.size(0), x.device)
         supervised = (targets != IGNORE_INDEX)[:, None]
@@ -139,6 +140,6 @@ class _FusedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, grad_total: torch.Tensor):
+    def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
         return grad_x * grad_total.to(grad_x.dtype), grad_weight * grad_total.to(grad_weight.dtype), None, None, None

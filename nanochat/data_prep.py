@@ -13,7 +13,6 @@ import io
 import itertools
 import json
 import multiprocessing
-import multiprocessing.connection
 import os
 import platform
 import shutil
@@ -189,7 +188,8 @@ class _LowestKeys:
     """The so many lowest distinct ones of the keys that were added."""
 
     def __init__(self, number: int) -> None:
-        self.number, self._keys, self._limit = number, set(), b"\xff" * 16
+        self._keys: set[bytes] = set()
+        self.number, self._limit = number, b"\xff" * 16
 
     def add(self, key: bytes) -> None:
         if key <= self._limit:
@@ -479,10 +479,12 @@ class LocalExecutor(LocalPipelineExecutor):
 def _start_worker() -> None:
     """Silences a worker on the screen and makes it end with the command, however that ends."""
     sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
-    parent = multiprocessing.parent_process().sentinel
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        raise RuntimeError("this is no worker")
 
     def wait() -> None:
-        multiprocessing.connection.wait([parent])
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()

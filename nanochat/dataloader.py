@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from nanochat.common import NanochatError
+from nanochat.common import NanochatError, to_device
 from nanochat.dataset import Document, Source
 from nanochat.lanes import count_lanes, rank_lanes, rows_of_rank
 from nanochat.read_ahead import ReadAhead
@@ -75,10 +75,7 @@ class TokenLoader:
         if self._batches is None:
             self._batches = self._start()
         inputs, targets, self._place = next(self._batches)
-        batch = torch.from_numpy(inputs), torch.from_numpy(targets)
-        if self.device.type == "cuda":
-            return tuple(tensor.pin_memory().to(self.device, non_blocking=True) for tensor in batch)
-        return tuple(tensor.to(self.device) for tensor in batch)
+        return to_device(inputs, self.device), to_device(targets, self.device)
 
     def stats(self) -> dict[str, float]:
         """Tokens given out so far, how much of the rows they fill (the rest opens documents), and the epoch being read."""
@@ -261,9 +258,9 @@ def _tokenize(dealt: Iterable[_Dealt], tokenizer: Tokenizer, num_threads: int) -
 
 
 def _encode(documents: list[Document], tokenizer: Tokenizer, num_threads: int) -> list[np.ndarray]:
-    if documents and not isinstance(documents[0], str):
-        return documents
-    return tokenizer.encode_arrays(documents, num_threads)
+    """All are texts, or all are tokens."""
+    texts = [document for document in documents if isinstance(document, str)]
+    return tokenizer.encode_arrays(texts, num_threads) if texts else [d for d in documents if not isinstance(d, str)]
 
 
 def _pack(
@@ -283,7 +280,7 @@ def _pack(
             if (item := next(dealt, None)) is None:
                 return
             other = lanes[item.lane]
-            other.waiting.append(_Piece(item.epoch, item.number, 0, item.document))
+            other.waiting.append(_Piece(item.epoch, item.number, 0, np.asarray(item.document)))
             reading = item.reading
             other.next = reading[:2]
 

@@ -61,7 +61,7 @@ class Source:
         if self.tokenizer_fingerprint() is not None:
             raise NanochatError(f"the shards of {self.name} hold tokens, and this command needs text: give it the text")
         for _, text in self.numbered(split):
-            yield text
+            yield str(text)
 
     def tokenizer_fingerprint(self) -> str | None:
         """Of the tokenizer that made the tokens of this source; None if it holds text. Raises NanochatError."""

@@ -38,8 +38,10 @@ TOKEN_COLUMN = "tokens"
 TOKENIZER_KEY = b"nanochat.tokenizer"  # in a parquet schema's metadata: the fingerprint of the tokenizer that made it
 BATCH_ROWS = 1024
 # What file systems call the properties of a file that change with its content.
-VERSION_KEYS = ("ETag", "etag", "blob_id", "md5Hash", "md5", "content_md5", "Content-MD5", "generation", "version_id")
-VERSION_KEYS += ("LastModified", "Last-Modified", "last_modified", "mtime", "modified", "updated", "created")
+VERSION_KEYS = (
+    "ETag", "etag", "blob_id", "md5Hash", "md5", "content_md5", "Content-MD5", "generation", "version_id",
+    "LastModified", "Last-Modified", "last_modified", "mtime", "modified", "updated", "created",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class DocumentFile:
         if self._num_rows is None:
             for _ in self.batches(sys.maxsize):
                 pass
-        return self._num_rows
+        return self._num_rows or 0
 
     def batches(self, start: int = 0) -> Batches:
         """The documents from row `start` on; see Batches."""

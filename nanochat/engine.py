@@ -134,7 +134,7 @@ class Engine:
         policy_logprobs: bool = False,
     ) -> list[Sequence]:
         seeds = seed if isinstance(seed, list) else range(seed, seed + len(prompts))
-        shared = {"max_tokens": max_tokens, "policy_logprobs": policy_logprobs}
+        shared: dict[str, Any] = {"max_tokens": max_tokens, "policy_logprobs": policy_logprobs}
         sequences = [
             Sequence(prompt, SamplingParams(temperature, top_k or 0, seed=own_seed, **shared))
             for prompt, own_seed in zip(prompts, seeds, strict=True)

@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nanochat.common import NanochatError
 
@@ -160,7 +161,7 @@ class _Process:
         read_end, write_end = os.pipe()
         self._report = open(read_end, "rb", buffering=0)  # noqa: SIM115 - closed with the process
         try:
-            self._process = subprocess.Popen(
+            self._process: Any = subprocess.Popen(  # its type calls the pipes optional
                 [*launcher(), str(write_end)], pass_fds=[write_end], start_new_session=True,
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                 cwd=work if self._folder else "/", env={**ENVIRONMENT, "HOME": work, "TMPDIR": work},
@@ -175,7 +176,7 @@ class _Process:
         """Run the program. Raises NanochatError if the process never got ready for one."""
         self._wait_until_ready()
         key = secrets.token_bytes(32)
-        request = {"code": code, "key": key.hex(), "filter": (build_filter() or b"").hex()}
+        request: dict[str, Any] = {"code": code, "key": key.hex(), "filter": (build_filter() or b"").hex()}
         request |= {"memory_bytes": memory_bytes, "cpu_s": int(timeout_s) + 2, "file_bytes": DISK_BYTES}
         output = [bytearray(), bytearray(), bytearray()]  # stdout, stderr, report
         deadline = time.monotonic() + timeout_s

@@ -17,17 +17,17 @@ import json
 import os
 import sys
 import types
-from typing import TextIO
+from typing import Any, TextIO
 
 try:
     import ctypes
 except ImportError:  # a Python built without it cannot install the filter of system calls, and says so when it has to
-    ctypes = None
+    ctypes = None  # type: ignore[assignment]
 
 try:
     import resource
 except ImportError:  # not a Unix
-    resource = None
+    resource = None  # type: ignore[assignment]
 
 WARM = """
     abc bisect collections copy dataclasses datetime decimal enum fractions functools heapq itertools math operator random re
@@ -59,7 +59,8 @@ def main() -> None:
     set_limits(request["memory_bytes"], request["cpu_s"], request["file_bytes"])
     if bpf := bytes.fromhex(request.pop("filter")):
         install_filter(bpf)
-    sys.settrace = sys.setprofile = lambda function: None  # a tracer may make a caller jump to another line
+    sys.settrace = lambda function: None  # a tracer may make a caller jump to another line
+    sys.setprofile = lambda function: None
     # The key goes from the request into the state of a hash. While the program runs, that and `finish` are on the stack
     # of this frame, and have no name.
     globals().pop("finish")(
@@ -92,7 +93,7 @@ def set_limits(memory_bytes: int, cpu_s: int, file_bytes: int) -> None:
                 raise
 
 
-def prctl(option: int, *arguments: object) -> None:
+def prctl(option: int, *arguments: Any) -> None:
     """Call prctl(2). Raises OSError if it fails."""
     libc = ctypes.CDLL(None, use_errno=True)
     padded = [a if isinstance(a, ctypes._Pointer) else ctypes.c_ulong(a) for a in (*arguments, 0, 0, 0, 0)[:4]]
@@ -117,7 +118,7 @@ def run_program(code: str, stdout: TextIO, stderr: TextIO) -> bytes:
     fails the worker fails, too. No name is looked up after the program from which it could make b"ok" out of an error.
     """
     module = types.ModuleType("__main__")
-    module.__builtins__ = builtins
+    vars(module)["__builtins__"] = builtins
     sys.modules["__main__"] = module  # dataclasses, pickle and typing look names up there
     try:
         exec(compile(code, "<program>", "exec", dont_inherit=True), module.__dict__)
@@ -134,7 +135,7 @@ def run_program(code: str, stdout: TextIO, stderr: TextIO) -> bytes:
     return b"ok"
 
 
-def finish(write, leave, sign, verdict: bytes) -> None:
+def finish(write: Any, leave: Any, sign: Any, verdict: bytes) -> None:
     """Send the signed verdict and end at once: no exit handler and no destructor of the program runs."""
     sign.update(verdict)
     write(3, b"\n" + verdict + b" " + sign.hexdigest().encode() + b"\n")

@@ -49,12 +49,16 @@ def plan_attention(T: int, window: int, device: torch.device, dtype: torch.dtype
 
 @functools.lru_cache(maxsize=256)
 def _plan(T: int, window: int, device_type: str, device_index: int | None, dtype: torch.dtype) -> AttentionPlan:
-    device = torch.device(device_type, device_index)
+    device = _device(device_type, device_index)
     attend, make_mask = choose_backend(device_type, device_index, dtype)
     return AttentionPlan(attend, window, make_mask(T, window, device))
 
 
 Backend = tuple[Callable[..., torch.Tensor], Callable[[int, int, torch.device], Any]]
+
+
+def _device(device_type: str, index: int | None) -> torch.device:
+    return torch.device(device_type) if index is None else torch.device(device_type, index)
 
 
 @functools.lru_cache
@@ -67,7 +71,7 @@ def choose_backend(device_type: str, device_index: int | None, dtype: torch.dtyp
         candidates.append(("flex", (attend_flex, flex_mask)))
     for name, backend in candidates:
         try:
-            _probe(backend, torch.device(device_type, device_index), dtype)
+            _probe(backend, _device(device_type, device_index), dtype)
         except Exception as error:  # whatever a foreign kernel throws, the answer is the next backend
             logger.info("attention backend %s is not usable here: %s", name, str(error).splitlines()[0][:200])
             continue
@@ -80,9 +84,9 @@ def _probe(backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
     attend, make_mask = backend
     T, window = 256, 128
     with torch.enable_grad():
-        x = [F.rms_norm(torch.randn(1, T, 2, 64, device=device), (64,)).to(dtype).requires_grad_() for _ in range(3)]
-        expected = attend_plain(*x, AttentionPlan(attend_plain, window, plain_mask(T, window, device)))
-        result = attend(*x, AttentionPlan(attend, window, make_mask(T, window, device)))
+        q, k, v = (F.rms_norm(torch.randn(1, T, 2, 64, device=device), (64,)).to(dtype).requires_grad_() for _ in range(3))
+        expected = attend_plain(q, k, v, AttentionPlan(attend_plain, window, plain_mask(T, window, device)))
+        result = attend(q, k, v, AttentionPlan(attend, window, make_mask(T, window, device)))
         result.sum().backward()
         torch.cuda.synchronize(device)
     difference = (result - expected).abs().max().item()

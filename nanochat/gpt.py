@@ -11,7 +11,7 @@ be cast whole with `.to(torch.bfloat16)`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -216,14 +216,15 @@ class GPT(nn.Module):
         self.wte = Embedding(config.padded_vocab_size, config.n_embd)
         rows = config.bigrams * config.padded_vocab_size
         self.bigrams = Embedding(rows, config.n_embd) if rows else None
-        self.value_embeds = nn.ModuleDict(
+        # Any: what a container holds is an Embedding or a Block, which torch's types cannot say.
+        self.value_embeds: Any = nn.ModuleDict(
             {
                 str(layer): Embedding(config.padded_vocab_size, kv_dim)
                 for layer in range(config.n_layer)
                 if config.has_value_embedding(layer)
             }
         )
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.blocks: Any = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
         self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
         self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
@@ -245,7 +246,7 @@ class GPT(nn.Module):
         if seed is not None:
             generator = torch.Generator(device=self.get_device()).manual_seed(seed)
 
-        def draw(parameter: nn.Parameter, method: str, a: float, b: float) -> None:
+        def draw(parameter: torch.Tensor, method: str, a: float, b: float) -> None:
             values = torch.empty(parameter.shape, device=self.get_device())
             getattr(values, method)(a, b, generator=generator)
             if self.is_sharded:  # the same values, of which this rank keeps its rows
@@ -282,16 +283,17 @@ class GPT(nn.Module):
         """(cos, sin), each (B or 1, T, 1, head_dim / 2) float32, for positions (B, T), or 0..T-1 if None."""
         needed = T if positions is None else self.config.sequence_len
         if self._rotary is None or self._rotary[0].size(0) < needed or self._rotary[0].device != self.get_device():
-            self._grow_rotary(max(needed, self.config.sequence_len))
+            self._rotary = self._make_rotary(max(needed, self.config.sequence_len))
+        cos, sin = self._rotary
         if positions is None:
-            return tuple(table[None, :T, None] for table in self._rotary)
-        return tuple(table[positions][:, :, None] for table in self._rotary)
+            return cos[None, :T, None], sin[None, :T, None]
+        return cos[positions][:, :, None], sin[positions][:, :, None]
 
-    def _grow_rotary(self, length: int) -> None:
+    def _make_rotary(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         channels = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=self.get_device())
         frequencies = self.config.rotary_base ** (-channels / self.config.head_dim)
         angles = torch.arange(length, dtype=torch.float32, device=self.get_device())[:, None] * frequencies
-        self._rotary = (angles.cos(), angles.sin())
+        return angles.cos(), angles.sin()
 
     @property
     def is_compiled(self) -> bool:
@@ -317,7 +319,7 @@ class GPT(nn.Module):
         self,
         idx: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        attention: list[AttentionPlan] | list[KVCache],
+        attention: Sequence[Any],
         run_block: Callable[..., torch.Tensor] = Block.forward,
         places: torch.Tensor | None = None,
         previous: torch.Tensor | None = None,
@@ -425,7 +427,7 @@ class GPT(nn.Module):
         keys_seen = sum(sum(min(t, window) + 1 for t in range(T)) / T for window in self.config.windows())
         return int(6 * counts["scaling"] + 12 * self.config.n_embd * keys_seen)
 
-    def setup_optimizer(self, **settings: float) -> MuonAdamW:
+    def setup_optimizer(self, **settings: Any) -> MuonAdamW:
         """The optimizer for this model: see optim.py. `settings`: optim.OptimizerSettings."""
         from nanochat.optim import OptimizerSettings, build_optimizer
 

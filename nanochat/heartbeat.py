@@ -61,7 +61,8 @@ class Heartbeat:
     ) -> None:  # fmt: skip
         self.rank, self.world_size = rank, world_size
         self.beat_s, self.limit_s = beat_s, limit_s
-        self._store = store.clone()  # a connection of its own: others wait in theirs
+        # A connection of its own: others wait in theirs. torch's stub lacks the method.
+        self._store: dist.Store = store.clone()  # type: ignore[attr-defined]
         self._store.set_timeout(timedelta(seconds=limit_s))
         self._give_up = give_up or self._exit
         self._stopped, self._ending = threading.Event(), threading.Lock()

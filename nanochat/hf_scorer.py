@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,7 +27,8 @@ class HuggingFaceScorer:
             raise NanochatError("--hf-path needs transformers: pip install 'nanochat[eval]'") from None
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
-            self.model = AutoModelForCausalLM.from_pretrained(path, dtype=get_compute_dtype(device)).to(device).eval()
+            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=get_compute_dtype(device))
+            self.model = model.to(device).eval()
         except (OSError, ValueError) as error:
             where = "folder" if Path(path).exists() else "model of the hub"
             reason = str(error).splitlines()[0][:300]

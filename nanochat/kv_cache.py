@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat.flash_attention import repeat_kv
-from nanochat.gpt import GPTConfig
+from nanochat.gpt import GPT, GPTConfig
 
 INITIAL_LENGTH = 128  # of a KVCache, in tokens
 BLOCK_SIZE = 16  # tokens in a block
@@ -45,7 +45,7 @@ class KVCache:
         self.tokens = torch.zeros(batch_size, seq_len, dtype=torch.long, device=device)
 
     @classmethod
-    def for_model(cls, model: torch.nn.Module, batch_size: int, seq_len: int | None = None) -> KVCache:
+    def for_model(cls, model: GPT, batch_size: int, seq_len: int | None = None) -> KVCache:
         """An empty cache that fits a GPT, in its compute dtype."""
         config = model.config
         seq_len = seq_len or config.sequence_len

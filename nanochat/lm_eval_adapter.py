@@ -99,7 +99,7 @@ class NanochatLM(TemplateLM):
         start = min(len(self.tok_encode(before)), len(tokens) - 1)
         return tokens[:start], tokens[start:]
 
-    def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **more: Any) -> list[tuple[float, bool]]:
         """(log P(judged | before), whether it is the likeliest) for each (arguments for the cache, before, judged)."""
         # What follows the same context is one question; a task's texts without a context may be thousands, though.
         numbered = groupby(enumerate(requests), lambda item: (item[0] // MOST_CANDIDATES, item[1][1]))
@@ -108,16 +108,16 @@ class NanochatLM(TemplateLM):
             part = groups[at : at + CHUNK]
             questions = [Question(0, [self._candidate(b, j) for _, b, j in group], 0, False) for group in part]
             for group, scores in zip(part, self.scorer.score(questions), strict=True):
-                for (arguments, _, judged), (mean, greedy) in zip(group, scores, strict=True):
+                for (asked, _, judged), (mean, greedy) in zip(group, scores, strict=True):
                     results.append((mean * len(judged), greedy))
-                    if arguments is not None:
-                        self.cache_hook.add_partial("loglikelihood", arguments, results[-1])
+                    if asked is not None:
+                        self.cache_hook.add_partial("loglikelihood", asked, results[-1])
         self._report_trimmed(len(requests))
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """log P(text). Past the context it goes on in windows, each with the last token of the one before."""
-        texts = [self.tok_encode(*request.args, add_special_tokens=False) for request in requests]
+        texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
         windows = [list(get_rolling_token_windows(text, self.eot_token_id, self.scorer.context - 1, 1)) for text in texts]
         scores = iter(self._loglikelihood_tokens([(None, *make_disjoint_window(w)) for text in windows for w in text]))
         results = [float(sum(next(scores)[0] for _ in text)) for text in windows]
@@ -131,7 +131,7 @@ class NanochatLM(TemplateLM):
         for at in tqdm(range(0, len(requests), CHUNK), desc="answers", disable=self.rank != 0):
             part = requests[at : at + CHUNK]
             # Each has a seed of its own: a request that is repeated wants another answer each time.
-            sequences = [self._sequence(*request.args, seed=42 + at + i) for i, request in enumerate(part)]
+            sequences = [self._sequence(request.args[0], request.args[1], 42 + at + i) for i, request in enumerate(part)]
             engine.run(sequences)
             for request, sequence in zip(part, sequences, strict=True):
                 results.append("".join(text for text, kind in sequence.pieces if kind == "text"))  # no calculations

@@ -8,6 +8,7 @@ python -m nanochat.metrics RUN --to tensorboard
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import sys
@@ -38,7 +39,8 @@ class MetricsLog:
         rank: int = 0,
         resume_step: int | None = None,
     ) -> None:
-        self._file, self._loggers = None, []
+        self._file: io.FileIO | None = None
+        self._loggers: list[BackgroundLogger] = []
         if rank != 0:
             return
         names = list(dict.fromkeys(log_to)) or (["wandb"] if run != "dummy" else [])
@@ -68,7 +70,7 @@ class MetricsLog:
         complained = bool(self._unwritten.strip())
         self._unwritten += line.encode("utf-8")
         try:
-            while self._unwritten:
+            while self._unwritten and self._file is not None:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
             if not complained:

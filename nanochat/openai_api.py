@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -201,8 +202,9 @@ class CompletionRequest(SamplingRequest):
         Raises RequestError for ids that the vocabulary does not have.
         """
         single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        prompts: list[Any] = [self.prompt] if single else list(self.prompt)
         bos, result = tokenizer.get_bos_token_id(), []
-        for prompt in [self.prompt] if single else self.prompt:
+        for prompt in prompts:
             tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
             check_tokens(tokens, tokenizer)
             added = not tokens or tokens[0] != bos
@@ -306,7 +308,9 @@ class Reply:
             for entry in logprobs
         ]
 
-    def completion_logprobs(self, logprobs: list[TokenLogprob | None], tokens: list[int], offset: int) -> dict[str, list[Any]]:
+    def completion_logprobs(
+        self, logprobs: Iterable[TokenLogprob | None], tokens: list[int], offset: int
+    ) -> dict[str, list[Any]]:
         """The older form: parallel lists over the tokens."""
         texts = [token_text(self.tokenizer, token) for token in tokens]
         offsets = []
@@ -347,7 +351,7 @@ def joined_parts(pieces: list[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 def finish_reason(sequence: Sequence) -> str:
-    return FINISH_REASONS.get(sequence.finish_reason, "stop")
+    return FINISH_REASONS.get(sequence.finish_reason or "stop", "stop")
 
 
 def usage(sequences: list[Sequence], prompts: int) -> dict[str, Any]:

@@ -10,13 +10,16 @@ Methods: Muon (kellerjordan.github.io/posts/muon), in blocks (arXiv 2510.16981),
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from nanochat.gpt import GPT
 
 # Coefficients (a, b, c) of the odd quintics a x + b x^3 + c x^5 that in turn drive singular values to 1; Polar Express,
 # five steps, for singular values of at least 1e-3, with its safety factor of 1.02.
@@ -63,7 +66,7 @@ class Group:
     betas: tuple[float, float] = (0.8, 0.95)
     eps: float = 1e-10
     momentum: float = 0.95
-    block: tuple[int, int] | None = None  # rows and columns of what Muon orthogonalizes at a time; None: the matrix
+    block: tuple[int, ...] | None = None  # rows and columns of what Muon orthogonalizes at a time; None: the matrix
     lr: float = field(init=False)
     weight_decay: float = field(init=False)
 
@@ -71,10 +74,10 @@ class Group:
         self.lr, self.weight_decay = self.initial_lr, self.initial_weight_decay
 
 
-def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> MuonAdamW:
+def build_optimizer(model: GPT, settings: OptimizerSettings) -> MuonAdamW:
     """Sort a GPT's parameters into groups. All learning rates but Muon's are scaled by (n_embd / 768)^-1/2."""
     width_scale = (model.config.n_embd / 768) ** -0.5
-    adam = {"betas": settings.adam_betas, "eps": settings.adam_eps}
+    adam: dict[str, Any] = {"betas": settings.adam_betas, "eps": settings.adam_eps}
     by_name = dict(model.named_parameters())
 
     def take(prefix: str) -> tuple[list[str], list[nn.Parameter]]:
@@ -94,7 +97,7 @@ def build_optimizer(model: nn.Module, settings: OptimizerSettings) -> MuonAdamW:
         Group("adamw", *take("resid_lambdas"), settings.scalar_lr * 0.01, betas=settings.adam_betas, eps=settings.scalar_eps),
         Group("adamw", *take("x0_lambdas"), settings.scalar_lr, betas=(0.96, 0.95), eps=settings.scalar_eps),
     ]
-    alike: dict[tuple[tuple[int, int], tuple[int, int]], list[str]] = {}  # names of matrices by shape and block
+    alike: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}  # names of matrices by shape and block
     for name, p in by_name.items():
         block = _block(name, p.shape, model.config.head_dim) if settings.muon_blocks else tuple(p.shape)
         alike.setdefault((tuple(p.shape), block), []).append(name)
@@ -131,15 +134,16 @@ class MuonAdamW:
         self.steps = 0  # updates done so far, for Adam's bias correction
         self._units = [unit for group in groups for unit in self._make_units(group)]
 
-    def _make_units(self, group: Group) -> Iterable[_Unit]:
+    def _make_units(self, group: Group) -> Iterable[Any]:
         if self.sharded:
             from nanochat.sharded_optim import ShardedAdamWUnit, ShardedMuonUnit, ShardedRowsUnit
 
             if group.kind == "muon":
                 yield ShardedMuonUnit(group, self.rank, self.world_size)
             else:
-                unit = ShardedRowsUnit if group.kind == "rows" else ShardedAdamWUnit
-                yield from map(unit, itertools.repeat(group), group.names, group.params)
+                sharded_unit = ShardedRowsUnit if group.kind == "rows" else ShardedAdamWUnit
+                for name, param in zip(group.names, group.params, strict=True):
+                    yield sharded_unit(group, name, param)
         elif group.kind == "muon":
             yield _MuonUnit(group, group.names, group.params, self.rank, self.world_size)
         else:
@@ -298,7 +302,8 @@ class _AdamWUnit(_Unit):
 
     def _update_rows(self, grad: Tensor, step: int) -> None:
         mine = self.params[0].data.view(-1)[self.begin : self.end]
-        adamw_update(mine, grad, *(self._share_of(name, grad) for name in self.state_names), self.group, step)
+        exp_avg, exp_avg_sq = (self._share_of(name, grad) for name in self.state_names)
+        adamw_update(mine, grad, exp_avg, exp_avg_sq, self.group, step)
 
     def _write_rows(self, rows: Tensor, begin: int) -> None:
         self.params[0].data.view(-1)[begin : begin + rows.size(0)].copy_(rows)
@@ -410,7 +415,7 @@ def rows_update(values: Tensor, grad: Tensor, mean_square: Tensor, group: Group)
     A row that was not looked up has no gradient and stays as it is: state and work are a fraction of AdamW's, and as much
     is learned (dev/LOG.md). Method: row-wise Adagrad, with a running mean in place of the sum.
     """
-    seen = slice(None)
+    seen: slice | Tensor = slice(None)
     if grad.is_sparse:
         grad = grad.coalesce()
         seen, grad = grad.indices()[0], grad.values()
@@ -440,7 +445,7 @@ def neuron_means(matrices: Tensor) -> Tensor:
     return matrices.mean(dim=-1 if matrices.size(-2) >= matrices.size(-1) else -2, keepdim=True)
 
 
-def orthogonalize_blocks(matrices: Tensor, block: tuple[int, int] | None) -> Tensor:
+def orthogonalize_blocks(matrices: Tensor, block: tuple[int, ...] | None) -> Tensor:
     """`orthogonalize` for each block of matrices (n, rows, columns), with the norm that the whole matrix would have."""
     if block is None:
         return orthogonalize(matrices)

@@ -87,7 +87,7 @@ def merge_eval(stage_dir: Path, step: int, results: dict[str, Any]) -> None:
     """Add results to the stage's eval.json; results of another step are dropped."""
     path = stage_dir / "eval.json"
     old = read_json(path)
-    merged = old if old.get("step") == step else {"step": step}
+    merged: dict[str, Any] = old if old.get("step") == step else {"step": step}
     for key, value in results.items():
         merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
     atomic_write(path, json.dumps(merged, indent=2))

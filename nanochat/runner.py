@@ -25,6 +25,9 @@ CPU_OPTIONS = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backen
 class Int8Linear(nn.Module):
     """A matrix in int8 with one scale for each output channel: half of bfloat16's memory, rounded to 1 part in 254."""
 
+    weight: torch.Tensor
+    scale: torch.Tensor
+
     def __init__(self, linear: Linear) -> None:
         super().__init__()
         weight = linear.weight.detach().float()
@@ -187,7 +190,7 @@ class ModelRunner:
         options = dict(CPU_OPTIONS) if self.device.type == "cpu" and frozen else {}
         if options and any(isinstance(module, Int8Linear) for module in self.model.modules()):
             options["max_autotune_gemm_backends"] = "CPP,ATEN"  # the template has no kernel for some int8 products
-        compiled = torch.compile(self._decode_step, fullgraph=True)
+        compiled: Callable[..., torch.Tensor] = torch.compile(self._decode_step, fullgraph=True)
         scratch = self._scratch(rows=2)
         try:
             # Not compile's own options: freezing must be known when the graph is traced, too.

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
@@ -66,7 +66,7 @@ class Sequence:
     published: int = 0  # blocks that others can find
     content: int = 0  # of the last published one
     call: list[int] | None = None  # tokens of the tool call that is open
-    random: Random | None = None
+    random: Random = field(init=False, repr=False)
     decoder: IncrementalDecoder | None = None
     seen: torch.Tensor | None = None  # with a repetition penalty: (vocab_size,) bool, the tokens of the text
     seen_length: int = 0  # of the text that `seen` tells of
@@ -200,9 +200,9 @@ class Scheduler:
         """Compute prompts until the chunk is used up or no text can be admitted."""
         budget = self.chunk
         while budget > 0:
-            if self.prefilling is None and not self._admit():
+            sequence = self.prefilling or self._admit()
+            if sequence is None:
                 return
-            sequence = self.prefilling
             # A text's chunks end at multiples of the chunk's size, whatever else is computed: its numbers, to the
             # last bit, are its own.
             end = min(sequence.length, (sequence.computed // self.chunk + 1) * self.chunk)
@@ -227,10 +227,10 @@ class Scheduler:
                 self.runner.set_row(sequence.row, sequence.blocks)
                 self._sample([sequence], logits)
 
-    def _admit(self) -> bool:
+    def _admit(self) -> Sequence | None:
         """Begin the prompt that waits longest, if a row and the memory for it are free."""
         if not self.waiting or len(self.rows) + len(self.calling) >= self.max_rows:
-            return False
+            return None
         sequence = self.waiting[0]
         known = sequence.slice(0, sequence.length - 1)  # the last token is computed in any case, for its logits
         blocks, content = self.allocator.share([] if sequence.params.prompt_logprobs else known)
@@ -238,7 +238,7 @@ class Scheduler:
         # One more for each running text, lest it be the first to be put back.
         if needed + len(self.rows) > self.allocator.num_free and (self.rows or self.calling):
             self.allocator.release(blocks)
-            return False
+            return None
         self.waiting.popleft()
         sequence.computed = len(blocks) * BLOCK_SIZE
         sequence.published, sequence.content = len(blocks), content
@@ -246,9 +246,9 @@ class Scheduler:
             sequence.cached_tokens = sequence.computed
             self.prompt_tokens += len(sequence.prompt)
             self.cached_tokens += sequence.computed
-        sequence.blocks = blocks + [self.allocator.allocate() for _ in range(needed)]
+        sequence.blocks = blocks + [cast("int", self.allocator.allocate()) for _ in range(needed)]  # so many are free
         self.prefilling = sequence
-        return True
+        return sequence
 
     def _decode(self) -> None:
         for sequence in list(self.rows):
@@ -279,7 +279,7 @@ class Scheduler:
             self._preempt(youngest)
             if youngest is sequence:
                 return
-        self.runner.set_block(sequence.row, len(sequence.blocks), block)
+        self.runner.set_block(cast("int", sequence.row), len(sequence.blocks), block)
         sequence.blocks.append(block)
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -350,7 +350,7 @@ class Scheduler:
         self._end_or_go_on(sequence)
 
     def _append(self, sequence: Sequence, token: int, mask: int) -> None:
-        decoder = sequence.decoder
+        decoder = cast("IncrementalDecoder", sequence.decoder)  # it is there until the text ends
         text, stopped = decoder.feed(token), False
         if sequence.params.stop and mask:
             text, stopped = self._look_for_stop(sequence, sequence.held_text + text)
@@ -415,7 +415,7 @@ class Scheduler:
 
     def _call_tool(self, sequence: Sequence) -> None:
         """Run the tool in a thread; the text leaves the batch until the answer is there, and keeps its blocks."""
-        expression, sequence.call = self.tokenizer.decode(sequence.call), None
+        expression, sequence.call = self.tokenizer.decode(sequence.call or ()), None
         self._leave_row(sequence)
         self.calling.add(sequence)
         if self._tools is None:

@@ -165,7 +165,7 @@ def create_app(
         if request.prompt is not None:
             tokens = await asyncio.to_thread(service.tokenizer.encode, request.prompt)
         else:
-            tokens, _ = await _render(service, ChatRequest(messages=request.messages))
+            tokens, _ = await _render(service, ChatRequest.model_validate({"messages": request.messages}))
         texts = [token_text(service.tokenizer, token) for token in tokens]
         return {"count": len(tokens), "max_model_len": service.context, "tokens": tokens, "token_strs": texts}
 
@@ -433,8 +433,8 @@ class Guard:
             except RequestError as refused:
                 error = refused
         if error is not None:
-            headers = {"Connection": "close"} if error.status in (408, 413) else None
-            await JSONResponse(error.body(), status_code=error.status, headers=headers)(scope, receive, send)
+            close = {"Connection": "close"} if error.status in (408, 413) else None
+            await JSONResponse(error.body(), status_code=error.status, headers=close)(scope, receive, send)
             return
         await self.app(scope, receive, send)
 

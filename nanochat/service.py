@@ -7,6 +7,7 @@ something to read, whatever the number of texts. Used by server.py.
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class Metrics:
 
     def __init__(self, service: Service) -> None:
         self.registry = CollectorRegistry()
-        labels = {"labelnames": ("model_name",), "registry": self.registry}
+        labels: dict[str, Any] = {"labelnames": ("model_name",), "registry": self.registry}
         seconds = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
         self._name = service.model_name
 
@@ -187,7 +188,7 @@ class Service:
     def cancel_all(self) -> None:
         """End all answers where they are: their readers get what there is, and a proper end."""
         for worker in self.workers:
-            worker.engine.scheduler.post(lambda scheduler=worker.engine.scheduler: scheduler.end_all("cancelled"))
+            worker.engine.scheduler.post(functools.partial(worker.engine.scheduler.end_all, "cancelled"))
 
     def submit(self, sequences: list[Sequence]) -> Ticket:
         """Queue one request's texts with the engine that has least to do. Raises RequestError 429 if too many wait."""

@@ -238,8 +238,9 @@ def _status(error: BaseException) -> int | None:
 def _unwrap(error: Exception) -> Exception:
     """fsspec's web file system says FileNotFoundError whatever its server or the network did."""
     cause = error.__cause__
-    hides_another = isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and not hasattr(cause, "response")
-    return cause if hides_another and _status(cause) != 404 else error
+    if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and not hasattr(cause, "response"):
+        return error if _status(cause) == 404 else cause
+    return error
 
 
 def _is_final(error: Exception) -> bool:

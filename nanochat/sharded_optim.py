@@ -6,6 +6,8 @@ ranks, orthogonalizes them and sends the rows of the result back; momentum and w
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -37,13 +39,14 @@ def as_sharded(rows: Tensor, like: DTensor) -> DTensor:
 
 
 def local_grad(param: DTensor) -> Tensor:
-    return torch.zeros_like(param.to_local()) if param.grad is None else param.grad.to_local()
+    grad: Any = param.grad  # a DTensor like its parameter
+    return torch.zeros_like(param.to_local()) if grad is None else grad.to_local()
 
 
 class ShardedAdamWUnit:
     """One parameter; everything happens on this rank's rows."""
 
-    def __init__(self, group: Group, name: str, param: DTensor) -> None:
+    def __init__(self, group: Group, name: str, param: Any) -> None:
         self.group, self.name, self.param = group, name, param
         self.state = self._new_state(param.to_local())
 
@@ -93,7 +96,8 @@ class ShardedMuonUnit:
     """Matrices of one shape. n of them, of which this rank owns `owned` and holds `height` rows of each."""
 
     def __init__(self, group: Group, rank: int, world_size: int) -> None:
-        self.group, self.names, self.params = group, group.names, group.params
+        self.group, self.names = group, group.names
+        self.params: list[Any] = group.params  # DTensors, which torch types as parameters
         self.rank, self.world_size = rank, world_size
         n, (rows, columns) = len(self.params), self.params[0].shape
         per_rank, chunk = -(-n // world_size), -(-rows // world_size)
@@ -106,7 +110,7 @@ class ShardedMuonUnit:
         device = self.params[0].device
         self.second_moment = torch.zeros(neuron_means(like).shape, device=device)
         self.momentum = torch.zeros(n, self.height, columns, device=device)
-        self._work: dist.Work | None = None
+        self._work: Any = None  # dist.Work, while one is under way
         self._buffers: tuple[Tensor, ...] = ()  # kept until the collective that uses them is done
 
     def _send(self, rows: Tensor, sent: list[int], received: list[int]) -> None:

@@ -11,6 +11,7 @@ import errno
 import functools
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -77,7 +78,7 @@ def read_sharded(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def read_whole(directory: Path, prefix: str) -> dict[str, torch.Tensor]:
     """All tensors whose names begin with the prefix, which is left out, whole and on the CPU."""
-    entries = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    entries: dict[str, Any] = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype)
                for name, entry in entries.items() if name.startswith(prefix)}  # fmt: skip
     read_sharded(directory, tensors)

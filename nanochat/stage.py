@@ -148,7 +148,9 @@ def parse_switches(pairs: list[str], *settings: type) -> list[dict[str, Any]]:
     Raises NanochatError for a name that none of them has, or a value that does not suit it.
     """
     parsed: list[dict[str, Any]] = [{} for _ in settings]
-    known = {f.name: (kind, f.default) for kind, cls in zip(parsed, settings, strict=True) for f in fields(cls)}
+    known: dict[str, tuple[dict[str, Any], Any]] = {
+        f.name: (kind, f.default) for kind, cls in zip(parsed, settings, strict=True) for f in fields(cls)
+    }
     for pair in pairs:
         name, _, text = pair.partition("=")
         if name not in known:
@@ -210,8 +212,8 @@ def open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Sta
         except NanochatError as error:
             outcome = error
     outcome = from_rank0(outcome)
-    if isinstance(outcome, NanochatError):
-        raise outcome
+    if not isinstance(outcome, Stage):
+        raise outcome or NanochatError("rank 0 found no stage to work on")
     return outcome
 
 

@@ -14,7 +14,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import tiktoken
@@ -117,6 +117,12 @@ class Tokenizer:
 
     # ------------------------------------------------------------------------- text
 
+    @overload
+    def encode(self, text: str, prepend: int | str | None = ..., append: int | str | None = ...) -> list[int]: ...
+    @overload
+    def encode(
+        self, text: list[str], prepend: int | str | None = ..., append: int | str | None = ..., num_threads: int = ...
+    ) -> list[list[int]]: ...
     def encode(
         self,
         text: str | list[str],
@@ -237,9 +243,10 @@ class Tokenizer:
 
     def parse_parts(self, tokens: Iterable[int]) -> list[dict[str, str]]:
         """The tokens of an answer as the parts of a message, so that tool calls survive into the next turn."""
-        kinds = self.part_starts()
+        kinds: dict[Any, str] = self.part_starts()
         parts: list[dict[str, str]] = []
-        kind, piece = "text", []
+        kind = "text"
+        piece: list[int] = []
         for token in [*tokens, None]:
             if token is None or self.is_special(token):
                 if piece:

@@ -137,7 +137,7 @@ class Trainer:
         self.step = 0
         self.time_s = 0.0  # of training alone, over all sittings
         self.results: dict[str, float] = {}  # of the newest evaluations
-        self.best: dict[str, float] = {}  # {"step": ..., "value": ...} of the saved step that was measured best
+        self.best: dict[str, Any] = {}  # {"step": ..., "value": ...} of the saved step that was measured best
         self._saved_step: int | None = None  # the newest checkpoint is of this state
         self._writer = CheckpointWriter(stage_dir, config.keep_last)
         self._pending: list[torch.Tensor] = []  # losses not yet read from the device
@@ -183,9 +183,9 @@ class Trainer:
             return
         failure = None
         if self.rank == 0:
-            checkpoint = (self.step, self.model.state_dict(), optimizer_state, meta, self.best.get("step"))
+            write = self._writer.write if wait else self._writer.start
             try:
-                (self._writer.write if wait else self._writer.start)(*checkpoint)
+                write(self.step, self.model.state_dict(), optimizer_state, meta, self.best.get("step"))
             except OSError as error:
                 failure = error
         self._saved_step = self.step
@@ -334,7 +334,7 @@ class Trainer:
         except Exception:  # whatever it is, nothing that was learned may be lost
             self._save_before_leaving(loader_state)
             raise
-        count = sum(self.count_fn(batch) for batch in batches)
+        count = torch.stack([self.count_fn(batch) for batch in batches]).sum()
         if self.ddp:
             dist.all_reduce(count)
         return batches, count.clamp(min=1)

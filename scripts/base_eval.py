@@ -59,10 +59,10 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := set(kinds) - set(KINDS):
         raise NanochatError(f"--eval {', '.join(sorted(unknown))} is not measured here: choose from {', '.join(KINDS)}")
     _, rank, _, world_size, device = compute_init(args.device_type)
+    results: dict[str, Any] = {}
     if args.hf_path is not None:
         folder = get_base_dir() / "core" / re.sub(r"[^A-Za-z0-9._-]+", "_", args.hf_path)
-        scorer = HuggingFaceScorer(args.hf_path, device)
-        results = {"core": run_core(scorer, args.eval_bundle, args.max_per_task, folder)}
+        results = {"core": run_core(HuggingFaceScorer(args.hf_path, device), args.eval_bundle, args.max_per_task, folder)}
         if rank == 0:
             show(results)
         return 0
@@ -71,7 +71,6 @@ def main(argv: list[str] | None = None) -> int:
     T = model.config.sequence_len
     rows = args.device_batch_size if args.device_batch_size > 0 else max(1, 8192 // T)
     most = max(1, (args.split_tokens if args.split_tokens > 0 else 2**20) // (rows * T * world_size))
-    results: dict[str, Any] = {}
     if "core" in kinds:
         folder = get_stage_dir(meta["tag"], "base") / "core" / f"step_{meta['step']:06d}_{meta['weights'][:8]}"
         scorer = NanochatScorer(model, tokenizer)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import sys
 from dataclasses import asdict, replace
@@ -167,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         most = None if args.eval_tokens < 0 else max(1, args.eval_tokens // (rows * args.max_seq_len * world_size))
         return {"val/bpb": evaluate_bpb(model, itertools.islice(batches, most), token_bytes)}
 
-    def evaluate_core_metric() -> dict[str, float]:
+    def evaluate_core_metric(bundle: Path) -> dict[str, float]:
         scorer = NanochatScorer(model, tokenizer)
         results = evaluate_core(scorer, bundle, args.core_metric_max_per_task)
         name = "core_metric" if "core_metric" in results else "core_partial"
@@ -193,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
             "data": source.describe(), "parent": None,
         },
         evaluate=evaluate,
-        evaluations=[(args.core_metric_every, evaluate_core_metric)] if bundle else [],
+        evaluations=[(args.core_metric_every, functools.partial(evaluate_core_metric, bundle))] if bundle else [],
         sample=sample if args.sample_every > 0 and not args.fsdp else None,  # which takes a whole model
     )  # fmt: skip
     go_on(trainer, stage)

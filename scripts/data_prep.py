@@ -105,7 +105,7 @@ def _open_output(
     """The settings of this output, written at the first call. Raises NanochatError if it was begun with others."""
     from nanochat.data_prep import PrepSettings
 
-    begun = json.loads(layout.settings.read_text(encoding="utf-8")) if layout.settings.exists() else None
+    begun: Any = json.loads(layout.settings.read_text(encoding="utf-8")) if layout.settings.exists() else None
     if begun is None and layout.output.is_dir() and any(layout.output.glob("*.parquet")):
         raise NanochatError(f"--output {layout.output} holds parquet files of another origin: choose an empty folder")
     num_shards = begun["num_shards"] if begun else None

@@ -119,7 +119,7 @@ def measure(engine: Engine, B: int, args: argparse.Namespace, memory_rate: float
         while sequence.finish_reason is None:
             scheduler.step()
         synchronize(device)
-        firsts.append(sequence.first_token_at - sequence.created)
+        firsts.append((sequence.first_token_at or 0.0) - sequence.created)
     rounds = []
     for first in (3, 3 + B):
         batch = sequences(prompts[first : first + B], args.new_tokens)

@@ -195,7 +195,7 @@ class ArrowRows(Sequence):
     def __len__(self) -> int:
         return self.table.num_rows
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: Any) -> Any:
         return self.table.slice(index, 1).to_pylist()[0]
 
 

@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-from nanochat.dataset import get_source
+from nanochat.dataset import BuiltinSource
 from tasks.common import Conversation, Task
 
 QUESTIONS = (
@@ -20,7 +20,7 @@ class DocQA(Task):
 
     def __init__(self, split: str, data_dir: Path | None = None, **slicing: int) -> None:
         super().__init__(**slicing)
-        lines = (get_source("builtin").directory / "summaries.jsonl").read_text(encoding="utf-8").split("\n")
+        lines = (BuiltinSource("builtin").directory / "summaries.jsonl").read_text(encoding="utf-8").split("\n")
         pairs = [json.loads(line) for line in lines if line]
         self.pairs = [pair for i, pair in enumerate(pairs) if (i % 20 == 19) != (split == "train")]
 

@@ -35,7 +35,7 @@ class GSM8K(RowTask):
         for text, expression, result in zip(pieces[::3], [*pieces[1::3], None], [*pieces[2::3], None], strict=True):
             if text:
                 parts.append({"type": "text", "text": text})
-            if expression is not None:
+            if expression is not None and result is not None:
                 parts.append({"type": "python", "text": expression})
                 parts.append({"type": "python_output", "text": result})
         messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": parts}]
