@@ -35,7 +35,10 @@ def main() -> int:
     """Run the command that sys.argv names; a name that is none gets the nearest one and exit code 2."""
     name, *rest = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help", "help"):
-        print(overview())
+        try:
+            print(overview(), flush=True)
+        except BrokenPipeError:  # the reader (head, less) has seen enough
+            sys.stderr.close()
         return 0
     if name not in COMMANDS:
         print(f"error: {unknown(name)}", file=sys.stderr)
