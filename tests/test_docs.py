@@ -264,6 +264,7 @@ def test_the_architecture_names_every_module() -> None:
     assert {path.stem for path in (ROOT / "nanochat").glob("[a-z]*.py")} <= named
 
 
+@pytest.mark.slow
 def test_the_table_of_what_fits_is_what_the_command_says(capsys: pytest.CaptureFixture) -> None:
     memory.main(["--gb", "24", "80", "141"])
     said = {re.split(r"  +", line)[0]: re.findall(r"d\d+ \([^)]+\)", line) for line in capsys.readouterr().out.splitlines()}
