@@ -5,9 +5,9 @@ optim.OptimizerSettings were tuned, and carried to other sizes by
 
 - batch size proportional to (training tokens)^0.383 above it (Power Lines, arXiv 2505.13738), and below it to
   (training tokens)^0.79, which meets what small models learn most from (dev/LOG.md, "Batches of small models"),
-- learning rates proportional to (batch size)^1/6: the square root that is often given starves small batches here
-  (dev/LOG.md, "Learning rates at a small batch"),
-- weight decay proportional to (batch size)^5/6 / (training tokens), which with such learning rates keeps the decay's
+- learning rates proportional to (batch size)^1/10: the square root that is often given starves small batches here
+  (dev/LOG.md, "Learning rates at a small batch" and "Rates and decay of short runs"),
+- weight decay proportional to (batch size)^9/10 / (training tokens), which with such learning rates keeps the decay's
   time scale a constant share of the run (arXiv 2405.13698).
 """
 
@@ -26,7 +26,7 @@ REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19
 TOKENS_PER_PARAM = 12.0  # training tokens for each scaling parameter
 BATCH_EXPONENT, SMALL_BATCH_EXPONENT = 0.383, 0.79  # above and below the reference
-LR_BATCH_EXPONENT = 1 / 6
+LR_BATCH_EXPONENT = 1 / 10
 
 
 def model_config(

@@ -57,7 +57,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     optimization.add_argument("--total-batch-size", type=int, default=-1, help="tokens in an update (-1: the base's)")
     add_rate_arguments(optimization)
     optimization.add_argument("--weight-decay", type=float, default=0.0, help="of matrices")
-    optimization.add_argument("--init-lr-frac", type=float, default=0.8, help="start from this share of those rates")
+    optimization.add_argument("--init-lr-frac", type=float, default=0.6, help="start from this share of those rates")
     optimization.add_argument("--warmup-steps", type=int, default=0, help="steps until the rates are at their peak")
     optimization.add_argument("--warmdown-ratio", type=float, default=0.5, help="share of the steps in which they fall")
     optimization.add_argument("--final-lr-frac", type=float, default=0.0, help="share of the peak at the last step")
