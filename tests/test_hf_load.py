@@ -122,6 +122,16 @@ def test_fine_tuning_from_an_export(tiny_run: Path, tmp_path: Path, capsys: pyte
         import_run(output, "little-model")
 
 
+def test_fine_tuning_a_plain_model_makes_it_one_of_ours(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    export(make_plain_model(tokenizer), tokenizer, META, tmp_path / "plain")
+    flags = ["--from-hf", str(tmp_path / "plain"), "--tasks=Arithmetic:20", "--num-iterations=2", "--total-batch-size=512"]
+    assert chat_sft.main([*flags, "--no-compile", "--device-type=cpu", "--eval-tokens=512"]) == 0
+    assert export_hf.main(["--model-tag=plain", "--output", str(tmp_path / "tuned")]) == 0
+    back = load_hf(str(tmp_path / "tuned"), "cpu")[0]
+    assert torch.equal(logits(back), logits(load_model("sft", "cpu", "eval", "plain")[0]))
+    assert (back.config.value_embeddings, back.config.qk_scale) == (False, 1.0)
+
+
 # ----------------------------------------------------------------------------- the hub
 
 
