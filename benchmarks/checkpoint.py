@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     with tempfile.TemporaryDirectory(dir=args.dir) as temporary:
         stage_dir = Path(temporary) / "runs" / "bench" / "base"
-        metrics = MetricsLog(stage_dir, {}, "dummy", False, 0)
+        metrics = MetricsLog(stage_dir, {})
         meta = {"model_config": asdict(config)}
         loader = RandomTokens(args.rows, device)
         trainer = TimedTrainer(model, model.setup_optimizer(), loader, train_config, stage_dir, metrics, meta)

@@ -176,10 +176,10 @@ def examine_base_dir() -> Iterator[Finding]:
         with tempfile.TemporaryFile(dir=base_dir) as file:
             file.write(b"x" * 4096)
     except OSError as error:
-        yield Finding("used", "base directory", describe_error(error), "set NANOCHAT_BASE_DIR", essential=True)
+        yield Finding("used", "base directory", describe_error(error) or str(error), "set NANOCHAT_BASE_DIR", essential=True)
         return
     free = shutil.disk_usage(base_dir).free
-    problem = {"way_out": way_out, "essential": free < LEAST_DISK} if free < MODEST_DISK else {}
+    problem: dict[str, Any] = {"way_out": way_out, "essential": free < LEAST_DISK} if free < MODEST_DISK else {}
     yield Finding("used", "base directory", f"{base_dir} ({why}), {free / 1e9:.1f} GB free", **problem)
     shards = len(list((base_dir / "data" / "climbmix").glob("*.parquet")))
     text = f"{shards} shards of climbmix" if shards else "the builtin text, since climbmix is not downloaded"

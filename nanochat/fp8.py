@@ -8,6 +8,8 @@ Method: arXiv 2209.05433, with the scale of the tensor at hand.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from nanochat.common import NanochatError
@@ -25,7 +27,8 @@ def enable_fp8(model: torch.nn.Module, device: torch.device) -> int:
 
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < LOWEST_CAPABILITY:
         raise NanochatError("--fp8 needs a GPU of compute capability 8.9 or later (Ada, Hopper): leave it out here")
-    chosen = [module for module in model.blocks.modules() if isinstance(module, Linear) and is_eligible(module.weight)]
+    modules = model.get_submodule("blocks").modules()
+    chosen = [module for module in modules if isinstance(module, Linear) and is_eligible(module.weight)]
     for module in chosen:
         module.fp8 = True
     return len(chosen)
@@ -61,14 +64,14 @@ class _Fp8Linear(torch.autograd.Function):
     """What is kept for the backward pass is kept in 8 bits as well."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         x8, weight8 = quantize(x, torch.float8_e4m3fn), quantize(weight, torch.float8_e4m3fn)
         ctx.save_for_backward(*x8, *weight8)
         ctx.dtypes = x.dtype, weight.dtype
         return multiply(x8, weight8, x.dtype, fast=True)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x, x_scale, weight, weight_scale = ctx.saved_tensors
         x_dtype, weight_dtype = ctx.dtypes
         grad8, grad_scale = quantize(grad, torch.float8_e5m2)

@@ -7,7 +7,6 @@ python -m nanochat.metrics RUN --to tensorboard
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import math
@@ -20,6 +19,7 @@ from typing import Any
 from nanochat.checkpoint_manager import SETTINGS_FILE, STAGES, get_run_dir
 from nanochat.common import NanochatError, read_json_lines, run_command
 from nanochat.loggers import LOGGERS, BackgroundLogger, LoggedRun, check_installed
+from nanochat.settings import SettingsParser
 
 
 class MetricsLog:
@@ -156,7 +156,9 @@ def replay(stage_dir: Path, to: str, run: str = "dummy") -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Send the metrics of a run that was trained without a logger to one.")
+    parser = SettingsParser(
+        "Send the metrics of a run that was trained without a logger to one.", examples=["%(prog)s d12 --to tensorboard"]
+    )
     parser.add_argument("run_dir", metavar="RUN", help="model tag, or the directory of a run")
     parser.add_argument("--to", required=True, choices=LOGGERS, help="where its numbers go")
     parser.add_argument("--run", default="dummy", metavar="NAME", help="what it is called there (default: its tag and stage)")

@@ -78,7 +78,7 @@ def draw_panel(panel: Panel) -> Figure:
         x = [curve.x[i] for i in kept]
         if curve.raw is not None:
             axis.plot(x, [curve.raw[i] for i in kept], color=color, linewidth=0.7, alpha=0.3)
-        style = {"marker": "o", "markersize": 3.5} if curve.dots else {}
+        style: dict[str, Any] = {"marker": "o", "markersize": 3.5} if curve.dots else {}
         axis.plot(x, [curve.y[i] for i in kept], color=color, linewidth=1.6, label=curve.label, **style)
     _set_title(axis, panel.title)
     axis.set_xlabel(panel.x_label)
@@ -96,7 +96,8 @@ def draw_panel(panel: Panel) -> Figure:
         axis.set_ylim(low - 2 * margin, high + 2 * margin)
     if panel.share is not None:
         whole, label = panel.share
-        right = axis.secondary_yaxis("right", functions=(lambda v: 100 * v / whole, lambda v: v * whole / 100))
+        to_and_from_share: Any = (lambda v: 100 * v / whole, lambda v: v * whole / 100)  # arrays
+        right = axis.secondary_yaxis("right", functions=to_and_from_share)
         right.set_ylabel(label)
         right.spines["right"].set_visible(False)
     _finish(axis)

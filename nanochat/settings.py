@@ -25,13 +25,17 @@ else:
 
 CONFIG_FILE = "config.toml"
 NOT_IN_FILES = ("help", "config", "debug")
-METAVARS = {int: "N", float: "X", Path: "PATH"}
+# By the type of a flag:
+METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
+WANTED: dict[Any, str] = {int: "a whole number", float: "a number"}
+EXAMPLES: dict[Any, Any] = {int: 12, float: 0.5}
 
 
 class Arguments(argparse.Namespace):
     """What a command was told, flags and file together. `vars` gives the values alone."""
 
     __slots__ = ("_parser",)
+    _parser: SettingsParser
 
     def to_toml(self, values: dict[str, Any], leave_out: Sequence[str] = ()) -> str:
         """What --config takes back to give the command these values, by the names that `vars` has, grouped as in --help."""
@@ -47,7 +51,7 @@ class Arguments(argparse.Namespace):
                     value = value == action.const
                 table[name.replace("-", "_")] = str(value) if isinstance(value, Path) else value
             if table:
-                tables[group.title.partition(" (")[0]] = table
+                tables[(group.title or "").partition(" (")[0]] = table
         return f"# {self._parser.prog} --config THIS_FILE\n\n" + tomli_w.dumps(tables)
 
 
@@ -69,21 +73,21 @@ class SettingsParser(argparse.ArgumentParser):
                             help="flags by their long names, in TOML; the command line goes before it")  # fmt: skip
         common.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the trace of an error")
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None) -> Arguments:
+    def parse_args(self, args: Sequence[str] | None = None) -> Arguments:  # type: ignore[override] # no namespace but ours
         """The settings of a command line, and of the file that it names.
 
         Raises NanochatError for a file with what this command does not take; leaves with exit code 2 for such flags.
         """
         args = sys.argv[1:] if args is None else args
         finder = argparse.ArgumentParser(add_help=False)
-        finder.error = self.error
+        finder.error = self.error  # type: ignore[method-assign] # it speaks for this parser
         finder.add_argument("--config")
         file = finder.parse_known_args(args)[0].config
         in_file = self._read(Path(file).expanduser()) if file is not None else {}
         for action, value in in_file.items():
             action.required = False
             self.set_defaults(**{action.dest: value})
-        arguments, unknown = self.parse_known_args(args, namespace or Arguments())
+        arguments, unknown = self.parse_known_args(args, Arguments())
         if unknown:
             self.error(f"there is no {unknown[0]!r} here{_nearest(unknown[0].partition('=')[0], self._option_string_actions)}")
         for action, value in in_file.items():  # a list on the command line replaces the file's
@@ -103,13 +107,13 @@ class SettingsParser(argparse.ArgumentParser):
             raise NanochatError(f"--config {path} cannot be read ({error.strerror}): check the path") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise NanochatError(f"--config {path} is no TOML ({error}): write lines such as depth = 12") from error
-        known = {_long_name(action): action for action in self._actions}
+        known = {flag: action for action in self._actions if (flag := _long_name(action)) and flag not in NOT_IN_FILES}
         values: dict[argparse.Action, Any] = {}
         for key, value in _flatten(content):
             name = key.replace("_", "-")
-            action = known.get(name) if name not in NOT_IN_FILES else None
+            action = known.get(name)
             if action is None:
-                nearest = _nearest(name, set(known) - {None, *NOT_IN_FILES})
+                nearest = _nearest(name, known)
                 raise NanochatError(f"{path}: {self.prog} has no setting {key!r}{nearest or ': --help lists what there is'}")
             if action in values:
                 raise NanochatError(f"{path} has {key} more than once, and tables are only headings: leave one")
@@ -121,7 +125,8 @@ class SettingsParser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
 
     def format_help(self) -> str:
-        required = [f"{_flag(action)} {action.metavar}" for action in self._actions if action.required]
+        takes = [(action, self._get_formatter()._format_args(action, action.dest.upper())) for action in self._actions]
+        required = [" ".join([*action.option_strings[-1:], what]) for action, what in takes if action.required]
         self.usage = " ".join(["%(prog)s", *required, "[flags]"])
         self._action_groups.sort(key=lambda group: group is self._common)  # what is special to the command comes first
         return super().format_help()
@@ -144,12 +149,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         """With the default, unless that says nothing (off, none) or the text has it already."""
+        text = action.help or ""
         says_nothing = action.default in (None, argparse.SUPPRESS, "", -1, []) or isinstance(action.default, bool)
-        if says_nothing or "default:" in action.help:
-            return action.help
-        if action.help.endswith(")"):
-            return f"{action.help[:-1]}; default: %(default)s)"
-        return f"{action.help} (default: %(default)s)"
+        if says_nothing or "default:" in text:
+            return text
+        if text.endswith(")"):
+            return f"{text[:-1]}; default: %(default)s)"
+        return f"{text} (default: %(default)s)"
 
 
 def _program() -> str | None:
@@ -201,13 +207,13 @@ def _convert(action: argparse.Action, what: str, value: Any) -> Any:
 
 
 def _convert_one(action: argparse.Action, what: str, value: Any) -> Any:
-    wanted = {int: "a whole number", float: "a number"}.get(action.type, "text")
+    wanted = WANTED.get(action.type, "text")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     fits = is_number and (action.type is float or isinstance(value, int)) if wanted != "text" else isinstance(value, str)
     if not fits and not (wanted == "text" and is_number):  # a step or a year may well be text
         raise NanochatError(f"{what} is not {wanted}: write it like {_example(action)}")
     try:
-        value = action.type(value if wanted != "text" else str(value)) if action.type else str(value)
+        value = action.type(value if wanted != "text" else str(value)) if callable(action.type) else str(value)
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
         raise NanochatError(f"{what} does not suit {_flag(action)} ({error}): --help says what does") from error
     if action.choices is not None and value not in action.choices:
@@ -217,5 +223,5 @@ def _convert_one(action: argparse.Action, what: str, value: Any) -> Any:
 
 def _example(action: argparse.Action) -> str:
     name = (_long_name(action) or action.dest).replace("-", "_")
-    value = {int: 12, float: 0.5}.get(action.type, "text")
+    value = EXAMPLES.get(action.type, "text")
     return f"{name} = {_as_toml(value)}"

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 import sys
@@ -25,7 +24,7 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.metrics import MetricsLog
 from nanochat.optim import OptimizerSettings
 from nanochat.scaling import Horizon, accumulation_steps, model_config, plan_horizon
-from nanochat.settings import SettingsParser
+from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import (
     Stage,
     add_rate_arguments,
@@ -50,7 +49,7 @@ from nanochat.trainer import TrainConfig, Trainer
 from scripts import tok_train
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> Arguments:
     parser = SettingsParser(
         "Pretrain a base model.",
         examples=[
@@ -95,7 +94,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def plan(args: argparse.Namespace, stage: Stage, model: GPT, world_size: int) -> tuple[Horizon, int]:
+def plan(args: Arguments, stage: Stage, model: GPT, world_size: int) -> tuple[Horizon, int]:
     """How long to train in what batches, and the rows of a micro-batch."""
     flops_per_token = model.estimate_flops()
     target_flops, batch_size = args.target_flops, args.total_batch_size

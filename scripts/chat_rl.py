@@ -5,7 +5,6 @@ Reads the SFT checkpoint of --model-tag (default: the newest run), writes into t
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from nanochat.compilation import keep_freed_memory
 from nanochat.engine import Engine
 from nanochat.metrics import MetricsLog
 from nanochat.rl import OBJECTIVES, RolloutLoader, RolloutSettings, make_policy_loss
-from nanochat.settings import SettingsParser
+from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import (
     add_rate_arguments,
     add_training_arguments,
@@ -33,7 +32,7 @@ from nanochat.trainer import TrainConfig, Trainer
 from tasks import build_task
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> Arguments:
     parser = SettingsParser(
         "Reinforce a chat model on a task with rewards.",
         examples=["%(prog)s --task GSM8K --model-tag d12", "%(prog)s --task Arithmetic --num-iterations 50 --objective grpo"],

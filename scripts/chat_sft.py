@@ -5,7 +5,6 @@ Reads the base checkpoint of --model-tag (default: the newest run), writes into 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from nanochat.engine import Engine
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.metrics import MetricsLog
 from nanochat.scaling import accumulation_steps, learning_rate_scale
-from nanochat.settings import SettingsParser
+from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import (
     add_rate_arguments,
     add_training_arguments,
@@ -41,7 +40,7 @@ from tasks import build_mixture
 DEFAULT_TASKS = "SmolTalk,MMLU*3,GSM8K*4,Identity*2,SimpleSpelling,SpellingBee"
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> Arguments:
     parser = SettingsParser(
         "Fine-tune a base model on conversations.",
         examples=["%(prog)s --model-tag d12", '%(prog)s --tasks "SmolTalk:20000,GSM8K*4" --target-minutes 30'],

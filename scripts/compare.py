@@ -6,7 +6,6 @@ stages left behind, so runs that are still training can be compared as well.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import statistics
 import sys
@@ -25,6 +24,7 @@ from nanochat.metrics import read_metrics, series, smooth_for_picture
 from nanochat.plots import Bar, Curve, Panel, draw_bars, draw_panel, to_svg
 from nanochat.progress import format_seconds
 from nanochat.report import STAGE_TITLES, TITLES, Picture, Section, format_value, kind_of, read_json, render
+from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import FREE_SETTINGS
 
 AXES = {"steps": "step", "tokens": "tokens trained on", "time": "minutes of training", "flops": "FLOPs of training"}
@@ -45,8 +45,10 @@ class Run:
         return series(self.rows, series_name)[1]
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Draw runs over each other.")
+def parse_arguments(argv: list[str] | None) -> Arguments:
+    parser = SettingsParser(
+        "Draw runs over each other.", examples=["%(prog)s d12 d12-wide", "%(prog)s d12 d16 --x flops --output scaling.html"]
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="model tag, or the directory of a run")
     parser.add_argument("--output", type=Path, default=Path("compare.html"), metavar="FILE", help="the page to write")
     parser.add_argument("--x", choices=AXES, default="steps", help="what the curves are drawn over")
@@ -149,8 +151,8 @@ def _or_dash(number: Callable[[Run], str], run: Run) -> str:
 def differing_settings(runs: list[Run]) -> list[list[str]]:
     """A row for each setting that is not the same in all runs, those that decide the result first."""
     keys = dict.fromkeys(key for run in runs for key in run.settings if key not in NAMES)
-    keys = sorted(keys, key=lambda key: key in FREE_SETTINGS)
-    rows = [[key.replace("_", " "), *(format_value(run.settings.get(key, "-")) for run in runs)] for key in keys]
+    ordered = sorted(keys, key=lambda key: key in FREE_SETTINGS)
+    rows = [[key.replace("_", " "), *(format_value(run.settings.get(key, "-")) for run in runs)] for key in ordered]
     return [row for row in rows if len(set(row[1:])) > 1]
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError, run_command
 from nanochat.hf.export import FORMATS, check_output, export, push
+from nanochat.settings import Arguments, SettingsParser
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Write a model in the form that Hugging Face's libraries load.")
+def parse_arguments(argv: list[str] | None) -> Arguments:
+    parser = SettingsParser(
+        "Write a model in the form that Hugging Face's libraries load.",
+        examples=["%(prog)s --output my-model", "%(prog)s --source rl --model-tag d12 --output d12-hf --push-to-hub me/d12"],
+    )
     parser.add_argument("-i", "--source", default="sft", choices=("base", "sft", "rl"), help="stage of the model")
     parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest with that stage)")
     parser.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")

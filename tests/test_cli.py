@@ -44,7 +44,7 @@ def test_an_unknown_command_names_the_nearest(
 
 
 def test_each_module_of_the_table_exists_and_has_a_main() -> None:
-    for module in {module for module, _ in cli.COMMANDS.values()} - {"scripts.compare", "scripts.export_hf"}:
+    for module in {module for module, _ in cli.COMMANDS.values()}:
         assert "\ndef main(argv" in Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
 
 

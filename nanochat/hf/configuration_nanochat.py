@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PretrainedConfig
 
 
@@ -36,7 +38,7 @@ class NanochatConfig(PretrainedConfig):
         qk_scale: float = 1.2,
         final_logit_softcapping: float = 15.0,
         use_cache: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ) -> None:
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size

@@ -133,7 +133,7 @@ def check_chat_template(directory: Path, tokenizer: Tokenizer) -> None:
     """Raise NanochatError if the template does not parse; say so if it renders a conversation otherwise than we do."""
     path = directory / "chat_template.jinja"
     if path.is_file():
-        template = path.read_text(encoding="utf-8")
+        template: Any = path.read_text(encoding="utf-8")
     else:
         path = directory / "tokenizer_config.json"
         template = _read_json(path).get("chat_template") if path.is_file() else None

@@ -8,6 +8,7 @@ and no learned norm weights, an untied head with soft-capped logits. The same nu
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -141,7 +142,7 @@ class NanochatModel(NanochatPreTrainedModel):
 
     def __init__(self, config: NanochatConfig) -> None:
         super().__init__(config)
-        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.wte: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.bigrams = nn.Embedding(config.bigram_rows, config.hidden_size) if config.bigram_rows else None
         kv_dim = config.num_key_value_heads * config.head_dim
         self.value_embeds = nn.ModuleDict(
@@ -153,10 +154,10 @@ class NanochatModel(NanochatPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Module:
         return self.wte
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.wte = value
 
     @can_return_tuple
@@ -169,7 +170,7 @@ class NanochatModel(NanochatPreTrainedModel):
         past_key_values: Cache | None = None,
         previous_ids: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """input_ids: (B, T); attention_mask: (B, tokens so far), 0 for padding; previous_ids: see `embed`.
 
@@ -191,7 +192,8 @@ class NanochatModel(NanochatPreTrainedModel):
             value_embedding = self.value_embeds[str(layer)](input_ids) if str(layer) in self.value_embeds else None
             lambdas = (self.resid_lambdas[layer], self.x0_lambdas[layer])
             x = block(x, x0, lambdas, value_embedding, rotary, query_positions, attention_mask, cache=cache)
-        return BaseModelOutputWithPast(last_hidden_state=norm(x), **{CACHE_NAME: cache if use_cache else None})
+        for_later: dict[str, Any] = {CACHE_NAME: cache if use_cache else None}
+        return BaseModelOutputWithPast(last_hidden_state=norm(x), **for_later)
 
     def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin), each (B or 1, T, 1, head_dim / 2) float32, for positions (B or 1, T)."""
@@ -204,12 +206,13 @@ class NanochatModel(NanochatPreTrainedModel):
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        cache: Cache | None,
+        cache: Any,
         past: int,
         previous_ids: torch.Tensor | None,
     ) -> torch.Tensor:
         """(B, T, hidden_size): what is looked up for each token, and for it and its predecessor together.
 
+        cache: a Cache or None; the last tokens that went into it are noted on it, as `last_ids`.
         previous_ids: (B, T), the token before each; None: that of the first is the last one that went into the cache. The
         first token of a text counts as its own predecessor.
         """
@@ -238,10 +241,10 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Module:
         return self.model.wte
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.model.wte = value
 
     def get_output_embeddings(self) -> nn.Linear:
@@ -262,7 +265,7 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits (B, T, vocab_size) float32, of the last `logits_to_keep` tokens if that is not 0, or those at its places.
 
@@ -281,7 +284,7 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: getattr(outputs, CACHE_NAME)})
 
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args, **kwargs) -> dict:
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As everywhere, with the tokens before those that are not in the cache yet, whatever beams were reordered."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         new = inputs["input_ids"].size(1)
@@ -290,6 +293,8 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
         return inputs
 
     @staticmethod
-    def create_masks_for_generate(config: NanochatConfig, *args, attention_mask: torch.Tensor | None = None, **kwargs):
+    def create_masks_for_generate(
+        config: NanochatConfig, *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor | None:
         """The mask of padding as it is: the windows are applied in `visible_keys`, also with a static cache."""
         return attention_mask
