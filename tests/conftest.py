@@ -20,7 +20,10 @@ pytest_plugins = ["tests.recovery_helpers"]  # its fixtures, for several files
 
 TINY_TRAINING = [
     "--depth=2", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=128", "--total-batch-size=512",
-    "--num-iterations=6", "--device-type=cpu", "--no-compile", "--eval-tokens=512", "--sample-every=-1", "--set", "bigrams=1",
+    "--num-iterations=6", "--device-type=cpu", "--no-compile", "--eval-tokens=512", "--sample-every=-1",
+    # Gently: its answers begin with text and not with a call of the calculator.
+    "--matrix-lr=0.0126", "--embedding-lr=0.19", "--unembedding-lr=0.005", "--scalar-lr=0.32", "--weight-decay=0",
+    "--set", "bigrams=1",
 ]  # fmt: skip
 
 
