@@ -214,16 +214,17 @@ def test_a_failure_in_the_thread_reaches_the_consumer(tmp_path: Path, tokenizer:
 
 
 def test_a_forgotten_loader_ends_its_threads(source, tokenizer: Tokenizer) -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     loader = _loader(source, tokenizer)
     next(loader)
-    assert threading.active_count() > before
+    started = set(threading.enumerate()) - before
+    assert started
     del loader
     gc.collect()
     deadline = time.monotonic() + 5
-    while threading.active_count() > before and time.monotonic() < deadline:
+    while any(thread.is_alive() for thread in started) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert threading.active_count() == before
+    assert not any(thread.is_alive() for thread in started)
 
 
 # ----------------------------------------------------------------------------- conversations
