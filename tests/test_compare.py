@@ -52,7 +52,7 @@ def test_two_runs_are_drawn_and_told_apart(
 
 def test_settings_that_decide_come_first(two_runs: Path) -> None:
     runs = [compare.read_run(two_runs / name, "base", name) for name in ("tiny", "wide")]
-    assert differing_settings(runs) == [["matrix lr", "0.02", "0.5"], ["eval every", "250", "7"]]
+    assert differing_settings(runs) == [["matrix lr", "0.0126", "0.5"], ["eval every", "250", "7"]]
     assert differing_settings(runs[:1]) == []
 
 

@@ -180,4 +180,4 @@ def test_a_stage_is_taken_before_training_begins(
     assert base_train.main(base_flags) == 0
     assert re.search(RIVAL, said[0], re.MULTILINE)
     settings = json.loads((stage_dir_of(base_dir) / "settings.json").read_text(encoding="utf-8"))
-    assert settings["matrix_lr"] == 0.02 and len(logged(stage_dir_of(base_dir), "train/loss")) == LAST
+    assert settings["matrix_lr"] == 0.0126 and len(logged(stage_dir_of(base_dir), "train/loss")) == LAST

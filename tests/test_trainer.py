@@ -103,7 +103,7 @@ def test_a_finished_stage_is_not_trained_again(corpus: Path, tiny_run: Path, cap
 def test_runs_are_never_written_over(corpus: Path, tiny_run: Path) -> None:
     with pytest.raises(NanochatError, match="--resume auto"):
         _train(corpus, "tiny")
-    with pytest.raises(NanochatError, match="--matrix-lr 0.02, not 0.5"):
+    with pytest.raises(NanochatError, match="--matrix-lr 0.0126, not 0.5"):
         _train(corpus, "tiny", "--resume=3", "--matrix-lr=0.5")
     with pytest.raises(NanochatError, match="steps there: 3, 6"):
         _train(corpus, "tiny", "--resume=4")
