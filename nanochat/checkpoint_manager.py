@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from nanochat.common import NanochatError, any_rank, get_base_dir, get_dist_info, remove_leftovers
+from nanochat.common import NanochatError, any_rank, get_base_dir, get_dist_info, read_json_object, remove_leftovers
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import FILE_NAME as TOKENIZER_FILE
 from nanochat.tokenizer import Tokenizer
@@ -305,12 +305,9 @@ def _sha256(path: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
-        return content
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): choose another step with --step") from error
+        return read_json_object(path)
+    except NanochatError as error:
+        raise CheckpointError(f"{error}: choose another step with --step") from error
 
 
 def verify_checkpoint(directory: Path) -> None:

@@ -63,6 +63,17 @@ def test_data_dir() -> Path | None:
 setattr(test_data_dir, "__test__", False)  # noqa: B010 - pytest: this is no test
 
 
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that holds an object. Raises NanochatError where it is missing, cut or something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+        return content
+    except (OSError, ValueError) as error:
+        raise NanochatError(f"{path} cannot be read ({error})") from error
+
+
 def atomic_write(path: Path | str, content: bytes | str) -> None:
     """Write a file so that a reader, or a crash at any byte, sees the old content or the new, never a part.
 

@@ -17,6 +17,8 @@ import torch
 from nanochat.common import synchronize
 
 T = TypeVar("T")
+# The share of a device's products that training makes use of, for plans. dev/LOG.md: 57 to 71% on CPUs without AMX, 22% with.
+EXPECTED_MFU = {"cpu": 0.5, "cuda": 0.4, "mps": 0.3}
 
 
 def can_compile(device: torch.device) -> str | None:

@@ -52,7 +52,7 @@ from nanochat.common import (
     seconds_since_start,
     synchronize,
 )
-from nanochat.compilation import can_compile, measure_matmul_rate
+from nanochat.compilation import EXPECTED_MFU, can_compile, measure_matmul_rate
 from nanochat.dataset import Source
 from nanochat.fp8 import enable_fp8
 from nanochat.gpt import GPT, GPTConfig
@@ -62,8 +62,6 @@ from nanochat.scaling import accumulation_steps, default_device_batch_size
 from nanochat.settings import CONFIG_FILE, Arguments
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import Trainer
-
-EXPECTED_MFU = 0.5  # the share of a device's products that training makes use of
 
 # What may differ between a run and its resumption: it changes how the work is done, not what is computed.
 FREE_SETTINGS = {
@@ -287,9 +285,7 @@ def check_data(stage: Stage, source: Source) -> None:
             raise NanochatError(f"{name} of {source.name} {what} since run {stage.tag!r} read it: restore it to go on")
 
 
-def prepare_directory(
-    stage: Stage, tokenizer: Tokenizer, settings: dict[str, Any], args: Arguments, rank: int
-) -> None:
+def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, Any], args: Arguments, rank: int) -> None:
     """Write what the stage is (settings.json, config.toml, the tokenizer) before it starts."""
     if rank != 0:
         return
@@ -363,7 +359,7 @@ def go_on(trainer: Trainer, stage: Stage) -> None:
 def flops_in(model: GPT, minutes: float) -> float:
     """Floating-point operations that the ranks do in `minutes` of training, roughly: what a batch size is chosen by."""
     device, dtype = model.get_device(), model.get_compute_dtype()
-    return EXPECTED_MFU * from_rank0(measure_matmul_rate(device, dtype)) * get_dist_info()[3] * 60 * minutes
+    return EXPECTED_MFU[device.type] * from_rank0(measure_matmul_rate(device, dtype)) * get_dist_info()[3] * 60 * minutes
 
 
 def steps_in(stage: Stage, model: GPT, minutes: float, rows: int, total_batch_size: int, compile: bool) -> int:

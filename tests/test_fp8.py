@@ -75,6 +75,11 @@ def test_a_model_learns_with_it_and_is_measured_without() -> None:
     assert not torch.equal(measured, exact)
 
 
+def test_rows_that_the_kernels_do_not_take_are_multiplied_exactly() -> None:
+    x, weight = torch.randn(3, 7, 64), torch.randn(48, 64)
+    assert torch.equal(fp8_linear(x, weight), torch.nn.functional.linear(x, weight))
+
+
 def test_a_machine_without_the_kernels_says_so() -> None:
     model = GPT(GPTConfig(sequence_len=64, vocab_size=256, n_layer=1, n_head=2, n_kv_head=2, n_embd=64))
     with pytest.raises(NanochatError, match="compute capability"):

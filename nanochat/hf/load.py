@@ -5,7 +5,6 @@ Nothing of what lies there is executed: weights and JSON are read, the chat temp
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +27,7 @@ from nanochat.checkpoint_manager import (
     read_meta,
     save_checkpoint,
 )
-from nanochat.common import NanochatError, from_rank0, get_dist_info, print0
+from nanochat.common import NanochatError, from_rank0, get_dist_info, print0, read_json_object
 from nanochat.gpt import GPT
 from nanochat.hf.tokenizer_json import GUARD, from_tokenizer_json
 from nanochat.hf.weights import CUSTOM_TYPE, NATIVE_TYPE, from_custom, from_native
@@ -85,7 +84,7 @@ def _read_config(directory: Path, name: str) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
         raise NanochatError(f"--from-hf {name} is no model: it has no config.json")
-    content = _read_json(path)
+    content = read_json_object(path)
     if content.get("model_type") not in (CUSTOM_TYPE, NATIVE_TYPE):
         raise NanochatError(
             f"--from-hf {name} is a model of type {content.get('model_type')!r}: nanochat computes {CUSTOM_TYPE} and "
@@ -94,19 +93,9 @@ def _read_config(directory: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
-        return content
-    except (OSError, ValueError) as error:
-        raise NanochatError(f"{path} cannot be read ({error})") from error
-
-
 def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
     index = directory / "model.safetensors.index.json"
-    names = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    names = sorted(set(read_json_object(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
     state: dict[str, torch.Tensor] = {}
     for name in names:
         try:
@@ -136,7 +125,7 @@ def check_chat_template(directory: Path, tokenizer: Tokenizer) -> None:
         template: Any = path.read_text(encoding="utf-8")
     else:
         path = directory / "tokenizer_config.json"
-        template = _read_json(path).get("chat_template") if path.is_file() else None
+        template = read_json_object(path).get("chat_template") if path.is_file() else None
     if not isinstance(template, str):  # a base model may have none, and others several
         return
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}, {"role": "user", "content": "So"}]
