@@ -433,11 +433,10 @@ def apply_update(matrices: list[Tensor], update: Tensor, group: Group, shape: to
     shape: of a whole matrix. Weight decay is cautious: only where it pulls the same way as the update.
     """
     lr = group.lr * max(1.0, shape[0] / shape[1]) ** 0.5
-    values = torch.stack(matrices).float()
-    if group.weight_decay:
-        update.addcmul_(values * group.weight_decay, (update * values >= 0).float())
-    values.sub_(update, alpha=lr)
-    torch._foreach_copy_(matrices, list(values.unbind()))
+    for values, change in zip(matrices, update, strict=True):
+        if group.weight_decay:
+            change.addcmul_(values, (change * values).ge_(0), value=group.weight_decay)
+        values.sub_(change, alpha=lr)
 
 
 def neuron_means(matrices: Tensor) -> Tensor:
@@ -468,7 +467,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     x = matrices.to(get_compute_dtype(matrices.device))
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
-    x = x / (x.float().norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-6).to(x.dtype)
+    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32) * 1.02 + 1e-6).to(x.dtype)
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
@@ -482,7 +481,7 @@ def normalize_neurons(update: Tensor, second_moment: Tensor, beta2: float) -> Te
     update: (n, rows, columns), changed in place; second_moment: (n, rows, 1) or (n, 1, columns). Method: NorMuon.
     """
     reduced = -1 if second_moment.size(-1) == 1 else -2
-    mean_square = update.square().mean(dim=reduced, keepdim=True)
+    mean_square = torch.linalg.vector_norm(update, dim=reduced, keepdim=True).square() / update.size(reduced)
     second_moment.lerp_(mean_square, 1 - beta2)
     scale = second_moment.clamp(min=1e-10).rsqrt()
     norm_before = mean_square.sum(dim=(-2, -1), keepdim=True).sqrt()
