@@ -17,8 +17,6 @@ import torch
 from nanochat.common import synchronize
 
 T = TypeVar("T")
-# The share of a device's products that training makes use of, for plans. dev/LOG.md: 57 to 71% on CPUs without AMX, 22% with.
-EXPECTED_MFU = {"cpu": 0.5, "cuda": 0.4, "mps": 0.3}
 
 
 def can_compile(device: torch.device) -> str | None:
@@ -76,6 +74,17 @@ def measure_memory_rate(device: torch.device, seconds: float = 0.5) -> float:
         synchronize(device)
         fastest = min(fastest, time.perf_counter() - started)
     return size / fastest
+
+
+def expected_mfu(device: torch.device, dtype: torch.dtype) -> float:
+    """The share of a device's matmul rate that training makes use of, roughly, for plans.
+
+    dev/LOG.md: 54 to 71% on CPUs without AMX. With it, 17 to 22%: products are faster there than memory can feed them.
+    """
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)  # older PyTorch cannot tell
+    if device.type == "cpu" and dtype == torch.bfloat16 and has_amx():
+        return 0.2
+    return {"cpu": 0.5, "cuda": 0.4, "mps": 0.3}[device.type]
 
 
 def in_own_thread(work: Callable[[], T]) -> T:

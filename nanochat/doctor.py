@@ -1,7 +1,7 @@
 """What this machine has, what nanochat will use of it and why, and what to expect: python -m nanochat.doctor
 
 For people one screen of text, with a way out of each problem; for machines --json. Exit code 1 if something essential is
-broken. Rates are measured; times are computed from them and from a share of the matmul rate (EXPECTED_MFU).
+broken. Rates are measured; times are computed from them and from a share of the matmul rate (expected_mfu).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from nanochat.common import (
     get_compute_dtype,
     run_command,
 )
-from nanochat.compilation import EXPECTED_MFU, can_compile, measure_matmul_rate, measure_memory_rate
+from nanochat.compilation import can_compile, expected_mfu, measure_matmul_rate, measure_memory_rate
 from nanochat.gpt import GPT
 from nanochat.memory import RESERVED, Layout, largest_depth
 from nanochat.report import cpu_name
@@ -237,7 +237,7 @@ def expect(device: torch.device) -> dict[str, Any]:
     dtype = get_compute_dtype(device)
     matmul, memory_rate = measure_matmul_rate(device, dtype), measure_memory_rate(device)
     count = torch.cuda.device_count() if device.type == "cuda" else 1
-    mfu = EXPECTED_MFU[device.type]
+    mfu = expected_mfu(device, dtype)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     rows = []
     for depth in DEPTHS[device.type]:

@@ -52,7 +52,7 @@ from nanochat.common import (
     seconds_since_start,
     synchronize,
 )
-from nanochat.compilation import EXPECTED_MFU, can_compile, measure_matmul_rate
+from nanochat.compilation import can_compile, expected_mfu, measure_matmul_rate
 from nanochat.dataset import Source
 from nanochat.fp8 import enable_fp8
 from nanochat.gpt import GPT, GPTConfig
@@ -359,7 +359,8 @@ def go_on(trainer: Trainer, stage: Stage) -> None:
 def flops_in(model: GPT, minutes: float) -> float:
     """Floating-point operations that the ranks do in `minutes` of training, roughly: what a batch size is chosen by."""
     device, dtype = model.get_device(), model.get_compute_dtype()
-    return EXPECTED_MFU[device.type] * from_rank0(measure_matmul_rate(device, dtype)) * get_dist_info()[3] * 60 * minutes
+    rate = expected_mfu(device, dtype) * from_rank0(measure_matmul_rate(device, dtype))
+    return rate * get_dist_info()[3] * 60 * minutes
 
 
 def steps_in(stage: Stage, model: GPT, minutes: float, rows: int, total_batch_size: int, compile: bool) -> int:
