@@ -139,13 +139,10 @@ class CausalSelfAttention(nn.Module):
         if self.has_value_embedding:
             self.ve_gate = Linear(min(GATE_CHANNELS, config.n_embd), self.n_kv_head)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        value_embedding: torch.Tensor | None,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        attention: AttentionPlan | KVCache,
-    ) -> torch.Tensor:
+    def project(
+        self, x: torch.Tensor, value_embedding: torch.Tensor | None, rotary: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries (B, T, H, D), keys and values (B, T, KV, D)."""
         B, T, C = x.shape
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
@@ -155,11 +152,15 @@ class CausalSelfAttention(nn.Module):
             v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, self.n_kv_head, self.head_dim)
         q = apply_rotary(norm(q) * self.qk_scale, *rotary)  # longer than 1 so that attention can be sharper
         k = apply_rotary(norm(k) * self.qk_scale, *rotary)
+        return q, k, v
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: AttentionPlan | KVCache
+    ) -> torch.Tensor:
+        """What each query finds, (B, T, H, D)."""
         if isinstance(attention, AttentionPlan):
-            y = attention.attend(q, k, v, attention)
-        else:
-            y = attention.attend(self.layer, q, k, v, self.window)
-        return self.c_proj(y.reshape(B, T, C))
+            return attention.attend(q, k, v, attention)
+        return attention.attend(self.layer, q, k, v, self.window)
 
 
 class MLP(nn.Module):
@@ -173,7 +174,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer. Training compiles `forward` once for each kind of layer, whatever the depth (see GPT.compile)."""
+    """One layer. Training compiles it once for each kind of layer, whatever the depth (see GPT.compile)."""
 
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -194,11 +195,31 @@ class Block(nn.Module):
 
         places: (N,) int64, of the B * T tokens those that are wanted, as (N, n_embd); the others only serve as keys.
         """
+        x, q, k, v = self.before_attention(x, x0, lambdas, value_embedding, rotary)
+        return self.after_attention(x, self.attn.attend(q, k, v, attention), places)
+
+    def before_attention(
+        self,
+        x: torch.Tensor,
+        x0: torch.Tensor,
+        lambdas: tuple[torch.Tensor, torch.Tensor],
+        value_embedding: torch.Tensor | None,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
         x = (lambdas[0] * x + lambdas[1] * x0).to(x.dtype)
-        x = x + self.attn(norm(x), value_embedding, rotary, attention)
+        return x, *self.attn.project(norm(x), value_embedding, rotary)
+
+    def after_attention(self, x: torch.Tensor, y: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+        x = x + self.attn.c_proj(y.flatten(2))
         if places is not None:
             x = x.flatten(0, 1)[places]
         return x + self.mlp(norm(x))
+
+
+def _before_attention(block: Block, *inputs: Any) -> tuple[torch.Tensor, ...]:
+    """Block.before_attention, with the heads first in memory, as matrix products read them."""
+    x, *qkv = block.before_attention(*inputs)
+    return x, *(heads.transpose(1, 2).contiguous().transpose(1, 2) for heads in qkv)
 
 
 def _call_block(block: Block, *inputs: Any) -> torch.Tensor:
@@ -303,11 +324,24 @@ class GPT(nn.Module):
         """Compile what training runs: the blocks and the loss. Generation, through a cache, stays uncompiled.
 
         By block and not as a whole: layers that differ only in their weights share one graph, so the wait for the
-        first step hardly grows with depth, and the steps are as fast or faster.
+        first step hardly grows with depth, and the steps are as fast or faster. On a CPU, where each kernel takes a second
+        to compile, attention stays outside, and what comes after it is one graph for all kinds of layers.
         """
-        if not self.is_compiled:
+        if self.is_compiled:
+            return
+        self._compiled_gradient = torch.compile(softmax_gradient, dynamic=False)
+        if self.get_device().type != "cpu":
             self._compiled_block = torch.compile(Block.forward, dynamic=False)
-            self._compiled_gradient = torch.compile(softmax_gradient, dynamic=False)
+            return
+        before = torch.compile(_before_attention, dynamic=False)
+        after = torch.compile(Block.after_attention, dynamic=False)
+
+        def in_parts(block: Block, x: torch.Tensor, x0: torch.Tensor, lambdas: Any, value_embedding: Any, rotary: Any,
+                     attention: Any, places: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
+            x, q, k, v = before(block, x, x0, lambdas, value_embedding, rotary)
+            return after(block, x, block.attn.attend(q, k, v, attention), places)
+
+        self._compiled_block = in_parts
 
     def uncompiled(self) -> GPT:
         """This very model, all weights shared, that computes uncompiled: for texts of ever other lengths."""
@@ -380,7 +414,8 @@ class GPT(nn.Module):
             x = self.trunk(idx, rotary, caches, previous=kv_cache.remember(idx))
             kv_cache.advance(T)
             return x
-        plans = [plan_attention(T, w, idx.device, self.get_compute_dtype()) for w in self.config.windows()]
+        dtype, compiled = self.get_compute_dtype(), self.is_compiled
+        plans = [plan_attention(T, w, idx.device, dtype, compiled) for w in self.config.windows()]
         run_block = _call_block if self.is_sharded else self.run_block
         if not self.is_compiled:
             return self.trunk(idx, self.rotary(None, T), plans, run_block)
