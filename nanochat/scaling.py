@@ -141,17 +141,14 @@ def learning_rate_factor(
 ) -> float:
     """The share of the peak learning rate at a step: linear warm-up, constant, linear warm-down to final_fraction.
 
-    Step 0 of a warm-up of n has 1/n; the last step is the first at which the warm-down would reach final_fraction.
+    Step 0 of a warm-up of n has 1/n; the last step is the first at which the warm-down would reach final_fraction. Where
+    a short run has both at once, the lower counts.
     """
     warmup_steps = min(warmup_steps, num_iterations // 2)
     warmdown_steps = round(warmdown_ratio * num_iterations)
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    remaining = num_iterations - step
-    if remaining >= warmdown_steps:
-        return 1.0
-    progress = remaining / warmdown_steps
-    return progress + (1 - progress) * final_fraction
+    up = (step + 1) / warmup_steps if step < warmup_steps else 1.0
+    progress = (num_iterations - step) / warmdown_steps if num_iterations - step < warmdown_steps else 1.0
+    return min(up, progress + (1 - progress) * final_fraction)
 
 
 def muon_momentum(step: int, num_iterations: int, warmdown_ratio: float, peak: float = 0.95) -> float:
