@@ -88,6 +88,8 @@ def find_run(stage: str, model_tag: str | None = None) -> str:
             return model_tag
         known = [path.name for path in sorted(get_runs_dir().glob("*")) if list_steps(path / stage)]
         choices = f"runs with one: {', '.join(known)}" if known else "no run has one yet"
+        if others := [other for other in STAGES if list_steps(get_stage_dir(model_tag, other))]:
+            choices += f"; of this run there is {', '.join(others)} (--source)"
         raise CheckpointError(f"run {model_tag!r} has no {stage} checkpoint in {get_runs_dir()}; {choices}")
     runs = _newest_of_runs(stage)
     if not runs:

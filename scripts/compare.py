@@ -158,12 +158,12 @@ def differing_settings(runs: list[Run]) -> list[list[str]]:
 
 def show(table: Section) -> None:
     """On the terminal."""
-    drawn = Table(title=table.title, title_justify="left", box=None, pad_edge=False)
+    drawn = Table(box=None, pad_edge=False)
     for i, column in enumerate(table.columns):
         drawn.add_column(column, justify="right" if i else "left", overflow="fold")
     for row in table.rows:
         drawn.add_row(*row)
-    Console(highlight=False, markup=False).print(drawn, "")
+    Console(highlight=False, markup=False).print(table.title, drawn, "", sep="\n")
 
 
 # ----------------------------------------------------------------------------- pictures
