@@ -13,16 +13,19 @@ import sys
 import torch
 
 from nanochat.common import compute_init, run_command
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT
+from nanochat.scaling import model_config
 from nanochat.tokenizer import Tokenizer
 from scripts import infer_bench
 
 
 def build_model(device: torch.device) -> GPT:
     """Depth 4, every matrix random: a new model's projections are zero, and zeros may be faster to multiply."""
-    model = GPT(GPTConfig(sequence_len=512, vocab_size=4096, n_layer=4, n_head=4, n_kv_head=4, n_embd=256)).to(device)
+    model = GPT(model_config(4, vocab_size=4096, sequence_len=512, head_dim=64)).to(device)
     model.init_weights(seed=0)
     with torch.no_grad():
+        if model.bigrams is not None:
+            model.bigrams.weight.normal_(0, 0.1)
         for block in model.blocks:
             block.attn.c_proj.weight.normal_(0, 0.02)
             block.mlp.c_proj.weight.normal_(0, 0.02)
