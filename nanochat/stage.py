@@ -363,6 +363,33 @@ def flops_in(model: GPT, minutes: float) -> float:
     return rate * get_dist_info()[3] * 60 * minutes
 
 
+def batch_worth_an_update(model: GPT) -> int:
+    """Tokens for which the work that an update takes whatever its batch is a fifth of the whole, roughly (a collective call).
+
+    Where memory is slow beside the products, as with AMX, a smaller batch learns more from a token but less in a second
+    (dev/LOG.md, "Batches where updates are dear").
+    """
+    device = model.get_device()
+    idx = torch.zeros(1, model.config.sequence_len, dtype=torch.long, device=device)
+    model(idx, idx).backward()
+    optimizer = _idle_optimizer(model)
+    seconds = max(gather_objects(min(_seconds_of(optimizer.step, device) for _ in range(3))))
+    model.zero_grad(set_to_none=True)
+    return int(4 * seconds * flops_in(model, 1 / 60) / model.estimate_flops())
+
+
+def _idle_optimizer(model: GPT) -> MuonAdamW:
+    """One whose steps take their time and change nothing."""
+    return model.setup_optimizer(matrix_lr=0, embedding_lr=0, unembedding_lr=0, scalar_lr=0, weight_decay=0)
+
+
+def _seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
 def steps_in(stage: Stage, model: GPT, minutes: float, rows: int, total_batch_size: int, compile: bool) -> int:
     """Updates that this machine does until `minutes` after the command was given: --target-minutes as a horizon.
 
@@ -377,16 +404,9 @@ def steps_in(stage: Stage, model: GPT, minutes: float, rows: int, total_batch_si
         model.compile()
     generator = torch.Generator().manual_seed(0)
     idx = torch.randint(model.config.vocab_size, (rows, T), generator=generator).to(device)
-    optimizer = model.setup_optimizer(matrix_lr=0, embedding_lr=0, unembedding_lr=0, scalar_lr=0, weight_decay=0)
-
-    def seconds_of(work: Callable[[], Any]) -> float:
-        started = time.perf_counter()
-        work()
-        synchronize(device)
-        return time.perf_counter() - started
-
-    passes = [seconds_of(lambda: model(idx, idx).backward()) for _ in range(5)][2:]  # the first ones compile and warm up
-    updates = [seconds_of(optimizer.step) for _ in range(3)][1:]
+    optimizer = _idle_optimizer(model)
+    passes = [_seconds_of(lambda: model(idx, idx).backward(), device) for _ in range(5)][2:]  # the first ones compile
+    updates = [_seconds_of(optimizer.step, device) for _ in range(3)][1:]
     model.zero_grad(set_to_none=True)
     accumulated = accumulation_steps(total_batch_size, rows, T, get_dist_info()[3])
     ranks = gather_objects((accumulated * statistics.median(passes) + min(updates), seconds_since_start()))

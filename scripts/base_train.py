@@ -29,6 +29,7 @@ from nanochat.stage import (
     Stage,
     add_rate_arguments,
     add_training_arguments,
+    batch_worth_an_update,
     check_data,
     check_settings,
     check_tokens,
@@ -97,13 +98,14 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
 def plan(args: Arguments, stage: Stage, model: GPT, world_size: int) -> tuple[Horizon, int]:
     """How long to train in what batches, and the rows of a micro-batch."""
     flops_per_token = model.estimate_flops()
-    target_flops, batch_size = args.target_flops, args.total_batch_size
+    target_flops, batch_size, least_batch = args.target_flops, args.total_batch_size, 0
     by_time = args.target_minutes > 0 and args.num_iterations <= 0
     if by_time:
         target_flops = flops_in(model, args.target_minutes)
         batch_size = stage.recorded_settings().get("total_batch_size", batch_size)
+        least_batch = batch_worth_an_update(model) if batch_size <= 0 else 0
     horizon = plan_horizon(
-        model.config, flops_per_token, args.num_iterations, target_flops, args.target_param_data_ratio, batch_size
+        model.config, flops_per_token, args.num_iterations, target_flops, args.target_param_data_ratio, batch_size, least_batch
     )
     batch_size = horizon.total_batch_size
     rows = choose_device_batch_size(model, args.device_batch_size, batch_size, world_size)
