@@ -206,10 +206,12 @@ class Block(nn.Module):
         value_embedding: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
+        """The stream with its share of the first embedding, then queries, keys and values."""
         x = (lambdas[0] * x + lambdas[1] * x0).to(x.dtype)
         return x, *self.attn.project(norm(x), value_embedding, rotary)
 
     def after_attention(self, x: torch.Tensor, y: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
+        """The stream (B, T, n_embd) with what attention found, y (B, T, H, D), and with the MLP's answer."""
         x = x + self.attn.c_proj(y.flatten(2))
         if places is not None:
             x = x.flatten(0, 1)[places]

@@ -371,8 +371,8 @@ def batch_worth_an_update(model: GPT) -> int:
     """
     device = model.get_device()
     idx = torch.zeros(1, model.config.sequence_len, dtype=torch.long, device=device)
-    model(idx, idx).backward()
     optimizer = _idle_optimizer(model)
+    model(idx, idx).backward()
     seconds = max(gather_objects(min(_seconds_of(optimizer.step, device) for _ in range(3))))
     model.zero_grad(set_to_none=True)
     return int(4 * seconds * flops_in(model, 1 / 60) / model.estimate_flops())
