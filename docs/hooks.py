@@ -19,6 +19,8 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
+from nanochat.common import atomic_write
+
 logger = logging.getLogger("mkdocs.hooks.nanochat")
 
 MERMAID = "javascripts/mermaid.min.js"  # below docs/, not committed
@@ -46,8 +48,8 @@ def fetch_mermaid(script: Path) -> bool:
             subprocess.run(command, cwd=folder, timeout=60, check=True, capture_output=True)
             with tarfile.open(next(Path(folder).glob("*.tgz"))) as archive:
                 source = archive.extractfile("package/dist/mermaid.min.js")
-                script.parent.mkdir(exist_ok=True)
-                script.write_bytes(source.read() if source else b"")
+                assert source is not None  # KeyError tells of a missing one
+                atomic_write(script, source.read())
         except (OSError, subprocess.SubprocessError, StopIteration, KeyError, tarfile.TarError) as error:
             logger.info("diagrams will need a network: npm has no mermaid for us (%s)", error)
             return False

@@ -338,9 +338,9 @@ class GPT(nn.Module):
         before = torch.compile(_before_attention, dynamic=False)
         after = torch.compile(Block.after_attention, dynamic=False)
 
-        def in_parts(block: Block, x: torch.Tensor, x0: torch.Tensor, lambdas: Any, value_embedding: Any, rotary: Any,
-                     attention: Any, places: torch.Tensor | None = None) -> torch.Tensor:  # fmt: skip
-            x, q, k, v = before(block, x, x0, lambdas, value_embedding, rotary)
+        def in_parts(block: Block, *inputs: Any) -> torch.Tensor:
+            *streams, attention, places = inputs
+            x, q, k, v = before(block, *streams)
             return after(block, x, block.attn.attend(q, k, v, attention), places)
 
         self._compiled_block = in_parts

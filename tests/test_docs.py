@@ -295,3 +295,21 @@ def test_messages_explained_are_messages_of_the_code() -> None:
     for message in messages:
         for piece in message.split(ELLIPSIS):
             assert piece.strip() in said, message
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the npm in its place is a shell script")
+def test_mermaid_becomes_part_of_the_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("latex2mathml")
+    specification = importlib.util.spec_from_file_location("hooks", DOCS / "hooks.py")
+    assert specification and specification.loader
+    hooks = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(hooks)
+    npm, script = tmp_path / "npm", tmp_path / "docs" / "mermaid.min.js"
+    make = "mkdir -p package/dist && printf drawn > package/dist/mermaid.min.js && tar czf mermaid.tgz package"
+    for content, had in (("exit 1", False), (make, True)):
+        npm.write_text(f"#!/bin/sh\n{content}\n", encoding="utf-8")
+        npm.chmod(0o755)
+        monkeypatch.setattr(hooks.shutil, "which", lambda name: str(npm))
+        assert hooks.fetch_mermaid(script) is had
+        assert script.exists() is had
+    assert script.read_text(encoding="utf-8") == "drawn"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import compilation, flash_attention
+from nanochat import compilation, flash_attention, stage
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError, get_base_dir, get_compute_dtype
 from nanochat.engine import Engine
@@ -143,3 +143,26 @@ def test_sources_run_on_every_system(path: Path) -> None:
                 name == "open" and not of_os and not any("b" in text for text in texts[-1:])
             ):
                 assert "encoding" in keywords, f"line {node.lineno} opens text without encoding"
+
+
+def test_dear_updates_ask_for_larger_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And measuring them changes no weight."""
+    model = make_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    monkeypatch.setattr("nanochat.stage.measure_matmul_rate", lambda *args: 1e12)
+    batches = []
+    for seconds in (0.01, 0.04):
+        monkeypatch.setattr("nanochat.stage._seconds_of", lambda work, device, seconds=seconds: work() or seconds)
+        batches.append(stage.batch_worth_an_update(model))
+    assert batches[1] == pytest.approx(4 * batches[0], rel=0.01)
+    assert batches[0] > 0
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("has_amx", "dtype", "expected"), [(True, "bfloat16", 0.2), (True, "float32", 0.5), (False, "bfloat16", 0.5)]
+)
+def test_plans_expect_less_of_amx(has_amx: bool, dtype: str, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx, raising=False)
+    assert compilation.expected_mfu(torch.device("cpu"), getattr(torch, dtype)) == expected

@@ -229,6 +229,10 @@ def test_depth_alone_decides_a_run() -> None:
 def test_horizon_may_be_overridden() -> None:
     config = model_config(4, 4096)
     assert plan_horizon(config, 1, num_iterations=7).num_iterations == 7
+    usual = plan_horizon(config, 1000, target_flops=1e9)
+    larger = plan_horizon(config, 1000, target_flops=1e9, least_batch_size=4 * usual.total_batch_size)
+    assert larger.total_batch_size == 4 * usual.total_batch_size
+    assert plan_horizon(config, 1000, target_flops=1e9, least_batch_size=1) == usual
     assert plan_horizon(config, 1000, target_flops=1e9, total_batch_size=1000).num_iterations == 1000
     whole, short, trial = (
         plan_horizon(config, 1000),
