@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -14,6 +15,7 @@ import torch
 
 from nanochat.common import NanochatError, get_compute_dtype, test_data_dir
 from nanochat.compilation import measure_matmul_rate
+from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 
 def real_data(*parts: str) -> Path:
@@ -35,6 +37,13 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "matmul_gflops": round(measure_matmul_rate(device, dtype, seconds=2.0) / 1e9, 1),
     }
+
+
+def any_tokenizer(vocab_size: int) -> Tokenizer:
+    """A tokenizer of so many tokens, from 265 to 65,000, for prompts of random ids: bytes and pairs of bytes."""
+    single = [bytes([a]) for a in range(256)]
+    pairs = (a + b for a in single for b in single)
+    return Tokenizer([*single, *itertools.islice(pairs, vocab_size - len(single) - len(SPECIAL_TOKENS))])
 
 
 def run_module(module: str, *flags: str, base_dir: Path, **environment: str) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import pydoc_data.topics
 import subprocess
 import sys
 import threading
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 import uvicorn
 
-from benchmarks.common import print_result
+from benchmarks.common import any_tokenizer, print_result
 from benchmarks.decode import build_model
 from nanochat.common import compute_init, run_command
 from nanochat.compilation import in_own_thread, keep_freed_memory
@@ -29,7 +28,6 @@ from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Sequence
 from nanochat.server import create_app
-from nanochat.tokenizer import Tokenizer
 
 PROMPT_TOKENS, NEW_TOKENS = 256, 128
 
@@ -48,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     keep_freed_memory()
-    tokenizer = Tokenizer.train(iter(pydoc_data.topics.topics.values()), 4096)
+    tokenizer = any_tokenizer(4096)
 
     def begin() -> tuple[Engine, float]:
         engine = Engine(prepare_for_inference(build_model(device)), tokenizer, max_rows=32)

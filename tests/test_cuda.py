@@ -1,0 +1,297 @@
+"""On an NVIDIA GPU every path computes what a CPU computes in float32, nothing in a step waits, and a run goes on exactly.
+
+Skipped where there is no such GPU; the rest of the tests need none.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanochat import flash_attention
+from nanochat.checkpoint_manager import list_steps, read_tensors, step_dir
+from nanochat.common import get_base_dir
+from nanochat.compilation import can_compile
+from nanochat.engine import Engine
+from nanochat.flash_attention import QK_SCALE, AttentionPlan
+from nanochat.fp8 import LOWEST_CAPABILITY, enable_fp8
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.memory import training_bytes
+from nanochat.runner import prepare_for_inference
+from nanochat.tokenizer import Tokenizer
+from scripts import base_train, chat_eval, chat_rl, chat_sft
+from tests.conftest import TINY_TRAINING
+from tests.helpers import make_model
+from tests.many_ranks import ROOT
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here")
+GPU = torch.device("cuda", 0)
+CONFIG = GPTConfig(sequence_len=512, vocab_size=500, n_layer=4, n_head=2, n_kv_head=2, n_embd=128, bigrams=2)
+
+
+@pytest.fixture(autouse=True)
+def _one_gpu() -> None:
+    if can_compile(GPU) is not None:
+        pytest.skip(f"nothing compiles here: {can_compile(GPU)}")
+    torch.set_float32_matmul_precision("highest")
+
+
+def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.detach().cpu().float() - expected.detach()).norm() / expected.detach().norm())
+
+
+# ----------------------------------------------------------------------------- attention
+
+
+BACKENDS = {
+    "flex": (flash_attention.attend_flex, flash_attention.flex_mask),
+    "plain": (flash_attention.attend_plain, flash_attention.plain_mask),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("T", "window", "kv_heads", "D"), [(512, 128, 2, 64), (300, 100, 1, 128), (257, 1000, 2, 64)])
+def test_attention_equals_naive_masked_softmax(backend: str, T: int, window: int, kv_heads: int, D: int) -> None:
+    generator = torch.Generator().manual_seed(T)
+    inputs = [torch.randn(2, T, heads, D, generator=generator) for heads in (2, kv_heads, kv_heads)]
+    inputs[:2] = [F.rms_norm(x, (D,)) * QK_SCALE for x in inputs[:2]]
+    grad = torch.randn(2, T, 2, D, generator=generator)
+
+    attend, make_mask = BACKENDS[backend]
+    mine = [x.to(GPU, torch.bfloat16).requires_grad_() for x in inputs]
+    result = attend(*mine, AttentionPlan(attend, window, make_mask(T, window, GPU)))
+    grads = torch.autograd.grad(result, mine, grad.to(GPU, torch.bfloat16))
+
+    exact = [x.requires_grad_() for x in inputs]
+    q, k, v = (x.repeat_interleave(2 // x.size(2), dim=2).transpose(1, 2) for x in exact)
+    distance = torch.arange(T)[:, None] - torch.arange(T)
+    scores = (q @ k.mT * D**-0.5).masked_fill((distance < 0) | (distance > window), float("-inf"))
+    expected = (scores.softmax(dim=-1) @ v).transpose(1, 2)
+    assert _relative(result, expected) < 0.01
+    for found, naive in zip(grads, torch.autograd.grad(expected, exact, grad), strict=True):
+        assert _relative(found, naive) < 0.02
+
+
+def test_the_chosen_attention_skips_what_a_window_hides() -> None:
+    """The first backend that is tried after FlashAttention 3 works: nobody trains on the slow one unawares."""
+    attend, _ = flash_attention.choose_backend("cuda", 0, torch.bfloat16)
+    assert attend in (flash_attention.attend_fa3, flash_attention.attend_flex)
+
+
+# ----------------------------------------------------------------------------- training
+
+
+def _pair(**settings: object) -> tuple[GPT, GPT]:
+    """The same model on the CPU, in float32, and on the GPU."""
+    exact, mine = (make_model(**{**CONFIG.__dict__, **settings}).train() for _ in range(2))
+    for model in (exact, mine):
+        with torch.no_grad():
+            for parameter in model.blocks.parameters():
+                parameter.mul_(0.3)
+    return exact, mine.to(GPU)
+
+
+def _ids(rows: int = 4, seed: int = 0, T: int = 512) -> torch.Tensor:
+    return torch.randint(CONFIG.vocab_size, (rows, T + 1), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_loss_and_every_gradient(dtype: torch.dtype, compiled: bool) -> None:
+    exact, mine = _pair()
+    mine.compute_dtype = dtype
+    if compiled:
+        mine.compile()
+    ids = _ids()
+    losses = []
+    for model, batch in ((exact, ids), (mine, ids.to(GPU))):
+        losses.append(model(batch[:, :-1].contiguous(), batch[:, 1:].contiguous()))
+        losses[-1].backward()
+    fine = dtype == torch.float32
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5 if fine else 5e-3)
+    for (name, a), b in zip(exact.named_parameters(), mine.parameters(), strict=True):
+        assert b.grad is not None
+        assert _relative(b.grad, a.grad) < (1e-3 if fine else 0.08), name
+
+
+def test_an_update_moves_parameters_as_on_a_cpu() -> None:
+    exact, mine = _pair()
+    mine.load_state_dict(exact.state_dict())
+    before = {name: p.detach().clone() for name, p in exact.named_parameters()}
+    optimizers = [model.setup_optimizer() for model in (exact, mine)]
+    for seed in range(3):
+        ids = _ids(2, seed)
+        exact(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()).backward()
+        for a, b in zip(exact.parameters(), mine.parameters(), strict=True):
+            b.grad = (a.grad.to_dense() if a.grad.is_sparse else a.grad).to(GPU)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    for (name, a), b in zip(exact.named_parameters(), mine.parameters(), strict=True):
+        assert _relative(b.detach().cpu() - before[name], a.detach() - before[name]) < 0.05, name
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_it_learns_what_a_cpu_learns(fp8: bool) -> None:
+    if fp8 and torch.cuda.get_device_capability(GPU) < LOWEST_CAPABILITY:
+        pytest.skip("this GPU does not multiply in 8 bits")
+    curves = []
+    for device in (torch.device("cpu"), GPU):
+        model = GPT(CONFIG)
+        model.init_weights(0)
+        model.to(device)
+        model.compute_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        if device.type == "cuda":
+            model.compile()
+            assert not fp8 or enable_fp8(model, device)
+        optimizer, losses = model.setup_optimizer(), []
+        for _ in range(30):
+            ids = _ids(2, T=256).to(device)
+            loss = model(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        curves.append(losses)
+    assert curves[1][0] == pytest.approx(curves[0][0], rel=0.01)
+    assert curves[1][-1] < 0.6 * curves[1][0]
+    assert curves[1][-1] == pytest.approx(curves[0][-1], abs=0.1 if not fp8 else 0.3)
+
+
+def test_nothing_in_a_step_waits_for_the_gpu() -> None:
+    """So that the host is always ahead of it, and the GPU never idle."""
+    model = _pair()[1]
+    model.compute_dtype = None
+    model.compile()
+    optimizer = model.setup_optimizer()
+    ids = _ids().to(GPU)
+
+    def step() -> None:
+        count = (ids[:, 1:] >= 0).sum()
+        (model(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), loss_reduction="sum") / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(3):
+        step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_counted_memory_is_what_training_takes() -> None:
+    config = GPTConfig(sequence_len=1024, vocab_size=8192, n_layer=6, n_head=4, n_kv_head=4, n_embd=512, bigrams=2)
+    model = GPT(config)
+    model.init_weights(0)
+    model.to(GPU).compile()
+    optimizer = model.setup_optimizer()
+    ids = torch.randint(8192, (8, 1024), device=GPU)
+    for attempt in range(3):
+        if attempt == 2:
+            torch.cuda.reset_peak_memory_stats(GPU)
+        model(ids, ids).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    # What is counted is an uncompiled pass's; a compiled one keeps less.
+    assert 0.4 < torch.cuda.max_memory_allocated(GPU) / training_bytes(config, rows=8) < 1.05
+
+
+# ----------------------------------------------------------------------------- generation
+
+
+@pytest.fixture
+def engine(tokenizer: Tokenizer) -> Engine:
+    model = make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=512).to(GPU)
+    engine = Engine(model, tokenizer)
+    engine.scheduler.stop_ids = set()
+    return engine
+
+
+def _prompts(tokenizer: Tokenizer) -> list[list[int]]:
+    texts = ["the cat", "my old friend likes some bread " * 20, "a", "one quick fox finds"]
+    return [tokenizer.encode(text, prepend="<|bos|>") for text in texts]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_greedy_equals_plain_generation(engine: Engine, tokenizer: Tokenizer, compiled: bool) -> None:
+    """With CUDA graphs and without, past the window, alone and among others."""
+    assert not compiled or engine.compile() is None
+    prompts = _prompts(tokenizer)
+    expected = [list(engine.model.generate(prompt, 60, temperature=0)) for prompt in prompts]
+    assert [row.tokens for row in engine.complete(prompts, max_tokens=60, temperature=0)] == expected
+    assert [engine.complete([prompt], max_tokens=60, temperature=0)[0].tokens for prompt in prompts] == expected
+    assert not compiled or engine.scheduler.runner._graphs
+
+
+@pytest.mark.parametrize("weights", ["auto", "int8"])
+def test_compiled_decoding_in_the_gpus_own_dtype(tokenizer: Tokenizer, weights: str) -> None:
+    """As uncompiled but for rounding, and a text's tokens do not depend on its company."""
+    model = make_model(vocab_size=tokenizer.get_vocab_size(), n_embd=128, sequence_len=512).to(GPU)
+    model.compute_dtype = None
+    engine = Engine(prepare_for_inference(model, weights), tokenizer)
+    runner = engine.scheduler.runner
+    runner.table[:32, :8] = torch.arange(1, 257, device=GPU).view(32, 8)
+    inputs = list(range(32)), list(range(7, 39)), [60 + i for i in range(32)]
+    eager = runner.decode(*inputs).clone()
+    assert engine.compile() is None
+    many = runner.decode(*inputs).clone()
+    assert _relative(many, eager.cpu()) < 0.02
+    for B in (1, 3, 8, 31):
+        assert _relative(runner.decode(*(row[:B] for row in inputs)), many[:B].cpu()) < 0.02
+
+
+# ----------------------------------------------------------------------------- commands
+
+
+def _flags(tag: str, corpus: Path, *more: str) -> list[str]:
+    left_out = ("--device-type=cpu", "--no-compile")
+    return [*(f for f in TINY_TRAINING if f not in left_out), "--data", str(corpus), "--model-tag", tag, *more]
+
+
+def _weights(tag: str) -> dict[str, torch.Tensor]:
+    stage_dir = get_base_dir() / "runs" / tag / "base"
+    return read_tensors(step_dir(stage_dir, list_steps(stage_dir)[-1]), "model.safetensors")
+
+
+def test_resumed_equals_uninterrupted(corpus: Path, tokenizer: Tokenizer) -> None:
+    """To the last bit, compiled, with the kernels that training uses."""
+    tokenizer.save(get_base_dir() / "tokenizers" / "default")
+    assert base_train.main(_flags("whole", corpus, "--save-every=3")) == 0
+    assert base_train.main(_flags("whole", corpus, "--resume=3")) == 0
+    resumed = _weights("whole")
+    assert base_train.main(_flags("again", corpus)) == 0
+    for name, tensor in _weights("again").items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def test_a_whole_life(corpus: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture) -> None:
+    """Pretraining, fine-tuning, reinforcement and evaluation by the commands that users type."""
+    tokenizer.save(get_base_dir() / "tokenizers" / "default")
+    assert base_train.main(_flags("life", corpus, "--target-minutes=0.5", "--sample-every=3")) == 0
+    tuning = ["--model-tag=life", "--tasks=Arithmetic:60,Identity:40", "--num-iterations=3", "--eval-tokens=512"]
+    assert chat_sft.main(tuning) == 0
+    rollouts = ["--num-samples=4", "--max-new-tokens=16", "--examples-per-step=2", "--eval-examples=4"]
+    assert chat_rl.main(["--model-tag=life", "--task=Arithmetic", "--num-iterations=2", *rollouts]) == 0
+    assert chat_eval.main(["-i", "rl", "-g", "life", "-a", "Arithmetic", "--max-problems=8", "--max-new-tokens=16"]) == 0
+    assert "cuda" in capsys.readouterr().out
+
+
+def test_under_torchrun_with_nccl_it_learns_the_same(corpus: Path, tokenizer: Tokenizer) -> None:
+    """One rank, whole and cut by --fsdp: the code paths of many GPUs as far as one can walk them."""
+    tokenizer.save(get_base_dir() / "tokenizers" / "default")
+    assert base_train.main(_flags("alone", corpus)) == 0
+    for tag, more in (("ranks", []), ("cut", ["--fsdp"])):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "--",
+                   "scripts.base_train", *_flags(tag, corpus, *more)]  # fmt: skip
+        subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=300)
+    alone = _weights("alone")
+    for name, tensor in _weights("ranks").items():
+        assert torch.equal(tensor, alone[name]), name
