@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 SoftmaxGradient = Callable[[torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
 IGNORE_INDEX = -1
-CHUNK_BYTES = 16 << 20  # of float32 logits in a chunk: small enough for a CPU's cache, large enough for a GPU
+CHUNK_BYTES = 16 << 20  # of float32 logits in a chunk: small enough for a CPU's cache
+GPU_CHUNK_BYTES = 1 << 30  # enough tokens for the products to fill a large GPU, but at most a 64th of its memory
 
 
 def softcap(logits: torch.Tensor, cap: float) -> torch.Tensor:
@@ -41,6 +42,8 @@ def softcapped_cross_entropy(
         return token_losses(x, weight, targets, cap)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"loss_reduction must be mean, sum or none, not {reduction!r}")
+    if x.dtype == torch.float16:
+        x = x.float()  # the exponentials below need more range
     weight = weight.to(x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         total = _FusedLoss.apply(x, weight, targets, cap, compiled_gradient or softmax_gradient)
@@ -53,7 +56,9 @@ def softcapped_cross_entropy(
 
 def _chunk_size(num_tokens: int, vocab_size: int, device: torch.device) -> int:
     """Tokens in a chunk: a power of two, so that the chunks of a batch have one shape."""
-    budget = CHUNK_BYTES * (16 if device.type == "cuda" else 1)
+    budget = CHUNK_BYTES
+    if device.type == "cuda":
+        budget = min(GPU_CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // 64)
     size = 1 << max(7, (budget // (4 * vocab_size)).bit_length() - 1)
     return min(size, num_tokens)
 
@@ -84,36 +89,36 @@ def token_losses(
 
 
 def softmax_gradient(logits: torch.Tensor, cap: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a chunk's loss and gradient need of all its logits at once; the targets' own share comes after.
+    """What a chunk's loss and gradient need of all its logits at once, in one pass; the targets' own share comes after.
 
-    logits: (n, vocab_size). With z = softcap(logits): returns (logsumexp(z) - cap, (n, 1) float32; and
-    softmax(z) * dz/dlogits in the dtype of logits). Written with r = 1 / (1 + exp(2 logits / cap)), since
-    tanh = 1 - 2r, so z - cap = -2 cap r (never above 0: no maximum to find first) and dz/dlogits = 4 (r - r^2): one
-    exponential in place of a tanh, which on a CPU is half of the whole cost.
+    logits: (n, vocab_size). With z = softcap(logits): returns the sums of exp(z - cap), (n, 1) float32, and
+    exp(z - cap) * dz/dlogits in the dtype of logits, which is the gradient but for the division by those sums. Written with
+    r = 1 / (1 + exp(2 logits / cap)), since tanh = 1 - 2r, so z - cap = -2 cap r (never above 0: no maximum to find
+    first) and dz/dlogits = 4 (r - r^2): one exponential in place of a tanh, which on a CPU is half of the whole cost.
     """
     r = 1 / (torch.exp(logits.float() * (2 / cap)) + 1)
     exponentials = torch.exp(-2 * cap * r)
-    normalizer = exponentials.sum(dim=-1, keepdim=True)
-    gradient = exponentials * (4 / normalizer) * (r - r * r)
-    return normalizer.log(), gradient.to(logits.dtype)
+    gradient = exponentials * 4 * (r - r * r)
+    return exponentials.sum(dim=-1, keepdim=True), gradient.to(logits.dtype)
 
 
 def _chunk_loss_and_gradient(
     logits: torch.Tensor, targets: torch.Tensor, cap: float, gradient_of: SoftmaxGradient
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed loss () float32 of a chunk and its gradient with respect to the raw logits (n, vocab_size).
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss, gradient, scale): of a chunk the summed loss, () float32, and what with `scale` (n, 1) float32 times its rows
+    is the gradient with respect to the raw logits (n, vocab_size).
 
-    Rows that are not supervised have a gradient as well, which the caller must not use.
+    A scale of rows is the caller's to apply, after the products, where it costs next to nothing.
     """
-    log_normalizer, gradient = gradient_of(logits, cap)
+    sums, gradient = gradient_of(logits, cap)
     supervised = (targets != IGNORE_INDEX)[:, None]
     columns = targets.clamp(min=0)[:, None]
     tanh = torch.tanh(logits.gather(1, columns).float() / cap)
-    loss = ((log_normalizer + cap - cap * tanh) * supervised).sum()
+    loss = ((sums.log() + cap - cap * tanh) * supervised).sum()
     # Subtract dz/dlogits at the targets. Flat and in place: scatter_add_ would copy the whole gradient.
     flat_index = torch.arange(targets.numel(), device=targets.device) * gradient.size(1) + columns[:, 0]
-    gradient.view(-1).index_add_(0, flat_index, (tanh * tanh - 1).to(gradient.dtype)[:, 0])
-    return loss, gradient
+    gradient.view(-1).index_add_(0, flat_index, ((tanh * tanh - 1) * sums).to(gradient.dtype)[:, 0])
+    return loss, gradient, supervised / sums
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -124,18 +129,15 @@ class _FusedLoss(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float, gradient_of: SoftmaxGradient
     ) -> torch.Tensor:
         size = _chunk_size(x.size(0), weight.size(0), x.device)
-        supervised = (targets != IGNORE_INDEX)[:, None]
-        supervised_x = x * supervised
         total = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(x)
         grad_weight = torch.zeros(weight.shape, device=x.device)
         for start in range(0, x.size(0), size):
             part = slice(start, start + size)
-            loss, grad_logits = _chunk_loss_and_gradient(x[part] @ weight.T, targets[part], cap, gradient_of)
+            loss, grad_logits, scale = _chunk_loss_and_gradient(x[part] @ weight.T, targets[part], cap, gradient_of)
             total += loss
-            torch.mm(grad_logits, weight, out=grad_x[part])
-            grad_weight += grad_logits.T @ supervised_x[part]
-        grad_x *= supervised  # here and not in the gradient of the logits, which is many times as large
+            torch.mm(grad_logits, weight, out=grad_x[part]).mul_(scale)
+            grad_weight += grad_logits.T @ (x[part] * scale).to(x.dtype)
         ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
         return total
 

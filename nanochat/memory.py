@@ -22,7 +22,7 @@ from nanochat.scaling import model_config
 from nanochat.settings import SettingsParser
 
 RESERVED = 0.08  # of the device, for its context and for gaps
-LOSS_BYTES = 3 << 28  # some chunks of logits (cross_entropy.CHUNK_BYTES on a GPU)
+LOSS_BYTES = 5 << 28  # a chunk of logits and their gradient in bfloat16 (cross_entropy.GPU_CHUNK_BYTES), and more
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nanochat import memory
 from nanochat.memory import Layout, activation_bytes, largest_depth, main, training_bytes
 from nanochat.scaling import model_config
 from tests.helpers import make_model
@@ -19,7 +20,7 @@ def test_weights_and_optimizer_are_counted_as_they_are() -> None:
     optimizer.step()
     real = sum(8 * parameter.numel() for parameter in model.parameters())
     real += sum(tensor.nbytes for tensor in optimizer.state_dict().values())
-    counted = training_bytes(model.config) - activation_bytes(model.config, 1) - (3 << 28)
+    counted = training_bytes(model.config) - activation_bytes(model.config, 1) - memory.LOSS_BYTES
     assert counted == pytest.approx(real, rel=0.02)  # but for the small second moments
 
 
