@@ -4,7 +4,8 @@
 that it needs; `plan.attend(q, k, v, plan)` is then all that runs in the hot path. The backends:
 
 - "fa3": FlashAttention 3, where `flash_attn_interface` is installed
-- "flex": FlexAttention compiled to a Triton kernel (CUDA with a working compiler); skips the masked blocks
+- "flex": FlexAttention compiled to a Triton kernel (CUDA with a working compiler); skips the masked blocks. On Hopper and
+  later, layers that see everything go to cuDNN
 - "plain": matrix products of some queries at a time with the keys that they can see, so that causality and windows save
   time on any device; long whole-context layers go to PyTorch's scaled_dot_product_attention
 
@@ -85,16 +86,17 @@ def choose_backend(device_type: str, device_index: int | None, dtype: torch.dtyp
 def _probe(backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
     """Run forward and backward on a small input; a kernel that loads but cannot launch fails here."""
     attend, make_mask = backend
-    T, window = 256, 128
-    with torch.enable_grad():
-        q, k, v = (F.rms_norm(torch.randn(1, T, 2, 64, device=device), (64,)).to(dtype).requires_grad_() for _ in range(3))
-        expected = attend_plain(q, k, v, AttentionPlan(attend_plain, window, plain_mask(T, window, device)))
-        result = attend(q, k, v, AttentionPlan(attend, window, make_mask(T, window, device)))
-        result.sum().backward()
-        torch.cuda.synchronize(device)
-    difference = (result - expected).abs().max().item()
-    if not difference < 0.05:
-        raise RuntimeError(f"its result is off by {difference:.3g}")
+    T = 256
+    for window in (128, T):
+        with torch.enable_grad():
+            q, k, v = (F.rms_norm(torch.randn(1, T, 2, 64, device=device), (64,)).to(dtype).requires_grad_() for _ in range(3))
+            expected = attend_plain(q, k, v, AttentionPlan(attend_plain, window, plain_mask(T, window, device)))
+            result = attend(q, k, v, AttentionPlan(attend, window, make_mask(T, window, device)))
+            result.sum().backward()
+            torch.cuda.synchronize(device)
+        difference = (result - expected).abs().max().item()
+        if not difference < 0.05:
+            raise RuntimeError(f"its result is off by {difference:.3g}")
 
 
 # ----------------------------------------------------------------------------- plain PyTorch
@@ -218,21 +220,53 @@ def repeat_kv(x: torch.Tensor, num_heads: int) -> torch.Tensor:
 # ----------------------------------------------------------------------------- CUDA kernels
 
 
-def flex_mask(T: int, window: int, device: torch.device) -> Any:
-    """FlexAttention's block mask: which blocks of the score matrix are empty, full or cut by the window's edge."""
+# Faster on Hopper than PyTorch's own choice for heads of 128 channels in 16 bits (dev/LOG.md, "On an H200").
+HOPPER_BLOCKS = {
+    "fwd_BLOCK_M": 128, "fwd_BLOCK_N": 128, "fwd_num_warps": 8, "fwd_num_stages": 2, "bwd_num_warps": 8, "bwd_num_stages": 2,
+}  # fmt: skip
+
+
+class FlexMask(NamedTuple):
+    """Which blocks of the score matrix are empty, full or cut by the window's edge; and whose kernels work on them."""
+
+    blocks: Any  # FlexAttention's BlockMask
+    is_hopper: bool
+
+
+def flex_mask(T: int, window: int, device: torch.device) -> FlexMask | None:
+    """None where a layer sees everything and cuDNN has a kernel that is faster at it."""
     from torch.nn.attention.flex_attention import create_block_mask
+
+    capability = torch.cuda.get_device_capability(device)
+    if window >= T - 1 and capability >= (9, 0) and torch.backends.cudnn.is_available():
+        return None
 
     def visible(batch: object, head: object, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (query >= key) & (query - key <= window)
 
-    return create_block_mask(visible, B=None, H=None, Q_LEN=T, KV_LEN=T, device=device)
+    return FlexMask(create_block_mask(visible, B=None, H=None, Q_LEN=T, KV_LEN=T, device=device), capability == (9, 0))
 
 
 def attend_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
     """FlexAttention: a compiled kernel that skips the blocks outside the window; see `plan_attention`."""
+    if plan.mask is None:
+        return _attend_whole(q, k, v)
+    tuned = plan.mask.is_hopper and q.size(-1) == 128 and q.dtype.itemsize == 2
+    options = HOPPER_BLOCKS if tuned else None
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     enable_gqa = q.size(1) != k.size(1)
-    return _compiled_flex()(q, k, v, block_mask=plan.mask, enable_gqa=enable_gqa).transpose(1, 2)
+    y = _compiled_flex()(q, k, v, block_mask=plan.mask.blocks, enable_gqa=enable_gqa, kernel_options=options)
+    return y.transpose(1, 2)
+
+
+def _attend_whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Causal attention without a window by the first of these kernels that takes such tensors."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k, v = (x.transpose(1, 2) for x in (q, repeat_kv(k, q.size(2)), repeat_kv(v, q.size(2))))
+    kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(kernels, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
 
 @functools.lru_cache

@@ -119,9 +119,22 @@ class Linear(nn.Linear):
         """As for Embedding."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.multiply(x, self.weight)
+
+    def multiply(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x (..., in_features) by this matrix, or one that it is a part of."""
         if self.fp8 and self.training:
-            return fp8_linear(x, self.weight)
-        return F.linear(x, self.weight.to(x.dtype))
+            return fp8_linear(x, weight)
+        return F.linear(x, weight.to(x.dtype))
+
+
+def multiply_together(x: torch.Tensor, matrices: Sequence[Any]) -> Sequence[torch.Tensor]:
+    """What each of several matrices makes of x; in training on a GPU by one product, which keeps it busier than small ones."""
+    first = matrices[0]
+    if x.device.type != "cuda" or not torch.is_grad_enabled() or not isinstance(first, Linear):
+        return [matrix(x) for matrix in matrices]  # joined, they would be copied for each token that is generated
+    weights = [matrix.weight for matrix in matrices]
+    return first.multiply(x, torch.cat(weights)).split([weight.size(0) for weight in weights], dim=-1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -144,9 +157,7 @@ class CausalSelfAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries (B, T, H, D), keys and values (B, T, KV, D)."""
         B, T, C = x.shape
-        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
-        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
-        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in multiply_together(x, (self.c_q, self.c_k, self.c_v)))
         if value_embedding is not None:
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., : self.ve_gate.in_features]))  # (B, T, KV), 1 at the start
             v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, self.n_kv_head, self.head_dim)

@@ -32,7 +32,7 @@ from tests.many_ranks import ROOT
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here")
 GPU = torch.device("cuda", 0)
-CONFIG = GPTConfig(sequence_len=512, vocab_size=500, n_layer=4, n_head=2, n_kv_head=2, n_embd=128, bigrams=2)
+CONFIG = GPTConfig(512, vocab_size=500, n_layer=2, n_head=2, n_kv_head=2, n_embd=128, window_pattern="SL", bigrams=2)
 
 
 @pytest.fixture(autouse=True)
