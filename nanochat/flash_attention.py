@@ -220,43 +220,29 @@ def repeat_kv(x: torch.Tensor, num_heads: int) -> torch.Tensor:
 # ----------------------------------------------------------------------------- CUDA kernels
 
 
-# Faster on Hopper than PyTorch's own choice for heads of 128 channels in 16 bits (dev/LOG.md, "On an H200").
-HOPPER_BLOCKS = {
-    "fwd_BLOCK_M": 128, "fwd_BLOCK_N": 128, "fwd_num_warps": 8, "fwd_num_stages": 2, "bwd_num_warps": 8, "bwd_num_stages": 2,
-}  # fmt: skip
+def flex_mask(T: int, window: int, device: torch.device) -> Any:
+    """FlexAttention's block mask: which blocks of the score matrix are empty, full or cut by the window's edge.
 
-
-class FlexMask(NamedTuple):
-    """Which blocks of the score matrix are empty, full or cut by the window's edge; and whose kernels work on them."""
-
-    blocks: Any  # FlexAttention's BlockMask
-    is_hopper: bool
-
-
-def flex_mask(T: int, window: int, device: torch.device) -> FlexMask | None:
-    """None where a layer sees everything and cuDNN has a kernel that is faster at it."""
+    None where a layer sees everything and cuDNN has a kernel that is faster at it (dev/LOG.md, "On an H200").
+    """
     from torch.nn.attention.flex_attention import create_block_mask
 
-    capability = torch.cuda.get_device_capability(device)
-    if window >= T - 1 and capability >= (9, 0) and torch.backends.cudnn.is_available():
+    if window >= T - 1 and torch.cuda.get_device_capability(device) >= (9, 0) and torch.backends.cudnn.is_available():
         return None
 
     def visible(batch: object, head: object, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (query >= key) & (query - key <= window)
 
-    return FlexMask(create_block_mask(visible, B=None, H=None, Q_LEN=T, KV_LEN=T, device=device), capability == (9, 0))
+    return create_block_mask(visible, B=None, H=None, Q_LEN=T, KV_LEN=T, device=device)
 
 
 def attend_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
     """FlexAttention: a compiled kernel that skips the blocks outside the window; see `plan_attention`."""
     if plan.mask is None:
         return _attend_whole(q, k, v)
-    tuned = plan.mask.is_hopper and q.size(-1) == 128 and q.dtype.itemsize == 2
-    options = HOPPER_BLOCKS if tuned else None
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     enable_gqa = q.size(1) != k.size(1)
-    y = _compiled_flex()(q, k, v, block_mask=plan.mask.blocks, enable_gqa=enable_gqa, kernel_options=options)
-    return y.transpose(1, 2)
+    return _compiled_flex()(q, k, v, block_mask=plan.mask, enable_gqa=enable_gqa).transpose(1, 2)
 
 
 def _attend_whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

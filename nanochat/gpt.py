@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import NanochatError, get_compute_dtype
 from nanochat.cross_entropy import SoftmaxGradient, softcap, softcapped_cross_entropy, softmax_gradient
+from nanochat.embedding import Embedding
 from nanochat.flash_attention import QK_SCALE, AttentionPlan, plan_attention
 from nanochat.fp8 import fp8_linear
 
@@ -101,13 +102,6 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
 
 
-class Embedding(nn.Embedding):
-    """A table of one row for each index."""
-
-    def reset_parameters(self) -> None:
-        """Values come from GPT.init_weights or a checkpoint; to draw some here cost every command a second."""
-
-
 class Linear(nn.Linear):
     """A matrix without bias, float32 at rest, multiplied in the dtype of its input."""
 
@@ -116,7 +110,7 @@ class Linear(nn.Linear):
         self.fp8 = False  # trained with products in 8 bits (fp8.py)
 
     def reset_parameters(self) -> None:
-        """As for Embedding."""
+        """Values come from GPT.init_weights or a checkpoint; to draw some here cost every command a second."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.multiply(x, self.weight)
@@ -381,7 +375,7 @@ class GPT(nn.Module):
         x = x0.view_as(x0)  # another tensor object: the compiler gives a block whose x is x0 a graph of its own
         for i, block in enumerate(self.blocks):
             lambdas = (self.resid_lambdas[i], self.x0_lambdas[i])
-            value_embedding = self.value_embeds[str(i)](idx).to(dtype) if str(i) in self.value_embeds else None
+            value_embedding = self.value_embeds[str(i)](idx, dtype) if str(i) in self.value_embeds else None
             wanted = places if i == len(self.blocks) - 1 else None
             x = run_block(block, x, x0, lambdas, value_embedding, rotary, attention[i], wanted)
         return norm(x)
@@ -391,12 +385,13 @@ class GPT(nn.Module):
 
         Pairs that meet in one row of the table share it. Hashed n-gram embeddings: arXiv 2502.01637.
         """
-        x = self.wte(idx)
+        dtype = self.get_compute_dtype()
+        x = self.wte(idx, dtype)
         if self.bigrams is None:
             return x
         if previous is None:
             previous = torch.cat([idx[:, :1], idx[:, :-1]], dim=1)
-        return x + self.bigrams((previous * PAIR_FACTOR + idx) % self.bigrams.num_embeddings)
+        return x + self.bigrams((previous * PAIR_FACTOR + idx) % self.bigrams.num_embeddings, dtype)
 
     def forward(
         self,

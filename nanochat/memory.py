@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from nanochat.common import NanochatError, run_command
+from nanochat.cross_entropy import GPU_CHUNK_BYTES
 from nanochat.flash_attention import AttentionPlan
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Group
@@ -22,7 +23,6 @@ from nanochat.scaling import model_config
 from nanochat.settings import SettingsParser
 
 RESERVED = 0.08  # of the device, for its context and for gaps
-LOSS_BYTES = 5 << 28  # a chunk of logits and their gradient in bfloat16 (cross_entropy.GPU_CHUNK_BYTES), and more
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,13 @@ def training_bytes(config: GPTConfig, rows: int = 1, layout: Layout = Layout()) 
         weights = weights // layout.world_size + (2 * 2 + 4) * blocks + 8 * (root + embedding)
         matrices = [count // layout.world_size for count in matrices]
     step = 4 * sum(matrices) + 18 * max(matrices) // (1 if layout.fsdp else layout.world_size)
-    return weights + state + max(activation_bytes(config, rows, layout.recompute) + LOSS_BYTES, step)
+    return weights + state + max(activation_bytes(config, rows, layout.recompute) + loss_bytes(config, rows), step)
+
+
+def loss_bytes(config: GPTConfig, rows: int) -> int:
+    """A chunk of logits and its gradient in bfloat16, and the gradient of the head in float32."""
+    chunk = min(GPU_CHUNK_BYTES, 4 * config.vocab_size * rows * config.sequence_len)
+    return chunk + 4 * config.vocab_size * config.n_embd
 
 
 def _state_bytes(group: Group) -> float:

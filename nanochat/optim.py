@@ -400,7 +400,7 @@ def adamw_update(
     """
     master = values if values.dtype == torch.float32 else values.float()
     torch._fused_adamw_(
-        [master], [grad], [exp_avg], [exp_avg_sq], [], [torch.tensor(float(step), device=grad.device)],
+        [master], [grad], [exp_avg], [exp_avg_sq], [], [grad.new_full((), step)],
         lr=group.lr, beta1=group.betas[0], beta2=group.betas[1], weight_decay=group.weight_decay, eps=group.eps,
         amsgrad=False, maximize=False,
     )  # fmt: skip

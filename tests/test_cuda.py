@@ -18,6 +18,7 @@ from nanochat import flash_attention
 from nanochat.checkpoint_manager import list_steps, read_tensors, step_dir
 from nanochat.common import get_base_dir
 from nanochat.compilation import can_compile
+from nanochat.embedding import Embedding
 from nanochat.engine import Engine
 from nanochat.flash_attention import QK_SCALE, AttentionPlan
 from nanochat.fp8 import LOWEST_CAPABILITY, enable_fp8
@@ -87,6 +88,21 @@ def test_the_chosen_attention_skips_what_a_window_hides() -> None:
 # ----------------------------------------------------------------------------- training
 
 
+def test_gradients_of_a_table_are_exact_sums_in_one_order() -> None:
+    """Whatever the ids are: often the same one, or some never."""
+    idx = torch.randint(50, (4, 300), device=GPU)
+    idx[:2] = 7
+    grad = torch.randn(4, 300, 100, device=GPU, dtype=torch.bfloat16)
+    table = Embedding(64, 100).to(GPU)
+    torch.nn.init.normal_(table.weight)
+    rows = table(idx, torch.bfloat16)
+    assert torch.equal(rows, F.embedding(idx, table.weight).to(torch.bfloat16))
+    found = [torch.autograd.grad(rows, table.weight, grad, retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(*found)
+    exact = torch.zeros(64, 100, dtype=torch.float64).index_add_(0, idx.flatten().cpu(), grad.flatten(0, 1).double().cpu())
+    torch.testing.assert_close(found[0].double().cpu(), exact, atol=1e-4, rtol=1e-5)
+
+
 def _pair(**settings: object) -> tuple[GPT, GPT]:
     """The same model on the CPU, in float32, and on the GPU."""
     exact, mine = (make_model(**{**CONFIG.__dict__, **settings}).train() for _ in range(2))
@@ -134,7 +150,7 @@ def test_an_update_moves_parameters_as_on_a_cpu() -> None:
             optimizer.step()
             optimizer.zero_grad()
     for (name, a), b in zip(exact.named_parameters(), mine.parameters(), strict=True):
-        assert _relative(b.detach().cpu() - before[name], a.detach() - before[name]) < 0.05, name
+        assert _relative(b.detach().cpu() - before[name], a.detach() - before[name]) < 0.1, name
 
 
 @pytest.mark.parametrize("fp8", [False, True])

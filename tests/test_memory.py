@@ -5,22 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanochat import memory
-from nanochat.memory import Layout, activation_bytes, largest_depth, main, training_bytes
+from nanochat.memory import Layout, activation_bytes, largest_depth, loss_bytes, main, training_bytes
 from nanochat.scaling import model_config
 from tests.helpers import make_model
 
 
 def test_weights_and_optimizer_are_counted_as_they_are() -> None:
     """Without activations to speak of: what the parameters, their gradients and the optimizer's tensors really take."""
-    model = make_model(sequence_len=8, n_layer=2)
+    model = make_model(sequence_len=2048, n_layer=2)  # for which activations take more than the optimizer does on its way
     optimizer = model.setup_optimizer()
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     real = sum(8 * parameter.numel() for parameter in model.parameters())
     real += sum(tensor.nbytes for tensor in optimizer.state_dict().values())
-    counted = training_bytes(model.config) - activation_bytes(model.config, 1) - memory.LOSS_BYTES
+    counted = training_bytes(model.config) - activation_bytes(model.config, 1) - loss_bytes(model.config, 1)
     assert counted == pytest.approx(real, rel=0.02)  # but for the small second moments
 
 
@@ -34,8 +33,11 @@ def test_activations_grow_with_rows_and_layers() -> None:
 
 def test_each_way_to_save_memory_saves_some() -> None:
     layouts = (Layout(), Layout(8), Layout(8, fsdp=True), Layout(8, fsdp=True, recompute=True))
+    sizes = [training_bytes(model_config(20, 4096, 1024), 4, layout) for layout in layouts]
+    assert sizes == sorted(set(sizes), reverse=True)
     depths = [largest_depth(12e9, 1024, 4096, 4, layout) for layout in layouts]
-    assert depths == sorted(set(depths))
+    assert depths == sorted(depths)
+    assert depths[-1] > depths[0]
     assert largest_depth(1e6, 1024, 4096, 1, Layout()) == 0
 
 
