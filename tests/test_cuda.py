@@ -291,7 +291,7 @@ def test_resumed_equals_uninterrupted(corpus: Path, tokenizer: Tokenizer) -> Non
 def test_a_whole_life(corpus: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture) -> None:
     """Pretraining, fine-tuning, reinforcement and evaluation by the commands that users type."""
     tokenizer.save(get_base_dir() / "tokenizers" / "default")
-    assert base_train.main(_flags("life", corpus, "--target-minutes=0.5", "--sample-every=3")) == 0
+    assert base_train.main(_flags("life", corpus, "--num-iterations=-1", "--target-minutes=0.1", "--sample-every=50")) == 0
     tuning = ["--model-tag=life", "--tasks=Arithmetic:60,Identity:40", "--num-iterations=3", "--eval-tokens=512"]
     assert chat_sft.main(tuning) == 0
     rollouts = ["--num-samples=4", "--max-new-tokens=16", "--examples-per-step=2", "--eval-examples=4"]
