@@ -1,14 +1,12 @@
 """Tables that are looked up, one row for each token id. Used by gpt.py.
 
 On a GPU PyTorch sorts the ids anew for the gradient of every table and goes through its gradients several times: with a
-table for every other layer that was a tenth of a pass (dev/LOG.md, "On an H200"). Here they are sorted once for all tables,
-and each row of a table's gradient is summed by a kernel of ours, in float32, always in the same order.
+table for every other layer that was a twelfth of a pass (dev/LOG.md, "On an H200"). Here they are sorted once for all
+tables, and each row of a gradient is summed in float32, always in the same order.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
 from typing import Any
 
 import torch
@@ -27,7 +25,7 @@ class Embedding(nn.Embedding):
     def forward(self, idx: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The rows of idx, (*idx.shape, channels), in `dtype` or in that of the table."""
         dtype = dtype or self.weight.dtype
-        if idx.device.type == "cuda" and torch.is_grad_enabled() and self.weight.requires_grad and _kernels():
+        if idx.device.type == "cuda" and torch.is_grad_enabled() and self.weight.requires_grad:
             return _Lookup.apply(self.weight, idx, *find_occurrences(idx, self.num_embeddings), dtype)
         return super().forward(idx).to(dtype)
 
@@ -58,28 +56,18 @@ def find_occurrences(idx: torch.Tensor, num_rows: int) -> Occurrences:
 
     Kept for the ids that were asked for last, since the tables of a model are all looked up with the same ones.
     """
-    if num_rows in _newest:
-        known, version, occurrences = _newest[num_rows]
-        if known is idx and version == idx._version:
+    version = -1 if idx.is_inference() else idx._version  # which counts the changes of all other tensors
+    if num_rows in _newest and version >= 0:
+        known, known_version, occurrences = _newest[num_rows]
+        if known is idx and known_version == version:
             return occurrences
     sorted_ids, order = idx.flatten().sort(stable=True)
-    first = torch.searchsorted(sorted_ids, torch.arange(num_rows + 1, device=idx.device))
-    _newest[num_rows] = (idx, idx._version, (order, first))
-    return order, first
+    occurrences = (order, torch.searchsorted(sorted_ids, torch.arange(num_rows + 1, device=idx.device)))
+    _newest[num_rows] = (idx, version, occurrences)
+    return occurrences
 
 
 def sum_rows(grad: torch.Tensor, order: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
     """For each id the sum of the rows of grad (N, channels) where it stands: (num_rows, channels) float32."""
-    grad = grad.contiguous()
-    sums = torch.empty(first.numel() - 1, grad.size(1), dtype=torch.float32, device=grad.device)
-    _kernels().sum_rows(grad, order, first, sums)
-    return sums
-
-
-@functools.lru_cache
-def _kernels() -> Any:
-    """kernels.py, or None where there is no Triton."""
-    try:
-        return importlib.import_module("nanochat.kernels")
-    except ImportError:
-        return None
+    # Unsafe: to check the offsets, the host would wait for the device.
+    return torch.segment_reduce(grad[order].float(), "sum", offsets=first, unsafe=True)

@@ -76,6 +76,8 @@ def choose_backend(device_type: str, device_index: int | None, dtype: torch.dtyp
     for name, backend in candidates:
         try:
             _probe(backend, _device(device_type, device_index), dtype)
+        except ModuleNotFoundError:
+            continue  # that most machines lack FlashAttention 3 is no news
         except Exception as error:  # whatever a foreign kernel throws, the answer is the next backend
             logger.info("attention backend %s is not usable here: %s", name, str(error).splitlines()[0][:200])
             continue
@@ -240,9 +242,11 @@ def attend_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Attenti
     """FlexAttention: a compiled kernel that skips the blocks outside the window; see `plan_attention`."""
     if plan.mask is None:
         return _attend_whole(q, k, v)
+    from torch.nn.attention.flex_attention import flex_attention
+
+    flex: Callable[..., Any] = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    enable_gqa = q.size(1) != k.size(1)
-    return _compiled_flex()(q, k, v, block_mask=plan.mask, enable_gqa=enable_gqa).transpose(1, 2)
+    return flex(q, k, v, block_mask=plan.mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
 
 def _attend_whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

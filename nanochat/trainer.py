@@ -136,6 +136,7 @@ class Trainer:
         self.device = model.get_device()
         self.step = 0
         self.time_s = 0.0  # of training alone, over all sittings
+        self._logged_time_s = 0.0  # as it was when the newest row was written
         self.results: dict[str, float] = {}  # of the newest evaluations
         self.best: dict[str, Any] = {}  # {"step": ..., "value": ...} of the saved step that was measured best
         self._saved_step: int | None = None  # the newest checkpoint is of this state
@@ -163,6 +164,7 @@ class Trainer:
                 "taken over: its weights can be used, but training must start anew under another --model-tag"
             )
         self.step, self.time_s, self.results = state["step"], state["time_s"], state["results"]
+        self._logged_time_s = self.time_s
         self.best = state["best"]
         self._saved_step = self.step
         self.loader.load_state_dict(state["loader"])
@@ -364,8 +366,7 @@ class Trainer:
         if not all(map(math.isfinite, values)):
             raise NanochatError(self._describe_divergence())
         steps = len(values)
-        elapsed = self.time_s - getattr(self, "_logged_time_s", self.time_s - (time.perf_counter() - started))
-        self._logged_time_s = self.time_s
+        elapsed, self._logged_time_s = self.time_s - self._logged_time_s, self.time_s
         row = {"step": self.step, "time_s": round(self.time_s, 4), "train/loss": sum(values) / steps, "train/lrm": factor}
         if batch_size := self.config.total_batch_size:
             tokens_per_s = batch_size * steps / elapsed

@@ -26,7 +26,7 @@ from nanochat.metrics import read_metrics
 from nanochat.settings import SettingsParser
 from nanochat.stage import open_stage, prepare_directory
 from nanochat.tokenizer import Tokenizer
-from nanochat.trainer import Batch, Trainer, summed_loss
+from nanochat.trainer import Batch, TrainConfig, Trainer, summed_loss
 from scripts import base_train, chat_sft
 from tests.conftest import TINY_TRAINING
 from tests.helpers import make_model
@@ -61,6 +61,17 @@ def test_resume_equals_uninterrupted(corpus: Path, tiny_run: Path, flag: str) ->
     assert _losses(stage_dir) == losses
     for name, tensor in _weights(stage_dir, 6).items():
         assert torch.equal(tensor, whole[name]), name
+
+
+def test_the_speed_of_rows_that_tell_of_several_steps(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is the tokens since the row before, or since training began, over the time since then."""
+    monkeypatch.setattr(base_train, "TrainConfig", lambda **config: TrainConfig(**{**config, "log_every": 2}))
+    rows = [row for row in read_metrics(_train(corpus, "few") / "metrics.jsonl") if "train/loss" in row]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    before = 0.0
+    for row in rows:
+        assert row["train/tok_per_s"] == pytest.approx(2 * 512 / (row["time_s"] - before), rel=0.02)
+        before = row["time_s"]
 
 
 def test_sft_resume_equals_uninterrupted(tiny_run: Path) -> None:
