@@ -244,7 +244,7 @@ def attend_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Attenti
         return _attend_whole(q, k, v)
     from torch.nn.attention.flex_attention import flex_attention
 
-    flex: Callable[..., Any] = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+    flex: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return flex(q, k, v, block_mask=plan.mask, enable_gqa=q.size(1) != k.size(1)).transpose(1, 2)
 
