@@ -124,13 +124,10 @@ class Linear(nn.Linear):
         return F.linear(x, weight.to(x.dtype))
 
 
-def multiply_together(x: torch.Tensor, matrices: Sequence[Any]) -> Sequence[torch.Tensor]:
-    """What each of several matrices makes of x; in training on a GPU by one product, which keeps it busier than small ones."""
-    first = matrices[0]
-    if x.device.type != "cuda" or not torch.is_grad_enabled() or not isinstance(first, Linear):
-        return [matrix(x) for matrix in matrices]  # joined, they would be copied for each token that is generated
+def multiply_joined(x: torch.Tensor, matrices: Sequence[Linear]) -> Sequence[torch.Tensor]:
+    """What each of several matrices makes of x, by one product of all."""
     weights = [matrix.weight for matrix in matrices]
-    return first.multiply(x, torch.cat(weights)).split([weight.size(0) for weight in weights], dim=-1)
+    return matrices[0].multiply(x, torch.cat(weights)).split([weight.size(0) for weight in weights], dim=-1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -153,7 +150,12 @@ class CausalSelfAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries (B, T, H, D), keys, not offset yet, and values (B, T, KV, D)."""
         B, T, C = x.shape
-        q, k, v = (y.view(B, T, -1, self.head_dim) for y in multiply_together(x, (self.c_q, self.c_k, self.c_v)))
+        matrices = (self.c_q, self.c_k, self.c_v)
+        if x.device.type == "cuda" and torch.is_grad_enabled():  # which one large product keeps busier; a CPU it does not
+            qkv = multiply_joined(x, matrices)
+        else:
+            qkv = [matrix(x) for matrix in matrices]
+        q, k, v = (y.view(B, T, -1, self.head_dim) for y in qkv)
         if value_embedding is not None:
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., : self.ve_gate.in_features]))  # (B, T, KV), 1 at the start
             v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, self.n_kv_head, self.head_dim)

@@ -10,8 +10,8 @@ from nanochat import cross_entropy
 from nanochat.common import NanochatError
 from nanochat.cross_entropy import softcap, softcapped_cross_entropy
 from nanochat.embedding import _Lookup, find_occurrences
-from nanochat.flash_attention import QK_SCALE, is_still, offset_keys, plan_attention
-from nanochat.gpt import GPT, LOGIT_CAP, GPTConfig
+from nanochat.flash_attention import QK_SCALE, _attend_whole, is_still, offset_keys, plan_attention
+from nanochat.gpt import GPT, LOGIT_CAP, GPTConfig, Linear, multiply_joined
 from nanochat.kv_cache import KVCache
 from tests.helpers import make_model
 
@@ -170,6 +170,25 @@ def test_loss_equals_naive(reduction: str, n: int, monkeypatch: pytest.MonkeyPat
         torch.autograd.grad(result.sum(), (x, weight)), torch.autograd.grad(expected.sum(), (x, weight)), strict=True
     ):
         torch.testing.assert_close(mine, naive, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_matrices_joined_multiply_as_alone(fp8: bool) -> None:
+    matrices = [Linear(32, rows) for rows in (48, 16, 16)]
+    for matrix in matrices:
+        torch.nn.init.normal_(matrix.weight)
+        matrix.fp8 = fp8
+    x = torch.randn(2, 16, 32)
+    bound = 0.05 if fp8 else 1e-6  # joined, they share a scale
+    for joined, matrix in zip(multiply_joined(x, matrices), matrices, strict=True):
+        alone = torch.nn.functional.linear(x, matrix.weight)
+        assert (joined - alone).norm() < bound * alone.norm()
+
+
+def test_attention_without_a_window_by_pytorchs_kernels() -> None:
+    q, k, v = _attention_inputs(100, kv_heads=1)
+    plan = plan_attention(100, 100, torch.device("cpu"), torch.float32)
+    torch.testing.assert_close(_attend_whole(q, k, v), plan.attend(q, k, v, plan), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("count", [20, 500])
