@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import NanochatError, get_compute_dtype
 from nanochat.cross_entropy import SoftmaxGradient, softcap, softcapped_cross_entropy, softmax_gradient
-from nanochat.embedding import Embedding
 from nanochat.flash_attention import QK_SCALE, AttentionPlan, offset_keys, plan_attention
 from nanochat.fp8 import fp8_linear
 
@@ -104,6 +103,18 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
 
 
+class Embedding(nn.Embedding):
+    """A table of one row for each index, float32 at rest, looked up in any dtype."""
+
+    def reset_parameters(self) -> None:
+        """Values come from GPT.init_weights or a checkpoint; to draw some here cost every command a second."""
+
+    def forward(self, idx: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        if dtype is not None and idx.device.type == "cuda" and idx.numel() > self.num_embeddings:
+            return F.embedding(idx, self.weight.to(dtype))  # the fewer numbers are converted, there and back
+        return super().forward(idx).to(dtype or self.weight.dtype)
+
+
 class Linear(nn.Linear):
     """A matrix without bias, float32 at rest, multiplied in the dtype of its input."""
 
@@ -112,7 +123,7 @@ class Linear(nn.Linear):
         self.fp8 = False  # trained with products in 8 bits (fp8.py)
 
     def reset_parameters(self) -> None:
-        """Values come from GPT.init_weights or a checkpoint; to draw some here cost every command a second."""
+        """As for Embedding."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.multiply(x, self.weight)

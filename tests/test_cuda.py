@@ -18,11 +18,10 @@ from nanochat import flash_attention
 from nanochat.checkpoint_manager import list_steps, read_tensors, step_dir
 from nanochat.common import get_base_dir
 from nanochat.compilation import can_compile
-from nanochat.embedding import Embedding
 from nanochat.engine import Engine
 from nanochat.flash_attention import QK_SCALE, AttentionPlan
 from nanochat.fp8 import LOWEST_CAPABILITY, enable_fp8
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, Embedding, GPTConfig
 from nanochat.memory import training_bytes
 from nanochat.runner import prepare_for_inference
 from nanochat.tokenizer import Tokenizer
@@ -88,11 +87,12 @@ def test_the_chosen_attention_skips_what_a_window_hides() -> None:
 # ----------------------------------------------------------------------------- training
 
 
-def test_gradients_of_a_table_are_exact_sums_in_one_order() -> None:
-    """Whatever the ids are: often the same one, or some never."""
-    idx = torch.randint(50, (4, 300), device=GPU)
+@pytest.mark.parametrize("count", [20, 500])
+def test_tables_are_looked_up_in_bfloat16(count: int) -> None:
+    """Few ids and many: the same rows, and gradients that are sums in float32, rounded once at most, in one order."""
+    idx = torch.randint(64, (4, count), device=GPU)
     idx[:2] = 7
-    grad = torch.randn(4, 300, 100, device=GPU, dtype=torch.bfloat16)
+    grad = torch.randn(4, count, 100, device=GPU, dtype=torch.bfloat16)
     table = Embedding(64, 100).to(GPU)
     torch.nn.init.normal_(table.weight)
     rows = table(idx, torch.bfloat16)
@@ -100,7 +100,7 @@ def test_gradients_of_a_table_are_exact_sums_in_one_order() -> None:
     found = [torch.autograd.grad(rows, table.weight, grad, retain_graph=True)[0] for _ in range(2)]
     assert torch.equal(*found)
     exact = torch.zeros(64, 100, dtype=torch.float64).index_add_(0, idx.flatten().cpu(), grad.flatten(0, 1).double().cpu())
-    torch.testing.assert_close(found[0].double().cpu(), exact, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(found[0].double().cpu(), exact, atol=1e-2, rtol=1e-2)
 
 
 def _pair(**settings: object) -> tuple[GPT, GPT]:

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from nanochat import cross_entropy
 from nanochat.common import NanochatError
 from nanochat.cross_entropy import softcap, softcapped_cross_entropy
-from nanochat.embedding import _Lookup, find_occurrences
 from nanochat.flash_attention import QK_SCALE, _attend_whole, is_still, offset_keys, plan_attention
 from nanochat.gpt import GPT, LOGIT_CAP, GPTConfig, Linear, multiply_joined
 from nanochat.kv_cache import KVCache
@@ -189,25 +188,6 @@ def test_attention_without_a_window_by_pytorchs_kernels() -> None:
     q, k, v = _attention_inputs(100, kv_heads=1)
     plan = plan_attention(100, 100, torch.device("cpu"), torch.float32)
     torch.testing.assert_close(_attend_whole(q, k, v), plan.attend(q, k, v, plan), atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("count", [20, 500])
-def test_gradients_of_a_table_are_sums_of_rows(count: int) -> None:
-    """As a GPU computes them: whatever the ids are, often the same one or never some."""
-    table = torch.randn(50, 24, requires_grad=True)
-    idx = torch.randint(49, (2, count))
-    idx[0, : count // 2] = 7
-    occurrences = find_occurrences(idx, 50)
-    assert find_occurrences(idx, 50) is occurrences
-    rows = _Lookup.apply(table, idx, *occurrences, torch.bfloat16)
-    expected = F.embedding(idx, table).to(torch.bfloat16)
-    assert torch.equal(rows, expected)
-    grad = torch.randn(2, count, 24).to(torch.bfloat16)
-    found, naive = (torch.autograd.grad(y, table, grad)[0] for y in (rows, expected))
-    torch.testing.assert_close(found, naive, atol=1e-4, rtol=1e-5)
-    idx += 1
-    order, first = find_occurrences(idx, 50)
-    assert torch.equal(order[first[8] : first[9]], (idx.flatten() == 8).nonzero()[:, 0])
 
 
 def test_loss_of_nothing_supervised_is_zero() -> None:
