@@ -30,7 +30,10 @@ from tests.conftest import TINY_TRAINING
 from tests.helpers import make_model
 from tests.many_ranks import ROOT
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here"),
+    pytest.mark.slow,  # nearly all of them compile
+]
 GPU = torch.device("cuda", 0)
 CONFIG = GPTConfig(512, vocab_size=500, n_layer=2, n_head=2, n_kv_head=2, n_embd=128, window_pattern="SL", bigrams=2)
 
