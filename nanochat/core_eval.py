@@ -225,24 +225,23 @@ class Row:
     """Texts that are computed together: what they share once, then the rest of each, which does not see the others."""
 
     tokens: list[int]
-    before: list[int]  # the place of the token before each in its own text; of the first token, its own
+    previous: list[int]  # the token before each in its own text; the first token before itself
     positions: list[int]  # of each token in its own text
     owners: list[int]  # 0: shared by all; i: of the row's i-th text
     judged: list[tuple[list[int], list[int]]]  # for each text: places whose features predict, and the tokens they should
 
     @classmethod
     def of(cls, candidates: list[Candidate], shared: int) -> Row:
-        positions = list(range(shared))
-        row = cls(candidates[0].tokens[:shared], [max(0, at - 1) for at in positions], positions, [0] * shared, [])
+        row = cls([], [], list(range(shared)), [0] * shared, [])
+        row.tokens, row.previous = candidates[0].tokens[:shared], _before(candidates[0].tokens)[:shared]
         for owner, candidate in enumerate(candidates, 1):
             offset = len(row.tokens) - shared  # from a place in the text to its place in the row, beyond what is shared
             end = len(candidate.tokens)
             before = range(candidate.start - 1, end - 1)
             places = [at if at < shared else at + offset for at in before]
             row.judged.append((places, candidate.tokens[candidate.start :]))
-            first = len(row.tokens)
             row.tokens += candidate.tokens[shared:]
-            row.before += [shared - 1 if shared else first, *range(first, len(row.tokens) - 1)][: end - shared]
+            row.previous += _before(candidate.tokens)[shared:]
             row.positions += range(shared, end)
             row.owners += [owner] * (end - shared)
         return row
@@ -305,7 +304,7 @@ class NanochatScorer:
         if len(rows) == 1:  # compiled code takes any number, but treats one as a special case
             return self._score_batch(rows * 2)[:1]
         idx = _padded([row.tokens for row in rows], 0, device)
-        before = _padded([row.before for row in rows], 0, device)
+        previous = _padded([row.previous for row in rows], 0, device)
         positions = _padded([row.positions for row in rows], 0, device)
         owners = _padded([row.owners for row in rows], -1, device).to(torch.int32)  # padding sees padding alone
         places = positions.to(torch.int32)  # small numbers: of the time, masks should take little
@@ -317,12 +316,12 @@ class NanochatScorer:
             window: torch.where(visible & (distance <= window), nothing, hidden)[:, None]
             for window in set(model.config.windows())
         }
-        plans = [AttentionPlan(attend_masked, 0, masks[window], before=before) for window in model.config.windows()]
+        plans = [AttentionPlan(attend_masked, 0, masks[window]) for window in model.config.windows()]
         T = idx.size(1)
         judged = [(i, places, targets) for i, row in enumerate(rows) for places, targets in row.judged]
         wanted = torch.tensor([i * T + place for i, places, _ in judged for place in places], device=device)
         targets = torch.tensor([token for *_, tokens in judged for token in tokens], device=device)
-        features = model.trunk(idx, model.rotary(positions, T), plans, self._run_block, wanted, idx.gather(1, before))
+        features = model.trunk(idx, model.rotary(positions, T), plans, self._run_block, wanted, previous)
         logprobs, likeliest = [], []
         for part, wanted in zip(features.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
             logits = model.logits(part)
@@ -333,6 +332,10 @@ class NanochatScorer:
         greedy = [bool(part.all()) for part in torch.cat(likeliest).split(sizes)]
         found = iter(zip(means, greedy, strict=True))
         return [[next(found) for _ in row.judged] for row in rows]
+
+
+def _before(tokens: list[int]) -> list[int]:
+    return [*tokens[:1], *tokens[:-1]]
 
 
 def _padded(rows: list[list[int]], filler: int, device: torch.device) -> torch.Tensor:

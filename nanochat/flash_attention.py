@@ -37,7 +37,6 @@ class AttentionPlan(NamedTuple):
     window: int
     mask: Any
     compiled: bool = False  # by itself, where the model around it is not: only "plain" on a CPU
-    before: torch.Tensor | None = None  # (B, T) int64: see offset_keys
 
 
 def plan_attention(T: int, window: int, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> AttentionPlan:
@@ -219,17 +218,13 @@ def is_still(head_dim: int, device: torch.device) -> torch.Tensor:
     return torch.arange(head_dim, device=device) % (head_dim // 2) >= head_dim // 4
 
 
-def offset_keys(k: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+def offset_keys(k: torch.Tensor) -> torch.Tensor:
     """Keys (B, T, KV, D) with the still channels of the token before; the first one's are its own.
 
-    before: (B, T) int64, the place of the token before each where a row holds more than one text; None: rows are texts.
     So a query can find what followed a token by looking for that token, in one layer. Method: the partial key offset of
     github.com/KellerJordan/modded-nanogpt.
     """
-    if before is None:
-        previous = torch.cat([k[:, :1], k[:, :-1]], dim=1)
-    else:
-        previous = k[torch.arange(k.size(0), device=k.device)[:, None], before]
+    previous = torch.cat([k[:, :1], k[:, :-1]], dim=1)
     return torch.where(is_still(k.size(-1), k.device), previous, k)
 
 

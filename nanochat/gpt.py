@@ -179,7 +179,7 @@ class CausalSelfAttention(nn.Module):
     ) -> torch.Tensor:
         """What each query finds, (B, T, H, D)."""
         if isinstance(attention, AttentionPlan):
-            return attention.attend(q, offset_keys(k, attention.before) if self.key_offset else k, v, attention)
+            return attention.attend(q, offset_keys(k) if self.key_offset else k, v, attention)
         return attention.attend(self.layer, q, k, v, self.window, self.key_offset)
 
 
