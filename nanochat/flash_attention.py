@@ -213,21 +213,6 @@ def _softmax_product(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: to
     return ((weights @ v) / sums).to(q.dtype)
 
 
-def is_still(head_dim: int, device: torch.device) -> torch.Tensor:
-    """(head_dim,) bool: the channels that models with a key offset do not rotate, in each half of a head the second half."""
-    return torch.arange(head_dim, device=device) % (head_dim // 2) >= head_dim // 4
-
-
-def offset_keys(k: torch.Tensor) -> torch.Tensor:
-    """Keys (B, T, KV, D) with the still channels of the token before; the first one's are its own.
-
-    So a query can find what followed a token by looking for that token, in one layer. Method: the partial key offset of
-    github.com/KellerJordan/modded-nanogpt.
-    """
-    previous = torch.cat([k[:, :1], k[:, :-1]], dim=1)
-    return torch.where(is_still(k.size(-1), k.device), previous, k)
-
-
 def repeat_kv(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     """(B, T, KV, D) -> (B, T, num_heads, D): every key/value head serves num_heads / KV query heads."""
     repeats = num_heads // x.size(2)

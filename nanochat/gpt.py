@@ -1,9 +1,8 @@
 """The model: a decoder transformer that one reads in one sitting. Used by everything that trains or generates.
 
-What differs from a textbook GPT: rotary positions on half of each head, the other half of a key from the token before,
-normalized queries and keys, grouped key/value heads, sliding windows, ReLU squared, value embeddings on alternating layers,
-embeddings of pairs of tokens, a learned share of the first embedding in every block, no biases and no learned norm weights,
-an untied head with soft-capped logits.
+What differs from a textbook GPT: rotary positions, normalized queries and keys, grouped key/value heads, sliding
+windows, ReLU squared, value embeddings on alternating layers, embeddings of pairs of tokens, a learned share of the first
+embedding in every block, no biases and no learned norm weights, an untied head with soft-capped logits.
 
 Weights are float32 and are multiplied in the compute dtype (common.get_compute_dtype); a model for inference alone may
 be cast whole with `.to(torch.bfloat16)`.
@@ -23,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import NanochatError, get_compute_dtype
 from nanochat.cross_entropy import SoftmaxGradient, softcap, softcapped_cross_entropy, softmax_gradient
-from nanochat.flash_attention import QK_SCALE, AttentionPlan, offset_keys, plan_attention
+from nanochat.flash_attention import QK_SCALE, AttentionPlan, plan_attention
 from nanochat.fp8 import fp8_linear
 
 if TYPE_CHECKING:
@@ -52,7 +51,6 @@ class GPTConfig:
     n_embd: int = 768
     window_pattern: str = "SSSL"
     bigrams: int = 0  # rows of the table of pairs of tokens, in units of the vocabulary; 0: none, as in older checkpoints
-    key_offset: bool = False  # half of a head is not rotated, and there keys are those of the token before
     value_embeddings: bool = True  # this and what follows differ in models that were made elsewhere
     qk_scale: float = QK_SCALE
     rotary_base: float = ROTARY_BASE
@@ -147,7 +145,7 @@ class CausalSelfAttention(nn.Module):
         self.layer = layer
         self.window = config.windows()[layer]
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.qk_scale, self.key_offset = config.qk_scale, config.key_offset
+        self.qk_scale = config.qk_scale
         self.c_q = Linear(config.n_embd, self.n_head * self.head_dim)
         self.c_k = Linear(config.n_embd, self.n_kv_head * self.head_dim)
         self.c_v = Linear(config.n_embd, self.n_kv_head * self.head_dim)
@@ -159,7 +157,7 @@ class CausalSelfAttention(nn.Module):
     def project(
         self, x: torch.Tensor, value_embedding: torch.Tensor | None, rotary: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries (B, T, H, D), keys, not offset yet, and values (B, T, KV, D)."""
+        """Queries (B, T, H, D), keys and values (B, T, KV, D)."""
         B, T, C = x.shape
         matrices = (self.c_q, self.c_k, self.c_v)
         if x.device.type == "cuda" and torch.is_grad_enabled():  # which one large product keeps busier; a CPU it does not
@@ -179,8 +177,8 @@ class CausalSelfAttention(nn.Module):
     ) -> torch.Tensor:
         """What each query finds, (B, T, H, D)."""
         if isinstance(attention, AttentionPlan):
-            return attention.attend(q, offset_keys(k) if self.key_offset else k, v, attention)
-        return attention.attend(self.layer, q, k, v, self.window, self.key_offset)
+            return attention.attend(q, k, v, attention)
+        return attention.attend(self.layer, q, k, v, self.window)
 
 
 class MLP(nn.Module):
@@ -239,10 +237,9 @@ class Block(nn.Module):
 
 
 def _before_attention(block: Block, *inputs: Any) -> tuple[torch.Tensor, ...]:
-    """Block.before_attention and the keys' offset, with the heads first in memory, as matrix products read them."""
-    x, q, k, v = block.before_attention(*inputs)
-    k = offset_keys(k) if block.attn.key_offset else k
-    return x, *(heads.transpose(1, 2).contiguous().transpose(1, 2) for heads in (q, k, v))
+    """Block.before_attention, with the heads first in memory, as matrix products read them."""
+    x, *qkv = block.before_attention(*inputs)
+    return x, *(heads.transpose(1, 2).contiguous().transpose(1, 2) for heads in qkv)
 
 
 def _call_block(block: Block, *inputs: Any) -> torch.Tensor:
@@ -334,10 +331,8 @@ class GPT(nn.Module):
         return cos[positions][:, :, None], sin[positions][:, :, None]
 
     def _make_rotary(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        pairs = self.config.head_dim // 2
-        rotating = pairs // 2 if self.config.key_offset else pairs
-        exponents = torch.arange(rotating, dtype=torch.float32, device=self.get_device()) / rotating
-        frequencies = F.pad(self.config.rotary_base**-exponents, (0, pairs - rotating))
+        channels = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=self.get_device())
+        frequencies = self.config.rotary_base ** (-channels / self.config.head_dim)
         angles = torch.arange(length, dtype=torch.float32, device=self.get_device())[:, None] * frequencies
         return angles.cos(), angles.sin()
 
@@ -364,7 +359,7 @@ class GPT(nn.Module):
         def in_parts(block: Block, *inputs: Any) -> torch.Tensor:
             *streams, attention, places = inputs
             x, q, k, v = before(block, *streams)
-            return after(block, x, attention.attend(q, k, v, attention), places)
+            return after(block, x, block.attn.attend(q, k, v, attention), places)
 
         self._compiled_block = in_parts
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanochat.flash_attention import offset_keys, repeat_kv
+from nanochat.flash_attention import repeat_kv
 from nanochat.gpt import GPT, GPTConfig
 
 INITIAL_LENGTH = 128  # of a KVCache, in tokens
@@ -105,13 +105,11 @@ class KVCache:
             more = min(max(length, 2 * allocated), self.seq_len) - allocated
             self.keys, self.values = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (self.keys, self.values))
 
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, key_offset: bool = False
-    ) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         """Store the keys and values of T new tokens and attend to them and to what came before.
 
         q: (B, T, H, D); k, v: (B, T, num_heads, D). A token sees itself and the `window` tokens before it in its row.
-        key_offset: keys are stored as they are, and offset when they are attended to. Returns (B, T, H, D).
+        Returns (B, T, H, D).
         """
         B, T, H, D = q.shape
         self._reserve(self._longest + T)
@@ -128,11 +126,7 @@ class KVCache:
             keys[rows, positions] = k
             values[rows, positions] = v
             begin = 0
-        first = max(0, begin - 1) if key_offset else begin  # the first key takes its still channels from the one before
-        keys, values = keys[:, first:end], values[:, begin:end]
-        if key_offset:
-            keys = offset_keys(keys)[:, begin - first :]
-        keys, values = (repeat_kv(x.to(q.dtype), H).transpose(1, 2) for x in (keys, values))
+        keys, values = (repeat_kv(x[:, begin:end].to(q.dtype), H).transpose(1, 2) for x in (keys, values))
         q = q.transpose(1, 2)
         if self._uniform and T == 1:  # the window is all there is: nothing to mask
             return F.scaled_dot_product_attention(q, keys, values).transpose(1, 2)
@@ -237,20 +231,14 @@ class PrefillView:
         self.slots = slots.flatten()[: start + T]
         self._masks: dict[int, torch.Tensor | None] = {}
 
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, key_offset: bool = False
-    ) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         """Store k, v (1, T, KV, D) and attend with q (1, T, H, D), each token to itself and `window` before it."""
         keys, values = (x[layer].flatten(0, 1) for x in (self.memory.keys, self.memory.values))
         written = self.slots[self.start :]
         keys[written], values[written] = k[0], v[0]
         if self.start:
             begin = max(0, self.start - window)  # no query reaches back further than the first one's window
-            first = max(0, begin - 1) if key_offset else begin
-            k, v = keys[self.slots[first:]][None], values[self.slots[begin:]][None]
-            k = offset_keys(k)[:, begin - first :] if key_offset else k
-        elif key_offset:
-            k = offset_keys(k)
+            k, v = keys[self.slots[begin:]][None], values[self.slots[begin:]][None]
         mask = self._mask(window, q)
         q, k, v = (x.transpose(1, 2) for x in (q, repeat_kv(k, q.size(2)), repeat_kv(v, q.size(2))))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
@@ -283,9 +271,7 @@ class DecodeView(NamedTuple):
     columns: torch.Tensor
     max_blocks: int
 
-    def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, key_offset: bool = False
-    ) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         """Store k, v (B, 1, KV, D) and attend with q (B, 1, H, D) -> (B, 1, H, D).
 
         Products and sums instead of a matrix product: the compiler fuses them with the look-up of the blocks, so that
@@ -303,7 +289,7 @@ class DecodeView(NamedTuple):
             blocks = self.table[:, : self.columns.size(0)]
             at = torch.arange(self.columns.size(0) * BLOCK_SIZE, device=q.device)[None]
         else:
-            first = (positions - window - 1).clamp(min=0) // BLOCK_SIZE  # one more, for the offset of the window's first key
+            first = (positions - window).clamp(min=0) // BLOCK_SIZE
             columns = first[:, None] + torch.arange(reach, device=q.device)
             blocks = self.table.gather(1, columns.clamp(max=self.max_blocks - 1))
             at = (columns[:, :, None] * BLOCK_SIZE + within).flatten(1)
@@ -311,13 +297,7 @@ class DecodeView(NamedTuple):
         visible = ((distance >= 0) & (distance <= window))[:, :, None, None]
         k, v = (x[blocks].flatten(1, 2).unsqueeze(3).float() for x in (keys, values))  # (B, L, KV, 1, D)
         q = q.view(B, 1, KV, H // KV, D).float()
-        products = q * k  # (B, L, KV, G, D)
-        if key_offset:  # the scores of rotated and of still channels, the latter from the token before
-            rotated, still = products.unflatten(-1, (2, 2, D // 4)).sum((-3, -1)).unbind(-1)
-            scores = rotated + torch.cat([still[:, :1], still[:, :-1]], dim=1)
-        else:
-            scores = products.sum(-1)
-        scores = (scores * D**-0.5).masked_fill(~visible, float("-inf"))  # (B, L, KV, G)
+        scores = ((q * k).sum(-1) * D**-0.5).masked_fill(~visible, float("-inf"))  # (B, L, KV, G)
         exponentials = (scores - scores.amax(1, keepdim=True)).exp()
         weights = exponentials / exponentials.sum(1, keepdim=True)
         return (weights.unsqueeze(-1) * v).sum(1).reshape(B, 1, H, D).to(keys.dtype)

@@ -22,7 +22,6 @@ from nanochat.common import NanochatError
 from nanochat.gpt import GPT, GPTConfig
 
 BIGRAM_ROWS = 2**16  # twice as many: 0.01 bits per byte less at depth 4 (dev/LOG.md, "What small models learn from")
-ROTARY_BASE_OF_HALVES = 1024.0  # where half of a head is rotated: no channel turns so slowly that the other half could do it
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19
 TOKENS_PER_PARAM = 12.0  # training tokens for each scaling parameter
@@ -57,8 +56,6 @@ def model_config(
         n_embd=n_head * head_dim,
         window_pattern=window_pattern,
         bigrams=min(16, max(2, round(BIGRAM_ROWS / vocab_size))),
-        key_offset=True,
-        rotary_base=ROTARY_BASE_OF_HALVES,
     )
 
 

@@ -44,7 +44,7 @@ def make_model(seed: int = 0, **config: object) -> GPT:
     """A float32 model whose every matrix matters (a fresh one has zeros in its projections)."""
     settings = {
         "sequence_len": 512, "vocab_size": 300, "n_layer": 3, "n_head": 2, "n_kv_head": 2, "n_embd": 32,
-        "window_pattern": "SSL", "bigrams": 2, "key_offset": True, **config,
+        "window_pattern": "SSL", "bigrams": 2, **config,
     }  # fmt: skip
     model = GPT(GPTConfig(**settings))
     model.init_weights(seed)

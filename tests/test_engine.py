@@ -48,10 +48,8 @@ def _free_blocks(engine: Engine) -> int:
 # ----------------------------------------------------------------------------- what is generated
 
 
-@pytest.mark.parametrize("key_offset", [False, True])
-def test_greedy_equals_plain_generation(key_offset: bool, tokenizer: Tokenizer) -> None:
+def test_greedy_equals_plain_generation(engine: Engine, tokenizer: Tokenizer) -> None:
     """Past the window, over several blocks, whatever the length of the prompt."""
-    engine = Engine(make_model(vocab_size=tokenizer.get_vocab_size(), key_offset=key_offset), tokenizer)
     engine.scheduler.stop_ids = set()
     for prompt in _prompts(tokenizer):
         expected = list(engine.model.generate(prompt, 150, temperature=0))

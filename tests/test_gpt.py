@@ -9,17 +9,17 @@ import torch.nn.functional as F
 from nanochat import cross_entropy
 from nanochat.common import NanochatError
 from nanochat.cross_entropy import softcap, softcapped_cross_entropy
-from nanochat.flash_attention import QK_SCALE, _attend_whole, is_still, offset_keys, plan_attention
+from nanochat.flash_attention import QK_SCALE, _attend_whole, plan_attention
 from nanochat.gpt import GPT, LOGIT_CAP, GPTConfig, Linear, multiply_joined
 from nanochat.kv_cache import KVCache
 from tests.helpers import make_model
 
 
-@pytest.mark.parametrize(("n_layer", "key_offset"), [(1, True), (2, False), (3, True)])
+@pytest.mark.parametrize("n_layer", [1, 2, 3])
 @pytest.mark.parametrize("n_kv_head", [1, 2])
 @pytest.mark.parametrize("chunks", [[300], [200, 100], [1] * 5 + [7, 150] + [1] * 138, [299, 1]])
-def test_cached_equals_full_past_the_window(n_layer: int, key_offset: bool, n_kv_head: int, chunks: list[int]) -> None:
-    model = make_model(n_layer=n_layer, key_offset=key_offset, n_kv_head=n_kv_head)  # the short window is 128 of 300 tokens
+def test_cached_equals_full_past_the_window(n_layer: int, n_kv_head: int, chunks: list[int]) -> None:
+    model = make_model(n_layer=n_layer, n_kv_head=n_kv_head)  # the short window is 128 of 300 tokens
     idx = torch.randint(300, (2, 300), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         full = model(idx)
@@ -73,22 +73,6 @@ def test_attention_equals_naive_masked_softmax(T: int, window: int, kv_heads: in
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-4)
     for mine, naive in zip(grads, torch.autograd.grad(expected, inputs, grad), strict=True):
         torch.testing.assert_close(mine, naive, atol=1e-5, rtol=1e-4)
-
-
-def test_a_key_offset_finds_what_followed_in_one_layer() -> None:
-    """A query that looks for a token's still channels finds them one place later; the first key is its own."""
-    k = torch.zeros(1, 4, 1, 8)
-    k[0, 1, 0] = 1.0
-    moved = offset_keys(k)[0, :, 0]
-    still = is_still(8, torch.device("cpu"))
-    assert still.tolist() == [False, False, True, True] * 2
-    assert moved[1].tolist() == [1, 1, 0, 0] * 2
-    assert moved[2].tolist() == [0, 0, 1, 1] * 2
-    assert torch.equal(offset_keys(k + 1)[:, 0], k[:, 0] + 1)
-    cos, sin = make_model(n_embd=64).rotary(None, 100)
-    assert (cos[..., 8:] == 1).all()
-    assert (sin[..., 8:] == 0).all()
-    assert (sin[0, 1:, 0, :8] != 0).all()
 
 
 def test_init_weights_sets_everything() -> None:

@@ -22,16 +22,15 @@ transformers = pytest.importorskip("transformers", reason="exports are loaded by
 META = {"tag": "tiny", "stage": "sft", "step": 4, "weights": "0" * 64}
 SHAPES = {  # which lets windows, padding of the vocabulary and grouped heads matter
     "all": {"sequence_len": 512, "n_head": 4, "n_kv_head": 2, "window_pattern": "SSL", "bigrams": 2},
-    "no pairs": {"bigrams": 0, "key_offset": False, "window_pattern": "L"},
+    "no pairs": {"bigrams": 0, "window_pattern": "L"},
 }
 
 
 def make_plain_model(tokenizer: Tokenizer) -> GPT:
     """One that transformers' own class can express, with factors of the stream that are not 1."""
     model = make_model(
-        vocab_size=tokenizer.get_vocab_size(), window_pattern="L", bigrams=0, key_offset=False, value_embeddings=False,
-        qk_scale=1.0,
-    )  # fmt: skip
+        vocab_size=tokenizer.get_vocab_size(), window_pattern="L", bigrams=0, value_embeddings=False, qk_scale=1.0
+    )
     with torch.no_grad():
         model.resid_lambdas.copy_(torch.tensor([0.9, 1.1, 0.8]))
         model.x0_lambdas.copy_(torch.tensor([0.3, 0.0, 0.0]))

@@ -15,7 +15,6 @@ class NanochatConfig(PretrainedConfig):
     `gate_channels` channels.
     bigram_rows: of the table of pairs of tokens, in which a pair lies at `(previous * pair_factor + token) % bigram_rows`;
     0: there is no such table.
-    key_offset: half of a head's channels are not rotated, and there keys are those of the token before.
     qk_scale: the length of each query and key, in units of sqrt(head size).
     """
 
@@ -35,7 +34,6 @@ class NanochatConfig(PretrainedConfig):
         gate_channels: int = 32,
         bigram_rows: int = 0,
         pair_factor: int = 1_000_003,
-        key_offset: bool = False,
         rotary_base: float = 100_000,
         qk_scale: float = 1.2,
         final_logit_softcapping: float = 15.0,
@@ -55,7 +53,6 @@ class NanochatConfig(PretrainedConfig):
         self.gate_channels = gate_channels
         self.bigram_rows = bigram_rows
         self.pair_factor = pair_factor
-        self.key_offset = key_offset
         self.rotary_base = rotary_base
         self.qk_scale = qk_scale
         self.final_logit_softcapping = final_logit_softcapping

@@ -51,18 +51,6 @@ def visible_keys(
     return visible[:, None]
 
 
-def offset_keys(k: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """Keys (B, H, tokens, D) with the channels that are not rotated, in each half of a head the second half, of the token
-    before; the first one's of a text are its own.
-    """
-    head_dim = k.size(-1)
-    still = torch.arange(head_dim, device=k.device) % (head_dim // 2) >= head_dim // 4
-    if attention_mask is not None:
-        follows_text = F.pad(attention_mask.bool(), (1, max(0, k.size(2) - attention_mask.size(1))))[:, : k.size(2)]
-        still = still & follows_text[:, None, :, None]
-    return torch.where(still, torch.cat([k[:, :, :1], k[:, :, :-1]], dim=2), k)
-
-
 class NanochatAttention(nn.Module):
     def __init__(self, config: NanochatConfig, layer: int) -> None:
         super().__init__()
@@ -97,8 +85,6 @@ class NanochatAttention(nn.Module):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
-        if self.config.key_offset:
-            k = offset_keys(k, attention_mask)
         k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
         mask = visible_keys(query_positions, k.size(2), self.window, attention_mask)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -211,10 +197,8 @@ class NanochatModel(NanochatPreTrainedModel):
 
     def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin), each (B or 1, T, 1, head_dim / 2) float32, for positions (B or 1, T)."""
-        pairs = self.config.head_dim // 2
-        rotating = pairs // 2 if self.config.key_offset else pairs
-        exponents = torch.arange(rotating, dtype=torch.float32, device=positions.device) / rotating
-        frequencies = F.pad(self.config.rotary_base**-exponents, (0, pairs - rotating))
+        channels = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=positions.device)
+        frequencies = self.config.rotary_base ** (-channels / self.config.head_dim)
         angles = positions.float()[:, :, None, None] * frequencies
         return angles.cos(), angles.sin()
 

@@ -45,7 +45,6 @@ def to_custom(model: GPT) -> tuple[dict[str, Any], State]:
         "gate_channels": min(GATE_CHANNELS, config.n_embd),
         "bigram_rows": model.bigrams.num_embeddings if model.bigrams is not None else 0,
         "pair_factor": PAIR_FACTOR,
-        "key_offset": config.key_offset,
         "rotary_base": config.rotary_base,
         "qk_scale": config.qk_scale,
     }
@@ -65,7 +64,6 @@ def from_custom(content: dict[str, Any], state: State) -> tuple[GPTConfig, State
         content,
         window_pattern="".join("L" if window >= longest else "S" for window in content["layer_windows"]),
         bigrams=content["bigram_rows"] // padded,
-        key_offset=content.get("key_offset", False),  # which older exports do not know
         value_embeddings=bool(content["value_embedding_layers"]),
         qk_scale=content["qk_scale"],
         rotary_base=content["rotary_base"],
@@ -92,8 +90,6 @@ def native_obstacles(model: GPT) -> list[str]:
         obstacles.append("value embeddings")
     if model.bigrams is not None and model.bigrams.weight.any():
         obstacles.append("embeddings of pairs of tokens")
-    if config.key_offset:
-        obstacles.append("keys that are partly those of the token before")
     if model.x0_lambdas[1:].any():
         obstacles.append("a share of the first embedding in later blocks")
     elif (_stream_factors(model) < SMALLEST_FOLD).any():
