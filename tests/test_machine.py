@@ -161,7 +161,7 @@ def test_dear_updates_ask_for_larger_batches(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    ("has_amx", "dtype", "expected"), [(True, "bfloat16", 0.2), (True, "float32", 0.5), (False, "bfloat16", 0.5)]
+    ("has_amx", "dtype", "expected"), [(True, "bfloat16", 0.25), (True, "float32", 0.5), (False, "bfloat16", 0.5)]
 )
 def test_plans_expect_less_of_amx(has_amx: bool, dtype: str, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx, raising=False)
