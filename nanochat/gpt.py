@@ -160,7 +160,7 @@ class CausalSelfAttention(nn.Module):
         """Queries (B, T, H, D), keys and values (B, T, KV, D)."""
         B, T, C = x.shape
         matrices = (self.c_q, self.c_k, self.c_v)
-        if x.device.type == "cuda" and torch.is_grad_enabled():  # which one large product keeps busier; a CPU it does not
+        if x.device.type == "cuda" and torch.is_grad_enabled():  # one large product is faster there than three; not on a CPU
             qkv = multiply_joined(x, matrices)
         else:
             qkv = [matrix(x) for matrix in matrices]
