@@ -68,7 +68,7 @@ def draw(rows: list[dict[str, Any]], optima: list[dict[str, float]], path: Path)
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     left.scatter([row["flops"] for row in rows], [row["bpb"] for row in rows])
@@ -82,6 +82,10 @@ def draw(rows: list[dict[str, Any]], optima: list[dict[str, float]], path: Path)
         right.axvline(optimum["size"], color="grey", linestyle=":", linewidth=1)
     left.set(xscale="log", xlabel="FLOPs", ylabel="validation bits per byte")
     right.set(xscale="log", xlabel="parameters (matrices and head)")
+    for axis in (left.xaxis, right.xaxis):  # numbers at 1, 2 and 5 of each decade: others run into each other
+        axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(ticker.LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(9, 9)))
+        axis.set_minor_formatter(ticker.NullFormatter())
     right.legend(fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
