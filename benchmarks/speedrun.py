@@ -25,7 +25,7 @@ MODEL = ("--depth=4", "--head-dim=64", "--max-seq-len=512")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Bits per byte under a budget of wall-clock time.")
+    parser = argparse.ArgumentParser(description="Bits per byte under a budget of wall-clock time.", allow_abbrev=False)
     parser.add_argument("--budget", type=float, default=216.0, metavar="SECONDS", help="from the command to the last step")
     parser.add_argument("--seeds", type=int, default=1, help="runs, with seeds 1, 2, ...")
     parser.add_argument("--vocab-size", type=int, default=4096)

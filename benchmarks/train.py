@@ -25,7 +25,7 @@ MODEL = ("--depth=4", "--head-dim=64", "--max-seq-len=512", "--total-batch-size=
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Measure training at depth 4.")
+    parser = argparse.ArgumentParser(description="Measure training at depth 4.", allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--keep", type=Path, default=None, metavar="DIR", help="keep the run here")
