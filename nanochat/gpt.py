@@ -102,15 +102,10 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 
 
 class Embedding(nn.Embedding):
-    """A table of one row for each index, float32 at rest, looked up in any dtype."""
+    """A table of one row for each index."""
 
     def reset_parameters(self) -> None:
         """Values come from GPT.init_weights or a checkpoint; to draw some here cost every command a second."""
-
-    def forward(self, idx: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        if dtype is not None and idx.device.type == "cuda" and idx.numel() > self.num_embeddings:
-            return F.embedding(idx, self.weight.to(dtype))  # the fewer numbers are converted, there and back
-        return super().forward(idx).to(dtype or self.weight.dtype)
 
 
 class Linear(nn.Linear):
@@ -123,11 +118,9 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """As for Embedding."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.multiply(x, self.weight)
-
-    def multiply(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """x (..., in_features) by this matrix, or one that it is a part of."""
+    def forward(self, x: torch.Tensor, joined: torch.Tensor | None = None) -> torch.Tensor:
+        """x (..., in_features) by this matrix, or by one that it is the first part of."""
+        weight = self.weight if joined is None else joined
         if self.fp8 and self.training:
             return fp8_linear(x, weight)
         return F.linear(x, weight.to(x.dtype))
@@ -136,7 +129,7 @@ class Linear(nn.Linear):
 def multiply_joined(x: torch.Tensor, matrices: Sequence[Linear]) -> Sequence[torch.Tensor]:
     """What each of several matrices makes of x, by one product of all."""
     weights = [matrix.weight for matrix in matrices]
-    return matrices[0].multiply(x, torch.cat(weights)).split([weight.size(0) for weight in weights], dim=-1)
+    return matrices[0](x, torch.cat(weights)).split([weight.size(0) for weight in weights], dim=-1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -160,10 +153,8 @@ class CausalSelfAttention(nn.Module):
         """Queries (B, T, H, D), keys and values (B, T, KV, D)."""
         B, T, C = x.shape
         matrices = (self.c_q, self.c_k, self.c_v)
-        if x.device.type == "cuda" and torch.is_grad_enabled():  # one large product is faster there than three; not on a CPU
-            qkv = multiply_joined(x, matrices)
-        else:
-            qkv = [matrix(x) for matrix in matrices]
+        joined = x.device.type == "cuda" and torch.is_grad_enabled()  # faster there than three products; not on a CPU
+        qkv = multiply_joined(x, matrices) if joined else [matrix(x) for matrix in matrices]
         q, k, v = (y.view(B, T, -1, self.head_dim) for y in qkv)
         if value_embedding is not None:
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., : self.ve_gate.in_features]))  # (B, T, KV), 1 at the start
@@ -388,7 +379,7 @@ class GPT(nn.Module):
         x = x0.view_as(x0)  # another tensor object: the compiler gives a block whose x is x0 a graph of its own
         for i, block in enumerate(self.blocks):
             lambdas = (self.resid_lambdas[i], self.x0_lambdas[i])
-            value_embedding = self.value_embeds[str(i)](idx, dtype) if str(i) in self.value_embeds else None
+            value_embedding = self.value_embeds[str(i)](idx).to(dtype) if str(i) in self.value_embeds else None
             wanted = places if i == len(self.blocks) - 1 else None
             x = run_block(block, x, x0, lambdas, value_embedding, rotary, attention[i], wanted)
         return norm(x)
@@ -398,13 +389,12 @@ class GPT(nn.Module):
 
         Pairs that meet in one row of the table share it. Hashed n-gram embeddings: arXiv 2502.01637.
         """
-        dtype = self.get_compute_dtype()
-        x = self.wte(idx, dtype)
+        x = self.wte(idx)
         if self.bigrams is None:
             return x
         if previous is None:
             previous = torch.cat([idx[:, :1], idx[:, :-1]], dim=1)
-        return x + self.bigrams((previous * PAIR_FACTOR + idx) % self.bigrams.num_embeddings, dtype)
+        return x + self.bigrams((previous * PAIR_FACTOR + idx) % self.bigrams.num_embeddings)
 
     def forward(
         self,

@@ -91,14 +91,14 @@ def test_the_chosen_attention_skips_what_a_window_hides() -> None:
 
 
 @pytest.mark.parametrize("count", [20, 500])
-def test_tables_are_looked_up_in_bfloat16(count: int) -> None:
-    """Few ids and many: the same rows, and gradients that are sums in float32, rounded once at most, in one order."""
+def test_gradients_of_tables_are_sums_in_one_order(count: int) -> None:
+    """Few ids and many, often the same one: the gradients are what a CPU adds up, and the same each time."""
     idx = torch.randint(64, (4, count), device=GPU)
     idx[:2] = 7
     grad = torch.randn(4, count, 100, device=GPU, dtype=torch.bfloat16)
     table = Embedding(64, 100).to(GPU)
     torch.nn.init.normal_(table.weight)
-    rows = table(idx, torch.bfloat16)
+    rows = table(idx).to(torch.bfloat16)
     assert torch.equal(rows, F.embedding(idx, table.weight).to(torch.bfloat16))
     found = [torch.autograd.grad(rows, table.weight, grad, retain_graph=True)[0] for _ in range(2)]
     assert torch.equal(*found)
@@ -106,9 +106,9 @@ def test_tables_are_looked_up_in_bfloat16(count: int) -> None:
     torch.testing.assert_close(found[0].double().cpu(), exact, atol=1e-2, rtol=1e-2)
 
 
-def _pair(**settings: object) -> tuple[GPT, GPT]:
+def _pair() -> tuple[GPT, GPT]:
     """The same model on the CPU, in float32, and on the GPU."""
-    exact, mine = (make_model(**{**CONFIG.__dict__, **settings}).train() for _ in range(2))
+    exact, mine = (make_model(**CONFIG.__dict__).train() for _ in range(2))
     for model in (exact, mine):
         with torch.no_grad():
             for parameter in model.blocks.parameters():
@@ -141,7 +141,6 @@ def test_loss_and_every_gradient(dtype: torch.dtype, compiled: bool) -> None:
 
 def test_an_update_moves_parameters_as_on_a_cpu() -> None:
     exact, mine = _pair()
-    mine.load_state_dict(exact.state_dict())
     before = {name: p.detach().clone() for name, p in exact.named_parameters()}
     optimizers = [model.setup_optimizer() for model in (exact, mine)]
     for seed in range(3):

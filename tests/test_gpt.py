@@ -174,6 +174,16 @@ def test_attention_without_a_window_by_pytorchs_kernels() -> None:
     torch.testing.assert_close(_attend_whole(q, k, v), plan.attend(q, k, v, plan), atol=1e-5, rtol=1e-4)
 
 
+def test_loss_in_float16_has_gradients_where_sums_leave_its_range() -> None:
+    x, weight = (torch.randn(n, 16, generator=torch.Generator().manual_seed(n)) for n in (40, 50))
+    x, weight = x.half().requires_grad_(), weight.requires_grad_()
+    targets = torch.arange(40)
+    result = softcapped_cross_entropy(x, weight, targets, LOGIT_CAP)
+    expected = _naive(x.float(), weight, targets, "mean")
+    for mine, naive in zip(*(torch.autograd.grad(loss, (x, weight)) for loss in (result, expected)), strict=True):
+        assert (mine - naive).float().norm() < 2e-3 * naive.float().norm()
+
+
 def test_loss_of_nothing_supervised_is_zero() -> None:
     x, weight = torch.randn(8, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
     loss = softcapped_cross_entropy(x, weight, torch.full((8,), -1), LOGIT_CAP)
