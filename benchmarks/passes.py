@@ -1,4 +1,4 @@
-"""What a training update takes at any depth, without text: python -m benchmarks.passes --depth 12 [--fp8] [--profile]
+"""What a training update takes at any depth, without text: python -m benchmarks.passes --depth 12 [--fp8] [--profile FILE]
 
 A new model of the default shape learns random tokens, drawn as unevenly as those of a text (Zipf), in updates of the size
 that pretraining would choose. Reported: tokens a second, the share of the device's own matmul rate (MFU), the milliseconds
@@ -11,18 +11,19 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.common import describe_machine, print_result
+from nanochat.checkpoint_manager import build_model
 from nanochat.common import compute_init, peak_memory_bytes, run_command, synchronize
 from nanochat.compilation import can_compile, keep_freed_memory
 from nanochat.fp8 import enable_fp8
-from nanochat.gpt import GPT
-from nanochat.scaling import default_device_batch_size, model_config, plan_horizon
+from nanochat.scaling import accumulation_steps, default_device_batch_size, model_config, plan_horizon
+from nanochat.stage import seconds_of
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -31,14 +32,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--max-seq-len", type=int, default=2048)
     parser.add_argument("--vocab-size", type=int, default=32768)
-    parser.add_argument("--window-pattern", default="SSSL")
     parser.add_argument("--total-batch-size", type=int, default=-1, help="tokens in an update (-1: by depth)")
     parser.add_argument("--device-batch-size", type=int, default=32, metavar="ROWS", help="at most, in a pass")
     parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
     parser.add_argument("--updates", type=int, default=3, help="to take the median of")
     parser.add_argument("--fp8", action="store_true")
-    parser.add_argument("--activation-checkpointing", action="store_true")
-    parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--profile", type=Path, default=None, metavar="FILE", help="write a table of the longest kernels")
     return parser.parse_args(argv)
 
@@ -48,71 +46,64 @@ def main(argv: list[str] | None = None) -> int:
     *_, device = compute_init(args.device_type)
     keep_freed_memory()
     update = Update(args, device)
-    print_result({**describe_machine(device), **update.prepare(), **update.measure(args.updates)})
+    machine = describe_machine(device)
+    print_result({**machine, **update.prepare(), **update.measure(args.updates, 1e9 * machine["matmul_gflops"])})
     if args.profile:
         args.profile.write_text(update.profile(), encoding="utf-8")
     return 0
 
 
 class Update:
-    """A model, its optimizer and batches of random tokens: what the trainer does at each step, and nothing else."""
+    """A model, its optimizer and a batch of random tokens: what the trainer does at each step, and nothing else."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.device, self.name = device, f"depth {args.depth}{', fp8' if args.fp8 else ''}"
-        config = model_config(
-            args.depth, args.vocab_size, args.max_seq_len, head_dim=args.head_dim, window_pattern=args.window_pattern
-        )
-        with torch.device("meta"):
-            self.model = GPT(config)
-        self.model.to_empty(device=device).init_weights(seed=0)
-        self.model.recompute_blocks = args.activation_checkpointing
+        config = model_config(args.depth, args.vocab_size, args.max_seq_len, head_dim=args.head_dim)
+        self.model = build_model(asdict(config), None, device, seed=0)
         if args.fp8:
             enable_fp8(self.model, device)
-        if args.compile and can_compile(device) is None:
+        if can_compile(device) is None:
             self.model.compile()
         self.flops_per_token = self.model.estimate_flops()
         self.tokens = plan_horizon(config, self.flops_per_token, total_batch_size=args.total_batch_size).total_batch_size
-        rows = default_device_batch_size(self.tokens, args.max_seq_len, 1, args.device_batch_size * args.max_seq_len)
-        self.passes = self.tokens // (rows * args.max_seq_len)
+        T = args.max_seq_len
+        self.rows = default_device_batch_size(self.tokens, T, 1, args.device_batch_size * T)
+        self.passes = accumulation_steps(self.tokens, self.rows, T, 1)
         self.optimizer = self.model.setup_optimizer()
         likely = 1 / torch.arange(10.0, args.vocab_size + 10)
-        self.batches = [torch.multinomial(likely, rows * args.max_seq_len + 1, replacement=True).to(device) for _ in range(2)]
-        self.rows = rows
+        ids = torch.multinomial(likely, self.rows * T + 1, replacement=True).to(device)
+        self.inputs, self.targets = ids[:-1].view(self.rows, T), ids[1:].view(self.rows, T)
 
-    def forward_backward(self, n: int) -> None:
-        ids = self.batches[n % 2]
-        loss = self.model(ids[:-1].view(self.rows, -1), ids[1:].view(self.rows, -1), loss_reduction="sum")
-        (loss / self.tokens).backward()
+    def forward_backward(self) -> None:
+        (self.model(self.inputs, self.targets, loss_reduction="sum") / self.tokens).backward()
 
     def step(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def run(self) -> None:
-        for n in range(self.passes):
-            self.forward_backward(n)
+        for _ in range(self.passes):
+            self.forward_backward()
         self.step()
 
     def prepare(self) -> dict[str, Any]:
         """Compile, and let the allocator see everything once."""
         started = time.perf_counter()
         for _ in range(2):
-            self.forward_backward(0)
+            self.forward_backward()
             self.step()
         synchronize(self.device)
         return {"model": self.name, "parameters": self.model.num_scaling_params()["total"],
                 "compile_s": round(time.perf_counter() - started, 1)}  # fmt: skip
 
-    def measure(self, updates: int) -> dict[str, Any]:
-        """Medians over so many updates."""
+    def measure(self, updates: int, matmul_rate: float) -> dict[str, Any]:
+        """Medians over so many updates; matmul_rate: the device's, in FLOP/s."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.run()
-        seconds = statistics.median(self._seconds(self.run) for _ in range(updates))
-        pass_s = statistics.median(self._seconds(lambda: self.forward_backward(0)) for _ in range(updates + 2))
-        step_s = statistics.median(self._seconds(self.optimizer.step) for _ in range(updates + 2))
+        works = (self.run, self.forward_backward, self.optimizer.step)
+        seconds, pass_s, step_s = (statistics.median(seconds_of(work, self.device) for _ in range(updates)) for work in works)
         self.optimizer.zero_grad()
-        matmul_rate = 1e9 * describe_machine(self.device)["matmul_gflops"]
         return {
             "rows": self.rows,
             "passes": self.passes,
@@ -124,13 +115,6 @@ class Update:
             "peak_memory_mb": round(peak_memory_bytes(self.device) / 1e6),
         }
 
-    def _seconds(self, work: Callable[[], None]) -> float:
-        synchronize(self.device)
-        started = time.perf_counter()
-        work()
-        synchronize(self.device)
-        return time.perf_counter() - started
-
     def profile(self, rows: int = 60) -> str:
         """A table of what one pass and one step of the optimizer spent their time with, the longest first."""
         from torch.profiler import ProfilerActivity, profile
@@ -138,7 +122,7 @@ class Update:
         gpu = self.device.type == "cuda"
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
         with profile(activities=activities) as profiler:
-            self.forward_backward(0)
+            self.forward_backward()
             self.step()
             synchronize(self.device)
         order = "self_device_time_total" if gpu else "self_cpu_time_total"

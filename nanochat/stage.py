@@ -373,7 +373,7 @@ def batch_worth_an_update(model: GPT) -> int:
     idx = torch.zeros(1, model.config.sequence_len, dtype=torch.long, device=device)
     optimizer = _idle_optimizer(model)
     model(idx, idx).backward()
-    seconds = max(gather_objects(min(_seconds_of(optimizer.step, device) for _ in range(3))))
+    seconds = max(gather_objects(min(seconds_of(optimizer.step, device) for _ in range(3))))
     model.zero_grad(set_to_none=True)
     return int(4 * seconds * flops_in(model, 1 / 60) / model.estimate_flops())
 
@@ -383,7 +383,8 @@ def _idle_optimizer(model: GPT) -> MuonAdamW:
     return model.setup_optimizer(matrix_lr=0, embedding_lr=0, unembedding_lr=0, scalar_lr=0, weight_decay=0)
 
 
-def _seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """What a device takes for some work, to its very end."""
     started = time.perf_counter()
     work()
     synchronize(device)
@@ -405,8 +406,8 @@ def steps_in(stage: Stage, model: GPT, minutes: float, rows: int, total_batch_si
     generator = torch.Generator().manual_seed(0)
     idx = torch.randint(model.config.vocab_size, (rows, T), generator=generator).to(device)
     optimizer = _idle_optimizer(model)
-    passes = [_seconds_of(lambda: model(idx, idx).backward(), device) for _ in range(5)][2:]  # the first ones compile
-    updates = [_seconds_of(optimizer.step, device) for _ in range(3)][1:]
+    passes = [seconds_of(lambda: model(idx, idx).backward(), device) for _ in range(5)][2:]  # the first ones compile
+    updates = [seconds_of(optimizer.step, device) for _ in range(3)][1:]
     model.zero_grad(set_to_none=True)
     accumulated = accumulation_steps(total_batch_size, rows, T, get_dist_info()[3])
     ranks = gather_objects((accumulated * statistics.median(passes) + min(updates), seconds_since_start()))

@@ -152,7 +152,7 @@ def test_dear_updates_ask_for_larger_batches(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("nanochat.stage.measure_matmul_rate", lambda *args: 1e12)
     batches = []
     for seconds in (0.01, 0.04):
-        monkeypatch.setattr("nanochat.stage._seconds_of", lambda work, device, seconds=seconds: work() or seconds)
+        monkeypatch.setattr("nanochat.stage.seconds_of", lambda work, device, seconds=seconds: work() or seconds)
         batches.append(stage.batch_worth_an_update(model))
     assert batches[1] == pytest.approx(4 * batches[0], rel=0.01)
     assert batches[0] > 0
