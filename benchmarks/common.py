@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import os
@@ -15,6 +16,8 @@ import torch
 
 from nanochat.common import NanochatError, get_compute_dtype, test_data_dir
 from nanochat.compilation import measure_matmul_rate
+from nanochat.gpt import GPTConfig
+from nanochat.scaling import model_config
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 
@@ -37,6 +40,18 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "matmul_gflops": round(measure_matmul_rate(device, dtype, seconds=2.0) / 1e9, 1),
     }
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, depth: int, head_dim: int, max_seq_len: int, vocab_size: int) -> None:
+    """The shape of a model, which `shape_of` reads; given are what it is without flags."""
+    parser.add_argument("--depth", type=int, default=depth)
+    parser.add_argument("--head-dim", type=int, default=head_dim)
+    parser.add_argument("--max-seq-len", type=int, default=max_seq_len)
+    parser.add_argument("--vocab-size", type=int, default=vocab_size)
+
+
+def shape_of(args: argparse.Namespace) -> GPTConfig:
+    return model_config(args.depth, args.vocab_size, args.max_seq_len, head_dim=args.head_dim)
 
 
 def any_tokenizer(vocab_size: int) -> Tokenizer:

@@ -1,7 +1,7 @@
-"""How fast the engine generates: python -m benchmarks.decode [--depth 12] [--weights int8] [--temperature 0.8 --top-k 50]
+"""How fast the engine generates: python -m benchmarks.decode [--weights int8] [--temperature 0.8 --top-k 50]
 
-A model with random weights, at depth 4 of width 256 with a context of 512 and a vocabulary of 4,096, otherwise of the shape
-that pretraining gives it; prompts of 256 tokens. The measurement is that of scripts/infer_bench.
+A model with random weights, of depth 4, width 256, context 512 and vocabulary 4,096 unless flags say otherwise; prompts of
+256 tokens. The measurement is that of scripts/infer_bench.
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ import sys
 
 import torch
 
-from benchmarks.common import any_tokenizer
+from benchmarks.common import add_model_arguments, any_tokenizer, shape_of
 from nanochat.common import compute_init, run_command
-from nanochat.gpt import GPT
-from nanochat.scaling import model_config
+from nanochat.gpt import GPT, GPTConfig
 from scripts import infer_bench
 
 
-def build_model(device: torch.device, depth: int = 4) -> GPT:
+def build_model(device: torch.device, config: GPTConfig) -> GPT:
     """Every matrix random: a new model's projections are zero, and zeros may be faster to multiply."""
-    small = model_config(4, vocab_size=4096, sequence_len=512, head_dim=64)
-    model = GPT(small if depth == 4 else model_config(depth, vocab_size=32768)).to(device)
+    model = GPT(config).to(device)
     model.init_weights(seed=0)
     with torch.no_grad():
         if model.bigrams is not None:
@@ -34,11 +32,11 @@ def build_model(device: torch.device, depth: int = 4) -> GPT:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure generation.")
-    parser.add_argument("--depth", type=int, default=4)
+    add_model_arguments(parser, depth=4, head_dim=64, max_seq_len=512, vocab_size=4096)
     infer_bench.add_measurement_arguments(parser)
     args = parser.parse_args(argv)
     *_, device = compute_init()
-    model = build_model(device, args.depth)
+    model = build_model(device, shape_of(args))
     report = {"model": f"depth {args.depth}, width {model.config.n_embd}"}
     return infer_bench.run(model, any_tokenizer(model.config.vocab_size), args, report)
 

@@ -17,21 +17,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import describe_machine, print_result
+from benchmarks.common import add_model_arguments, describe_machine, print_result, shape_of
 from nanochat.checkpoint_manager import build_model
 from nanochat.common import compute_init, peak_memory_bytes, run_command, synchronize
 from nanochat.compilation import can_compile, keep_freed_memory
 from nanochat.fp8 import enable_fp8
-from nanochat.scaling import accumulation_steps, default_device_batch_size, model_config, plan_horizon
+from nanochat.scaling import accumulation_steps, default_device_batch_size, plan_horizon
 from nanochat.stage import seconds_of
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure updates of a model of any depth.")
-    parser.add_argument("--depth", type=int, default=12)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--max-seq-len", type=int, default=2048)
-    parser.add_argument("--vocab-size", type=int, default=32768)
+    add_model_arguments(parser, depth=12, head_dim=128, max_seq_len=2048, vocab_size=32768)
     parser.add_argument("--total-batch-size", type=int, default=-1, help="tokens in an update (-1: by depth)")
     parser.add_argument("--device-batch-size", type=int, default=32, metavar="ROWS", help="at most, in a pass")
     parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
@@ -58,7 +55,7 @@ class Update:
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.device, self.name = device, f"depth {args.depth}{', fp8' if args.fp8 else ''}"
-        config = model_config(args.depth, args.vocab_size, args.max_seq_len, head_dim=args.head_dim)
+        config = shape_of(args)
         self.model = build_model(asdict(config), None, device, seed=0)
         if args.fp8:
             enable_fp8(self.model, device)

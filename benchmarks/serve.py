@@ -26,6 +26,7 @@ from nanochat.compilation import in_own_thread, keep_freed_memory
 from nanochat.engine import Engine
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
+from nanochat.scaling import model_config
 from nanochat.scheduler import Sequence
 from nanochat.server import create_app
 
@@ -49,7 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = any_tokenizer(4096)
 
     def begin() -> tuple[Engine, float]:
-        engine = Engine(prepare_for_inference(build_model(device)), tokenizer, max_rows=32)
+        engine = Engine(
+            prepare_for_inference(build_model(device, model_config(4, vocab_size=4096, sequence_len=512, head_dim=64))),
+            tokenizer,
+            max_rows=32,
+        )
         engine.compile()
         return engine, [measure_engine(engine, args.clients, args.rounds, seed) for seed in range(2)][-1]
 
