@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,13 @@ CONFIG = GPTConfig(512, vocab_size=500, n_layer=2, n_head=2, n_kv_head=2, n_embd
 
 
 @pytest.fixture(autouse=True)
-def _one_gpu() -> None:
+def _one_gpu() -> Iterator[None]:
     if can_compile(GPU) is not None:
         pytest.skip(f"nothing compiles here: {can_compile(GPU)}")
+    before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
