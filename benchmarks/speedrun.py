@@ -9,7 +9,6 @@ start-up's and the training's; those of the evaluations in between, which a user
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -77,17 +76,16 @@ def run_seed(seed: int, budget: float, flags: list[str], folder: Path) -> list[d
     )  # fmt: skip
     stage_dir = folder / "runs" / f"seed{seed}" / "base"
     rows = read_metrics(stage_dir / "metrics.jsonl")
-    flops_per_token = json.loads((stage_dir / "settings.json").read_text(encoding="utf-8"))["flops_per_token"]
     train = [row for row in rows if "train/loss" in row]
     before_training = train[0]["timestamp"] - train[0]["time_s"] - started
     rates = [row["train/mfu"] for row in train]
     curve = []
     for row in rows:
         if "val/bpb" in row:
-            tokens = next(step["train/tokens"] for step in reversed(train) if step["step"] <= row["step"])
+            done = next(step for step in reversed(train) if step["step"] <= row["step"])
             curve.append(
-                {"seconds": round(before_training + row["time_s"], 1), "tokens": tokens,
-                 "flops": float(tokens * flops_per_token), "bpb": round(row["val/bpb"], 4),
+                {"seconds": round(before_training + row["time_s"], 1), "tokens": done["train/tokens"],
+                 "flops": float(done["train/flops"]), "bpb": round(row["val/bpb"], 4),
                  "mfu": round(statistics.median(rates), 4)}
             )  # fmt: skip
     return curve

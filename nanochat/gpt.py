@@ -264,6 +264,7 @@ class GPT(nn.Module):
         self._compiled_block: Callable[..., torch.Tensor] | None = None
         self._compiled_gradient: SoftmaxGradient | None = None  # of the loss
         self.recompute_blocks = False  # in the backward pass, instead of keeping what is inside them
+        self.idle_blocks = 0  # the first so many, passed over while they do not learn yet (scaling.expansion_share)
         self.is_sharded = False  # by sharding.py: each rank holds some rows of every parameter
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -377,7 +378,12 @@ class GPT(nn.Module):
         dtype = self.get_compute_dtype()
         x0 = norm(self.embed(idx, previous).to(dtype))
         x = x0.view_as(x0)  # another tensor object: the compiler gives a block whose x is x0 a graph of its own
-        for i, block in enumerate(self.blocks):
+        if self.idle_blocks:  # their projections are still zero: they only multiply what they are given
+            factor = torch.ones((), device=idx.device)
+            for i in range(self.idle_blocks):
+                factor = self.resid_lambdas[i] * factor + self.x0_lambdas[i]
+            x = (factor * x).to(dtype)
+        for i, block in enumerate(self.blocks[self.idle_blocks :], self.idle_blocks):
             lambdas = (self.resid_lambdas[i], self.x0_lambdas[i])
             value_embedding = self.value_embeds[str(i)](idx).to(dtype) if str(i) in self.value_embeds else None
             wanted = places if i == len(self.blocks) - 1 else None
@@ -461,17 +467,19 @@ class GPT(nn.Module):
         counts["scaling"] = counts["matrices"] + counts["lm_head"]
         return counts
 
-    def estimate_flops(self) -> int:
+    def estimate_flops(self, idle_blocks: int = 0) -> int:
         """Floating-point operations to train on one token, forward and backward, at the full context.
 
         6 for each matrix parameter (embeddings are looked up, not multiplied), and 12 for each channel and each key
-        that a query on average sees: masked keys count nothing, whatever the backend does with them.
-        Method: arXiv 2204.02311, appendix B, with windows.
+        that a query on average sees: masked keys count nothing, whatever the backend does with them, nor do the first
+        idle_blocks. Method: arXiv 2204.02311, appendix B, with windows.
         """
         T = self.config.sequence_len
         counts = self.num_scaling_params()
-        keys_seen = sum(sum(min(t, window) + 1 for t in range(T)) / T for window in self.config.windows())
-        return int(6 * counts["scaling"] + 12 * self.config.n_embd * keys_seen)
+        windows = self.config.windows()[idle_blocks:]
+        keys_seen = sum(sum(min(t, window) + 1 for t in range(T)) / T for window in windows)
+        idle = sum(p.numel() for block in self.blocks[:idle_blocks] for p in block.parameters())
+        return int(6 * (counts["scaling"] - idle) + 12 * self.config.n_embd * keys_seen)
 
     def setup_optimizer(self, **settings: Any) -> MuonAdamW:
         """The optimizer for this model: see optim.py. `settings`: optim.OptimizerSettings."""

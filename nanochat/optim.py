@@ -213,12 +213,12 @@ class _Unit:
 
     def start_reduce(self) -> None:
         """Begin to sum the gradients over ranks; afterwards this rank's rows are in the first buffer."""
-        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.params]
-        rows = self._as_rows(grads).float()
         if self.world_size == 1:
-            self._buffers = (rows,)
+            if grads := [p.grad for p in self.params if p.grad is not None]:
+                self._buffers = (self._as_rows(grads).float(),)
             return
-        rows = self._padded(rows)
+        grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.params]
+        rows = self._padded(self._as_rows(grads).float())
         share = rows.new_empty((self.rows_per_rank, *rows.shape[1:]))
         self._work = reduce_scatter(share, rows, op=dist.ReduceOp.SUM, async_op=True)
         self._buffers = (share, rows)
@@ -227,7 +227,8 @@ class _Unit:
         if self._work is not None:
             self._work.wait()
         if self.world_size == 1:
-            self._update_rows(self._buffers[0], step)
+            for grad in self._buffers:  # none if no parameter has a gradient: idle blocks stay as they are
+                self._update_rows(grad, step)
         elif self.begin < self.end:
             self._update_rows(self._buffers[0][: self.end - self.begin], step)
         self._buffers, self._work = (), None
@@ -261,8 +262,9 @@ class _Unit:
         return torch.cat([rows, rows.new_zeros((length - rows.size(0), *rows.shape[1:]))])
 
     def _share_of(self, name: str, like: Tensor) -> Tensor:
+        """This rank's rows of a part of the state, at first zeros, each like a row of `like`."""
         if name not in self.state:
-            self.state[name] = torch.zeros_like(like)
+            self.state[name] = like.new_zeros(self.end - self.begin, *like.shape[1:])
         return self.state[name]
 
     def gather_state(self) -> dict[str, Tensor]:
@@ -366,9 +368,10 @@ class _MuonUnit(_Unit):
 
     def _update_rows(self, grad: Tensor, step: int) -> None:
         group = self.group
-        mine = self.params[self.begin : self.end]
-        momentum = self._share_of("momentum", grad)
-        second_moment = self._share_of("second_moment", neuron_means(grad))
+        learning = slice(self.end - self.begin - grad.size(0), None)  # without those of idle blocks, which come first
+        mine = self.params[self.begin : self.end][learning]
+        momentum = self._share_of("momentum", grad)[learning]
+        second_moment = self._share_of("second_moment", neuron_means(grad))[learning]
         momentum.lerp_(grad, 1 - group.momentum)
         update = orthogonalize_blocks(grad.lerp_(momentum, group.momentum), group.block).float()  # Nesterov
         update = normalize_neurons(update, second_moment, group.betas[1])
@@ -435,7 +438,7 @@ def apply_update(matrices: list[Tensor], update: Tensor, group: Group, shape: to
     lr = group.lr * max(1.0, shape[0] / shape[1]) ** 0.5
     for values, change in zip(matrices, update, strict=True):
         if group.weight_decay:
-            change.addcmul_(values, (change * values).ge_(0), value=group.weight_decay)
+            change.addcmul_(values, (change * values).gt_(0), value=group.weight_decay)
         values.sub_(change, alpha=lr)
 
 

@@ -25,6 +25,7 @@ BIGRAM_ROWS = 2**16  # twice as many: 0.01 bits per byte less at depth 4 (dev/LO
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19
 TOKENS_PER_PARAM = 12.0  # training tokens for each scaling parameter
+FEW_TOKENS_PER_PARAM, LONGEST_EXPANSION = 0.6, 0.85  # with so few, the last block learns alone so long
 BATCH_EXPONENT, SMALL_BATCH_EXPONENT = 0.383, 0.79  # above and below the reference
 LR_BATCH_EXPONENT = 1 / 10
 
@@ -81,7 +82,7 @@ class Horizon:
 
 def plan_horizon(
     config: GPTConfig,
-    flops_per_token: int,
+    flops_per_token: float,
     num_iterations: int = -1,
     target_flops: float = -1,
     tokens_per_param: float = TOKENS_PER_PARAM,
@@ -110,6 +111,17 @@ def plan_horizon(
             raise NanochatError("no horizon: give --num-iterations, --target-flops or --target-param-data-ratio above 0")
     decay_scale = (total_batch_size / REFERENCE_BATCH) ** (1 - LR_BATCH_EXPONENT) * reference_tokens / target_tokens
     return Horizon(max(1, num_iterations), total_batch_size, learning_rate_scale(total_batch_size), decay_scale)
+
+
+def expansion_share(tokens_per_param: float) -> float:
+    """The share of a run's updates in which its last block learns alone, where a budget is what limits the run.
+
+    tokens_per_param: how many tokens the budget would give each parameter of the whole model. The fewer, the longer a small
+    model learns more in the time; 0 where there are enough for all blocks. Method: arXiv 2511.04981; numbers: dev/LOG.md,
+    "The last block first".
+    """
+    lack = math.log(TOKENS_PER_PARAM / tokens_per_param) / math.log(TOKENS_PER_PARAM / FEW_TOKENS_PER_PARAM)
+    return round(LONGEST_EXPANSION * min(max(lack, 0.0), 1.0), 2)
 
 
 def learning_rate_scale(total_batch_size: int) -> float:
@@ -150,6 +162,11 @@ def learning_rate_factor(
     up = (step + 1) / warmup_steps if step < warmup_steps else 1.0
     progress = (num_iterations - step) / warmdown_steps if num_iterations - step < warmdown_steps else 1.0
     return min(up, progress + (1 - progress) * final_fraction)
+
+
+def expansion_step(num_iterations: int, expand_at: float) -> int:
+    """The first step of a run at which all blocks learn, if that is to be after a share `expand_at` of it."""
+    return round(expand_at * num_iterations)
 
 
 def muon_momentum(step: int, num_iterations: int, warmdown_ratio: float, peak: float = 0.95) -> float:

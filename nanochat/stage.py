@@ -391,11 +391,14 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def steps_in(stage: Stage, model: GPT, minutes: float, rows: int, total_batch_size: int, compile: bool) -> int:
+def steps_in(
+    stage: Stage, model: GPT, minutes: float, rows: int, total_batch_size: int, compile: bool, expand_at: float = 0.0
+) -> int:
     """Updates that this machine does until `minutes` after the command was given: --target-minutes as a horizon.
 
-    Measured on a few micro-batches of `rows`, compiled as the training will be, and on updates by nothing. A resumed stage
-    keeps what it began with, so that its schedules stay what they were. Raises NanochatError if no time is left.
+    Measured on a few micro-batches of `rows`, compiled as the training will be, and on updates by nothing, of all blocks and
+    of the last one, which learns alone for a share expand_at. A resumed stage keeps what it began with, so that its
+    schedules stay what they were. Raises NanochatError if no time is left.
     """
     if old := stage.recorded_settings():
         return old["num_iterations"]
@@ -406,11 +409,19 @@ def steps_in(stage: Stage, model: GPT, minutes: float, rows: int, total_batch_si
     generator = torch.Generator().manual_seed(0)
     idx = torch.randint(model.config.vocab_size, (rows, T), generator=generator).to(device)
     optimizer = _idle_optimizer(model)
-    passes = [seconds_of(lambda: model(idx, idx).backward(), device) for _ in range(5)][2:]  # the first ones compile
-    updates = [seconds_of(optimizer.step, device) for _ in range(3)][1:]
-    model.zero_grad(set_to_none=True)
     accumulated = accumulation_steps(total_batch_size, rows, T, get_dist_info()[3])
-    ranks = gather_objects((accumulated * statistics.median(passes) + min(updates), seconds_since_start()))
+
+    def seconds_of_step(idle_blocks: int) -> float:
+        model.idle_blocks = idle_blocks
+        passes = [seconds_of(lambda: model(idx, idx).backward(), device) for _ in range(5)][2:]  # the first ones compile
+        updates = [seconds_of(optimizer.step, device) for _ in range(3)][1:]
+        model.zero_grad(set_to_none=True)
+        return accumulated * statistics.median(passes) + min(updates)
+
+    mean = (1 - expand_at) * seconds_of_step(0)
+    if expand_at:
+        mean += expand_at * seconds_of_step(model.config.n_layer - 1)
+    ranks = gather_objects((mean, seconds_since_start()))
     seconds, elapsed = (max(column) for column in zip(*ranks, strict=True))
     if elapsed >= 60 * minutes:
         raise NanochatError(f"--target-minutes {minutes:g} is over: start-up alone took {elapsed:.0f} s here; give more")

@@ -49,7 +49,7 @@ from nanochat.gpt import GPT
 from nanochat.metrics import MetricsLog
 from nanochat.optim import MuonAdamW
 from nanochat.progress import Progress
-from nanochat.scaling import learning_rate_factor, muon_momentum
+from nanochat.scaling import expansion_step, learning_rate_factor, muon_momentum
 
 Evaluation = Callable[[], dict[str, float]]
 PATIENCE_S = 3.0  # between a wish to stop and a demand
@@ -76,6 +76,7 @@ class TrainConfig:
     warmup_steps: int = 40
     warmdown_ratio: float = 0.65
     final_lr_frac: float = 0.05
+    expand_at: float = 0.0  # the share of the updates in which the last block learns alone
     muon_momentum: float = 0.95
     eval_every: int = 250
     eval_first: bool = False  # also before the first update
@@ -261,6 +262,8 @@ class Trainer:
         config = self.config
         while True:
             last = self.step >= config.num_iterations
+            expanded = self.step >= expansion_step(config.num_iterations, config.expand_at)
+            self.model.idle_blocks = 0 if expanded else self.model.config.n_layer - 1
             if (last or self._due(config.save_every)) and self.step != self._saved_step:
                 self.save(wait=last)
             for period, evaluate in self.evaluations:
@@ -280,7 +283,8 @@ class Trainer:
         self.model.train()
         compute_dtype = self.model.get_compute_dtype()
         self.matmul_rate = measure_matmul_rate(self.device, compute_dtype) * self.world_size
-        self.flops_per_token = self.model.estimate_flops()
+        n_layer = self.model.config.n_layer
+        self.flops_per_token = [self.model.estimate_flops(idle_blocks) for idle_blocks in (n_layer - 1, 0)]
         if self.config.compile and (reason := can_compile(self.device)) is not None:
             if self.rank == 0:
                 print(f"training without torch.compile: {reason}")
@@ -369,18 +373,24 @@ class Trainer:
         elapsed, self._logged_time_s = self.time_s - self._logged_time_s, self.time_s
         row = {"step": self.step, "time_s": round(self.time_s, 4), "train/loss": sum(values) / steps, "train/lrm": factor}
         if batch_size := self.config.total_batch_size:
-            tokens_per_s = batch_size * steps / elapsed
+            flops = self._flops(self.step)
             row |= {
-                "train/tok_per_s": round(tokens_per_s, 1),
-                "train/mfu": tokens_per_s * self.flops_per_token / self.matmul_rate,
+                "train/tok_per_s": round(batch_size * steps / elapsed, 1),
+                "train/mfu": (flops - self._flops(self.step - steps)) / elapsed / self.matmul_rate,
                 "train/tokens": self.step * batch_size,
-                "train/flops": self.step * batch_size * self.flops_per_token,
+                "train/flops": flops,
             }
         row["train/peak_memory_mb"] = round(peak_memory_bytes(self.device) / 1e6)
         row |= self.step_metrics()
         self.metrics.log(row)
         shown = {name.rpartition("/")[2]: value for name, value in (row | self.results).items()}
         self.progress.update(self.step, **{name: shown[name] for name in SHOWN if name in shown})
+
+    def _flops(self, steps: int) -> int:
+        """Floating-point operations of the first so many updates."""
+        alone = min(steps, expansion_step(self.config.num_iterations, self.config.expand_at))
+        one_block, all_blocks = self.flops_per_token
+        return self.config.total_batch_size * (alone * one_block + (steps - alone) * all_blocks)
 
     def _describe_divergence(self) -> str:
         return (

@@ -10,6 +10,7 @@ import itertools
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -23,7 +24,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.metrics import MetricsLog
 from nanochat.optim import OptimizerSettings
-from nanochat.scaling import Horizon, accumulation_steps, model_config, plan_horizon
+from nanochat.scaling import Horizon, accumulation_steps, expansion_share, model_config, plan_horizon
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import (
     Stage,
@@ -82,6 +83,8 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     optimization.add_argument("--warmup-steps", type=int, default=40, help="steps until the rates are at their peak")
     optimization.add_argument("--warmdown-ratio", type=float, default=0.65, help="share of the steps in which they fall")
     optimization.add_argument("--final-lr-frac", type=float, default=0.05, help="share of the peak at the last step")
+    optimization.add_argument("--expand-at", type=float, default=-1.0, metavar="SHARE",
+                              help="of the updates, in which the last block learns alone (-1: by the budget)")  # fmt: skip
     optimization.add_argument("--seed", type=int, default=42, help="of the weights at the start")
     optimization.add_argument("--set", dest="switches", nargs="+", default=[], metavar="NAME=VALUE",
                               help="for experiments: fields of GPTConfig and OptimizerSettings")  # fmt: skip
@@ -95,25 +98,41 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     return parser.parse_args(argv)
 
 
-def plan(args: Arguments, stage: Stage, model: GPT, world_size: int) -> tuple[Horizon, int]:
-    """How long to train in what batches, and the rows of a micro-batch."""
-    flops_per_token = model.estimate_flops()
+def plan(args: Arguments, stage: Stage, model: GPT, world_size: int) -> tuple[Horizon, int, float]:
+    """How long to train in what batches, the rows of a micro-batch, and when all blocks learn."""
     target_flops, batch_size, least_batch = args.target_flops, args.total_batch_size, 0
     by_time = args.target_minutes > 0 and args.num_iterations <= 0
+    recorded = stage.recorded_settings()
     if by_time:
         target_flops = flops_in(model, args.target_minutes)
-        batch_size = stage.recorded_settings().get("total_batch_size", batch_size)
+        batch_size = recorded.get("total_batch_size", batch_size)
         least_batch = batch_worth_an_update(model) if batch_size <= 0 else 0
+    expand_at = choose_expansion(args, recorded, model, target_flops)
+    one_block, all_blocks = (model.estimate_flops(idle_blocks) for idle_blocks in (model.config.n_layer - 1, 0))
+    flops_per_token = expand_at * one_block + (1 - expand_at) * all_blocks
     horizon = plan_horizon(
         model.config, flops_per_token, args.num_iterations, target_flops, args.target_param_data_ratio, batch_size, least_batch
     )
     batch_size = horizon.total_batch_size
     rows = choose_device_batch_size(model, args.device_batch_size, batch_size, world_size)
     if by_time:  # once more, by what a batch of this size really takes
-        steps = steps_in(stage, model, args.target_minutes, rows, batch_size, args.compile)
+        steps = steps_in(stage, model, args.target_minutes, rows, batch_size, args.compile, expand_at)
         flops = steps * batch_size * flops_per_token
         horizon = plan_horizon(model.config, flops_per_token, target_flops=flops, total_batch_size=batch_size)
-    return horizon, rows
+    return horizon, rows, expand_at
+
+
+def choose_expansion(args: Arguments, recorded: dict[str, Any], model: GPT, target_flops: float) -> float:
+    """The share of the updates in which the last block learns alone. Raises NanochatError if others would never learn."""
+    if args.expand_at >= 1:
+        raise NanochatError(f"--expand-at {args.expand_at:g} leaves no updates for the other blocks: give less than 1")
+    if args.expand_at >= 0:
+        return args.expand_at
+    if recorded:
+        return recorded.get("expand_at", 0.0)
+    if args.num_iterations > 0 or target_flops <= 0:  # so many tokens, whatever they cost
+        return 0.0
+    return expansion_share(target_flops / model.estimate_flops() / model.num_scaling_params()["scaling"])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -138,12 +157,13 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     config = replace(config, **model_switches)
     model = make_model(asdict(config), device, args, stage.start)
-    horizon, rows = plan(args, stage, model, world_size)
+    horizon, rows, expand_at = plan(args, stage, model, world_size)
     bundle = find_bundle(args.eval_bundle) if args.core_metric_every > 0 else None
     settings = {
         **vars(args), **describe_model(model), "eval_bundle": str(bundle) if bundle else None,
         "num_iterations": horizon.num_iterations,
-        "total_batch_size": horizon.total_batch_size, "device_batch_size": rows, "device": str(device),
+        "total_batch_size": horizon.total_batch_size, "device_batch_size": rows,
+        "expand_at": expand_at, "device": str(device),
         "dtype": str(get_compute_dtype(device)), "world_size": world_size, "tag": stage.tag, "stage": "base",
         "parent": None, "tokenizer_fingerprint": tokenizer.fingerprint(),
     }  # fmt: skip
@@ -184,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
             num_iterations=horizon.num_iterations, total_batch_size=horizon.total_batch_size,
             grad_accum_steps=accumulation_steps(horizon.total_batch_size, rows, args.max_seq_len, world_size),
             warmup_steps=args.warmup_steps, warmdown_ratio=args.warmdown_ratio, final_lr_frac=args.final_lr_frac,
-            eval_every=args.eval_every, sample_every=args.sample_every, save_every=args.save_every,
+            expand_at=expand_at, eval_every=args.eval_every, sample_every=args.sample_every, save_every=args.save_every,
             keep_last=args.keep_last,
             log_every=10 if device.type == "cuda" else 1, compile=args.compile, stage_name="pretraining",
         ),
