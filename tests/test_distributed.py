@@ -37,8 +37,8 @@ def test_one_two_and_four_ranks_follow_one_curve(corpus: Path) -> None:
 
 @pytest.mark.slow
 def test_checkpoints_move_to_other_numbers_of_ranks(corpus: Path) -> None:
-    """2 -> 1 -> 4, and whole -> sharded -> whole, continue the curve of one process."""
-    flags = ["--num-iterations=16", "--save-every=4"]
+    """2 -> 1 -> 4, and whole -> sharded -> whole, continue the curve of one process, while blocks join."""
+    flags = ["--num-iterations=16", "--save-every=4", "--expand-at=0.4"]
     expected = values(train(1, corpus, WHOLE, *flags))
     for ranks, steps, more in ((2, 4, []), (1, 8, []), (4, 12, ["--fsdp", "--activation-checkpointing"]), (2, 16, ["--fsdp"])):
         stage_dir = train(ranks, corpus, HANDED_OVER, *flags, "--resume=auto", *more)
@@ -115,11 +115,13 @@ dist.destroy_process_group()
 
 
 def set_gradients(model, step: int, share: float) -> None:
-    """One rank's part of the same gradients. Shares are powers of two, so that their sum is exact: what differs then is
-    the optimizer's doing, not rounding that Adam makes a whole step of."""
+    """One rank's part of the same gradients; the first two blocks have none in the first steps. Shares are powers of two, so
+    that their sum is exact: what differs then is the optimizer's doing, not rounding that Adam makes a whole step of."""
     generator = torch.Generator().manual_seed(step)
-    for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator) * share
+    idle = tuple(f"{kind}.{i}." for kind in ("blocks", "value_embeds") for i in range(max(0, 2 - step)))
+    for name, parameter in model.named_parameters():
+        if not name.startswith(idle):
+            parameter.grad = torch.randn(parameter.shape, generator=generator) * share
 
 
 @pytest.mark.parametrize("ranks", [2, 3])

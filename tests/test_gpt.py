@@ -113,6 +113,34 @@ def test_counts_by_hand() -> None:
     assert model.estimate_flops() == int(6 * counts["scaling"] + 12 * 16 * (windowed + whole))
 
 
+def test_idle_blocks_change_nothing_but_the_cost() -> None:
+    """While their projections are zero a model without them computes the same, with and without a cache."""
+    model = make_model(n_layer=4)
+    for block in model.blocks[:3]:
+        for matrix in (block.attn.c_proj, block.mlp.c_proj):
+            torch.nn.init.zeros_(matrix.weight)
+    torch.nn.init.uniform_(model.resid_lambdas, 0.5, 1.5)
+    torch.nn.init.uniform_(model.x0_lambdas, 0.0, 0.5)
+    idx = torch.randint(300, (2, 200), generator=torch.Generator().manual_seed(0))
+
+    def results() -> list[torch.Tensor]:
+        logits = model(idx)
+        model.zero_grad()
+        model(idx, idx).backward()
+        with torch.no_grad():
+            cached = model(idx, kv_cache=KVCache.for_model(model, 2))
+        learning = (model.resid_lambdas, model.x0_lambdas, model.wte.weight, *model.blocks[3].parameters())
+        return [logits, cached, *(parameter.grad for parameter in learning)]
+
+    expected = results()
+    model.idle_blocks = 3
+    for found, wanted in zip(results(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert all(parameter.grad is None for block in model.blocks[:3] for parameter in block.parameters())
+    ran = GPTConfig(**{**vars(model.config), "n_layer": 1})
+    assert model.estimate_flops(idle_blocks=3) == GPT(ran).estimate_flops()
+
+
 def test_config_refuses_what_cannot_be() -> None:
     for bad in ({"n_embd": 100, "n_head": 3}, {"n_head": 4, "n_kv_head": 3}, {"window_pattern": "SX"}):
         with pytest.raises(NanochatError):

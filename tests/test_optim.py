@@ -15,6 +15,7 @@ from nanochat.scaling import (
     accumulation_steps,
     count_params,
     default_device_batch_size,
+    expansion_share,
     learning_rate_factor,
     model_config,
     muon_momentum,
@@ -100,6 +101,31 @@ def test_embeddings_move_where_they_were_looked_up(sparse: bool) -> None:
     assert torch.equal(table.detach()[2:], before[2:])
     expected = before[1] - 0.1 * 2 / (0.75 * 1 + 0.25 * 4) ** 0.5
     torch.testing.assert_close(table.detach()[1], expected)
+
+
+def test_parameters_without_gradients_stay_as_they_are() -> None:
+    """And so do their states; the others move as if alone."""
+
+    def after_steps(idle: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        model = make_model(n_layer=4)
+        optimizer = model.setup_optimizer(weight_decay=0.5)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(2):
+            for name, parameter in model.named_parameters():
+                gradient = torch.randn(parameter.shape, generator=generator)
+                parameter.grad = None if name.startswith(tuple(f"blocks.{i}." for i in range(idle))) else gradient
+            optimizer.step()
+        return model.state_dict(), optimizer.state_dict()
+
+    before = make_model(n_layer=4).state_dict()
+    for found, moved in zip(after_steps(3), after_steps(0), strict=True):
+        for name, tensor in found.items():
+            if not name.startswith(("blocks.0.", "blocks.1.", "blocks.2.")):
+                torch.testing.assert_close(tensor, moved[name])
+            elif name in before:
+                assert torch.equal(tensor, before[name])
+            else:
+                assert not tensor.any(), name
 
 
 def test_arithmetic_is_float32_for_bfloat16_weights() -> None:
@@ -246,6 +272,14 @@ def test_horizon_may_be_overridden() -> None:
     assert trial.total_batch_size == whole.total_batch_size  # and a trial is the start of the real one
     with pytest.raises(NanochatError, match="no horizon"):
         plan_horizon(config, 1, tokens_per_param=-1)
+
+
+def test_the_fewer_tokens_the_longer_one_block_learns_alone() -> None:
+    shares = [expansion_share(tokens_per_param) for tokens_per_param in (0.01, 0.6, 1, 3, 11, 12, 100)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] == shares[1] == 0.85
+    assert 0 < shares[4] < 0.05
+    assert shares[5] == shares[6] == 0
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest() -> None:

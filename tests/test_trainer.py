@@ -18,9 +18,9 @@ import pytest
 import torch
 
 import nanochat.stage
-from nanochat.checkpoint_manager import list_steps, load_checkpoint, read_tensors
+from nanochat.checkpoint_manager import list_steps, load_checkpoint, read_meta, read_tensors
 from nanochat.common import NanochatError
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.metrics import read_metrics
 from nanochat.settings import SettingsParser
@@ -48,6 +48,40 @@ def _losses(stage_dir: Path) -> list[float]:
 @pytest.fixture(autouse=True)
 def _tokenizer_in_place(tokenizer, base_dir: Path) -> None:
     tokenizer.save(base_dir / "tokenizers" / "default")
+
+
+def test_blocks_join_after_a_share_of_the_updates(corpus: Path) -> None:
+    """Until then they stay as they were made; going on from before, at and after that step equals uninterrupted."""
+    stage_dir = _train(corpus, "whole", "--expand-at=0.5", "--save-every=1", "--keep-last=-1")
+    saved = {step: _weights(stage_dir, step) for step in range(1, 7)}
+    first, last = "blocks.0.mlp.c_proj.weight", "blocks.1.mlp.c_proj.weight"
+    assert not any(saved[step][first].any() for step in (1, 2, 3))
+    assert all(saved[step][first].any() for step in (4, 5, 6))
+    assert torch.equal(saved[1]["blocks.0.attn.c_q.weight"], saved[3]["blocks.0.attn.c_q.weight"])
+    assert all(saved[step][last].any() for step in saved)
+    losses, rows = _losses(stage_dir), read_metrics(stage_dir / "metrics.jsonl")
+    flops = [row["train/flops"] for row in rows if "train/loss" in row]
+    costs = [after - before for before, after in zip([0, *flops], flops, strict=False)]
+    model = GPT(GPTConfig(**read_meta(stage_dir, 6)["model_config"]))
+    assert costs == [512 * model.estimate_flops(1)] * 3 + [512 * model.estimate_flops()] * 3
+    for step in (2, 3, 4):
+        _train(corpus, "whole", "--expand-at=0.5", f"--resume={step}", "--save-every=1", "--keep-last=-1")
+        assert _losses(stage_dir) == losses
+        for name, tensor in _weights(stage_dir, 6).items():
+            assert torch.equal(tensor, saved[6][name]), name
+
+
+@pytest.mark.parametrize("more", [["--num-iterations=-1", "--target-flops=1e8"], ["--num-iterations=6"]])
+def test_a_budget_decides_when_blocks_join(corpus: Path, more: list[str]) -> None:
+    """So many updates train all blocks; so many FLOPs, few for this model, are spent on one block first."""
+    stage_dir = _train(corpus, "budget", *more)
+    settings = read_meta(stage_dir, list_steps(stage_dir)[-1])["settings"]
+    assert settings["expand_at"] == (0.85 if "--target-flops=1e8" in more else 0)
+    done = [row["train/flops"] for row in read_metrics(stage_dir / "metrics.jsonl") if "train/flops" in row][-1]
+    if settings["target_flops"] > 0:
+        assert done == pytest.approx(settings["target_flops"], rel=0.2)
+    with pytest.raises(NanochatError, match="no updates for the other blocks"):
+        _train(corpus, "never", "--expand-at=1")
 
 
 @pytest.mark.parametrize("flag", ["--resume=3", "--resume-from-step=3", "--resume=auto"])
