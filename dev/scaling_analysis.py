@@ -31,14 +31,15 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     if not (stage_dir / "settings.json").exists() or not (stage_dir / "metrics.jsonl").exists():
         return None
     settings = json.loads((stage_dir / "settings.json").read_text(encoding="utf-8"))
-    measured = [row["val/bpb"] for row in read_metrics(stage_dir / "metrics.jsonl") if "val/bpb" in row]
+    rows = read_metrics(stage_dir / "metrics.jsonl")
+    measured = [row["val/bpb"] for row in rows if "val/bpb" in row]
     if not measured:
         return None
     tokens, size = settings["num_iterations"] * settings["total_batch_size"], settings["num_scaling_params"]
+    flops = max(row.get("train/flops", 0) for row in rows)
     return {
-        "run": folder.name, "depth": settings["depth"], "size": size, "tokens": tokens,
-        "flops": tokens * settings["flops_per_token"], "tokens_per_param": round(tokens / size, 2), "bpb": measured[-1],
-        "budget": settings["target_flops"],
+        "run": folder.name, "depth": settings["depth"], "size": size, "tokens": tokens, "flops": flops,
+        "tokens_per_param": round(tokens / size, 2), "bpb": measured[-1], "budget": settings["target_flops"],
     }  # fmt: skip
 
 

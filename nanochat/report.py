@@ -46,9 +46,9 @@ TITLES = {
     "rl/rollout_tok_per_s": "tokens sampled per second",
 }  # fmt: skip
 SHOWN_SETTINGS = (
-    "depth", "data", "tasks", "max_seq_len", "window_pattern", "num_iterations", "total_batch_size", "device_batch_size",
-    "num_params", "num_scaling_params", "flops_per_token", "matrix_lr", "embedding_lr", "unembedding_lr", "weight_decay",
-    "device", "dtype", "world_size", "parent",
+    "depth", "data", "tasks", "max_seq_len", "window_pattern", "num_iterations", "total_batch_size", "expand_at",
+    "device_batch_size", "num_params", "num_scaling_params", "flops_per_token", "matrix_lr", "embedding_lr",
+    "unembedding_lr", "weight_decay", "device", "dtype", "world_size", "parent",
 )  # fmt: skip
 
 

@@ -262,8 +262,7 @@ class Trainer:
         config = self.config
         while True:
             last = self.step >= config.num_iterations
-            expanded = self.step >= expansion_step(config.num_iterations, config.expand_at)
-            self.model.idle_blocks = 0 if expanded else self.model.config.n_layer - 1
+            self._choose_blocks()
             if (last or self._due(config.save_every)) and self.step != self._saved_step:
                 self.save(wait=last)
             for period, evaluate in self.evaluations:
@@ -278,6 +277,14 @@ class Trainer:
             self._compile()
             self._train_step()
             self._check_stop()
+
+    def _choose_blocks(self) -> None:
+        """Let the last block learn alone, or all."""
+        idle_before = self.model.idle_blocks
+        expanded = self.step >= expansion_step(self.config.num_iterations, self.config.expand_at)
+        self.model.idle_blocks = 0 if expanded else self.model.config.n_layer - 1
+        if idle_before and expanded:
+            self.progress.print(f"step {self.step}: all blocks learn from here on, and updates take longer")
 
     def _prepare(self) -> None:
         self.model.train()

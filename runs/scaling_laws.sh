@@ -7,7 +7,8 @@ series="${SERIES:-law}"
 
 for flops in ${BUDGETS:-1e13 2e13 4e13}; do
     for depth in ${DEPTHS:-2 3 4 5 6}; do
-        train "$series-$flops-d$depth" --depth="$depth" --target-flops="$flops"
+        # All blocks from the start: sizes are compared, not what a budget is best spent on within one.
+        train "$series-$flops-d$depth" --depth="$depth" --target-flops="$flops" --expand-at=0
     done
 done
 python -m dev.scaling_analysis --runs="$series-*"

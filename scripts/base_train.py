@@ -176,6 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     print0(
         f"depth {args.depth}: {settings['num_params']:,} parameters, {horizon.num_iterations:,} steps of "
         f"{horizon.total_batch_size:,} tokens, {device} in {settings['dtype'].removeprefix('torch.')}"
+        + (f"; the last block alone for the first {expand_at:.0%}" if expand_at and args.depth > 1 else "")
     )
 
     # The parts
