@@ -3,7 +3,7 @@
 A model of width 256, context 512 and vocabulary 4,096 is trained by the command that users type, on the text below
 NANOCHAT_TEST_DATA, with an empty compile cache. Reported: the share of this machine's own matmul rate that training
 reaches (MFU), the seconds from the command to its first optimizer step and to its first compiled one, the same of a
-second run that finds the cache filled, the most memory that training held, and the validation bits per byte at the end.
+second run that finds the cache filled, the most memory that each of them held, and the validation bits per byte at the end.
 """
 
 from __future__ import annotations
@@ -75,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
             "training_s": updates[-1]["time_s"],
             "command_s": round(seconds, 1),
             "peak_memory_mb": updates[-1]["train/peak_memory_mb"],
+            "peak_memory_warm_mb": warm[-1]["train/peak_memory_mb"],
             "val_bpb": round([row["val/bpb"] for row in rows if "val/bpb" in row][-1], 4),
         }
     )
