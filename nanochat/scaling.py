@@ -25,7 +25,7 @@ BIGRAM_ROWS = 2**16  # twice as many: 0.01 bits per byte less at depth 4 (dev/LO
 REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19
 TOKENS_PER_PARAM = 12.0  # training tokens for each scaling parameter
-FEW_TOKENS_PER_PARAM, EXPAND_AT = 1.0, 0.85  # with fewer than these, the last block learns alone so long
+FEW_TOKENS_PER_PARAM, EXPAND_AT = 2.0, 0.85  # with fewer than these, the last block learns alone so long
 BATCH_EXPONENT, SMALL_BATCH_EXPONENT = 0.383, 0.79  # above and below the reference
 LR_BATCH_EXPONENT = 1 / 10
 
@@ -116,7 +116,7 @@ def plan_horizon(
 def expansion_share(tokens_per_param: float) -> float:
     """The share of a run's updates in which its last block learns alone, where a budget is what limits the run.
 
-    tokens_per_param: how many tokens the budget would give each parameter of the whole model. Where that is less than one,
+    tokens_per_param: how many tokens the budget would give each parameter of the whole model. Where that is less than two,
     a small model learns more in the time, and the other blocks join late; elsewhere what the first block learned alone
     stands in their way. Method: arXiv 2511.04981; numbers: dev/LOG.md, "The last block first".
     """

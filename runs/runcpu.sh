@@ -10,7 +10,7 @@ tag="${MODEL_TAG:-cpu}"
 
 "$python" -m scripts.tok_train --data="$data" --vocab-size=8192 --tokenizer="$tag"
 "$python" -m scripts.base_train --model-tag="$tag" --resume=auto --data="$data" --tokenizer="$tag" \
-    --depth=6 --head-dim=64 --max-seq-len=512 --total-batch-size=8192 --target-minutes=18 \
+    --depth=6 --head-dim=64 --max-seq-len=512 --total-batch-size=8192 --expand-at=0 --target-minutes=18 \
     --eval-every=100 --eval-tokens=65536 --save-every=50
 "$python" -m scripts.chat_sft --model-tag="$tag" --resume=auto --target-minutes=7 --eval-tokens=65536 --save-every=50 \
     --tasks="Arithmetic:20000,Identity:2000,DocQA*2,SpellingBee:7000,SimpleSpelling:14000,Repeat:14000"

@@ -275,8 +275,8 @@ def test_horizon_may_be_overridden() -> None:
 
 
 def test_one_block_learns_alone_where_tokens_are_few() -> None:
-    assert 0 < expansion_share(0.1) == expansion_share(0.9) < 1
-    assert expansion_share(1.0) == expansion_share(12) == 0
+    assert 0 < expansion_share(0.1) == expansion_share(1.9) < 1
+    assert expansion_share(2.0) == expansion_share(12) == 0
 
 
 def test_a_batch_that_does_not_divide_names_the_nearest() -> None:
