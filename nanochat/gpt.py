@@ -383,7 +383,9 @@ class GPT(nn.Module):
             for i in range(self.idle_blocks):
                 factor = self.resid_lambdas[i] * factor + self.x0_lambdas[i]
             x = (factor * x).to(dtype)
-        for i, block in enumerate(self.blocks[self.idle_blocks :], self.idle_blocks):
+        for i, block in enumerate(self.blocks):
+            if i < self.idle_blocks:
+                continue
             lambdas = (self.resid_lambdas[i], self.x0_lambdas[i])
             value_embedding = self.value_embeds[str(i)](idx).to(dtype) if str(i) in self.value_embeds else None
             wanted = places if i == len(self.blocks) - 1 else None

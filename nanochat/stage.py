@@ -416,6 +416,7 @@ def steps_in(
         passes = [seconds_of(lambda: model(idx, idx).backward(), device) for _ in range(5)][2:]  # the first ones compile
         updates = [seconds_of(optimizer.step, device) for _ in range(3)][1:]
         model.zero_grad(set_to_none=True)
+        model.idle_blocks = 0
         return accumulated * statistics.median(passes) + min(updates)
 
     mean = (1 - expand_at) * seconds_of_step(0)

@@ -35,7 +35,7 @@ def test_a_speedrun_reads_its_curve(corpus: Path, tokenizer: Tokenizer, tmp_path
     flags = [*TINY_TRAINING[:-2], f"--data={corpus}", "--expand-at=0.5", "--eval-every=2"]
     curve = speedrun.run_seed(1, 1.0, flags, tmp_path)
     assert [point["tokens"] for point in curve] == [1024, 2048, 3072]
-    assert all(before["seconds"] < after["seconds"] for before, after in zip(curve, curve[1:], strict=False))
+    assert 0 < curve[0]["seconds"] <= curve[1]["seconds"] <= curve[2]["seconds"]
     first, second, third = (point["flops"] for point in curve)
     assert third - second > second - first  # all blocks learn from the third update's end on
     assert 0 < curve[-1]["bpb"] < 10
