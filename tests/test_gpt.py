@@ -119,8 +119,8 @@ def test_idle_blocks_change_nothing_but_the_cost() -> None:
     for block in model.blocks[:3]:
         for matrix in (block.attn.c_proj, block.mlp.c_proj):
             torch.nn.init.zeros_(matrix.weight)
-    torch.nn.init.uniform_(model.resid_lambdas, 0.5, 1.5)
-    torch.nn.init.uniform_(model.x0_lambdas, 0.0, 0.5)
+    model.resid_lambdas.data = torch.tensor([0.6, 1.3, 0.9, 1.1])
+    model.x0_lambdas.data = torch.tensor([0.1, 0.4, 0.2, 0.3])
     idx = torch.randint(300, (2, 200), generator=torch.Generator().manual_seed(0))
 
     def results() -> list[torch.Tensor]:
