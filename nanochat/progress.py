@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
@@ -24,14 +24,16 @@ LABELS = {"tok_per_s": "tok/s", "mfu": "MFU"}
 class Progress:
     """Shows stage, steps done, the given numbers and the time left; a context manager. Silent but on rank 0.
 
-    total: None where nobody knows. start: steps done before, by an earlier sitting. The environment's NANOCHAT_STAGE ("2/6")
-    goes before the stage.
+    total: None where nobody knows. start: steps done before, by an earlier sitting. work: what so many steps take, in any
+    unit, where some take longer than others. The environment's NANOCHAT_STAGE ("2/6") goes before the stage.
     """
 
-    def __init__(self, stage: str, total: int | None, unit: str = "step", start: int = 0) -> None:
+    def __init__(
+        self, stage: str, total: int | None, unit: str = "step", start: int = 0, work: Callable[[int], float] = float
+    ) -> None:
         place = os.environ.get("NANOCHAT_STAGE")
         self.stage = f"[{place}] {stage}" if place else stage
-        self.total, self.unit, self.start = total, unit, start
+        self.total, self.unit, self.start, self.work = total, unit, start, work
         self.active = int(os.environ.get("RANK", 0)) == 0
         self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._bar: RichProgress | None = None
@@ -89,10 +91,10 @@ class Progress:
 
     def _describe(self, step: int, now: float, numbers: dict[str, float]) -> str:
         parts = [f"{LABELS.get(name, name)} {value:{FORMATS.get(name, '.4g')}}" for name, value in numbers.items()]
-        elapsed, done = now - self._began, step - self.start
+        elapsed, done = now - self._began, self.work(step) - self.work(self.start)
         if self.total is None:
             return "  ".join([*parts, format_seconds(elapsed)])
-        left = elapsed / done * (self.total - step) if done else 0.0
+        left = elapsed / done * (self.work(self.total) - self.work(step)) if done else 0.0
         return "  ".join([*parts, f"{format_seconds(left)} left" if step < self.total else format_seconds(elapsed)])
 
 

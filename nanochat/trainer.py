@@ -135,6 +135,7 @@ class Trainer:
         self.loss_fn, self.count_fn, self.step_metrics = loss_fn, count_fn, step_metrics
         self.ddp, self.rank, _, self.world_size = get_dist_info()
         self.device = model.get_device()
+        self._flops_per_token = [model.estimate_flops(idle_blocks) for idle_blocks in (model.config.n_layer - 1, 0)]
         self.step = 0
         self.time_s = 0.0  # of training alone, over all sittings
         self._logged_time_s = 0.0  # as it was when the newest row was written
@@ -247,7 +248,7 @@ class Trainer:
         """
         with (
             self._locked(),
-            Progress(self.config.stage_name, self.config.num_iterations, "step", start=self.step) as self.progress,
+            Progress(self.config.stage_name, self.config.num_iterations, start=self.step, work=self._work) as self.progress,
             self._stop_on_signals(),
             _frozen_garbage(),
         ):
@@ -290,8 +291,6 @@ class Trainer:
         self.model.train()
         compute_dtype = self.model.get_compute_dtype()
         self.matmul_rate = measure_matmul_rate(self.device, compute_dtype) * self.world_size
-        n_layer = self.model.config.n_layer
-        self.flops_per_token = [self.model.estimate_flops(idle_blocks) for idle_blocks in (n_layer - 1, 0)]
         if self.config.compile and (reason := can_compile(self.device)) is not None:
             if self.rank == 0:
                 print(f"training without torch.compile: {reason}")
@@ -380,10 +379,10 @@ class Trainer:
         elapsed, self._logged_time_s = self.time_s - self._logged_time_s, self.time_s
         row = {"step": self.step, "time_s": round(self.time_s, 4), "train/loss": sum(values) / steps, "train/lrm": factor}
         if batch_size := self.config.total_batch_size:
-            flops = self._flops(self.step)
+            flops = batch_size * self._work(self.step)
             row |= {
                 "train/tok_per_s": round(batch_size * steps / elapsed, 1),
-                "train/mfu": (flops - self._flops(self.step - steps)) / elapsed / self.matmul_rate,
+                "train/mfu": (flops - batch_size * self._work(self.step - steps)) / elapsed / self.matmul_rate,
                 "train/tokens": self.step * batch_size,
                 "train/flops": flops,
             }
@@ -393,11 +392,11 @@ class Trainer:
         shown = {name.rpartition("/")[2]: value for name, value in (row | self.results).items()}
         self.progress.update(self.step, **{name: shown[name] for name in SHOWN if name in shown})
 
-    def _flops(self, steps: int) -> int:
-        """Floating-point operations of the first so many updates."""
+    def _work(self, steps: int) -> int:
+        """Floating-point operations of the first so many updates, if each were of one token."""
         alone = min(steps, expansion_step(self.config.num_iterations, self.config.expand_at))
-        one_block, all_blocks = self.flops_per_token
-        return self.config.total_batch_size * (alone * one_block + (steps - alone) * all_blocks)
+        one_block, all_blocks = self._flops_per_token
+        return alone * one_block + (steps - alone) * all_blocks
 
     def _describe_divergence(self) -> str:
         return (

@@ -184,6 +184,16 @@ def test_progress_says_stage_numbers_and_time_left(capsys: pytest.CaptureFixture
     assert said == "[bold]not markup[/bold]"
 
 
+def test_progress_time_left_counts_what_the_steps_to_come_take(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([0.0, 1.0])
+    monkeypatch.setattr("nanochat.progress.time.perf_counter", lambda: next(clock))
+    with Progress("pretraining", total=10, work=lambda steps: steps + 10 * max(0, steps - 8)) as progress:
+        progress.update(1)  # a second for a short step: seven more are to come, and two of eleven seconds
+    assert capsys.readouterr().out == "pretraining: step 1/10  0:29 left\n"
+
+
 def test_progress_is_one_live_line_on_a_terminal() -> None:
     screen = io.StringIO()
     progress = Progress("pretraining", total=3)
