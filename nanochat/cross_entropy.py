@@ -44,7 +44,6 @@ def softcapped_cross_entropy(
         raise ValueError(f"loss_reduction must be mean, sum or none, not {reduction!r}")
     if x.dtype == torch.float16:
         x = x.float()  # the exponentials below need more range
-    weight = weight.to(x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         total = _FusedLoss.apply(x, weight, targets, cap, compiled_gradient or softmax_gradient)
     else:
@@ -96,9 +95,9 @@ def softmax_gradient(logits: torch.Tensor, cap: float) -> tuple[torch.Tensor, to
     r = 1 / (1 + exp(2 logits / cap)), since tanh = 1 - 2r, so z - cap = -2 cap r (never above 0: no maximum to find
     first) and dz/dlogits = 4 (r - r^2): one exponential in place of a tanh, which on a CPU is half of the whole cost.
     """
-    r = 1 / (torch.exp(logits.float() * (2 / cap)) + 1)
-    exponentials = torch.exp(-2 * cap * r)
-    gradient = exponentials * 4 * (r - r * r)
+    r = (logits.float() * (2 / cap)).exp_().add_(1).reciprocal_()  # in place: uncompiled, each would take a chunk's memory
+    exponentials = (-2 * cap * r).exp_()
+    gradient = r.sub_(r * r).mul_(4).mul_(exponentials)
     return exponentials.sum(dim=-1, keepdim=True), gradient.to(logits.dtype)
 
 
@@ -122,7 +121,7 @@ def _chunk_loss_and_gradient(
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Summed loss whose gradients are made in the forward pass, chunk by chunk."""
+    """Summed loss whose gradients are made in the forward pass, chunk by chunk; the backward pass uses them up."""
 
     @staticmethod
     def forward(
@@ -130,18 +129,18 @@ class _FusedLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         size = _chunk_size(x.size(0), weight.size(0), x.device)
         total = torch.zeros((), device=x.device)
-        grad_x = torch.empty_like(x)
-        grad_weight = torch.zeros(weight.shape, device=x.device)
+        grad_x, grad_weight = torch.empty_like(x), torch.zeros(weight.shape, device=x.device)
+        weight = weight.to(x.dtype)
         for start in range(0, x.size(0), size):
             part = slice(start, start + size)
             loss, grad_logits, scale = _chunk_loss_and_gradient(x[part] @ weight.T, targets[part], cap, gradient_of)
             total += loss
             torch.mm(grad_logits, weight, out=grad_x[part]).mul_(scale)
             grad_weight += grad_logits.T @ (x[part] * scale).to(x.dtype)
-        ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
+        ctx.save_for_backward(grad_x, grad_weight)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * grad_total.to(grad_x.dtype), grad_weight * grad_total.to(grad_weight.dtype), None, None, None
+        return grad_x.mul_(grad_total), grad_weight.mul_(grad_total), None, None, None

@@ -419,7 +419,9 @@ class GPT(nn.Module):
         x = self.features(idx, kv_cache)
         if targets is None:
             return self.logits(x)
-        head = self.lm_head.weight[: self.config.vocab_size]
+        head = self.lm_head.weight
+        if head.size(0) != self.config.vocab_size:  # to cut nothing off would still copy the gradient
+            head = head[: self.config.vocab_size]
         loss = softcapped_cross_entropy(
             x.flatten(0, 1), head, targets.flatten(), LOGIT_CAP, loss_reduction, self._compiled_gradient
         )
