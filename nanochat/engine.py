@@ -241,9 +241,11 @@ def trim_conversation(conversation: dict[str, Any], tokenizer: Tokenizer, max_to
 def continue_openings(
     engine: Engine, source: Source, num_samples: int = 4, max_tokens: int = 48, temperature: float = 0.0
 ) -> list[dict[str, str]]:
-    """The first words of a few validation documents, and how the model goes on."""
+    """The first words of a few validation documents, of text or of tokens, and how the model goes on."""
     tokenizer = engine.tokenizer
-    prompts = [" ".join(text.split()[:6]) for text in itertools.islice(source.documents("val"), num_samples)]
+    documents = (document for _, document in itertools.islice(source.numbered("val"), num_samples))
+    texts = (document if isinstance(document, str) else tokenizer.decode(document[:64].tolist()) for document in documents)
+    prompts = [" ".join(text.split()[:6]) for text in texts]
     rows = engine.complete(
         [tokenizer.encode(prompt, prepend="<|bos|>") for prompt in prompts], max_tokens=max_tokens, temperature=temperature
     )
