@@ -438,7 +438,7 @@ def main(argv: list[str] | None = None) -> int:
         if len(conversations.rows) < args.number:
             asyncio.run(generate(Endpoint(args), conversations, args))
     except ModuleNotFoundError as error:
-        raise NanochatError(f"the package {error.name} is missing: pip install 'nanochat[synthetic]'") from error
+        raise NanochatError(f"the package {error.name} is missing: bash runs/setup.sh synthetic") from error
     for reason, times in conversations.rejected.most_common():
         print(f"rejected {times}: {reason}")
     for line in describe_diversity(conversations):

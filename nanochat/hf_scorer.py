@@ -24,7 +24,7 @@ class HuggingFaceScorer:
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
         except ImportError:
-            raise NanochatError("--hf-path needs transformers: pip install 'nanochat[eval]'") from None
+            raise NanochatError("--hf-path needs transformers: bash runs/setup.sh eval") from None
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=get_compute_dtype(device))

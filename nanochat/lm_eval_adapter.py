@@ -30,7 +30,7 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string, warning_once
     from tqdm import tqdm
 except ImportError as error:
-    MISSING = f"lm-evaluation-harness is not installed ({error}): pip install 'nanochat[eval]'"
+    MISSING = f"lm-evaluation-harness is not installed ({error}): bash runs/setup.sh eval"
     if __name__ == "__main__":
         sys.exit(f"error: {MISSING}")
     raise NanochatError(MISSING) from error

@@ -88,12 +88,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def _check_installed(args: argparse.Namespace) -> None:
     needed = {"datatrove": "data", **({"tokenizers": "data"} if args.min_hash else {})}
-    needed |= {"ray": "data,ray"} if args.executor == "ray" else {}
+    needed |= {"ray": "data ray"} if args.executor == "ray" else {}
     for package, extra in needed.items():
         try:
             __import__(package)
         except ImportError as error:
-            raise NanochatError(f'{package} is not installed: pip install "nanochat[{extra}]"') from error
+            raise NanochatError(f"{package} is not installed: bash runs/setup.sh {extra}") from error
     from loguru import logger
 
     logger.remove()  # datatrove's log goes to work/log, not to the screen

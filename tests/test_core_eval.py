@@ -192,7 +192,7 @@ def test_the_command(tiny_run: Path, bundle: Path, capsys: pytest.CaptureFixture
 @pytest.mark.slow
 def test_a_hugging_face_model(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A small Llama from a folder, against its own logits; and a path that holds none."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install nanochat[eval]")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: bash runs/setup.sh eval")
     tokenizers = pytest.importorskip("tokenizers")
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

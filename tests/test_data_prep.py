@@ -20,11 +20,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat.common import NanochatError
+from nanochat.metrics import read_metrics
 from nanochat.tokenizer import Tokenizer
-from scripts import data_prep
+from scripts import base_train, data_prep
+from tests.conftest import TINY_TRAINING
 from tests.helpers import make_document
 
-pytest.importorskip("datatrove", reason='data preparation needs pip install "nanochat[data]"')
+pytest.importorskip("datatrove", reason="data preparation needs bash runs/setup.sh data")
 
 from nanochat.data_prep import Layout, PrepSettings, ReadDocuments, ScatterDocuments, document_key
 
@@ -119,6 +121,17 @@ def test_shards_are_what_training_reads(prepare, tokenizer: Tokenizer) -> None:
     assert Tokenizer.load(output).fingerprint() == tokenizer.fingerprint()
     sizes = [shard["tokens"] for shard in json.loads((output / "manifest.json").read_text())["shards"].values()]
     assert max(sizes) < 2 * 3000
+
+
+def test_shards_serve_training_and_its_samples(prepare, base_dir: Path, tokenizer: Tokenizer) -> None:
+    output = prepare("out")
+    flags = ["--data", str(output), "--tokenizer", str(output), "--model-tag=prepared", "--sample-every=2"]
+    assert base_train.main([*TINY_TRAINING, "--num-iterations=2", *flags]) == 0
+    rows = read_metrics(base_dir / "runs" / "prepared" / "base" / "metrics.jsonl")
+    prompts = [row["sample/prompt"] for row in rows if "sample/prompt" in row]
+    first = tokenizer.decode(_rows(output)["shard_val.parquet"][0])
+    assert prompts[0] == " ".join(first.split()[:6])
+    assert len(prompts) == 4
 
 
 def test_the_number_of_tasks_and_workers_changes_no_byte(prepare) -> None:
@@ -361,11 +374,11 @@ def test_absent_packages_are_one_sentence(prepare, monkeypatch: pytest.MonkeyPat
     for package, flags, extra in (
         ("datatrove", [], "data"),
         ("tokenizers", ["--min-hash"], "data"),
-        ("ray", ["--executor=ray"], "data,ray"),
+        ("ray", ["--executor=ray"], "data ray"),
     ):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, package, None)
-            with pytest.raises(NanochatError, match=re.escape(f'{package} is not installed: pip install "nanochat[{extra}]"')):
+            with pytest.raises(NanochatError, match=f"{package} is not installed: bash runs/setup.sh {extra}"):
                 prepare("out", *flags)
 
 
@@ -444,7 +457,7 @@ def test_slurm_jobs_give_the_same_shards(prepare, slurm: Path, monkeypatch: pyte
 
 @pytest.mark.slow
 def test_ray_gives_the_same_shards(prepare, raw: Path) -> None:
-    ray = pytest.importorskip("ray", reason='needs pip install "nanochat[data,ray]"')
+    ray = pytest.importorskip("ray", reason="needs bash runs/setup.sh data ray")
     try:
         flags = ["--executor=ray", "--workers=2", "--mem-per-cpu=1", "--shard-tokens=10000"]
         assert _shards(prepare("ray", *flags)) == _shards(prepare("local", "--shard-tokens=10000"))

@@ -17,7 +17,7 @@ from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from scripts import export_hf
 from tests.helpers import make_document, make_model
 
-transformers = pytest.importorskip("transformers", reason="exports are loaded by transformers: pip install 'nanochat[hf]'")
+transformers = pytest.importorskip("transformers", reason="exports are loaded by transformers: bash runs/setup.sh hf")
 
 META = {"tag": "tiny", "stage": "sft", "step": 4, "weights": "0" * 64}
 SHAPES = {  # which lets windows, padding of the vocabulary and grouped heads matter

@@ -23,7 +23,7 @@ from tests.helpers import make_document, make_model
 from tests.hub_server import ModelHub, serve_folder
 from tests.test_hf_export import META, make_plain_model, some_ids
 
-transformers = pytest.importorskip("transformers", reason="exports are loaded by transformers: pip install 'nanochat[hf]'")
+transformers = pytest.importorskip("transformers", reason="exports are loaded by transformers: bash runs/setup.sh hf")
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ TASKS = {  # kind, file, text between question and answer
 
 @pytest.fixture
 def adapter(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'nanochat[eval]'")
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed: bash runs/setup.sh eval")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
@@ -293,5 +293,5 @@ def test_mistakes_are_named(adapter: ModuleType, run: Path) -> None:
 def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, NAME, raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
-    with pytest.raises(NanochatError, match=r"pip install 'nanochat\[eval\]'"):
+    with pytest.raises(NanochatError, match="bash runs/setup.sh eval"):
         importlib.import_module(NAME)

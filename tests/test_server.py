@@ -372,7 +372,7 @@ def test_no_request_makes_it_fail(engine: Engine) -> None:
     """Fuzzed by schemathesis from the server's own description of itself; afterwards it still answers."""
     program = Path(sys.executable).with_name("schemathesis")
     if not program.exists():
-        pytest.skip("schemathesis is not installed: pip install nanochat[dev]")
+        pytest.skip("schemathesis is not installed: bash runs/setup.sh dev")
     with serve(create_app([engine], "tiny")) as port:
         url = f"http://127.0.0.1:{port}"
         flags = ["--checks=not_a_server_error", "--max-examples=15", "--workers=1", "--seed=1", "--no-color"]
