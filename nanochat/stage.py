@@ -68,7 +68,7 @@ FREE_SETTINGS = {
     "resume", "resume_from_step", "run", "log_to", "tensorboard", "log_every",
     "device", "dtype", "fp8", "world_size", "fsdp", "activation_checkpointing", "device_batch_size", "grad_accum_steps",
     "compile", "eval_every", "eval_tokens", "sample_every", "save_every", "keep_last",
-    "data", "tokenizer", "from_hf",  # what these mean is compared, not where it lies
+    "data", "tokenizer", "from_hf", "model_tag",  # what these mean is compared, not where it lies
     "core_metric_every", "core_metric_max_per_task", "eval_bundle", "max_rows", "eval_examples", "eval_samples",
     "sample_prompts",
 }  # fmt: skip
@@ -93,7 +93,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, eval_every: int = 25
         help=f"loggers beside metrics.jsonl: {', '.join(LOGGERS)} (WANDB_MODE=offline keeps the first one's on disk)",
     )
     run.add_argument("--tensorboard", action="store_true", help="the same as --log-to tensorboard")
-    run.add_argument("--model-tag", default=None, metavar="TAG", help="name of the run's directory")
+    run.add_argument("--model-tag", default=None, metavar="TAG", help="the run's name (base_train: d and the depth)")
     run.add_argument(
         "--resume",
         default="none",

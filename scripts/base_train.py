@@ -72,10 +72,10 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     model.add_argument("--max-seq-len", type=int, default=2048, help="context length")
     model.add_argument("--window-pattern", default="SSSL", metavar="LETTERS",
                        help="L whole context, S a quarter; repeated over the layers")  # fmt: skip
-    horizon = parser.add_argument_group("horizon (the first of these that is above 0)")
+    horizon = parser.add_argument_group("horizon (the first that is above 0; --target-minutes comes second)")
     horizon.add_argument("--num-iterations", type=int, default=-1, help="updates")
     horizon.add_argument("--target-flops", type=float, default=-1.0, help="of the whole training, for example 1e18")
-    horizon.add_argument("--target-param-data-ratio", type=float, default=12.0, help="training tokens per parameter")
+    horizon.add_argument("--target-param-data-ratio", type=float, default=12.0, help="tokens per parameter of blocks and head")
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--total-batch-size", type=int, default=-1, help="tokens in an update (-1: by depth)")
     add_rate_arguments(optimization)
@@ -118,6 +118,7 @@ def plan(args: Arguments, stage: Stage, model: GPT, world_size: int) -> tuple[Ho
     if by_time:  # once more, by what a batch of this size really takes
         steps = steps_in(stage, model, args.target_minutes, rows, batch_size, args.compile, expand_at)
         flops = steps * batch_size * flops_per_token
+        args.target_flops = recorded.get("target_flops", flops)  # config.toml, which tells steps, plans the same run by it
         horizon = plan_horizon(model.config, flops_per_token, target_flops=flops, total_batch_size=batch_size)
     return horizon, rows, expand_at
 

@@ -11,6 +11,7 @@ import pytest
 from nanochat.common import NanochatError, read_json_lines
 from nanochat.settings import SettingsParser
 from scripts import base_eval, base_train, chat_cli, chat_eval, chat_rl, chat_sft, chat_web, data_prep
+from tests.conftest import TINY_TRAINING
 
 
 def parse(main_module, content: str, folder: Path, *flags: str) -> dict:
@@ -141,6 +142,20 @@ def test_a_run_can_be_repeated_from_what_it_saved(tiny_run: Path, corpus: Path) 
         assert losses[0] and losses[0] == losses[1]
         texts = [(folder / "config.toml").read_text(encoding="utf-8") for folder in folders]
         assert texts[0].replace('"tiny"', '"again"') == texts[1]
+
+
+def test_a_run_by_time_can_be_repeated_and_gone_on_with_from_what_it_saved(base_dir: Path, corpus: Path) -> None:
+    """Though its file tells steps: rates and weight decay are those of the tokens that the time allowed."""
+    flags = ["--num-iterations=-1", "--target-minutes=0.02", "--weight-decay=0.2", "--data", str(corpus)]
+    assert base_train.main([*TINY_TRAINING, *flags]) == 0
+    config = str(base_dir / "runs" / "d2" / "base" / "config.toml")
+    assert base_train.main(["--config", config, "--resume=auto"]) == 0
+    assert base_train.main(["--config", config, "--model-tag=again"]) == 0
+    folders = [base_dir / "runs" / tag / "base" for tag in ("d2", "again")]
+    losses = [
+        [row["train/loss"] for row in read_json_lines(folder / "metrics.jsonl") if "train/loss" in row] for folder in folders
+    ]
+    assert len(losses[0]) > 1 and losses[0] == losses[1]
 
 
 def test_resuming_is_no_setting_of_a_run(tiny_run: Path) -> None:
