@@ -30,7 +30,7 @@ python -m scripts.tok_eval
 wait "$download" || { echo "error: the download failed; run this again to go on with it" >&2; exit 1; }
 
 launch scripts.base_train --depth="$depth" --model-tag="$tag" --resume=auto --save-every=1000 --run="$run"
-launch scripts.base_eval --model-tag="$tag"
+launch scripts.base_eval --model-tag="$tag" --eval core,bpb,sample
 launch scripts.chat_sft --model-tag="$tag" --resume=auto --run="$run"
 launch scripts.chat_eval --source=sft --model-tag="$tag"
 python -m nanochat.report --model-tag="$tag"
