@@ -201,6 +201,79 @@ def test_an_answer_can_be_stopped(page: playwright.Page) -> None:
     assert page.locator(".message").count() == 6
 
 
+def test_an_edit_outlives_the_answer(page: playwright.Page) -> None:
+    """It can be sent while an answer is being written, and stays open when that ends."""
+    held: list[playwright.Route] = []
+    page.route("**/chat/completions", lambda route: held.append(route))
+    page.fill("#text", "hello")
+    page.keyboard.press("Enter")
+    page.locator("#log[aria-busy]").wait_for()
+    page.get_by_text("Edit").click()
+    page.get_by_label("Edit the message").fill("rewritten")
+    page.keyboard.press("Enter")
+    page.locator(".message.user", has_text="rewritten").get_by_text("2/2").wait_for()
+    page.get_by_text("Edit").click()
+    page.get_by_label("Edit the message").fill("half")
+    held[-1].fulfill(body='data: {"token": "ok", "part": "text"}\n\n', content_type="text/event-stream")
+    _settle(page)
+    assert page.locator(".message.assistant .content").inner_text() == "ok"
+    page.keyboard.type(" written")
+    assert page.get_by_label("Edit the message").input_value() == "half written"
+    page.keyboard.press("Escape")
+    assert page.locator(".message.user .content").inner_text() == "rewritten"
+
+
+def test_tabs_keep_each_others_messages(page: playwright.Page) -> None:
+    ok = {"token": "ok", "part": "text"}
+    _pretend(page, ok)
+    _ask(page, "of both")
+    other = page.context.new_page()
+    other.goto(page.url)
+    _pretend(other, ok)
+    for tab in (page, other):
+        _ask(tab, "and then?")
+    for tab, question in ((page, "of one"), (other, "of the other")):
+        tab.locator("#new").click()
+        _ask(tab, question)
+    page.reload()
+    titles = page.locator("#conversations .open")
+    assert titles.all_inner_texts() == ["of the other", "of one", "of both"]
+    titles.last.click()
+    page.get_by_text("1/2").wait_for()
+    page.get_by_label("Delete of both").click()
+    other.get_by_text("of both").click()
+    _ask(other, "is it deleted?")
+    page.reload()
+    assert titles.all_inner_texts() == ["of the other", "of one"]
+
+
+def test_a_question_is_kept_before_it_is_answered(page: playwright.Page) -> None:
+    page.route("**/chat/completions", lambda route: None)
+    page.fill("#text", "a long question")
+    page.keyboard.press("Enter")
+    page.locator("#log[aria-busy]").wait_for()
+    page.reload()
+    assert page.locator(".message.user .content").inner_text() == "a long question"
+
+
+def test_a_question_that_failed_is_not_read_with_the_next(page: playwright.Page) -> None:
+    _pretend(page, {"token": "ok", "part": "text"})
+    _ask(page, "first")
+    failure = 'data: {"error": {"message": "too long"}}\n\n'
+    page.route("**/chat/completions", lambda route: route.fulfill(body=failure, content_type="text/event-stream"))
+    page.fill("#text", "word " * 3000)
+    page.keyboard.press("Enter")
+    page.get_by_role("alert").wait_for()
+    _pretend(page, {"token": "ok", "part": "text"})
+    with page.expect_request("**/chat/completions") as sent:
+        _ask(page, "second")
+    assert [message["content"] for message in sent.value.post_data_json["messages"] if message["role"] == "user"] == [
+        "first",
+        "second",
+    ]
+    page.locator(".message.user", has_text="second").get_by_text("2/2").wait_for()
+
+
 def test_settings_are_kept_and_used(page: playwright.Page) -> None:
     page.locator("#open-settings").click()
     page.locator("[name=max_tokens]").fill("3")

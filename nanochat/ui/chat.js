@@ -8,19 +8,23 @@ const $ = (id) => document.getElementById(id);
 const [log, form, text, send, list, status] = ["log", "form", "text", "send", "conversations", "status"].map($);
 const settings = store.settings;
 let current = null;  // the conversation that is shown
-let running = null;  // {controller, node} of the answer that is being written
+let running = null;  // {controller, node, ended} of the answer that is being written; ended: a promise
+const edits = new WeakMap();  // of a message: its open edit, which every redraw puts back
 let inside = false;
 
 // ---------------------------------------------------------------------------- showing
 
-function show(conversation) {
+function show(conversation, ...notices) {
   current = conversation;
   $("title").textContent = conversation.title;
   const nodes = store.path(conversation);
+  const focused = document.activeElement;
   log.replaceChildren(...(nodes.length ? nodes.map(showMessage) : welcome()));
   if (inside && nodes.length) log.append(readingView(nodes));
+  log.append(...notices);
   showList();
   log.scrollTop = log.scrollHeight;
+  if (log.contains(focused)) focused.focus();  // an edit: its writer goes on
 }
 
 function welcome() {
@@ -43,6 +47,7 @@ function forget(conversation) {
 }
 
 function showMessage(node) {
+  if (edits.has(node)) return edits.get(node);
   const content = element("div", { class: "content" });
   const box = element("article", { class: `message ${node.role}`, "aria-label": node.role === "user" ? "You" : "nanochat" }, content);
   fill(content, node);
@@ -51,7 +56,13 @@ function showMessage(node) {
   const actions = element("div", { class: "actions" });
   if (siblings.length > 1) {
     const at = siblings.indexOf(node.id);
-    const go = (step) => { stop(); current.nodes[node.parent].chosen = (at + step + siblings.length) % siblings.length; store.save(); show(current); };
+    const go = async (step) => {
+      await stop();  // an answer is stored when it has ended, not before
+      const parent = current.nodes[node.parent];
+      parent.chosen = (at + step + parent.children.length) % parent.children.length;
+      store.save(current);
+      show(current);
+    };
     const arrow = (label, name, step) => element("button", { type: "button", "aria-label": name, onclick: () => go(step) }, label);
     actions.append(arrow("‹", "Previous version", -1), `${at + 1}/${siblings.length}`, arrow("›", "Next version", 1));
   }
@@ -104,14 +115,15 @@ function readingView(nodes) {
 function edit(box, node) {
   const field = element("textarea", { rows: 3, "aria-label": "Edit the message" });
   field.value = node.content;
-  const save = () => { const content = field.value.trim(); if (content) { stop(); ask(content, current.nodes[node.parent]); } };
-  const cancel = () => show(current);
+  const save = () => { const content = field.value.trim(); if (content) { edits.delete(node); ask(content, current.nodes[node.parent]); } };
+  const cancel = () => { edits.delete(node); show(current); };
   field.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); save(); }
     if (event.key === "Escape") { event.stopPropagation(); cancel(); }
   });
   box.replaceChildren(element("div", { class: "edit" }, field, element("div", { class: "bar" },
     element("button", { type: "button", onclick: cancel }, "Cancel"), element("button", { type: "button", class: "primary", onclick: save }, "Send as a new branch"))));
+  edits.set(node, box);
   field.focus();
 }
 
@@ -122,10 +134,12 @@ function toMessages(nodes) {
   return [...system, ...nodes.map(({ role, content }) => ({ role, content }))];
 }
 
-function ask(content, parent = null) {
-  if (running) return;
-  const nodes = store.path(current);
-  const node = store.add(current, parent ?? nodes.at(-1) ?? current.nodes.root, "user", content);
+async function ask(content, parent = null) {
+  while (running) await stop();
+  // After the last answer: a question that has none is left beside this one, or the model would read both as one.
+  parent ??= store.path(current).findLast((node) => node.role === "assistant") ?? current.nodes.root;
+  const node = store.add(current, parent, "user", content);
+  store.save(current);  // at once: an answer may take minutes
   respond(node);
 }
 
@@ -133,18 +147,20 @@ function regenerate(node) {
   if (!running) respond(current.nodes[node.parent]);
 }
 
-async function respond(question) {
-  const conversation = current;
-  const node = store.add(conversation, question, "assistant", []);
+function respond(question) {
   const controller = new AbortController();
-  running = { controller, node };
+  running = { controller, node: store.add(current, question, "assistant", []) };
+  running.ended = receive(current, question, running.node, controller.signal);
+}
+
+async function receive(conversation, question, node, signal) {
   send.textContent = "Stop";
   show(conversation);
   log.setAttribute("aria-busy", "true");
   status.textContent = "The model is answering.";
   let failure = null;
   try {
-    for await (const event of api.stream(toMessages(store.path(conversation, question)), inside, controller.signal)) {
+    for await (const event of api.stream(toMessages(store.path(conversation, question)), inside, signal)) {
       if (event.token) {
         if (node.content.at(-1)?.type !== event.part) node.content.push({ type: event.part, text: "" });
         node.content.at(-1).text += event.token;
@@ -164,13 +180,14 @@ async function respond(question) {
   send.textContent = "Send";
   log.removeAttribute("aria-busy");
   if (!node.content.length && !node.note) store.removeLast(conversation, node);
-  store.save();
-  if (current === conversation) {
-    show(conversation);
-    if (failure) log.append(element("article", { class: "message error", role: "alert" }, element("div", { class: "content" }, failure.message), element("div", { class: "actions" }, element("button", { onclick: () => respond(question) }, "Try again"))));
-    log.scrollTop = log.scrollHeight;
-  }
+  store.save(conversation);
+  if (current === conversation) show(conversation, ...(failure ? [failureNotice(failure, question)] : []));
   status.textContent = failure ? "The answer failed." : `The answer: ${plainText(node.content).slice(0, 500)}`;
+}
+
+function failureNotice(failure, question) {
+  const again = element("button", { onclick: () => respond(question) }, "Try again");
+  return element("article", { class: "message error", role: "alert" }, element("div", { class: "content" }, failure.message), element("div", { class: "actions" }, again));
 }
 
 // The answer that is being written, once for each frame however many tokens came.
@@ -189,8 +206,10 @@ function redraw() {
   });
 }
 
+// The promise is kept when the answer that was being written has ended.
 function stop() {
   running?.controller.abort();
+  return running?.ended;
 }
 
 // ---------------------------------------------------------------------------- controls

@@ -25,31 +25,50 @@ function write(key, value) {
 export const settings = { ...DEFAULTS, ...read("nanochat.settings", {}) };
 export const saveSettings = () => write("nanochat.settings", settings);
 
-let conversations = read("nanochat.conversations", []).filter((c) => c?.nodes?.root);
+const stored = () => read("nanochat.conversations", []).filter((c) => c?.nodes?.root);
+let conversations = stored();
+const known = new Set(conversations.map((c) => c.id));  // those that were stored: one that no longer is was deleted
 
 export const all = () => conversations;
 
+// No two tabs make the same: what both add to one conversation is kept.
+const newId = () => Date.now().toString(36) + Math.random().toString(36).slice(2, 7);
+
 export function create() {
-  const id = Date.now().toString(36) + Math.random().toString(36).slice(2, 7);
-  const conversation = { id, title: "New chat", nodes: { root: { id: "root", children: [], chosen: 0 } }, next: 1 };
+  const conversation = { id: newId(), title: "New chat", nodes: { root: { id: "root", children: [], chosen: 0 } } };
   conversations.unshift(conversation);
   return conversation;
 }
 
 export function remove(conversation) {
   conversations = conversations.filter((c) => c !== conversation);
-  save();
+  write("nanochat.conversations", stored().filter((c) => c.id !== conversation.id));
 }
 
-// Conversations without a message are not kept. If the browser's storage is full, the oldest are forgotten.
-export function save() {
-  let kept = conversations.filter((c) => c.nodes.root.children.length);
+// Only this conversation: of the others, another tab may have stored more than this one knows. If the browser's storage
+// is full, the oldest are forgotten.
+export function save(conversation) {
+  let kept = stored();
+  const at = kept.findIndex((c) => c.id === conversation.id);
+  if (at < 0 && known.has(conversation.id)) return;  // deleted, here or in another tab: it stays so
+  known.add(conversation.id);
+  if (at < 0) kept.unshift(conversation);
+  else kept[at] = joined(conversation, kept[at]);
   while (!write("nanochat.conversations", kept) && kept.length > 1) kept = kept.slice(0, -1);
+}
+
+// `conversation` with the messages that another tab added to it: branches beside its own.
+function joined(conversation, other) {
+  for (const node of Object.values(other.nodes)) {
+    const own = conversation.nodes[node.id] ??= node;
+    own.children = [...new Set([...own.children, ...node.children])];
+  }
+  return conversation;
 }
 
 // A message after `parent`; the branch that it begins is the one that is shown.
 export function add(conversation, parent, role, content) {
-  const node = { id: String(conversation.next++), parent: parent.id, role, content, children: [], chosen: 0 };
+  const node = { id: newId(), parent: parent.id, role, content, children: [], chosen: 0 };
   conversation.nodes[node.id] = node;
   parent.chosen = parent.children.push(node.id) - 1;
   if (parent.id === "root" && role === "user" && conversation.title === "New chat") conversation.title = content.slice(0, 60);
