@@ -244,6 +244,18 @@ def clean_up(stage_dir: Path) -> None:
         remove_leftovers(stage_dir.parent / TOKENIZER_FILE)
 
 
+def set_aside(stage_dir: Path, step: int) -> list[str]:
+    """Rename checkpoints later than `step`, from which a run goes on another way; returns their new names, oldest first."""
+    names = []
+    for later in (n for n in list_steps(stage_dir) if n > step):
+        folder, attempt = step_dir(stage_dir, later), 1
+        while (target := stage_dir / f"abandoned_{folder.name}_{attempt}").exists():
+            attempt += 1
+        os.rename(folder, target)
+        names.append(target.name)
+    return names
+
+
 def prune(stage_dir: Path, step: int, keep_last: int, best: int | None) -> None:
     """Remove checkpoints up to `step` that are older than the newest keep_last, but for the best. Later ones are of another
     attempt; damaged ones keep nobody's place, as far as that can be told without reading all of them.

@@ -186,7 +186,7 @@ def describe_error(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
         return "this machine ran out of memory: choose a smaller --device-batch-size, --max-seq-len or --depth"
     if isinstance(error, ModuleNotFoundError) and (error.name or "nanochat").partition(".")[0] not in OURS:
-        return f"the package {error.name} is not installed: run bash runs/setup.sh, or pip install nanochat with its extras"
+        return f"the package {error.name} is not installed: run bash runs/setup.sh, with the name of its extra"
     return None
 
 

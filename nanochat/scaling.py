@@ -88,10 +88,12 @@ def plan_horizon(
     tokens_per_param: float = TOKENS_PER_PARAM,
     total_batch_size: int = -1,
     least_batch_size: int = 0,
+    batch_multiple: int = 1,
 ) -> Horizon:
     """The training run that suits a model; the first positive of num_iterations, target_flops, tokens_per_param rules.
 
-    Batch size, of least_batch_size or more, and scales follow from the tokens of target_flops or tokens_per_param.
+    Batch size, of least_batch_size or more and a multiple of batch_multiple (what all ranks go through at a time), and scales
+    follow from the tokens of target_flops or tokens_per_param.
     num_iterations changes neither, so that a short trial behaves like the start of the real run.
     """
     reference = model_config(REFERENCE_DEPTH, config.vocab_size, config.sequence_len)
@@ -103,7 +105,8 @@ def plan_horizon(
     if total_batch_size <= 0:
         share = target_tokens / reference_tokens
         ideal = REFERENCE_BATCH * share ** (BATCH_EXPONENT if share > 1 else SMALL_BATCH_EXPONENT)
-        total_batch_size = max(2 ** round(math.log2(max(ideal, least_batch_size))), config.sequence_len)
+        rounded = max(2 ** round(math.log2(max(ideal, least_batch_size))), config.sequence_len)
+        total_batch_size = -(-rounded // batch_multiple) * batch_multiple
     if num_iterations <= 0:
         if target_flops > 0 or tokens_per_param > 0:
             num_iterations = round(target_tokens / total_batch_size)

@@ -37,6 +37,12 @@ class Arguments(argparse.Namespace):
     __slots__ = ("_parser",)
     _parser: SettingsParser
 
+    def require_positive(self, *names: str) -> None:
+        """Raise NanochatError if one of these numbers, by the names that `vars` has, is below 1; None passes."""
+        for name in names:
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise NanochatError(f"--{name.replace('_', '-')} {value} is too small: choose 1 or more")
+
     def to_toml(self, values: dict[str, Any], leave_out: Sequence[str] = ()) -> str:
         """What --config takes back to give the command these values, by the names that `vars` has, grouped as in --help."""
         tables: dict[str, dict[str, Any]] = {}

@@ -37,6 +37,7 @@ from nanochat.checkpoint_manager import (
     no_such_step,
     read_meta,
     read_tensors,
+    set_aside,
     step_dir,
     verify_checkpoint,
 )
@@ -63,12 +64,15 @@ from nanochat.settings import CONFIG_FILE, Arguments
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import Trainer
 
-# What may differ between a run and its resumption: it changes how the work is done, not what is computed.
+RATES = {"matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr"}
+# What may differ between a run and its resumption: it changes how the work is done, not what is computed; and rates, since
+# lower ones are the way out of a divergence.
 FREE_SETTINGS = {
     "resume", "resume_from_step", "run", "log_to", "tensorboard", "log_every",
     "device", "dtype", "fp8", "world_size", "fsdp", "activation_checkpointing", "device_batch_size", "grad_accum_steps",
     "compile", "eval_every", "eval_tokens", "sample_every", "save_every", "keep_last",
     "data", "tokenizer", "from_hf", "model_tag",  # what these mean is compared, not where it lies
+    "device_type", *RATES,
     "core_metric_every", "core_metric_max_per_task", "eval_bundle", "max_rows", "eval_examples", "eval_samples",
     "sample_prompts",
 }  # fmt: skip
@@ -256,8 +260,10 @@ def check_settings(stage: Stage, new: dict[str, Any]) -> None:
             f"--tokenizer={get_run_dir(stage.tag)}, or choose another --model-tag"
         )
     for key, value in json.loads(json.dumps(new)).items():
+        flag = "--set" if key == "switches" else "--" + key.replace("_", "-")
+        if key in RATES and old.get(key, value) != value:
+            print0(f"going on with {flag} {value}: until here it was {old[key]}")
         if key not in FREE_SETTINGS and key in old and old[key] != value:
-            flag = "--" + key.replace("_", "-")
             raise NanochatError(
                 f"run {stage.tag!r} was started with {flag} {old[key]}, not {value}: use the same settings to go on, "
                 "or another --model-tag"
@@ -275,14 +281,23 @@ def check_tokens(source: Source, tokenizer: Tokenizer) -> None:
 
 
 def check_data(stage: Stage, source: Source) -> None:
-    """Raise NanochatError if files that a stage read are gone or changed. New ones, behind them, are welcome."""
+    """Raise NanochatError if files that a stage read are gone, changed or elsewhere in order. New ones go behind them."""
     if stage.resume_step is None:
         return
     now = source.describe()["files"]
-    for name, size in read_meta(stage.directory, stage.resume_step)["data"]["files"].items():
+    before = read_meta(stage.directory, stage.resume_step)["data"]["files"]
+    for name, size in before.items():
         if now.get(name) != size:
             what = "is gone" if name not in now else "has changed"
             raise NanochatError(f"{name} of {source.name} {what} since run {stage.tag!r} read it: restore it to go on")
+    for files in (source.train_files, source.val_files):
+        known = [file.name in before for file in files]
+        if known != sorted(known, reverse=True):
+            new = files[known.index(False)].name
+            raise NanochatError(
+                f"{new} of {source.name} is new and sorts before files that run {stage.tag!r} read: give it a name that sorts "
+                "behind them to go on"
+            )
 
 
 def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, Any], args: Arguments, rank: int) -> None:
@@ -294,6 +309,8 @@ def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, An
         raise NanochatError(f"{stage.directory} was trained by another process meanwhile: give the same command again")
     if stage.resume_step is not None:
         print0(f"going on from step {stage.resume_step} of {stage.directory}")
+        if later := set_aside(stage.directory, stage.resume_step):
+            print0(f"{later[0]} to {later[-1]} of an earlier attempt are set aside there and may be deleted")
     else:
         (stage.directory / "metrics.jsonl").unlink(missing_ok=True)  # of a start that never reached a checkpoint
         if stage.name == "base":

@@ -8,11 +8,8 @@ sample, then train, so that a crash in an evaluation costs nothing.
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -50,9 +47,9 @@ from nanochat.metrics import MetricsLog
 from nanochat.optim import MuonAdamW
 from nanochat.progress import Progress
 from nanochat.scaling import expansion_step, learning_rate_factor, muon_momentum
+from nanochat.stopping import StopRequest, frozen_garbage
 
 Evaluation = Callable[[], dict[str, float]]
-PATIENCE_S = 3.0  # between a wish to stop and a demand
 SHOWN = ("loss", "reward", "tok_per_s", "mfu", "bpb", "pass@1")  # on the progress line, where there are such numbers
 Batch = tuple[torch.Tensor, ...]  # (inputs, targets, ...): targets (B, T) int64, -1 where there is nothing to predict
 
@@ -144,7 +141,7 @@ class Trainer:
         self._saved_step: int | None = None  # the newest checkpoint is of this state
         self._writer = CheckpointWriter(stage_dir, config.keep_last)
         self._pending: list[torch.Tensor] = []  # losses not yet read from the device
-        self._asked_to_stop_at: float | None = None
+        self._stop = StopRequest()
 
     # ------------------------------------------------------------------------- state
 
@@ -178,6 +175,7 @@ class Trainer:
         goes on: the checkpoints that there are stay.
         """
         self._compare_ranks()
+        self._check_finite()
         if self.rank == 0:
             self._report_failed_save()  # which may have been the best one's
         meta = {**self.meta, "trainer": self.state_dict(loader_state), "train_config": asdict(self.config)}
@@ -223,6 +221,13 @@ class Trainer:
             self.save(wait=True, loader_state=loader_state)
             self.progress.print(f"step {self.step} is saved; once the cause is mended, go on with --resume auto")
 
+    def _check_finite(self) -> None:
+        """Raise NanochatError if parameters are no longer numbers: such a checkpoint would take a good one's place."""
+        parameters: Iterator[Any] = self.model.parameters()  # which a sharded model has as DTensors
+        parts = [p.to_local() if self.model.is_sharded else p for p in parameters]
+        if any_rank(not torch.stack([part.isfinite().all() for part in parts]).all()):
+            raise NanochatError(self._describe_divergence())
+
     def _compare_ranks(self) -> None:
         """Raise NanochatError if ranks no longer hold the same parameters, bit for bit."""
         if not self.ddp or self.model.is_sharded:
@@ -249,8 +254,8 @@ class Trainer:
         with (
             self._locked(),
             Progress(self.config.stage_name, self.config.num_iterations, start=self.step, work=self._work) as self.progress,
-            self._stop_on_signals(),
-            _frozen_garbage(),
+            self._stop.listening(),
+            frozen_garbage(),
         ):
             self._prepare()
             try:
@@ -290,6 +295,11 @@ class Trainer:
     def _prepare(self) -> None:
         self.model.train()
         compute_dtype = self.model.get_compute_dtype()
+        if compute_dtype == torch.float16:
+            raise NanochatError(
+                "training in float16 would lose most gradients, which are too small for it: set NANOCHAT_DTYPE to bfloat16 or "
+                "float32; float16 is for generating"
+            )
         self.matmul_rate = measure_matmul_rate(self.device, compute_dtype) * self.world_size
         if self.config.compile and (reason := can_compile(self.device)) is not None:
             if self.rank == 0:
@@ -445,7 +455,13 @@ class Trainer:
         if self.sample_fn is None or self.rank != 0:
             return
         self.model.eval()
-        for sample in self.sample_fn():
+        try:
+            samples = self.sample_fn()
+        except Exception as error:  # whatever it is, it is no reason to lose what was learned
+            reason = describe_error(error) or repr(error)
+            self.progress.print(f"warning: no samples at step {self.step}; training goes on. {reason}")
+            samples = []
+        for sample in samples:
             row = {"sample/prompt": sample["prompt"], "sample/text": sample["text"]}
             self.metrics.log({"step": self.step, "time_s": round(self.time_s, 4), **row})
             self.progress.print(f"{sample['prompt']!r} -> {sample['text']!r}")
@@ -453,31 +469,8 @@ class Trainer:
 
     # ------------------------------------------------------------------------- stopping
 
-    @contextlib.contextmanager
-    def _stop_on_signals(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM asks for a stop after the step at hand; a second one, not at once, stops at once.
-
-        torchrun passes on what the terminal has sent already: the same wish may come twice.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def ask_to_stop(number: int, frame: object) -> None:
-            now = time.monotonic()
-            if self._asked_to_stop_at is not None and now - self._asked_to_stop_at > PATIENCE_S:
-                raise KeyboardInterrupt
-            self._asked_to_stop_at = self._asked_to_stop_at or now
-
-        previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
     def _check_stop(self) -> None:
-        if any_rank(self._asked_to_stop_at is not None):  # every rank saves or none does
+        if any_rank(self._stop.asked):  # every rank saves or none does
             self.save(wait=True)
             self.progress.print(f"stopped after step {self.step}; saved. Go on with --resume auto")
             raise KeyboardInterrupt
@@ -490,17 +483,3 @@ class Trainer:
             return
         with lock_stage(self.stage_dir):
             yield
-
-
-@contextlib.contextmanager
-def _frozen_garbage() -> Iterator[None]:
-    """Keep Python's garbage collector, whose pauses grow with the heap, out of the training steps."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.unfreeze()
-        gc.collect()

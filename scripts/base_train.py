@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -50,6 +51,9 @@ from nanochat.tokenizer import FILE_NAME, get_tokenizer, get_tokenizer_dir
 from nanochat.trainer import TrainConfig, Trainer
 from scripts import tok_train
 
+# Flags that decide which weights fit, besides the tokenizer.
+SHAPE = ("depth", "aspect_ratio", "head_dim", "num_kv_heads", "max_seq_len", "window_pattern", "switches")
+
 
 def parse_arguments(argv: list[str] | None) -> Arguments:
     parser = SettingsParser(
@@ -86,7 +90,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     optimization.add_argument("--expand-at", type=float, default=-1.0, metavar="SHARE",
                               help="of the updates, in which the last block learns alone (-1: by the budget)")  # fmt: skip
     optimization.add_argument("--seed", type=int, default=42, help="of the weights at the start")
-    optimization.add_argument("--set", dest="switches", nargs="+", default=[], metavar="NAME=VALUE",
+    optimization.add_argument("--set", dest="switches", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
                               help="for experiments: fields of GPTConfig and OptimizerSettings")  # fmt: skip
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument("--core-metric-every", type=int, default=-1, metavar="STEPS", help="CORE (-1: never)")
@@ -95,7 +99,9 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     measuring.add_argument("--sample-every", type=int, default=2000, help="show samples (-1: never)")
     measuring.add_argument("--resume-from-step", type=int, default=-1, help="the same as --resume STEP")
     add_training_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.require_positive("depth", "aspect_ratio", "max_seq_len", "num_kv_heads")
+    return args
 
 
 def plan(args: Arguments, stage: Stage, model: GPT, world_size: int) -> tuple[Horizon, int, float]:
@@ -111,8 +117,9 @@ def plan(args: Arguments, stage: Stage, model: GPT, world_size: int) -> tuple[Ho
     one_block, all_blocks = (model.estimate_flops(idle_blocks) for idle_blocks in (model.config.n_layer - 1, 0))
     flops_per_token = expand_at * one_block + (1 - expand_at) * all_blocks
     horizon = plan_horizon(
-        model.config, flops_per_token, args.num_iterations, target_flops, args.target_param_data_ratio, batch_size, least_batch
-    )
+        model.config, flops_per_token, args.num_iterations, target_flops, args.target_param_data_ratio, batch_size,
+        least_batch, batch_multiple=args.max_seq_len * world_size * max(1, args.device_batch_size),
+    )  # fmt: skip
     batch_size = horizon.total_batch_size
     rows = choose_device_batch_size(model, args.device_batch_size, batch_size, world_size)
     if by_time:  # once more, by what a batch of this size really takes
@@ -157,6 +164,7 @@ def main(argv: list[str] | None = None) -> int:
         args.num_kv_heads,
     )  # fmt: skip
     config = replace(config, **model_switches)
+    check_settings(stage, {**{name: vars(args)[name] for name in SHAPE}, "tokenizer_fingerprint": tokenizer.fingerprint()})
     model = make_model(asdict(config), device, args, stage.start)
     horizon, rows, expand_at = plan(args, stage, model, world_size)
     bundle = find_bundle(args.eval_bundle) if args.core_metric_every > 0 else None
@@ -169,10 +177,10 @@ def main(argv: list[str] | None = None) -> int:
         "parent": None, "tokenizer_fingerprint": tokenizer.fingerprint(),
     }  # fmt: skip
     check_settings(stage, settings)
-    check_data(stage, source)
     if stage.is_complete(horizon.num_iterations):
         print0(f"{stage.directory} is complete: {horizon.num_iterations} steps done")
         return 0
+    check_data(stage, source)
     prepare_directory(stage, tokenizer, settings, args, rank)
     print0(
         f"depth {args.depth}: {settings['num_params']:,} parameters, {horizon.num_iterations:,} steps of "
@@ -230,7 +238,10 @@ def make_default_tokenizer(name: str, data: str, rank: int) -> None:
     """Train the default tokenizer on the same text if nobody has yet, so that the first command works alone."""
     if rank == 0 and name == "default" and not (get_tokenizer_dir(name) / FILE_NAME).exists():
         print("no tokenizer was trained yet: training one")
-        tok_train.main(["--data", data])
+        if not dist.is_initialized():
+            tok_train.main(["--data", data])
+        else:  # in a process of its own: no other thread runs meanwhile, so to the other ranks this one would seem dead
+            subprocess.run([sys.executable, "-m", "scripts.tok_train", "--data", data], check=False)
     if dist.is_initialized():
         dist.barrier()
 

@@ -63,7 +63,9 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     measuring.add_argument("--eval-samples", type=int, default=8, help="answers to each: pass@1 and pass@8")
     measuring.add_argument("--sample-every", type=int, default=-1, help="show answers (-1: at the end only)")
     add_training_arguments(parser, eval_every=60, generates=True)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.require_positive("examples_per_step", "num_samples", "max_new_tokens", "max_rows", "eval_examples", "eval_samples")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

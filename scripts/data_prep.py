@@ -60,9 +60,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     machine.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE",
                          help="slurm: another option, for example account=NAME; may be repeated")  # fmt: skip
     args = parser.parse_args(argv)
-    for name in ("shard_tokens", "val_documents", "tasks", "workers", "cpus_per_task", "mem_per_cpu"):
-        if (value := getattr(args, name)) is not None and value < 1:
-            raise NanochatError(f"--{name.replace('_', '-')} {value} is too small: choose 1 or more")
+    args.require_positive("shard_tokens", "val_documents", "tasks", "workers", "cpus_per_task", "mem_per_cpu")
     return args
 
 

@@ -255,6 +255,7 @@ def test_depth_alone_decides_a_run() -> None:
 def test_horizon_may_be_overridden() -> None:
     config = model_config(4, 4096)
     assert plan_horizon(config, 1, num_iterations=7).num_iterations == 7
+    assert plan_horizon(config, 1000, target_flops=1e9, batch_multiple=96).total_batch_size % 96 == 0  # three ranks, odd rows
     usual = plan_horizon(config, 1000, target_flops=1e9)
     larger = plan_horizon(config, 1000, target_flops=1e9, least_batch_size=4 * usual.total_batch_size)
     assert larger.total_batch_size == 4 * usual.total_batch_size

@@ -234,6 +234,7 @@ def test_bad_input_of_the_command(tiny_run: Path) -> None:
         (["--max-new-tokens=128"], "context of 128"),
         (["--model-tag=absent"], "absent"),
         (["--objective=magic"], "magic"),
+        (["--examples-per-step=0"], "--examples-per-step 0 is too small"),
     ):
         with pytest.raises(NanochatError, match=words):
             chat_rl.main([*FLAGS, *flags])

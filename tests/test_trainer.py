@@ -97,6 +97,32 @@ def test_resume_equals_uninterrupted(corpus: Path, tiny_run: Path, flag: str) ->
         assert torch.equal(tensor, whole[name]), name
 
 
+def test_another_way_on_from_an_earlier_step_leaves_nothing_in_between(
+    corpus: Path, tiny_run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    stage_dir, weights = tiny_run / "base", _weights(tiny_run / "base", 6)
+    _train(corpus, "tiny", "--resume=3", "--matrix-lr=0.006", "--device-type=")
+    printed = capsys.readouterr().out
+    assert "going on with --matrix-lr 0.006: until here it was 0.0126" in printed
+    assert "abandoned_step_000006_1 to abandoned_step_000006_1" in printed
+    assert list_steps(stage_dir) == [3, 6]
+    shutil.rmtree(stage_dir / "step_000006")
+    (stage_dir / "abandoned_step_000006_1").rename(stage_dir / "step_000006")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in _weights(stage_dir, 6).items())
+
+
+def test_a_new_text_may_not_go_before_those_that_were_read(corpus: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    shutil.copytree(corpus, texts)
+    _train(texts, "order", "--save-every=3")
+    words = "Words that nobody has read yet.\n\n" * 30
+    (texts / "zzz.txt").write_text(words, encoding="utf-8")
+    _train(texts, "order", "--save-every=3", "--resume=3")
+    (texts / "aaa.txt").write_text(words, encoding="utf-8")
+    with pytest.raises(NanochatError, match=r"aaa.txt of .* is new and sorts before"):
+        _train(texts, "order", "--save-every=3", "--resume=3")
+
+
 def test_the_speed_of_rows_that_tell_of_several_steps(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is the tokens since the row before, or since training began, over the time since then."""
     monkeypatch.setattr(base_train, "TrainConfig", lambda **config: TrainConfig(**{**config, "log_every": 2}))
@@ -148,8 +174,10 @@ def test_a_finished_stage_is_not_trained_again(corpus: Path, tiny_run: Path, cap
 def test_runs_are_never_written_over(corpus: Path, tiny_run: Path) -> None:
     with pytest.raises(NanochatError, match="--resume auto"):
         _train(corpus, "tiny")
-    with pytest.raises(NanochatError, match="--matrix-lr 0.0126, not 0.5"):
-        _train(corpus, "tiny", "--resume=3", "--matrix-lr=0.5")
+    with pytest.raises(NanochatError, match="--warmdown-ratio 0.65, not 0.5"):
+        _train(corpus, "tiny", "--resume=3", "--warmdown-ratio=0.5")
+    with pytest.raises(NanochatError, match="--depth 2, not 1"):
+        _train(corpus, "tiny", "--resume=3", "--depth=1")
     with pytest.raises(NanochatError, match="steps there: 3, 6"):
         _train(corpus, "tiny", "--resume=4")
     flags = [*TINY_TRAINING, "--data", str(corpus), "--num-iterations=1"]
@@ -174,6 +202,32 @@ def test_a_loss_that_is_no_number_stops_the_run(corpus: Path, monkeypatch: pytes
     with pytest.raises(NanochatError, match=r"no longer a number at step 5: the last good checkpoint is step 4"):
         _train(corpus, "nan", "--save-every=2")
     assert list_steps(Path(os.environ["NANOCHAT_BASE_DIR"]) / "runs" / "nan" / "base") == [2, 4]
+
+
+def test_weights_that_are_no_numbers_are_not_saved(corpus: Path) -> None:
+    with pytest.raises(NanochatError, match=r"no longer a number at step \d: the last good checkpoint is step \d"):
+        _train(corpus, "inf", "--matrix-lr=1e38", "--save-every=1")
+    stage_dir = Path(os.environ["NANOCHAT_BASE_DIR"]) / "runs" / "inf" / "base"
+    assert list_steps(stage_dir)
+    assert all(tensor.isfinite().all() for step in list_steps(stage_dir) for tensor in _weights(stage_dir, step).values())
+
+
+def test_training_in_float16_is_refused(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float16")
+    with pytest.raises(NanochatError, match="NANOCHAT_DTYPE"):
+        _train(corpus, "half")
+
+
+def test_a_crash_while_sampling_costs_nothing(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*args: object) -> list[dict[str, str]]:
+        raise MemoryError
+
+    monkeypatch.setattr(base_train, "continue_openings", fail)
+    stage_dir = _train(corpus, "silent", "--sample-every=2")
+    assert list_steps(stage_dir) == [6]
+    assert "warning: no samples at step 2; training goes on. this machine ran out of memory" in capsys.readouterr().out
 
 
 def test_a_crash_in_an_evaluation_costs_no_training(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
