@@ -106,7 +106,7 @@ def plan_horizon(
         share = target_tokens / reference_tokens
         ideal = REFERENCE_BATCH * share ** (BATCH_EXPONENT if share > 1 else SMALL_BATCH_EXPONENT)
         rounded = max(2 ** round(math.log2(max(ideal, least_batch_size))), config.sequence_len)
-        total_batch_size = -(-rounded // batch_multiple) * batch_multiple
+        total_batch_size = next_multiple(rounded, batch_multiple)
     if num_iterations <= 0:
         if target_flops > 0 or tokens_per_param > 0:
             num_iterations = round(target_tokens / total_batch_size)
@@ -114,6 +114,11 @@ def plan_horizon(
             raise NanochatError("no horizon: give --num-iterations, --target-flops or --target-param-data-ratio above 0")
     decay_scale = (total_batch_size / REFERENCE_BATCH) ** (1 - LR_BATCH_EXPONENT) * reference_tokens / target_tokens
     return Horizon(max(1, num_iterations), total_batch_size, learning_rate_scale(total_batch_size), decay_scale)
+
+
+def next_multiple(tokens: int, of: int) -> int:
+    """The smallest multiple that is no less."""
+    return -(-tokens // of) * of
 
 
 def expansion_share(tokens_per_param: float) -> float:

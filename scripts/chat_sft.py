@@ -11,13 +11,13 @@ from pathlib import Path
 
 from nanochat.chat_eval import sample_answers
 from nanochat.checkpoint_manager import find_run, open_checkpoint
-from nanochat.common import compute_init, get_compute_dtype, print0, run_command
+from nanochat.common import NanochatError, compute_init, get_compute_dtype, print0, run_command
 from nanochat.compilation import keep_freed_memory
 from nanochat.conversation_loader import ConversationLoader, estimate_tokens
 from nanochat.engine import Engine
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.metrics import MetricsLog
-from nanochat.scaling import accumulation_steps, learning_rate_scale
+from nanochat.scaling import accumulation_steps, learning_rate_scale, next_multiple
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import (
     add_rate_arguments,
@@ -85,9 +85,18 @@ def main(argv: list[str] | None = None) -> int:
     if args.max_seq_len > 0:
         model_config["sequence_len"] = args.max_seq_len
     sequence_len = model_config["sequence_len"]
-    total_batch_size = args.total_batch_size if args.total_batch_size > 0 else base_meta["settings"]["total_batch_size"]
+    total_batch_size = args.total_batch_size
+    if total_batch_size <= 0:
+        rows_together = world_size * max(1, args.device_batch_size)
+        total_batch_size = next_multiple(base_meta["settings"]["total_batch_size"], sequence_len * rows_together)
     train_task = build_mixture(args.tasks, "train", args.task_data)
     val_task = build_mixture(args.tasks, "val", args.task_data)
+    had = stage.recorded_settings().get("conversations", len(train_task))
+    if had != len(train_task):
+        raise NanochatError(
+            f"the mixture has {len(train_task):,} conversations, and had {had:,} when run {stage.tag!r} was started: "
+            "give it the same files to go on"
+        )
     model = make_model(model_config, device, args, stage.start or (base_dir, base_step))
     rows = choose_device_batch_size(model, args.device_batch_size, total_batch_size, world_size)
     num_iterations = args.num_iterations
@@ -98,9 +107,9 @@ def main(argv: list[str] | None = None) -> int:
             num_iterations = min(num_iterations, steps)
     settings = {
         **vars(args), **describe_model(model), "task_data": str(args.task_data) if args.task_data else None,
-        "num_iterations": num_iterations, "total_batch_size": total_batch_size, "device_batch_size": rows,
-        "device": str(device), "dtype": str(get_compute_dtype(device)), "world_size": world_size, "tag": stage.tag,
-        "stage": "sft", "parent": f"base step {base_step}", "tokenizer_fingerprint": tokenizer.fingerprint(),
+        "conversations": len(train_task), "num_iterations": num_iterations, "total_batch_size": total_batch_size,
+        "device_batch_size": rows, "device": str(device), "dtype": str(get_compute_dtype(device)), "world_size": world_size,
+        "tag": stage.tag, "stage": "sft", "parent": f"base step {base_step}", "tokenizer_fingerprint": tokenizer.fingerprint(),
     }  # fmt: skip
     check_settings(stage, settings)
     if stage.is_complete(num_iterations):

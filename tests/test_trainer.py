@@ -142,6 +142,15 @@ def test_sft_resume_equals_uninterrupted(tiny_run: Path) -> None:
     assert _losses(tiny_run / "sft") == losses
     for name, tensor in _weights(tiny_run / "sft", 4).items():
         assert torch.equal(tensor, whole[name]), name
+    with pytest.raises(NanochatError, match="has 90 conversations, and had 100"):
+        chat_sft.main([*flags, "--tasks=Arithmetic:60,Identity:30", "--resume=2"])
+
+
+def test_sft_fits_the_batch_of_its_base_to_another_context(tiny_run: Path) -> None:
+    shutil.copytree(tiny_run, tiny_run.parent / "odd", ignore=shutil.ignore_patterns("sft"))
+    flags = ["--tasks=Arithmetic:60,Identity:40", "--num-iterations=1", "--no-compile", "--device-type=cpu"]
+    assert chat_sft.main([*flags, "--model-tag=odd", "--max-seq-len=100"]) == 0
+    assert read_meta(tiny_run.parent / "odd" / "sft", 1)["settings"]["total_batch_size"] == 600
 
 
 def test_accumulation_changes_nothing(corpus: Path) -> None:
