@@ -37,6 +37,7 @@ class Source:
 
     def __init__(self, train_files: Iterable[DocumentFile], val_files: Iterable[DocumentFile]) -> None:
         self.train_files, self.val_files = list(train_files), list(val_files)
+        self.num_files_read = 0  # of the train files, so far
         self._limit: int | None = None
         self._tokenizer: tuple[str | None] | None = None  # in a tuple once it is known
 
@@ -78,6 +79,8 @@ class Source:
         for index, file in enumerate(files[index:], index):  # noqa: B020
             file.fetch(following=files[index + 1 : index + 1 + FILES_AHEAD])
             _check_kind(file, fingerprint)
+            if files is self.train_files:
+                self.num_files_read = max(self.num_files_read, index + 1)
             for row, documents in file.batches(max(0, start - first)):
                 yield first + row, documents
             first += file.num_rows()
@@ -229,6 +232,8 @@ def download(name: str, num_shards: int, workers: int = 4) -> None:
     """
     from huggingface_hub.utils import disable_progress_bars
 
+    if workers < 1:
+        raise NanochatError(f"--num-workers {workers} is too small: choose 1 or more")
     repository = HUB_REPOSITORIES[name]
     directory = get_base_dir() / "data" / name
     num_shards = repository.num_shards - 1 if num_shards < 0 else min(num_shards, repository.num_shards - 1)
@@ -263,7 +268,7 @@ def _download_one(repository: HubRepository, file_name: str, directory: Path) ->
         path.unlink()
         return f"{file_name}: not a parquet file"
     except Exception as error:  # the hub library raises a dozen kinds, all with the same way out
-        return f"{file_name}: {str(error).splitlines()[0]}"
+        return f"{file_name}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
 
 
 def _opens(path: Path) -> bool:

@@ -179,7 +179,17 @@ def _column(schema: pa.Schema, address: str) -> tuple[str, str | None]:
             f"{address} has a column {TOKEN_COLUMN} but does not say which tokenizer made it ({TOKENIZER_KEY.decode()} "
             "in the schema's metadata): write it with python -m scripts.data_prep"
         )
-    return text_column(address, schema.names), None
+    name = text_column(address, schema.names)
+    if not is_text(schema.field(name).type):
+        raise NanochatError(f"{address}: column {name} holds {schema.field(name).type}, not text: write it as strings")
+    return name, None
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Also a dictionary of texts, and a column that is null in every row."""
+    value_type = kind.value_type if pa.types.is_dictionary(kind) else kind
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    return any(test(value_type) for test in tests)
 
 
 def text_column(address: str, names: list[str], wanted: str | None = None, way_out: str = "rename one") -> str:
@@ -243,10 +253,24 @@ def parse_line(line: str, address: str, number: int, wanted: str | None = None, 
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise NanochatError(f"{address}, line {number}, is not JSON ({error.msg}): mend or remove it") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets
+        reason = str(error).partition(":")[0]
+        raise NanochatError(f"{address}, line {number}, cannot be read ({reason}): mend or remove it") from error
     if not isinstance(row, dict):
         raise NanochatError(f"{address}, line {number}, is not an object with a text")
     text = row[text_column(f"{address}, line {number},", list(row), wanted, way_out)]
-    return "" if text is None else str(text)
+    return "" if text is None else as_unicode(str(text))
+
+
+def as_unicode(text: str) -> str:
+    """Half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes U+FFFD, as in the tokenizer."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _read_text(file: BinaryIO, address: str, start: int) -> Batches:

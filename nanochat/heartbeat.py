@@ -19,7 +19,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 BEAT_S = 2.0
-LIMIT_S = float(os.environ.get("NANOCHAT_HEARTBEAT_S", 40.0))  # how long a rank may be silent
+LIMIT_S = 40.0  # how long a rank may be silent, unless NANOCHAT_HEARTBEAT_S says
 EXIT_CODE = 75  # EX_TEMPFAIL: to be tried again
 RESTART = "start the same command again with --resume auto (torchrun --max-restarts=3 does so by itself)"
 LEFT = 1 << 40  # added to the number of a rank that has left as it should
@@ -52,18 +52,34 @@ def fresh_store(store: dist.Store, rank: int, world_size: int, timeout_s: float 
     return dist.PrefixStore(token, store)
 
 
+def silence_limit_s() -> float:
+    """NANOCHAT_HEARTBEAT_S or LIMIT_S. Raises NanochatError if it is no number of seconds."""
+    from nanochat.common import NanochatError  # which imports this module
+
+    text = os.environ.get("NANOCHAT_HEARTBEAT_S") or str(LIMIT_S)
+    with contextlib.suppress(ValueError):
+        if 0 < (limit_s := float(text)) <= 86400:
+            return limit_s
+    raise NanochatError(
+        f"NANOCHAT_HEARTBEAT_S is {text!r}: set it to a number of seconds from above 0 to 86400, {LIMIT_S:g} for example"
+    )
+
+
 class Heartbeat:
-    """A daemon thread of this rank. `give_up(reason)` is called once if another rank is gone; the default exits."""
+    """Daemon threads of this rank. `give_up(reason)` is called once if another rank is gone; the default exits.
+
+    Raises NanochatError if no `limit_s` is given and NANOCHAT_HEARTBEAT_S is none.
+    """
 
     def __init__(
         self, store: dist.Store, rank: int, world_size: int, give_up: Callable[[str], None] | None = None,
-        beat_s: float = BEAT_S, limit_s: float = LIMIT_S,
+        beat_s: float = BEAT_S, limit_s: float | None = None,
     ) -> None:  # fmt: skip
         self.rank, self.world_size = rank, world_size
-        self.beat_s, self.limit_s = beat_s, limit_s
+        self.beat_s, self.limit_s = beat_s, silence_limit_s() if limit_s is None else limit_s
         # A connection of its own: others wait in theirs. torch's stub lacks the method.
         self._store: dist.Store = store.clone()  # type: ignore[attr-defined]
-        self._store.set_timeout(timedelta(seconds=limit_s))
+        self._store.set_timeout(timedelta(seconds=self.limit_s))
         self._give_up = give_up or self._exit
         self._stopped, self._ending = threading.Event(), threading.Lock()
         self._answered_at = time.monotonic()  # a clock that nobody can set
@@ -91,7 +107,8 @@ class Heartbeat:
                     if count != counts[other] or count >= LEFT:
                         counts[other], changed_at[other] = count, time.monotonic()
             except (RuntimeError, ConnectionError) as error:
-                self._end(f"the rendezvous store cannot be reached ({str(error).splitlines()[0]})")
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                self._end(f"the rendezvous store cannot be reached ({reason})")
                 return
             self._answered_at = now = time.monotonic()
             silent = [str(other) for other in range(self.world_size) if now - changed_at[other] > self.limit_s]

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import NanochatError
-from nanochat.document_files import BATCH_ROWS, cut_at_blank_lines, parse_line, text_column
+from nanochat.document_files import BATCH_ROWS, cut_at_blank_lines, is_text, parse_line, text_column
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 WAY_OUT = "name one with --text-column"
@@ -42,28 +42,17 @@ def read_texts(file: Any, path: str, column: str | None) -> Iterator[str]:
             stream = pa.CompressedInputStream(pa.PythonFile(file, "r"), compression) if compression else file
             lines = io.TextIOWrapper(stream, encoding="utf-8", newline="\n" if kind_of(path) == ".jsonl" else None)
             texts = _read_jsonl(lines, path, column) if kind_of(path) == ".jsonl" else cut_at_blank_lines(lines)
-        for text in texts:
-            # Half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes U+FFFD, as in the tokenizer.
-            yield text if _is_unicode(text) else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        yield from texts
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        raise NanochatError(f"{path} cannot be read ({str(error).splitlines()[0]}): remove or replace it") from error
-
-
-def _is_unicode(text: str) -> bool:
-    if text.isascii():
-        return True
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise NanochatError(f"{path} cannot be read ({reason}): remove or replace it") from error
 
 
 def _read_parquet(file: Any, path: str, column: str | None) -> Iterator[str]:
     with pq.ParquetFile(file) as parquet:
         column = text_column(path, parquet.schema_arrow.names, column, WAY_OUT)
         kind = parquet.schema_arrow.field(column).type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        if not is_text(kind):
             raise NanochatError(f"{path}: column {column} holds {kind}, not text: name another with --text-column")
         for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=[column]):
             yield from (text or "" for text in batch.column(0).to_pylist())

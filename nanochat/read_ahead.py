@@ -61,5 +61,5 @@ def _run(items: Iterable[Any], items_queue: queue.Queue[tuple[str, Any]], closed
             if not put("item", item):
                 return
         put("end", StopIteration())
-    except Exception as error:  # whatever it is, it belongs to the consumer
+    except BaseException as error:  # whatever it is, a panic of Rust's too, it belongs to the consumer, who waits for it
         put("end", error)

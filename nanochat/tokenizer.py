@@ -9,8 +9,10 @@ import base64
 import codecs
 import functools
 import hashlib
+import itertools
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,6 +39,7 @@ SPECIAL_TOKENS = [
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
+LONG_BLANK = 100_000  # characters; the pattern takes ten times as many at once
 FORMAT_VERSION = 1
 FILE_NAME = "tokenizer.json"
 PART_MARKERS = {
@@ -76,7 +79,8 @@ class Tokenizer:
             raise NanochatError(f"--vocab-size {vocab_size} is too small: choose {smallest} or more")
         logging.getLogger("rustbpe").setLevel(logging.WARNING)  # it reports every percent
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(iter(text_iterator), vocab_size - len(SPECIAL_TOKENS), pattern=pattern)
+        pieces = itertools.chain.from_iterable(map(cut_long_blanks, text_iterator))
+        trainer.train_from_iterator(pieces, vocab_size - len(SPECIAL_TOKENS), pattern=pattern)
         tokens = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])]
         return cls(tokens, pattern)
 
@@ -103,7 +107,11 @@ class Tokenizer:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["version"] > FORMAT_VERSION or content["special_tokens"] != SPECIAL_TOKENS:
                 raise ValueError("another version of the format")
-            return cls([base64.b64decode(token, validate=True) for token in content["tokens"]], content["pattern"])
+            tokens = [base64.b64decode(token, validate=True) for token in content["tokens"]]
+            missing = {bytes([value]) for value in range(256)}.difference(tokens)
+            if missing:  # a text with one would end in a panic
+                raise ValueError(f"it lacks the token of the byte 0x{min(missing).hex()}")
+            return cls(tokens, content["pattern"])
         except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise NanochatError(f"{path} is not a nanochat tokenizer ({error}): train one with scripts.tok_train") from error
 
@@ -135,9 +143,10 @@ class Tokenizer:
         prepend, append: a special token, by id or by name, to put around each text.
         """
         if isinstance(text, str):
-            rows = [self._encoding.encode_ordinary(text)]
+            rows = [self._encode(text)]
         elif isinstance(text, list):
-            rows = self._encoding.encode_ordinary_batch(text, num_threads=num_threads)
+            with ThreadPoolExecutor(num_threads) as pool:
+                rows = list(pool.map(self._encode, text))
         else:
             raise TypeError(f"encode takes a str or a list of str, not {type(text).__name__}")
         if prepend is not None:
@@ -166,11 +175,20 @@ class Tokenizer:
         with ThreadPoolExecutor(num_threads) as pool:
             return [row for rows in pool.map(lambda part: [self._encode_array(text) for text in part], parts) for row in rows]
 
+    def _encode(self, text: str) -> list[int]:
+        try:  # not encode_ordinary, which panics instead of raising
+            return self._encoding.encode(text, disallowed_special=())
+        except ValueError:  # white space so long that the pattern exhausts the stack
+            pieces = cut_long_blanks(text)
+            if len(pieces) == 1:
+                raise
+            return [token for piece in pieces for token in self._encode(piece)]
+
     def _encode_array(self, text: str) -> np.ndarray:
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=()).view(np.int32)
-        except UnicodeEncodeError:  # half a surrogate pair
-            return np.asarray(self.encode(text), dtype=np.int32)
+        except ValueError:  # half a surrogate pair, or see _encode
+            return np.asarray(self._encode(text), dtype=np.int32)
 
     def encode_special(self, name: str) -> int:
         """The id of a special token. Raises KeyError."""
@@ -220,7 +238,7 @@ class Tokenizer:
                 add([self.special_ids["<|user_end|>"]], 0)
                 continue
             add([self.special_ids["<|assistant_start|>"]], 0)
-            for part in _as_parts(message["content"]):
+            for part in as_parts(message["content"]):
                 supervised = 0 if part["type"] == "python_output" else 1
                 markers = [[self.special_ids[name]] for name in PART_MARKERS.get(part["type"], ())] or [[], []]
                 add([*markers[0], *self.encode(part["text"]), *markers[1]], supervised)
@@ -283,16 +301,27 @@ def _checked_messages(conversation: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield message
 
 
-def _as_parts(content: str | list[dict[str, str]]) -> list[dict[str, str]]:
+def cut_long_blanks(text: str) -> list[str]:
+    """The text, cut within any white space longer than LONG_BLANK characters."""
+    if len(text) <= LONG_BLANK:
+        return [text]
+    ends = (match.end() for match in re.finditer(rf"\s{{2,{LONG_BLANK}}}", text) if match.end() - match.start() == LONG_BLANK)
+    cuts = [end for end in ends if text[end : end + 1].isspace()]
+    return [text[begin:end] for begin, end in itertools.pairwise([0, *cuts, len(text)])]
+
+
+def as_parts(content: str | list[dict[str, str]]) -> list[dict[str, str]]:
+    """The content of a message as a list of parts. Raises NanochatError for one that is none."""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     for part in parts:
-        if part.get("type") not in ("text", *PART_MARKERS) or not isinstance(part.get("text"), str):
+        known = isinstance(part, dict) and part.get("type") in ("text", *PART_MARKERS)
+        if not known or not isinstance(part.get("text"), str):
             raise NanochatError(f"a part of a message must be text, python or python_output with a text, not {part!r}")
     return parts
 
 
 def _as_text(content: str | list[dict[str, str]]) -> str:
-    return "".join(part["text"] for part in _as_parts(content))
+    return "".join(part["text"] for part in as_parts(content))
 
 
 class IncrementalDecoder:

@@ -25,8 +25,11 @@ python -m nanochat.dataset --data=climbmix -n 8
 python -m nanochat.dataset --data=climbmix -n "${SHARDS:-240}" &
 download=$!
 trap 'kill "$download" 2>/dev/null || true' EXIT
-python -m scripts.tok_train --data=climbmix --max-chars=2000000000 --vocab-size=32768
-python -m scripts.tok_eval
+# A run that began keeps its tokenizer: trained again on the shards that came meanwhile, it would be another.
+if [ ! -e "${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/runs/$tag/tokenizer.json" ]; then
+    python -m scripts.tok_train --data=climbmix --max-chars=2000000000 --vocab-size=32768
+    python -m scripts.tok_eval
+fi
 wait "$download" || { echo "error: the download failed; run this again to go on with it" >&2; exit 1; }
 
 launch scripts.base_train --depth="$depth" --model-tag="$tag" --resume=auto --save-every=1000 --run="$run"

@@ -7,9 +7,10 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from nanochat.common import atomic_write, run_command
+from nanochat.common import NanochatError, atomic_write, read_json_object, run_command
 from nanochat.dataset import Source, default_source_name, get_source
 from nanochat.progress import Progress
 from nanochat.settings import SettingsParser
@@ -35,13 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     args.data = args.data or default_source_name()
     source = get_source(args.data)
     directory = get_tokenizer_dir(args.tokenizer)
-    recipe = {
-        "data": source.describe(),
-        "max_chars": args.max_chars,
-        "doc_cap": args.doc_cap,
-        "vocab_size": args.vocab_size,
-    }
-    if not args.force and _is_done(directory, recipe):
+    if not args.force and _is_done(directory, args, source):
         print(f"{directory / FILE_NAME} is there already, trained on the same text")
         return 0
     started = time.perf_counter()
@@ -50,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = Tokenizer.train(_texts(source, args.max_chars, args.doc_cap, counts, progress), args.vocab_size)
     seconds = time.perf_counter() - started
     path = tokenizer.save(directory)
+    recipe = _recipe(args, source, source.num_files_read)
     meta = {"recipe": recipe, **counts, "seconds": round(seconds, 2), "fingerprint": tokenizer.fingerprint()}
     atomic_write(directory / "meta.json", json.dumps(meta, indent=2))
     if tokenizer.get_vocab_size() < args.vocab_size:
@@ -61,11 +57,32 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _is_done(directory: Any, recipe: dict[str, Any]) -> bool:
-    meta = directory / "meta.json"
-    if not meta.exists() or not (directory / FILE_NAME).exists():
+def _recipe(args: argparse.Namespace, source: Source, num_files: int) -> dict[str, Any]:
+    """All that decides the tokenizer: of the text, only the first files, which were read."""
+    return {
+        "source": source.name,
+        "files": [[file.name, file.size] for file in source.train_files[:num_files]],
+        "split_by_hash": not source.val_files,
+        "max_chars": args.max_chars,
+        "doc_cap": args.doc_cap,
+        "vocab_size": args.vocab_size,
+    }
+
+
+def _is_done(directory: Path, args: argparse.Namespace, source: Source) -> bool:
+    """Whether the same text would be read. Where --max-chars ended it, files that come later do not matter."""
+    path = directory / "meta.json"
+    if not path.exists() or not (directory / FILE_NAME).exists():
         return False
-    return json.loads(meta.read_text(encoding="utf-8")).get("recipe") == json.loads(json.dumps(recipe))
+    try:
+        Tokenizer.load(directory)
+        meta = read_json_object(path)
+        recipe = meta["recipe"]
+        num_files = len(recipe["files"]) if meta["characters"] >= args.max_chars else len(source.train_files)
+        return recipe == _recipe(args, source, num_files)
+    except (NanochatError, LookupError, TypeError):
+        print(f"what is in {directory} is damaged, or of an older version: training anew")
+        return False
 
 
 def _texts(

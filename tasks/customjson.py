@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from nanochat.common import NanochatError
+from nanochat.tokenizer import as_parts
 from tasks.common import Conversation, Task, read_jsonl
 
 
@@ -16,10 +18,11 @@ class CustomJSON(Task):
 
     def __init__(self, path: Path, split: str = "train", **slicing: int) -> None:
         super().__init__(**slicing)
-        rows = read_jsonl(Path(path))
+        path = Path(path)
+        rows = read_jsonl(path)
         if not rows:
             raise NanochatError(f"{path} holds no conversation: add at least one line")
-        self.conversations = [_as_conversation(row, f"{path}, conversation {n}") for n, row in enumerate(rows, 1)]
+        self.conversations = [_as_conversation(row, path, n) for n, row in enumerate(rows, 1)]
         if len(rows) > 1:
             keep = (lambda n: n % 20 == 0) if split == "val" else (lambda n: n % 20 != 0)
             self.conversations = [c for n, c in enumerate(self.conversations) if keep(n)]
@@ -31,16 +34,29 @@ class CustomJSON(Task):
         return self.conversations[index]
 
 
-def _as_conversation(row: object, where: str) -> Conversation:
-    messages = row.get("messages") if isinstance(row, dict) else row
+def _as_conversation(row: object, path: Path, number: int) -> Conversation:
+    try:
+        return {"messages": _checked(row.get("messages") if isinstance(row, dict) else row)}
+    except NanochatError as error:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        line = [n for n, text in enumerate(lines, 1) if text.strip()][number - 1]
+        raise NanochatError(f"{path}, line {line}: conversation {number} {error}: mend or remove it") from error
+
+
+def _checked(messages: object) -> list[dict[str, Any]]:
+    """Raises NanochatError, whose sentence lacks its subject."""
     if not isinstance(messages, list) or len(messages) < 2:
-        raise NanochatError(f"{where} is not a list of at least two messages")
-    for message in messages:
+        raise NanochatError("is not a list of at least two messages")
+    for i, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str | list) or "role" not in message:
-            raise NanochatError(f"{where} has a message without role and content")
+            raise NanochatError("has a message without role and content")
+        try:
+            as_parts(message["content"])
+        except NanochatError as error:
+            raise NanochatError(f"is damaged in message {i} ({error})") from error
     expected = ["user", "assistant"]
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     for i, message in enumerate(turns):
         if message["role"] != expected[i % 2]:
-            raise NanochatError(f"{where}: message {i + 1} is from {message['role']!r}, not {expected[i % 2]!r}")
-    return {"messages": messages}
+            raise NanochatError(f"is out of turn: message {i + 1} is from {message['role']!r}, not {expected[i % 2]!r}")
+    return messages

@@ -21,6 +21,7 @@ from nanochat.common import NanochatError
 from nanochat.conversation_loader import ConversationLoader, estimate_tokens
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import get_source
+from nanochat.read_ahead import ReadAhead
 from nanochat.tokenizer import Tokenizer
 from tasks.arithmetic import Arithmetic
 from tasks.common import TaskMixture
@@ -211,6 +212,30 @@ def test_a_failure_in_the_thread_reaches_the_consumer(tmp_path: Path, tokenizer:
     (tmp_path / "val.jsonl").write_text('{"text": "fine"}\n', encoding="utf-8")
     with _loader(get_source(str(tmp_path)), tokenizer) as loader, pytest.raises(NanochatError, match="line 2"):
         next(loader)
+
+
+def test_a_panic_in_the_thread_reaches_the_consumer() -> None:
+    """Rust's is no Exception. Who waits for the next item must not wait for ever."""
+
+    class Panic(BaseException):
+        pass
+
+    def items():
+        yield 1
+        raise Panic
+
+    caught: list[BaseException] = []
+
+    def consume() -> None:
+        try:
+            list(ReadAhead(items(), 2))
+        except Panic as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=consume, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert len(caught) == 1
 
 
 def test_a_forgotten_loader_ends_its_threads(source, tokenizer: Tokenizer) -> None:

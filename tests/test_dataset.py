@@ -211,6 +211,36 @@ def test_bad_data_is_named(tmp_path: Path) -> None:
         list(get_source(str(tmp_path / "e.txt")).documents("train"))
 
 
+def test_half_a_surrogate_pair_becomes_text_that_utf8_can_hold(tmp_path: Path) -> None:
+    lines = ['{"text": "a \\ud83d cat"}', '{"text": "a \\ud83d\\ude42 dog"}']  # half a pair, and a whole one
+    (tmp_path / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    _write(tmp_path / "val.jsonl", DOCUMENTS[:1])
+    assert list(get_source(str(tmp_path)).documents("train")) == ["a \ufffd cat", "a \U0001f642 dog"]
+
+
+@pytest.mark.parametrize("column", [[1, 2], [["a"], ["b"]], [b"a", b"b"]])
+def test_a_column_that_holds_no_text_is_named(tmp_path: Path, column: list) -> None:
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(NanochatError, match=r"a\.parquet: column text holds .*, not text: write it as strings"):
+        list(get_source(str(tmp_path)).documents("train"))
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())])
+def test_text_of_every_arrow_type_is_read(tmp_path: Path, kind: pa.DataType) -> None:
+    pq.write_table(pa.table({"text": pa.array(["a", None, "b"], kind)}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": pa.nulls(2)}), tmp_path / "b.parquet")
+    _write(tmp_path / "val.parquet", DOCUMENTS[:1])
+    assert list(get_source(str(tmp_path)).documents("train")) == ["a", "b"]
+
+
+@pytest.mark.parametrize("value", ["1" * 5000, "[" * 100_000 + "]" * 100_000])
+def test_a_line_beyond_what_json_can_read_is_named(tmp_path: Path, value: str) -> None:
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "fine"}}\n{{"text": {value}}}\n', encoding="utf-8")
+    with pytest.raises(NanochatError, match=r"a\.jsonl, line 2, cannot be read \(.*\): mend or remove it") as error:
+        list(get_source(str(tmp_path)).documents("train"))
+    assert len(str(error.value)) < 300
+
+
 def test_real_pretraining_data(real_data: Path) -> None:
     source = get_source(str(real_data / "pretrain"))
     assert [path.name for path in source.val_files] == ["shard_val.parquet"]
@@ -365,3 +395,16 @@ def test_validation_shard_is_needed(hub) -> None:
     (dataset.get_base_dir() / "data" / "local" / "shard_00002.parquet").unlink()
     with pytest.raises(NanochatError, match=r"shard_00002\.parquet is missing"):
         get_source("local")
+
+
+def test_a_download_that_fails_without_a_word_is_an_error(hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def fail(*arguments: object, **settings: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    with pytest.raises(NanochatError, match="shard_00000.parquet: TimeoutError"):
+        dataset.download("local", 1)
+    with pytest.raises(NanochatError, match="--num-workers 0 is too small: choose 1 or more"):
+        dataset.download("local", 1, workers=0)

@@ -19,6 +19,7 @@ import pytest
 import torch.distributed as dist
 
 from nanochat.checkpoint_manager import list_steps
+from nanochat.common import NanochatError
 from nanochat.heartbeat import Heartbeat, fresh_store
 from tests.many_ranks import ROOT, SMALL, WHOLE, free_port, launch, node_command, start, train, values, wait_for
 
@@ -159,6 +160,22 @@ def test_heartbeat_notices_silence_and_only_that() -> None:
     assert [rank for rank, _ in reasons] == [0]
     assert "rank 1" in reasons[0][1]
     hearts[0].stop()
+
+
+@pytest.mark.parametrize("value", ["40s", "0", "-1", "nan", "inf"])
+def test_a_limit_that_is_no_number_of_seconds_is_refused_where_it_is_used(monkeypatch, value: str) -> None:
+    monkeypatch.setenv("NANOCHAT_HEARTBEAT_S", value)
+    subprocess.run([sys.executable, "-c", "import nanochat.heartbeat"], cwd=ROOT, check=True, timeout=120)
+    with pytest.raises(NanochatError, match=f"NANOCHAT_HEARTBEAT_S is '{value}': set it to a number of seconds"):
+        Heartbeat(_stores(1)[0], 0, 1)
+
+
+def test_the_limit_is_the_one_that_was_set(monkeypatch) -> None:
+    for value, expected in (("2.5", 2.5), ("", 40.0)):
+        monkeypatch.setenv("NANOCHAT_HEARTBEAT_S", value)
+        heart = Heartbeat(_stores(1)[0], 0, 1, beat_s=0.05)
+        heart.stop()
+        assert heart.limit_s == expected
 
 
 ENDS_AT_ONCE = """

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.common import NanochatError
-from nanochat.tokenizer import SPECIAL_TOKENS, IncrementalDecoder, Tokenizer
+from nanochat.tokenizer import LONG_BLANK, SPECIAL_TOKENS, IncrementalDecoder, Tokenizer, cut_long_blanks
+from scripts import tok_train
 from tests.helpers import make_document
 
 BYTES_ONLY = Tokenizer([bytes([i]) for i in range(256)])
@@ -124,7 +129,8 @@ def test_long_conversations_are_cut(tokenizer: Tokenizer) -> None:
     [{}, {"messages": []}, {"messages": [{"role": "assistant", "content": "x"}]},
      {"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]},
      {"messages": [{"role": "system", "content": "x"}]},
-     {"messages": [{"role": "user", "content": [{"type": "image", "text": "x"}]}]}],
+     {"messages": [{"role": "user", "content": [{"type": "image", "text": "x"}]}]},
+     {"messages": [{"role": "user", "content": ["x"]}]}],
 )  # fmt: skip
 def test_what_is_no_conversation_is_refused(tokenizer: Tokenizer, conversation: dict) -> None:
     with pytest.raises(NanochatError):
@@ -177,6 +183,35 @@ def test_damaged_files_are_refused(tmp_path: Path, content: str) -> None:
         Tokenizer.load(tmp_path)
 
 
+def test_a_tokenizer_that_lacks_a_byte_is_refused(tmp_path: Path) -> None:
+    Tokenizer([bytes([i]) for i in range(256) if i != 65]).save(tmp_path)
+    with pytest.raises(NanochatError, match=r"is not a nanochat tokenizer \(it lacks the token of the byte 0x41\)"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("blank", [" ", "\t", "\u3000"])
+def test_white_space_of_any_length_is_encoded(tokenizer: Tokenizer, blank: str) -> None:
+    before, after = make_document(1) + " \ud83d", "x " + make_document(2)
+    text = before + blank * 1_000_000 + after
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text.replace("\ud83d", "\ufffd")
+    head, tail = tokenizer.encode(before), tokenizer.encode(blank + after)
+    assert (ids[: len(head)], ids[-len(tail) :]) == (head, tail)  # what is around it stays as it would be
+    assert tokenizer.encode([text, "a"]) == [ids, tokenizer.encode("a")]
+    assert [row.tolist() for row in tokenizer.encode_arrays([text, "a"])] == [ids, tokenizer.encode("a")]
+
+
+def test_white_space_of_any_length_is_learned_from() -> None:
+    assert b" ab" in Tokenizer.train([" " * 1_000_000 + "ab " * 50_000], 300).tokens
+
+
+def test_a_long_text_is_cut_only_where_it_must_be() -> None:
+    assert cut_long_blanks("word  " * 50_000) == ["word  " * 50_000]
+    assert cut_long_blanks(" " * LONG_BLANK + "a") == [" " * LONG_BLANK + "a"]
+    pieces = cut_long_blanks(f"a{' ' * (LONG_BLANK + 1)}b{' ' * LONG_BLANK * 2}")
+    assert pieces == ["a" + " " * LONG_BLANK, " b" + " " * LONG_BLANK, " " * LONG_BLANK]
+
+
 def test_a_short_text_gives_the_tokens_that_it_has_pairs_for() -> None:
     tokenizer = Tokenizer.train(["ab ab"], 5000)
     assert 256 + len(SPECIAL_TOKENS) < tokenizer.get_vocab_size() < 300
@@ -189,3 +224,73 @@ def test_visualization_shows_every_token(tokenizer: Tokenizer) -> None:
     ids, mask = tokenizer.render_conversation({"messages": [{"role": "user", "content": "the cat"}]})
     shown = tokenizer.visualize_tokenization(ids, mask, with_token_id=True)
     assert all(f"({i})" in shown for i in ids)
+
+
+# ----------------------------------------------------------------------------- training one
+
+
+def _write_shard(folder: Path, name: str) -> None:
+    text = "\n".join(json.dumps({"text": make_document(seed)}) for seed in range(40))
+    (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+@pytest.fixture
+def train(tmp_path: Path, base_dir: Path, capsys: pytest.CaptureFixture):
+    """Runs tok_train on a folder "text" with shards a and b, and gives what it printed."""
+    folder = tmp_path / "text"
+    folder.mkdir()
+    arguments = ["--data", str(folder), "--vocab-size=300", f"--tokenizer={tmp_path / 'made' / 'tok'}"]
+    for name in ("a", "b", "val"):
+        _write_shard(folder, name)
+
+    def run(*flags: str) -> str:
+        assert tok_train.main([*arguments, *flags]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_files_that_would_not_be_read_do_not_matter(train, tmp_path: Path) -> None:
+    some = "--max-chars=3000"
+    assert "there already" not in train(some)
+    _write_shard(tmp_path / "text", "c")
+    assert "there already" in train(some)
+    _write_shard(tmp_path / "text", "0")  # is read first
+    assert "there already" not in train(some)
+    assert "there already" not in train()
+    assert "there already" in train()
+    _write_shard(tmp_path / "text", "d")
+    assert "there already" not in train()  # it reads everything
+    (tmp_path / "text" / "val.jsonl").unlink()
+    assert "there already" not in train()
+
+
+@pytest.mark.parametrize("name", ["meta.json", "tokenizer.json"])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"recipe": 1, "characters": 1}'])
+def test_a_damaged_tokenizer_is_trained_anew(train, tmp_path: Path, name: str, content: str) -> None:
+    train()
+    path = tmp_path / "made" / "tok" / name
+    path.write_text(content, encoding="utf-8")
+    assert "there already" not in train()
+    assert "there already" in train()
+
+
+def test_the_speedrun_keeps_the_tokenizer_of_a_run_that_began(tmp_path: Path, base_dir: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    shutil.copy(Path(__file__).parent.parent / "runs" / "speedrun.sh", tmp_path / "runs")
+    (tmp_path / "runs" / "setup.sh").touch()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    for name in ("python", "torchrun"):
+        (tmp_path / name).write_text('#!/bin/sh\necho "$@" >>"$(dirname "$0")/calls"\n', encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "NPROC": "1", "DEPTH": "4", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    begun = []
+    for _ in range(2):
+        subprocess.run(["bash", str(tmp_path / "runs" / "speedrun.sh")], env=environment, check=True, timeout=60)
+        calls = (tmp_path / "calls").read_text(encoding="utf-8")
+        (tmp_path / "calls").unlink()
+        assert "scripts.base_train" in calls
+        begun.append("scripts.tok_train" in calls)
+        BYTES_ONLY.save(base_dir / "runs" / "d4")
+    assert begun == [True, False]
