@@ -6,7 +6,9 @@ ChatCORE is the mean of the centred accuracies of six tasks.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nanochat.common import all_or_none, append_json_lines, gather_objects, get_dist_info, read_json_lines
+from nanochat.common import all_or_none, append_json_lines, gather_objects, get_dist_info, print0, read_json_lines
 from nanochat.engine import Engine, trim_prompt
 from nanochat.scores import centered_mean, pass_at_k, wilson_interval
 from tasks.common import Conversation, Task
@@ -76,9 +78,9 @@ def evaluate_task(
 ) -> TaskResult:
     """Measure a task's first max_problems (-1: all), over all ranks.
 
-    path: where each problem's outcome is written, a JSON object a line, and read again: an evaluation that was
-    stopped goes on. report is told how many problems are done. A problem's answers depend on its own number alone,
-    whatever is answered beside it.
+    path: where each problem's outcome is written, a JSON object a line, and read again if the problem is the same: an
+    evaluation that was stopped goes on, and a line says so. report is told how many problems are done. A problem's
+    answers depend on its own number alone, whatever is answered beside it.
     """
     answering = answering or Answering()
     ddp, rank, _, world_size = get_dist_info()
@@ -86,7 +88,10 @@ def evaluate_task(
     problems = [task[i] for i in range(count)]
     prompts = [engine.tokenizer.render_for_completion(problem) for problem in problems]
     known = read_json_lines(path) if path is not None else []
-    rows = {row["index"]: row for row in known if row["index"] < count}
+    digests = [_digest(problem) for problem in problems]
+    rows = {row["index"]: row for row in known if row["index"] < count and row.get("problem") == digests[row["index"]]}
+    if rows:
+        print0(f"{len(rows)} of {count} answers are an earlier run's: remove {path} to have them anew")
     if ddp:
         dist.barrier()  # all have read before the first writes
     # Problems of like length together: less padding, and a batch ends together.
@@ -114,7 +119,10 @@ def _answer(
     batch_size: int,
     answering: Answering,
 ) -> list[dict[str, Any]]:
-    """The outcomes of the chosen problems: {"index", "scores" (of each sample, 0 to 1), "answers", "truncated"}."""
+    """The outcomes of the chosen problems.
+
+    Each {"index", "problem" (its hash), "scores" (of each sample, 0 to 1), "answers", "truncated"}.
+    """
     limit = engine.model.config.sequence_len
     most = limit - min(answering.max_tokens, limit // 4)
     shortened = [trim_prompt(prompts[i], most) for i in chosen]
@@ -130,9 +138,14 @@ def _answer(
         pairs = [(problems[i], text) for i, texts in zip(chosen, answers, strict=True) for text in texts]
         scores = iter(list(pool.map(lambda pair: float(task.evaluate(*pair)), pairs)))
     return [
-        {"index": i, "scores": [next(scores) for _ in texts], "answers": texts, "truncated": len(prompts[i]) > most}
+        {"index": i, "problem": _digest(problems[i]), "scores": [next(scores) for _ in texts], "answers": texts,
+         "truncated": len(prompts[i]) > most}
         for i, texts in zip(chosen, answers, strict=True)
-    ]
+    ]  # fmt: skip
+
+
+def _digest(problem: Conversation) -> str:
+    return hashlib.sha256(json.dumps(problem, sort_keys=True, default=repr).encode("utf-8")).hexdigest()[:12]
 
 
 def _generate(engine: Engine, prompts: list[list[int]], numbers: list[int], answering: Answering) -> list[list[str]]:

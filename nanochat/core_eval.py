@@ -10,6 +10,7 @@ To evaluate another kind of model, write a class with the three members of `Scor
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -28,7 +29,16 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from nanochat.common import NanochatError, all_or_none, atomic_write, gather_objects, get_base_dir, get_dist_info
+from nanochat.common import (
+    NanochatError,
+    all_or_none,
+    atomic_write,
+    from_rank0,
+    gather_objects,
+    get_base_dir,
+    get_dist_info,
+    print0,
+)
 from nanochat.compilation import can_compile
 from nanochat.flash_attention import AttentionPlan, attend_masked
 from nanochat.gpt import GPT, Block
@@ -356,19 +366,22 @@ def evaluate_core(
     """Every task whose data is there, over all ranks: {"tasks": {label: ...}, "missing": [...], "core_metric": ...}.
 
     The mean of centred accuracies is "core_metric" over all 22 tasks and "core_partial" over fewer. folder: where each
-    question's outcome is written; tasks that are there already are not computed again. report(label, done, total) is
-    told how far a task is.
+    question's outcome is written, for this model alone; tasks that are there already, with the same questions, are not
+    computed again, and a line says so. report(label, done, total) is told how far a task is.
     """
     tasks = read_tasks(bundle)
     results: dict[str, Any] = {"tasks": {}, "missing": []}
+    num_kept = 0
     for task in tasks:
         if not task.path.exists():
             results["missing"].append(task.label)
             continue
-        rows = _finished_rows(folder, task, max_per_task)
-        if rows is None:
-            rows = _evaluate_task(scorer, task, max_per_task, report)
-            _write_rows(folder, task, max_per_task, rows)
+        path = folder / _rows_name(task, max_per_task) if folder is not None else None
+        kept = from_rank0(_finished_rows(path))
+        num_kept += kept is not None
+        rows = kept if kept is not None else _evaluate_task(scorer, task, max_per_task, report)
+        if kept is None:
+            _write_rows(path, rows)
         n, correct = len(rows), sum(row["correct"] for row in rows)
         low, high = wilson_interval(correct / n, n)
         results["tasks"][task.label] = {
@@ -380,6 +393,8 @@ def evaluate_core(
             "high": high,
             "truncated": sum(row["truncated"] for row in rows),
         }
+    if num_kept:
+        print0(f"{num_kept} of {len(results['tasks'])} tasks are an earlier run's: remove {folder} to measure them again")
     if not results["tasks"]:
         raise NanochatError(f"{bundle} holds the data of none of its {len(tasks)} tasks")
     name = "core_metric" if len(results["tasks"]) == NUM_TASKS else "core_partial"
@@ -419,19 +434,22 @@ def _judge(task: CoreTask, question: Question, scores: list[tuple[float, bool]])
     return {**row, "chosen": chosen, "gold": question.gold, "correct": chosen == question.gold}
 
 
-def _rows_path(folder: Path, task: CoreTask, max_per_task: int) -> Path:
-    return folder / f"{task.label}{f'_{max_per_task}' if max_per_task > 0 else ''}.jsonl"
+def _rows_name(task: CoreTask, max_per_task: int) -> str:
+    """Of the file with a task's outcomes: other questions, or these asked in another way, have another."""
+    asked = hashlib.sha256(repr((task.kind, task.num_fewshot, task.delimiter)).encode("utf-8"))
+    asked.update(task.path.read_bytes())
+    return f"{task.label}{f'_{max_per_task}' if max_per_task > 0 else ''}_{asked.hexdigest()[:12]}.jsonl"
 
 
-def _finished_rows(folder: Path | None, task: CoreTask, max_per_task: int) -> list[dict[str, Any]] | None:
-    if folder is None or not (path := _rows_path(folder, task, max_per_task)).exists():
+def _finished_rows(path: Path | None) -> list[dict[str, Any]] | None:
+    if path is None or not path.exists():
         return None
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _write_rows(folder: Path | None, task: CoreTask, max_per_task: int, rows: list[dict[str, Any]]) -> None:
+def _write_rows(path: Path | None, rows: list[dict[str, Any]]) -> None:
     ddp, rank, _, _ = get_dist_info()
-    if folder is not None and rank == 0:
-        atomic_write(_rows_path(folder, task, max_per_task), "".join(json.dumps(row) + "\n" for row in rows))
+    if path is not None and rank == 0:
+        atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
     if ddp:
         dist.barrier()

@@ -1,4 +1,4 @@
-"""Causal attention with sliding windows, on whatever this machine has. Used by gpt.py and kv_cache.py.
+"""Causal attention with sliding windows, on whatever this machine has. Used by gpt.py and core_eval.py.
 
 `plan_attention` chooses, once per device, the fastest backend that a probe launch shows to work, and makes the mask
 that it needs; `plan.attend(q, k, v, plan)` is then all that runs in the hot path. The backends:
@@ -9,7 +9,8 @@ that it needs; `plan.attend(q, k, v, plan)` is then all that runs in the hot pat
 - "plain": matrix products of some queries at a time with the keys that they can see, so that causality and windows save
   time on any device; long whole-context layers go to PyTorch's scaled_dot_product_attention
 
-To add a backend, write a function `attend_x(q, k, v, plan)` and list it in `choose_backend`.
+To add a backend, list a pair in `choose_backend`: `attend_x(q, k, v, plan)`, and what makes its mask. Whole texts attend
+through it, those of training above all; what is generated attends in kv_cache.py.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from nanochat.common import synchronize
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +98,7 @@ def _probe(backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
             expected = attend_plain(q, k, v, AttentionPlan(attend_plain, window, plain_mask(T, window, device)))
             result = attend(q, k, v, AttentionPlan(attend, window, make_mask(T, window, device)))
             result.sum().backward()
-            torch.cuda.synchronize(device)
+            synchronize(device)
         difference = (result - expected).abs().max().item()
         if not difference < 0.05:
             raise RuntimeError(f"its result is off by {difference:.3g}")
@@ -137,8 +140,8 @@ class _BlockAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(D) + mask) v on a CPU, for q, k, v (B, H, T, D), some queries at a time with the keys they see.
 
     With a backward pass of its own two kernels compile for all blocks, instead of each block's once more in every graph.
-    No maximum is looked for: lengths are bounded, so scores are, and subtracting their bound is as safe. The division
-    by the sum comes after the product with v, on D columns instead of T. Both halve the time of this on a CPU.
+    No maximum is looked for, but in float16: lengths are bounded, so scores are, and subtracting their bound is as safe.
+    The division by the sum comes after the product with v, on D columns instead of T. Both halve the time of this on a CPU.
     """
 
     @staticmethod
@@ -183,8 +186,14 @@ def _blocks(masks: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, slice, sl
 
 
 def attention_weights(scores: torch.Tensor, mask: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """exp(scores * scale + mask - their bound) in the dtype of scores, (..., Tq, Tk), and its sums (..., Tq, 1) float32."""
-    exponentials = torch.exp(scores.float() * scale + mask - QK_SCALE**2 / scale)
+    """exp(scores * scale + mask - their bound) in the dtype of scores, (..., Tq, Tk), and its sums (..., Tq, 1) float32.
+
+    float16 ends at 6e-8, and exp(-2 * bound) is 1e-14 with heads of 128: there each query's maximum takes the bound's place.
+    """
+    bound: Any = QK_SCALE**2 / scale
+    if scores.dtype == torch.float16:
+        bound = (scores.detach().float() * scale + mask).amax(dim=-1, keepdim=True)
+    exponentials = torch.exp(scores.float() * scale + mask - bound)
     return exponentials.to(scores.dtype), exponentials.sum(dim=-1, keepdim=True)
 
 

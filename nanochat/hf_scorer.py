@@ -5,6 +5,7 @@ Needs the extra `eval` (transformers). Texts of similar length go together, padd
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,10 @@ LONGEST_CONTEXT = 4096  # also of models that can do more: no CORE question is l
 
 
 class HuggingFaceScorer:
-    """A causal language model from a folder or the hub. Raises NanochatError where it cannot be loaded."""
+    """A causal language model from a folder or the hub. Raises NanochatError where it cannot be loaded.
+
+    fingerprint: a hash that other weights, or the same elsewhere, do not have.
+    """
 
     def __init__(self, path: str, device: torch.device) -> None:
         try:
@@ -26,8 +30,9 @@ class HuggingFaceScorer:
         except ImportError:
             raise NanochatError("--hf-path needs transformers: bash runs/setup.sh eval") from None
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(path)
-            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=get_compute_dtype(device))
+            revision, self.fingerprint = _identify(path)
+            self.tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+            model: Any = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=get_compute_dtype(device))
             self.model = model.to(device).eval()
         except (OSError, ValueError) as error:
             where = "folder" if Path(path).exists() else "model of the hub"
@@ -74,3 +79,17 @@ class HuggingFaceScorer:
             batch.append(i)
         if batch:
             yield batch
+
+
+def _identify(path: str) -> tuple[str, str]:
+    """(revision, fingerprint): of the hub its commit; of a folder where it lies, and the size and time of each file."""
+    folder, revision = Path(path), "main"
+    if folder.is_dir():
+        known = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]
+        what = repr((str(folder.resolve()), [(name, stat.st_size, stat.st_mtime_ns) for name, stat in known]))
+    else:
+        from huggingface_hub import snapshot_download
+
+        revision = Path(snapshot_download(path, allow_patterns="config.json")).name
+        what = f"{path} {revision}"
+    return revision, hashlib.sha256(what.encode("utf-8")).hexdigest()[:12]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from itertools import groupby
 from typing import Any
 
@@ -186,7 +187,16 @@ class NanochatLM(TemplateLM):
 
 def main(argv: list[str] | None = None) -> int:
     sys.argv = ["lm_eval", "run", "--model", "nanochat", *(argv or [])]  # there the harness's command looks for them
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except (TypeError, ValueError) as error:
+        frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+        if not {"from_cli", "process_tasks"} & set(frames) and frames[-1] != "simple_evaluate":
+            raise
+        reason = " ".join(str(error).split())[:200]  # why the harness refuses its flags, its file or its tasks
+        raise NanochatError(
+            f"lm-evaluation-harness does not take this ({reason}): --help lists its flags, and its --config is YAML"
+        ) from error
     return 0
 
 

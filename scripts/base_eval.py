@@ -61,8 +61,10 @@ def main(argv: list[str] | None = None) -> int:
     _, rank, _, world_size, device = compute_init(args.device_type)
     results: dict[str, Any] = {}
     if args.hf_path is not None:
-        folder = get_base_dir() / "core" / re.sub(r"[^A-Za-z0-9._-]+", "_", args.hf_path)
-        results = {"core": run_core(HuggingFaceScorer(args.hf_path, device), args.eval_bundle, args.max_per_task, folder)}
+        theirs = HuggingFaceScorer(args.hf_path, device)
+        name = re.sub(r"[^A-Za-z0-9._-]+", "_", args.hf_path)[-80:]
+        folder = get_base_dir() / "core" / f"{name}_{theirs.fingerprint}"
+        results = {"core": run_core(theirs, args.eval_bundle, args.max_per_task, folder)}
         if rank == 0:
             show(results)
         return 0

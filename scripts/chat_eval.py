@@ -22,7 +22,7 @@ from nanochat.progress import Progress
 from nanochat.report import merge_eval
 from nanochat.scores import describe_pass_at
 from nanochat.settings import SettingsParser
-from tasks import TASKS, build_task
+from tasks import TASKS, build_task, task_name
 from tasks.common import Task
 
 
@@ -49,7 +49,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     machine = parser.add_argument_group("machine")
     machine.add_argument("-b", "--batch-size", type=int, default=32, help="problems at a time")
     machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.require_positive("num_samples", "max_new_tokens", "batch_size")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,7 +87,8 @@ def main(argv: list[str] | None = None) -> int:
 def collect_tasks(names: str | None, data_dir: Path | None) -> tuple[dict[str, Task], dict[str, str]]:
     """The tasks by name, and those of ChatCORE that cannot be had with the reason. One that was asked for must be there."""
     if names is not None:
-        return {name: build_task(name, "test", data_dir) for name in filter(None, re.split(r"[|,]", names))}, {}
+        asked = map(task_name, filter(None, re.split(r"[|,]", names)))
+        return {name: build_task(name, "test", data_dir) for name in asked}, {}
     tasks, missing = {}, {}
     for name in CHATCORE_TASKS:
         try:

@@ -80,6 +80,9 @@ def main(argv: list[str] | None = None) -> int:
     for column in ("bytes", "ours", *(f"{name} ({peer.n_vocab:,})" for name, peer in peers.items())):
         table.add_column(column, justify="right")
     for name, documents in texts.items():
+        if not documents:
+            print(f"{name} is empty: left out")
+            continue
         size = sum(len(text.encode("utf-8")) for text in documents)
         ours = [tokenizer.encode(text) for text in documents]
         if any(tokenizer.decode(ids) != text for ids, text in zip(ours, documents, strict=True)):

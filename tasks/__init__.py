@@ -27,16 +27,24 @@ TASKS: dict[str, tuple[str, str, dict[str, object]]] = {
 }
 
 
-def build_task(name: str, split: str, data_dir: Path | None = None, **arguments: object) -> Task:
-    """The task of that name; a path to a .jsonl file is a CustomJSON. Raises NanochatError for an unknown name."""
+def task_name(name: str) -> str:
+    """The name as TASKS has it, in whatever case it came; a path to a .jsonl file as it is. Raises NanochatError."""
     if name.endswith(".jsonl"):
-        from tasks.customjson import CustomJSON
-
-        return CustomJSON(Path(name), split)
+        return name
     found = {known.lower(): known for known in TASKS}.get(name.lower())
     if found is None:
         raise NanochatError(f"unknown task {name!r}: choose from {', '.join(TASKS)}, or a path to a .jsonl file")
-    module, class_name, defaults = TASKS[found]
+    return found
+
+
+def build_task(name: str, split: str, data_dir: Path | None = None, **arguments: object) -> Task:
+    """The task of that name; a path to a .jsonl file is a CustomJSON. Raises NanochatError for an unknown name."""
+    name = task_name(name)
+    if name not in TASKS:
+        from tasks.customjson import CustomJSON
+
+        return CustomJSON(Path(name), split)
+    module, class_name, defaults = TASKS[name]
     task_class = getattr(importlib.import_module(f"tasks.{module}"), class_name)
     return task_class(split, data_dir=data_dir, **{**defaults, **arguments})
 

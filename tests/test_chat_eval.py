@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from nanochat import chat_eval as chat_eval_module
 from nanochat.chat_eval import CHATCORE_TASKS, Answering, chatcore, evaluate_task
+from nanochat.common import read_json_lines
 from nanochat.engine import Engine
 from nanochat.scores import centered_mean, pass_at_k, wilson_interval
 from nanochat.tokenizer import Tokenizer
@@ -80,7 +81,9 @@ def test_outcomes_do_not_depend_on_the_batch(engine: Engine, task: Task, monkeyp
     assert few.n == 3 and few.examples == whole.examples[:3]
 
 
-def test_a_stopped_evaluation_goes_on(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_evaluation_goes_on(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """After a kill in the middle of a line, only what is missing is answered again, and the result is the same."""
     task, answering, path = LongAnswers(), Answering(2, 6, 1.0), tmp_path / "eval" / "rows.jsonl"
     whole = evaluate_task(engine, task, -1, 8, answering, path)
@@ -97,7 +100,22 @@ def test_a_stopped_evaluation_goes_on(engine: Engine, tmp_path: Path, monkeypatc
     assert evaluate_task(engine, task, -1, 8, answering, path) == whole
     assert sorted(answered) == sorted(json.loads(line)["index"] for line in lines[5:])
     answered.clear()
+    capsys.readouterr()
     assert evaluate_task(engine, task, -1, 8, answering, path) == whole and not answered
+    assert capsys.readouterr().out == f"9 of 9 answers are an earlier run's: remove {path} to have them anew\n"
+
+
+def test_answers_to_other_problems_are_not_used(engine: Engine, tmp_path: Path) -> None:
+    """Number 2 is asked otherwise, as with another --task-data: it alone is answered again, and both are kept."""
+
+    class Changed(LongAnswers):
+        def get_example(self, index: int) -> Conversation:
+            return super().get_example(20 if index == 2 else index)
+
+    answering, path = Answering(2, 6, 1.0), tmp_path / "rows.jsonl"
+    for task, rows in ((LongAnswers(), 9), (Changed(), 10), (LongAnswers(), 10), (Changed(), 10)):
+        assert evaluate_task(engine, task, -1, 8, answering, path) == evaluate_task(engine, task, -1, 8, answering)
+        assert len(read_json_lines(path)) == rows
 
 
 def test_pass_at_k_grows_and_starts_at_the_accuracy(engine: Engine) -> None:
@@ -144,6 +162,13 @@ def test_the_command_on_real_tasks(tiny_run: Path, real_data: Path, capsys: pyte
     assert set(saved["tasks"]) == {"ARC-Easy", "MMLU", "GSM8K"} and saved["chatcore"]["tasks"] == 3
     (folder,) = (tiny_run / "sft" / "chat_eval").iterdir()
     assert {path.name.split("_")[0] for path in folder.iterdir()} == {"ARC-Easy", "MMLU", "GSM8K"}
+
+
+def test_tasks_count_in_whatever_case_they_are_named(tiny_run: Path, real_data: Path) -> None:
+    flags = ["--model-tag=tiny", "-a", "gsm8k|arc-easy,GSM8K", "-x", "2", "-m", "4", "--device-type=cpu"]
+    assert chat_eval.main([*flags, f"--task-data={real_data / 'tasks'}"]) == 0
+    saved = json.loads((tiny_run / "sft" / "eval.json").read_text(encoding="utf-8"))
+    assert set(saved["tasks"]) == {"ARC-Easy", "GSM8K"} and saved["chatcore"]["tasks"] == 2
 
 
 def test_without_any_data_the_tasks_are_named(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from nanochat.tokenizer import Tokenizer
 from scripts import base_eval, base_train
 from tests.conftest import TINY_TRAINING
 from tests.helpers import make_document, make_model
+from tests.hub_server import ModelHub, serve_folder
 
 CHOICES = [{"query": f"Question {i}: which", "choices": [f"the cat {i}", f"a small dog {i}", "her brother"], "gold": i % 3}
            for i in range(12)]  # fmt: skip
@@ -129,7 +131,8 @@ def test_the_metric_is_centred_and_says_what_is_missing(scorer: NanochatScorer, 
     for label, baseline in (("arc_easy", 0.25), ("winograd", 0.5), ("lambada_openai", 0.0)):
         task = results["tasks"][label]
         assert task["centered"] == pytest.approx((task["accuracy"] - baseline) / (1 - baseline))
-        rows = [json.loads(line) for line in (tmp_path / "out" / f"{label}.jsonl").read_text().splitlines()]
+        (path,) = (tmp_path / "out").glob(f"{label}_*.jsonl")
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
         assert len(rows) == task["n"] == len(BUNDLE[label][1])
         assert sum(row["correct"] for row in rows) / len(rows) == task["accuracy"]
     mean = sum(task["centered"] for task in results["tasks"].values()) / 3
@@ -138,13 +141,33 @@ def test_the_metric_is_centred_and_says_what_is_missing(scorer: NanochatScorer, 
     assert {task["n"] for task in limited["tasks"].values()} == {4}
 
 
-def test_finished_tasks_are_not_computed_again(scorer: NanochatScorer, bundle: Path, tmp_path: Path) -> None:
+def evaluate_watched(scorer: NanochatScorer, bundle: Path, folder: Path) -> tuple[dict[str, Any], set[str]]:
+    """(results, labels of the tasks that were computed)."""
+    computed: set[str] = set()
+    return evaluate_core(scorer, bundle, folder=folder, report=lambda label, *_: computed.add(label)), computed
+
+
+def test_finished_tasks_are_not_computed_again(
+    scorer: NanochatScorer, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     first = evaluate_core(scorer, bundle, folder=tmp_path / "out")
-    (tmp_path / "out" / "winograd.jsonl").unlink()
-    computed: list[str] = []
-    again = evaluate_core(scorer, bundle, folder=tmp_path / "out", report=lambda label, done, total: computed.append(label))
-    assert again == first
-    assert set(computed) == {"winograd"}
+    next((tmp_path / "out").glob("winograd_*")).unlink()
+    assert not capsys.readouterr().out
+    assert evaluate_watched(scorer, bundle, tmp_path / "out") == (first, {"winograd"})
+    assert capsys.readouterr().out == f"2 of 3 tasks are an earlier run's: remove {tmp_path / 'out'} to measure them again\n"
+
+
+def test_outcomes_of_other_questions_are_not_used(scorer: NanochatScorer, bundle: Path, tmp_path: Path) -> None:
+    first = evaluate_core(scorer, bundle, folder=tmp_path / "out")
+    path, tasks = bundle / "eval_data" / "arc_easy.jsonl", bundle / "core.yaml"
+    before = path.read_text(encoding="utf-8"), tasks.read_text(encoding="utf-8")
+    path.write_text("\n".join(map(json.dumps, CHOICES[:5])), encoding="utf-8")
+    other, computed = evaluate_watched(scorer, bundle, tmp_path / "out")
+    assert other["tasks"]["arc_easy"]["n"] == 5 and computed == {"arc_easy"}
+    path.write_text(before[0], encoding="utf-8")
+    assert evaluate_watched(scorer, bundle, tmp_path / "out") == (first, set())
+    tasks.write_text(before[1].replace("num_fewshot: [2]", "num_fewshot: [1]"), encoding="utf-8")  # of winograd
+    assert evaluate_watched(scorer, bundle, tmp_path / "out")[1] == {"winograd"}
 
 
 @pytest.mark.parametrize(
@@ -189,20 +212,25 @@ def test_the_command(tiny_run: Path, bundle: Path, capsys: pytest.CaptureFixture
     assert set(saved["core"]["tasks"]) == set(BUNDLE)
 
 
-@pytest.mark.slow
-def test_a_hugging_face_model(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A small Llama from a folder, against its own logits; and a path that holds none."""
+def save_llama(folder: Path, seed: int = 0) -> None:
+    """A small Llama with its tokenizer."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: bash runs/setup.sh eval")
     tokenizers = pytest.importorskip("tokenizers")
     inner = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, special_tokens=["<unk>", "<s>"])
     inner.train_from_iterator((make_document(seed) for seed in range(100)), trainer)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>").save_pretrained(tmp_path / "llama")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>").save_pretrained(folder)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = transformers.LlamaConfig(vocab_size=400, max_position_embeddings=64, **shape)
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_a_hugging_face_model(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A small Llama from a folder, against its own logits; and a path that holds none."""
+    save_llama(tmp_path / "llama")
     scorer = HuggingFaceScorer(str(tmp_path / "llama"), torch.device("cpu"))
     assert scorer.context == 64
     task = read_tasks(bundle)[0]
@@ -220,6 +248,49 @@ def test_a_hugging_face_model(bundle: Path, tmp_path: Path, capsys: pytest.Captu
     assert "3 of 22 tasks" in capsys.readouterr().out
     with pytest.raises(NanochatError, match="transformers can load"):
         HuggingFaceScorer(str(tmp_path), torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_outcomes_of_another_hugging_face_model_are_not_used(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Saved again into the same folder, or under the same name elsewhere."""
+    flags = ["--eval=core", f"--eval-bundle={bundle}", "--device-type=cpu", "--hf-path=llama"]
+    for place, seed, known in (("a", 0, False), ("a", None, True), ("a", 1, False), ("b", 0, False), ("a", None, True)):
+        if seed is not None:
+            save_llama(tmp_path / place / "llama", seed)
+        monkeypatch.chdir(tmp_path / place)
+        assert base_eval.main(flags) == 0
+        assert ("3 of 3 tasks are an earlier run's" in capsys.readouterr().out) == known
+
+
+@pytest.mark.slow
+def test_another_commit_of_the_hub_is_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hub(ModelHub):
+        commit = "1" * 40
+
+        def _answer(self) -> None:
+            self.path = self.path.replace(self.commit, "0" * 40)
+            super()._answer()
+
+        def _send(self, body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
+            headers = {name: value.replace("0" * 40, self.commit) for name, value in (headers or {}).items()}
+            super()._send(body.replace(b"0" * 40, self.commit.encode()), status, headers)
+
+    save_llama(tmp_path / "llama")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    with serve_folder(tmp_path / "llama", Hub) as hub:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.address)
+        template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        first, again = (HuggingFaceScorer("someone/model", torch.device("cpu")) for _ in range(2))
+        save_llama(tmp_path / "llama", 1)
+        hub.commit = "2" * 40
+        other = HuggingFaceScorer("someone/model", torch.device("cpu"))
+    assert first.fingerprint == again.fingerprint != other.fingerprint
+    weights = [scorer.model.lm_head.weight for scorer in (first, other)]
+    assert not torch.equal(*weights)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat import cross_entropy
+from nanochat import cross_entropy, flash_attention
 from nanochat.common import NanochatError
 from nanochat.cross_entropy import softcap, softcapped_cross_entropy
 from nanochat.flash_attention import QK_SCALE, _attend_whole, plan_attention
@@ -49,10 +49,10 @@ def test_causal_and_windowed() -> None:
     assert difference[329:].max() == 0
 
 
-def _attention_inputs(T: int, kv_heads: int = 2) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _attention_inputs(T: int, kv_heads: int = 2, D: int = 16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(T)
-    q, k, v = (torch.randn(2, T, h, 16, generator=generator) for h in (2, kv_heads, kv_heads))
-    q, k = (F.rms_norm(x, (16,)) * QK_SCALE for x in (q, k))
+    q, k, v = (torch.randn(2, T, h, D, generator=generator) for h in (2, kv_heads, kv_heads))
+    q, k = (F.rms_norm(x, (D,)) * QK_SCALE for x in (q, k))
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
 
 
@@ -73,6 +73,34 @@ def test_attention_equals_naive_masked_softmax(T: int, window: int, kv_heads: in
     torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-4)
     for mine, naive in zip(grads, torch.autograd.grad(expected, inputs, grad), strict=True):
         torch.testing.assert_close(mine, naive, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("window", [100, 256])
+def test_attention_in_float16_is_as_exact_as_its_numbers(window: int, D: int) -> None:
+    """Where all scores are far below their bound, too: its exponentials would be 0."""
+    inputs = _attention_inputs(256, D=D)
+    distance = torch.arange(256)[:, None] - torch.arange(256)
+    visible = (distance >= 0) & (distance <= window)
+    expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in inputs), attn_mask=visible).transpose(1, 2)
+    half = [x.detach().half().requires_grad_() for x in inputs]
+    plain = plan_attention(256, window, torch.device("cpu"), torch.float16)
+    rows = torch.where(visible, 0.0, float("-inf")).half().expand(2, 1, 256, 256)
+    grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
+    naive = torch.autograd.grad(expected, inputs, grad)
+    for plan in (plain, plain._replace(attend=flash_attention.attend_masked, mask=rows)):
+        result = plan.attend(*half, plan)
+        error = (result.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
+        assert result.dtype == torch.float16 and error.max() < 5e-3
+        for mine, wanted in zip(torch.autograd.grad(result, half, grad.half()), naive, strict=True):
+            assert (mine.float() - wanted).norm() < 5e-3 * wanted.norm()
+
+
+def test_a_backend_of_any_device_can_be_probed() -> None:
+    cpu, good = torch.device("cpu"), (flash_attention.attend_plain, flash_attention.plain_mask)
+    flash_attention._probe(good, cpu, torch.float32)
+    with pytest.raises(RuntimeError, match="off by"):
+        flash_attention._probe((lambda *inputs: 2 * good[0](*inputs), good[1]), cpu, torch.float32)
 
 
 def test_init_weights_sets_everything() -> None:

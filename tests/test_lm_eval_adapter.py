@@ -290,6 +290,31 @@ def test_mistakes_are_named(adapter: ModuleType, run: Path) -> None:
     assert make("source=sft,device=cpu", {"device": "cuda:0"}).meta["stage"] == "sft"
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--config", "mine.toml", "--tasks", "x"], "mine.toml"),
+        (["--config", "other.yaml", "--tasks", "x"], "unexpected keyword argument 'depth'"),
+        (["--tasks", "absent"], "Tasks not found: absent"),
+        (["--model_args", "source=base"], "No tasks"),
+    ],
+)
+def test_what_the_harness_refuses_is_no_mistake_of_ours(
+    adapter: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], words: str
+) -> None:
+    from functools import partial
+
+    import lm_eval.tasks
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(lm_eval.tasks.TaskManager, include_defaults=False))
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    monkeypatch.chdir(tmp_path)
+    Path("mine.toml").write_text("[training]\ndepth = 12\n", encoding="utf-8")
+    Path("other.yaml").write_text("depth: 12\n", encoding="utf-8")
+    with pytest.raises(NanochatError, match=rf"does not take this \(.*{words}.*its --config is YAML"):
+        adapter.main(flags)
+
+
 def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, NAME, raising=False)
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)

@@ -122,6 +122,9 @@ def test_a_base_directory_that_may_not_be_written(tmp_path: Path) -> None:
         (chat_sft.main, ["--model-tag=tiny", "--resume=auto", "--model-step=77"], "77"),
         (chat_eval.main, ["--model-tag=tiny", "-a", "Nonsense"], "Nonsense"),
         (chat_eval.main, ["--model-tag=tiny", "-a", "SmolTalk", "--task-data=/nowhere"], "nowhere"),
+        (chat_eval.main, ["--model-tag=tiny", "-b", "0"], "--batch-size 0 is too small"),
+        (chat_eval.main, ["--model-tag=tiny", "-n", "0"], "--num-samples 0 is too small"),
+        (chat_eval.main, ["--model-tag=tiny", "-m", "0"], "--max-new-tokens 0 is too small"),
         (chat_cli.main, ["--model-tag=tiny", "-p", "word " * 500], "does not fit"),
         (chat_cli.main, ["--source=rl"], "rl"),
         (tok_train.main, ["--data=builtin", "--vocab-size=100"], "100"),
@@ -218,6 +221,20 @@ def test_tok_train_then_tok_eval(corpus: Path, base_dir: Path, capsys: pytest.Ca
     table = capsys.readouterr().out
     for text in ("news", "code", "maths", "other scripts", "(train)", "(val)"):
         assert text in table
+
+
+def test_tok_eval_of_text_with_odd_splits_and_characters(
+    tmp_path: Path, tokenizer, base_dir: Path, capsys: pytest.CaptureFixture
+) -> None:
+    tokenizer.save(base_dir / "tokenizers" / "default")
+    (tmp_path / "odd").mkdir()
+    pair, half = "\\ud83d\\ude42", "\\ud83d"
+    for name, text in (("train", f"the cat {half} sees {pair} a house"), ("val", " ")):
+        (tmp_path / "odd" / f"{name}.jsonl").write_text(f'{{"text": "{text}"}}', encoding="utf-8")
+    assert tok_eval.main(["--data", str(tmp_path / "odd")]) == 0
+    out = capsys.readouterr().out
+    assert f"{tmp_path / 'odd'} (val) is empty: left out" in out
+    assert "│ 29 │" in " ".join(out.split())  # bytes: three for a half, as for what it is read as
 
 
 def test_base_eval_measures_and_shows(tiny_run: Path, capsys: pytest.CaptureFixture) -> None:

@@ -11,7 +11,7 @@ import pytest
 from nanochat.common import NanochatError
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import use_calculator
-from tasks import TASKS, build_mixture, build_task
+from tasks import TASKS, build_mixture, build_task, task_name
 from tasks.arithmetic import Arithmetic
 from tasks.common import Task, TaskMixture, TaskSequence, render_mc
 from tasks.customjson import CustomJSON
@@ -216,6 +216,12 @@ def test_missing_task_data_names_the_file(tmp_path: Path) -> None:
             build_mixture(spec, "train")
 
 
+def test_a_task_has_one_name() -> None:
+    assert [task_name(name) for name in ("gsm8k", "ARC-EASY", "My.jsonl")] == ["GSM8K", "ARC-Easy", "My.jsonl"]
+    with pytest.raises(NanochatError, match="unknown task 'gsm'"):
+        task_name("gsm")
+
+
 def test_mixture_spec() -> None:
     assert len(build_mixture("Arithmetic:40, identity*3:10", "train")) == 70
     with pytest.raises(NanochatError, match=r"C:.chats.jsonl"):  # looked for there: the drive's colon begins no number
@@ -276,3 +282,12 @@ def test_malformed_rows_are_named_by_file_and_line(tmp_path: Path, name: str, fi
     path.write_text(json.dumps(good) + "\n\n" + line, encoding="utf-8")
     with pytest.raises(NanochatError, match=rf"{path.name}, line 3, is no row of this task"):
         build_task(name, "val" if name == "SmolTalk" else "test", tmp_path)
+
+
+@pytest.mark.parametrize("part", [["x"], [{"type": "text"}], [{"type": "image", "text": "x"}]])
+def test_malformed_parts_of_a_conversation_are_named_by_file_and_line(tmp_path: Path, part: list) -> None:
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]
+    bad = [talk[0], {"role": "assistant", "content": part}]
+    (tmp_path / "bad.jsonl").write_text(json.dumps(talk) + "\n\n" + json.dumps(bad), encoding="utf-8")
+    with pytest.raises(NanochatError, match=r"bad\.jsonl, line 3: conversation 2 is damaged in message 2 .* mend or"):
+        CustomJSON(tmp_path / "bad.jsonl")
