@@ -6,10 +6,14 @@ their own texts are done; a server gives the thread to `EngineThread` and only s
 
 from __future__ import annotations
 
+import bisect
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
 
 from nanochat.common import NanochatError, logger
 from nanochat.dataset import Source
@@ -190,10 +194,17 @@ class EngineThread:
         self.scheduler.post(lambda: None)
         self.thread.join(timeout_s)
 
+    def _use_device(self) -> None:
+        """A thread begins with the first GPU as its own."""
+        if (device := self.engine.model.get_device()).type == "cuda":
+            torch.cuda.set_device(device)
+
     def _run(self) -> None:
-        if self.compile and (reason := self.engine.compile()) is not None:
-            logger.warning("decoding without torch.compile: %s", reason)
-        self.ready.set()
+        self._use_device()
+        if self.compile:
+            self._compile()
+        if not self._closing.is_set():
+            self.ready.set()
         while not self._closing.is_set():
             try:
                 if self.scheduler.is_idle:
@@ -208,6 +219,22 @@ class EngineThread:
         self.scheduler.end_all("cancelled")
         self._tell()
         self.scheduler.close()
+
+    def _compile(self) -> None:
+        """Compile in another thread: meanwhile texts can be cancelled, and closing does not wait for the compiler."""
+        reasons: list[str | None] = []
+
+        def compile_there() -> None:
+            self._use_device()
+            reasons.append(self.engine.compile())
+
+        compiler = threading.Thread(target=compile_there, name="compiler", daemon=True)
+        compiler.start()
+        while compiler.is_alive() and not self._closing.is_set():
+            self.scheduler.wait(timeout_s=0.1)
+            self._tell()
+        if reasons and reasons[0] is not None:
+            logger.warning("decoding without torch.compile: %s", reasons[0])
 
     def _tell(self) -> None:
         if self.after_step is not None:
@@ -226,16 +253,22 @@ def trim_conversation(conversation: dict[str, Any], tokenizer: Tokenizer, max_to
     """
     messages = list(conversation["messages"])
     system = [messages.pop(0)] if messages and messages[0]["role"] == "system" else []
+
+    def kept(dropped: int) -> dict[str, Any]:
+        return {"messages": system + messages[2 * dropped :]}
+
+    @functools.cache
+    def length(dropped: int) -> int:
+        return len(tokenizer.render_for_completion(kept(dropped)))
+
+    most = max(0, len(messages) - 1) // 2
     dropped = 0
-    while True:
-        kept = {"messages": system + messages}
-        length = len(tokenizer.render_for_completion(kept))
-        if length <= max_tokens:
-            return kept, dropped
-        if len(messages) <= 2:
-            raise NanochatError(f"a message of {length} tokens does not fit the {max_tokens} that the context leaves for it")
-        messages = messages[2:]
-        dropped += 1
+    if length(0) > max_tokens:
+        dropped = bisect.bisect_left(range(most), True, min(1, most), key=lambda n: length(n) <= max_tokens)
+    if length(dropped) > max_tokens:
+        tokens = length(dropped)
+        raise NanochatError(f"a message of {tokens} tokens does not fit the {max_tokens} that the context leaves for it")
+    return kept(dropped), dropped
 
 
 def continue_openings(

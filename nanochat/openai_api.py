@@ -6,6 +6,8 @@ Extensions have the names that vLLM gave them (top_k, min_p, repetition_penalty)
 
 from __future__ import annotations
 
+import codecs
+import itertools
 import json
 import time
 import uuid
@@ -15,8 +17,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nanochat.sampling import SamplingParams
-from nanochat.scheduler import Sequence, TokenLogprob
-from nanochat.tokenizer import Tokenizer
+from nanochat.scheduler import Sequence, TokenLogprob, next_piece
+from nanochat.tokenizer import IncrementalDecoder, Tokenizer
 
 MAX_MESSAGES = 500
 MAX_CHARS = 200_000  # of a message, a prompt or a whole conversation
@@ -41,6 +43,30 @@ class RequestError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
+def explain(errors: list[dict[str, Any]], body: Any) -> RequestError:
+    """Pydantic's errors of a body as one sentence.
+
+    Where there is a choice of types each has errors of its own, and those tell most which are not of a wrong type, or else
+    lie deepest.
+    """
+    telling = [error for error in errors if not error["type"].endswith("_type")]
+    # A list of a million wrong items has an error for each.
+    error = telling[0] if telling else max(errors[:1000], key=lambda error: len(_place(error, body)))
+    where, message = ".".join(map(str, _place(error, body))), error["msg"].removeprefix("Value error, ")
+    return RequestError(f"{where}: {message}" if where else message, param=where or None)
+
+
+def _place(error: dict[str, Any], body: Any) -> list[str | int]:
+    """Where in the body an error is: pydantic's path, without its names for the types that there were to choose from."""
+    value, place = {"body": body}, []
+    for step in error["loc"]:
+        if step in value if isinstance(value, dict) else isinstance(value, list) and isinstance(step, int):
+            value = value[step]
+            place.append(step)
+    missing = error["loc"][-1:] if error["type"] == "missing" and body is not None else ()
+    return [*place[1:], *missing]
+
+
 # ----------------------------------------------------------------------------- requests
 
 
@@ -51,14 +77,22 @@ class Part(BaseModel):
     text: str = Field(max_length=MAX_CHARS)
 
 
+class Extension(BaseModel):
+    """What is ours alone of an answer: all its parts, of which `content` has the text."""
+
+    parts: list[Part] = Field(max_length=MAX_MESSAGES)
+
+
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, Field(max_length=MAX_CHARS)] | Annotated[list[Part], Field(max_length=MAX_MESSAGES)]
+    nanochat: Extension | None = None  # of an answer that is sent back as it came
 
     def parts(self) -> list[dict[str, str]]:
-        if isinstance(self.content, str):
-            return [{"type": "text", "text": self.content}]
-        return [part.model_dump() for part in self.content]
+        content: str | list[Part] = self.content
+        if self.role == "assistant" and self.nanochat is not None:
+            content = self.nanochat.parts or content
+        return [{"type": "text", "text": content}] if isinstance(content, str) else [part.model_dump() for part in content]
 
 
 class StreamOptions(BaseModel):
@@ -272,29 +306,25 @@ class Reply:
         }  # fmt: skip
 
     def completion_choice(self, index: int, sequence: Sequence, echo: bool, added_bos: bool) -> dict[str, Any]:
-        text = sequence.text
-        tokens = sequence.tokens + ([] if sequence.stop_token is None else [sequence.stop_token])  # as vLLM does
-        sampled = iter(sequence.logprobs)
-        masks = [*sequence.masks, 1][: len(tokens)]
-        logprobs = [next(sampled, None) if mask else None for mask in masks]  # a tool's tokens have no probability
-        if echo:
-            prompt = sequence.prompt[added_bos:]
-            tokens, text = prompt + tokens, self.tokenizer.decode(prompt) + text
-            first = [] if added_bos else [None]  # nothing precedes the first token: it has no probability
-            logprobs = [*first, *sequence.prompt_logprobs, *logprobs]
-        choice = {"index": index, "text": text, "logprobs": None, "finish_reason": finish_reason(sequence)}
+        prompt = sequence.prompt[added_bos:] if echo else []
+        echoed = self.tokenizer.decode(prompt)
+        choice: dict[str, Any] = {"index": index, "text": echoed + spoken(sequence.pieces), "logprobs": None}
+        choice["finish_reason"] = finish_reason(sequence)
         if sequence.params.logprobs is not None:
-            choice["logprobs"] = self.completion_logprobs(logprobs, tokens, 0)
+            tokens = sequence.tokens + ([] if sequence.stop_token is None else [sequence.stop_token])  # as vLLM does
+            logprobs = aligned(sequence.logprobs, [*sequence.masks, 1][: len(tokens)])
+            offsets = self._prompt_offsets(prompt) + TextOffsets(self.tokenizer, len(echoed)).of(tokens)
+            if echo:
+                first = [] if added_bos else [None]  # nothing precedes the first token: it has no probability
+                logprobs = [*first, *sequence.prompt_logprobs, *logprobs]
+            choice["logprobs"] = self.completion_logprobs(logprobs, prompt + tokens, offsets)
         return choice
 
-    def completion_delta(
-        self, index: int, sequence: Sequence, text: str, logprobs: list[TokenLogprob], offset: int, last: bool
-    ) -> dict[str, Any]:
-        content = None
-        if sequence.params.logprobs is not None:
-            content = self.completion_logprobs(logprobs, [entry.token for entry in logprobs], offset)
-        reason = finish_reason(sequence) if last else None
-        return {"index": index, "text": text, "logprobs": content, "finish_reason": reason}
+    def _prompt_offsets(self, prompt: list[int]) -> list[int]:
+        """Where the tokens of an echoed prompt begin, whose special tokens are spelled out."""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        lengths = [len(decoder.decode(self.tokenizer.decode_bytes([token]))) for token in prompt]
+        return list(itertools.accumulate(lengths, initial=0))[: len(prompt)]
 
     # ------------------------------------------------------------------------- log-probabilities
 
@@ -309,20 +339,40 @@ class Reply:
         ]
 
     def completion_logprobs(
-        self, logprobs: Iterable[TokenLogprob | None], tokens: list[int], offset: int
+        self, logprobs: Iterable[TokenLogprob | None], tokens: list[int], offsets: list[int]
     ) -> dict[str, list[Any]]:
         """The older form: parallel lists over the tokens."""
         texts = [token_text(self.tokenizer, token) for token in tokens]
-        offsets = []
-        for token in tokens:
-            offsets.append(offset)
-            offset += len(self.tokenizer.decode([token]))
         top = [
             None if entry is None else {token_text(self.tokenizer, token): value for token, value in entry.top}
             for entry in logprobs
         ]
         values = [None if entry is None else entry.logprob for entry in logprobs]
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
+
+
+class TextOffsets:
+    """Where an answer's tokens begin in the text that is shown, in characters; calls of the calculator have no length.
+
+    Tokens that a stop text took away stand where they would have been shown.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, start: int = 0) -> None:
+        self._decoder, self._end = IncrementalDecoder(tokenizer), start
+
+    def of(self, tokens: list[int]) -> list[int]:
+        """The places of the next tokens."""
+        places = []
+        for token in tokens:
+            places.append(self._end)
+            self._end += len(spoken([next_piece(self._decoder, token)]))
+        return places
+
+
+def aligned(logprobs: list[TokenLogprob], masks: list[int]) -> list[TokenLogprob | None]:
+    """What the model thought of each token, None for those that a tool forced."""
+    sampled = iter(logprobs)
+    return [next(sampled, None) if mask else None for mask in masks]
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:

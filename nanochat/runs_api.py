@@ -5,6 +5,7 @@ Read anew for each request, so a run that is training is followed live. Used by 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def add_run_routes(app: FastAPI) -> None:
             run_dir = get_run_dir(tag)
         except NanochatError as error:
             raise RequestError(str(error), param="tag") from None
-        stages = {stage: describe_stage(run_dir / stage) for stage in STAGES if (run_dir / stage).is_dir()}
+        # Not Path.is_dir, which fails on a name that is too long for a file.
+        stages = {stage: describe_stage(run_dir / stage) for stage in STAGES if os.path.isdir(run_dir / stage)}
         if not stages:
             raise RequestError(f"there is no run {tag!r}", status=404, param="tag")
         return {"tag": tag, "stages": stages}

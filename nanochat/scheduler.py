@@ -203,8 +203,9 @@ class Scheduler:
             sequence = self.prefilling or self._admit()
             if sequence is None:
                 return
-            # A text's chunks end at multiples of the chunk's size, whatever else is computed: its numbers, to the
-            # last bit, are its own.
+            # A text's chunks end at multiples of the chunk's size, whatever else is computed: its numbers do not depend
+            # on its company. On what was answered before they do: keys and values that a step of decoding left in
+            # shared blocks are rounded otherwise in bfloat16 than those of a chunk.
             end = min(sequence.length, (sequence.computed // self.chunk + 1) * self.chunk)
             tokens = sequence.slice(sequence.computed, end)
             every = sequence.params.prompt_logprobs and not sequence.tokens
@@ -351,12 +352,14 @@ class Scheduler:
 
     def _append(self, sequence: Sequence, token: int, mask: int) -> None:
         decoder = cast("IncrementalDecoder", sequence.decoder)  # it is there until the text ends
-        text, stopped = decoder.feed(token), False
-        if sequence.params.stop and mask:
+        (text, part), stopped = next_piece(decoder, token), False
+        if decoder.part != part:  # no stop text goes on in another part
+            text, sequence.held_text = sequence.held_text + text, ""
+        elif sequence.params.stop and part == "text":  # what is not shown does not end an answer
             text, stopped = self._look_for_stop(sequence, sequence.held_text + text)
         sequence.tokens.append(token)
         sequence.masks.append(mask)
-        sequence.pieces.append((text, decoder.part))  # last, and whole: other threads read up to here
+        sequence.pieces.append((text, part))  # last, and whole: other threads read up to here
         if stopped:
             sequence.decoder = None  # what it holds comes after the stop text
             self._finish(sequence, "stop")
@@ -384,7 +387,6 @@ class Scheduler:
     def _finish(self, sequence: Sequence, reason: str, error: str | None = None) -> None:
         if sequence.finish_reason is not None:
             return
-        sequence.finish_reason, sequence.error = reason, error
         if sequence in self.waiting:
             self.waiting.remove(sequence)
         if self.prefilling is sequence:
@@ -395,6 +397,8 @@ class Scheduler:
         decoder, sequence.decoder, sequence.seen = sequence.decoder, None, None
         if decoder is not None and reason != "cancelled" and (rest := sequence.held_text + decoder.flush()):
             sequence.pieces.append((rest, decoder.part))
+        sequence.error = error
+        sequence.finish_reason = reason  # last: other threads read nothing after it
         if sequence.on_update is not None:
             sequence.on_update(sequence)
 
@@ -444,6 +448,12 @@ class Scheduler:
     def close(self) -> None:
         if self._tools is not None:
             self._tools.shutdown(wait=False, cancel_futures=True)
+
+
+def next_piece(decoder: IncrementalDecoder, token: int) -> tuple[str, str]:
+    """(text, type of its part) of the next token; one that begins another part brings the end of the last one."""
+    part, text = decoder.part, decoder.feed(token)
+    return (text if decoder.part == part else decoder.flush()), part
 
 
 def _logprob(logits: torch.Tensor, token: int, alternatives: int) -> TokenLogprob:

@@ -34,10 +34,15 @@ from nanochat.openai_api import (
     CompletionRequest,
     Reply,
     RequestError,
+    TextOffsets,
     TokenId,
+    aligned,
     check_prompt,
     check_tokens,
+    explain,
+    finish_reason,
     joined_parts,
+    spoken,
     token_text,
     usage,
 )
@@ -286,13 +291,13 @@ class Reader:
 
     def __init__(self, sequence: Sequence) -> None:
         self.sequence = sequence
-        self.pieces = self.sampled = self.characters = 0
+        self.pieces = self.sampled = 0
         self.ended = False
 
     def read(self) -> tuple[list[tuple[str, str]], list[Any], bool] | None:
         """(pieces of text, log-probabilities, whether that is all), or None if there is nothing new."""
         sequence = self.sequence
-        last = sequence.finish_reason is not None
+        last = sequence.finish_reason not in (None, "error")  # of an error the ticket tells
         if self.ended or (len(sequence.pieces) == self.pieces and not last):
             return None
         self.ended = last
@@ -325,15 +330,20 @@ async def _chat_chunks(service: Service, ticket: Ticket, reply: Reply) -> AsyncI
 
 async def _completion_chunks(service: Service, ticket: Ticket, reply: Reply, prompts: int) -> AsyncIterator[str]:
     readers = [Reader(sequence) for sequence in ticket.sequences]
+    offsets = [TextOffsets(service.tokenizer) for _ in readers]
     async for _ in ticket.updates(service.limits.request_timeout_s):
-        for i, reader in enumerate(readers):
+        for i, (reader, places) in enumerate(zip(readers, offsets, strict=True)):
+            sequence, begin = reader.sequence, reader.pieces
             if (news := reader.read()) is None:
                 continue
             pieces, logprobs, last = news
-            text = "".join(text for text, _ in pieces)
-            if text or logprobs or last:
-                yield reply.chunk([reply.completion_delta(i, reader.sequence, text, logprobs, reader.characters, last)])
-            reader.characters += len(text)
+            text, content = spoken(pieces), None
+            if sequence.params.logprobs is not None:
+                tokens, masks = (row[begin : reader.pieces] for row in (sequence.tokens, sequence.masks))
+                content = reply.completion_logprobs(aligned(logprobs, masks), tokens, places.of(tokens))
+            if text or last or (content and content["tokens"]):
+                reason = finish_reason(sequence) if last else None
+                yield reply.chunk([{"index": i, "text": text, "logprobs": content, "finish_reason": reason}])
     if reply.include_usage:
         yield reply.usage_chunk(ticket.sequences, prompts)
     yield "data: [DONE]\n\n"
@@ -353,15 +363,15 @@ async def _guide_events(service: Service, ticket: Ticket, dropped: int) -> Async
         for part in joined_parts(pieces):
             yield f"data: {json.dumps({'token': part['text'], 'part': part['type']})}\n\n"
         if sequence.params.logprobs is not None:
-            thoughts = iter(logprobs)
-            tokens = []
-            for token, mask in zip(sequence.tokens[begin : reader.pieces], sequence.masks[begin:], strict=False):
-                entry = next(thoughts, None) if mask else None
-                tokens.append({
+            thoughts = aligned(logprobs, sequence.masks[begin : reader.pieces])
+            tokens = [
+                {
                     "text": token_text(tokenizer, token),
                     "logprob": entry and entry.logprob,
                     "top": [[token_text(tokenizer, other), value] for other, value in entry.top] if entry else [],
-                })  # fmt: skip
+                }
+                for token, entry in zip(sequence.tokens[begin : reader.pieces], thoughts, strict=True)
+            ]
             if tokens:
                 yield f"data: {json.dumps({'tokens': tokens})}\n\n"
         if last:
@@ -399,12 +409,9 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            return await request_error(_, RequestError("the body is not valid JSON"))
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = first["msg"].removeprefix("Value error, ")
-        return await request_error(_, RequestError(f"{where}: {message}" if where else message, param=where or None))
+        errors = list(error.errors())
+        invalid = errors[0]["type"] == "json_invalid"
+        return await request_error(_, RequestError("the body is not valid JSON") if invalid else explain(errors, error.body))
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> JSONResponse:

@@ -191,9 +191,15 @@ class Service:
             worker.engine.scheduler.post(functools.partial(worker.engine.scheduler.end_all, "cancelled"))
 
     def submit(self, sequences: list[Sequence]) -> Ticket:
-        """Queue one request's texts with the engine that has least to do. Raises RequestError 429 if too many wait."""
+        """Queue one request's texts with the engine that has least to do.
+
+        Raises RequestError: 429 if too many wait, 400 for more texts than the queue has places.
+        """
+        n, most = len(sequences), self.limits.max_waiting
+        if n > most:
+            raise RequestError(f"a request of {n} texts does not fit the queue, which holds {most}: ask for fewer")
         worker = min(self.workers, key=lambda worker: worker.load)
-        if worker.engine.scheduler.num_waiting + len(sequences) > self.limits.max_waiting:
+        if worker.engine.scheduler.num_waiting + n > most:
             raise RequestError("too many requests are waiting: try again soon", status=429, code="queue_full")
         return worker.submit(sequences)
 
@@ -218,6 +224,11 @@ class Service:
     def is_ready(self) -> bool:
         """False while models are being compiled: requests wait."""
         return all(worker.thread.ready.is_set() for worker in self.workers)
+
+    @property
+    def is_stopped(self) -> bool:
+        """True if no thread of a model or a compiler works any more."""
+        return self.is_ready and not any(worker.thread.is_alive for worker in self.workers)
 
     @property
     def kv_usage(self) -> float:

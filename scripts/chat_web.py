@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -45,7 +46,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     network.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     network.add_argument("--api-key", default=os.environ.get("NANOCHAT_API_KEY"), help="asked for (default: NANOCHAT_API_KEY)")
     network.add_argument("--cors-origin", action="append", metavar="URL", help="let pages from there call the API")
-    network.add_argument("--max-waiting", type=int, default=Limits.max_waiting, help="requests in the queue; more get 429")
+    network.add_argument("--max-waiting", type=int, default=Limits.max_waiting, help="texts in the queue; more get 429")
     network.add_argument("--request-timeout", type=float, default=Limits.request_timeout_s, metavar="SECONDS",
                          help="for a whole answer")  # fmt: skip
     network.add_argument("--grace", type=float, default=Limits.grace_s, metavar="SECONDS", help="for answers when stopped")
@@ -73,6 +74,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     with contextlib.suppress(KeyboardInterrupt):  # how one stops a server
         Server(config, app.state.service).run()
+    if not app.state.service.is_stopped:
+        # Stopped while the compiler worked, or by Ctrl-C again and again. A thread in compiled code cannot be told to end,
+        # and Python's own end would pull the interpreter from under it: the process would abort with a core dump.
+        sys.stdout.flush()
+        os._exit(0)
     return 0
 
 
@@ -92,7 +98,10 @@ def load_engines(args: argparse.Namespace, devices: list[torch.device]) -> tuple
 
 
 class Server(uvicorn.Server):
-    """Gives running answers a while when it is told to stop, then ends them properly."""
+    """Gives running answers a while when it is told to stop, then ends them properly.
+
+    Those that wait for the compiler are ended at once.
+    """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
         super().__init__(config)
@@ -100,10 +109,13 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self.should_exit:
-            timer = threading.Timer(self.service.limits.grace_s, self.service.cancel_all)
+            grace_s = self.service.limits.grace_s if self.service.is_ready else 0.0
+            timer = threading.Timer(grace_s, self.service.cancel_all)
             timer.daemon = True
             timer.start()
         super().handle_exit(sig, frame)
+        if self.force_exit:  # by Ctrl-C once more: nobody asked for the traces of what is cut off
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
 
 
 def choose_devices(device: torch.device, count: int) -> list[torch.device]:

@@ -6,6 +6,7 @@ import gc
 import threading
 import time
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from nanochat.common import NanochatError
 from nanochat.compilation import can_compile
 from nanochat.engine import Engine, EngineThread, trim_conversation
+from nanochat.openai_api import joined_parts
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Sequence
@@ -151,6 +153,27 @@ def test_stop_texts_end_an_answer_and_are_left_out(engine: Engine, tokenizer: To
         assert all(sequence.text.startswith(text) for text in shown)
     (unstopped,) = _run(engine, [Sequence(prompt, SamplingParams(0, max_tokens=60, ignore_eos=True, stop=("\0",)))])
     assert unstopped.text == free.text
+
+
+def test_what_is_read_at_the_end_is_all(engine: Engine, tokenizer: Tokenizer) -> None:
+    """Another thread that sees a finish_reason finds the last piece, which a stop text held back, and the error there."""
+    at_the_end: list[tuple[str, str | None]] = []
+
+    class Watched(Sequence):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name == "finish_reason" and value is not None:
+                at_the_end.append((self.text, self.error))
+
+    prompt = _prompts(tokenizer)[0]
+    (free,) = _run(engine, [Sequence(prompt, SamplingParams(0, max_tokens=20, ignore_eos=True))])
+    params = SamplingParams(0, max_tokens=20, ignore_eos=True, stop=(free.text[-1] + "\0",))
+    (held,) = _run(engine, [Watched(prompt, params)])
+    assert held.text == free.text
+    failed = Watched(prompt, params)
+    engine.scheduler.submit(failed)
+    engine.scheduler.end_all("error", "it broke")
+    assert at_the_end == [(free.text, None), ("", "it broke")]
 
 
 def test_logprobs_are_those_of_the_model(engine: Engine, tokenizer: Tokenizer) -> None:
@@ -295,6 +318,33 @@ def test_a_call_is_answered_with_forced_tokens(engine: Engine, tokenizer: Tokeni
     assert "".join(text for text, part in parts if part == "python_output") == "42"
 
 
+def test_stop_texts_and_calls_do_not_mix(engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is held back before a call is shown before it, and no stop text is found in what is hidden."""
+    before, after = tokenizer.encode("the cat"), tokenizer.encode(" sees it")
+    said = [*before, *_call(tokenizer, "6*7"), *after]
+    forced = 2 + len(tokenizer.encode("42"))
+    parts = [("the cat", "text"), ("6*7", "python"), ("42", "python_output"), (" sees it", "text")]
+    for stop in (("cat6", "6*", "42", "cat sees"), ("t6", "*7", "it is")):
+        _speaking(engine, monkeypatch, said)
+        params = SamplingParams(seed=1000, max_tokens=len(said) + forced, stop=stop)
+        (row,) = _run(engine, [Sequence([1, 2], params)])
+        assert [(part["text"], part["type"]) for part in joined_parts(row.pieces)] == parts
+        assert row.finish_reason == "length"
+    _speaking(engine, monkeypatch, said)
+    (row,) = _run(engine, [Sequence([1, 2], SamplingParams(seed=1000, max_tokens=99, stop=("sees",)))])
+    assert row.text == "the cat6*742 " and row.finish_reason == "stop"
+
+
+def test_half_a_character_before_a_call_stays_there(
+    engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = tokenizer.tokens.index("é".encode()[:1])
+    said = [half, *_call(tokenizer, "6*7")]
+    _speaking(engine, monkeypatch, said)
+    (row,) = _run(engine, [Sequence([1, 2], SamplingParams(seed=1000, max_tokens=len(said)))])
+    assert joined_parts(row.pieces) == [{"type": "text", "text": "\ufffd"}, {"type": "python", "text": "6*7"}]
+
+
 @pytest.mark.parametrize("answer", [None, ValueError("broken tool")])
 def test_a_call_without_an_answer_goes_on(
     engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, answer: Exception | None
@@ -348,6 +398,26 @@ def test_a_failed_step_ends_its_requests_and_not_the_service(engine: Engine, mon
     thread.close()
     assert not thread.is_alive
     assert endless.finish_reason == "cancelled"
+
+
+def test_what_waits_for_the_compiler_can_be_cancelled_and_the_thread_closed(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = threading.Event()
+    monkeypatch.setattr(engine, "compile", lambda: compiled.wait(60) and None)
+    thread = EngineThread(engine, compile=True)
+    thread.start()
+    first, second = Sequence([1, 2]), Sequence([1, 2])
+    began = time.monotonic()
+    for sequence in (first, second):
+        engine.scheduler.submit(sequence)
+    engine.scheduler.cancel(first)
+    _wait_for(first)
+    assert first.finish_reason == "cancelled" and second.finish_reason is None
+    thread.close()
+    assert second.finish_reason == "cancelled" and not thread.is_alive and not thread.ready.is_set()
+    assert time.monotonic() - began < 5
+    compiled.set()
 
 
 def _wait_for(sequence: Sequence) -> None:
@@ -413,3 +483,25 @@ def test_conversations_are_trimmed_at_turns(tokenizer: Tokenizer) -> None:
     assert trim_conversation(conversation, tokenizer, 10_000) == (conversation, 0)
     with pytest.raises(NanochatError, match="does not fit"):
         trim_conversation(conversation, tokenizer, 5)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 21, 22])
+def test_as_few_turns_as_possible_are_dropped(tokenizer: Tokenizer, count: int) -> None:
+    turns = [{"role": "assistant" if i % 2 else "user", "content": f"word {i} " * (i % 5 + 1)} for i in range(count)]
+    for first in ([], [{"role": "system", "content": "Be kind."}]):
+        rests = [{"messages": first + turns[2 * n :]} for n in range((count + 1) // 2)]
+        lengths = [len(tokenizer.render_for_completion(rest)) for rest in rests]
+        for limit in range(min(lengths), max(lengths) + 2):
+            expected = next(n for n, length in enumerate(lengths) if length <= limit)
+            assert trim_conversation({"messages": first + turns}, tokenizer, limit) == (rests[expected], expected)
+        with pytest.raises(NanochatError, match=f"a message of {lengths[-1]} tokens does not fit the {lengths[-1] - 1}"):
+            trim_conversation({"messages": first + turns}, tokenizer, lengths[-1] - 1)
+
+
+def test_trimming_a_long_conversation_takes_few_renderings(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = [{"role": "assistant" if i % 2 else "user", "content": f"word {i}"} for i in range(499)]
+    rendered: list[int] = []
+    render = tokenizer.render_for_completion
+    monkeypatch.setattr(tokenizer, "render_for_completion", lambda c: rendered.append(len(c["messages"])) or render(c))
+    _, dropped = trim_conversation({"messages": turns}, tokenizer, 100)
+    assert dropped > 200 and len(rendered) <= 10

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError
 from nanochat.engine import Engine
 from nanochat.sampling import SamplingParams
-from nanochat.scheduler import Sequence
+from nanochat.scheduler import Scheduler, Sequence
 from nanochat.server import create_app
 from nanochat.service import Limits
 from scripts.chat_web import check_port, choose_devices
@@ -190,7 +191,8 @@ def test_conversations_as_clients_send_them(client: TestClient) -> None:
      ({"messages": [{"role": "assistant", "content": "x"}]}, "last message"), ({"presence_penalty": 1}, "presence_penalty"),
      ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
      ({"tools": [{}]}, "tools"), ({"messages": [{"role": "user", "content": "word " * 2000}]}, "does not fit"),
-     ({"top_logprobs": 99}, "top_logprobs"), ({"seed": 1.5}, "seed")],
+     ({"top_logprobs": 99}, "top_logprobs"), ({"seed": 1.5}, "seed"), ({"logit_bias": {"5": 1}}, "logit_bias"),
+     ({"frequency_penalty": 1}, "frequency_penalty"), ({"response_format": {"type": "json_object"}}, "response_format")],
 )  # fmt: skip
 @pytest.mark.parametrize("path", [CHAT, "/chat/completions"])
 def test_bad_requests_get_one_clear_sentence(client: TestClient, path: str, change: dict, words: str) -> None:
@@ -198,6 +200,33 @@ def test_bad_requests_get_one_clear_sentence(client: TestClient, path: str, chan
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert words in error["message"] and error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("change", [{"best_of": 3}, {"suffix": "x"}, {"echo": True, "stream": True}])
+def test_completions_that_are_refused(client: TestClient, change: dict[str, Any]) -> None:
+    error = client.post(TEXT, json={"prompt": "x", **change}).json()["error"]
+    assert next(iter(change)) in error["message"] and "not supported" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "change", "place", "words"),
+    [(CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages.0.content.0.type",
+      "'python_output'"),
+     (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text", "required"),
+     (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages.0.content.0.text", "string"),
+     (CHAT, {"messages": [{"role": "user", "content": {}}]}, "messages.0.content", "string"),
+     (CHAT, {"messages": [{"role": "user"}]}, "messages.0.content", "required"),
+     (CHAT, {"stop": ["x"] * 17}, "stop", "at most 16"), (CHAT, {"stop": ["x", ""]}, "stop.1", "at least 1"),
+     (CHAT, {"stop": [5]}, "stop.0", "string"), (CHAT, {"stop": 5}, "stop", "string"),
+     (TEXT, {"prompt": ["x"] * 65}, "prompt", "at most 64"), (TEXT, {"prompt": [[1, 2], [3, "x"]]}, "prompt.1.1", "integer"),
+     (TEXT, {"prompt": [-1]}, "prompt.0", "greater"), (TEXT, {}, "prompt", "required")],
+)  # fmt: skip
+def test_an_error_is_that_of_the_type_that_was_meant(
+    client: TestClient, path: str, change: dict[str, Any], place: str, words: str
+) -> None:
+    """Where several types are allowed; and its place is one in the request."""
+    error = client.post(path, json={**(HELLO if path == CHAT else {}), **change}).json()["error"]
+    assert error["param"] == place and words in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -231,14 +260,25 @@ def test_unknown_models_and_places(client: TestClient) -> None:
     assert client.post(TEXT, json={"prompt": [999_999]}).status_code == 400
     assert client.post(TEXT, json={"prompt": "word " * 2000}).json()["error"]["code"] == "context_length_exceeded"
     assert client.get("/api/runs/..%2f..").status_code in (400, 404)
+    assert client.get("/api/runs/" + "a" * 3000).status_code == 404
 
 
-def test_a_full_queue_is_answered_429(engine: Engine) -> None:
+def test_a_full_queue_is_answered_429(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     with TestClient(create_app([engine], "tiny", Limits(max_waiting=2))) as client:
-        response = client.post(CHAT, json={**HELLO, "n": 3})
+        with monkeypatch.context() as patch:
+            patch.setattr(Scheduler, "num_waiting", 1)
+            response = client.post(CHAT, json={**HELLO, "n": 2})
         assert response.status_code == 429
         assert response.headers["retry-after"] == "2"
         assert client.post(CHAT, json={**HELLO, "n": 2}).status_code == 200
+
+
+def test_what_never_fits_the_queue_is_not_to_be_tried_again(engine: Engine) -> None:
+    with TestClient(create_app([engine], "tiny", Limits(max_waiting=2))) as client:
+        for path, body in ((CHAT, {**HELLO, "n": 3}), (TEXT, {"prompt": ["a", "b", "c"]})):
+            response = client.post(path, json=body)
+            assert response.status_code == 400 and "retry-after" not in response.headers
+            assert "which holds 2" in response.json()["error"]["message"]
 
 
 def test_an_api_key_is_asked_for(engine: Engine) -> None:
@@ -396,6 +436,48 @@ def test_running_answers_are_ended_properly_when_the_server_stops(engine: Engine
         while b"[DONE]" not in received:
             received += connection.recv(4096)
         assert b'"finish_reason": "length"' in received
+
+
+SERVE_WHILE_COMPILING = """
+import sys, time
+from nanochat.common import run_command
+from nanochat.engine import Engine
+from scripts.chat_web import main
+Engine.compile = lambda self: time.sleep(120)
+sys.exit(run_command(main))
+"""
+
+
+@pytest.mark.parametrize("presses", [1, 3])
+def test_ctrl_c_stops_a_server_that_still_compiles(tiny_run: Path, presses: int) -> None:
+    """At once, with a clean exit code; and who waited for an answer gets the end of one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", SERVE_WHILE_COMPILING, "--model-tag=tiny", "--device-type=cpu", f"--port={port}"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        _wait(lambda: _status(port) == "compiling", 60)
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(_request(HELLO))
+            _wait(lambda: b'"waiting":1' in urllib.request.urlopen(f"http://127.0.0.1:{port}/stats").read())
+            began = time.monotonic()
+            for _ in range(presses):
+                server.send_signal(signal.SIGINT)
+                time.sleep(0.05)
+            output, _ = server.communicate(timeout=60)
+            assert time.monotonic() - began < 5 and server.returncode == 0, output
+            assert "Traceback" not in output
+            assert presses > 1 or b'"finish_reason":"length"' in connection.recv(4096)
+    finally:
+        server.kill()
+
+
+def _status(port: int) -> str | None:
+    try:
+        return json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/health"))["status"]
+    except OSError:
+        return None
 
 
 def test_a_port_in_use_and_gpus_that_are_not_there_are_named() -> None:

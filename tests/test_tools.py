@@ -1,15 +1,24 @@
-"""The calculator computes what it should and nothing else."""
+"""The calculator computes what it should and nothing else; and what the server makes of its calls."""
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanochat.checkpoint_manager import load_model
+from nanochat.engine import Engine
+from nanochat.server import create_app
 from nanochat.tools import use_calculator
 
 
@@ -107,3 +116,85 @@ def test_works_from_any_thread() -> None:
     for thread in threads:
         thread.join()
     assert results == ["42"] * 8
+
+
+# ----------------------------------------------------------------------------- its calls, over HTTP
+
+QUESTION = {"role": "user", "content": "What is 23 + 58?"}
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.fixture
+def engine(tiny_run: Path) -> Engine:
+    model, tokenizer, _ = load_model("sft", "cpu", "eval", "tiny")
+    return Engine(model, tokenizer)
+
+
+@pytest.fixture
+def client(engine: Engine) -> Iterator[TestClient]:
+    with TestClient(create_app([engine], "tiny")) as client:
+        yield client
+
+
+def _say(engine: Engine, monkeypatch: pytest.MonkeyPatch, before: str, expression: str, after: str) -> None:
+    """Make the model answer the next request with a text, a call of the calculator and another text."""
+    encode, special = engine.tokenizer.encode, engine.tokenizer.encode_special
+    call = [special("<|python_start|>"), *encode(expression), special("<|python_end|>")]
+    script = iter([*encode(before), *call, *encode(after), special("<|assistant_end|>")])
+    monkeypatch.setattr("nanochat.scheduler.sample", lambda *_: torch.tensor([next(script)]))
+
+
+def test_an_answer_that_is_sent_back_keeps_its_calls(
+    client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _say(engine, monkeypatch, "It is ", "23+58", "81.")
+    message = client.post(CHAT, json={"messages": [QUESTION], "max_tokens": 40}).json()["choices"][0]["message"]
+    assert message["content"] == "It is 81."
+    read = client.post("/tokenize", json={"messages": [QUESTION, message, QUESTION]}).json()
+    call = "It is <|python_start|>23+58<|python_end|><|output_start|>81<|output_end|>81.<|assistant_end|>"
+    assert call in "".join(read["token_strs"])
+    for nothing in (None, {"parts": []}):
+        turns = [QUESTION, {**message, "nanochat": nothing}, QUESTION]
+        assert "<|assistant_start|>It is 81.<|assistant_end|>" in "".join(
+            client.post("/tokenize", json={"messages": turns}).json()["token_strs"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("extension", "place"),
+    [("x", ""), ({}, ".parts"), ({"parts": 5}, ".parts"), ({"parts": [5]}, ".parts.0"), ({"parts": [{}] * 501}, ".parts"),
+     ({"parts": [{"type": "tool", "text": "x"}]}, ".parts.0.type"), ({"parts": [{"type": "python"}]}, ".parts.0.text"),
+     ({"parts": [{"type": "python", "text": 5}]}, ".parts.0.text"),
+     ({"parts": [{"type": "text", "text": "x" * 200_001}]}, ".parts.0.text")],
+)  # fmt: skip
+def test_parts_that_are_none_are_refused(client: TestClient, extension: Any, place: str) -> None:
+    answer = {"role": "assistant", "content": "x", "nanochat": extension}
+    response = client.post(CHAT, json={"messages": [QUESTION, answer, QUESTION]})
+    assert response.status_code == 400 and response.json()["error"]["param"] == f"messages.1.nanochat{place}"
+
+
+def test_completions_show_what_chat_shows(client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No calls of the calculator; and every token's place is in the text that is shown, in characters."""
+    body = {"prompt": "é: ", "max_tokens": 60, "logprobs": 0}
+    _say(engine, monkeypatch, "It costs 😀 ", "23+58", "81 é.")
+    choice = client.post(TEXT, json=body).json()["choices"][0]
+    assert choice["text"] == "It costs 😀 81 é."
+    rows = choice["logprobs"]
+    _say(engine, monkeypatch, "It costs 😀 ", "23+58", "81 é.")
+    lines = client.post(TEXT, json={**body, "stream": True}).text.split("\n\n")[:-2]  # and [DONE]
+    streamed = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines]
+    assert "".join(chunk["text"] for chunk in streamed) == choice["text"]
+    for name, row in rows.items():  # of a stream, too, but for the token that ended it
+        assert [value for chunk in streamed for value in chunk["logprobs"][name]] == row[:-1]
+    _say(engine, monkeypatch, "It costs 😀 ", "23+58", "81 é.")
+    echoed = client.post(TEXT, json={**body, "echo": True}).json()["choices"][0]
+    assert echoed["text"] == "é: " + choice["text"]
+    for text, row in ((choice["text"], rows), (echoed["text"], echoed["logprobs"])):
+        shown, hidden = "", False
+        for token, begin, end in zip(row["tokens"], row["text_offset"], [*row["text_offset"][1:], len(text)], strict=True):
+            hidden = hidden or token in ("<|python_start|>", "<|output_start|>")
+            assert not (hidden or token.startswith("<|")) or begin == end
+            assert hidden or token.startswith(("<|", "bytes:")) or text[begin:end] == token
+            hidden = hidden and token not in ("<|python_end|>", "<|output_end|>")
+            shown += text[begin:end]
+        assert shown == text
