@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from nanochat import builtin_corpus
+from nanochat.checkpoint_manager import load_model
 from nanochat.common import test_data_dir
+from nanochat.engine import Engine
 from nanochat.tokenizer import Tokenizer
 from tests.helpers import make_document, write_corpus
 from tests.many_ranks import ROOT, stop_all
@@ -104,3 +106,10 @@ def tiny_run(_tiny_base_dir: Path, base_dir: Path) -> Path:
     """A copy of the tiny run in this test's base directory; returns the run's directory."""
     shutil.copytree(_tiny_base_dir, base_dir, dirs_exist_ok=True)
     return base_dir / "runs" / "tiny"
+
+
+@pytest.fixture
+def engine(tiny_run: Path) -> Engine:
+    """With the tiny run's chat model."""
+    model, tokenizer, _ = load_model("sft", "cpu", "eval", "tiny")
+    return Engine(model, tokenizer)

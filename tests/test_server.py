@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError
 from nanochat.engine import Engine
 from nanochat.sampling import SamplingParams
@@ -30,12 +29,6 @@ from tests.helpers import serve
 
 HELLO = {"messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0, "max_tokens": 12}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-
-
-@pytest.fixture
-def engine(tiny_run: Path) -> Engine:
-    model, tokenizer, _ = load_model("sft", "cpu", "eval", "tiny")
-    return Engine(model, tokenizer)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat.checkpoint_manager import load_model
 from nanochat.engine import Engine
 from nanochat.server import create_app
 from nanochat.tools import use_calculator
@@ -122,12 +120,6 @@ def test_works_from_any_thread() -> None:
 
 QUESTION = {"role": "user", "content": "What is 23 + 58?"}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-
-
-@pytest.fixture
-def engine(tiny_run: Path) -> Engine:
-    model, tokenizer, _ = load_model("sft", "cpu", "eval", "tiny")
-    return Engine(model, tokenizer)
 
 
 @pytest.fixture
