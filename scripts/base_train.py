@@ -106,12 +106,13 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
 
 def plan(args: Arguments, stage: Stage, model: GPT, world_size: int) -> tuple[Horizon, int, float]:
     """How long to train in what batches, the rows of a micro-batch, and when all blocks learn."""
-    target_flops, batch_size, least_batch = args.target_flops, args.total_batch_size, 0
-    by_time = args.target_minutes > 0 and args.num_iterations <= 0
     recorded = stage.recorded_settings()
+    target_flops, batch_size, least_batch = args.target_flops, args.total_batch_size, 0
+    if batch_size <= 0:  # a resumed run keeps its own, whatever number of ranks that was made for
+        batch_size = recorded.get("total_batch_size", batch_size)
+    by_time = args.target_minutes > 0 and args.num_iterations <= 0
     if by_time:
         target_flops = flops_in(model, args.target_minutes)
-        batch_size = recorded.get("total_batch_size", batch_size)
         least_batch = batch_worth_an_update(model) if batch_size <= 0 else 0
     expand_at = choose_expansion(args, recorded, model, target_flops)
     one_block, all_blocks = (model.estimate_flops(idle_blocks) for idle_blocks in (model.config.n_layer - 1, 0))

@@ -146,6 +146,16 @@ def test_sft_resume_equals_uninterrupted(tiny_run: Path) -> None:
         chat_sft.main([*flags, "--tasks=Arithmetic:60,Identity:30", "--resume=2"])
 
 
+def test_a_resumed_run_keeps_the_batch_that_was_chosen_for_it(corpus: Path) -> None:
+    """Here three rows at a time; without that flag it would be another."""
+    flags = ["--total-batch-size=-1", "--num-iterations=2", "--save-every=1"]
+    stage_dir = _train(corpus, "rows", *flags, "--device-batch-size=3")
+    chosen = read_meta(stage_dir, 2)["settings"]["total_batch_size"]
+    assert chosen % 384 == 0
+    _train(corpus, "rows", *flags, "--resume=1")
+    assert read_meta(stage_dir, 2)["settings"]["total_batch_size"] == chosen
+
+
 def test_sft_fits_the_batch_of_its_base_to_another_context(tiny_run: Path) -> None:
     shutil.copytree(tiny_run, tiny_run.parent / "odd", ignore=shutil.ignore_patterns("sft"))
     flags = ["--tasks=Arithmetic:60,Identity:40", "--num-iterations=1", "--no-compile", "--device-type=cpu"]
