@@ -120,6 +120,14 @@ def _chunk_loss_and_gradient(
     return loss, gradient, supervised / sums
 
 
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b, for a float32 total; on a GPU in the product itself."""
+    if total.device.type == "cuda" and a.dtype == torch.bfloat16:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total += a @ b
+
+
 class _FusedLoss(torch.autograd.Function):
     """Summed loss whose gradients are made in the forward pass, chunk by chunk; the backward pass uses them up."""
 
@@ -136,7 +144,7 @@ class _FusedLoss(torch.autograd.Function):
             loss, grad_logits, scale = _chunk_loss_and_gradient(x[part] @ weight.T, targets[part], cap, gradient_of)
             total += loss
             torch.mm(grad_logits, weight, out=grad_x[part]).mul_(scale)
-            grad_weight += grad_logits.T @ (x[part] * scale).to(x.dtype)
+            _add_product(grad_weight, grad_logits.T, (x[part] * scale).to(x.dtype))
         ctx.save_for_backward(grad_x, grad_weight)
         return total
 

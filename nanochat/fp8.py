@@ -23,7 +23,7 @@ def enable_fp8(model: torch.nn.Module, device: torch.device) -> int:
 
     Raises NanochatError where the device has no such kernels.
     """
-    from nanochat.gpt import Linear
+    from nanochat.layers import Linear
 
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < LOWEST_CAPABILITY:
         raise NanochatError("--fp8 needs a GPU of compute capability 8.9 or later (Ada, Hopper): leave it out here")

@@ -23,10 +23,11 @@ from torch.utils.checkpoint import checkpoint
 from nanochat.common import NanochatError, get_compute_dtype
 from nanochat.cross_entropy import SoftmaxGradient, softcap, softcapped_cross_entropy, softmax_gradient
 from nanochat.flash_attention import QK_SCALE, AttentionPlan, plan_attention
-from nanochat.fp8 import fp8_linear
+from nanochat.layers import Embedding, Linear, multiply_joined
 
 if TYPE_CHECKING:
     from nanochat.kv_cache import KVCache
+    from nanochat.lookup import Order
     from nanochat.optim import MuonAdamW
 
 ROTARY_BASE = 100_000
@@ -99,37 +100,6 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     """Rotate pairs of channels by the angle of their position. x: (B, T, H, D); cos, sin: (B or 1, T, 1, D / 2)."""
     x1, x2 = x.chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
-
-
-class Embedding(nn.Embedding):
-    """A table of one row for each index."""
-
-    def reset_parameters(self) -> None:
-        """Values come from GPT.init_weights or a checkpoint; to draw some here cost every command a second."""
-
-
-class Linear(nn.Linear):
-    """A matrix without bias, float32 at rest, multiplied in the dtype of its input."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-        self.fp8 = False  # trained with products in 8 bits (fp8.py)
-
-    def reset_parameters(self) -> None:
-        """As for Embedding."""
-
-    def forward(self, x: torch.Tensor, joined: torch.Tensor | None = None) -> torch.Tensor:
-        """x (..., in_features) by this matrix, or by one that it is the first part of."""
-        weight = self.weight if joined is None else joined
-        if self.fp8 and self.training:
-            return fp8_linear(x, weight)
-        return F.linear(x, weight.to(x.dtype))
-
-
-def multiply_joined(x: torch.Tensor, matrices: Sequence[Linear]) -> Sequence[torch.Tensor]:
-    """What each of several matrices makes of x, by one product of all."""
-    weights = [matrix.weight for matrix in matrices]
-    return matrices[0](x, torch.cat(weights)).split([weight.size(0) for weight in weights], dim=-1)
 
 
 class CausalSelfAttention(nn.Module):
@@ -375,8 +345,8 @@ class GPT(nn.Module):
         previous: (B, T), the token before each in its text, the first token of a text before itself; None: rows are texts.
         places: (N,), of the B * T tokens the only ones whose features are wanted, (N, n_embd): the last layer saves the rest.
         """
-        dtype = self.get_compute_dtype()
-        x0 = norm(self.embed(idx, previous).to(dtype))
+        dtype, order = self.get_compute_dtype(), self.sort_ids(idx)
+        x0 = norm(self.embed(idx, previous, dtype, order))
         x = x0.view_as(x0)  # another tensor object: the compiler gives a block whose x is x0 a graph of its own
         if self.idle_blocks:  # their projections are still zero: they only multiply what they are given
             factor = torch.ones((), device=idx.device)
@@ -387,22 +357,33 @@ class GPT(nn.Module):
             if i < self.idle_blocks:
                 continue
             lambdas = (self.resid_lambdas[i], self.x0_lambdas[i])
-            value_embedding = self.value_embeds[str(i)](idx).to(dtype) if str(i) in self.value_embeds else None
+            value_embedding = self.value_embeds[str(i)](idx, dtype, order) if str(i) in self.value_embeds else None
             wanted = places if i == len(self.blocks) - 1 else None
             x = run_block(block, x, x0, lambdas, value_embedding, rotary, attention[i], wanted)
         return norm(x)
 
-    def embed(self, idx: torch.Tensor, previous: torch.Tensor | None) -> torch.Tensor:
+    def embed(
+        self, idx: torch.Tensor, previous: torch.Tensor | None, dtype: torch.dtype, order: Order | None
+    ) -> torch.Tensor:
         """(B, T, n_embd): what is looked up for each token, and for it and its predecessor together.
 
         Pairs that meet in one row of the table share it. Hashed n-gram embeddings: arXiv 2502.01637.
         """
-        x = self.wte(idx)
+        x: torch.Tensor = self.wte(idx, dtype, order)
         if self.bigrams is None:
             return x
         if previous is None:
             previous = torch.cat([idx[:, :1], idx[:, :-1]], dim=1)
-        return x + self.bigrams((previous * PAIR_FACTOR + idx) % self.bigrams.num_embeddings)
+        pairs = (previous * PAIR_FACTOR + idx) % self.bigrams.num_embeddings
+        return x + self.bigrams(pairs, dtype, self.sort_ids(pairs))
+
+    def sort_ids(self, idx: torch.Tensor) -> Order | None:
+        """The order in which gradients of tables are added up: where Triton compiles for a GPU, not PyTorch's own."""
+        if not self.is_compiled or idx.device.type != "cuda":
+            return None
+        from nanochat.lookup import sort_ids
+
+        return sort_ids(idx)
 
     def forward(
         self,

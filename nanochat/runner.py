@@ -15,8 +15,9 @@ import torch.nn as nn
 
 from nanochat.common import NanochatError, logger
 from nanochat.compilation import can_compile
-from nanochat.gpt import GPT, Linear
+from nanochat.gpt import GPT
 from nanochat.kv_cache import BLOCK_SIZE, DecodeView, KVBlocks, PrefillView
+from nanochat.layers import Linear
 
 COLUMNS_STEP = 8  # blocks: the longest text of a batch counts as a multiple of this
 CPU_OPTIONS = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP"}
@@ -28,16 +29,17 @@ class Int8Linear(nn.Module):
     weight: torch.Tensor
     scale: torch.Tensor
 
-    def __init__(self, linear: Linear) -> None:
+    def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
+        """dtype: that of what is multiplied. Scales are kept in it: converted at each use, they stop the compiler on a GPU."""
         super().__init__()
         weight = linear.weight.detach().float()
         scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-8)
         self.in_features = linear.in_features
         self.register_buffer("weight", (weight / scale[:, None]).round().to(torch.int8))
-        self.register_buffer("scale", scale)
+        self.register_buffer("scale", scale.to(dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.weight.to(x.dtype)) * self.scale.to(x.dtype)
+        return nn.functional.linear(x, self.weight.to(x.dtype)) * self.scale
 
 
 def prepare_for_inference(model: GPT, weights: str = "auto") -> GPT:
@@ -48,12 +50,12 @@ def prepare_for_inference(model: GPT, weights: str = "auto") -> GPT:
     if weights not in ("auto", "int8"):
         raise NanochatError(f"weights {weights!r} are not known: choose auto or int8")
     model.eval().requires_grad_(False)
+    dtype = model.get_compute_dtype()
     if weights == "int8":
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, Linear) and child.in_features >= 64:  # the tiny gates are left exact
-                    setattr(module, name, Int8Linear(child))
-    dtype = model.get_compute_dtype()
+                    setattr(module, name, Int8Linear(child, dtype))
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.data = parameter.data.to(dtype)

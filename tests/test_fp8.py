@@ -7,7 +7,8 @@ import torch
 
 from nanochat.common import NanochatError
 from nanochat.fp8 import enable_fp8, fp8_linear, is_eligible, quantize
-from nanochat.gpt import GPT, GPTConfig, Linear
+from nanochat.gpt import GPT, GPTConfig
+from nanochat.layers import Linear
 
 
 def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:

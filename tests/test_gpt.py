@@ -10,8 +10,9 @@ from nanochat import cross_entropy, flash_attention
 from nanochat.common import NanochatError
 from nanochat.cross_entropy import softcap, softcapped_cross_entropy
 from nanochat.flash_attention import QK_SCALE, _attend_whole, plan_attention
-from nanochat.gpt import GPT, LOGIT_CAP, GPTConfig, Linear, multiply_joined
+from nanochat.gpt import GPT, LOGIT_CAP, GPTConfig
 from nanochat.kv_cache import KVCache
+from nanochat.layers import Linear, multiply_joined
 from tests.helpers import make_model
 
 

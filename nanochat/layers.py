@@ -1,0 +1,56 @@
+"""What holds most parameters: tables that are looked up and matrices that multiply. Used by gpt.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanochat.fp8 import fp8_linear
+
+if TYPE_CHECKING:
+    from nanochat.lookup import Order
+
+
+class Embedding(nn.Embedding):
+    """A table of one row for each index."""
+
+    def reset_parameters(self) -> None:
+        """Values come from GPT.init_weights or a checkpoint; to draw some here cost every command a second."""
+
+    def forward(  # type: ignore[override]
+        self, idx: torch.Tensor, dtype: torch.dtype, order: Order | None = None
+    ) -> torch.Tensor:
+        """Rows (*shape, C) in a dtype for ids of any shape; order: see GPT.sort_ids."""
+        if order is None:
+            return super().forward(idx).to(dtype)
+        from nanochat.lookup import look_up
+
+        return look_up(self.weight, idx, order, dtype)
+
+
+class Linear(nn.Linear):
+    """A matrix without bias, float32 at rest, multiplied in the dtype of its input."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self.fp8 = False  # trained with products in 8 bits (fp8.py)
+
+    def reset_parameters(self) -> None:
+        """As for Embedding."""
+
+    def forward(self, x: torch.Tensor, joined: torch.Tensor | None = None) -> torch.Tensor:
+        """x (..., in_features) by this matrix, or by one that it is the first part of."""
+        weight = self.weight if joined is None else joined
+        if self.fp8 and self.training:
+            return fp8_linear(x, weight)
+        return F.linear(x, weight.to(x.dtype))
+
+
+def multiply_joined(x: torch.Tensor, matrices: Sequence[Linear]) -> Sequence[torch.Tensor]:
+    """What each of several matrices makes of x, by one product of all."""
+    weights = [matrix.weight for matrix in matrices]
+    return matrices[0](x, torch.cat(weights)).split([weight.size(0) for weight in weights], dim=-1)
