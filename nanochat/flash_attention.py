@@ -4,6 +4,7 @@
 that it needs; `plan.attend(q, k, v, plan)` is then all that runs in the hot path. The backends:
 
 - "fa3": FlashAttention 3, where `flash_attn_interface` is installed
+- "fa4": FlashAttention 4, where `flash_attn.cute` is installed (the package flash-attn-4)
 - "flex": FlexAttention compiled to a Triton kernel (CUDA with a working compiler); skips the masked blocks. On Hopper and
   later, layers that see everything go to cuDNN
 - "plain": matrix products of some queries at a time with the keys that they can see, so that causality and windows save
@@ -73,14 +74,14 @@ def choose_backend(device_type: str, device_index: int | None, dtype: torch.dtyp
     """(attend, make_mask) of the first backend whose probe launch, forward and backward, succeeds on this device."""
     candidates: list[tuple[str, Backend]] = []
     if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        candidates.append(("fa3", (attend_fa3, no_mask)))
+        candidates += [("fa3", (attend_fa3, no_mask)), ("fa4", (attend_fa4, no_mask))]
     if device_type == "cuda":
         candidates.append(("flex", (attend_flex, flex_mask)))
     for name, backend in candidates:
         try:
             _probe(backend, _device(device_type, device_index), dtype)
         except ModuleNotFoundError:
-            continue  # that most machines lack FlashAttention 3 is no news
+            continue  # that most machines lack FlashAttention is no news
         except Exception as error:  # whatever a foreign kernel throws, the answer is the next backend
             logger.info("attention backend %s is not usable here: %s", name, str(error).splitlines()[0][:200])
             continue
@@ -91,10 +92,10 @@ def choose_backend(device_type: str, device_index: int | None, dtype: torch.dtyp
 def _probe(backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
     """Run forward and backward on a small input; a kernel that loads but cannot launch fails here."""
     attend, make_mask = backend
-    T = 256
+    T, D = 256, 128  # the head size of large models, whose kernels need not be made twice
     for window in (128, T):
         with torch.enable_grad():
-            q, k, v = (F.rms_norm(torch.randn(1, T, 2, 64, device=device), (64,)).to(dtype).requires_grad_() for _ in range(3))
+            q, k, v = (F.rms_norm(torch.randn(1, T, 2, D, device=device), (D,)).to(dtype).requires_grad_() for _ in range(3))
             expected = attend_plain(q, k, v, AttentionPlan(attend_plain, window, plain_mask(T, window, device)))
             result = attend(q, k, v, AttentionPlan(attend, window, make_mask(T, window, device)))
             result.sum().backward()
@@ -281,7 +282,20 @@ def no_mask(T: int, window: int, device: torch.device) -> None:
 
 def attend_fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
     """FlashAttention 3; see `plan_attention`."""
-    left = -1 if plan.window >= q.size(1) - 1 else plan.window
-    flash_attn_func = importlib.import_module("flash_attn_interface").flash_attn_func
-    result = flash_attn_func(q, k, v, causal=True, window_size=(left, 0))
-    return result[0] if isinstance(result, tuple) else result
+    return _flash_attention("flash_attn_interface", q, k, v, (-1, -1) if plan.window >= q.size(1) - 1 else (plan.window, 0))
+
+
+def attend_fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+    """FlashAttention 4; see `plan_attention`."""
+    return _flash_attention("flash_attn.cute", q, k, v, (None, None) if plan.window >= q.size(1) - 1 else (plan.window, 0))
+
+
+@torch.compiler.disable  # it brings kernels of its own
+def _flash_attention(
+    module: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: tuple[int | None, int | None]
+) -> torch.Tensor:
+    """What both packages call flash_attn_func, its gradients the same each time, so that a run can be repeated."""
+    flash_attn_func = importlib.import_module(module).flash_attn_func
+    result = flash_attn_func(q, k, v, causal=True, window_size=window, deterministic=True)
+    attended: torch.Tensor = result[0] if isinstance(result, tuple) else result
+    return attended

@@ -28,8 +28,9 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.
     ("broken", "chosen"),
     [
         ((), flash_attention.attend_fa3),
-        ((flash_attention.attend_fa3,), flash_attention.attend_flex),
-        ((flash_attention.attend_fa3, flash_attention.attend_flex), flash_attention.attend_plain),
+        ((flash_attention.attend_fa3,), flash_attention.attend_fa4),
+        ((flash_attention.attend_fa3, flash_attention.attend_fa4), flash_attention.attend_flex),
+        ((flash_attention.attend_fa3, flash_attention.attend_fa4, flash_attention.attend_flex), flash_attention.attend_plain),
     ],
 )
 def test_attention_kernels_that_cannot_launch_are_passed_over(broken: tuple, chosen, monkeypatch) -> None:
