@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 SoftmaxGradient = Callable[[torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
 IGNORE_INDEX = -1
-CHUNK_BYTES = 16 << 20  # of float32 logits in a chunk: small enough for a CPU's cache
+CHUNK_BYTES, CHUNK_TOKENS = 32 << 20, 1024  # of float32 logits in a chunk, at most: what suits a CPU's cache and products
 GPU_CHUNK_BYTES = 1 << 30  # enough tokens for the products to fill a large GPU, but at most a 64th of its memory
 
 
@@ -55,11 +55,11 @@ def softcapped_cross_entropy(
 
 def _chunk_size(num_tokens: int, vocab_size: int, device: torch.device) -> int:
     """Tokens in a chunk: a power of two, so that the chunks of a batch have one shape."""
-    budget = CHUNK_BYTES
+    budget, most = CHUNK_BYTES, CHUNK_TOKENS
     if device.type == "cuda":
-        budget = min(GPU_CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // 64)
+        budget, most = min(GPU_CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // 64), num_tokens
     size = 1 << max(7, (budget // (4 * vocab_size)).bit_length() - 1)
-    return min(size, num_tokens)
+    return min(size, most, num_tokens)
 
 
 def token_losses(

@@ -232,6 +232,7 @@ class GPT(nn.Module):
         self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
         self.compute_dtype: torch.dtype | None = None  # None: what the device does best
         self._compiled_block: Callable[..., torch.Tensor] | None = None
+        self._compiled_norm: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._compiled_gradient: SoftmaxGradient | None = None  # of the loss
         self.recompute_blocks = False  # in the backward pass, instead of keeping what is inside them
         self.idle_blocks = 0  # the first so many, passed over while they do not learn yet (scaling.expansion_share)
@@ -315,6 +316,7 @@ class GPT(nn.Module):
         if self.get_device().type != "cpu":
             self._compiled_block = torch.compile(Block.forward, dynamic=False)
             return
+        self._compiled_norm = torch.compile(norm, dynamic=False)
         before = torch.compile(_before_attention, dynamic=False)
         after = torch.compile(Block.after_attention, dynamic=False)
 
@@ -339,6 +341,7 @@ class GPT(nn.Module):
         run_block: Callable[..., torch.Tensor] = Block.forward,
         places: torch.Tensor | None = None,
         previous: torch.Tensor | None = None,
+        norm: Callable[[torch.Tensor], torch.Tensor] = norm,
     ) -> torch.Tensor:
         """Token ids (B, T) to final features (B, T, n_embd) in the compute dtype; `attention` is one for each layer.
 
@@ -422,7 +425,7 @@ class GPT(nn.Module):
         if not self.is_compiled:
             return self.trunk(idx, self.rotary(None, T), plans, run_block)
         with torch.enable_grad():  # evaluation runs the graphs that training compiled, instead of compiling more
-            x = self.trunk(idx, self.rotary(None, T), plans, run_block)
+            x = self.trunk(idx, self.rotary(None, T), plans, run_block, norm=self._compiled_norm or norm)
         return x if torch.is_grad_enabled() else x.detach()
 
     def run_block(self, block: Block, *inputs: Any) -> torch.Tensor:
