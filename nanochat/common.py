@@ -50,6 +50,11 @@ def _base_path() -> Path:
     return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
 
 
+def first_line(error: BaseException) -> str:
+    """Of what an error says, or its name, where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def test_data_dir() -> Path | None:
     """The folder of real texts and tasks for tests and benchmarks, or None where it is absent.
 

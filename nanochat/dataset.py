@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import NanochatError, get_base_dir, print0, run_command
+from nanochat.common import NanochatError, first_line, get_base_dir, print0, run_command
 from nanochat.document_files import READABLE, Batches, Document, DocumentFile, is_remote, list_local, list_remote
 from nanochat.progress import Progress
 from nanochat.settings import SettingsParser
@@ -268,7 +268,7 @@ def _download_one(repository: HubRepository, file_name: str, directory: Path) ->
         path.unlink()
         return f"{file_name}: not a parquet file"
     except Exception as error:  # the hub library raises a dozen kinds, all with the same way out
-        return f"{file_name}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
+        return f"{file_name}: {first_line(error)}"
 
 
 def _opens(path: Path) -> bool:

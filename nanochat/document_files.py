@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
-from nanochat.common import NanochatError
+from nanochat.common import NanochatError, first_line
 from nanochat.shard_cache import Shard, get_shard_cache, remote_error, retry
 
 Document = str | np.ndarray  # a text, or token ids: (length,) int32, read-only, no BOS
@@ -123,7 +123,7 @@ class DocumentFile:
         except FileNotFoundError as error:
             raise NanochatError(f"{self.address} is gone, and was there when this run listed it: restore it") from error
         except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-            what = (str(error) or type(error).__name__).splitlines()[0]
+            what = first_line(error)
             raise NanochatError(f"{self.address} cannot be read ({what}): {self.way_out}") from error
 
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanochat.common import synchronize
+from nanochat.common import first_line, synchronize
 
 logger = logging.getLogger(__name__)
 
@@ -43,22 +43,25 @@ class AttentionPlan(NamedTuple):
     compiled: bool = False  # by itself, where the model around it is not: only "plain" on a CPU
 
 
-def plan_attention(T: int, window: int, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> AttentionPlan:
+def plan_attention(
+    T: int, window: int, device: torch.device, dtype: torch.dtype, compiled: bool = False, head_dim: int = 128
+) -> AttentionPlan:
     """The plan for causal attention over T tokens, each seeing itself and the `window` tokens before it.
 
     Its `attend(q, k, v, plan)` takes q: (B, T, H, D) and k, v: (B, T, KV, D) with H a multiple of KV, queries and keys
     of length at most QK_SCALE * sqrt(D) each, and returns (B, T, H, D) in q's dtype. Plans are cached: asking for one
-    costs a dictionary look-up. compiled: for a model whose blocks are compiled (see GPT.compile).
+    costs a dictionary look-up. compiled: for a model whose blocks are compiled (see GPT.compile); head_dim: D, which not
+    every backend takes.
     """
-    return _plan(T, min(window, T), device.type, device.index, dtype, compiled and device.type == "cpu")
+    return _plan(T, min(window, T), device.type, device.index, dtype, compiled and device.type == "cpu", head_dim)
 
 
 @functools.lru_cache(maxsize=256)
 def _plan(
-    T: int, window: int, device_type: str, device_index: int | None, dtype: torch.dtype, compiled: bool
+    T: int, window: int, device_type: str, device_index: int | None, dtype: torch.dtype, compiled: bool, head_dim: int
 ) -> AttentionPlan:
     device = _device(device_type, device_index)
-    attend, make_mask = choose_backend(device_type, device_index, dtype)
+    attend, make_mask = choose_backend(device_type, device_index, dtype, head_dim)
     return AttentionPlan(attend, window, make_mask(T, window, device), compiled)
 
 
@@ -70,7 +73,7 @@ def _device(device_type: str, index: int | None) -> torch.device:
 
 
 @functools.lru_cache
-def choose_backend(device_type: str, device_index: int | None, dtype: torch.dtype) -> Backend:
+def choose_backend(device_type: str, device_index: int | None, dtype: torch.dtype, head_dim: int) -> Backend:
     """(attend, make_mask) of the first backend whose probe launch, forward and backward, succeeds on this device."""
     candidates: list[tuple[str, Backend]] = []
     if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16):
@@ -79,20 +82,20 @@ def choose_backend(device_type: str, device_index: int | None, dtype: torch.dtyp
         candidates.append(("flex", (attend_flex, flex_mask)))
     for name, backend in candidates:
         try:
-            _probe(backend, _device(device_type, device_index), dtype)
+            _probe(backend, _device(device_type, device_index), dtype, head_dim)
         except ModuleNotFoundError:
             continue  # that most machines lack FlashAttention is no news
         except Exception as error:  # whatever a foreign kernel throws, the answer is the next backend
-            logger.info("attention backend %s is not usable here: %s", name, str(error).splitlines()[0][:200])
+            logger.info("attention backend %s is not usable here: %s", name, first_line(error)[:200])
             continue
         return backend
     return attend_plain, plain_mask
 
 
-def _probe(backend: Backend, device: torch.device, dtype: torch.dtype) -> None:
+def _probe(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
     """Run forward and backward on a small input; a kernel that loads but cannot launch fails here."""
     attend, make_mask = backend
-    T, D = 256, 128  # the head size of large models, whose kernels need not be made twice
+    T, D = 256, head_dim
     for window in (128, T):
         with torch.enable_grad():
             q, k, v = (F.rms_norm(torch.randn(1, T, 2, D, device=device), (D,)).to(dtype).requires_grad_() for _ in range(3))

@@ -304,11 +304,12 @@ class GPT(nn.Module):
         return self._compiled_block is not None
 
     def compile(self) -> None:
-        """Compile what training runs: the blocks and the loss. Generation, through a cache, stays uncompiled.
+        """Compile what training runs: the blocks, the loss, and on a CPU the norms around them.
 
-        By block and not as a whole: layers that differ only in their weights share one graph, so the wait for the
-        first step hardly grows with depth, and the steps are as fast or faster. On a CPU, where each kernel takes a second
-        to compile, attention stays outside, and what comes after it is one graph for all kinds of layers.
+        Generation, through a cache, stays uncompiled. By block and not as a whole: layers that differ only in their weights
+        share one graph, so the wait for the first step hardly grows with depth, and the steps are as fast or faster. On a
+        CPU, where each kernel takes a second to compile, attention stays outside, and what comes after it is one graph for
+        all kinds of layers.
         """
         if self.is_compiled:
             return
@@ -330,7 +331,7 @@ class GPT(nn.Module):
     def uncompiled(self) -> GPT:
         """This very model, all weights shared, that computes uncompiled: for texts of ever other lengths."""
         twin = copy.copy(self)
-        twin._compiled_block = twin._compiled_gradient = None
+        twin._compiled_block = twin._compiled_norm = twin._compiled_gradient = None
         return twin
 
     def trunk(
@@ -348,8 +349,8 @@ class GPT(nn.Module):
         previous: (B, T), the token before each in its text, the first token of a text before itself; None: rows are texts.
         places: (N,), of the B * T tokens the only ones whose features are wanted, (N, n_embd): the last layer saves the rest.
         """
-        dtype, order = self.get_compute_dtype(), self.sort_ids(idx)
-        x0 = norm(self.embed(idx, previous, dtype, order))
+        dtype, order = self.get_compute_dtype(), self.sort_ids(idx, self.config.padded_vocab_size)
+        x0 = norm(self.embed(idx, previous, order))
         x = x0.view_as(x0)  # another tensor object: the compiler gives a block whose x is x0 a graph of its own
         if self.idle_blocks:  # their projections are still zero: they only multiply what they are given
             factor = torch.ones((), device=idx.device)
@@ -365,28 +366,31 @@ class GPT(nn.Module):
             x = run_block(block, x, x0, lambdas, value_embedding, rotary, attention[i], wanted)
         return norm(x)
 
-    def embed(
-        self, idx: torch.Tensor, previous: torch.Tensor | None, dtype: torch.dtype, order: Order | None
-    ) -> torch.Tensor:
-        """(B, T, n_embd): what is looked up for each token, and for it and its predecessor together.
+    def embed(self, idx: torch.Tensor, previous: torch.Tensor | None, order: Order | None = None) -> torch.Tensor:
+        """(B, T, n_embd) in the compute dtype: what is looked up for each token, and for it and its predecessor together.
 
         Pairs that meet in one row of the table share it. Hashed n-gram embeddings: arXiv 2502.01637.
         """
+        dtype = self.get_compute_dtype()
         x: torch.Tensor = self.wte(idx, dtype, order)
         if self.bigrams is None:
             return x
         if previous is None:
             previous = torch.cat([idx[:, :1], idx[:, :-1]], dim=1)
         pairs = (previous * PAIR_FACTOR + idx) % self.bigrams.num_embeddings
-        return x + self.bigrams(pairs, dtype, self.sort_ids(pairs))
+        return x + self.bigrams(pairs, dtype, self.sort_ids(pairs, self.bigrams.num_embeddings))
 
-    def sort_ids(self, idx: torch.Tensor) -> Order | None:
-        """The order in which gradients of tables are added up: where Triton compiles for a GPU, not PyTorch's own."""
-        if not self.is_compiled or idx.device.type != "cuda":
+    def sort_ids(self, idx: torch.Tensor, rows: int) -> Order | None:
+        """The order in which gradients of tables of so many rows are added up; None: PyTorch's own.
+
+        Ours is for 16 bits where Triton compiles for a GPU: in 32 its kernel wants more shared memory than old cards have.
+        """
+        learning = self.is_compiled and idx.device.type == "cuda" and torch.is_grad_enabled()
+        if not learning or self.get_compute_dtype() == torch.float32:
             return None
         from nanochat.lookup import sort_ids
 
-        return sort_ids(idx)
+        return sort_ids(idx, rows)
 
     def forward(
         self,
@@ -420,7 +424,8 @@ class GPT(nn.Module):
             kv_cache.advance(T)
             return x
         dtype, compiled = self.get_compute_dtype(), self.is_compiled
-        plans = [plan_attention(T, w, idx.device, dtype, compiled) for w in self.config.windows()]
+        D = self.config.head_dim
+        plans = [plan_attention(T, w, idx.device, dtype, compiled, D) for w in self.config.windows()]
         run_block = _call_block if self.is_sharded else self.run_block
         if not self.is_compiled:
             return self.trunk(idx, self.rotary(None, T), plans, run_block)

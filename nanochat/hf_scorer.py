@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nanochat.common import NanochatError, get_compute_dtype
+from nanochat.common import NanochatError, first_line, get_compute_dtype
 from nanochat.core_eval import BATCH_TOKENS, Candidate, Question
 
 LONGEST_CONTEXT = 4096  # also of models that can do more: no CORE question is longer
@@ -36,7 +36,7 @@ class HuggingFaceScorer:
             self.model = model.to(device).eval()
         except (OSError, ValueError) as error:
             where = "folder" if Path(path).exists() else "model of the hub"
-            reason = str(error).splitlines()[0][:300]
+            reason = first_line(error)[:300]
             raise NanochatError(f"--hf-path {path!r} is no {where} that transformers can load: {reason}") from error
         self.device = device
         self.context = min(LONGEST_CONTEXT, getattr(self.model.config, "max_position_embeddings", LONGEST_CONTEXT))

@@ -1,4 +1,4 @@
-"""What holds most parameters: tables that are looked up and matrices that multiply. Used by gpt.py."""
+"""What holds most parameters: tables that are looked up and matrices that multiply. Used by gpt.py, fp8.py and runner.py."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Looking up the rows of a table on a GPU, with a gradient that is fast and the same each time. Used by gpt.py.
+"""Looking up the rows of a table on a GPU, with a gradient that is fast and the same each time. Used by layers.py.
 
 The gradient of a row is the sum over the places that looked it up. Places are sorted by row once for all tables that are
-read with the same ids; then every program adds up one chunk of them, by a product with a matrix of zeros and ones, so that
-rows that are looked up thousands of times take no longer than others. What a chunk's border cuts, a second kernel joins.
+read with the same ids; then every program adds up one chunk of them, by a product with a matrix of zeros and ones, whatever
+rows they are of. What a chunk's border cuts, a second kernel joins: one number for each chunk that a row's places fill.
 Nothing is added atomically: each sum is made in one order, and a run can be repeated to the last bit. The sums go right
 into the table's `.grad`, of which a pass touches the rows that it looked up and no others.
 
@@ -27,13 +27,18 @@ class Order(NamedTuple):
     places: torch.Tensor
 
 
-def sort_ids(idx: torch.Tensor) -> Order:
-    """The order in which `look_up` adds up gradients, for ids of any shape."""
-    return Order(*idx.flatten().sort(stable=True))
+def sort_ids(idx: torch.Tensor, rows: int) -> Order:
+    """The order in which `look_up` adds up gradients, for ids of any shape, of tables of so many rows.
+
+    An id that is no row stops the process, as PyTorch's own look-up would: the kernels below look at none.
+    """
+    order = Order(*idx.flatten().sort(stable=True))
+    torch._assert_async((order.ids[0] >= 0) & (order.ids[-1] < rows))
+    return order
 
 
 def look_up(table: torch.Tensor, idx: torch.Tensor, order: Order, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of a table (rows, C) float32 for ids of any shape, (*shape, C) in a dtype; order: `sort_ids(idx)`.
+    """Rows of a table (rows, C) float32 for ids of any shape, (*shape, C) in a dtype; order: `sort_ids(idx, rows)`.
 
     Its gradient is added to `table.grad` by `backward()`; `torch.autograd.grad` finds none.
     """

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import NanochatError
+from nanochat.common import NanochatError, first_line
 from nanochat.document_files import BATCH_ROWS, cut_at_blank_lines, is_text, parse_line, text_column
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -44,7 +44,7 @@ def read_texts(file: Any, path: str, column: str | None) -> Iterator[str]:
             texts = _read_jsonl(lines, path, column) if kind_of(path) == ".jsonl" else cut_at_blank_lines(lines)
         yield from texts
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise NanochatError(f"{path} cannot be read ({reason}): remove or replace it") from error
 
 

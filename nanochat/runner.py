@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn as nn
 
-from nanochat.common import NanochatError, logger
+from nanochat.common import NanochatError, first_line, logger
 from nanochat.compilation import can_compile
 from nanochat.gpt import GPT
 from nanochat.kv_cache import BLOCK_SIZE, DecodeView, KVBlocks, PrefillView
@@ -199,7 +199,7 @@ class ModelRunner:
             with inductor_config.patch(options):
                 compiled(*scratch, self.memory.keys, self.memory.values)
         except Exception as error:  # whatever a compiler throws, generation goes on without it
-            reason = f"the compiler failed: {str(error).splitlines()[0][:200]}"
+            reason = f"the compiler failed: {first_line(error)[:200]}"
             logger.warning("decoding stays uncompiled: %s", reason)
             return reason
         self._compiled = compiled

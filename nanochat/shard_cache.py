@@ -22,7 +22,7 @@ from typing import BinaryIO, TypeVar
 from filelock import FileLock, Timeout
 from fsspec import AbstractFileSystem
 
-from nanochat.common import NanochatError, get_base_dir
+from nanochat.common import NanochatError, first_line, get_base_dir
 
 RETRY_WAITS_S = (1.0, 4.0, 15.0)  # between the attempts; what a server answers for good is not tried again
 DEFAULT_LIMIT_GB = 50.0
@@ -258,7 +258,7 @@ def remote_error(url: str, error: Exception) -> NanochatError:
     if isinstance(error, NanochatError):
         return error
     error = _unwrap(error)
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     status = _status(error)
     way_out = "check the network and run the same command again"
     if isinstance(error, ImportError):

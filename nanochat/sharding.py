@@ -27,7 +27,7 @@ from nanochat.gpt import GPT
 def shard(model: GPT, device: torch.device) -> None:
     """Cut the parameters of a model, best one that is still on the meta device, over all ranks.
 
-    Blocks are sent in the compute dtype; embeddings, head and scalars in float32, as they are used. Raises NanochatError
+    Blocks are sent in the compute dtype; embeddings, head and scalars in float32. Raises NanochatError
     outside torchrun.
     """
     if not dist.is_initialized():

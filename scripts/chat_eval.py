@@ -51,6 +51,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
     args = parser.parse_args(argv)
     args.require_positive("num_samples", "max_new_tokens", "batch_size")
+    if args.max_problems == 0:
+        raise NanochatError("--max-problems 0 asks nothing: choose 1 or more, or -1 for all")
     return args
 
 

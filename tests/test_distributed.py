@@ -36,6 +36,14 @@ def test_one_two_and_four_ranks_follow_one_curve(corpus: Path) -> None:
 
 
 @pytest.mark.slow
+def test_ranks_without_a_tokenizer_train_one(corpus: Path, base_dir: Path) -> None:
+    """In a process of its own, while the others wait."""
+    shutil.rmtree(base_dir / "tokenizers", ignore_errors=True)
+    assert len(values(train(2, corpus, "first", "--num-iterations=2"))) == 2
+    assert (base_dir / "tokenizers" / "default" / "tokenizer.json").exists()
+
+
+@pytest.mark.slow
 def test_checkpoints_move_to_other_numbers_of_ranks(corpus: Path) -> None:
     """2 -> 1 -> 4, and whole -> sharded -> whole, continue the curve of one process, while blocks join."""
     flags = ["--num-iterations=16", "--save-every=4", "--expand-at=0.4"]

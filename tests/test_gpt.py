@@ -99,9 +99,9 @@ def test_attention_in_float16_is_as_exact_as_its_numbers(window: int, D: int) ->
 
 def test_a_backend_of_any_device_can_be_probed() -> None:
     cpu, good = torch.device("cpu"), (flash_attention.attend_plain, flash_attention.plain_mask)
-    flash_attention._probe(good, cpu, torch.float32)
+    flash_attention._probe(good, cpu, torch.float32, 64)
     with pytest.raises(RuntimeError, match="off by"):
-        flash_attention._probe((lambda *inputs: 2 * good[0](*inputs), good[1]), cpu, torch.float32)
+        flash_attention._probe((lambda *inputs: 2 * good[0](*inputs), good[1]), cpu, torch.float32, 64)
 
 
 def test_init_weights_sets_everything() -> None:

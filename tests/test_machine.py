@@ -34,12 +34,12 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.
     ],
 )
 def test_attention_kernels_that_cannot_launch_are_passed_over(broken: tuple, chosen, monkeypatch) -> None:
-    def probe(backend, device, dtype) -> None:
+    def probe(backend, device, dtype, head_dim) -> None:
         if backend[0] in broken:
             raise RuntimeError("no kernel image is available for execution on the device")
 
     monkeypatch.setattr(flash_attention, "_probe", probe)
-    attend, _ = flash_attention.choose_backend.__wrapped__("cuda", 0, torch.bfloat16)
+    attend, _ = flash_attention.choose_backend.__wrapped__("cuda", 0, torch.bfloat16, 128)
     assert attend is chosen
 
 
