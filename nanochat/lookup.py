@@ -30,7 +30,7 @@ class Order(NamedTuple):
 def sort_ids(idx: torch.Tensor, rows: int) -> Order:
     """The order in which `look_up` adds up gradients, for ids of any shape, of tables of so many rows.
 
-    An id that is no row stops the process, as PyTorch's own look-up would: the kernels below look at none.
+    An id that is no row stops the process, as PyTorch's own look-up would; the kernels below check none.
     """
     order = Order(*idx.flatten().sort(stable=True))
     torch._assert_async((order.ids[0] >= 0) & (order.ids[-1] < rows))
