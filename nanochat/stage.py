@@ -161,8 +161,11 @@ def parse_switches(pairs: list[str], *settings: type) -> list[dict[str, Any]]:
             raise NanochatError(f"--set {pair}: there is no switch {name!r}; {hint}")
         kind, default = known[name]
         try:
-            kind[name] = text if isinstance(default, str) else type(default)(ast.literal_eval(text))
-        except (ValueError, SyntaxError, TypeError):
+            if isinstance(default, bool):
+                kind[name] = {"true": True, "false": False}[text.lower()]
+            else:
+                kind[name] = text if isinstance(default, str) else type(default)(ast.literal_eval(text))
+        except (ValueError, SyntaxError, TypeError, KeyError):
             raise NanochatError(f"--set {pair}: the value must be like {default!r}") from None
     return parsed
 

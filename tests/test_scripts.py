@@ -287,9 +287,13 @@ def test_calculator_calls_read_well(tiny_run: Path, capsys: pytest.CaptureFixtur
 
 def test_switches_reach_the_model_and_the_optimizer(tiny_run: Path, corpus: Path) -> None:
     flags = [*TINY_TRAINING, "--data", str(corpus), "--model-tag=switched", "--num-iterations=1"]
-    for pair, sentence in (("n_layers=1", "did you mean n_layer"), ("n_layer=one", "must be like"), ("x=1", "no switch 'x'")):
+    for pair, sentence in (
+        ("n_layers=1", "did you mean n_layer"), ("n_layer=one", "must be like"), ("x=1", "no switch 'x'"),
+        ("muon_blocks=2", "must be like True"),
+    ):  # fmt: skip
         with pytest.raises(NanochatError, match=sentence):
             base_train.main([*flags, "--set", pair])
-    assert base_train.main([*flags, "--set", "n_layer=1", "muon_beta2=0.5"]) == 0
+    assert base_train.main([*flags, "--set", "n_layer=1", "muon_beta2=0.5", "value_embeddings=false"]) == 0
     meta = json.loads((tiny_run.parent / "switched" / "base" / "step_000001" / "meta.json").read_text(encoding="utf-8"))
     assert meta["model_config"]["n_layer"] == 1
+    assert meta["model_config"]["value_embeddings"] is False
