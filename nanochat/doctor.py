@@ -163,7 +163,7 @@ def _describe_attention(device: torch.device) -> str:
         return "matrix products by blocks of queries, so that windows save time"
     if importlib.util.find_spec("flash_attn_interface"):
         return "FlashAttention 3, if its probe succeeds when a command starts"
-    if any(distribution.name == "flash-attn-4" for distribution in importlib.metadata.distributions()):
+    if _what_is_wrong(Requirement("flash-attn-4")) is None:
         return "FlashAttention 4, if its probe succeeds when a command starts"
     return "FlexAttention, if its probe succeeds when a command starts (neither FlashAttention 3 nor 4 is installed)"
 

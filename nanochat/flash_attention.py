@@ -285,19 +285,23 @@ def no_mask(T: int, window: int, device: torch.device) -> None:
 
 def attend_fa3(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
     """FlashAttention 3; see `plan_attention`."""
-    return _flash_attention("flash_attn_interface", q, k, v, (-1, -1) if plan.window >= q.size(1) - 1 else (plan.window, 0))
+    return _flash_attention("flash_attn_interface", -1, q, k, v, plan)
 
 
 def attend_fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
     """FlashAttention 4; see `plan_attention`."""
-    return _flash_attention("flash_attn.cute", q, k, v, (None, None) if plan.window >= q.size(1) - 1 else (plan.window, 0))
+    return _flash_attention("flash_attn.cute", None, q, k, v, plan)
 
 
 @torch.compiler.disable  # it brings kernels of its own
 def _flash_attention(
-    module: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: tuple[int | None, int | None]
+    module: str, boundless: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan
 ) -> torch.Tensor:
-    """What both packages call flash_attn_func, its gradients the same each time, so that a run can be repeated."""
+    """What both packages call flash_attn_func, its gradients the same each time, so that a run can be repeated.
+
+    boundless: what stands for a side without a limit.
+    """
+    window = (boundless, boundless) if plan.window >= q.size(1) - 1 else (plan.window, 0)
     flash_attn_func = importlib.import_module(module).flash_attn_func
     result = flash_attn_func(q, k, v, causal=True, window_size=window, deterministic=True)
     attended: torch.Tensor = result[0] if isinstance(result, tuple) else result

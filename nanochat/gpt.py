@@ -424,8 +424,7 @@ class GPT(nn.Module):
             kv_cache.advance(T)
             return x
         dtype, compiled = self.get_compute_dtype(), self.is_compiled
-        D = self.config.head_dim
-        plans = [plan_attention(T, w, idx.device, dtype, compiled, D) for w in self.config.windows()]
+        plans = [plan_attention(T, w, idx.device, dtype, compiled, self.config.head_dim) for w in self.config.windows()]
         run_block = _call_block if self.is_sharded else self.run_block
         if not self.is_compiled:
             return self.trunk(idx, self.rotary(None, T), plans, run_block)

@@ -107,8 +107,9 @@ class Heartbeat:
                     if count != counts[other] or count >= LEFT:
                         counts[other], changed_at[other] = count, time.monotonic()
             except (RuntimeError, ConnectionError) as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-                self._end(f"the rendezvous store cannot be reached ({reason})")
+                from nanochat.common import first_line  # which imports this module
+
+                self._end(f"the rendezvous store cannot be reached ({first_line(error)})")
                 return
             self._answered_at = now = time.monotonic()
             silent = [str(other) for other in range(self.world_size) if now - changed_at[other] > self.limit_s]

@@ -126,3 +126,16 @@ def test_a_check_that_hangs_is_not_waited_for() -> None:
 )
 def test_durations_are_in_a_unit_that_one_can_imagine(seconds: float, text: str) -> None:
     assert doctor.describe_duration(seconds) == text
+
+
+@pytest.mark.parametrize(("package", "kernel"), [("flash-attn-4", "FlashAttention 4"), ("flash-attn", "FlexAttention")])
+def test_it_names_the_attention_of_a_gpu(package: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without importing a package that may be broken; FlashAttention 2 is not ours."""
+
+    def version(name: str) -> str:
+        if name == package:
+            return "1.0"
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert doctor._describe_attention(torch.device("cuda")).startswith(kernel)

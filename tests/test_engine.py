@@ -13,7 +13,7 @@ import torch
 
 from nanochat.common import NanochatError
 from nanochat.compilation import can_compile
-from nanochat.engine import Engine, EngineThread, trim_conversation
+from nanochat.engine import Engine, EngineThread
 from nanochat.openai_api import joined_parts
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
@@ -466,42 +466,3 @@ def test_int8_weights_are_near_the_exact_ones(tokenizer: Tokenizer) -> None:
     assert row.tokens == list(rounded.generate([1, 2, 3], 5, temperature=0))[: len(row.tokens)]
     with pytest.raises(NanochatError, match="choose auto or int8"):
         prepare_for_inference(exact, "int3")
-
-
-# ----------------------------------------------------------------------------- conversations
-
-
-def test_conversations_are_trimmed_at_turns(tokenizer: Tokenizer) -> None:
-    turns = [{"role": role, "content": f"message {i} " * 5} for i in range(10) for role in ("user", "assistant")]
-    conversation = {"messages": [{"role": "system", "content": "Be kind."}, *turns, {"role": "user", "content": "last"}]}
-    kept, dropped = trim_conversation(conversation, tokenizer, 200)
-    assert dropped > 0
-    assert len(tokenizer.render_for_completion(kept)) <= 200
-    assert kept["messages"][0]["role"] == "system"
-    assert kept["messages"][-1]["content"] == "last"
-    assert kept["messages"][1]["role"] == "user"
-    assert trim_conversation(conversation, tokenizer, 10_000) == (conversation, 0)
-    with pytest.raises(NanochatError, match="does not fit"):
-        trim_conversation(conversation, tokenizer, 5)
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 21, 22])
-def test_as_few_turns_as_possible_are_dropped(tokenizer: Tokenizer, count: int) -> None:
-    turns = [{"role": "assistant" if i % 2 else "user", "content": f"word {i} " * (i % 5 + 1)} for i in range(count)]
-    for first in ([], [{"role": "system", "content": "Be kind."}]):
-        rests = [{"messages": first + turns[2 * n :]} for n in range((count + 1) // 2)]
-        lengths = [len(tokenizer.render_for_completion(rest)) for rest in rests]
-        for limit in range(min(lengths), max(lengths) + 2):
-            expected = next(n for n, length in enumerate(lengths) if length <= limit)
-            assert trim_conversation({"messages": first + turns}, tokenizer, limit) == (rests[expected], expected)
-        with pytest.raises(NanochatError, match=f"a message of {lengths[-1]} tokens does not fit the {lengths[-1] - 1}"):
-            trim_conversation({"messages": first + turns}, tokenizer, lengths[-1] - 1)
-
-
-def test_trimming_a_long_conversation_takes_few_renderings(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = [{"role": "assistant" if i % 2 else "user", "content": f"word {i}"} for i in range(499)]
-    rendered: list[int] = []
-    render = tokenizer.render_for_completion
-    monkeypatch.setattr(tokenizer, "render_for_completion", lambda c: rendered.append(len(c["messages"])) or render(c))
-    _, dropped = trim_conversation({"messages": turns}, tokenizer, 100)
-    assert dropped > 200 and len(rendered) <= 10

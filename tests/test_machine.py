@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,14 +34,34 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.
         ((flash_attention.attend_fa3, flash_attention.attend_fa4, flash_attention.attend_flex), flash_attention.attend_plain),
     ],
 )
-def test_attention_kernels_that_cannot_launch_are_passed_over(broken: tuple, chosen, monkeypatch) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("no kernel image is available for execution on the device"), AssertionError()])
+def test_attention_kernels_that_cannot_launch_are_passed_over(broken: tuple, chosen, error: Exception, monkeypatch) -> None:
     def probe(backend, device, dtype, head_dim) -> None:
         if backend[0] in broken:
-            raise RuntimeError("no kernel image is available for execution on the device")
+            raise error
 
     monkeypatch.setattr(flash_attention, "_probe", probe)
     attend, _ = flash_attention.choose_backend.__wrapped__("cuda", 0, torch.bfloat16, 128)
     assert attend is chosen
+
+
+@pytest.mark.parametrize(("module", "boundless"), [("flash_attn_interface", -1), ("flash_attn.cute", None)])
+@pytest.mark.parametrize("window", [100, 256])
+def test_flash_attention_is_asked_for_the_same_each_time(module: str, boundless, window: int, monkeypatch) -> None:
+    """Whatever a package calls no window, and whether or not it returns more than the result."""
+    asked: list[dict] = []
+
+    def flash_attn_func(q, k, v, **settings):
+        asked.append(settings)
+        return (q, None) if boundless is None else q
+
+    for name in (module.split(".")[0], module):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(flash_attn_func=flash_attn_func))
+    attend = flash_attention.attend_fa4 if boundless is None else flash_attention.attend_fa3
+    q = torch.randn(1, 256, 2, 8)
+    assert attend(q, q, q, flash_attention.AttentionPlan(attend, window, None)) is q
+    expected = (boundless, boundless) if window == 256 else (100, 0)
+    assert asked == [{"causal": True, "window_size": expected, "deterministic": True}]
 
 
 def test_a_new_run_on_a_cpu_compiles_after_its_first_step(corpus: Path, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
