@@ -22,6 +22,7 @@ from nanochat.checkpoint_manager import build_model
 from nanochat.common import compute_init, peak_memory_bytes, run_command, synchronize
 from nanochat.compilation import can_compile, keep_freed_memory
 from nanochat.fp8 import enable_fp8
+from nanochat.passes import Passes
 from nanochat.scaling import accumulation_steps, default_device_batch_size, plan_horizon
 from nanochat.stage import seconds_of
 
@@ -67,40 +68,35 @@ class Update:
         self.rows = default_device_batch_size(self.tokens, T, 1, args.device_batch_size * T)
         self.passes = accumulation_steps(self.tokens, self.rows, T, 1)
         self.optimizer = self.model.setup_optimizer()
+        self.gradients = Passes(self.model)
         likely = 1 / torch.arange(10.0, args.vocab_size + 10)
         ids = torch.multinomial(likely, self.rows * T + 1, replacement=True).to(device)
-        self.inputs, self.targets = ids[:-1].view(self.rows, T), ids[1:].view(self.rows, T)
+        self.batch = ids[:-1].view(self.rows, T), ids[1:].view(self.rows, T)
+        self.count = torch.tensor(self.tokens, device=device)
 
-    def forward_backward(self) -> None:
-        (self.model(self.inputs, self.targets, loss_reduction="sum") / self.tokens).backward()
-
-    def step(self) -> None:
-        self.optimizer.step()
+    def forward_backward(self, times: int = 1) -> None:
         self.optimizer.zero_grad()
+        self.gradients.run([self.batch] * times, self.count)
 
     def run(self) -> None:
-        for _ in range(self.passes):
-            self.forward_backward()
-        self.step()
+        self.forward_backward(self.passes)
+        self.optimizer.step()
 
     def prepare(self) -> dict[str, Any]:
         """Compile, and let the allocator see everything once."""
         started = time.perf_counter()
         for _ in range(2):
             self.forward_backward()
-            self.step()
+            self.optimizer.step()
         synchronize(self.device)
         return {"model": self.name, "parameters": self.model.num_scaling_params()["total"],
                 "compile_s": round(time.perf_counter() - started, 1)}  # fmt: skip
 
     def measure(self, updates: int, matmul_rate: float) -> dict[str, Any]:
         """Medians over so many updates; matmul_rate: the device's, in FLOP/s."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
         self.run()
         works = (self.run, self.forward_backward, self.optimizer.step)
         seconds, pass_s, step_s = (statistics.median(seconds_of(work, self.device) for _ in range(updates)) for work in works)
-        self.optimizer.zero_grad()
         return {
             "rows": self.rows,
             "passes": self.passes,
@@ -120,7 +116,7 @@ class Update:
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
         with profile(activities=activities) as profiler:
             self.forward_backward()
-            self.step()
+            self.optimizer.step()
             synchronize(self.device)
         order = "self_device_time_total" if gpu else "self_cpu_time_total"
         return str(profiler.key_averages().table(sort_by=order, row_limit=rows, max_name_column_width=110))

@@ -1,14 +1,15 @@
-"""What this machine's compiler and arithmetic can do. Used by trainer.py and the benchmarks."""
+"""What this machine's compiler and arithmetic can do. Used by all that trains, and by the benchmarks."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -85,6 +86,16 @@ def expected_mfu(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cpu" and dtype == torch.bfloat16 and has_amx():
         return 0.25
     return {"cpu": 0.5, "cuda": 0.4, "mps": 0.3}[device.type]
+
+
+@contextlib.contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """A stream of a GPU's that is not the default one, for what precedes the capture of a CUDA graph."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
 
 
 def in_own_thread(work: Callable[[], T]) -> T:

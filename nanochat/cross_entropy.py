@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-SoftmaxGradient = Callable[[torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]]
+ChunkLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, ...]]  # see `chunk_loss`
 IGNORE_INDEX = -1
 CHUNK_BYTES, CHUNK_TOKENS = 32 << 20, 1024  # of float32 logits in a chunk, at most: what suits a CPU's cache and products
 GPU_CHUNK_BYTES = 1 << 30  # enough tokens for the products to fill a large GPU, but at most a 64th of its memory
@@ -30,13 +30,13 @@ def softcapped_cross_entropy(
     targets: torch.Tensor,
     cap: float,
     reduction: str = "mean",
-    compiled_gradient: SoftmaxGradient | None = None,
+    loss_of: ChunkLoss | None = None,
 ) -> torch.Tensor:
     """Cross-entropy of softcap(x @ weight.T) against targets, in nats, float32.
 
     x: (N, C) features; weight: (vocab_size, C); targets: (N,) int64, -1 where there is nothing to predict.
     reduction "mean" is over the supervised tokens, and 0 (not NaN) if there are none; "sum"; "none" gives (N,), 0 at
-    ignored positions. compiled_gradient: `softmax_gradient`, compiled, from a caller that compiles.
+    ignored positions. loss_of: what computes as `chunk_loss` does, faster, from a caller that compiles.
     """
     if reduction == "none":
         return token_losses(x, weight, targets, cap)
@@ -45,7 +45,7 @@ def softcapped_cross_entropy(
     if x.dtype == torch.float16:
         x = x.float()  # the exponentials below need more range
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        total = _FusedLoss.apply(x, weight, targets, cap, compiled_gradient or softmax_gradient)
+        total = _FusedLoss.apply(x, weight, targets, cap, loss_of or chunk_loss)
     else:
         total = token_losses(x, weight, targets, cap).sum()
     if reduction == "sum":
@@ -101,13 +101,17 @@ def softmax_gradient(logits: torch.Tensor, cap: float) -> tuple[torch.Tensor, to
     return exponentials.sum(dim=-1, keepdim=True), gradient.to(logits.dtype)
 
 
-def _chunk_loss_and_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, cap: float, gradient_of: SoftmaxGradient
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(loss, gradient, scale): of a chunk the summed loss, () float32, and what with `scale` (n, 1) float32 times its rows
-    is the gradient with respect to the raw logits (n, vocab_size).
+def chunk_loss(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    x: torch.Tensor,
+    cap: float,
+    gradient_of: Callable[[torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]] = softmax_gradient,
+) -> tuple[torch.Tensor, ...]:
+    """(loss, gradient, scale, scaled): of a chunk of features x (n, C) the summed loss, () float32, what with its rows times
+    `scale` (n, 1) float32 is the gradient with respect to the raw logits (n, vocab_size), and x with its rows times that.
 
-    A scale of rows is the caller's to apply, after the products, where it costs next to nothing.
+    The gradient's rows are the caller's to scale, after the products, where it costs next to nothing. Logits may be used up.
     """
     sums, gradient = gradient_of(logits, cap)
     supervised = (targets != IGNORE_INDEX)[:, None]
@@ -117,7 +121,8 @@ def _chunk_loss_and_gradient(
     # Subtract dz/dlogits at the targets. Flat and in place: scatter_add_ would copy the whole gradient.
     flat_index = torch.arange(targets.numel(), device=targets.device) * gradient.size(1) + columns[:, 0]
     gradient.view(-1).index_add_(0, flat_index, ((tanh * tanh - 1) * sums).to(gradient.dtype)[:, 0])
-    return loss, gradient, supervised / sums
+    scale = supervised / sums
+    return loss, gradient, scale, (x * scale).to(x.dtype)
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -133,22 +138,24 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float, gradient_of: SoftmaxGradient
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float, loss_of: ChunkLoss
     ) -> torch.Tensor:
         size = _chunk_size(x.size(0), weight.size(0), x.device)
         total = torch.zeros((), device=x.device)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros(weight.shape, device=x.device)
+        scales = []
         weight = weight.to(x.dtype)
         for start in range(0, x.size(0), size):
             part = slice(start, start + size)
-            loss, grad_logits, scale = _chunk_loss_and_gradient(x[part] @ weight.T, targets[part], cap, gradient_of)
+            loss, grad_logits, scale, scaled = loss_of(x[part] @ weight.T, targets[part], x[part], cap)
             total += loss
-            torch.mm(grad_logits, weight, out=grad_x[part]).mul_(scale)
-            _add_product(grad_weight, grad_logits.T, (x[part] * scale).to(x.dtype))
-        ctx.save_for_backward(grad_x, grad_weight)
+            torch.mm(grad_logits, weight, out=grad_x[part])
+            _add_product(grad_weight, grad_logits.T, scaled)
+            scales.append(scale)
+        ctx.save_for_backward(grad_x, torch.cat(scales), grad_weight)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad_total: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad_x.mul_(grad_total), grad_weight.mul_(grad_total), None, None, None
+        grad_x, scale, grad_weight = ctx.saved_tensors
+        return grad_x.mul_(scale * grad_total), grad_weight.mul_(grad_total), None, None, None

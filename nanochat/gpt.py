@@ -11,6 +11,7 @@ be cast whole with `.to(torch.bfloat16)`.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,9 +22,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import NanochatError, get_compute_dtype
-from nanochat.cross_entropy import SoftmaxGradient, softcap, softcapped_cross_entropy, softmax_gradient
+from nanochat.cross_entropy import ChunkLoss, chunk_loss, softcap, softcapped_cross_entropy, softmax_gradient
 from nanochat.flash_attention import QK_SCALE, AttentionPlan, plan_attention
-from nanochat.layers import Embedding, Linear, multiply_joined
+from nanochat.layers import Embedding, Linear, apply_rotary, multiply_joined, norm
 
 if TYPE_CHECKING:
     from nanochat.kv_cache import KVCache
@@ -91,17 +92,6 @@ class GPTConfig:
         return self.value_embeddings and (self.n_layer - 1 - layer) % 2 == 0
 
 
-def norm(x: torch.Tensor) -> torch.Tensor:
-    """RMS norm over the last dimension, without weights."""
-    return F.rms_norm(x, (x.size(-1),))
-
-
-def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate pairs of channels by the angle of their position. x: (B, T, H, D); cos, sin: (B or 1, T, 1, D / 2)."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
-
-
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int) -> None:
         super().__init__()
@@ -147,8 +137,11 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+        self.fused: Callable[..., torch.Tensor] | None = None  # what trains in one piece on some GPUs: see GPT.compile
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.fused and torch.is_grad_enabled() and x.dtype == torch.bfloat16 and not self.c_fc.fp8:
+            return self.fused(x, self.c_fc.weight.to(x.dtype), self.c_proj.weight.to(x.dtype))
         return self.c_proj(F.relu(self.c_fc(x)).square())
 
 
@@ -233,7 +226,7 @@ class GPT(nn.Module):
         self.compute_dtype: torch.dtype | None = None  # None: what the device does best
         self._compiled_block: Callable[..., torch.Tensor] | None = None
         self._compiled_norm: Callable[[torch.Tensor], torch.Tensor] | None = None
-        self._compiled_gradient: SoftmaxGradient | None = None  # of the loss
+        self._compiled_loss: ChunkLoss | None = None
         self.recompute_blocks = False  # in the backward pass, instead of keeping what is inside them
         self.idle_blocks = 0  # the first so many, passed over while they do not learn yet (scaling.expansion_share)
         self.is_sharded = False  # by sharding.py: each rank holds some rows of every parameter
@@ -313,10 +306,16 @@ class GPT(nn.Module):
         """
         if self.is_compiled:
             return
-        self._compiled_gradient = torch.compile(softmax_gradient, dynamic=False)
         if self.get_device().type != "cpu":
+            from nanochat import loss_kernel, relu_squared
+
+            self._compiled_loss = loss_kernel.chunk_loss
             self._compiled_block = torch.compile(Block.forward, dynamic=False)
+            if relu_squared.works(self.get_device()):
+                for block in self.blocks:
+                    block.mlp.fused = relu_squared.mlp
             return
+        self._compiled_loss = functools.partial(chunk_loss, gradient_of=torch.compile(softmax_gradient, dynamic=False))
         self._compiled_norm = torch.compile(norm, dynamic=False)
         before = torch.compile(_before_attention, dynamic=False)
         after = torch.compile(Block.after_attention, dynamic=False)
@@ -331,7 +330,7 @@ class GPT(nn.Module):
     def uncompiled(self) -> GPT:
         """This very model, all weights shared, that computes uncompiled: for texts of ever other lengths."""
         twin = copy.copy(self)
-        twin._compiled_block = twin._compiled_norm = twin._compiled_gradient = None
+        twin._compiled_block = twin._compiled_norm = twin._compiled_loss = None
         return twin
 
     def trunk(
@@ -411,7 +410,7 @@ class GPT(nn.Module):
         if head.size(0) != self.config.vocab_size:  # to cut nothing off would still copy the gradient
             head = head[: self.config.vocab_size]
         loss = softcapped_cross_entropy(
-            x.flatten(0, 1), head, targets.flatten(), LOGIT_CAP, loss_reduction, self._compiled_gradient
+            x.flatten(0, 1), head, targets.flatten(), LOGIT_CAP, loss_reduction, self._compiled_loss
         )
         return loss.view(idx.shape) if loss_reduction == "none" else loss
 

@@ -1,4 +1,4 @@
-"""What holds most parameters: tables that are looked up and matrices that multiply. Used by gpt.py, fp8.py and runner.py."""
+"""What blocks are made of: tables that are looked up, matrices that multiply, norms, rotary positions. Used by gpt.py."""
 
 from __future__ import annotations
 
@@ -13,6 +13,17 @@ from nanochat.fp8 import fp8_linear
 
 if TYPE_CHECKING:
     from nanochat.lookup import Order
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    """RMS norm over the last dimension, without weights."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate pairs of channels by the angle of their position. x: (B, T, H, D); cos, sin: (B or 1, T, 1, D / 2)."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
 
 
 class Embedding(nn.Embedding):

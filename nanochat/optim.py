@@ -436,10 +436,18 @@ def apply_update(matrices: list[Tensor], update: Tensor, group: Group, shape: to
     shape: of a whole matrix. Weight decay is cautious: only where it pulls the same way as the update.
     """
     lr = group.lr * max(1.0, shape[0] / shape[1]) ** 0.5
-    for values, change in zip(matrices, update, strict=True):
-        if group.weight_decay:
-            change.addcmul_(values, (change * values).gt_(0), value=group.weight_decay)
+    if update.is_cuda:  # as few launches as can be
+        _decay(update, torch.stack(matrices), group)
+        torch._foreach_sub_(matrices, list(update.unbind()), alpha=lr)
+        return
+    for values, change in zip(matrices, update, strict=True):  # one at a time, while it is in the cache
+        _decay(change, values, group)
         values.sub_(change, alpha=lr)
+
+
+def _decay(change: Tensor, values: Tensor, group: Group) -> None:
+    if group.weight_decay:
+        change.addcmul_(values, (change * values).gt_(0), value=group.weight_decay)
 
 
 def neuron_means(matrices: Tensor) -> Tensor:

@@ -7,14 +7,13 @@ tokens never depend on how many others are in the batch.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn as nn
 
 from nanochat.common import NanochatError, first_line, logger
-from nanochat.compilation import can_compile
+from nanochat.compilation import can_compile, side_stream
 from nanochat.gpt import GPT
 from nanochat.kv_cache import BLOCK_SIZE, DecodeView, KVBlocks, PrefillView
 from nanochat.layers import Linear
@@ -218,20 +217,10 @@ class ModelRunner:
     def _capture(self, rows: int, columns: int) -> None:
         """Record the compiled step for one size of batch as a CUDA graph, which a single call replays."""
         arguments = self._arguments(rows, min(columns, self._columns.size(0)))
-        with _side_stream(self.device):
+        with side_stream(self.device):
             for _ in range(2):  # compiles, and fills PyTorch's pools
                 self._step(*arguments)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             logits = self._step(*arguments)
         self._graphs[rows, columns] = (graph, logits)
-
-
-@contextlib.contextmanager
-def _side_stream(device: torch.device) -> Iterator[None]:
-    """What precedes a capture must not run on the default stream."""
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream(device).wait_stream(stream)

@@ -59,6 +59,7 @@ from nanochat.fp8 import enable_fp8
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loggers import LOGGERS
 from nanochat.optim import MuonAdamW
+from nanochat.passes import Passes
 from nanochat.scaling import accumulation_steps, default_device_batch_size
 from nanochat.settings import CONFIG_FILE, Arguments
 from nanochat.tokenizer import Tokenizer
@@ -428,16 +429,17 @@ def steps_in(
         model.compile()
     generator = torch.Generator().manual_seed(0)
     idx = torch.randint(model.config.vocab_size, (rows, T), generator=generator).to(device)
+    passes, count = Passes(model), torch.tensor(idx.numel(), device=device)
     optimizer = _idle_optimizer(model)
     accumulated = accumulation_steps(total_batch_size, rows, T, get_dist_info()[3])
 
     def seconds_of_step(idle_blocks: int) -> float:
         model.idle_blocks = idle_blocks
-        passes = [seconds_of(lambda: model(idx, idx).backward(), device) for _ in range(5)][2:]  # the first ones compile
+        each = [seconds_of(lambda: passes.run([(idx, idx)], count), device) for _ in range(5)][2:]  # the first ones compile
         updates = [seconds_of(optimizer.step, device) for _ in range(3)][1:]
         model.zero_grad(set_to_none=True)
         model.idle_blocks = 0
-        return accumulated * statistics.median(passes) + min(updates)
+        return accumulated * statistics.median(each) + min(updates)
 
     mean = (1 - expand_at) * seconds_of_step(0)
     if expand_at:

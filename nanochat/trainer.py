@@ -45,13 +45,13 @@ from nanochat.compilation import can_compile, measure_matmul_rate
 from nanochat.gpt import GPT
 from nanochat.metrics import MetricsLog
 from nanochat.optim import MuonAdamW
+from nanochat.passes import Batch, Passes, summed_loss
 from nanochat.progress import Progress
 from nanochat.scaling import expansion_step, learning_rate_factor, muon_momentum
 from nanochat.stopping import StopRequest, frozen_garbage
 
 Evaluation = Callable[[], dict[str, float]]
 SHOWN = ("loss", "reward", "tok_per_s", "mfu", "bpb", "pass@1")  # on the progress line, where there are such numbers
-Batch = tuple[torch.Tensor, ...]  # (inputs, targets, ...): targets (B, T) int64, -1 where there is nothing to predict
 
 
 class Loader(Protocol):
@@ -92,12 +92,6 @@ def count_supervised(batch: Batch) -> torch.Tensor:
     return (batch[1] >= 0).sum()
 
 
-def summed_loss(model: GPT, batch: Batch) -> torch.Tensor:
-    """The default objective: cross-entropy summed over the supervised tokens, in nats."""
-    inputs, targets = batch[:2]
-    return model(inputs, targets, loss_reduction="sum")
-
-
 class Trainer:
     """Trains `model` from `loader` until `config.num_iterations` updates are done.
 
@@ -129,7 +123,8 @@ class Trainer:
         self.stage_dir, self.metrics, self.meta = stage_dir, metrics, meta
         self.evaluations = [*([(config.eval_every, evaluate)] if evaluate else []), *evaluations]
         self.sample_fn = sample
-        self.loss_fn, self.count_fn, self.step_metrics = loss_fn, count_fn, step_metrics
+        self.count_fn, self.step_metrics = count_fn, step_metrics
+        self._passes = Passes(model, loss_fn)
         self.ddp, self.rank, _, self.world_size = get_dist_info()
         self.device = model.get_device()
         self._flops_per_token = [model.estimate_flops(idle_blocks) for idle_blocks in (model.config.n_layer - 1, 0)]
@@ -330,11 +325,7 @@ class Trainer:
         config = self.config
         started = time.perf_counter()
         batches, count = self._fetch()
-        loss = torch.zeros((), device=self.device)
-        for batch in batches:
-            part = self.loss_fn(self.model, batch) / count
-            part.backward()
-            loss += part.detach()
+        loss = self._passes.run(batches, count)
         factor = self._set_schedules()
         self.optimizer.step()
         self.optimizer.zero_grad()

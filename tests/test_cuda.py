@@ -19,12 +19,14 @@ from nanochat import flash_attention
 from nanochat.checkpoint_manager import list_steps, load_model, read_tensors, step_dir
 from nanochat.common import get_base_dir
 from nanochat.compilation import can_compile
+from nanochat.cross_entropy import chunk_loss
 from nanochat.engine import Engine
 from nanochat.flash_attention import QK_SCALE, AttentionPlan
 from nanochat.fp8 import LOWEST_CAPABILITY, enable_fp8
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT, LOGIT_CAP, GPTConfig
 from nanochat.layers import Embedding
 from nanochat.memory import training_bytes
+from nanochat.passes import Passes, summed_loss
 from nanochat.runner import prepare_for_inference
 from nanochat.tokenizer import Tokenizer
 from scripts import base_train, chat_eval, chat_rl, chat_sft
@@ -33,7 +35,7 @@ from tests.helpers import make_model
 from tests.many_ranks import ROOT
 
 if torch.cuda.is_available():
-    from nanochat import lookup  # needs Triton
+    from nanochat import lookup, loss_kernel, relu_squared  # which need Triton
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here"),
@@ -203,6 +205,66 @@ def test_it_learns_what_a_cpu_learns(fp8: bool) -> None:
     assert curves[1][-1] == pytest.approx(curves[0][-1], abs=0.1 if not fp8 else 0.3)
 
 
+@pytest.mark.parametrize("size", [(700, 136, 520), (1, 64, 64), (512, 256, 1024)])
+def test_the_fused_mlp(size: tuple[int, int, int]) -> None:
+    """Whole tiles and parts of some: forward and backward as in float64."""
+    if not relu_squared.works(GPU):
+        pytest.skip("this GPU is no Hopper")
+    N, C, H = size
+    generator = torch.Generator().manual_seed(N)
+    inputs = [0.1 * torch.randn(shape, generator=generator).bfloat16() for shape in ((N, C), (H, C), (C, H))]
+    grad = torch.randn(N, C, generator=generator)
+    mine = [x.to(GPU).requires_grad_() for x in inputs]
+    x, up, down = exact = [x.double().requires_grad_() for x in inputs]
+    found, expected = relu_squared.mlp(*mine), F.linear(F.relu(F.linear(x, up)).square(), down)
+    assert _relative(found, expected) < 0.01
+    grads = torch.autograd.grad(found, mine, grad.to(GPU, torch.bfloat16)), torch.autograd.grad(expected, exact, grad.double())
+    for a, b in zip(*grads, strict=True):
+        assert _relative(a, b) < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "vocab_size", "C"), [(50, 300, 100), (1024, 9000, 256)])
+def test_the_loss_in_one_kernel(n: int, vocab_size: int, C: int, dtype: torch.dtype) -> None:
+    logits, x = 4 * torch.randn(n, vocab_size, device=GPU, dtype=dtype), torch.randn(n, C, device=GPU, dtype=dtype)
+    targets = torch.randint(vocab_size, (n,), device=GPU)
+    targets[::7] = -1
+    expected = chunk_loss(logits.float(), targets, x.float(), LOGIT_CAP)
+    found = loss_kernel.chunk_loss(logits, targets, x, LOGIT_CAP)
+    fine = dtype == torch.float32
+    for (a, b), rows in zip(zip(found, expected, strict=True), (1, found[2], 1, 1), strict=True):
+        assert _relative(a * rows, (b * rows).cpu()) < (1e-5 if fine else 5e-3)
+
+
+def test_a_recorded_pass_gives_what_a_launched_one_gives() -> None:
+    """With all blocks and with one, with more passes in an update and with fewer, and again and again."""
+    model = _pair()[1]
+    model.compute_dtype = None
+    model.compile()
+    batches = [(ids[:, :-1].contiguous(), ids[:, 1:].contiguous()) for ids in (_ids(seed=seed).to(GPU) for seed in range(3))]
+    count = torch.tensor(1000, device=GPU)
+    recorded, launched = Passes(model), Passes(model, lambda model, batch: summed_loss(model, batch))
+
+    def gradients(passes: Passes, batches: list) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        loss = passes.run(batches, count)
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return loss, found
+
+    for model.idle_blocks in (1, 0):
+        for some in (batches, batches[1:], batches):
+            (loss, found), (again, _), (expected_loss, expected) = (
+                gradients(passes, some) for passes in (recorded, recorded, launched)
+            )
+            assert recorded._recording is not None
+            assert torch.equal(loss, again)
+            assert _relative(loss, expected_loss.cpu()) < 1e-4
+            assert found.keys() == expected.keys()
+            for name, gradient in found.items():
+                assert _relative(gradient, expected[name].cpu()) < 0.01, name
+    assert launched._recording is None
+
+
 def test_nothing_in_a_step_waits_for_the_gpu() -> None:
     """So that the host is always ahead of it, and the GPU never idle."""
     model = _pair()[1]
@@ -328,10 +390,10 @@ def test_a_whole_life(corpus: Path, tokenizer: Tokenizer, capsys: pytest.Capture
 
 
 def test_under_torchrun_with_nccl_it_learns_the_same(corpus: Path, tokenizer: Tokenizer) -> None:
-    """One rank, whole and cut by --fsdp: the code paths of many GPUs as far as one can walk them."""
+    """One rank, whole and, compiled, cut by --fsdp: the code paths of many GPUs as far as one can walk them."""
     tokenizer.save(get_base_dir() / "tokenizers" / "default")
-    assert base_train.main(_flags("alone", corpus)) == 0
-    for tag, more in (("ranks", []), ("cut", ["--fsdp"])):
+    assert base_train.main(_flags("alone", corpus, "--no-compile")) == 0
+    for tag, more in (("ranks", ["--no-compile"]), ("cut", ["--fsdp"])):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "--",
                    "scripts.base_train", *_flags(tag, corpus, *more)]  # fmt: skip
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -1,0 +1,152 @@
+"""The MLP on a Hopper GPU: products that square, or multiply by the slope of the square, what they have just made.
+
+Used by gpt.py. Written to memory and read again by kernels of their own, the hidden activations of a model of depth 12 cost a
+twentieth of a training pass. Here relu(x @ up.T)**2 is all that leaves the first product; the backward pass needs no more,
+since the slope of a square is twice its root. Elsewhere, and where the probe fails, PyTorch's own products serve.
+
+Needs Triton, so that it is imported only where the model is compiled for a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from nanochat.common import first_line
+
+logger = logging.getLogger(__name__)
+
+ROWS, DEPTH, STAGES = 128, 64, 3  # of what a program multiplies at a time
+HOPPER = (9, 0)
+
+
+@functools.lru_cache
+def works(device: torch.device) -> bool:
+    """Whether the kernels run on this device, once forward and backward, and give what PyTorch gives."""
+    if torch.cuda.get_device_capability(device) != HOPPER:
+        return False  # older GPUs lack the copy engine, newer ones were not measured
+    try:
+        _probe(device)
+    except Exception as error:  # whatever a compiler throws, the answer is PyTorch's own product
+        logger.info("fused products are not usable here: %s", first_line(error)[:200])
+        return False
+    return True
+
+
+def _probe(device: torch.device) -> None:
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.enable_grad():
+        inputs = [
+            torch.randn(shape, generator=generator, device=device).mul_(0.1).to(torch.bfloat16).requires_grad_()
+            for shape in ((200, 72), (264, 72), (72, 264))
+        ]
+        x, up, down = inputs
+        found, expected = mlp(x, up, down), F.linear(F.relu(F.linear(x, up)).square(), down)
+        gradients = [torch.autograd.grad(y.float().sum(), inputs) for y in (found, expected)]
+    for mine, plain in [(found, expected), *zip(*gradients, strict=True)]:
+        difference = ((mine - plain).norm() / plain.norm()).item()
+        if not difference < 0.02:
+            raise RuntimeError(f"their result is off by {difference:.3g}")
+
+
+def mlp(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """relu(x @ up.T)**2 @ down.T, for x (..., C), up (H, C) and down (C, H), all bfloat16 and multiples of 8 wide."""
+    y: torch.Tensor = _MLP.apply(x.flatten(0, -2), up, down)
+    return y.view(x.shape)
+
+
+class _MLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        squares = _squares(x, up)
+        ctx.save_for_backward(x, up, down, squares)
+        return squares @ down.T
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, up, down, squares = ctx.saved_tensors
+        grad_hidden = _times_slope(grad.contiguous(), down.T.contiguous(), squares)
+        return grad_hidden @ up, grad_hidden.T @ x, grad.T @ squares
+
+
+# Operators of their own, so that the compiler takes them as they are.
+
+
+@torch.library.custom_op("nanochat::squares", mutates_args=(), schema="(Tensor a, Tensor b) -> Tensor")
+def _squares(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """relu(a @ b.T)**2: (M, K), (N, K) -> (M, N)."""
+    return _launch(a, b, None)
+
+
+@torch.library.custom_op("nanochat::times_slope", mutates_args=(), schema="(Tensor a, Tensor b, Tensor squares) -> Tensor")
+def _times_slope(a: torch.Tensor, b: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    """a @ b.T * 2 sqrt(squares): (M, K), (N, K), (M, N) -> (M, N)."""
+    return _launch(a, b, squares)
+
+
+@_squares.register_fake
+def _(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return a.new_empty(a.size(0), b.size(0))
+
+
+@_times_slope.register_fake
+def _(a: torch.Tensor, b: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(squares)
+
+
+def _launch(a: torch.Tensor, b: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
+    from triton.tools.tensor_descriptor import TensorDescriptor  # not in old versions: works() finds out
+
+    (M, K), N = a.shape, b.size(0)
+    out = a.new_empty(M, N)
+    columns, warps = (256, 8) if squares is None else (128, 4)
+    tile = [ROWS, columns]
+    blocks = ((a, [ROWS, DEPTH]), (b, [columns, DEPTH]), (out, tile), (out if squares is None else squares, tile))
+    tiles_across = triton.cdiv(N, columns)
+    programs = tiles = triton.cdiv(M, ROWS) * tiles_across
+    if squares is None:
+        programs = min(tiles, torch.cuda.get_device_properties(a.device).multi_processor_count)
+    _multiply[(programs,)](
+        *(TensorDescriptor.from_tensor(tensor, block) for tensor, block in blocks), tiles, tiles_across, K, programs,
+        ROWS, columns, DEPTH, squares is not None, num_warps=warps, num_stages=STAGES,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _multiply(  # type: ignore[no-untyped-def]
+    a, b, out, squares, tiles, tiles_across, K, programs,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """Forward a program for each multiprocessor, which fetches the next tile while it finishes one. Backward, where to finish
+    is to read as well, small programs, two on a multiprocessor, each working while the other waits.
+    """
+    if BACKWARD:
+        _tile(tl.program_id(0), a, b, out, squares, tiles_across, K, ROWS, COLUMNS, DEPTH, BACKWARD)
+    else:
+        for tile in tl.range(tl.program_id(0), tiles, programs, flatten=True):
+            _tile(tile, a, b, out, squares, tiles_across, K, ROWS, COLUMNS, DEPTH, BACKWARD)
+
+
+@triton.jit
+def _tile(  # type: ignore[no-untyped-def]
+    tile, a, b, out, squares, tiles_across, K,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BACKWARD: tl.constexpr,
+):  # fmt: skip
+    """One tile of the result. Those of the same rows are neighbours: what they read of `a` stays in the cache."""
+    row, column = tile // tiles_across * ROWS, tile % tiles_across * COLUMNS
+    result = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for k in range(0, K, DEPTH):
+        result = tl.dot(a.load([row, k]), b.load([column, k]).T, result)
+    if BACKWARD:
+        result *= 2 * tl.sqrt(squares.load([row, column]).to(tl.float32))
+    else:
+        result = tl.maximum(result, 0)
+        result *= result
+    out.store([row, column], result.to(out.dtype))
