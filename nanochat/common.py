@@ -367,9 +367,9 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has held at once: of a GPU what its tensors took, else of the host all of it."""
+    """The most memory that this process has held at once: of a GPU, all that was reserved, else of the host."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)  # what recorded passes keep is not allocated
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
     import resource  # which Windows lacks

@@ -1,4 +1,4 @@
-"""What this machine's compiler and arithmetic can do. Used by all that trains, and by the benchmarks."""
+"""What this machine's compiler and arithmetic can do. Used wherever something compiles."""
 
 from __future__ import annotations
 

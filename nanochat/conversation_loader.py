@@ -6,6 +6,8 @@ longer than a row is truncated to it and counted; one that then has nothing supe
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +19,7 @@ import torch
 from nanochat.common import NanochatError, to_device
 from nanochat.lanes import count_lanes, rank_lanes, rows_of_rank
 from nanochat.tokenizer import Tokenizer
-from tasks.common import Task
+from tasks.common import Conversation, Task
 
 LANE_CONVERSATIONS = 16  # to choose from when a row is filled
 
@@ -176,8 +178,17 @@ class _Lane:
     buffer: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)  # (index, ids, mask), as they were read
 
 
-def estimate_tokens(task: Task, tokenizer: Tokenizer, sequence_len: int, sample_size: int = 1000) -> int:
+def estimate_tokens(task: Task, tokenizer: Tokenizer, sequence_len: int) -> int:
     """Tokens in one pass over a task, from the mean length of conversations evenly spread over it."""
-    indices = np.unique(np.linspace(0, len(task) - 1, min(sample_size, len(task))).astype(int))
-    lengths = [len(tokenizer.render_conversation(task[int(i)], max_tokens=sequence_len + 1)[0]) for i in indices]
+    lengths = [len(tokenizer.render_conversation(c, max_tokens=sequence_len + 1)[0]) for c in _spread(task)]
     return round(sum(lengths) / len(lengths) * len(task))
+
+
+def fingerprint(task: Task) -> str:
+    """A hash of conversations evenly spread over a task: another task has another, one with a few changes may not."""
+    return hashlib.sha256(json.dumps(list(_spread(task)), sort_keys=True).encode()).hexdigest()
+
+
+def _spread(task: Task, most: int = 1000) -> Iterator[Conversation]:
+    for i in np.unique(np.linspace(0, len(task) - 1, min(most, len(task))).astype(int)):
+        yield task[int(i)]

@@ -13,6 +13,7 @@ import itertools
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -61,8 +62,8 @@ class DocumentFile:
 
     way_out = "remove or replace it"
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.name, self.address, self.size = path, path.name, str(path), path.stat().st_size
+    def __init__(self, path: Path, name: str = "") -> None:
+        self.path, self.name, self.address, self.size = path, name or path.name, str(path), path.stat().st_size
         self._num_rows: int | None = None
         self._footer: Footer | None = None
 
@@ -305,10 +306,13 @@ def is_remote(address: str) -> bool:
 
 
 def list_local(path: str) -> Listing:
-    """The files at a path, below a folder, or that a glob matches."""
+    """The files at a path, below a folder, or that a glob matches. Those of one name are told apart by their folders."""
     expanded = Path(path.removeprefix("file://")).expanduser()
     found = expanded.rglob("*") if expanded.is_dir() else map(Path, glob.glob(str(expanded), recursive=True))
-    return {path: functools.partial(DocumentFile, path) for path in found if path.is_file()}
+    files = [path for path in found if path.is_file()]
+    times, folder = Counter(path.name for path in files), os.path.commonpath([str(path.parent) for path in files] or [""])
+    names = {path: path.name if times[path.name] == 1 else path.relative_to(folder).as_posix() for path in files}
+    return {path: functools.partial(DocumentFile, path, name) for path, name in names.items()}
 
 
 def list_remote(address: str) -> Listing:

@@ -226,7 +226,7 @@ class GPT(nn.Module):
         self.compute_dtype: torch.dtype | None = None  # None: what the device does best
         self._compiled_block: Callable[..., torch.Tensor] | None = None
         self._compiled_norm: Callable[[torch.Tensor], torch.Tensor] | None = None
-        self._compiled_loss: ChunkLoss | None = None
+        self._chunk_loss: ChunkLoss | None = None
         self.recompute_blocks = False  # in the backward pass, instead of keeping what is inside them
         self.idle_blocks = 0  # the first so many, passed over while they do not learn yet (scaling.expansion_share)
         self.is_sharded = False  # by sharding.py: each rank holds some rows of every parameter
@@ -297,7 +297,7 @@ class GPT(nn.Module):
         return self._compiled_block is not None
 
     def compile(self) -> None:
-        """Compile what training runs: the blocks, the loss, and on a CPU the norms around them.
+        """Compile what training runs, or let our own kernels run it: the blocks, the loss, on a CPU the norms around them.
 
         Generation, through a cache, stays uncompiled. By block and not as a whole: layers that differ only in their weights
         share one graph, so the wait for the first step hardly grows with depth, and the steps are as fast or faster. On a
@@ -309,13 +309,13 @@ class GPT(nn.Module):
         if self.get_device().type != "cpu":
             from nanochat import loss_kernel, relu_squared
 
-            self._compiled_loss = loss_kernel.chunk_loss
+            self._chunk_loss = loss_kernel.chunk_loss
             self._compiled_block = torch.compile(Block.forward, dynamic=False)
             if relu_squared.works(self.get_device()):
                 for block in self.blocks:
                     block.mlp.fused = relu_squared.mlp
             return
-        self._compiled_loss = functools.partial(chunk_loss, gradient_of=torch.compile(softmax_gradient, dynamic=False))
+        self._chunk_loss = functools.partial(chunk_loss, gradient_of=torch.compile(softmax_gradient, dynamic=False))
         self._compiled_norm = torch.compile(norm, dynamic=False)
         before = torch.compile(_before_attention, dynamic=False)
         after = torch.compile(Block.after_attention, dynamic=False)
@@ -330,7 +330,7 @@ class GPT(nn.Module):
     def uncompiled(self) -> GPT:
         """This very model, all weights shared, that computes uncompiled: for texts of ever other lengths."""
         twin = copy.copy(self)
-        twin._compiled_block = twin._compiled_norm = twin._compiled_loss = None
+        twin._compiled_block = twin._compiled_norm = twin._chunk_loss = None
         return twin
 
     def trunk(
@@ -409,9 +409,7 @@ class GPT(nn.Module):
         head = self.lm_head.weight
         if head.size(0) != self.config.vocab_size:  # to cut nothing off would still copy the gradient
             head = head[: self.config.vocab_size]
-        loss = softcapped_cross_entropy(
-            x.flatten(0, 1), head, targets.flatten(), LOGIT_CAP, loss_reduction, self._compiled_loss
-        )
+        loss = softcapped_cross_entropy(x.flatten(0, 1), head, targets.flatten(), LOGIT_CAP, loss_reduction, self._chunk_loss)
         return loss.view(idx.shape) if loss_reduction == "none" else loss
 
     def features(self, idx: torch.Tensor, kv_cache: KVCache | None = None) -> torch.Tensor:
@@ -422,14 +420,17 @@ class GPT(nn.Module):
             x = self.trunk(idx, rotary, caches, previous=kv_cache.remember(idx))
             kv_cache.advance(T)
             return x
-        dtype, compiled = self.get_compute_dtype(), self.is_compiled
-        plans = [plan_attention(T, w, idx.device, dtype, compiled, self.config.head_dim) for w in self.config.windows()]
-        run_block = _call_block if self.is_sharded else self.run_block
+        constants, run_block = self.constants(T), _call_block if self.is_sharded else self.run_block
         if not self.is_compiled:
-            return self.trunk(idx, self.rotary(None, T), plans, run_block)
+            return self.trunk(idx, *constants, run_block)
         with torch.enable_grad():  # evaluation runs the graphs that training compiled, instead of compiling more
-            x = self.trunk(idx, self.rotary(None, T), plans, run_block, norm=self._compiled_norm or norm)
+            x = self.trunk(idx, *constants, run_block, norm=self._compiled_norm or norm)
         return x if torch.is_grad_enabled() else x.detach()
+
+    def constants(self, T: int) -> tuple[tuple[torch.Tensor, torch.Tensor], list[AttentionPlan]]:
+        """What all texts of T tokens share: `rotary` of their positions, and how each layer attends."""
+        how = (self.get_device(), self.get_compute_dtype(), self.is_compiled, self.config.head_dim)
+        return self.rotary(None, T), [plan_attention(T, window, *how) for window in self.config.windows()]
 
     def run_block(self, block: Block, *inputs: Any) -> torch.Tensor:
         """A block as training runs it: compiled or not, its inside kept for the backward pass or not."""

@@ -1,4 +1,4 @@
-"""What blocks are made of: tables that are looked up, matrices that multiply, norms, rotary positions. Used by gpt.py."""
+"""What blocks are made of: tables that are looked up, matrices that multiply, norms, rotary positions."""
 
 from __future__ import annotations
 

@@ -15,8 +15,9 @@ WIDTH, WARPS = 4096, 4  # logits that a program reads at a time (dev/LOG.md, "A 
 
 
 def chunk_loss(logits: torch.Tensor, targets: torch.Tensor, x: torch.Tensor, cap: float) -> tuple[torch.Tensor, ...]:
-    """As cross_entropy.chunk_loss; the gradient takes the place of the logits."""
+    """As cross_entropy.chunk_loss; the gradient takes the place of the logits. A target that is no word stops the process."""
     n, vocab_size = logits.shape
+    torch._assert_async(((targets >= IGNORE_INDEX) & (targets < vocab_size)).all())  # or the kernel would write elsewhere
     losses = torch.empty(n, device=x.device)
     scale, scaled = losses.new_empty(n, 1), torch.empty_like(x)
     channels = triton.next_power_of_2(x.size(1))
@@ -31,21 +32,23 @@ def _chunk_loss(  # type: ignore[no-untyped-def]
     logits, targets, x, losses, scales, scaled, cap, vocab_size, C, IGNORED: tl.constexpr, WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """One token a program; for the formulas see cross_entropy.softmax_gradient."""
+    """One token a program; for the formulas see cross_entropy.softmax_gradient.
+
+    The loop leaves the target's place alone: it is read before, and written after, by a thread that waits for no other.
+    """
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * vocab_size
     target = tl.load(targets + token)
-    r, at_target = _tilt(tl.load(row + tl.maximum(target, 0)), cap)  # now: it is written over
+    r, at_target = _tilt(tl.load(row + tl.maximum(target, 0)), cap)
     sums = tl.zeros((WIDTH,), tl.float32)
     for start in range(0, vocab_size, WIDTH):
         columns = start + tl.arange(0, WIDTH)
         inside = columns < vocab_size
         tilt, exponentials = _tilt(tl.load(row + columns, mask=inside, other=0.0), cap)
         sums += tl.where(inside, exponentials, 0.0)
-        tl.store(row + columns, 4 * (tilt - tilt * tilt) * exponentials, mask=inside)
+        tl.store(row + columns, 4 * (tilt - tilt * tilt) * exponentials, mask=inside & (columns != target))
     total = tl.sum(sums)
     supervised = target != IGNORED
-    tl.debug_barrier()  # other threads wrote there just now
     tl.store(row + target, 4 * (r - r * r) * (at_target - total), mask=supervised)
     tl.store(losses + token, tl.where(supervised, tl.log(total) + 2 * cap * r, 0.0))
     scale = tl.where(supervised, 1 / total, 0.0)

@@ -37,7 +37,8 @@ class Layout:
 def training_bytes(config: GPTConfig, rows: int = 1, layout: Layout = Layout()) -> int:
     """The most that one device holds at a time, in bytes, for micro-batches of `rows` sequences.
 
-    That is in the backward pass, or in the optimizer's step, which works on copies of the matrices of one shape.
+    That is in the backward pass, or in the optimizer's step, which works on copies of the matrices of one shape. Recorded
+    passes (passes.py) hold on to what they take, where there is room for it twice.
     """
     with torch.device("meta"):
         model = GPT(config)

@@ -31,7 +31,6 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 
-
 # Older PyTorch knows them by other names alone, newer ones warn of those.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -437,17 +436,18 @@ def apply_update(matrices: list[Tensor], update: Tensor, group: Group, shape: to
     """
     lr = group.lr * max(1.0, shape[0] / shape[1]) ** 0.5
     if update.is_cuda:  # as few launches as can be
-        _decay(update, torch.stack(matrices), group)
+        if group.weight_decay:
+            _decay(update, torch.stack(matrices), group)
         torch._foreach_sub_(matrices, list(update.unbind()), alpha=lr)
         return
     for values, change in zip(matrices, update, strict=True):  # one at a time, while it is in the cache
-        _decay(change, values, group)
+        if group.weight_decay:
+            _decay(change, values, group)
         values.sub_(change, alpha=lr)
 
 
 def _decay(change: Tensor, values: Tensor, group: Group) -> None:
-    if group.weight_decay:
-        change.addcmul_(values, (change * values).gt_(0), value=group.weight_decay)
+    change.addcmul_(values, (change * values).gt_(0), value=group.weight_decay)
 
 
 def neuron_means(matrices: Tensor) -> Tensor:

@@ -2,23 +2,26 @@
 
 On a GPU the pass of a small model is hundreds of kernels, each of which takes less time than to launch it from here. There a
 pass is recorded once, as a CUDA graph, and replayed by one call: at depth 4 that takes 2.6 in place of 12.8 ms, at depth 12
-101.8 in place of 103.6 (dev/LOG.md, "A third time on an H200").
+101.8 in place of 103.6 (dev/LOG.md, "A third time on an H200"). NANOCHAT_CUDA_GRAPHS=0 launches them kernel by kernel.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 
 import torch
 
-from nanochat.common import first_line
+from nanochat.common import NanochatError, first_line
 from nanochat.compilation import side_stream
 from nanochat.gpt import GPT
 
 logger = logging.getLogger(__name__)
 
 Batch = tuple[torch.Tensor, ...]  # (inputs, targets, ...): targets (B, T) int64, -1 where there is nothing to predict
+Shape = tuple[int, tuple[torch.Size, ...]]  # of a pass: how many blocks are idle, and what goes in
+STEP_BYTES = 12  # for each parameter, what an update needs besides gradients, at most
 
 
 def summed_loss(model: GPT, batch: Batch) -> torch.Tensor:
@@ -32,20 +35,23 @@ class Passes:
 
     def __init__(self, model: GPT, loss_fn: Callable[[GPT, Batch], torch.Tensor] = summed_loss) -> None:
         self.model, self.loss_fn = model, loss_fn
-        self._shape: tuple | None = None  # of the pass that was recorded, or could not be
+        self._recorded: Shape | None = None  # of the pass that was recorded, or for which there was no room
+        self._newest: Shape | None = None
         self._recording: _Recording | None = None
 
     def run(self, batches: Sequence[Batch], count: torch.Tensor) -> torch.Tensor:
-        """Set `.grad`, None before, to the gradients of the batches' summed loss / count; returns that loss, () float32."""
-        if self._may_record() and self._shape_of(batches[0]) != self._shape:
-            self._recording = None  # its memory is needed
-            self._shape, self._recording = self._shape_of(batches[0]), self._record(batches[0], count)
+        """Add the gradients of the batches' summed loss / count to `.grad`; returns that loss, () float32.
+
+        Gradients of an update before this one must be gone: those of recorded passes start from zero.
+        """
+        if self._may_record():
+            self._record(batches[0], count)
         recording = self._recording
         if recording:
             recording.begin()
         loss = torch.zeros((), device=self.model.get_device())
         for batch in batches:
-            if recording and self._shape_of(batch) == self._shape:
+            if recording and self._shape_of(batch) == self._recorded:
                 loss += recording.replay(batch, count)
             else:
                 loss += self.once(batch, count)
@@ -56,21 +62,26 @@ class Passes:
         part.backward()
         return part.detach()
 
-    def _shape_of(self, batch: Batch) -> tuple:
-        return (self.model.idle_blocks, *(tensor.shape for tensor in batch))
+    def _shape_of(self, batch: Batch) -> Shape:
+        return self.model.idle_blocks, tuple(tensor.shape for tensor in batch)
 
     def _may_record(self) -> bool:
         """What waits for other ranks, or recomputes because memory is short, is not recorded."""
         model = self.model
         fixed = self.loss_fn is summed_loss and not model.is_sharded and not model.recompute_blocks
-        return fixed and model.is_compiled and model.get_device().type == "cuda"
+        allowed = os.environ.get("NANOCHAT_CUDA_GRAPHS", "1") != "0"
+        return allowed and fixed and model.is_compiled and model.get_device().type == "cuda"
 
-    def _record(self, batch: Batch, count: torch.Tensor) -> _Recording | None:
+    def _record(self, batch: Batch, count: torch.Tensor) -> None:
+        """Record a pass of another shape than before, if it is the first of so many blocks or comes a second time."""
+        shape, before, self._newest = self._shape_of(batch), self._newest, self._shape_of(batch)
+        if shape == self._recorded or (self._recorded and shape[0] == self._recorded[0] and shape != before):
+            return
+        self._recorded, self._recording = shape, None  # first of all: the memory of the old one is needed
         try:
-            return _Recording(self, batch, count)
-        except Exception as error:  # whatever it is that cannot be recorded, it can be run
+            self._recording = _Recording.make(self, batch, count)
+        except torch.OutOfMemoryError as error:
             logger.info("passes are launched kernel by kernel: %s", first_line(error)[:200])
-            return None
         finally:
             self.model.zero_grad(set_to_none=True)
 
@@ -79,23 +90,41 @@ class _Recording:
     """One pass as a CUDA graph, with tensors of its own for what goes in and for the gradients."""
 
     def __init__(self, passes: Passes, batch: Batch, count: torch.Tensor) -> None:
-        device = passes.model.get_device()
-        self.batch, self.count = tuple(tensor.clone() for tensor in batch), count.clone()
+        """The gradients are there, as a pass before has left them. Raises NanochatError if it cannot be recorded."""
+        model = passes.model
+        self.batch, self.count = batch, count
+        self.gradients = [(p, p.grad) for p in model.parameters() if p.grad is not None]
+        self.constants = model.constants(batch[0].size(1))  # a graph does not keep what it reads
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may do what they do
+                self.loss = passes.once(self.batch, self.count)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # after which PyTorch's allocator is not to be trusted
+            raise NanochatError(
+                f"a training pass cannot be recorded here ({first_line(error)[:200]}): set NANOCHAT_CUDA_GRAPHS=0"
+            ) from error
+
+    @staticmethod
+    def make(passes: Passes, batch: Batch, count: torch.Tensor) -> _Recording | None:
+        """Warm up and record, if memory allows: a recording keeps what a pass takes, and evaluations need as much besides."""
+        model, device = passes.model, passes.model.get_device()
+        batch, count = tuple(tensor.clone() for tensor in batch), count.clone()
         with side_stream(device):
             for _ in range(2):  # compiles, and makes what is made once
-                passes.model.zero_grad(set_to_none=True)
-                torch.cuda.reset_peak_memory_stats(device)  # what is inside a replayed graph is not counted again
+                model.zero_grad(set_to_none=True)
+                torch.cuda.reset_peak_memory_stats(device)
                 before = torch.cuda.memory_allocated(device)
-                passes.once(self.batch, self.count)
-        needed = torch.cuda.max_memory_allocated(device) - before
+                passes.once(batch, count)
+        needed = 2 * (torch.cuda.max_memory_allocated(device) - before)
+        needed += STEP_BYTES * sum(p.numel() for p in model.parameters())
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(device)[0]
-        if free < 2 * needed:  # a recording keeps what a pass takes, and evaluations need as much besides
-            raise MemoryError(f"{free / 1e9:.1f} GB are free, twice {needed / 1e9:.1f} GB would be needed")
-        self.gradients = [(p, p.grad) for p in passes.model.parameters() if p.grad is not None]
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may do what they do
-            self.loss = passes.once(self.batch, self.count)
+        if free < needed:
+            logger.info("passes are launched kernel by kernel: %.1f of %.1f GB are free", free / 1e9, needed / 1e9)
+            return None
+        return _Recording(passes, batch, count)
 
     def begin(self) -> None:
         """Lay out the gradients that replays add to, all zero."""

@@ -44,7 +44,7 @@ def _probe(device: torch.device) -> None:
     with torch.enable_grad():
         inputs = [
             torch.randn(shape, generator=generator, device=device).mul_(0.1).to(torch.bfloat16).requires_grad_()
-            for shape in ((200, 72), (264, 72), (72, 264))
+            for shape in ((20_000, 72), (520, 72), (72, 520))  # more tiles than there are programs
         ]
         x, up, down = inputs
         found, expected = mlp(x, up, down), F.linear(F.relu(F.linear(x, up)).square(), down)
@@ -147,6 +147,6 @@ def _tile(  # type: ignore[no-untyped-def]
     if BACKWARD:
         result *= 2 * tl.sqrt(squares.load([row, column]).to(tl.float32))
     else:
-        result = tl.maximum(result, 0)
+        result = tl.maximum(result, 0, propagate_nan=tl.PropagateNan.ALL)
         result *= result
     out.store([row, column], result.to(out.dtype))

@@ -13,7 +13,7 @@ from nanochat.chat_eval import sample_answers
 from nanochat.checkpoint_manager import find_run, open_checkpoint
 from nanochat.common import NanochatError, compute_init, get_compute_dtype, print0, run_command
 from nanochat.compilation import keep_freed_memory
-from nanochat.conversation_loader import ConversationLoader, estimate_tokens
+from nanochat.conversation_loader import ConversationLoader, estimate_tokens, fingerprint
 from nanochat.engine import Engine
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.metrics import MetricsLog
@@ -92,11 +92,12 @@ def main(argv: list[str] | None = None) -> int:
         total_batch_size = stage.recorded_settings().get("total_batch_size", fitted)
     train_task = build_mixture(args.tasks, "train", args.task_data)
     val_task = build_mixture(args.tasks, "val", args.task_data)
-    had = stage.recorded_settings().get("conversations", len(train_task))
-    if had != len(train_task):
+    mixture = {"conversations": len(train_task), "mixture": fingerprint(train_task)}
+    before = {**mixture, **stage.recorded_settings()}
+    if any(before[name] != now for name, now in mixture.items()):
         raise NanochatError(
-            f"the mixture has {len(train_task):,} conversations, and had {had:,} when run {stage.tag!r} was started: "
-            "give it the same files to go on"
+            f"the {len(train_task):,} conversations of the mixture are not the {before['conversations']:,} that run "
+            f"{stage.tag!r} was started with: give it the same files to go on"
         )
     model = make_model(model_config, device, args, stage.start or (base_dir, base_step))
     rows = choose_device_batch_size(model, args.device_batch_size, total_batch_size, world_size)
@@ -108,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
             num_iterations = min(num_iterations, steps)
     settings = {
         **vars(args), **describe_model(model), "task_data": str(args.task_data) if args.task_data else None,
-        "conversations": len(train_task), "num_iterations": num_iterations, "total_batch_size": total_batch_size,
+        **mixture, "num_iterations": num_iterations, "total_batch_size": total_batch_size,
         "device_batch_size": rows, "device": str(device), "dtype": str(get_compute_dtype(device)), "world_size": world_size,
         "tag": stage.tag, "stage": "sft", "parent": f"base step {base_step}", "tokenizer_fingerprint": tokenizer.fingerprint(),
     }  # fmt: skip

@@ -42,6 +42,14 @@ def test_a_file_named_for_validation_is_the_validation_split(tmp_path: Path, suf
     assert list(source.documents("val")) == DOCUMENTS[90:]
 
 
+def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    for folder in ("x", "y/deep"):
+        _write(tmp_path / folder / "a.jsonl", DOCUMENTS)
+    _write(tmp_path / "y" / "b.jsonl", DOCUMENTS)
+    for path in (tmp_path, tmp_path / "**" / "*.jsonl"):
+        assert list(get_source(str(path)).describe()["files"]) == ["x/a.jsonl", "b.jsonl", "y/deep/a.jsonl"]
+
+
 def test_without_one_a_hash_splits_and_nothing_is_in_both(tmp_path: Path) -> None:
     _write(tmp_path / "all.jsonl", DOCUMENTS)
     source = get_source(str(tmp_path / "*.jsonl"))

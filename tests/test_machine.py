@@ -104,7 +104,7 @@ def test_compiled_equals_eager() -> None:
     torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
     for (name, a), b in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(b.grad, a.grad, rtol=1e-2, atol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
-    assert models[0]._compiled_loss is None  # compiling one model leaves the others as they are, to the last bit
+    assert models[0]._chunk_loss is None  # compiling one model leaves the others as they are, to the last bit
     with torch.no_grad():
         assert models[1](idx, idx).item() == pytest.approx(eager.item(), rel=1e-4)
         assert not models[1](idx, idx).requires_grad
