@@ -28,5 +28,5 @@ ENV PATH=/app/.venv/bin:$PATH NANOCHAT_BASE_DIR=/data PYTHONUNBUFFERED=1
 VOLUME /data
 EXPOSE 8000
 HEALTHCHECK --start-period=2m CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health')"]
-# Serves the newest model of the volume; any other command of the README can stand in its place.
+# Serves the newest fine-tuned model of the volume; other commands can stand in its place (docs/getting-started.md).
 CMD ["python", "-m", "scripts.chat_web", "--host", "0.0.0.0"]

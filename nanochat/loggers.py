@@ -105,7 +105,7 @@ LOGGERS: dict[str, type[Logger]] = {"wandb": WandbLogger, "tensorboard": TensorB
 def check_installed(name: str) -> None:
     """Raise NanochatError if the package of a logger is missing; it has the logger's name."""
     if importlib.util.find_spec(name) is None:
-        raise NanochatError(f"logging to {name} needs its package: pip install {name}, or leave it out")
+        raise NanochatError(f"{name} is not installed: bash runs/setup.sh {name}, or pip install {name}, or leave it out")
 
 
 class BackgroundLogger:

@@ -5,11 +5,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash runs/setup.sh
 source .venv/bin/activate
 data="${1:-builtin}"
-flags=("${@:2}")
+flags=("${@:2}")  # used below as macOS's old Bash wants it, which takes an empty list for an unset one
 launch=(python -m)
 [ "${NPROC:-1}" = 1 ] || launch=(torchrun --standalone --nproc_per_node="$NPROC" -m --)
 
 # train TAG FLAGS...: one run of a series, gone on with where it was
 train() {
-    "${launch[@]}" scripts.base_train --data="$data" --model-tag="$1" --resume=auto --sample-every=-1 "${@:2}" "${flags[@]}"
+    "${launch[@]}" scripts.base_train --data="$data" --model-tag="$1" --resume=auto --sample-every=-1 "${@:2}" ${flags[@]+"${flags[@]}"}
 }

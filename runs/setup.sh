@@ -8,10 +8,14 @@ say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then device=gpu; else device=cpu; fi
+stamp=.venv/.nanochat-installed
+# What was installed for a GPU serves without one; the other way round pip would keep the build for the CPU.
+case ",$(cut -d ' ' -f 1 "$stamp" 2>/dev/null)," in
+    *,gpu,*) device=gpu ;;
+    *,cpu,*) [ "$device" = cpu ] || { say "a GPU is here now: making .venv anew"; rm -rf .venv; } ;;
+esac
 extras="$device"
 for extra in "$@"; do extras="$extras,$extra"; done
-
-stamp=.venv/.nanochat-installed
 wanted="$extras $(cksum <pyproject.toml)"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
 # What is installed with more extras serves one that asks for fewer.

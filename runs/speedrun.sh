@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The full pipeline at depth 24 on a node of GPUs: bash runs/speedrun.sh
 # In a terminal that outlives the connection: screen -L -Logfile speedrun.log -S speedrun bash runs/speedrun.sh
-# DEPTH, NPROC, MODEL_TAG and WANDB_RUN may be set. Run again after an interruption, it goes on where it was.
+# DEPTH, NPROC, MODEL_TAG, WANDB_RUN and SHARDS (of text: 240 are for depth 24, 30 for depth 12) may be set. Run again after an interruption, it goes on where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,12 +15,12 @@ if [ "$nproc" -lt 1 ]; then
 fi
 extras=()
 [ "$run" = dummy ] || extras=(wandb)
-bash runs/setup.sh "${extras[@]}"
+bash runs/setup.sh ${extras[@]+"${extras[@]}"}
 source .venv/bin/activate
 export OMP_NUM_THREADS=1
 launch() { torchrun --standalone --nproc_per_node="$nproc" -m -- "$@"; }
 
-# The tokenizer needs 8 shards; the rest of what pretraining reads comes meanwhile.
+# The tokenizer needs 8 shards; while it is trained, the rest of what pretraining reads comes.
 python -m nanochat.dataset --data=climbmix -n 8
 python -m nanochat.dataset --data=climbmix -n "${SHARDS:-240}" &
 download=$!

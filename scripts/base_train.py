@@ -66,7 +66,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     )
     data = parser.add_argument_group("data")
     data.add_argument("--data", default=None, metavar="NAME|PATH",
-                      help="builtin, climbmix, fineweb-edu, or a path (default: climbmix if downloaded)")  # fmt: skip
+                      help="builtin, climbmix, fineweb-edu or a path (climbmix if downloaded, else builtin)")  # fmt: skip
     data.add_argument("--tokenizer", default="default", metavar="NAME|PATH", help="as trained by scripts.tok_train")
     model = parser.add_argument_group("model")
     model.add_argument("--depth", type=int, default=20, help="layers; the one dial")

@@ -22,7 +22,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "Train a tokenizer.", examples=["%(prog)s --data builtin --vocab-size 4096 --tokenizer small"]
     )
     parser.add_argument("--data", default=None, metavar="NAME|PATH",
-                        help="builtin, climbmix, fineweb-edu, or a path (default: climbmix if downloaded)")  # fmt: skip
+                        help="builtin, climbmix, fineweb-edu or a path (climbmix if downloaded, else builtin)")  # fmt: skip
     parser.add_argument("--tokenizer", default="default", metavar="NAME|PATH", help="where to keep it")
     parser.add_argument("--max-chars", type=int, default=2_000_000_000, help="stop reading after so many characters")
     parser.add_argument("--doc-cap", type=int, default=10_000, help="characters to use of one document")

@@ -220,20 +220,20 @@ def load_rows(
 
 
 def _download_split(repo_id: str, subset: str, split: str) -> list[Path]:
-    from huggingface_hub import HfApi, hf_hub_download
+    """The files of a split; without a network those that were fetched before."""
+    from huggingface_hub import snapshot_download
 
-    cache = get_base_dir() / "tasks"
+    pattern = f"{subset}/{split}-*.parquet"
     try:
-        names = HfApi().list_repo_files(repo_id, repo_type="dataset")
-        wanted = [n for n in names if n.startswith(f"{subset}/{split}-") and n.endswith(".parquet")]
-        if not wanted:
-            raise NanochatError(f"{repo_id} has no {subset}/{split}-*.parquet")
-        return [Path(hf_hub_download(repo_id, name, repo_type="dataset", cache_dir=cache)) for name in sorted(wanted)]
-    except NanochatError:
-        raise
+        folder = snapshot_download(
+            repo_id, repo_type="dataset", allow_patterns=pattern, cache_dir=get_base_dir() / "tasks"
+        )
     except Exception as error:  # the hub library raises a dozen kinds, all with the same way out
         reason = str(error).splitlines()[0][:200]
         raise NanochatError(
             f"{repo_id} could not be fetched from the hub ({reason}): check the network, or give a local folder with "
             "--task-data"
         ) from error
+    if not (paths := sorted(Path(folder).glob(pattern))):
+        raise NanochatError(f"{repo_id} has no {pattern}")
+    return paths

@@ -1,5 +1,5 @@
 """A web server of this machine that has a folder's files, also in the layout of the Hugging Face hub. Used by
-test_shard_cache.py (data sets) and test_hf_load.py (models, which can be sent as well).
+test_shard_cache.py, test_tasks.py (data sets) and test_hf_load.py (models, which can be sent as well).
 """
 
 from __future__ import annotations
@@ -54,9 +54,11 @@ class HubServer(http.server.BaseHTTPRequestHandler):
         path = urllib.parse.unquote(self.path.split("?")[0])
         self.requests.append(f"{self.command} {path} {self.headers.get('Range', '')}".strip())
         tree, api = "/api/datasets/someone/texts/tree/main", "/api/datasets/someone/texts"
-        for prefix in ("/files/", "/datasets/someone/texts/resolve/main/"):
+        resolve = "/datasets/someone/texts/resolve"
+        for prefix in ("/files/", f"{resolve}/main/", f"{resolve}/{'0' * 40}/"):
             if path.startswith(prefix) and (self.root / path.removeprefix(prefix)).is_file():
                 return self._send_file((self.root / path.removeprefix(prefix)).read_bytes())
+        path = path.replace(f"/tree/{'0' * 40}", "/tree/main")
         if path.startswith(tree) and (folder := self.root / path.removeprefix(tree).strip("/")).is_dir():
             found = folder.rglob("*") if "recursive=true" in self.path.lower() else folder.iterdir()
             return self._send(json.dumps([self._entry(p) for p in sorted(found)]).encode())

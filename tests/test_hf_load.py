@@ -18,7 +18,7 @@ from nanochat.hf.export import export, push
 from nanochat.hf.load import import_run, load_hf
 from nanochat.hf.weights import NORM_EPS
 from nanochat.tokenizer import Tokenizer
-from scripts import chat_cli, chat_sft, export_hf
+from scripts import base_eval, chat_cli, chat_sft, export_hf
 from tests.helpers import make_document, make_model
 from tests.hub_server import ModelHub, serve_folder
 from tests.test_hf_export import META, make_plain_model, some_ids
@@ -120,6 +120,8 @@ def test_fine_tuning_from_an_export(tiny_run: Path, tmp_path: Path, capsys: pyte
     assert export_hf.main(["--model-tag=little-model", "--output", output]) == 0
     with pytest.raises(NanochatError, match="already has a base model, another"):
         import_run(output, "little-model")
+    with pytest.raises(NanochatError, match="not pretrained here.*--data"):
+        base_eval.main(["--model-tag=little-model", "--device-type=cpu", "--eval=bpb"])
 
 
 def test_fine_tuning_a_plain_model_makes_it_one_of_ours(tokenizer: Tokenizer, tmp_path: Path) -> None:

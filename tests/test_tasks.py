@@ -6,6 +6,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from nanochat.common import NanochatError
@@ -13,10 +15,11 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.tools import use_calculator
 from tasks import TASKS, build_mixture, build_task, task_name
 from tasks.arithmetic import Arithmetic
-from tasks.common import Task, TaskMixture, TaskSequence, render_mc
+from tasks.common import Task, TaskMixture, TaskSequence, load_rows, render_mc
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import extract_answer
 from tasks.identity import Identity
+from tests.hub_server import serve_folder
 
 
 class Count(Task):
@@ -291,3 +294,29 @@ def test_malformed_parts_of_a_conversation_are_named_by_file_and_line(tmp_path: 
     (tmp_path / "bad.jsonl").write_text(json.dumps(talk) + "\n\n" + json.dumps(bad), encoding="utf-8")
     with pytest.raises(NanochatError, match=r"bad\.jsonl, line 3: conversation 2 is damaged in message 2 .* mend or"):
         CustomJSON(tmp_path / "bad.jsonl")
+
+
+def test_tasks_of_the_hub_are_there_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once they were fetched; what was not is named, and so is a split that there is not."""
+    (tmp_path / "main").mkdir()
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        pq.write_table(pa.table({"question": [name]}), tmp_path / "main" / f"{name}.parquet")
+
+    def load(split: str) -> list[str]:
+        return [row["question"] for row in load_rows(None, [], "someone/texts", "main", split, lambda row: None)]
+
+    def ask(address: str) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+    with serve_folder(tmp_path) as server:
+        ask(server.address)
+        assert load("train") == ["train-00000-of-00002", "train-00001-of-00002"]
+        with pytest.raises(NanochatError, match=r"has no main/validation-\*"):
+            load("validation")
+    ask("http://127.0.0.1:1")
+    assert load("train") == ["train-00000-of-00002", "train-00001-of-00002"]
+    with pytest.raises(NanochatError, match="could not be fetched.*--task-data"):
+        load("test")

@@ -7,7 +7,7 @@
 # You may set: DEPTH, MODEL_TAG, NPROC (processes a node), DATA (climbmix, fineweb-edu, builtin, or what else --data takes),
 # SHARDS (to download, of the first two), LOCAL_DATA=1 (each node downloads its own), TOKENIZER (one that exists; otherwise one
 # of VOCAB_SIZE tokens is trained), STAGES, SAVE_EVERY (steps), SAVE_S (seconds that a stopped run has to save), WANDB_RUN,
-# BASE_FLAGS and SFT_FLAGS (more flags for scripts.base_train and scripts.chat_sft).
+# BASE_FLAGS, SFT_FLAGS and EVAL_FLAGS (more flags for scripts.base_train, chat_sft and chat_eval).
 #
 # SIGTERM or SIGUSR1 stops the run: the step at hand is finished and saved, and the exit code is 143. The same command again
 # goes on from there. A process that fails is started again with all the others, three times, from the newest checkpoint.
@@ -86,6 +86,7 @@ launch() {
 
 read -ra base_flags <<<"${BASE_FLAGS:-}"
 read -ra sft_flags <<<"${SFT_FLAGS:-}"
+read -ra eval_flags <<<"${EVAL_FLAGS:-}"
 resumable=(--resume=auto --save-every="${SAVE_EVERY:-250}" --run="${WANDB_RUN:-dummy}")
 for stage in ${STAGES:-base_train chat_sft base_eval chat_eval}; do
     case "$stage" in
@@ -94,7 +95,7 @@ for stage in ${STAGES:-base_train chat_sft base_eval chat_eval}; do
             ;;
         chat_sft) launch chat_sft "${resumable[@]}" "${sft_flags[@]}" ;;
         base_eval) launch base_eval ;;
-        chat_eval) launch chat_eval --source=sft ;;
+        chat_eval) launch chat_eval --source=sft "${eval_flags[@]}" ;;
         *) echo "error: stage '$stage' is none of base_train, chat_sft, base_eval, chat_eval" >&2; exit 2 ;;
     esac
 done
