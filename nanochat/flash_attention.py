@@ -77,7 +77,9 @@ def choose_backend(device_type: str, device_index: int | None, dtype: torch.dtyp
     """(attend, make_mask) of the first backend whose probe launch, forward and backward, succeeds on this device."""
     candidates: list[tuple[str, Backend]] = []
     if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        candidates += [("fa3", (attend_fa3, no_mask)), ("fa4", (attend_fa4, no_mask))]
+        # They bring kernels of their own. Told here, since it imports the compiler, which would take each command a second.
+        attends = [torch.compiler.disable(attend) for attend in (attend_fa3, attend_fa4)]
+        candidates += [(name, (attend, no_mask)) for name, attend in zip(("fa3", "fa4"), attends, strict=True)]
     if device_type == "cuda":
         candidates.append(("flex", (attend_flex, flex_mask)))
     for name, backend in candidates:
@@ -293,7 +295,6 @@ def attend_fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Attentio
     return _flash_attention("flash_attn.cute", None, q, k, v, plan)
 
 
-@torch.compiler.disable  # it brings kernels of its own
 def _flash_attention(
     module: str, boundless: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan
 ) -> torch.Tensor:
