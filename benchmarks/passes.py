@@ -22,9 +22,9 @@ from nanochat.checkpoint_manager import build_model
 from nanochat.common import compute_init, peak_memory_bytes, run_command, synchronize
 from nanochat.compilation import can_compile, keep_freed_memory
 from nanochat.fp8 import enable_fp8
+from nanochat.pace import seconds_of
 from nanochat.passes import Passes
 from nanochat.scaling import accumulation_steps, default_device_batch_size, plan_horizon
-from nanochat.stage import seconds_of
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -421,7 +421,7 @@ def open_checkpoint(
     """(stage directory, tokenizer, meta) of a step, without its tensors. source: base, sft or rl.
 
     Without a tag the newest run with such a checkpoint; without a step its newest. meta gains "tag", "stage" and
-    "weights", the hash by which results of other weights can be told. Raises CheckpointError.
+    "weights", their hash. Raises CheckpointError.
     """
     tag = find_run(source, model_tag)
     stage_dir = get_stage_dir(tag, source)
@@ -436,9 +436,14 @@ def open_checkpoint(
             f"the tokenizer in {get_run_dir(tag)} is not the one that step {step} of {source} was trained with: "
             "restore it, or train again"
         )
+    return stage_dir, tokenizer, {**meta, "tag": tag, "stage": source, "weights": hash_of_weights(stage_dir, step)}
+
+
+def hash_of_weights(stage_dir: Path, step: int) -> str:
+    """By which results of other weights can be told."""
     manifest = _read_json(step_dir(stage_dir, step) / MANIFEST_FILE)
-    weights = manifest["files"].get(MODEL_FILE, {}).get("sha256") or manifest["digest"]
-    return stage_dir, tokenizer, {**meta, "tag": tag, "stage": source, "weights": weights}
+    found: str = manifest["files"].get(MODEL_FILE, {}).get("sha256") or manifest["digest"]
+    return found
 
 
 def load_model(

@@ -60,7 +60,7 @@ class CheckpointWriter:
         copy = self._copies.get(name)
         if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
             copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return copy.copy_(tensor.detach(), non_blocking=True)
+        return copy.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
 
     def _write(self, step: int, model_state: State, optimizer_state: State, meta: dict[str, Any], best: int | None) -> None:
         try:

@@ -5,6 +5,7 @@ Everything else imports from here; this module imports nothing of nanochat's but
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import json
@@ -375,6 +376,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     import resource  # which Windows lacks
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def complain(text: str) -> None:
+    """To stderr, if anybody is there to read it: work that goes on ends no sooner for lack of a reader."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

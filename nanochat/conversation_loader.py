@@ -178,9 +178,9 @@ class _Lane:
     buffer: list[tuple[int, np.ndarray, np.ndarray]] = field(default_factory=list)  # (index, ids, mask), as they were read
 
 
-def estimate_tokens(task: Task, tokenizer: Tokenizer, sequence_len: int) -> int:
+def estimate_tokens(task: Task, tokenizer: Tokenizer, sequence_len: int, sample_size: int = 1000) -> int:
     """Tokens in one pass over a task, from the mean length of conversations evenly spread over it."""
-    lengths = [len(tokenizer.render_conversation(c, max_tokens=sequence_len + 1)[0]) for c in _spread(task)]
+    lengths = [len(tokenizer.render_conversation(c, max_tokens=sequence_len + 1)[0]) for c in _spread(task, sample_size)]
     return round(sum(lengths) / len(lengths) * len(task))
 
 

@@ -28,6 +28,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 import yaml
+from filelock import FileLock
 
 from nanochat.common import (
     NanochatError,
@@ -108,8 +109,9 @@ def find_bundle(path: Path | None) -> Path:
             raise NanochatError(f"{path} is no evaluation bundle: it has no core.yaml")
         return path
     folder = get_base_dir() / "eval_bundle"
-    if not (folder / "core.yaml").exists():
-        _download_bundle(folder)
+    with FileLock(folder.with_suffix(".lock")):  # one of all ranks fetches it
+        if not (folder / "core.yaml").exists():
+            _download_bundle(folder)
     return folder
 
 

@@ -13,7 +13,6 @@ import itertools
 import json
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
@@ -259,8 +258,11 @@ def parse_line(line: str, address: str, number: int, wanted: str | None = None, 
         raise NanochatError(f"{address}, line {number}, cannot be read ({reason}): mend or remove it") from error
     if not isinstance(row, dict):
         raise NanochatError(f"{address}, line {number}, is not an object with a text")
-    text = row[text_column(f"{address}, line {number},", list(row), wanted, way_out)]
-    return "" if text is None else as_unicode(str(text))
+    column = text_column(f"{address}, line {number},", list(row), wanted, way_out)
+    text = row[column]
+    if text is not None and not isinstance(text, str):
+        raise NanochatError(f"{address}, line {number}, holds no text in {column} ({type(text).__name__}): mend or remove it")
+    return as_unicode(text or "")
 
 
 def as_unicode(text: str) -> str:
@@ -306,13 +308,26 @@ def is_remote(address: str) -> bool:
 
 
 def list_local(path: str) -> Listing:
-    """The files at a path, below a folder, or that a glob matches. Those of one name are told apart by their folders."""
+    """The files at a path, below a folder, or that a glob matches, by links too; named by their way from there."""
     expanded = Path(path.removeprefix("file://")).expanduser()
-    found = expanded.rglob("*") if expanded.is_dir() else map(Path, glob.glob(str(expanded), recursive=True))
-    files = [path for path in found if path.is_file()]
-    times, folder = Counter(path.name for path in files), os.path.commonpath([str(path.parent) for path in files] or [""])
-    names = {path: path.name if times[path.name] == 1 else path.relative_to(folder).as_posix() for path in files}
-    return {path: functools.partial(DocumentFile, path, name) for path, name in names.items()}
+    if expanded.is_dir():
+        root, found = expanded, _walk(expanded)
+    elif expanded.exists():  # whatever its name looks like
+        root, found = expanded.parent, iter([expanded])
+    else:
+        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), expanded.parts[:-1]))
+        found = map(Path, glob.glob(str(expanded), recursive=True))
+    files = (path for path in found if path.is_file())
+    return {path: functools.partial(DocumentFile, path, path.relative_to(root).as_posix()) for path in files}
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """All that lies below a folder, below links to folders as well, but nothing twice by way of a circle."""
+    visited = {os.path.realpath(folder)}
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if os.path.realpath(os.path.join(parent, name)) not in visited]
+        visited.update(os.path.realpath(os.path.join(parent, name)) for name in folders)
+        yield from (Path(parent, name) for name in names)
 
 
 def list_remote(address: str) -> Listing:

@@ -15,6 +15,8 @@ import torch
 from nanochat.common import NanochatError, first_line, get_compute_dtype
 from nanochat.core_eval import BATCH_TOKENS, Candidate, Question
 
+LOGIT_BYTES = 4 << 30  # of a batch: other models have up to eight times as many words as ours
+
 LONGEST_CONTEXT = 4096  # also of models that can do more: no CORE question is longer
 
 
@@ -70,7 +72,8 @@ class HuggingFaceScorer:
         return [[next(found) for _ in question.candidates] for question in questions]
 
     def _batches(self, candidates: list[Candidate]) -> Iterator[list[int]]:
-        budget = BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
+        words = self.model.get_output_embeddings().weight.size(0)
+        budget = min(BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"]), LOGIT_BYTES // (4 * words))
         batch: list[int] = []
         for i in sorted(range(len(candidates)), key=lambda i: len(candidates[i].tokens)):
             if batch and (len(batch) + 1) * len(candidates[i].tokens) > budget:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import queue
-import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from nanochat.common import NanochatError, atomic_write
+from nanochat.common import NanochatError, atomic_write, complain
 
 PROJECT = "nanochat"
 OPEN_S = 10.0  # seconds that the start waits for a logger, so that what it asks or says comes before the progress
@@ -157,9 +156,8 @@ class BackgroundLogger:
             known = self._broken.is_set()
             self._broken.set()
         if not known:
-            print(
+            complain(
                 f"warning: nothing more goes to {self._name} ({' '.join(reason.split())}). The run is not touched by that, "
                 f"metrics.jsonl has everything, and this sends it later: "
-                f"python -m nanochat.metrics {self._run.stage_dir.parent.name} --to {self._name}",
-                file=sys.stderr,
+                f"python -m nanochat.metrics {self._run.stage_dir.parent.name} --to {self._name}"
             )

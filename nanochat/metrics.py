@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint_manager import SETTINGS_FILE, STAGES, get_run_dir
-from nanochat.common import NanochatError, read_json_lines, run_command
+from nanochat.common import NanochatError, complain, read_json_lines, run_command
 from nanochat.loggers import LOGGERS, BackgroundLogger, LoggedRun, check_installed
 from nanochat.settings import SettingsParser
 
@@ -74,7 +74,7 @@ class MetricsLog:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
             if not complained:
-                print(f"metrics cannot be written now ({error.strerror}); training goes on and they are kept", file=sys.stderr)
+                complain(f"metrics cannot be written now ({error.strerror}); training goes on and they are kept")
 
     def close(self) -> None:
         if self._file is not None:

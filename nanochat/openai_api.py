@@ -28,6 +28,8 @@ MAX_LOGPROBS = 20
 
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, strict=True)]
+# The first wrong item is enough: errors of a million would take seconds and a gigabyte to write down.
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS, fail_fast=True)]
 
 
 class RequestError(Exception):
@@ -208,10 +210,10 @@ class CompletionRequest(SamplingRequest):
 
     prompt: (
         Annotated[str, Field(max_length=MAX_CHARS)]
-        | Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]
+        | TokenIds
         | Annotated[list[Annotated[str, Field(max_length=MAX_CHARS)]], Field(min_length=1, max_length=MAX_CHOICES)]
         | Annotated[
-            list[Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS)]],
+            list[TokenIds],
             Field(min_length=1, max_length=MAX_CHOICES),
         ]
     )

@@ -95,9 +95,9 @@ class _Recording:
         self.batch, self.count = batch, count
         self.gradients = [(p, p.grad) for p in model.parameters() if p.grad is not None]
         self.constants = model.constants(batch[0].size(1))  # a graph does not keep what it reads
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(model.get_device())
         try:
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may do what they do
+            with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):  # other threads may go on
                 self.loss = passes.once(self.batch, self.count)
         except torch.OutOfMemoryError:
             raise

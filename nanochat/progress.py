@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
 import time
@@ -21,6 +23,23 @@ FORMATS = {
 LABELS = {"tok_per_s": "tok/s", "mfu": "MFU"}
 
 
+class _Console(Console):
+    """Once the reader of its output has gone, or the terminal, it is silent: that ends no work."""
+
+    def on_broken_pipe(self) -> None:
+        with contextlib.suppress(OSError):  # so that nobody else's print finds the pipe broken either
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        self.quiet = True
+
+    @contextlib.contextmanager
+    def unharmed(self) -> Iterator[None]:
+        """What cannot be written is kept while a disk is full, and else left out."""
+        try:
+            yield
+        except OSError as error:
+            self.quiet = error.errno != errno.ENOSPC
+
+
 class Progress:
     """Shows stage, steps done, the given numbers and the time left; a context manager. Silent but on rank 0.
 
@@ -35,7 +54,7 @@ class Progress:
         self.stage = f"[{place}] {stage}" if place else stage
         self.total, self.unit, self.start, self.work = total, unit, start, work
         self.active = int(os.environ.get("RANK", 0)) == 0
-        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._console = _Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._bar: RichProgress | None = None
         self._shown_at, self._shown_step = 0.0, start
         self._last: tuple[int, dict[str, float]] = (start, {})
@@ -48,16 +67,18 @@ class Progress:
                 console=self._console, auto_refresh=False, expand=True,
             )  # fmt: skip
             self._task = self._bar.add_task(self.stage, total=self.total, completed=self.start, numbers="starting")
-            self._bar.start()
-            self._bar.refresh()
+            with self._console.unharmed():
+                self._bar.start()
+                self._bar.refresh()
         return self
 
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
             step, numbers = self._last
-            self._bar.update(self._task, completed=step, numbers=self._describe(step, time.perf_counter(), numbers))
-            self._bar.refresh()
-            self._bar.stop()
+            with self._console.unharmed():
+                self._bar.update(self._task, completed=step, numbers=self._describe(step, time.perf_counter(), numbers))
+                self._bar.refresh()
+                self._bar.stop()
 
     def update(self, step: int, **numbers: float) -> None:
         """Report that `step` of the total are done; cheap enough to call at every step."""
@@ -69,14 +90,15 @@ class Progress:
         if self._bar is not None:
             if ended or now - self._shown_at >= REFRESH_S:
                 self._shown_at = now
-                self._bar.update(self._task, completed=step, numbers=self._describe(step, now, numbers))
-                self._bar.refresh()
+                with self._console.unharmed():
+                    self._bar.update(self._task, completed=step, numbers=self._describe(step, now, numbers))
+                    self._bar.refresh()
             return
         far = step - self._shown_step >= (self.total or 0) / 20 and now - max(self._shown_at, self._began) >= LINE_S
         if ended or far or (step == self.start + 1 and self.total is not None):
             self._shown_at, self._shown_step = now, step
             done = f"{step}/{self.total}" if self.total is not None else f"{step}"
-            self._console.print(f"{self.stage}: {self.unit} {done}  {self._describe(step, now, numbers)}", markup=False)
+            self.print(f"{self.stage}: {self.unit} {done}  {self._describe(step, now, numbers)}")
 
     def watch(self, items: Iterable[T]) -> Iterator[T]:
         """The items, each a step that is done when the next is asked for."""
@@ -87,7 +109,8 @@ class Progress:
     def print(self, text: str) -> None:
         """A message of its own, above the bar."""
         if self.active:
-            (self._bar.console if self._bar is not None else self._console).print(text, markup=False)
+            with self._console.unharmed():
+                self._console.print(text, markup=False)
 
     def _describe(self, step: int, now: float, numbers: dict[str, float]) -> str:
         parts = [f"{LABELS.get(name, name)} {value:{FORMATS.get(name, '.4g')}}" for name, value in numbers.items()]

@@ -24,7 +24,16 @@ import psutil
 import torch
 from markupsafe import Markup, escape
 
-from nanochat.checkpoint_manager import META_FILE, SETTINGS_FILE, STAGES, get_run_dir, get_runs_dir, list_steps, step_dir
+from nanochat.checkpoint_manager import (
+    META_FILE,
+    SETTINGS_FILE,
+    STAGES,
+    get_run_dir,
+    get_runs_dir,
+    hash_of_weights,
+    list_steps,
+    step_dir,
+)
 from nanochat.common import NanochatError, atomic_write, run_command
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.metrics import read_metrics, series, smooth_for_picture
@@ -84,13 +93,38 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def merge_eval(stage_dir: Path, step: int, results: dict[str, Any]) -> None:
-    """Add results to the stage's eval.json; results of another step are dropped."""
+    """Add results to the stage's eval.json; those of an earlier step, or of other weights, are dropped.
+
+    A step before the one that eval.json is of gets a file of its own, which no report reads.
+    """
+    stamp = {"step": step, **_weights(stage_dir, step)}
     path = stage_dir / "eval.json"
+    if read_eval(stage_dir).get("step", step) > step:
+        path = stage_dir / f"eval_step_{step:06d}.json"
     old = read_json(path)
-    merged: dict[str, Any] = old if old.get("step") == step else {"step": step}
+    merged: dict[str, Any] = {**old, **stamp} if _agrees(old, stamp) else stamp
     for key, value in results.items():
-        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
+        joins = isinstance(value, dict) and key != "core"  # a mean over tasks, which belong together
+        merged[key] = {**merged.get(key, {}), **value} if joins else value
     atomic_write(path, json.dumps(merged, indent=2))
+
+
+def read_eval(stage_dir: Path) -> dict[str, Any]:
+    """The stage's eval.json; {} if the weights that it is of are no longer there, but others are."""
+    results = read_json(stage_dir / "eval.json")
+    if not results or not (steps := list_steps(stage_dir)):
+        return results
+    current = results["step"] in steps and _agrees(results, _weights(stage_dir, results["step"]))
+    return results if current else {}
+
+
+def _agrees(results: dict[str, Any], stamp: dict[str, Any]) -> bool:
+    """Whether results are of that step and those weights, so far as they say; older ones do not name weights."""
+    return all(results.get(name, value) == value for name, value in stamp.items())
+
+
+def _weights(stage_dir: Path, step: int) -> dict[str, str]:
+    return {"weights": hash_of_weights(stage_dir, step)} if step in list_steps(stage_dir) else {}
 
 
 # ----------------------------------------------------------------------------- making the report
@@ -117,7 +151,7 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
         if not settings:
             continue
         rows = read_metrics(stage_dir / "metrics.jsonl")
-        results = read_json(stage_dir / "eval.json")
+        results = read_eval(stage_dir)
         overview.rows.append(_overview_row(stage, rows))
         if "num_params" in settings:
             facts["parameters"] = f"{settings['num_params']:,}"

@@ -7,6 +7,7 @@ tokens never depend on how many others are in the batch.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,7 @@ from nanochat.layers import Linear
 
 COLUMNS_STEP = 8  # blocks: the longest text of a batch counts as a multiple of this
 CPU_OPTIONS = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP"}
+_compiling = threading.Lock()  # for the threads of several GPUs: the compiler is one for the process
 
 
 class Int8Linear(nn.Module):
@@ -76,6 +78,7 @@ class ModelRunner:
         self._staging = self.inputs  # where the host writes them
         if self.device.type != "cpu":
             self._staging = torch.zeros(3, rows, dtype=torch.long, pin_memory=self.device.type == "cuda")
+        self._copied = torch.cuda.Event() if self.device.type == "cuda" else None  # they have arrived
         self._columns = torch.zeros(-(-self.max_blocks // COLUMNS_STEP) * COLUMNS_STEP, device=self.device)
         model.rotary(None, config.sequence_len)  # the whole table now: compiled code is not to see it grow
         self._compiled: Callable[..., torch.Tensor] | None = None  # of _decode_step
@@ -118,12 +121,16 @@ class ModelRunner:
     def decode(self, tokens: list[int], previous: list[int], positions: list[int]) -> torch.Tensor:
         """One more token for the first B rows, the ones before them given: its logits (B, vocab_size) float32."""
         B = len(tokens)
+        if self._copied is not None:
+            self._copied.synchronize()  # where tokens are forced, nothing else waits for the step before
         staging = self._staging.numpy()  # writing through numpy costs a tenth of making a tensor
         staging[0, :B], staging[1, :B], staging[2, :B] = tokens, previous, positions
         rows = self._rows_to_run(B)
         staging[:, B:rows] = 0
         if self._staging is not self.inputs:
-            self.inputs.copy_(self._staging, non_blocking=True)
+            self.inputs.copy_(self._staging, non_blocking=self._copied is not None)
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(self.device))
         columns = -(-(max(positions) + 1) // (BLOCK_SIZE * COLUMNS_STEP)) * COLUMNS_STEP
         return self._run(rows, columns)[:B]
 
@@ -195,7 +202,7 @@ class ModelRunner:
         scratch = self._scratch(rows=2)
         try:
             # Not compile's own options: freezing must be known when the graph is traced, too.
-            with inductor_config.patch(options):
+            with _compiling, inductor_config.patch(options):
                 compiled(*scratch, self.memory.keys, self.memory.values)
         except Exception as error:  # whatever a compiler throws, generation goes on without it
             reason = f"the compiler failed: {first_line(error)[:200]}"
@@ -217,10 +224,11 @@ class ModelRunner:
     def _capture(self, rows: int, columns: int) -> None:
         """Record the compiled step for one size of batch as a CUDA graph, which a single call replays."""
         arguments = self._arguments(rows, min(columns, self._columns.size(0)))
-        with side_stream(self.device):
-            for _ in range(2):  # compiles, and fills PyTorch's pools
-                self._step(*arguments)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self._step(*arguments)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)  # PyTorch's own stream is of one GPU
+        with _compiling:
+            with side_stream(self.device):
+                for _ in range(2):  # compiles, and fills PyTorch's pools
+                    self._step(*arguments)
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                logits = self._step(*arguments)
         self._graphs[rows, columns] = (graph, logits)

@@ -15,7 +15,7 @@ from nanochat.checkpoint_manager import SETTINGS_FILE, STAGES, get_run_dir, get_
 from nanochat.common import NanochatError
 from nanochat.metrics import read_metrics, smooth
 from nanochat.openai_api import RequestError
-from nanochat.report import read_json
+from nanochat.report import read_eval, read_json
 
 MAX_POINTS = 600  # of a curve: more than a screen shows
 
@@ -68,7 +68,7 @@ def describe_stage(stage_dir: Path) -> dict[str, Any]:
         "checkpoints": list_steps(stage_dir),
         "curves": curves,
         "samples": [{"step": r["step"], "prompt": r["sample/prompt"], "text": r["sample/text"]} for r in sampled],
-        "evaluation": read_json(stage_dir / "eval.json"),
+        "evaluation": read_eval(stage_dir),
     }
 
 

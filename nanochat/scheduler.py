@@ -369,7 +369,7 @@ class Scheduler:
         found = [at for at in (text.find(stop) for stop in sequence.params.stop) if at >= 0]
         if found:
             return text[: min(found)], True
-        held = max(n for stop in sequence.params.stop for n in range(len(stop)) if text.endswith(stop[:n]))
+        held = max(n for stop in sequence.params.stop for n in range(min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
         sequence.held_text = text[len(text) - held :]
         return text[: len(text) - held], False
 

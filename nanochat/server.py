@@ -62,7 +62,7 @@ PAGE_HEADERS = {
 
 
 class DetokenizeRequest(BaseModel):
-    tokens: list[TokenId] = Field(max_length=MAX_CHARS)
+    tokens: list[TokenId] = Field(max_length=MAX_CHARS, fail_fast=True)
 
 
 class TokenizeRequest(BaseModel):

@@ -11,11 +11,8 @@ import contextlib
 import difflib
 import json
 import os
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -35,6 +32,7 @@ from nanochat.checkpoint_manager import (
     lock_stage,
     newest_valid_step,
     no_such_step,
+    open_checkpoint,
     read_meta,
     read_tensors,
     set_aside,
@@ -43,24 +41,17 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.common import (
     NanochatError,
-    any_rank,
     atomic_write,
     from_rank0,
-    gather_objects,
     get_dist_info,
     print0,
     read_json_lines,
-    seconds_since_start,
-    synchronize,
 )
-from nanochat.compilation import can_compile, expected_mfu, measure_matmul_rate
 from nanochat.dataset import Source
 from nanochat.fp8 import enable_fp8
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loggers import LOGGERS
 from nanochat.optim import MuonAdamW
-from nanochat.passes import Passes
-from nanochat.scaling import accumulation_steps, default_device_batch_size
 from nanochat.settings import CONFIG_FILE, Arguments
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import Trainer
@@ -72,7 +63,7 @@ FREE_SETTINGS = {
     "resume", "resume_from_step", "run", "log_to", "tensorboard", "log_every",
     "device", "dtype", "fp8", "world_size", "fsdp", "activation_checkpointing", "device_batch_size", "grad_accum_steps",
     "compile", "eval_every", "eval_tokens", "sample_every", "save_every", "keep_last",
-    "data", "tokenizer", "from_hf", "model_tag",  # what these mean is compared, not where it lies
+    "data", "tokenizer", "from_hf", "model_tag", "model_step",  # what these mean is compared, not where it lies
     "device_type", *RATES,
     "core_metric_every", "core_metric_max_per_task", "eval_bundle", "max_rows", "eval_examples", "eval_samples",
     "sample_prompts",
@@ -227,7 +218,7 @@ def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> St
     if resume == "none":
         if tag is None:
             tag, n = default_tag, 1
-            while list_steps(get_stage_dir(tag, name)):
+            while list_steps(get_stage_dir(tag, name)) or _heirs(tag, name):
                 n += 1
                 tag = f"{default_tag}-{n}"
         elif steps := list_steps(get_stage_dir(tag, name)):
@@ -251,7 +242,36 @@ def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> St
             if step not in list_steps(directory):
                 raise no_such_step(directory, step)
     directory = get_stage_dir(tag, name)
+    if step is None and (heirs := _heirs(tag, name)):
+        raise NanochatError(
+            f"run {tag!r} has {' and '.join(heirs)} checkpoints, whose tokenizer that of a new base model would replace: "
+            "choose another --model-tag"
+        )
     return Stage(tag, name, directory, step, list_steps(directory))
+
+
+def _heirs(tag: str, name: str) -> list[str]:
+    """The later stages that still need the tokenizer of a run whose base is gone; none unless the base is asked for."""
+    return [stage for stage in ("sft", "rl") if name == "base" and list_steps(get_stage_dir(tag, stage))]
+
+
+def open_start(stage: Stage, source: str, step: int | None) -> tuple[Path, Tokenizer, dict[str, Any], int]:
+    """(directory, tokenizer, meta, parent's step) of the checkpoint that a stage starts from or goes on from.
+
+    source, step: of the stage before, None for its newest; a stage that goes on keeps its parent, which may be gone or be
+    trained on since. Raises NanochatError if another is asked for.
+    """
+    if stage.resume_step is None:
+        directory, tokenizer, meta = open_checkpoint(source, stage.tag, step)
+        return directory, tokenizer, meta, meta["step"]
+    directory, tokenizer, meta = open_checkpoint(stage.name, stage.tag, stage.resume_step)
+    parent = meta["parent"]
+    if (source, parent["step"] if step is None else step) != (parent["stage"], parent["step"]):
+        raise NanochatError(
+            f"run {stage.tag!r} was started from {parent['stage']} step {parent['step']}, not {source}"
+            f"{'' if step is None else f' step {step}'}: use the same settings to go on, or another --model-tag"
+        )
+    return directory, tokenizer, meta, parent["step"]
 
 
 def check_settings(stage: Stage, new: dict[str, Any]) -> None:
@@ -290,12 +310,13 @@ def check_data(stage: Stage, source: Source) -> None:
         return
     now = source.describe()["files"]
     before = read_meta(stage.directory, stage.resume_step)["data"]["files"]
+    plain = {PurePath(name).name: size for name, size in now.items()}  # as files below folders were once called
     for name, size in before.items():
-        if now.get(name) != size:
+        if now.get(name, plain.get(name)) != size:
             what = "is gone" if name not in now else "has changed"
             raise NanochatError(f"{name} of {source.name} {what} since run {stage.tag!r} read it: restore it to go on")
     for files in (source.train_files, source.val_files):
-        known = [file.name in before for file in files]
+        known = [file.name in before or PurePath(file.name).name in before for file in files]
         if known != sorted(known, reverse=True):
             new = files[known.index(False)].name
             raise NanochatError(
@@ -374,83 +395,6 @@ def go_on(trainer: Trainer, stage: Stage) -> None:
         trainer.load_state_dict(read_meta(stage.directory, stage.resume_step)["trainer"])
 
 
-# ----------------------------------------------------------------------------- what stages share
-
-
-def flops_in(model: GPT, minutes: float) -> float:
-    """Floating-point operations that the ranks do in `minutes` of training, roughly: what a batch size is chosen by."""
-    device, dtype = model.get_device(), model.get_compute_dtype()
-    rate = expected_mfu(device, dtype) * from_rank0(measure_matmul_rate(device, dtype))
-    return rate * get_dist_info()[3] * 60 * minutes
-
-
-def batch_worth_an_update(model: GPT) -> int:
-    """Tokens for which the work that an update takes whatever its batch is a fifth of the whole, roughly (a collective call).
-
-    Where memory is slow beside the products, as with AMX, a smaller batch learns more from a token but less in a second
-    (dev/LOG.md, "Batches where updates are dear").
-    """
-    device = model.get_device()
-    idx = torch.zeros(1, model.config.sequence_len, dtype=torch.long, device=device)
-    optimizer = _idle_optimizer(model)
-    model(idx, idx).backward()
-    seconds = max(gather_objects(min(seconds_of(optimizer.step, device) for _ in range(3))))
-    model.zero_grad(set_to_none=True)
-    return int(4 * seconds * flops_in(model, 1 / 60) / model.estimate_flops())
-
-
-def _idle_optimizer(model: GPT) -> MuonAdamW:
-    """One whose steps take their time and change nothing."""
-    return model.setup_optimizer(matrix_lr=0, embedding_lr=0, unembedding_lr=0, scalar_lr=0, weight_decay=0)
-
-
-def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
-    """What a device takes for some work, to its very end."""
-    started = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - started
-
-
-def steps_in(
-    stage: Stage, model: GPT, minutes: float, rows: int, total_batch_size: int, compile: bool, expand_at: float = 0.0
-) -> int:
-    """Updates that this machine does until `minutes` after the command was given: --target-minutes as a horizon.
-
-    Measured on a few micro-batches of `rows`, compiled as the training will be, and on updates by nothing, of all blocks and
-    of the last one, which learns alone for a share expand_at. A resumed stage keeps what it began with, so that its
-    schedules stay what they were. Raises NanochatError if no time is left.
-    """
-    if old := stage.recorded_settings():
-        return old["num_iterations"]
-    T, device = model.config.sequence_len, model.get_device()
-    if compile and can_compile(device) is None:
-        print0("compiling, and measuring how fast this machine trains")
-        model.compile()
-    generator = torch.Generator().manual_seed(0)
-    idx = torch.randint(model.config.vocab_size, (rows, T), generator=generator).to(device)
-    passes, count = Passes(model), torch.tensor(idx.numel(), device=device)
-    optimizer = _idle_optimizer(model)
-    accumulated = accumulation_steps(total_batch_size, rows, T, get_dist_info()[3])
-
-    def seconds_of_step(idle_blocks: int) -> float:
-        model.idle_blocks = idle_blocks
-        each = [seconds_of(lambda: passes.run([(idx, idx)], count), device) for _ in range(5)][2:]  # the first ones compile
-        updates = [seconds_of(optimizer.step, device) for _ in range(3)][1:]
-        model.zero_grad(set_to_none=True)
-        model.idle_blocks = 0
-        return accumulated * statistics.median(each) + min(updates)
-
-    mean = (1 - expand_at) * seconds_of_step(0)
-    if expand_at:
-        mean += expand_at * seconds_of_step(model.config.n_layer - 1)
-    ranks = gather_objects((mean, seconds_since_start()))
-    seconds, elapsed = (max(column) for column in zip(*ranks, strict=True))
-    if elapsed >= 60 * minutes:
-        raise NanochatError(f"--target-minutes {minutes:g} is over: start-up alone took {elapsed:.0f} s here; give more")
-    return max(1, int((60 * minutes - elapsed) / seconds))
-
-
 def describe_model(model: GPT) -> dict[str, Any]:
     """Sizes, for settings.json and the report."""
     counts = model.num_scaling_params()
@@ -459,39 +403,3 @@ def describe_model(model: GPT) -> dict[str, Any]:
         "num_scaling_params": counts["scaling"],
         "flops_per_token": model.estimate_flops(),
     }
-
-
-def choose_device_batch_size(model: GPT, requested: int, total_batch_size: int, world_size: int) -> int:
-    """Rows in a micro-batch: as requested, else as many as divide the total batch and fit the device's memory.
-
-    A CPU gets at most 8,192 tokens at a time, which is all its caches like; a quarter of that with a large vocabulary, when
-    most of the time goes to the loss, which takes few tokens at a time anyway. A GPU is tried: one forward and backward
-    pass, with fewer rows after each failure, so that cards of 6 and of 80 GB run the same command.
-    """
-    T, device = model.config.sequence_len, model.get_device()
-    if requested > 0:
-        accumulation_steps(total_batch_size, requested, T, world_size)  # raises if it does not divide
-        return requested
-    most_tokens = 2**17 if device.type == "cuda" else 2**13 if model.config.vocab_size < 2**14 else 2**11
-    rows = default_device_batch_size(total_batch_size, T, world_size, most_tokens)
-    accumulation_steps(total_batch_size, rows, T, world_size)
-    while device.type == "cuda" and rows > 1 and any_rank(not _fits(model, rows)):
-        rows = default_device_batch_size(total_batch_size, T, world_size, rows * T - 1)
-    return rows
-
-
-def _fits(model: GPT, rows: int) -> bool:
-    """Whether a pass over that many rows fits in a GPU's memory, beside what the optimizer will need."""
-    device = model.get_device()
-    idx = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=device)
-    optimizer_bytes = 8 * sum(p.numel() for p in model.parameters())  # two float32 moments
-    try:
-        reserve = torch.empty(optimizer_bytes, dtype=torch.uint8, device=device)
-        model(idx, idx).backward()
-        del reserve
-        return True
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        model.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import signal
 import threading
 import time
@@ -13,7 +14,7 @@ PATIENCE_S = 3.0  # between a wish to stop and a demand
 
 
 class StopRequest:
-    """`asked` once there was a Ctrl-C or SIGTERM; a second one, not at once, raises KeyboardInterrupt where it meets us.
+    """`asked` once there was a Ctrl-C, SIGTERM or lost terminal; a second, not at once, raises KeyboardInterrupt on the spot.
 
     torchrun passes on what the terminal has sent already: the same wish may come twice.
     """
@@ -36,9 +37,15 @@ class StopRequest:
             now = time.monotonic()
             if self._asked_at is not None and now - self._asked_at > PATIENCE_S:
                 raise KeyboardInterrupt
+            if self._asked_at is None and os.environ.get("RANK", "0") == "0":
+                with contextlib.suppress(OSError):  # not print, which may be what was interrupted
+                    os.write(2, b"\nstopping after this step, which is saved; once more: at once\n")
             self._asked_at = self._asked_at or now
 
-        previous = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup asks for
+            numbers.append(signal.SIGHUP)
+        previous = {number: signal.signal(number, ask_to_stop) for number in numbers}
         try:
             yield
         finally:

@@ -121,6 +121,7 @@ class Trainer:
         self.model, self.optimizer, self.loader, self.config = model, optimizer, loader, config
         self._recompute_blocks = model.recompute_blocks
         self.stage_dir, self.metrics, self.meta = stage_dir, metrics, meta
+        self._resume = f"--model-tag {stage_dir.parent.name} --resume auto"
         self.evaluations = [*([(config.eval_every, evaluate)] if evaluate else []), *evaluations]
         self.sample_fn = sample
         self.count_fn, self.step_metrics = count_fn, step_metrics
@@ -133,6 +134,7 @@ class Trainer:
         self._logged_time_s = 0.0  # as it was when the newest row was written
         self.results: dict[str, float] = {}  # of the newest evaluations
         self.best: dict[str, Any] = {}  # {"step": ..., "value": ...} of the saved step that was measured best
+        self._best_before: dict[str, Any] = {}  # the one before it, should its checkpoint fail
         self._saved_step: int | None = None  # the newest checkpoint is of this state
         self._writer = CheckpointWriter(stage_dir, config.keep_last)
         self._pending: list[torch.Tensor] = []  # losses not yet read from the device
@@ -207,14 +209,15 @@ class Trainer:
             self._writer.wait()
         except OSError as error:
             self.progress.print(f"warning: a checkpoint could not be written; training goes on. {describe_error(error)}")
-            if self.best and self.best["step"] not in list_steps(self.stage_dir):
-                self.best = {}
-                (self.stage_dir / BEST_FILE).unlink(missing_ok=True)
+            steps = list_steps(self.stage_dir)
+            if self.best and self.best["step"] not in steps:
+                self.best = self._best_before if self._best_before.get("step") in steps else {}
+                self._write_best()
 
     def _save_before_leaving(self, loader_state: dict[str, Any] | None = None) -> None:
         if self.step > 0 and self.step != self._saved_step:
             self.save(wait=True, loader_state=loader_state)
-            self.progress.print(f"step {self.step} is saved; once the cause is mended, go on with --resume auto")
+            self.progress.print(f"step {self.step} is saved; once the cause is mended, go on with {self._resume}")
 
     def _check_finite(self) -> None:
         """Raise NanochatError if parameters are no longer numbers: such a checkpoint would take a good one's place."""
@@ -236,7 +239,7 @@ class Trainer:
         if different:
             raise NanochatError(
                 f"the ranks hold different parameters at step {self.step} ({len(different)}, first {different[0]}), as after "
-                f"a fault of memory or network: {self._last_good()}; go on from there with --resume auto"
+                f"a fault of memory or network: {self._last_good()}; go on from there with {self._resume}"
             )
 
     # ------------------------------------------------------------------------- the loop
@@ -417,9 +420,11 @@ class Trainer:
         try:
             with torch.no_grad():
                 results = evaluate()
-        except Exception as error:
-            # All ranks have come here, see all_or_none; those of a sharded model may still compute together.
-            if not (is_lost_connection(error) or (self.ddp and self.model.is_sharded)):
+        except (Exception, KeyboardInterrupt) as error:
+            # All ranks have come here, see all_or_none; those of a sharded model may still compute together, and a Ctrl-C
+            # need not have met all.
+            together = not isinstance(error, KeyboardInterrupt) and not is_lost_connection(error) and not self.model.is_sharded
+            if together or not self.ddp:
                 self._save_before_leaving()
             raise
         self.model.train()
@@ -436,10 +441,17 @@ class Trainer:
         if name not in results or self.step != self._saved_step:
             return
         if not self.best or sign * results[name] > sign * self.best["value"]:
-            self.best = {"step": self.step, "value": results[name]}
+            self.best, self._best_before = {"step": self.step, "value": results[name]}, self.best
             if self.rank == 0:
-                with contextlib.suppress(OSError):  # a full disk, of which the next checkpoint tells
-                    atomic_write(self.stage_dir / BEST_FILE, json.dumps({"step": self.step, name: results[name]}))
+                self._write_best()
+
+    def _write_best(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk, of which the next checkpoint tells
+            if self.best:
+                name = self.config.best_metric.removeprefix("-")
+                atomic_write(self.stage_dir / BEST_FILE, json.dumps({"step": self.best["step"], name: self.best["value"]}))
+            else:
+                (self.stage_dir / BEST_FILE).unlink(missing_ok=True)
 
     def _sample(self) -> None:
         """Show what the model writes. Rank 0 alone; the others wait at the next collective."""
@@ -463,7 +475,7 @@ class Trainer:
     def _check_stop(self) -> None:
         if any_rank(self._stop.asked):  # every rank saves or none does
             self.save(wait=True)
-            self.progress.print(f"stopped after step {self.step}; saved. Go on with --resume auto")
+            self.progress.print(f"stopped after step {self.step}; saved. Go on with {self._resume}")
             raise KeyboardInterrupt
 
     @contextlib.contextmanager

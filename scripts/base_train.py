@@ -25,27 +25,24 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.metrics import MetricsLog
 from nanochat.optim import OptimizerSettings
+from nanochat.pace import batch_worth_an_update, choose_device_batch_size, flops_in, steps_in
 from nanochat.scaling import Horizon, accumulation_steps, expansion_share, model_config, plan_horizon
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import (
     Stage,
     add_rate_arguments,
     add_training_arguments,
-    batch_worth_an_update,
     check_data,
     check_settings,
     check_tokens,
-    choose_device_batch_size,
     chosen_loggers,
     describe_model,
-    flops_in,
     go_on,
     make_model,
     open_stage,
     parse_switches,
     prepare_directory,
     setup_optimizer,
-    steps_in,
 )
 from nanochat.tokenizer import FILE_NAME, get_tokenizer, get_tokenizer_dir
 from nanochat.trainer import TrainConfig, Trainer
@@ -215,7 +212,8 @@ def main(argv: list[str] | None = None) -> int:
             num_iterations=horizon.num_iterations, total_batch_size=horizon.total_batch_size,
             grad_accum_steps=accumulation_steps(horizon.total_batch_size, rows, args.max_seq_len, world_size),
             warmup_steps=args.warmup_steps, warmdown_ratio=args.warmdown_ratio, final_lr_frac=args.final_lr_frac,
-            expand_at=expand_at, eval_every=args.eval_every, sample_every=args.sample_every, save_every=args.save_every,
+            expand_at=expand_at, muon_momentum=OptimizerSettings(**optimizer_switches).muon_momentum,
+            eval_every=args.eval_every, sample_every=args.sample_every, save_every=args.save_every,
             keep_last=args.keep_last,
             log_every=10 if device.type == "cuda" else 1, compile=args.compile, stage_name="pretraining",
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from typing import Any
 
@@ -48,6 +49,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.prompt is not None:
         chat.answer(args.prompt)
         return 0
+    with contextlib.suppress(ImportError):  # Windows lacks it
+        import readline  # noqa: F401  # arrows and history for input(), and lines longer than a terminal's 4,095 bytes
     print(f"nanochat {meta['tag']} ({args.source}, step {meta['step']}). {HELP}")
     while True:
         try:

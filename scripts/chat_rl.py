@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from nanochat.chat_eval import Answering, evaluate_task, sample_answers
-from nanochat.checkpoint_manager import find_run, load_model, open_checkpoint
+from nanochat.checkpoint_manager import find_run, load_model
 from nanochat.common import NanochatError, compute_init, get_compute_dtype, print0, run_command
 from nanochat.compilation import keep_freed_memory
 from nanochat.engine import Engine
@@ -25,6 +25,7 @@ from nanochat.stage import (
     go_on,
     make_model,
     open_stage,
+    open_start,
     prepare_directory,
     setup_optimizer,
 )
@@ -80,8 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
 
     # Where it starts, and for how long it goes on
-    parent_dir, tokenizer, parent_meta = open_checkpoint(args.source, tag, args.model_step)
-    parent_step, model_config = parent_meta["step"], parent_meta["model_config"]
+    start_dir, tokenizer, meta, parent_step = open_start(stage, args.source, args.model_step)
+    model_config = meta["model_config"]
     if args.max_new_tokens >= model_config["sequence_len"]:
         raise NanochatError(
             f"--max-new-tokens {args.max_new_tokens} leaves no room for a question in a context of "
@@ -92,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     num_iterations = args.num_iterations
     if num_iterations <= 0:
         num_iterations = max(1, args.num_epochs * len(train_task) // args.examples_per_step)
-    model = make_model(model_config, device, args, stage.start or (parent_dir, parent_step))
+    model = make_model(model_config, device, args, (start_dir, meta["step"]))
     reference = load_model(args.source, device, "eval", tag, parent_step)[0] if args.kl_weight > 0 else None
     rows = args.device_batch_size if args.device_batch_size > 0 else 32
     rows_per_rank = -(-args.examples_per_step // world_size) * args.num_samples

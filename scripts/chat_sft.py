@@ -10,29 +10,29 @@ import sys
 from pathlib import Path
 
 from nanochat.chat_eval import sample_answers
-from nanochat.checkpoint_manager import find_run, open_checkpoint
+from nanochat.checkpoint_manager import find_run
 from nanochat.common import NanochatError, compute_init, get_compute_dtype, print0, run_command
 from nanochat.compilation import keep_freed_memory
 from nanochat.conversation_loader import ConversationLoader, estimate_tokens, fingerprint
 from nanochat.engine import Engine
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.metrics import MetricsLog
+from nanochat.pace import choose_device_batch_size, steps_in
 from nanochat.scaling import accumulation_steps, learning_rate_scale, next_multiple
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import (
     add_rate_arguments,
     add_training_arguments,
     check_settings,
-    choose_device_batch_size,
     chosen_loggers,
     describe_model,
     go_on,
     load_optimizer,
     make_model,
     open_stage,
+    open_start,
     prepare_directory,
     setup_optimizer,
-    steps_in,
 )
 from nanochat.trainer import TrainConfig, Trainer
 from tasks import build_mixture
@@ -80,15 +80,15 @@ def main(argv: list[str] | None = None) -> int:
     stage = open_stage("sft", base_tag, base_tag, args.resume)
 
     # Where it starts: the base model, its tokenizer, its settings
-    base_dir, tokenizer, base_meta = open_checkpoint("base", base_tag, args.model_step)
-    base_step, model_config = base_meta["step"], base_meta["model_config"]
+    start_dir, tokenizer, meta, base_step = open_start(stage, "base", args.model_step)
+    model_config = meta["model_config"]
     if args.max_seq_len > 0:
         model_config["sequence_len"] = args.max_seq_len
     sequence_len = model_config["sequence_len"]
     total_batch_size = args.total_batch_size
     if total_batch_size <= 0:
         rows_together = world_size * max(1, args.device_batch_size)
-        fitted = next_multiple(base_meta["settings"]["total_batch_size"], sequence_len * rows_together)
+        fitted = next_multiple(meta["settings"]["total_batch_size"], sequence_len * rows_together)
         total_batch_size = stage.recorded_settings().get("total_batch_size", fitted)
     train_task = build_mixture(args.tasks, "train", args.task_data)
     val_task = build_mixture(args.tasks, "val", args.task_data)
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
             f"the {len(train_task):,} conversations of the mixture are not the {before['conversations']:,} that run "
             f"{stage.tag!r} was started with: give it the same files to go on"
         )
-    model = make_model(model_config, device, args, stage.start or (base_dir, base_step))
+    model = make_model(model_config, device, args, (start_dir, meta["step"]))
     rows = choose_device_batch_size(model, args.device_batch_size, total_batch_size, world_size)
     num_iterations = args.num_iterations
     if num_iterations <= 0:
@@ -123,8 +123,8 @@ def main(argv: list[str] | None = None) -> int:
     # The parts
     scale = args.init_lr_frac * learning_rate_scale(total_batch_size)
     optimizer = setup_optimizer(model, args, scale, args.weight_decay)
-    if stage.resume_step is None and args.load_optimizer and "imported" not in base_meta:
-        load_optimizer(optimizer, base_dir, base_step)
+    if stage.resume_step is None and args.load_optimizer and "imported" not in meta:
+        load_optimizer(optimizer, start_dir, base_step)
     loader = ConversationLoader(train_task, tokenizer, rows, sequence_len, rank, world_size, device, seed=args.seed)
     token_bytes = tokenizer.get_token_bytes()
 

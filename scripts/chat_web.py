@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     if min(args.num_gpus, args.max_rows, args.max_waiting) < 1:
         raise NanochatError("--num-gpus, --max-rows and --max-waiting must be at least 1")
+    if args.api_key == "":
+        raise NanochatError("the API key is empty, which would let nobody in or all: set one, or leave out --api-key")
     check_port(args.host, args.port)
     *_, device = compute_init(args.device_type)
     keep_freed_memory()

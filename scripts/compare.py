@@ -23,7 +23,7 @@ from nanochat.common import NanochatError, run_command
 from nanochat.metrics import read_metrics, series, smooth_for_picture
 from nanochat.plots import Bar, Curve, Panel, draw_bars, draw_panel, to_svg
 from nanochat.progress import format_seconds
-from nanochat.report import STAGE_TITLES, TITLES, Picture, Section, format_value, kind_of, read_json, render
+from nanochat.report import STAGE_TITLES, TITLES, Picture, Section, format_value, kind_of, read_eval, read_json, render
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import FREE_SETTINGS
 
@@ -103,7 +103,7 @@ def read_run(directory: Path, stage: str, name: str) -> Run:
         stages = [s for s in STAGES if (directory / s / SETTINGS_FILE).exists()]
         raise NanochatError(f"run {name!r} has no stage {stage}: choose --stage {' or '.join(stages)}, or leave it out")
     rows = read_metrics(stage_dir / "metrics.jsonl")
-    return Run(name, read_json(stage_dir / SETTINGS_FILE), rows, read_json(stage_dir / "eval.json"))
+    return Run(name, read_json(stage_dir / SETTINGS_FILE), rows, read_eval(stage_dir))
 
 
 # ----------------------------------------------------------------------------- tables

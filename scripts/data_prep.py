@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from nanochat.common import NanochatError, atomic_write, run_command
+from nanochat.document_files import is_remote, list_local
 from nanochat.settings import SettingsParser
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 
@@ -151,8 +152,9 @@ def _describe(layout: Layout) -> str:
 
 def list_inputs(address: str) -> dict[str, int]:
     """{path: bytes} of the readable files at a local or remote address, sorted. Raises NanochatError if there are none."""
-    from nanochat.raw_files import kind_of
-
+    if not is_remote(address):
+        files = list_local(address)
+        return _checked(address, {Path(path).absolute().as_posix(): make().size for path, make in files.items()})
     try:
         fs, path = url_to_fs(address)
         magic = any(character in path for character in "*?[")
@@ -161,9 +163,15 @@ def list_inputs(address: str) -> dict[str, int]:
         raise NanochatError(f"--input {address} needs a package that is not installed: {error}") from error
     except (ValueError, OSError) as error:
         raise NanochatError(f"--input {address} cannot be listed ({error}): check the address") from error
+    return _checked(address, {name: info["size"] for name, info in found.items() if info["type"] == "file"})
+
+
+def _checked(address: str, found: dict[str, int]) -> dict[str, int]:
+    from nanochat.raw_files import kind_of
+
     if not found:
         raise NanochatError(f"--input {address} is no file, folder or glob of files: check the path")
-    files = {name: info["size"] for name, info in sorted(found.items()) if info["type"] == "file" and kind_of(name)}
+    files = {name: size for name, size in sorted(found.items()) if kind_of(name)}
     if not files:
         raise NanochatError(f"--input {address} holds no .parquet, .jsonl, .txt or .md file (but the first also .gz, .zst)")
     return files

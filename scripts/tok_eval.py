@@ -66,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data", default=None, metavar="NAME|PATH", help="measure on this text as well")
     parser.add_argument("--max-chars", type=int, default=2_000_000, help="of that text")
     args = parser.parse_args(argv)
+    args.require_positive("max_chars")
 
     tokenizer = get_tokenizer(args.tokenizer)
     texts = {name: [text] for name, text in TEXTS.items()}

@@ -28,7 +28,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--doc-cap", type=int, default=10_000, help="characters to use of one document")
     parser.add_argument("--vocab-size", type=int, default=32768, help="tokens, the special ones included")
     parser.add_argument("--force", action="store_true", help="train even if the same has been trained before")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.require_positive("max_chars", "doc_cap")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

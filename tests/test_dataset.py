@@ -17,6 +17,7 @@ from nanochat import dataset
 from nanochat.builtin_corpus import clean, first_sentence
 from nanochat.common import NanochatError
 from nanochat.dataset import HubRepository, get_source
+from scripts.data_prep import list_inputs
 from tests.helpers import make_document
 
 DOCUMENTS = [make_document(seed) for seed in range(100)]
@@ -47,7 +48,27 @@ def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> No
         _write(tmp_path / folder / "a.jsonl", DOCUMENTS)
     _write(tmp_path / "y" / "b.jsonl", DOCUMENTS)
     for path in (tmp_path, tmp_path / "**" / "*.jsonl"):
-        assert list(get_source(str(path)).describe()["files"]) == ["x/a.jsonl", "b.jsonl", "y/deep/a.jsonl"]
+        assert list(get_source(str(path)).describe()["files"]) == ["x/a.jsonl", "y/b.jsonl", "y/deep/a.jsonl"]
+
+
+def test_what_is_linked_is_read_and_what_is_there_is_no_glob(tmp_path: Path) -> None:
+    far, folder = tmp_path / "far", tmp_path / "data [v2]"
+    _write(far / "deep" / "a.jsonl", DOCUMENTS)
+    _write(far / "b.jsonl", DOCUMENTS)
+    folder.mkdir()
+    (folder / "b [1].jsonl").symlink_to(far / "b.jsonl")
+    (folder / "linked").symlink_to(far / "deep")
+    (far / "deep" / "circle").symlink_to(folder)
+    assert list(get_source(str(folder)).describe()["files"]) == ["b [1].jsonl", "linked/a.jsonl"]
+    assert list(list_inputs(str(folder))) == [str(folder / "b [1].jsonl"), str(folder / "linked" / "a.jsonl")]
+    assert list(get_source(str(folder / "b [1].jsonl")).describe()["files"]) == ["b [1].jsonl"]
+
+
+@pytest.mark.parametrize("value", ['{"en": "Hi"}', '["a"]', "false", "3"])
+def test_what_is_no_text_is_not_trained_on(tmp_path: Path, value: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": null}\n{"text": ' + value + "}\n", encoding="utf-8")
+    with pytest.raises(NanochatError, match=r"a\.jsonl, line 3, holds no text in text"):
+        list(get_source(str(tmp_path)).documents("train"))
 
 
 def test_without_one_a_hash_splits_and_nothing_is_in_both(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanochat import compilation, flash_attention, stage
+from nanochat import compilation, flash_attention, pace
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError, get_base_dir, get_compute_dtype
 from nanochat.engine import Engine
@@ -169,11 +169,11 @@ def test_dear_updates_ask_for_larger_batches(monkeypatch: pytest.MonkeyPatch) ->
     """And measuring them changes no weight."""
     model = make_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    monkeypatch.setattr("nanochat.stage.measure_matmul_rate", lambda *args: 1e12)
+    monkeypatch.setattr("nanochat.pace.measure_matmul_rate", lambda *args: 1e12)
     batches = []
     for seconds in (0.01, 0.04):
-        monkeypatch.setattr("nanochat.stage.seconds_of", lambda work, device, seconds=seconds: work() or seconds)
-        batches.append(stage.batch_worth_an_update(model))
+        monkeypatch.setattr("nanochat.pace.seconds_of", lambda work, device, seconds=seconds: work() or seconds)
+        batches.append(pace.batch_worth_an_update(model))
     assert batches[1] == pytest.approx(4 * batches[0], rel=0.01)
     assert batches[0] > 0
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

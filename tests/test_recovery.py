@@ -265,9 +265,12 @@ def test_a_row_that_had_no_room_is_there_when_its_step_is_saved(
     assert [step for step, _ in logged(stage_dir_of(base_dir), "train/loss")] == list(range(1, LAST + 1))
 
 
-def test_the_best_checkpoint_is_one_that_there_is(base_flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("first", "best"), [(3.0, 6), (1.5, 2)])
+def test_the_best_checkpoint_is_one_that_there_is(
+    first: float, best: int, base_flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A step that was measured best but could not be written does not take the place of the best that was."""
-    save_tensors, values = checkpoint_manager._save_tensors, iter((3.0, 1.0, 2.0, 2.5, 2.6, 2.7))
+    save_tensors, values = checkpoint_manager._save_tensors, iter((first, 1.0, 2.0, 2.5, 2.6, 2.7))
 
     def fail_once(tensors: dict[str, torch.Tensor], path: Path) -> None:
         if "step_000004" in str(path):
@@ -278,5 +281,5 @@ def test_the_best_checkpoint_is_one_that_there_is(base_flags: list[str], monkeyp
     monkeypatch.setattr(base_train, "evaluate_bpb", lambda *arguments: next(values))
     assert base_train.main([*base_flags, "--eval-every=2"]) == 0
     stage_dir = stage_dir_of(Path(os.environ["NANOCHAT_BASE_DIR"]))
-    assert list_steps(stage_dir) == [6, 10, 12]
-    assert json.loads((stage_dir / "best.json").read_text())["step"] == 6
+    assert list_steps(stage_dir) == [best, 10, 12]
+    assert json.loads((stage_dir / "best.json").read_text())["step"] == best

@@ -10,14 +10,13 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from rich.console import Console
 
 from nanochat import report
 from nanochat.common import NanochatError
 from nanochat.metrics import read_metrics
 from nanochat.plots import Curve, Panel, draw_panel, to_svg
-from nanochat.progress import Progress, format_seconds
-from nanochat.report import count_parts, make_panels, merge_eval, write_report
+from nanochat.progress import Progress, _Console, format_seconds
+from nanochat.report import count_parts, make_panels, merge_eval, read_eval, write_report
 from tests.helpers import make_model
 
 
@@ -81,6 +80,21 @@ def test_evaluations_of_one_step_are_gathered_and_of_another_dropped(tmp_path: P
     assert merged["bpb"] == {"val": 2.0}
     merge_eval(tmp_path, 6, {"bpb": {"val": 1.0}})
     assert json.loads((tmp_path / "eval.json").read_text(encoding="utf-8")) == {"step": 6, "bpb": {"val": 1.0}}
+
+
+def test_evaluations_are_of_the_weights_that_are_there(tiny_run: Path) -> None:
+    """Not of an earlier step, nor of others that were once at this one; CORE's mean is of the tasks beside it."""
+    stage_dir = tiny_run / "base"
+    merge_eval(stage_dir, 6, {"bpb": {"val": 1.0}, "core": {"core_metric": 0.2, "tasks": {"A": {}}}})
+    merge_eval(stage_dir, 3, {"bpb": {"val": 2.0}})
+    merge_eval(stage_dir, 6, {"core": {"core_partial": 0.1, "tasks": {"B": {}}}})
+    results = read_eval(stage_dir)
+    assert results["bpb"] == {"val": 1.0}
+    assert results["core"] == {"core_partial": 0.1, "tasks": {"B": {}}}
+    (stage_dir / "eval.json").write_text(json.dumps({**results, "weights": "of another run"}), encoding="utf-8")
+    assert read_eval(stage_dir) == {}
+    merge_eval(stage_dir, 6, {"bpb": {"train": 1.1}})
+    assert read_eval(stage_dir)["bpb"] == {"train": 1.1}
 
 
 def test_a_resumed_run_counts_each_step_once(tmp_path: Path) -> None:
@@ -197,7 +211,7 @@ def test_progress_time_left_counts_what_the_steps_to_come_take(
 def test_progress_is_one_live_line_on_a_terminal() -> None:
     screen = io.StringIO()
     progress = Progress("pretraining", total=3)
-    progress._console = Console(file=screen, force_terminal=True, width=100)
+    progress._console = _Console(file=screen, force_terminal=True, width=100)
     with progress:
         for step in (1, 2, 3):
             progress.update(step, loss=1.0)
@@ -208,7 +222,7 @@ def test_progress_is_one_live_line_on_a_terminal() -> None:
 def test_progress_of_what_has_no_known_end_shows_what_was_done() -> None:
     screen = io.StringIO()
     progress = Progress("reading text", total=None, unit="document")
-    progress._console = Console(file=screen, force_terminal=True, width=100)
+    progress._console = _Console(file=screen, force_terminal=True, width=100)
     with progress:
         assert list(progress.watch("abc")) == ["a", "b", "c"]
     assert "3/?" in screen.getvalue()

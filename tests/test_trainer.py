@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import io
+import itertools
 import json
 import math
 import os
@@ -19,7 +22,7 @@ import torch
 
 import nanochat.stage
 from nanochat.checkpoint_manager import list_steps, load_checkpoint, read_meta, read_tensors
-from nanochat.common import NanochatError
+from nanochat.common import NanochatError, get_base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.metrics import read_metrics
@@ -145,6 +148,66 @@ def test_sft_resume_equals_uninterrupted(tiny_run: Path) -> None:
     for tasks, count in (("Arithmetic:60,Identity:30", 90), ("Arithmetic:50,Identity:50", 100)):
         with pytest.raises(NanochatError, match=f"the {count} conversations of the mixture are not the 100 that"):
             chat_sft.main([*flags, f"--tasks={tasks}", "--resume=2"])
+
+
+def test_a_stage_goes_on_when_its_base_has_gone_on(corpus: Path, tiny_run: Path) -> None:
+    """With the same weights before it, or none any more; but not with others that are asked for."""
+    flags = ["--tasks=Arithmetic:60,Identity:40", "--num-iterations=4", "--no-compile", "--device-type=cpu"]
+    flags += ["--model-tag=tiny", "--eval-tokens=512", "--save-every=2", "--resume=2"]
+    whole = _weights(tiny_run / "sft", 4)
+    shutil.copytree(tiny_run / "base" / "step_000006", tiny_run / "base" / "step_000012")
+    assert chat_sft.main(flags) == 0
+    shutil.rmtree(tiny_run / "base" / "step_000006")
+    assert chat_sft.main(flags) == 0
+    for name, tensor in _weights(tiny_run / "sft", 4).items():
+        assert torch.equal(tensor, whole[name]), name
+    with pytest.raises(NanochatError, match="from base step 6, not base step 12"):
+        chat_sft.main([*flags, "--model-step=12"])
+
+
+def test_a_new_base_does_not_take_the_tokenizer_of_later_stages(corpus: Path, tiny_run: Path) -> None:
+    shutil.rmtree(tiny_run / "base")
+    for flags in ([], ["--resume=auto"]):
+        with pytest.raises(NanochatError, match="has sft checkpoints, whose tokenizer"):
+            _train(corpus, "tiny", *flags)
+
+
+def test_a_switch_of_momentum_reaches_the_schedule(corpus: Path) -> None:
+    """A run with another peak is another run."""
+    losses = [_losses(_train(corpus, tag, "--set", f"muon_momentum={peak}")) for tag, peak in (("a", 0.95), ("b", 0.86))]
+    assert losses[0] == _losses(_train(corpus, "c"))
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(errno.EPIPE, "x"), OSError(errno.EIO, "x"), OSError(errno.ENOSPC, "x")])
+def test_output_that_cannot_be_written_ends_no_training(error: OSError, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe without a reader, a terminal that is gone, a full disk: from the third step on."""
+    reads = itertools.count()
+
+    class Output(io.StringIO):
+        def write(self, text: str) -> int:
+            if "pretraining: step" in text and next(reads) > 1:
+                raise error
+            return super().write(text)
+
+        def fileno(self) -> int:
+            raise OSError("no file")
+
+    monkeypatch.setattr("nanochat.progress.LINE_S", 0.0)
+    monkeypatch.setattr("nanochat.progress.sys.stdout", output := Output())
+    stage_dir = _train(corpus, "mute", "--save-every=3", "--num-iterations=6")
+    assert list_steps(stage_dir) == [3, 6]
+    assert "step 1/6" in output.getvalue()
+
+
+def test_a_second_ctrl_c_during_an_evaluation_loses_nothing(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(base_train, "evaluate_bpb", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        _train(corpus, "twice", "--eval-every=3", "--save-every=-1", "--num-iterations=6")
+    assert list_steps(get_base_dir() / "runs" / "twice" / "base") == [3]
 
 
 def test_a_resumed_run_keeps_the_batch_that_was_chosen_for_it(corpus: Path) -> None:

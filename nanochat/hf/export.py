@@ -20,7 +20,7 @@ from nanochat.common import NanochatError
 from nanochat.gpt import GPT
 from nanochat.hf.tokenizer_json import to_tokenizer_json
 from nanochat.hf.weights import native_obstacles, to_custom, to_native
-from nanochat.report import STAGE_TITLES, evaluation_table, read_json, read_metrics, settings_table
+from nanochat.report import STAGE_TITLES, evaluation_table, read_eval, read_json, read_metrics, settings_table
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 FORMATS = ("auto", "nanochat", "custom")
@@ -158,7 +158,7 @@ def _lineage(meta: dict[str, Any]) -> list[tuple[str, int]]:
 def _measured(tag: str, stage: str, step: int) -> list[list[str]]:
     """Rows of (what, value, interval, problems) that were measured at that very step of a stage."""
     stage_dir = get_stage_dir(tag, stage)
-    results = read_json(stage_dir / "eval.json")
+    results = read_eval(stage_dir)
     if results.get("step") != step:
         results = {}
     logged = [row["val/bpb"] for row in read_metrics(stage_dir / "metrics.jsonl") if row["step"] == step and "val/bpb" in row]

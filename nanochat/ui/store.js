@@ -46,15 +46,28 @@ export function remove(conversation) {
 }
 
 // Only this conversation: of the others, another tab may have stored more than this one knows. If the browser's storage
-// is full, the oldest are forgotten.
+// is full, what lies inside old answers is forgotten first, then the oldest of the other conversations. False if even this
+// one alone is too large.
 export function save(conversation) {
   let kept = stored();
   const at = kept.findIndex((c) => c.id === conversation.id);
-  if (at < 0 && known.has(conversation.id)) return;  // deleted, here or in another tab: it stays so
+  if (at < 0 && known.has(conversation.id)) return true;  // deleted, here or in another tab: it stays so
   known.add(conversation.id);
   if (at < 0) kept.unshift(conversation);
   else kept[at] = joined(conversation, kept[at]);
-  while (!write("nanochat.conversations", kept) && kept.length > 1) kept = kept.slice(0, -1);
+  if (write("nanochat.conversations", kept)) return true;
+  kept = kept.map(withoutTokens);
+  while (!write("nanochat.conversations", kept)) {
+    const oldest = kept.findLastIndex((c) => c.id !== conversation.id);
+    if (oldest < 0) return false;
+    kept = kept.toSpliced(oldest, 1);
+  }
+  return true;
+}
+
+function withoutTokens(conversation) {
+  const nodes = Object.entries(conversation.nodes).map(([id, { tokens, ...node }]) => [id, node]);
+  return { ...conversation, nodes: Object.fromEntries(nodes) };
 }
 
 // `conversation` with the messages that another tab added to it: branches beside its own.

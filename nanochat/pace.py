@@ -1,0 +1,137 @@
+"""How much a device can take at a time, and what it does in a second: measured before a run, to plan it. Used by scripts/."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from nanochat.common import (
+    NanochatError,
+    any_rank,
+    from_rank0,
+    gather_objects,
+    get_dist_info,
+    print0,
+    seconds_since_start,
+    synchronize,
+)
+from nanochat.compilation import can_compile, expected_mfu, measure_matmul_rate
+from nanochat.gpt import GPT
+from nanochat.optim import MuonAdamW
+from nanochat.passes import Passes
+from nanochat.scaling import accumulation_steps, default_device_batch_size
+from nanochat.stage import Stage
+
+
+def flops_in(model: GPT, minutes: float) -> float:
+    """Floating-point operations that the ranks do in `minutes` of training, roughly: what a batch size is chosen by."""
+    device, dtype = model.get_device(), model.get_compute_dtype()
+    rate = expected_mfu(device, dtype) * from_rank0(measure_matmul_rate(device, dtype))
+    return rate * get_dist_info()[3] * 60 * minutes
+
+
+def batch_worth_an_update(model: GPT) -> int:
+    """Tokens for which the work that an update takes whatever its batch is a fifth of the whole, roughly (a collective call).
+
+    Where memory is slow beside the products, as with AMX, a smaller batch learns more from a token but less in a second
+    (dev/LOG.md, "Batches where updates are dear").
+    """
+    device = model.get_device()
+    idx = torch.zeros(1, model.config.sequence_len, dtype=torch.long, device=device)
+    optimizer = _idle_optimizer(model)
+    model(idx, idx).backward()
+    seconds = max(gather_objects(min(seconds_of(optimizer.step, device) for _ in range(3))))
+    model.zero_grad(set_to_none=True)
+    return int(4 * seconds * flops_in(model, 1 / 60) / model.estimate_flops())
+
+
+def _idle_optimizer(model: GPT) -> MuonAdamW:
+    """One whose steps take their time and change nothing."""
+    return model.setup_optimizer(matrix_lr=0, embedding_lr=0, unembedding_lr=0, scalar_lr=0, weight_decay=0)
+
+
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """What a device takes for some work, to its very end."""
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def steps_in(
+    stage: Stage, model: GPT, minutes: float, rows: int, total_batch_size: int, compile: bool, expand_at: float = 0.0
+) -> int:
+    """Updates that this machine does until `minutes` after the command was given: --target-minutes as a horizon.
+
+    Measured on a few micro-batches of `rows`, compiled as the training will be, and on updates by nothing, of all blocks and
+    of the last one, which learns alone for a share expand_at. A resumed stage keeps what it began with, so that its
+    schedules stay what they were. Raises NanochatError if no time is left.
+    """
+    if old := stage.recorded_settings():
+        return old["num_iterations"]
+    T, device = model.config.sequence_len, model.get_device()
+    if compile and can_compile(device) is None:
+        print0("compiling, and measuring how fast this machine trains")
+        model.compile()
+    generator = torch.Generator().manual_seed(0)
+    idx = torch.randint(model.config.vocab_size, (rows, T), generator=generator).to(device)
+    passes, count = Passes(model), torch.tensor(idx.numel(), device=device)
+    optimizer = _idle_optimizer(model)
+    accumulated = accumulation_steps(total_batch_size, rows, T, get_dist_info()[3])
+
+    def seconds_of_step(idle_blocks: int) -> float:
+        model.idle_blocks = idle_blocks
+        each = [seconds_of(lambda: passes.run([(idx, idx)], count), device) for _ in range(5)][2:]  # the first ones compile
+        updates = [seconds_of(optimizer.step, device) for _ in range(3)][1:]
+        model.zero_grad(set_to_none=True)
+        model.idle_blocks = 0
+        return accumulated * statistics.median(each) + min(updates)
+
+    mean = (1 - expand_at) * seconds_of_step(0)
+    if expand_at:
+        mean += expand_at * seconds_of_step(model.config.n_layer - 1)
+    ranks = gather_objects((mean, seconds_since_start()))
+    seconds, elapsed = (max(column) for column in zip(*ranks, strict=True))
+    if elapsed >= 60 * minutes:
+        raise NanochatError(f"--target-minutes {minutes:g} is over: start-up alone took {elapsed:.0f} s here; give more")
+    return max(1, int((60 * minutes - elapsed) / seconds))
+
+
+def choose_device_batch_size(model: GPT, requested: int, total_batch_size: int, world_size: int) -> int:
+    """Rows in a micro-batch: as requested, else as many as divide the total batch and fit the device's memory.
+
+    A CPU gets at most 8,192 tokens at a time, which is all its caches like; a quarter of that with a large vocabulary, when
+    most of the time goes to the loss, which takes few tokens at a time anyway. A GPU is tried: one forward and backward
+    pass, with fewer rows after each failure, so that cards of 6 and of 80 GB run the same command.
+    """
+    T, device = model.config.sequence_len, model.get_device()
+    if requested > 0:
+        accumulation_steps(total_batch_size, requested, T, world_size)  # raises if it does not divide
+        return requested
+    most_tokens = 2**17 if device.type == "cuda" else 2**13 if model.config.vocab_size < 2**14 else 2**11
+    rows = default_device_batch_size(total_batch_size, T, world_size, most_tokens)
+    accumulation_steps(total_batch_size, rows, T, world_size)
+    while device.type == "cuda" and rows > 1 and any_rank(not _fits(model, rows)):
+        rows = default_device_batch_size(total_batch_size, T, world_size, rows * T - 1)
+    return rows
+
+
+def _fits(model: GPT, rows: int) -> bool:
+    """Whether a pass over that many rows fits in a GPU's memory, beside what the optimizer will need."""
+    device = model.get_device()
+    idx = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=device)
+    optimizer_bytes = 8 * sum(p.numel() for p in model.parameters())  # two float32 moments
+    try:
+        reserve = torch.empty(optimizer_bytes, dtype=torch.uint8, device=device)
+        model(idx, idx).backward()
+        del reserve
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
