@@ -39,7 +39,7 @@ class StopRequest:
                 raise KeyboardInterrupt
             if self._asked_at is None and os.environ.get("RANK", "0") == "0":
                 with contextlib.suppress(OSError):  # not print, which may be what was interrupted
-                    os.write(2, b"\nstopping after this step, which is saved; once more: at once\n")
+                    os.write(2, b"\nstopping once this step is saved; again: at once\n")
             self._asked_at = self._asked_at or now
 
         numbers = [signal.SIGINT, signal.SIGTERM]

@@ -80,7 +80,7 @@ def test_a_stopped_command_goes_on(
     for number in numbers:
         process.send_signal(number)
     output, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, "\nstopping after this step, which is saved; once more: at once\ninterrupted\n")
+    assert (process.returncode, errors) == (130, "\nstopping once this step is saved; again: at once\ninterrupted\n")
     step = int(re.search(r"stopped after step (\d+); saved", output)[1])
     assert newest_valid_step(stage_dir) == (step, [])
     nursery.run(base_dir, flags)
