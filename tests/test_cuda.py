@@ -28,6 +28,8 @@ from nanochat.layers import Embedding
 from nanochat.memory import training_bytes
 from nanochat.passes import Passes, summed_loss
 from nanochat.runner import prepare_for_inference
+from nanochat.sampling import SamplingParams
+from nanochat.scheduler import Sequence
 from nanochat.tokenizer import Tokenizer
 from scripts import base_train, chat_eval, chat_rl, chat_sft
 from tests.conftest import TINY_TRAINING
@@ -330,6 +332,26 @@ def test_greedy_equals_plain_generation(engine: Engine, tokenizer: Tokenizer, co
     assert [row.tokens for row in engine.complete(prompts, max_tokens=60, temperature=0)] == expected
     assert [engine.complete([prompt], max_tokens=60, temperature=0)[0].tokens for prompt in prompts] == expected
     assert not compiled or engine.scheduler.runner._graphs
+
+
+def test_what_is_forced_is_in_the_context(engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A calculator's long answer is written step by step while nothing waits for the GPU, and read by what comes after."""
+    assert engine.compile() is None
+    special, seen = tokenizer.encode_special, []
+    script = [special("<|python_start|>"), *tokenizer.encode("6*7"), special("<|python_end|>")]
+
+    def speak(logits: torch.Tensor, params: list, uniform: list) -> torch.Tensor:
+        seen.append(logits[0].clone())
+        return torch.tensor([[*script, 5][min(len(seen) - 1, len(script))]])
+
+    monkeypatch.setattr("nanochat.scheduler.sample", speak)
+    engine.scheduler.tool = lambda expression: "42 " * 40
+    prompt = _prompts(tokenizer)[0]
+    row = Sequence(prompt, SamplingParams(max_tokens=150))
+    engine.run([row])
+    known = [*prompt, *row.tokens[: row.tokens.index(special("<|output_end|>")) + 1]]
+    expected = engine.model(torch.tensor([known], device=GPU))[0, -1]
+    assert _relative(seen[len(script)], expected.cpu()) < 1e-3
 
 
 @pytest.mark.parametrize("weights", ["auto", "int8"])
