@@ -81,10 +81,13 @@ def list_steps(stage_dir: Path) -> list[int]:
     return sorted(int(match[1]) for match in found if match)
 
 
-def find_run(stage: str, model_tag: str | None = None) -> str:
-    """The tag that was asked for, or that of the run whose checkpoint of this stage is the newest."""
+def find_run(stage: str, model_tag: str | None = None, heir: str | None = None) -> str:
+    """The tag that was asked for, or that of the run whose checkpoint of this stage is the newest.
+
+    heir: a stage that may go on without this one.
+    """
     if model_tag is not None:
-        if list_steps(get_stage_dir(model_tag, stage)):
+        if any(list_steps(get_stage_dir(model_tag, name)) for name in (stage, heir) if name):
             return model_tag
         known = [path.name for path in sorted(get_runs_dir().glob("*")) if list_steps(path / stage)]
         choices = f"runs with one: {', '.join(known)}" if known else "no run has one yet"

@@ -149,7 +149,7 @@ def run_command(main: Callable[[list[str] | None], int]) -> int:
     try:
         return main(argv)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        complain("interrupted")
         return 130
     except BrokenPipeError:  # the reader of our output (head, less) went away: nothing to say and nobody to hear it
         sys.stderr.close()
@@ -158,7 +158,7 @@ def run_command(main: Callable[[list[str] | None], int]) -> int:
         if debug:
             traceback.print_exc()
         sentence = describe_error(error)
-        print(f"error: {sentence or describe_unexpected(error)}", file=sys.stderr)
+        complain(f"error: {sentence or describe_unexpected(error)}")
         return 1 if sentence else EX_SOFTWARE
     finally:
         compute_cleanup()

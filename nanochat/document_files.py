@@ -12,6 +12,7 @@ import io
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -309,7 +310,7 @@ def is_remote(address: str) -> bool:
 
 def list_local(path: str) -> Listing:
     """The files at a path, below a folder, or that a glob matches, by links too; named by their way from there."""
-    expanded = Path(path.removeprefix("file://")).expanduser()
+    expanded = Path(re.sub(r"^/(?=[A-Za-z]:)", "", path.removeprefix("file://"))).expanduser()  # file:///C:/...
     if expanded.is_dir():
         root, found = expanded, _walk(expanded)
     elif expanded.exists():  # whatever its name looks like
@@ -322,11 +323,15 @@ def list_local(path: str) -> Listing:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """All that lies below a folder, below links to folders as well, but nothing twice by way of a circle."""
+    """All that lies below a folder, below links to folders as well, but no folder twice; the same on every machine."""
     visited = {os.path.realpath(folder)}
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if os.path.realpath(os.path.join(parent, name)) not in visited]
-        visited.update(os.path.realpath(os.path.join(parent, name)) for name in folders)
+        for name in sorted(folders):
+            real = os.path.realpath(os.path.join(parent, name))
+            if real in visited:
+                folders.remove(name)
+            visited.add(real)
+        folders.sort()
         yield from (Path(parent, name) for name in names)
 
 

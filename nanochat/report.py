@@ -124,7 +124,10 @@ def _agrees(results: dict[str, Any], stamp: dict[str, Any]) -> bool:
 
 
 def _weights(stage_dir: Path, step: int) -> dict[str, str]:
-    return {"weights": hash_of_weights(stage_dir, step)} if step in list_steps(stage_dir) else {}
+    try:
+        return {"weights": hash_of_weights(stage_dir, step)} if step in list_steps(stage_dir) else {}
+    except (NanochatError, KeyError):  # a damaged manifest is a reason not to load those weights, not to hide results
+        return {}
 
 
 # ----------------------------------------------------------------------------- making the report

@@ -173,7 +173,7 @@ def learning_rate_factor(
 
 def expansion_step(num_iterations: int, expand_at: float) -> int:
     """The first step of a run at which all blocks learn, if that is to be after a share `expand_at` of it."""
-    return min(round(expand_at * num_iterations), max(1, num_iterations - 1))  # at least one update is for all
+    return min(round(expand_at * num_iterations), max(1, num_iterations - 1))  # one at least is for all, if there are two
 
 
 def muon_momentum(step: int, num_iterations: int, warmdown_ratio: float, peak: float = 0.95) -> float:

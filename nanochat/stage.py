@@ -261,6 +261,7 @@ def open_start(stage: Stage, source: str, step: int | None) -> tuple[Path, Token
     source, step: of the stage before, None for its newest; a stage that goes on keeps its parent, which may be gone or be
     trained on since. Raises NanochatError if another is asked for.
     """
+    step = None if step is None or step < 0 else step
     if stage.resume_step is None:
         directory, tokenizer, meta = open_checkpoint(source, stage.tag, step)
         return directory, tokenizer, meta, meta["step"]
@@ -310,13 +311,15 @@ def check_data(stage: Stage, source: Source) -> None:
         return
     now = source.describe()["files"]
     before = read_meta(stage.directory, stage.resume_step)["data"]["files"]
-    plain = {PurePath(name).name: size for name, size in now.items()}  # as files below folders were once called
+    plain: dict[str, Any] = {}  # by names alone, as files below folders were once recorded, if they tell
+    if len({PurePath(name).name for name in now}) == len(now) and not any("/" in name for name in before):
+        plain = {PurePath(name).name: size for name, size in now.items()}
     for name, size in before.items():
         if now.get(name, plain.get(name)) != size:
             what = "is gone" if name not in now else "has changed"
             raise NanochatError(f"{name} of {source.name} {what} since run {stage.tag!r} read it: restore it to go on")
     for files in (source.train_files, source.val_files):
-        known = [file.name in before or PurePath(file.name).name in before for file in files]
+        known = [file.name in before or (bool(plain) and PurePath(file.name).name in before) for file in files]
         if known != sorted(known, reverse=True):
             new = files[known.index(False)].name
             raise NanochatError(

@@ -245,7 +245,7 @@ class Trainer:
     # ------------------------------------------------------------------------- the loop
 
     def train(self) -> None:
-        """Run to the end. Ctrl-C or SIGTERM saves a checkpoint and raises KeyboardInterrupt.
+        """Run to the end. Ctrl-C, SIGTERM or SIGHUP saves a checkpoint and raises KeyboardInterrupt.
 
         Raises NanochatError if the loss stops being a number, naming the last good checkpoint.
         """

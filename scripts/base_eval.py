@@ -70,9 +70,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     model, tokenizer, meta = load_model("base", device, "eval", args.model_tag, args.step)
     data = args.data or meta["settings"].get("data")
-    if data is None:
+    if data is None and kinds != ["core"]:
         raise NanochatError(f"run {meta['tag']!r} was not pretrained here, so its text is not known: name one with --data")
-    source = get_source(data)
+    source: Any = get_source(data) if kinds != ["core"] else None
     T = model.config.sequence_len
     rows = args.device_batch_size if args.device_batch_size > 0 else max(1, 8192 // T)
     most = max(1, (args.split_tokens if args.split_tokens > 0 else 2**20) // (rows * T * world_size))

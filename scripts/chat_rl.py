@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     keep_freed_memory()
     _, rank, _, world_size, device = compute_init(args.device_type, args.seed)
-    tag = find_run(args.source, args.model_tag)
+    tag = find_run(args.source, args.model_tag, heir="rl" if args.resume != "none" else None)
     stage = open_stage("rl", tag, tag, args.resume)
     rollout_settings = RolloutSettings(
         args.objective, args.examples_per_step, args.num_samples, args.max_new_tokens, args.temperature, args.top_k,

@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
         base_tag = import_run(args.from_hf, args.model_tag)
     else:
-        base_tag = find_run("base", args.model_tag)
+        base_tag = find_run("base", args.model_tag, heir="sft" if args.resume != "none" else None)
     stage = open_stage("sft", base_tag, base_tag, args.resume)
 
     # Where it starts: the base model, its tokenizer, its settings

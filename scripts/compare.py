@@ -29,7 +29,8 @@ from nanochat.stage import FREE_SETTINGS
 
 AXES = {"steps": "step", "tokens": "tokens trained on", "time": "minutes of training", "flops": "FLOPs of training"}
 SMOOTHED = ("train/loss", "train/tok_per_s", "rl/reward")
-NAMES = {"tag", "model_tag", "run", "log_to", "resume", "resume_from_step", "stage"}  # settings that say nothing of training
+# Settings that say nothing of training, or nothing to a reader.
+NAMES = {"tag", "mixture", "model_tag", "run", "log_to", "resume", "resume_from_step", "stage"}
 
 
 @dataclass

@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -236,4 +237,7 @@ def _download_split(repo_id: str, subset: str, split: str) -> list[Path]:
         ) from error
     if not (paths := sorted(Path(folder).glob(pattern))):
         raise NanochatError(f"{repo_id} has no {pattern}")
+    of = re.search(r"-of-(\d+)\.parquet$", paths[0].name)
+    if of and len(paths) < int(of[1]):  # what was begun with a network goes on with one
+        raise NanochatError(f"of {int(of[1])} files of {repo_id} only {len(paths)} are here: check the network, and try again")
     return paths

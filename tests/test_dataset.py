@@ -58,6 +58,7 @@ def test_what_is_linked_is_read_and_what_is_there_is_no_glob(tmp_path: Path) -> 
     folder.mkdir()
     (folder / "b [1].jsonl").symlink_to(far / "b.jsonl")
     (folder / "linked").symlink_to(far / "deep")
+    (folder / "newest").symlink_to(folder / "linked")
     (far / "deep" / "circle").symlink_to(folder)
     assert list(get_source(str(folder)).describe()["files"]) == ["b [1].jsonl", "linked/a.jsonl"]
     assert list(list_inputs(str(folder))) == [str(folder / "b [1].jsonl"), str(folder / "linked" / "a.jsonl")]

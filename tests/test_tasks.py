@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat.common import NanochatError
+from nanochat.common import NanochatError, get_base_dir
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import use_calculator
 from tasks import TASKS, build_mixture, build_task, task_name
@@ -320,3 +320,7 @@ def test_tasks_of_the_hub_are_there_without_a_network(tmp_path: Path, monkeypatc
     assert load("train") == ["train-00000-of-00002", "train-00001-of-00002"]
     with pytest.raises(NanochatError, match="could not be fetched.*--task-data"):
         load("test")
+    (part,) = get_base_dir().rglob("train-00001-of-00002.parquet")
+    part.unlink()
+    with pytest.raises(NanochatError, match="could not be fetched|of 2 files of someone/texts only 1"):
+        load("train")

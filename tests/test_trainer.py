@@ -163,6 +163,8 @@ def test_a_stage_goes_on_when_its_base_has_gone_on(corpus: Path, tiny_run: Path)
         assert torch.equal(tensor, whole[name]), name
     with pytest.raises(NanochatError, match="from base step 6, not base step 12"):
         chat_sft.main([*flags, "--model-step=12"])
+    shutil.rmtree(tiny_run / "base")
+    assert chat_sft.main(flags) == 0
 
 
 def test_a_new_base_does_not_take_the_tokenizer_of_later_stages(corpus: Path, tiny_run: Path) -> None:

@@ -52,16 +52,18 @@ export function save(conversation) {
   let kept = stored();
   const at = kept.findIndex((c) => c.id === conversation.id);
   if (at < 0 && known.has(conversation.id)) return true;  // deleted, here or in another tab: it stays so
-  known.add(conversation.id);
   if (at < 0) kept.unshift(conversation);
   else kept[at] = joined(conversation, kept[at]);
-  if (write("nanochat.conversations", kept)) return true;
-  kept = kept.map(withoutTokens);
-  while (!write("nanochat.conversations", kept)) {
-    const oldest = kept.findLastIndex((c) => c.id !== conversation.id);
-    if (oldest < 0) return false;
-    kept = kept.toSpliced(oldest, 1);
+  if (!write("nanochat.conversations", kept)) {
+    kept = kept.map(withoutTokens);
+    while (!write("nanochat.conversations", kept)) {
+      const oldest = kept.findLastIndex((c) => c.id !== conversation.id);
+      if (oldest < 0) return false;
+      known.delete(kept[oldest].id);  // not by anybody's wish: going on with it stores it again
+      kept = kept.toSpliced(oldest, 1);
+    }
   }
+  known.add(conversation.id);
   return true;
 }
 
