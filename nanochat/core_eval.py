@@ -109,9 +109,10 @@ def find_bundle(path: Path | None) -> Path:
             raise NanochatError(f"{path} is no evaluation bundle: it has no core.yaml")
         return path
     folder = get_base_dir() / "eval_bundle"
-    with FileLock(folder.with_suffix(".lock")):  # one of all ranks fetches it
-        if not (folder / "core.yaml").exists():
-            _download_bundle(folder)
+    if not (folder / "core.yaml").exists():
+        with FileLock(folder.with_suffix(".lock")):  # one of all ranks fetches it
+            if not (folder / "core.yaml").exists():
+                _download_bundle(folder)
     return folder
 
 

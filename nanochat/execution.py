@@ -157,7 +157,7 @@ class _Process:
         """Start it, without waiting until it is ready. Raises OSError."""
         self._isolated, self._killed = launcher is not plain_command, False
         self._folder = None if self._isolated else tempfile.TemporaryDirectory(prefix="nanochat-", ignore_cleanup_errors=True)
-        work = self._folder.name if self._folder else "/work"
+        work = self._folder.name if self._folder else "/scratch"
         read_end, write_end = os.pipe()
         self._report = open(read_end, "rb", buffering=0)  # noqa: SIM115 - closed with the process
         try:
@@ -379,11 +379,11 @@ def bwrap_command() -> list[str]:
         command += ["--symlink", target, path]
     for name in DEVICES:
         command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
-    command += ["--ro-bind", str(WORKER), "/sandbox/worker.py", "--size", str(DISK_BYTES), "--tmpfs", "/work"]
-    command += ["--remount-ro", "/", "--chdir", "/work"]
+    command += ["--ro-bind", str(WORKER), "/sandbox/worker.py", "--size", str(DISK_BYTES), "--tmpfs", "/scratch"]
+    command += ["--remount-ro", "/", "--chdir", "/scratch"]
     # What bwrap cannot do: to limit the number of files, and to show a device that not even its owner can change.
     command += "--uid 0 --gid 0 --cap-drop ALL --cap-add CAP_SYS_ADMIN --cap-add CAP_SETPCAP sh -c".split()
-    lines = ["set -e", f"mount -t tmpfs -o remount,nr_inodes={DISK_FILES},nosuid,nodev sandbox /work"]
+    lines = ["set -e", f"mount -t tmpfs -o remount,nr_inodes={DISK_FILES},nosuid,nodev sandbox /scratch"]
     lines += ["for device in /dev/*; do mount -o remount,bind,ro,nosuid $device; done", f"exec {DROP_PRIVILEGES}"]
     return [*command, "\n".join(lines), "sh", *python_command("/sandbox/worker.py")]
 
@@ -392,7 +392,7 @@ def unshare_command() -> list[str]:
     """The same by hand: a shell, as process 1 of the new namespaces, builds the root and starts the worker in it."""
     folders, links = root_layout()
     # /sys is there to be mounted on, and nothing that is to be shown lies below it.
-    lines = ["set -e", "mount -t tmpfs -o size=1m,mode=755 sandbox /sys", "cd /sys", "mkdir dev old proc sandbox work"]
+    lines = ["set -e", "mount -t tmpfs -o size=1m,mode=755 sandbox /sys", "cd /sys", "mkdir dev old proc sandbox scratch"]
     for folder in map(shlex.quote, folders):
         lines.append(f"mkdir -p .{folder}; mount --rbind {folder} .{folder}")
     for path, target in links.items():
@@ -407,9 +407,9 @@ def unshare_command() -> list[str]:
         "  case $point in /sys/dev/*) ;; *) options=$options,nodev;; esac",
         '  [ ! -e "$point" ] || mount -o $options "$point"',  # below the old /sys there are mounts, now hidden
         "done < /proc/self/mountinfo",
-        f"mount -t tmpfs -o size={DISK_BYTES},nr_inodes={DISK_FILES},mode=700,nosuid,nodev sandbox work",
+        f"mount -t tmpfs -o size={DISK_BYTES},nr_inodes={DISK_FILES},mode=700,nosuid,nodev sandbox scratch",
         "mount --rbind /proc proc",  # for umount, which looks there
-        "pivot_root . old; umount -l /old; umount -l /proc; cd /work",
+        "pivot_root . old; umount -l /old; umount -l /proc; cd /scratch",
         DROP_PRIVILEGES,
         "exit $?",  # the line above is not the last: a shell that turns into the worker would make it process 1
     ]

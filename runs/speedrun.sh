@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The full pipeline at depth 24 on a node of GPUs: bash runs/speedrun.sh
 # In a terminal that outlives the connection: screen -L -Logfile speedrun.log -S speedrun bash runs/speedrun.sh
-# DEPTH, NPROC, MODEL_TAG, WANDB_RUN and SHARDS (of text: 240 are for depth 24, 30 for depth 12) may be set. Run again after an interruption, it goes on where it was.
+# DEPTH, NPROC, MODEL_TAG, WANDB_RUN and SHARDS (of text: 240 are for depth 24, 30 for depth 12) may be set. Run again
+# after an interruption, it goes on where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import NanochatError, get_base_dir
+from nanochat.common import NanochatError, first_line, get_base_dir
 
 Conversation = dict[str, Any]
 
@@ -226,14 +226,11 @@ def _download_split(repo_id: str, subset: str, split: str) -> list[Path]:
 
     pattern = f"{subset}/{split}-*.parquet"
     try:
-        folder = snapshot_download(
-            repo_id, repo_type="dataset", allow_patterns=pattern, cache_dir=get_base_dir() / "tasks"
-        )
+        folder = snapshot_download(repo_id, repo_type="dataset", allow_patterns=pattern, cache_dir=get_base_dir() / "tasks")
     except Exception as error:  # the hub library raises a dozen kinds, all with the same way out
-        reason = str(error).splitlines()[0][:200]
         raise NanochatError(
-            f"{repo_id} could not be fetched from the hub ({reason}): check the network, or give a local folder with "
-            "--task-data"
+            f"{repo_id} could not be fetched from the hub ({first_line(error)[:200]}): check the network, or "
+            "give a local folder with --task-data"
         ) from error
     if not (paths := sorted(Path(folder).glob(pattern))):
         raise NanochatError(f"{repo_id} has no {pattern}")

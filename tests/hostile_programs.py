@@ -93,8 +93,8 @@ HOSTILE = [
     ("slow text of an exception", "class E(Exception):\n def __str__(self):\n  while True: pass\nraise E", TIMEOUT),
     ("dribbles", "import time\nwhile True: print('x', flush=True); time.sleep(0.01)", TIMEOUT),
     # files
-    ("many files", "for i in range(10**6): open(f'/work/{i}', 'w').write('x' * 9999)", "OSError"),
-    ("empty files", "for i in range(10**6): os.close(os.open(f'/work/{i}', os.O_CREAT))", "OSError"),
+    ("many files", "for i in range(10**6): open(f'/scratch/{i}', 'w').write('x' * 9999)", "OSError"),
+    ("empty files", "for i in range(10**6): os.close(os.open(f'/scratch/{i}', os.O_CREAT))", "OSError"),
     ("big file", "with open('x', 'wb') as f:\n while True: f.write(bytes(10**6))", "OSError"),
     ("sparse file", "denied(os.truncate, open('x', 'w').fileno(), 2**30)", OK),
     ("unlinked files",
@@ -103,7 +103,7 @@ HOSTILE = [
      "for d in ('/', '/dev', '/sandbox', '/usr', '/usr/lib', '/bin', '/proc', sys.prefix, "
      "os.path.dirname(sys.prefix)):\n"
      " denied(open, d + '/x', 'w'); denied(os.mkdir, d + '/y'); denied(os.symlink, 'x', d + '/z')", OK),
-    ("work folder only", "for d in os.listdir('/'):\n if d != 'work': denied(open, f'/{d}/x', 'w')", OK),
+    ("scratch folder only", "for d in os.listdir('/'):\n if d != 'scratch': denied(open, f'/{d}/x', 'w')", OK),
     ("devices",
      "assert set(os.listdir('/dev')) == {'null', 'zero', 'urandom'}\nfor n in os.listdir('/dev'):\n"
      " denied(os.chmod, '/dev/' + n, 0o666); denied(os.chown, '/dev/' + n, 0, 0); denied(os.utime, '/dev/' + n); "
@@ -122,7 +122,7 @@ HOSTILE = [
     ("outside", "denied(os.listdir, 'OUTSIDE'); denied(open, 'OUTSIDE/x', 'w'); denied(os.makedirs, 'OUTSIDE/y')", OK),
     ("dots",
      "os.chdir('../../../../../..')\nassert os.getcwd() == '/'\n"
-     "denied(open, '../../etc/passwd'); denied(open, '/work/../../../etc/passwd'); denied(open, '/old/etc/passwd')", OK),
+     "denied(open, '../../etc/passwd'); denied(open, '/scratch/../../../etc/passwd'); denied(open, '/old/etc/passwd')", OK),
     ("symbolic link",
      "os.symlink('/etc', 'l'); os.symlink('OUTSIDE', 'm')\ndenied(os.listdir, 'l'); denied(open, 'm/x', 'w')", OK),
     ("hard link", "denied(os.link, sys.executable, 'x'); denied(os.link, '/sandbox/worker.py', 'y')", OK),
@@ -153,11 +153,11 @@ HOSTILE = [
      "for flag in (0x10000000, 0x00020000, 0x40000000, 0x20000000): denied(libc.unshare, flag)\n"
      "denied(libc.setns, 0, 0)", OK),
     ("mount",
-     "denied(libc.mount, b'x', b'/work', b'tmpfs', 0, None); denied(libc.mount, b'/', b'/work', None, 4096, None); "
-     "denied(libc.umount2, b'/work', 2); denied(libc.mount, b'', b'/', None, 32, None)", OK),
+     "denied(libc.mount, b'x', b'/scratch', b'tmpfs', 0, None); denied(libc.mount, b'/', b'/scratch', None, 4096, None); "
+     "denied(libc.umount2, b'/scratch', 2); denied(libc.mount, b'', b'/', None, 32, None)", OK),
     ("chroot",
-     "denied(os.chroot, '/work'); "
-     "denied(libc.pivot_root if hasattr(libc, 'pivot_root') else os.chroot, b'/work', b'/work')", OK),
+     "denied(os.chroot, '/scratch'); "
+     "denied(libc.pivot_root if hasattr(libc, 'pivot_root') else os.chroot, b'/scratch', b'/scratch')", OK),
     ("users", "denied(os.setuid, 1); denied(os.setgid, 1); denied(os.setgroups, [1]); denied(os.setresuid, 1, 2, 3)", OK),
     ("capabilities",
      "assert all(libc.prctl(23, c, 0, 0, 0) <= 0 for c in range(41))\nassert libc.prctl(39, 0, 0, 0, 0) == 1\n"
@@ -179,7 +179,7 @@ HOSTILE = [
     ("TCP", "import socket\nsocket.create_connection(('127.0.0.1', 80))", "PermissionError"),
     ("abstract socket",
      "import socket\na, b = socket.socketpair()\n"
-     "denied(a.connect, '\\0x'); denied(a.bind, '\\0y'); denied(a.bind, '/work/s')", OK),
+     "denied(a.connect, '\\0x'); denied(a.bind, '\\0y'); denied(a.bind, '/scratch/s')", OK),
     ("names", "import socket\ndenied(socket.getaddrinfo, 'example.com', 80)", OK),
     ("download", "import urllib.request\ndenied(urllib.request.urlopen, 'http://example.com', timeout=1)", OK),
     # faking the verdict
@@ -270,7 +270,7 @@ ORDINARY = [
     ("from dataclasses import dataclass\n@dataclass\nclass A:\n    x: 'int' = 1\nprint(A())", "A(x=1)\n"),
     ("import pickle\nclass A: pass\nprint(type(pickle.loads(pickle.dumps(A()))) is A)", "True\n"),
     ("import tempfile\nwith tempfile.TemporaryFile() as f:\n    f.write(b'abc'); f.seek(0); print(f.read())", "b'abc'\n"),
-    ("open('x', 'w').write('abc')\nprint(open('/work/x').read())", "abc\n"),
+    ("open('x', 'w').write('abc')\nprint(open('/scratch/x').read())", "abc\n"),
     ("import asyncio\nprint(asyncio.run(asyncio.sleep(0, 'done')))", "done\n"),
     ("import random, uuid, time\nprint(len({uuid.uuid4() for _ in range(9)}), time.time() > 10**9)", "9 True\n"),
     ("import unittest\nclass T(unittest.TestCase):\n    def test(self): pass\nunittest.main(exit=False, argv=['x'])", ""),

@@ -267,6 +267,15 @@ def test_a_recorded_pass_gives_what_a_launched_one_gives() -> None:
     assert launched._recording is None
 
 
+def test_passes_are_not_recorded_where_that_is_not_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOCHAT_CUDA_GRAPHS", "0")
+    model = _pair()[1]
+    model.compile()
+    ids, passes = _ids().to(GPU), Passes(model)
+    passes.run([(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())], torch.tensor(1000, device=GPU))
+    assert passes._recording is None
+
+
 def test_nothing_in_a_step_waits_for_the_gpu() -> None:
     """So that the host is always ahead of it, and the GPU never idle."""
     model = _pair()[1]

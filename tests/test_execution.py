@@ -125,9 +125,9 @@ def test_ordinary_programs(sandbox: Sandbox) -> None:
 def test_programs_start_afresh(sandbox: Sandbox) -> None:
     code = (
         "import builtins, math, os, sys\n"
-        "state = (os.listdir('/work'), hasattr(builtins, 'mark'), math.pi, len(sys.modules), os.getcwd())\n"
+        "state = (os.listdir('/scratch'), hasattr(builtins, 'mark'), math.pi, len(sys.modules), os.getcwd())\n"
         "print(state)\n"
-        "open('/work/x', 'w'); builtins.mark = math.pi = 3; sys.modules['y'] = sys; os.chdir('/')"
+        "open('/scratch/x', 'w'); builtins.mark = math.pi = 3; sys.modules['y'] = sys; os.chdir('/')"
     )
     assert len({sandbox.run(code, 20).stdout for _ in range(5)}) == 1
 

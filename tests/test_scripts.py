@@ -13,7 +13,7 @@ import pytest
 
 from nanochat.checkpoint_manager import list_steps
 from nanochat.common import NanochatError, describe_error
-from scripts import base_eval, base_train, chat_cli, chat_eval, chat_sft, tok_eval, tok_train
+from scripts import base_eval, base_train, chat_cli, chat_eval, chat_sft, chat_web, tok_eval, tok_train
 from tests.conftest import TINY_TRAINING
 
 SCRIPTS = [
@@ -129,6 +129,8 @@ def test_a_base_directory_that_may_not_be_written(tmp_path: Path) -> None:
         (chat_cli.main, ["--model-tag=tiny", "-p", "word " * 500], "does not fit"),
         (chat_cli.main, ["--source=rl"], "rl"),
         (tok_train.main, ["--data=builtin", "--vocab-size=100"], "100"),
+        (tok_train.main, ["--data=builtin", "--max-chars=-1"], "--max-chars -1 is too small"),
+        (chat_web.main, ["--model-tag=tiny", "--api-key="], "the API key is empty"),
         (tok_eval.main, ["--tokenizer=unknown"], "tok_train"),
     ],
 )

@@ -17,9 +17,11 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from pydantic import ValidationError
 
 from nanochat.common import NanochatError
 from nanochat.engine import Engine
+from nanochat.openai_api import CompletionRequest
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Scheduler, Sequence
 from nanochat.server import create_app
@@ -54,6 +56,14 @@ def _expected(engine: Engine, **params: Any) -> Sequence:
 
 
 # ----------------------------------------------------------------------------- the guide's stream
+
+
+@pytest.mark.parametrize("prompt", [[""] * 5000, [["x"] * 5000]])
+def test_the_first_wrong_item_is_enough(prompt: list) -> None:
+    """To say of each of a million what is wrong with it would stop the server for seconds."""
+    with pytest.raises(ValidationError) as error:
+        CompletionRequest(prompt=prompt)
+    assert error.value.error_count() < 10
 
 
 def test_an_answer_is_streamed_and_is_the_engines(client: TestClient, engine: Engine) -> None:
