@@ -16,12 +16,13 @@ from torch.utils.checkpoint import checkpoint
 ChunkLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, ...]]  # see `chunk_loss`
 IGNORE_INDEX = -1
 CHUNK_BYTES, CHUNK_TOKENS = 32 << 20, 1024  # of float32 logits in a chunk, at most: what suits a CPU's cache and products
+PRODUCT_ROWS = 2048  # of the head's gradient that are added up at a time
 GPU_CHUNK_BYTES = 1 << 30  # enough tokens for the products to fill a large GPU, but at most a 64th of its memory
 
 
 def softcap(logits: torch.Tensor, cap: float) -> torch.Tensor:
     """cap * tanh(logits / cap), in float32."""
-    return cap * torch.tanh(logits.float() / cap)
+    return cap * logits.to(torch.float32, copy=True).div_(cap).tanh_()  # in place: float32 logits are large
 
 
 def softcapped_cross_entropy(
@@ -80,23 +81,30 @@ def token_losses(
         return torch.nn.functional.cross_entropy(logits, target_chunk, ignore_index=IGNORE_INDEX, reduction="none")
 
     weight = weight.to(x.dtype)
-    size = _chunk_size(x.size(0), weight.size(0), x.device)
+    # Half of a chunk: its float32 logits exist here, some times over, and what takes 32 MiB is fetched anew from the system
+    # each time (compilation.keep_freed_memory).
+    size = max(1, _chunk_size(x.size(0), weight.size(0), x.device) // 2)
     chunks = zip(x.split(size), targets.split(size), strict=True)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         return torch.cat([checkpoint(chunk_losses, xc, weight, tc, use_reentrant=False) for xc, tc in chunks])
-    return torch.cat([chunk_losses(xc, weight, tc) for xc, tc in chunks])
+    losses = torch.empty(x.size(0), device=x.device)
+    for part, (xc, tc) in zip(losses.split(size), chunks, strict=True):
+        part.copy_(chunk_losses(xc, weight, tc))
+    return losses
 
 
-def softmax_gradient(logits: torch.Tensor, cap: float) -> tuple[torch.Tensor, torch.Tensor]:
+def softmax_gradient(logits: torch.Tensor, cap: float, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What a chunk's loss and gradient need of all its logits at once, in one pass; the targets' own share comes after.
 
-    logits: (n, vocab_size). With z = softcap(logits): returns the sums of exp(z - cap), (n, 1) float32, and
+    logits: (n, vocab_size); factor: (n, 1) float32, -2 * cap in every row. A tensor, since the compiler would else make two
+    loops, of all numbers and of each row, with float32 exponentials in memory between them: up to three times as slow.
+    With z = softcap(logits): returns the sums of exp(z - cap), (n, 1) float32, and
     exp(z - cap) * dz/dlogits in the dtype of logits, which is the gradient but for the division by those sums. Written with
     r = 1 / (1 + exp(2 logits / cap)), since tanh = 1 - 2r, so z - cap = -2 cap r (never above 0: no maximum to find
     first) and dz/dlogits = 4 (r - r^2): one exponential in place of a tanh, which on a CPU is half of the whole cost.
     """
     r = (logits.float() * (2 / cap)).exp_().add_(1).reciprocal_()  # in place: uncompiled, each would take a chunk's memory
-    exponentials = (-2 * cap * r).exp_()
+    exponentials = (factor * r).exp_()
     gradient = r.sub_(r * r).mul_(4).mul_(exponentials)
     return exponentials.sum(dim=-1, keepdim=True), gradient.to(logits.dtype)
 
@@ -106,14 +114,14 @@ def chunk_loss(
     targets: torch.Tensor,
     x: torch.Tensor,
     cap: float,
-    gradient_of: Callable[[torch.Tensor, float], tuple[torch.Tensor, torch.Tensor]] = softmax_gradient,
+    gradient_of: Callable[[torch.Tensor, float, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = softmax_gradient,
 ) -> tuple[torch.Tensor, ...]:
     """(loss, gradient, scale, scaled): of a chunk of features x (n, C) the summed loss, () float32, what with its rows times
     `scale` (n, 1) float32 is the gradient with respect to the raw logits (n, vocab_size), and x with its rows times that.
 
     The gradient's rows are the caller's to scale, after the products, where it costs next to nothing. Logits may be used up.
     """
-    sums, gradient = gradient_of(logits, cap)
+    sums, gradient = gradient_of(logits, cap, logits.new_full((logits.size(0), 1), -2 * cap, dtype=torch.float32))
     supervised = (targets != IGNORE_INDEX)[:, None]
     columns = targets.clamp(min=0)[:, None]
     tanh = torch.tanh(logits.gather(1, columns).float() / cap)
@@ -126,11 +134,12 @@ def chunk_loss(
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b, for a float32 total; on a GPU in the product itself."""
+    """total += a @ b, for a float32 total; on a GPU in the product itself, else by rows that the cache holds."""
     if total.device.type == "cuda" and a.dtype == torch.bfloat16:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total += a @ b
+        return
+    for rows, part in zip(total.split(PRODUCT_ROWS), a.split(PRODUCT_ROWS), strict=True):
+        rows += part @ b
 
 
 class _FusedLoss(torch.autograd.Function):
@@ -143,16 +152,15 @@ class _FusedLoss(torch.autograd.Function):
         size = _chunk_size(x.size(0), weight.size(0), x.device)
         total = torch.zeros((), device=x.device)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros(weight.shape, device=x.device)
-        scales = []
+        scales = x.new_empty(x.size(0), 1, dtype=torch.float32)  # not many small tensors: kept, they split up freed memory
         weight = weight.to(x.dtype)
         for start in range(0, x.size(0), size):
             part = slice(start, start + size)
-            loss, grad_logits, scale, scaled = loss_of(x[part] @ weight.T, targets[part], x[part], cap)
+            loss, grad_logits, scales[part], scaled = loss_of(x[part] @ weight.T, targets[part], x[part], cap)
             total += loss
             torch.mm(grad_logits, weight, out=grad_x[part])
             _add_product(grad_weight, grad_logits.T, scaled)
-            scales.append(scale)
-        ctx.save_for_backward(grad_x, torch.cat(scales), grad_weight)
+        ctx.save_for_backward(grad_x, scales, grad_weight)
         return total
 
     @staticmethod
