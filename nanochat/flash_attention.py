@@ -19,6 +19,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from nanochat.common import first_line, synchronize
 logger = logging.getLogger(__name__)
 
 QK_SCALE = 1.2  # the length that gpt.py gives to each normalized query and key, in units of sqrt(head_dim)
+LOG2_E = math.log2(math.e)
 LONGEST_PLAIN_CONTEXT = 2048  # beyond it the T * T / 2 scores of a whole-context layer are better not written down
 SMALLEST_BLOCK, MOST_BLOCKS = 128, 8  # of queries: less saves nothing more, and every block is compiled
 
@@ -195,11 +197,13 @@ def attention_weights(scores: torch.Tensor, mask: torch.Tensor, scale: float) ->
     """exp(scores * scale + mask - their bound) in the dtype of scores, (..., Tq, Tk), and its sums (..., Tq, 1) float32.
 
     float16 ends at 6e-8, and exp(-2 * bound) is 1e-14 with heads of 128: there each query's maximum takes the bound's place.
+    Powers of two, since the compiler writes those of e to memory, in float32, before it adds them up.
     """
-    bound: Any = QK_SCALE**2 / scale
+    scale *= LOG2_E
+    bound: Any = QK_SCALE**2 * LOG2_E**2 / scale
     if scores.dtype == torch.float16:
         bound = (scores.detach().float() * scale + mask).amax(dim=-1, keepdim=True)
-    exponentials = torch.exp(scores.float() * scale + mask - bound)
+    exponentials = torch.exp2(scores.float() * scale + mask - bound)
     return exponentials.to(scores.dtype), exponentials.sum(dim=-1, keepdim=True)
 
 

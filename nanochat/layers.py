@@ -23,7 +23,7 @@ def norm(x: torch.Tensor) -> torch.Tensor:
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate pairs of channels by the angle of their position. x: (B, T, H, D); cos, sin: (B or 1, T, 1, D / 2)."""
     x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
+    return torch.cat([(x1 * cos + x2 * sin).to(x.dtype), (x2 * cos - x1 * sin).to(x.dtype)], dim=-1)
 
 
 class Embedding(nn.Embedding):
