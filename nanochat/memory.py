@@ -44,7 +44,7 @@ def training_bytes(config: GPTConfig, rows: int = 1, layout: Layout = Layout()) 
         model = GPT(config)
     total = sum(parameter.numel() for parameter in model.parameters())
     groups = model.setup_optimizer().groups
-    state = int(sum(map(_state_bytes, groups))) // layout.world_size
+    state = optimizer_bytes(config) // layout.world_size
     matrices = [_count(group) for group in groups if group.kind == "muon"]
     weights = 8 * total  # with their gradients
     if layout.fsdp:
@@ -56,6 +56,13 @@ def training_bytes(config: GPTConfig, rows: int = 1, layout: Layout = Layout()) 
         matrices = [count // layout.world_size for count in matrices]
     step = 4 * sum(matrices) + 18 * max(matrices) // (1 if layout.fsdp else layout.world_size)
     return weights + state + max(activation_bytes(config, rows, layout.recompute) + loss_bytes(config, rows), step)
+
+
+def optimizer_bytes(config: GPTConfig) -> int:
+    """The optimizer's state, of all ranks together."""
+    with torch.device("meta"):
+        groups = GPT(config).setup_optimizer().groups
+    return int(sum(map(_state_bytes, groups)))
 
 
 def loss_bytes(config: GPTConfig, rows: int) -> int:

@@ -74,7 +74,7 @@ class Group:
 
 
 def build_optimizer(model: GPT, settings: OptimizerSettings) -> MuonAdamW:
-    """Sort a GPT's parameters into groups. All learning rates but Muon's are scaled by (n_embd / 768)^-1/2."""
+    """Sort a GPT's parameters into groups. The rates of embeddings and head are scaled by (n_embd / 768)^-1/2."""
     width_scale = (model.config.n_embd / 768) ** -0.5
     adam: dict[str, Any] = {"betas": settings.adam_betas, "eps": settings.adam_eps}
     by_name = dict(model.named_parameters())

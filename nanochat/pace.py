@@ -21,6 +21,7 @@ from nanochat.common import (
 )
 from nanochat.compilation import can_compile, expected_mfu, measure_matmul_rate
 from nanochat.gpt import GPT
+from nanochat.memory import optimizer_bytes
 from nanochat.optim import MuonAdamW
 from nanochat.passes import Passes
 from nanochat.scaling import accumulation_steps, default_device_batch_size
@@ -68,8 +69,8 @@ def steps_in(
     """Updates that this machine does until `minutes` after the command was given: --target-minutes as a horizon.
 
     Measured on a few micro-batches of `rows`, compiled as the training will be, and on updates by nothing, of all blocks and
-    of the last one, which learns alone for a share expand_at. A resumed stage keeps what it began with, so that its
-    schedules stay what they were. Raises NanochatError if no time is left.
+    of the last one, which learns alone for a share expand_at. Evaluations and checkpoints are not counted. A resumed stage
+    keeps what it began with, so that its schedules stay what they were. Raises NanochatError if no time is left.
     """
     if old := stage.recorded_settings():
         return old["num_iterations"]
@@ -124,13 +125,17 @@ def _fits(model: GPT, rows: int) -> bool:
     """Whether a pass over that many rows fits in a GPU's memory, beside what the optimizer will need."""
     device = model.get_device()
     idx = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=device)
-    optimizer_bytes = 8 * sum(p.numel() for p in model.parameters())  # two float32 moments
+    state_bytes = optimizer_bytes(model.config) // get_dist_info()[3]
     try:
-        reserve = torch.empty(optimizer_bytes, dtype=torch.uint8, device=device)
+        reserve = torch.empty(state_bytes, dtype=torch.uint8, device=device)
         model(idx, idx).backward()
         del reserve
         return True
     except torch.OutOfMemoryError:
+        if model.is_sharded:
+            from nanochat.sharding import end_pass
+
+            end_pass(model)
         return False
     finally:
         model.zero_grad(set_to_none=True)

@@ -105,8 +105,7 @@ def plan_horizon(
     if total_batch_size <= 0:
         share = target_tokens / reference_tokens
         ideal = REFERENCE_BATCH * share ** (BATCH_EXPONENT if share > 1 else SMALL_BATCH_EXPONENT)
-        rounded = max(2 ** round(math.log2(max(ideal, least_batch_size))), config.sequence_len)
-        total_batch_size = next_multiple(rounded, batch_multiple)
+        total_batch_size = fit_batch(max(ideal, least_batch_size, config.sequence_len), batch_multiple)
     if num_iterations <= 0:
         if target_flops > 0 or tokens_per_param > 0:
             num_iterations = round(target_tokens / total_batch_size)
@@ -116,9 +115,9 @@ def plan_horizon(
     return Horizon(max(1, num_iterations), total_batch_size, learning_rate_scale(total_batch_size), decay_scale)
 
 
-def next_multiple(tokens: int, of: int) -> int:
-    """The smallest multiple that is no less."""
-    return -(-tokens // of) * of
+def fit_batch(tokens: float, multiple: int) -> int:
+    """The batch nearest to so many tokens that is a multiple times a power of two: micro-batches of many sizes divide it."""
+    return multiple * 2 ** max(0, round(math.log2(tokens / multiple)))
 
 
 def expansion_share(tokens_per_param: float) -> float:
@@ -161,14 +160,19 @@ def learning_rate_factor(
 ) -> float:
     """The share of the peak learning rate at a step: linear warm-up, constant, linear warm-down to final_fraction.
 
-    Step 0 of a warm-up of n has 1/n; the last step is the first at which the warm-down would reach final_fraction. Where
-    a short run has both at once, the lower counts.
+    Step 0 of a warm-up of n has 1/n; the step after the last would be the first with final_fraction. Where a short run has
+    both at once, the lower counts.
     """
     warmup_steps = min(warmup_steps, num_iterations // 2)
     warmdown_steps = round(warmdown_ratio * num_iterations)
     up = (step + 1) / warmup_steps if step < warmup_steps else 1.0
     progress = (num_iterations - step) / warmdown_steps if num_iterations - step < warmdown_steps else 1.0
     return min(up, progress + (1 - progress) * final_fraction)
+
+
+def weight_decay_factor(step: int, num_iterations: int) -> float:
+    """The share of the weight decay at a step: half a wave of a cosine, from 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * step / num_iterations))
 
 
 def expansion_step(num_iterations: int, expand_at: float) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn as nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -45,6 +46,13 @@ def shard(model: GPT, device: torch.device) -> None:
             module.set_gradient_divide_factor(1.0)  # the trainer divides by the tokens of all ranks
             module.set_force_sum_reduction_for_comms(True)
     model.is_sharded = True
+
+
+def end_pass(model: nn.Module) -> None:
+    """After a pass that ended with an error: without this, later ones would give other gradients or none, and not say so."""
+    model.zero_grad(set_to_none=True)  # of parameters that are whole just now
+    if isinstance(model, FSDPModule):
+        model.reset_iter_state()
 
 
 def fill(target: torch.Tensor, values: torch.Tensor) -> None:

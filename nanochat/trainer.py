@@ -40,6 +40,7 @@ from nanochat.common import (
     get_dist_info,
     is_lost_connection,
     peak_memory_bytes,
+    synchronize,
 )
 from nanochat.compilation import can_compile, measure_matmul_rate
 from nanochat.gpt import GPT
@@ -47,7 +48,7 @@ from nanochat.metrics import MetricsLog
 from nanochat.optim import MuonAdamW
 from nanochat.passes import Batch, Passes, summed_loss
 from nanochat.progress import Progress
-from nanochat.scaling import expansion_step, learning_rate_factor, muon_momentum
+from nanochat.scaling import expansion_step, learning_rate_factor, muon_momentum, weight_decay_factor
 from nanochat.stopping import StopRequest, frozen_garbage
 
 Evaluation = Callable[[], dict[str, float]]
@@ -221,8 +222,8 @@ class Trainer:
 
     def _check_finite(self) -> None:
         """Raise NanochatError if parameters are no longer numbers: such a checkpoint would take a good one's place."""
-        parameters: Iterator[Any] = self.model.parameters()  # which a sharded model has as DTensors
-        parts = [p.to_local() if self.model.is_sharded else p for p in parameters]
+        params: list[Any] = [p for group in self.optimizer.groups for p in group.params]  # a sharded model's may now be whole
+        parts = [p.to_local() if self.model.is_sharded else p for p in params]
         if any_rank(not torch.stack([part.isfinite().all() for part in parts]).all()):
             raise NanochatError(self._describe_divergence())
 
@@ -267,6 +268,7 @@ class Trainer:
         while True:
             last = self.step >= config.num_iterations
             self._choose_blocks()
+            self._settle()
             if (last or self._due(config.save_every)) and self.step != self._saved_step:
                 self.save(wait=last)
             for period, evaluate in self.evaluations:
@@ -275,6 +277,8 @@ class Trainer:
             if last or self._due(config.sample_every):
                 self._sample()
             if last:
+                if any_rank(self._stop.asked):
+                    raise KeyboardInterrupt  # all is saved; what comes after this command is not to begin
                 return
             if self._due(config.compare_every):
                 self._compare_ranks()
@@ -320,6 +324,14 @@ class Trainer:
             self.progress.print("compiling; the next step takes up to a minute, later runs find it cached")
         self.model.compile()
 
+    def _settle(self) -> None:
+        """Wait for what a GPU still trains before something else is computed: it belongs to the time of training."""
+        periods = (self.config.save_every, self.config.sample_every, *(period for period, _ in self.evaluations))
+        if any(map(self._due, periods)):
+            started = time.perf_counter()
+            synchronize(self.device)
+            self.time_s += time.perf_counter() - started
+
     def _due(self, period: int) -> bool:
         return period > 0 and self.step > 0 and self.step % period == 0
 
@@ -362,7 +374,7 @@ class Trainer:
             self.step, config.num_iterations, config.warmup_steps, config.warmdown_ratio, config.final_lr_frac
         )
         momentum = muon_momentum(self.step, config.num_iterations, config.warmdown_ratio, config.muon_momentum)
-        decay_factor = 0.5 * (1 + math.cos(math.pi * self.step / config.num_iterations))
+        decay_factor = weight_decay_factor(self.step, config.num_iterations)
         for group in self.optimizer.groups:
             group.lr = group.initial_lr * factor
             group.weight_decay = group.initial_weight_decay * decay_factor

@@ -141,6 +141,12 @@ def choose_expansion(args: Arguments, recorded: dict[str, Any], model: GPT, targ
     return expansion_share(target_flops / model.estimate_flops() / model.num_scaling_params()["scaling"])
 
 
+def peak_weight_decay(args: Arguments, horizon: Horizon) -> float:
+    """By the rule, which spreads a sum over the run; in one of a few updates a quarter of a matrix in each, at most."""
+    most = 0.25 / max(args.matrix_lr * horizon.lr_scale, 1e-9)
+    return min(args.weight_decay * horizon.weight_decay_scale, most)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     keep_freed_memory()
@@ -187,8 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     # The parts
-    weight_decay = args.weight_decay * horizon.weight_decay_scale
-    optimizer = setup_optimizer(model, args, horizon.lr_scale, weight_decay, **optimizer_switches)
+    optimizer = setup_optimizer(model, args, horizon.lr_scale, peak_weight_decay(args, horizon), **optimizer_switches)
     loader = TokenLoader(source, tokenizer, rows, args.max_seq_len, "train", rank, world_size, device)
     token_bytes = tokenizer.get_token_bytes()
 

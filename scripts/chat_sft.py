@@ -18,7 +18,7 @@ from nanochat.engine import Engine
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.metrics import MetricsLog
 from nanochat.pace import choose_device_batch_size, steps_in
-from nanochat.scaling import accumulation_steps, learning_rate_scale, next_multiple
+from nanochat.scaling import accumulation_steps, fit_batch, learning_rate_scale
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import (
     add_rate_arguments,
@@ -87,8 +87,8 @@ def main(argv: list[str] | None = None) -> int:
     sequence_len = model_config["sequence_len"]
     total_batch_size = args.total_batch_size
     if total_batch_size <= 0:
-        rows_together = world_size * max(1, args.device_batch_size)
-        fitted = next_multiple(meta["settings"]["total_batch_size"], sequence_len * rows_together)
+        usual, together = meta["settings"]["total_batch_size"], sequence_len * world_size * max(1, args.device_batch_size)
+        fitted = fit_batch(usual, together) if usual % together else usual
         total_batch_size = stage.recorded_settings().get("total_batch_size", fitted)
     train_task = build_mixture(args.tasks, "train", args.task_data)
     val_task = build_mixture(args.tasks, "val", args.task_data)

@@ -32,7 +32,7 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import Batch, TrainConfig, Trainer, summed_loss
 from scripts import base_train, chat_sft
 from tests.conftest import TINY_TRAINING
-from tests.helpers import make_model
+from tests.helpers import make_model, make_trainer
 
 
 def _train(corpus: Path, tag: str, *flags: str) -> Path:
@@ -226,7 +226,17 @@ def test_sft_fits_the_batch_of_its_base_to_another_context(tiny_run: Path) -> No
     shutil.copytree(tiny_run, tiny_run.parent / "odd", ignore=shutil.ignore_patterns("sft"))
     flags = ["--tasks=Arithmetic:60,Identity:40", "--num-iterations=1", "--no-compile", "--device-type=cpu"]
     assert chat_sft.main([*flags, "--model-tag=odd", "--max-seq-len=100"]) == 0
-    assert read_meta(tiny_run.parent / "odd" / "sft", 1)["settings"]["total_batch_size"] == 600
+    assert read_meta(tiny_run.parent / "odd" / "sft", 1)["settings"]["total_batch_size"] == 400
+
+
+def test_ctrl_c_in_the_last_evaluation_ends_what_comes_after_it(tmp_path: Path) -> None:
+    """All is trained and saved; but a recipe is not to go on with its next command."""
+    trainer = make_trainer(tmp_path, num_iterations=2)
+    trainer.evaluations = [(-1, lambda: os.kill(os.getpid(), signal.SIGINT) or {"val/bpb": 1.0})]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert list_steps(tmp_path) == [2]
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["val/bpb"] == 1.0
 
 
 def test_accumulation_changes_nothing(corpus: Path) -> None:

@@ -1,0 +1,50 @@
+"""Planning: batches that divide, decay that does not overshoot, and what memory the optimizer takes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from nanochat.memory import optimizer_bytes
+from nanochat.scaling import default_device_batch_size, fit_batch, model_config, plan_horizon
+from scripts.base_train import peak_weight_decay
+from tests.helpers import make_model
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 6, 7, 8])
+@pytest.mark.parametrize("sequence_len", [768, 1000, 2048])
+def test_batches_divide_into_micro_batches(sequence_len: int, world_size: int) -> None:
+    """For any context and number of ranks: a rank's rows are no prime number, of which one at a time would be left."""
+    config = model_config(12, 32768, sequence_len)
+    total = plan_horizon(config, 1, batch_multiple=sequence_len * world_size).total_batch_size
+    assert total % (sequence_len * world_size) == 0
+    for most in (2**17, 2**15, 2**13):  # tokens that a device takes
+        rows = default_device_batch_size(total, sequence_len, world_size, most)
+        assert most / 2 < rows * sequence_len <= most or rows * sequence_len * world_size == total
+
+
+def test_a_batch_fits_what_is_gone_through_at_a_time() -> None:
+    assert [fit_batch(tokens, 100) for tokens in (1, 100, 149, 300, 550, 800)] == [100, 100, 200, 400, 400, 800]
+
+
+def test_a_few_updates_do_not_decay_more_than_there_is() -> None:
+    """What decays in an update stays a small share of a matrix; in a usual run the rule says how much."""
+    config = model_config(12, 32768)
+    args = SimpleNamespace(weight_decay=0.2, matrix_lr=0.02)
+    for updates in (1, 2, 5, 20, 5000):
+        horizon = plan_horizon(config, 1, target_flops=updates * 2.0**19, total_batch_size=2**19)
+        assert horizon.num_iterations == updates
+        decayed = peak_weight_decay(args, horizon) * args.matrix_lr * horizon.lr_scale
+        assert 0 < decayed <= 0.25
+    assert peak_weight_decay(args, horizon) == pytest.approx(0.2 * horizon.weight_decay_scale)
+
+
+def test_the_optimizers_memory_is_counted_as_it_is() -> None:
+    model = make_model(n_layer=2)
+    optimizer = model.setup_optimizer()
+    for parameter in model.parameters():
+        parameter.grad = parameter.detach().clone()
+    optimizer.step()
+    real = sum(tensor.nbytes for name, tensor in optimizer.state_dict().items() if not name.endswith("second_moment"))
+    assert optimizer_bytes(model.config) == pytest.approx(real, rel=0.01)
