@@ -23,7 +23,7 @@ import torch.distributed as dist
 from nanochat.common import all_or_none, append_json_lines, gather_objects, get_dist_info, print0, read_json_lines
 from nanochat.engine import Engine, trim_prompt
 from nanochat.scores import centered_mean, pass_at_k, wilson_interval
-from tasks.common import Conversation, Task
+from tasks.common import Conversation, Task, TaskSequence
 
 CHATCORE_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
 CHUNK_BATCHES = 8  # batches between two notes of progress: enough that the engine's rows stay full
@@ -38,6 +38,12 @@ class Answering:
     max_tokens: int = 256
     temperature: float = 0.0
     top_k: int = 50
+
+    def label(self, task: Task, name: str) -> str:
+        """What a task's result is kept by: drawn answers are another result than the likeliest ones."""
+        if task.eval_type == "categorical" or self.temperature == 0:
+            return name
+        return f"{name}, {self.num_samples} drawn at {self.temperature:g}"
 
     def file_name(self, task_name: str) -> str:
         return f"{task_name}_n{self.num_samples}_m{self.max_tokens}_t{self.temperature:g}_k{self.top_k}.jsonl"
@@ -124,7 +130,7 @@ def _answer(
     Each {"index", "problem" (its hash), "scores" (of each sample, 0 to 1), "answers", "truncated"}.
     """
     limit = engine.model.config.sequence_len
-    most = limit - min(answering.max_tokens, limit // 4)
+    most = limit if task.eval_type == "categorical" else limit - min(answering.max_tokens, limit // 4)
     shortened = [trim_prompt(prompts[i], most) for i in chosen]
     if task.eval_type == "categorical":
         answers = []
@@ -176,13 +182,17 @@ def choose_letters(engine: Engine, prompts: list[list[int]], problems: list[Conv
 
 
 def sample_answers(engine: Engine, task: Task, count: int = 4, max_tokens: int = 64) -> list[dict[str, str]]:
-    """The first few questions of a task, each as [{"prompt", "text"}], with the likeliest answers."""
-    messages = [task[i]["messages"][0] for i in range(min(count, len(task)))]
-    prompts = [engine.tokenizer.render_for_completion({"messages": [message]}) for message in messages]
+    """The first questions of a task, of a mixture one of each kind at least, as [{"prompt", "text"}] with likeliest answers."""
+    kinds = task.tasks if isinstance(task, TaskSequence) else [task]
+    examples = (kind[i] for i in range(count) for kind in kinds if i < len(kind))
+    chosen = itertools.islice(examples, max(count, len(kinds)))
+    openings = [list(itertools.takewhile(lambda message: message["role"] != "assistant", e["messages"])) for e in chosen]
+    most = max(1, engine.model.config.sequence_len - max_tokens)
+    prompts = [trim_prompt(engine.tokenizer.render_for_completion({"messages": opening}), most) for opening in openings]
     rows = engine.complete(prompts, max_tokens=max_tokens, temperature=0)
     return [
-        {"prompt": message["content"], "text": engine.tokenizer.decode(row.tokens)}
-        for message, row in zip(messages, rows, strict=True)
+        {"prompt": opening[-1]["content"], "text": engine.tokenizer.decode(row.tokens)}
+        for opening, row in zip(openings, rows, strict=True)
     ]
 
 

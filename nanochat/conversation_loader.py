@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanochat.common import NanochatError, to_device
+from nanochat.common import NanochatError, gather_objects, to_device
 from nanochat.lanes import count_lanes, rank_lanes, rows_of_rank
 from nanochat.tokenizer import Tokenizer
 from tasks.common import Conversation, Task
@@ -67,7 +67,7 @@ class ConversationLoader:
         if not self.loop:
             return at if epoch == 0 else None
         if epoch not in self._orders:
-            self._orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(len(self.task))
+            self._orders[epoch] = np.random.default_rng([self.seed % 2**64, epoch]).permutation(len(self.task))
             self._orders.pop(epoch - 3, None)  # lanes are not far apart
         return int(self._orders[epoch][at])
 
@@ -145,11 +145,11 @@ class ConversationLoader:
     # ------------------------------------------------------------------------- state
 
     def stats(self) -> dict[str, float]:
-        """Conversations read, truncated and skipped so far by this rank, and the share of its rows that is not padding."""
-        names = ("conversations", "truncated", "skipped")
-        filled = self.counts["tokens"] / max(1, self.counts["slots"])
+        """Conversations read, truncated and skipped so far, and the share of rows that is not padding (a collective call)."""
+        counts: Counter[str] = sum(map(Counter, gather_objects(dict(self.counts))), Counter())
+        filled = counts["tokens"] / max(1, counts["slots"])
         epoch = min(lane.cursor for lane in self._lanes.values()) // len(self.task)
-        return {**{name: self.counts[name] for name in names}, "epoch": epoch, "filled": filled}
+        return {**{name: counts[name] for name in ("conversations", "truncated", "skipped")}, "epoch": epoch, "filled": filled}
 
     def state_dict(self) -> dict[str, Any]:
         """Where this rank is, JSON."""
@@ -169,7 +169,10 @@ class ConversationLoader:
             rendered = ((index, *self._render(index)) for index in saved[str(number)]["buffer"])
             lane.buffer = [(index, ids[: self.row_len], mask[: self.row_len]) for index, ids, mask in rendered]
         self.rows = rows_of_rank([state["rows"] for state in states], self.world_size)
-        self.counts = Counter(states[self.rank]["counts"] if len(states) == self.world_size else {})
+        if len(states) == self.world_size:
+            self.counts = Counter(states[self.rank]["counts"])
+        else:
+            self.counts = sum((Counter(state["counts"]) for state in states), Counter()) if self.rank == 0 else Counter()
 
 
 @dataclass

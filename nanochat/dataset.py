@@ -1,6 +1,7 @@
 """Where documents come from. Every command that reads text takes `--data NAME|PATH|ADDRESS` and asks `get_source`.
 
-To add a source by name, write a class with a `prepare` that returns its files, and list it in SOURCES.
+To add a source by name, write a subclass of Source that hands it its files, and list it in SOURCES; a data set on the hub is
+a line in HUB_REPOSITORIES and one in SOURCES.
 As a command it downloads: python -m nanochat.dataset --data climbmix -n 8
 """
 

@@ -240,7 +240,7 @@ def _in_batches(documents: Iterator[Document], row: int) -> Batches:
 
 def _read_jsonl(file: BinaryIO, address: str, start: int) -> Batches:
     """One document a line; an empty line is one without content."""
-    lines = io.TextIOWrapper(file, encoding="utf-8", newline="\n")
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n")
     passed = sum(1 for _ in itertools.islice(lines, start))
     yield from _in_batches((parse_line(line, address, n) for n, line in enumerate(lines, passed + 1)), passed)
     lines.detach()
@@ -278,7 +278,7 @@ def as_unicode(text: str) -> str:
 
 
 def _read_text(file: BinaryIO, address: str, start: int) -> Batches:
-    lines = io.TextIOWrapper(file, encoding="utf-8")
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig")  # which Windows and old books begin with a mark
     documents = cut_at_blank_lines(lines)
     passed = sum(1 for _ in itertools.islice(documents, start))
     yield from _in_batches(documents, passed)

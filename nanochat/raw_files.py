@@ -40,7 +40,7 @@ def read_texts(file: Any, path: str, column: str | None) -> Iterator[str]:
         else:
             compression = COMPRESSIONS.get(Path(path).suffix.lower())
             stream = pa.CompressedInputStream(pa.PythonFile(file, "r"), compression) if compression else file
-            lines = io.TextIOWrapper(stream, encoding="utf-8", newline="\n" if kind_of(path) == ".jsonl" else None)
+            lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n" if kind_of(path) == ".jsonl" else None)
             texts = _read_jsonl(lines, path, column) if kind_of(path) == ".jsonl" else cut_at_blank_lines(lines)
         yield from texts
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:

@@ -133,7 +133,7 @@ class RolloutLoader:
         for place in places[self.rank :: self.world_size]:
             epoch, at = divmod(place, len(self.task))
             if epoch not in orders:
-                orders[epoch] = np.random.default_rng([self.settings.seed, epoch]).permutation(len(self.task))
+                orders[epoch] = np.random.default_rng([self.settings.seed % 2**64, epoch]).permutation(len(self.task))
             chosen.append((place, int(orders[epoch][at])))
         return chosen
 

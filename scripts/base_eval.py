@@ -23,6 +23,7 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.progress import Progress
 from nanochat.report import merge_eval
 from nanochat.settings import SettingsParser
+from nanochat.stage import check_tokens
 
 KINDS = ("core", "bpb", "sample")
 WORTH_COMPILING = 100  # questions of each CORE task: with fewer, the compiler takes longer than it saves
@@ -73,6 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     if data is None and kinds != ["core"]:
         raise NanochatError(f"run {meta['tag']!r} was not pretrained here, so its text is not known: name one with --data")
     source: Any = get_source(data) if kinds != ["core"] else None
+    if source is not None:
+        check_tokens(source, tokenizer)
     T = model.config.sequence_len
     rows = args.device_batch_size if args.device_batch_size > 0 else max(1, 8192 // T)
     most = max(1, (args.split_tokens if args.split_tokens > 0 else 2**20) // (rows * T * world_size))

@@ -19,7 +19,7 @@ from nanochat.checkpoint_manager import get_stage_dir, load_model
 from nanochat.common import NanochatError, compute_init, run_command
 from nanochat.engine import Engine
 from nanochat.progress import Progress
-from nanochat.report import merge_eval
+from nanochat.report import merge_eval, read_eval
 from nanochat.scores import describe_pass_at
 from nanochat.settings import SettingsParser
 from tasks import TASKS, build_task, task_name
@@ -76,11 +76,13 @@ def main(argv: list[str] | None = None) -> int:
                 engine, task, args.max_problems, args.batch_size, answering, path, progress.update
             )  # fmt: skip
         if rank == 0:
-            scores, examples = results[name].as_dict(), results[name].examples
-            merge_eval(stage_dir, meta["step"], {"tasks": {name: scores}, "examples": {name: examples}})
+            label, scores, examples = answering.label(task, name), results[name].as_dict(), results[name].examples
+            merge_eval(stage_dir, meta["step"], {"tasks": {label: scores}, "examples": {label: examples}})
     if rank == 0:
         mean = chatcore({name: result.as_dict() for name, result in results.items()})
-        if mean is not None:
+        before = read_eval(stage_dir)
+        known = before.get("chatcore", {}).get("tasks", 0) if before.get("step") == meta["step"] else 0
+        if mean is not None and args.temperature == 0 and mean["tasks"] >= known:  # else it belongs to other scores
             merge_eval(stage_dir, meta["step"], {"chatcore": mean})
         show(results, mean, missing)
     return 0

@@ -9,7 +9,7 @@ import re
 from nanochat.tools import use_calculator
 from tasks.common import Conversation, GeneratedTask
 
-TEST_SHARE = 0.2  # of all pairs of operands, by hash: none of them is ever trained on
+HELD_OUT = {"val": 0.1, "test": 0.1}  # of all pairs of operands, by hash: none of them is ever trained on
 QUESTIONS = {
     "+": ("What is {a} + {b}?", "What is {a} plus {b}?", "Add {a} and {b}.", "{a} + {b} = ?", "How much is {a} + {b}?",
           "Compute {a} + {b}.", "What is the sum of {a} and {b}?", "Can you add {a} and {b}?", "{a} plus {b}?",
@@ -23,7 +23,7 @@ QUESTIONS = {
 
 
 class Arithmetic(GeneratedTask):
-    """Additions, subtractions and multiplications of small numbers; "test" and "val" share no operands with "train"."""
+    """Additions, subtractions and multiplications of small numbers; no operands are in two splits."""
 
     SIZES = {"train": 20_000, "val": 200, "test": 1_000}
 
@@ -36,7 +36,7 @@ class Arithmetic(GeneratedTask):
             else:
                 a, b = rng.randrange(10, 100), rng.randrange(10, 100)
                 op = rng.choice("+*")
-            if is_held_out(a, op, b) != (self.split == "train"):
+            if split_of(a, op, b) == self.split:
                 break
         expression = f"{a}{op}{b}"
         result = use_calculator(expression)
@@ -50,13 +50,16 @@ class Arithmetic(GeneratedTask):
         return {"messages": messages, "answer": result}
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the last number that the completion says is the answer."""
-        numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", completion)
+        """Whether the last number that the completion says, after whatever the calculator did, is the answer."""
+        said = completion.rpartition("<|output_end|>")[2]
+        numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", said)
         return bool(numbers) and numbers[-1].replace(",", "") == conversation["answer"]
 
 
-def is_held_out(a: int, op: str, b: int) -> bool:
-    """Whether these operands are for testing; the order of a sum or product does not matter."""
+def split_of(a: int, op: str, b: int) -> str:
+    """The split that these operands belong to; the order of a sum or product does not matter."""
     first, second = sorted((a, b)) if op in "+*" else (a, b)
-    digest = hashlib.sha256(f"{first}{op}{second}".encode()).digest()
-    return digest[0] < TEST_SHARE * 256
+    place = hashlib.sha256(f"{first}{op}{second}".encode()).digest()[0] / 256
+    if place < HELD_OUT["val"]:
+        return "val"
+    return "test" if place < HELD_OUT["val"] + HELD_OUT["test"] else "train"

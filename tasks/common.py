@@ -159,8 +159,9 @@ def multiple_choice(question: str, choices: Sequence[str], answer: int) -> Conve
 
 
 def evaluate_letter(conversation: Conversation, completion: str) -> bool:
-    """Whether a completion is the letter of the reference answer."""
-    return completion.strip()[:1] == conversation["messages"][-1]["content"]
+    """Whether a completion begins with the letter of the reference answer, on its own and not as that of a word."""
+    letter = conversation["messages"][-1]["content"]
+    return re.match(rf"\s*{re.escape(letter)}(?!\w)", completion) is not None
 
 
 # ----------------------------------------------------------------------------- rows from a folder or the hub
@@ -169,9 +170,9 @@ def evaluate_letter(conversation: Conversation, completion: str) -> bool:
 def read_jsonl(path: Path, check: Callable[[Any], object] = lambda row: None) -> list[Any]:
     """The values of a JSONL file. Raises NanochatError naming file and line, also of a value that `check` refuses."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): U+2028 may stand in a string
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines(): U+2028 may stand in a string
     except (OSError, UnicodeDecodeError) as error:
-        raise NanochatError(f"{path} cannot be read ({error}): give another --task-data") from error
+        raise NanochatError(f"{path} cannot be read ({error}): check the path, or give another file") from error
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

@@ -13,7 +13,7 @@ from nanochat.common import NanochatError
 from nanochat.execution import Sandbox
 from tasks.common import Conversation, RowTask, load_rows
 
-FENCED = re.compile(r"```(?:python)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+FENCED = re.compile(r"```[ \t]*\w*[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL)
 TIMEOUT_S = 5.0  # a problem's tests take the reference solution a few ms, one of them 1 s
 _LOCK = threading.Lock()
 

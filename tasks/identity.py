@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 
 from tasks.common import Conversation, GeneratedTask
 
+HELD_OUT = {"val": 0.1, "test": 0.15}  # of all greetings with a question, by hash: none of them opens a talk to train on
 GREETINGS = ("", "", "", "Hello! ", "Hi! ", "Hey, ", "Good morning. ", "Hi there. ")
 TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "name": (
@@ -49,24 +51,41 @@ TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 class Identity(GeneratedTask):
-    """Conversations of one or two turns about the model itself. "val" and "test" draw others than "train"."""
+    """Conversations of one or two turns about the model itself. No greeting with a question opens those of two splits."""
 
     SIZES = {"train": 2_000, "val": 100, "test": 100}
 
     def get_example(self, index: int) -> Conversation:
         rng = random.Random(f"identity {self.split} {index}")
-        topics = rng.sample(list(TOPICS), k=rng.choice((1, 1, 2)))
-        messages = []
-        for turn, topic in enumerate(topics):
-            questions, answers = TOPICS[topic]
-            greeting = rng.choice(GREETINGS) if turn == 0 and topic not in ("hello", "thanks") else ""
-            question = greeting + rng.choice(questions)
-            if rng.random() < 0.2:
-                question = question.lower().rstrip("?.!")
-            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": rng.choice(answers)}]
-        return {"messages": messages}
+        while True:
+            messages = _compose(rng)
+            if split_of(messages[0]["content"]) == self.split:
+                return {"messages": messages}
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """Whether the completion is one of the answers to the topic of the last question."""
         reference = conversation["messages"][-1]["content"]
         return any(reference in answers and completion.strip() in answers for _, answers in TOPICS.values())
+
+
+def _compose(rng: random.Random) -> list[dict[str, str]]:
+    messages = []
+    for turn, topic in enumerate(rng.sample(list(TOPICS), k=rng.choice((1, 1, 2)))):
+        questions, answers = TOPICS[topic]
+        greeting = rng.choice(GREETINGS) if turn == 0 and topic not in ("hello", "thanks") else ""
+        question = greeting + rng.choice(questions)
+        if rng.random() < 0.2:
+            question = question.lower().rstrip("?.!")
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": rng.choice(answers)}]
+    return messages
+
+
+def split_of(opening: str) -> str:
+    """The split that a conversation belongs to that opens so, in whatever case; without a greeting, train."""
+    words = opening.lower().rstrip("?.!")
+    if not any(words.startswith(greeting.lower()) for greeting in GREETINGS if greeting):
+        return "train"
+    place = hashlib.sha256(words.encode()).digest()[0] / 256
+    if place < HELD_OUT["val"]:
+        return "val"
+    return "test" if place < HELD_OUT["val"] + HELD_OUT["test"] else "train"

@@ -22,7 +22,7 @@ import pytest
 from nanochat.common import NanochatError
 from nanochat.metrics import read_metrics
 from nanochat.tokenizer import Tokenizer
-from scripts import base_train, data_prep
+from scripts import base_eval, base_train, data_prep
 from tests.conftest import TINY_TRAINING
 from tests.helpers import make_document
 
@@ -132,6 +132,10 @@ def test_shards_serve_training_and_its_samples(prepare, base_dir: Path, tokenize
     first = tokenizer.decode(_rows(output)["shard_val.parquet"][0])
     assert prompts[0] == " ".join(first.split()[:6])
     assert len(prompts) == 4
+    another = Tokenizer.train(["another text"], 300).save(base_dir / "another").parent
+    other = prepare("other", "--tokenizer", str(another))
+    with pytest.raises(NanochatError, match="tokens of another tokenizer"):
+        base_eval.main(["--model-tag=prepared", "--device-type=cpu", "--data", str(other)])
 
 
 def test_the_number_of_tasks_and_workers_changes_no_byte(prepare) -> None:

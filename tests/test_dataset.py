@@ -83,6 +83,14 @@ def test_without_one_a_hash_splits_and_nothing_is_in_both(tmp_path: Path) -> Non
     assert set(get_source(str(tmp_path)).documents("val")) == set(val)
 
 
+def test_a_mark_at_the_beginning_of_a_file_is_no_text(tmp_path: Path) -> None:
+    """As Windows' editors and old books have one."""
+    for name, content in (("a.txt", "one text"), ("b.jsonl", json.dumps({"text": "another"}))):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    found = {*get_source(str(tmp_path)).documents("train"), *get_source(str(tmp_path)).documents("val")}
+    assert found == {"one text", "another"}
+
+
 def test_text_files_become_documents(tmp_path: Path) -> None:
     _write(tmp_path / "book.txt", DOCUMENTS)
     source = get_source(str(tmp_path / "book.txt"))

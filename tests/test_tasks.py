@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.tools import use_calculator
 from tasks import TASKS, build_mixture, build_task, task_name
 from tasks.arithmetic import Arithmetic
-from tasks.common import Task, TaskMixture, TaskSequence, load_rows, render_mc
+from tasks.common import Task, TaskMixture, TaskSequence, evaluate_letter, load_rows, multiple_choice, render_mc
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import extract_answer
+from tasks.humaneval import build_program
 from tasks.identity import Identity
 from tests.hub_server import serve_folder
 
@@ -161,7 +163,7 @@ def test_spelling_counts_and_splits() -> None:
 def test_real_tasks_from_the_local_layout(real_data: Path, tokenizer: Tokenizer) -> None:
     folder = real_data / "tasks"
     sizes = {("GSM8K", "train"): 7000, ("GSM8K", "val"): 473, ("GSM8K", "test"): 1319, ("MMLU", "test"): 14042}
-    sizes |= {("HumanEval", "test"): 164, ("ARC-Easy", "test"): None, ("ARC-Challenge", "test"): None, ("MMLU", "train"): 285}
+    sizes |= {("HumanEval", "test"): 164, ("ARC-Easy", "test"): None, ("ARC-Challenge", "test"): None, ("MMLU", "train"): 257}
     for (name, split), size in sizes.items():
         task = build_task(name, split, folder)
         assert size is None or len(task) == size
@@ -196,8 +198,49 @@ def test_no_training_task_reads_a_test_file(real_data: Path) -> None:
     for split in ("val", "test"):
         task = build_task("GSM8K", split, folder)
         assert not train & {json.dumps(task[i]["messages"][0]) for i in range(len(task))}
+    learned, watched = (build_task("MMLU", split, folder) for split in ("train", "val"))  # one file is there for both
+    questions = {json.dumps(learned[i]) for i in range(len(learned))}
+    assert len(watched) and not questions & {json.dumps(watched[i]) for i in range(len(watched))}
     with pytest.raises(NanochatError, match="no training split"):
         build_task("HumanEval", "train", folder)
+
+
+def test_no_operands_are_in_two_splits() -> None:
+    asked = {}
+    for split, count in (("train", 5000), ("val", 200), ("test", 1000)):
+        task = build_task("Arithmetic", split)
+        calls = [task[i]["messages"][-1]["content"][0]["text"] for i in range(count)]
+        asked[split] = {(re.sub(r"\d", "", call), *sorted(re.findall(r"\d+", call))) for call in calls if "-" not in call}
+    assert not asked["train"] & (asked["val"] | asked["test"]) and not asked["val"] & asked["test"]
+
+
+def test_what_the_calculator_says_is_no_answer_yet() -> None:
+    task = build_task("Arithmetic", "test")
+    problem = task[0]
+    said, call = problem["answer"], problem["messages"][-1]["content"][0]["text"]
+    shown = f"<|python_start|>{call}<|python_end|><|output_start|>{said}<|output_end|>"
+    assert not task.evaluate(problem, shown)
+    assert task.evaluate(problem, f"{shown}The answer is {said}.")
+
+
+def test_a_letter_is_no_word_that_begins_with_it() -> None:
+    problem = multiple_choice("Which?", ["this", "that"], 1)
+    right, wrong = ("B", " B\n", "B.", "B) that"), ("Because I think so", "A", "", "b", "the answer is B")
+    assert all(evaluate_letter(problem, said) for said in right)
+    assert not any(evaluate_letter(problem, said) for said in wrong)
+
+
+@pytest.mark.parametrize("fence", ["```", "```python", "```py", "```Python", "``` python3", "```python\r"])
+def test_programs_are_found_in_fences(fence: str) -> None:
+    problem = {"prompt": "def f():\n", "test": "def check(f): pass", "entry_point": "f"}
+    program = build_program(problem, f"Here it is:\n{fence}\ndef f():\n    return 7\n```\nThis works.")
+    assert "return 7" in program and "```" not in program and "This works" not in program
+
+
+def test_a_mark_at_the_beginning_of_a_file_is_no_text(tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    (tmp_path / "mine.jsonl").write_text("\n".join([json.dumps(talk)] * 30), encoding="utf-8-sig")
+    assert CustomJSON(tmp_path / "mine.jsonl")[0]["messages"] == talk
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,43 @@
+"""What is shown of a model: openings that it continues, questions that it answers, whatever texts there are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nanochat.chat_eval import sample_answers
+from nanochat.dataset import get_source
+from nanochat.engine import Engine, continue_openings
+from tasks import build_task
+from tasks.common import TaskMixture
+from tasks.customjson import CustomJSON
+from tests.helpers import write_corpus
+
+
+@pytest.mark.parametrize("text", ["\u4f60\u597d" * 2000, "a " * 5, "x", "word" * 3000])
+def test_openings_fit_the_context(engine: Engine, tmp_path: Path, text: str) -> None:
+    """Where no spaces part words, the first six words of a text are all of it."""
+    write_corpus(tmp_path)
+    (tmp_path / "val.jsonl").write_text(json.dumps({"text": text}), encoding="utf-8")
+    (sample,) = continue_openings(engine, get_source(str(tmp_path)), max_tokens=4)
+    shown = sample["prompt"].removesuffix("\ufffd")  # a character may be cut
+    assert shown and text.startswith(shown)
+
+
+def test_answers_to_each_kind_of_a_mixture(engine: Engine, tmp_path: Path) -> None:
+    """Six kinds; a system message before the question, a question longer than the context."""
+    odd = [
+        [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hello"}],
+        [{"role": "user", "content": "long " * 400}],
+    ]
+    for number, opening in enumerate(odd):
+        talk = [*opening, {"role": "assistant", "content": "a"}]
+        (tmp_path / f"{number}.jsonl").write_text("\n".join([json.dumps(talk)] * 10), encoding="utf-8")
+    kinds = [build_task(name, "val") for name in ("Arithmetic", "Identity", "Repeat", "SimpleSpelling")]
+    kinds += [CustomJSON(tmp_path / f"{number}.jsonl") for number in range(2)]
+    samples = sample_answers(engine, TaskMixture(kinds), max_tokens=8)
+    asked = [next(m["content"] for m in kind[0]["messages"] if m["role"] == "user") for kind in kinds]
+    assert [sample["prompt"] for sample in samples] == asked
+    assert len(sample_answers(engine, kinds[0], max_tokens=8)) == 4
