@@ -1,6 +1,6 @@
 """Compare a tokenizer's compression with GPT-2's and GPT-4's: python -m scripts.tok_eval.
 
-Those two are shown where tiktoken has them cached; nothing is downloaded.
+Those two are shown where tiktoken has them cached; nothing is downloaded, and a line says how to fetch what is missing.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ TEXTS = {
 
 def main(argv: list[str] | None = None) -> int:
     parser = SettingsParser(
-        "Compare a tokenizer's compression with GPT-2's and GPT-4's.", examples=["%(prog)s --tokenizer demo --data builtin"]
+        "Compare a tokenizer's compression with GPT-2's and GPT-4's, where tiktoken has those cached; says how to fetch them.",
+        examples=["%(prog)s --tokenizer demo --data builtin"],
     )
     parser.add_argument("--tokenizer", default="default", metavar="NAME|PATH", help="as trained by scripts.tok_train")
     parser.add_argument("--data", default=None, metavar="NAME|PATH", help="measure on this text as well")
@@ -73,8 +74,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.data:
         texts.update({f"{args.data} ({split})": read_some(args.data, split, args.max_chars) for split in ("train", "val")})
     peers = {name: tiktoken.get_encoding(key) for key, (name, files) in PEERS.items() if is_cached(files)}
-    for name in {name for name, _ in PEERS.values()} - set(peers):
-        print(f"{name}'s vocabulary is not in tiktoken's cache: not compared")
+    for key, name in ((key, name) for key, (name, _) in PEERS.items() if name not in peers):
+        fetch = f"python -c \"import tiktoken; tiktoken.get_encoding('{key}')\""
+        print(f"{name} is not compared, since its vocabulary is not in tiktoken's cache: {fetch} fetches it")
 
     table = Table(title=f"bytes per token (vocabulary {tokenizer.get_vocab_size():,})", title_justify="left")
     table.add_column("text")

@@ -304,3 +304,16 @@ def test_the_card_has_the_numbers_that_were_measured(tiny_run: Path, tmp_path: P
     for row in ("bits per byte, val | 1.2345", "Odd\\|name | 50.0% | 40.0% to 60.0% | 100", "Pretraining: CORE | 0.1230"):
         assert row in card
     assert 'pipeline("text-generation", "PATH", trust_remote_code=True)' in card
+    assert "\n- conversational\n" in card and "messages = [" in card
+
+
+def test_the_card_of_a_base_model_shows_how_it_continues_a_text(tiny_run: Path, tmp_path: Path) -> None:
+    output = tmp_path / "export"
+    assert export_hf.main(["--model-tag=tiny", "--source=base", "--output", str(output)]) == 0
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert "tags:\n- nanochat\n---\n" in card
+    assert "messages" not in card and "chat" not in card.replace("nanochat", "")
+    example = card.split("```python\n")[1].split("```")[0]
+    shown: list[str] = []
+    exec(example.replace("PATH", output.as_posix()).replace("max_new_tokens=100", "max_new_tokens=4"), {"print": shown.append})
+    assert shown[0].startswith("The sky is")

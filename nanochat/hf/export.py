@@ -136,6 +136,7 @@ def model_card(model: GPT, meta: dict[str, Any], form: str, repo: str | None) ->
         name=repo or f"nanochat {meta['tag']}",
         repo=repo,
         custom=form == "custom",
+        base=meta["stage"] == "base",
         stage=STAGE_TITLES[meta["stage"]].lower(),
         step=meta["step"],
         config=model.config,
