@@ -286,7 +286,7 @@ class NanochatScorer:
         rows = [self._rows(question) for question in questions]
         flat = [row for part in rows for row in part]
         scores: list[list[tuple[float, bool]]] = [[] for _ in flat]
-        for batch in self._batches(flat):
+        for batch in batches_by_length([len(row.tokens) for row in flat], self.batch_tokens):
             for place, found in zip(batch, self._score_batch([flat[i] for i in batch]), strict=True):
                 scores[place] = found
         remaining = iter(scores)
@@ -300,17 +300,6 @@ class NanochatScorer:
             return [together]
         return [Row.of([candidate], 0) for candidate in question.candidates]
 
-    def _batches(self, rows: list[Row]) -> Iterator[list[int]]:
-        """Places of rows that go together."""
-        batch: list[int] = []
-        for i in sorted(range(len(rows)), key=lambda i: len(rows[i].tokens)):
-            if batch and (len(batch) + 1) * len(rows[i].tokens) > self.batch_tokens:
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
-
     def _score_batch(self, rows: list[Row]) -> list[list[tuple[float, bool]]]:
         """The scores of each row's texts."""
         model, device = self.model, self.model.get_device()
@@ -320,8 +309,8 @@ class NanochatScorer:
         previous = _padded([row.previous for row in rows], 0, device)
         positions = _padded([row.positions for row in rows], 0, device)
         owners = _padded([row.owners for row in rows], -1, device).to(torch.int32)  # padding sees padding alone
-        places = positions.to(torch.int32)  # small numbers: of the time, masks should take little
-        distance = places[:, :, None] - places[:, None, :]
+        small = positions.to(torch.int32)  # of the time, masks should take little
+        distance = small[:, :, None] - small[:, None, :]
         visible = (owners[:, None, :] == 0) | (owners[:, :, None] == owners[:, None, :])
         visible &= distance >= 0
         nothing, hidden = torch.tensor([0.0, float("-inf")], dtype=model.get_compute_dtype(), device=device)
@@ -333,18 +322,30 @@ class NanochatScorer:
         T = idx.size(1)
         judged = [(i, places, targets) for i, row in enumerate(rows) for places, targets in row.judged]
         wanted = torch.tensor([i * T + place for i, places, _ in judged for place in places], device=device)
-        targets = torch.tensor([token for *_, tokens in judged for token in tokens], device=device)
+        ids = torch.tensor([token for *_, targets in judged for token in targets], device=device)
         features = model.trunk(idx, model.rotary(positions, T), plans, self._run_block, wanted, previous)
         logprobs, likeliest = [], []
-        for part, wanted in zip(features.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
+        for part, expected in zip(features.split(LOGIT_ROWS), ids.split(LOGIT_ROWS), strict=True):
             logits = model.logits(part)
-            logprobs.append(logits.log_softmax(-1).gather(1, wanted[:, None])[:, 0])
-            likeliest.append(logits.argmax(-1) == wanted)
+            logprobs.append(logits.log_softmax(-1).gather(1, expected[:, None])[:, 0])
+            likeliest.append(logits.argmax(-1) == expected)
         sizes = [len(places) for _, places, _ in judged]
         means = [part.mean().item() for part in torch.cat(logprobs).split(sizes)]
         greedy = [bool(part.all()) for part in torch.cat(likeliest).split(sizes)]
         found = iter(zip(means, greedy, strict=True))
         return [[next(found) for _ in row.judged] for row in rows]
+
+
+def batches_by_length(lengths: list[int], most_tokens: int) -> Iterator[list[int]]:
+    """Places of texts of like length, together most_tokens at most with their padding, or a single one."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batch and (len(batch) + 1) * lengths[i] > most_tokens:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def _before(tokens: list[int]) -> list[int]:

@@ -53,8 +53,8 @@ class Source:
             raise ValueError(f"split must be train or val, not {split!r}")
         files = self.val_files if split == "val" and self.val_files else self.train_files
         limit = None if self.val_files else self._hash_limit()
-        for number, documents in self._batches(files, start):
-            for number, document in enumerate(documents, number):  # noqa: B020
+        for first, documents in self._batches(files, start):
+            for number, document in enumerate(documents, first):
                 if _has_content(document) and (limit is None or (_hash(document) < limit) == (split == "val")):
                     yield number, document
 
@@ -76,8 +76,8 @@ class Source:
 
     def _batches(self, files: list[DocumentFile], start: int) -> Batches:
         fingerprint = self.tokenizer_fingerprint()
-        index, first = self._file_with(files, start) if start else (0, 0)
-        for index, file in enumerate(files[index:], index):  # noqa: B020
+        begin, first = self._file_with(files, start) if start else (0, 0)
+        for index, file in enumerate(files[begin:], begin):
             file.fetch(following=files[index + 1 : index + 1 + FILES_AHEAD])
             _check_kind(file, fingerprint)
             if files is self.train_files:

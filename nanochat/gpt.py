@@ -328,7 +328,7 @@ class GPT(nn.Module):
         self._compiled_block = in_parts
 
     def uncompiled(self) -> GPT:
-        """This very model, all weights shared, that computes uncompiled: for texts of ever other lengths."""
+        """This model with its weights, run uncompiled: for texts of many different lengths."""
         twin = copy.copy(self)
         twin._compiled_block = twin._compiled_norm = twin._chunk_loss = None
         return twin
@@ -356,13 +356,11 @@ class GPT(nn.Module):
             for i in range(self.idle_blocks):
                 factor = self.resid_lambdas[i] * factor + self.x0_lambdas[i]
             x = (factor * x).to(dtype)
-        for i, block in enumerate(self.blocks):
-            if i < self.idle_blocks:
-                continue
+        for i in range(self.idle_blocks, self.config.n_layer):
             lambdas = (self.resid_lambdas[i], self.x0_lambdas[i])
             value_embedding = self.value_embeds[str(i)](idx, dtype, order) if str(i) in self.value_embeds else None
-            wanted = places if i == len(self.blocks) - 1 else None
-            x = run_block(block, x, x0, lambdas, value_embedding, rotary, attention[i], wanted)
+            wanted = places if i == self.config.n_layer - 1 else None
+            x = run_block(self.blocks[i], x, x0, lambdas, value_embedding, rotary, attention[i], wanted)
         return norm(x)
 
     def embed(self, idx: torch.Tensor, previous: torch.Tensor | None, order: Order | None = None) -> torch.Tensor:

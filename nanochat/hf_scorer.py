@@ -6,14 +6,13 @@ Needs the extra `eval` (transformers). Texts of similar length go together, padd
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nanochat.common import NanochatError, first_line, get_compute_dtype
-from nanochat.core_eval import BATCH_TOKENS, Candidate, Question
+from nanochat.core_eval import BATCH_TOKENS, Question, batches_by_length
 
 LOGIT_BYTES = 4 << 30  # of a batch: other models have up to eight times as many words as ours
 
@@ -56,7 +55,9 @@ class HuggingFaceScorer:
         """See core_eval.Scorer."""
         candidates = [candidate for question in questions for candidate in question.candidates]
         scores: list[tuple[float, bool]] = [(0.0, False)] * len(candidates)
-        for batch in self._batches(candidates):
+        words = self.model.get_output_embeddings().weight.size(0)
+        most_tokens = min(BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"]), LOGIT_BYTES // (4 * words))
+        for batch in batches_by_length([len(candidate.tokens) for candidate in candidates], most_tokens):
             longest = max(len(candidates[i].tokens) for i in batch)
             padded = [candidates[i].tokens + [self.first] * (longest - len(candidates[i].tokens)) for i in batch]
             lengths = torch.tensor([len(candidates[i].tokens) for i in batch], device=self.device)
@@ -70,18 +71,6 @@ class HuggingFaceScorer:
                 scores[i] = (mean, bool((judged.argmax(-1) == wanted).all()))
         found = iter(scores)
         return [[next(found) for _ in question.candidates] for question in questions]
-
-    def _batches(self, candidates: list[Candidate]) -> Iterator[list[int]]:
-        words = self.model.get_output_embeddings().weight.size(0)
-        budget = min(BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"]), LOGIT_BYTES // (4 * words))
-        batch: list[int] = []
-        for i in sorted(range(len(candidates)), key=lambda i: len(candidates[i].tokens)):
-            if batch and (len(batch) + 1) * len(candidates[i].tokens) > budget:
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
 
 
 def _identify(path: str) -> tuple[str, str]:

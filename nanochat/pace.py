@@ -25,7 +25,6 @@ from nanochat.memory import optimizer_bytes
 from nanochat.optim import MuonAdamW
 from nanochat.passes import Passes
 from nanochat.scaling import accumulation_steps, default_device_batch_size
-from nanochat.stage import Stage
 
 
 def flops_in(model: GPT, minutes: float) -> float:
@@ -36,7 +35,7 @@ def flops_in(model: GPT, minutes: float) -> float:
 
 
 def batch_worth_an_update(model: GPT) -> int:
-    """Tokens for which the work that an update takes whatever its batch is a fifth of the whole, roughly (a collective call).
+    """Tokens in a batch of which the optimizer's step takes a fifth of the update's time, roughly (a collective call).
 
     Where memory is slow beside the products, as with AMX, a smaller batch learns more from a token but less in a second
     (dev/LOG.md, "Batches where updates are dear").
@@ -63,17 +62,13 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def steps_in(
-    stage: Stage, model: GPT, minutes: float, rows: int, total_batch_size: int, compile: bool, expand_at: float = 0.0
-) -> int:
+def steps_in(model: GPT, minutes: float, rows: int, total_batch_size: int, compile: bool, expand_at: float = 0.0) -> int:
     """Updates that this machine does until `minutes` after the command was given: --target-minutes as a horizon.
 
     Measured on a few micro-batches of `rows`, compiled as the training will be, and on updates by nothing, of all blocks and
-    of the last one, which learns alone for a share expand_at. Evaluations and checkpoints are not counted. A resumed stage
-    keeps what it began with, so that its schedules stay what they were. Raises NanochatError if no time is left.
+    of the last one, which learns alone for a share expand_at. Evaluations and checkpoints are not counted. Raises
+    NanochatError if no time is left.
     """
-    if old := stage.recorded_settings():
-        return old["num_iterations"]
     T, device = model.config.sequence_len, model.get_device()
     if compile and can_compile(device) is None:
         print0("compiling, and measuring how fast this machine trains")

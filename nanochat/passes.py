@@ -73,7 +73,7 @@ class Passes:
         return allowed and fixed and model.is_compiled and model.get_device().type == "cuda"
 
     def _record(self, batch: Batch, count: torch.Tensor) -> None:
-        """Record a pass of another shape than before, if it is the first of so many blocks or comes a second time."""
+        """Record a pass of a new shape: at once if the number of idle blocks is new too, else when it comes twice in a row."""
         shape, before, self._newest = self._shape_of(batch), self._newest, self._shape_of(batch)
         if shape == self._recorded or (self._recorded and shape[0] == self._recorded[0] and shape != before):
             return

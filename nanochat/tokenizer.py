@@ -209,9 +209,6 @@ class Tokenizer:
     def get_vocab_size(self) -> int:
         return len(self.tokens) + len(SPECIAL_TOKENS)
 
-    def get_special_tokens(self) -> set[str]:
-        return set(SPECIAL_TOKENS)
-
     def get_token_bytes(self) -> np.ndarray:
         """(vocab_size,) int32: the raw bytes of each token; 0 for special tokens, which stand for no text."""
         return np.array([len(token) for token in self.tokens] + [0] * len(SPECIAL_TOKENS), dtype=np.int32)
@@ -358,7 +355,3 @@ def get_tokenizer_dir(name_or_path: str = "default") -> Path:
 
 def get_tokenizer(name_or_path: str = "default") -> Tokenizer:
     return Tokenizer.load(get_tokenizer_dir(name_or_path))
-
-
-def get_token_bytes(name_or_path: str = "default") -> np.ndarray:
-    return get_tokenizer(name_or_path).get_token_bytes()

@@ -121,7 +121,8 @@ def plan(args: Arguments, stage: Stage, model: GPT, world_size: int) -> tuple[Ho
     batch_size = horizon.total_batch_size
     rows = choose_device_batch_size(model, args.device_batch_size, batch_size, world_size)
     if by_time:  # once more, by what a batch of this size really takes
-        steps = steps_in(stage, model, args.target_minutes, rows, batch_size, args.compile, expand_at)
+        steps = recorded.get("num_iterations")  # a resumed run keeps its schedules
+        steps = steps or steps_in(model, args.target_minutes, rows, batch_size, args.compile, expand_at)
         flops = steps * batch_size * flops_per_token
         args.target_flops = recorded.get("target_flops", flops)  # config.toml, which tells steps, plans the same run by it
         horizon = plan_horizon(model.config, flops_per_token, target_flops=flops, total_batch_size=batch_size)
@@ -157,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     stage = open_stage("base", args.model_tag, f"d{args.depth}", resume)
 
     # What to train, for how long, in what portions
-    args.data = args.data or default_source_name()
+    args.data = args.data or stage.recorded_settings().get("data") or default_source_name()
     source = get_source(args.data)
     make_default_tokenizer(args.tokenizer, args.data, rank)
     tokenizer = get_tokenizer(args.tokenizer)

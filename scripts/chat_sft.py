@@ -105,7 +105,8 @@ def main(argv: list[str] | None = None) -> int:
     if num_iterations <= 0:
         num_iterations = max(1, round(estimate_tokens(train_task, tokenizer, sequence_len) / total_batch_size))
         if args.target_minutes > 0:  # stop sooner if the time is up
-            steps = steps_in(stage, model, args.target_minutes, rows, total_batch_size, args.compile)
+            steps = stage.recorded_settings().get("num_iterations")  # a resumed stage keeps its schedules
+            steps = steps or steps_in(model, args.target_minutes, rows, total_batch_size, args.compile)
             num_iterations = min(num_iterations, steps)
     settings = {
         **vars(args), **describe_model(model), "task_data": str(args.task_data) if args.task_data else None,

@@ -229,6 +229,15 @@ def test_sft_fits_the_batch_of_its_base_to_another_context(tiny_run: Path) -> No
     assert read_meta(tiny_run.parent / "odd" / "sft", 1)["settings"]["total_batch_size"] == 400
 
 
+def test_a_resumed_run_reads_the_text_that_it_began_with(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no --data was given, and since then other text has become the default."""
+    monkeypatch.setattr(base_train, "default_source_name", lambda: str(corpus))
+    flags = [*TINY_TRAINING, "--model-tag=own", "--save-every=3"]
+    assert base_train.main([*flags, "--num-iterations=3"]) == 0
+    monkeypatch.setattr(base_train, "default_source_name", lambda: "climbmix")
+    assert base_train.main([*flags, "--num-iterations=3", "--resume=auto"]) == 0
+
+
 def test_ctrl_c_in_the_last_evaluation_ends_what_comes_after_it(tmp_path: Path) -> None:
     """All is trained and saved; but a recipe is not to go on with its next command."""
     trainer = make_trainer(tmp_path, num_iterations=2)

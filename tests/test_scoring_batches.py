@@ -1,0 +1,64 @@
+"""How texts to be scored go together, and how the data to score on is fetched."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanochat import core_eval, hf_scorer
+from nanochat.core_eval import Candidate, Question, batches_by_length, find_bundle
+from tests.test_core_eval import save_llama
+
+
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 200))
+def test_batches_hold_every_text_once_and_no_more_than_fits(lengths: list[int], most: int) -> None:
+    batches = list(batches_by_length(lengths, most))
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= most
+    for batch, after in zip(batches, batches[1:], strict=False):  # each is as full as it can be
+        assert (len(batch) + 1) * lengths[after[0]] > most
+
+
+def test_logits_of_other_peoples_models_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight times as many words as ours would take eight times the memory; smaller batches score the same."""
+    save_llama(tmp_path / "llama")
+    scorer = hf_scorer.HuggingFaceScorer(str(tmp_path / "llama"), torch.device("cpu"))
+    words = scorer.model.get_output_embeddings().weight.size(0)
+    sizes: list[int] = []
+    scorer.model.register_forward_hook(lambda model, inputs, output: sizes.append(4 * output.logits.numel()))
+    texts = [[scorer.first, *(5 + (i + j) % 40 for j in range(5 + i))] for i in range(9)]
+    questions = [Question(0, [Candidate(tokens, 2)], 0, False) for tokens in texts]
+    expected = scorer.score(questions)
+    assert len(sizes) == 1
+    limit = 4 * words * 30  # of 30 tokens
+    monkeypatch.setattr(hf_scorer, "LOGIT_BYTES", limit)
+    found = scorer.score(questions)
+    assert len(sizes) > 3 and max(sizes[1:]) <= limit
+    for ((mean, greedy),), ((other, same),) in zip(expected, found, strict=True):
+        assert mean == pytest.approx(other, abs=1e-2) and greedy == same
+
+
+def test_one_of_all_that_need_it_fetches_the_bundle(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched = []
+
+    def download(folder: Path) -> None:
+        fetched.append(folder)
+        time.sleep(0.2)
+        folder.mkdir()
+        (folder / "core.yaml").write_text("", encoding="utf-8")
+
+    monkeypatch.setattr(core_eval, "_download_bundle", download)
+    base_dir.mkdir()
+    threads = [threading.Thread(target=find_bundle, args=(None,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert fetched == [base_dir / "eval_bundle"] and find_bundle(None) == fetched[0]
