@@ -8,6 +8,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from nanochat import builtin_corpus
@@ -19,6 +20,10 @@ from tests.helpers import make_document, write_corpus
 from tests.many_ranks import ROOT, stop_all
 
 pytest_plugins = ["tests.recovery_helpers"]  # its fixtures, for several files
+
+# What a loaded machine takes long for is no error. The rest stays as it is, here or, repeatable, in continuous integration.
+hypothesis.settings.register_profile("without deadline", deadline=None)
+hypothesis.settings.load_profile("without deadline")
 
 TINY_TRAINING = [
     "--depth=2", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=128", "--total-batch-size=512",

@@ -1,4 +1,4 @@
-"""What tests share: a small corpus, a small tokenizer, a small model."""
+"""What tests share: a small corpus, a small model, a trainer of it, a server, waiting."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ import torch
 import uvicorn
 
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.metrics import MetricsLog
+from nanochat.passes import Batch
+from nanochat.trainer import TrainConfig, Trainer
 
 SUBJECTS = ("the cat", "a small dog", "my old friend", "the teacher", "one quick fox", "her brother", "the king")
 VERBS = ("sees", "likes", "follows", "finds", "calls", "remembers", "builds")
@@ -55,6 +58,44 @@ def make_model(seed: int = 0, **config: object) -> GPT:
                 parameter.normal_(0, 0.3, generator=generator)
     model.compute_dtype = torch.float32
     return model.eval()
+
+
+class RandomBatches:
+    """Endless batches of 2 x 16 tokens, the same in every run."""
+
+    def __init__(self) -> None:
+        self.step = 0
+
+    def __iter__(self) -> RandomBatches:
+        return self
+
+    def __next__(self) -> Batch:
+        self.step += 1
+        tokens = torch.randint(300, (2, 17), generator=torch.Generator().manual_seed(self.step))
+        return tokens[:, :-1], tokens[:, 1:]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
+        self.step = states[0]["step"]
+
+
+def make_trainer(stage_dir: Path, **config: Any) -> Trainer:
+    """Of a small model, which is not compiled; config: of TrainConfig, what is not as here."""
+    settings = {"num_iterations": 6, "total_batch_size": 32, "warmup_steps": 0, "compile": False, **config}
+    model, log = make_model(), MetricsLog(stage_dir, {})
+    optimizer = model.setup_optimizer(weight_decay=0.2)
+    return Trainer(model, optimizer, RandomBatches(), TrainConfig(**settings), stage_dir, log, meta={})
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
+    """What condition() gives once it is true; the test fails, and says for what it waited, if that takes too long."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"waited {seconds:g} s in vain for {what}"
+        time.sleep(0.01)
+    return found
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -81,6 +82,18 @@ def test_outcomes_do_not_depend_on_the_batch(engine: Engine, task: Task, monkeyp
     assert few.n == 3 and few.examples == whole.examples[:3]
 
 
+def test_the_likeliest_letter_is_the_answer(engine: Engine) -> None:
+    """By the plain model's logits of the token that follows the prompt, whatever else is in the batch."""
+    answers = [example["answer"] for example in evaluate_task(engine, Letters(), 8, 3).examples]
+    for index, answer in enumerate(answers):
+        problem = Letters()[index]
+        prompt = engine.tokenizer.render_for_completion(problem)
+        with torch.no_grad():
+            logits = engine.model(torch.tensor([prompt]))[0, -1]
+        assert answer == max(problem["letters"], key=lambda letter: logits[engine.tokenizer.encode(letter)[0]])
+    assert len(answers) == 8 and len(set(answers)) > 1
+
+
 def test_a_stopped_evaluation_goes_on(
     engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -153,13 +166,17 @@ def test_chatcore_is_the_centred_mean_and_says_over_how_many() -> None:
 
 
 def test_the_command_on_real_tasks(tiny_run: Path, real_data: Path, capsys: pytest.CaptureFixture) -> None:
-    flags = ["--model-tag=tiny", "-a", "ARC-Easy|MMLU,GSM8K", "-x", "4", "-m", "4", "-n", "2", "-t", "1", "--device-type=cpu"]
+    """Answers that are drawn have a result of their own, beside that of the likeliest ones, whose mean alone is kept."""
+    flags = ["--model-tag=tiny", "-a", "ARC-Easy|MMLU,GSM8K", "-x", "4", "-m", "4", "--device-type=cpu"]
     flags.append(f"--task-data={real_data / 'tasks'}")
-    assert chat_eval.main(flags) == 0
-    out = capsys.readouterr().out
-    assert "chatcore_partial" in out and "3 of 6 tasks" in out
-    saved = json.loads((tiny_run / "sft" / "eval.json").read_text(encoding="utf-8"))
-    assert set(saved["tasks"]) == {"ARC-Easy", "MMLU", "GSM8K"} and saved["chatcore"]["tasks"] == 3
+    labels = {"ARC-Easy", "MMLU", "GSM8K, 2 drawn at 1"}
+    for more, expected in ((["-n", "2", "-t", "1"], labels), ([], labels | {"GSM8K"})):
+        assert chat_eval.main([*flags, *more]) == 0
+        out = capsys.readouterr().out
+        assert "chatcore_partial" in out and "3 of 6 tasks" in out
+        saved = json.loads((tiny_run / "sft" / "eval.json").read_text(encoding="utf-8"))
+        assert set(saved["tasks"]) == expected and ("chatcore" in saved) == (not more)
+    assert saved["chatcore"]["tasks"] == 3
     (folder,) = (tiny_run / "sft" / "chat_eval").iterdir()
     assert {path.name.split("_")[0] for path in folder.iterdir()} == {"ARC-Easy", "MMLU", "GSM8K"}
 

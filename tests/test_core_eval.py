@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from nanochat.common import NanochatError, read_json_lines
 from nanochat.core_eval import (
     CoreTask,
     NanochatScorer,
+    Question,
     build_question,
     evaluate_core,
     find_bundle,
@@ -100,6 +102,36 @@ def test_what_is_judged_is_the_answer(scorer: NanochatScorer, bundle: Path) -> N
                 assert len(set(judged)) == 3
                 for text, choice in zip(judged, items[index]["choices"], strict=True):
                     assert choice.endswith(text.strip())
+
+
+def test_the_examples_are_all_questions_but_the_one_that_is_asked(scorer: NanochatScorer, bundle: Path) -> None:
+    """However many are wanted: each text of the file is there once, and that of the question last."""
+    scorer.context = 10_000
+    for task in read_tasks(bundle)[:3]:
+        items = read_items(task)
+        names = [(item.get("query") or item.get("context") or item["context_options"][item["gold"]]).strip() for item in items]
+        for index, item in enumerate(items):
+            question = build_question(dataclasses.replace(task, num_fewshot=len(items)), items, index, scorer)
+            text = scorer.tokenizer.decode(question.candidates[item.get("gold", 0)].tokens)
+            assert [text.count(name) for name in names] == [1] * len(items)
+            assert max(names, key=text.index) == names[index]
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_the_likeliest_candidate_is_the_answer(tokenizer: Tokenizer, bundle: Path, knows: bool) -> None:
+    """Whose answer is likelier than all others is always right; whose answer is less likely than another, never."""
+
+    class Hand:
+        context = 256
+
+        def encode(self, text: str) -> list[int]:
+            return tokenizer.encode(text, prepend="<|bos|>")
+
+        def score(self, questions: list[Question]) -> list[list[tuple[float, bool]]]:
+            return [[(-1.0 if (i == q.gold) == knows else -2.0, knows) for i, _ in enumerate(q.candidates)] for q in questions]
+
+    tasks = evaluate_core(Hand(), bundle)["tasks"]
+    assert {label: task["accuracy"] for label, task in tasks.items()} == dict.fromkeys(BUNDLE, float(knows))
 
 
 def test_batches_and_shared_beginnings_change_nothing(scorer: NanochatScorer, bundle: Path) -> None:

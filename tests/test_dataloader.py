@@ -1,13 +1,11 @@
-"""Packing: nothing lost, nothing twice, exact state; for documents and for conversations."""
+"""Loaders: nothing lost, nothing twice, exact state; for documents and for conversations. Rows: test_packing.py."""
 
 from __future__ import annotations
 
 import gc
 import itertools
 import json
-import re
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -26,7 +24,7 @@ from nanochat.tokenizer import Tokenizer
 from tasks.arithmetic import Arithmetic
 from tasks.common import TaskMixture
 from tasks.identity import Identity
-from tests.helpers import make_document
+from tests.helpers import make_document, wait_for
 
 
 @pytest.fixture
@@ -55,27 +53,6 @@ def test_one_pass_gives_every_token_once(source, tokenizer: Tokenizer, split: st
                 seen.update(targets[targets >= 0].tolist())
     del seen[tokenizer.get_bos_token_id()]
     assert seen == Counter(itertools.chain.from_iterable(tokenizer.encode(list(source.documents(split)))))
-
-
-def test_targets_are_the_next_inputs(source, tokenizer: Tokenizer) -> None:
-    with _loader(source, tokenizer) as loader:
-        for inputs, targets in itertools.islice(loader, 30):
-            known = targets[:, :-1] >= 0
-            assert torch.equal(inputs[:, 1:][known], targets[:, :-1][known])
-
-
-def test_a_long_document_goes_on_in_order(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """The pieces of a document that was split, put together, are the document."""
-    long = "".join(map(str, range(500)))  # the only one with digits
-    documents = [re.sub(r"[\d.]", "", make_document(seed)) for seed in range(100)]
-    documents.insert(20, long)
-    lines = "\n".join(json.dumps({"text": text}) for text in documents)
-    for split in ("train", "val"):
-        (tmp_path / f"{split}.jsonl").write_text(lines, encoding="utf-8")
-    digits = set(tokenizer.encode(long))
-    with _loader(get_source(str(tmp_path)), tokenizer, batch_size=1, loop=False) as loader:
-        found = [token for _, targets in loader for token in targets[0].tolist() if token in digits]
-    assert found == tokenizer.encode(long)
 
 
 def _rows(loaders: list, steps: int, rows_per_step: int) -> list[torch.Tensor]:
@@ -246,10 +223,7 @@ def test_a_forgotten_loader_ends_its_threads(source, tokenizer: Tokenizer) -> No
     assert started
     del loader
     gc.collect()
-    deadline = time.monotonic() + 5
-    while any(thread.is_alive() for thread in started) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(thread.is_alive() for thread in started)
+    wait_for(lambda: not any(thread.is_alive() for thread in started), "the end of its threads", 5)
 
 
 # ----------------------------------------------------------------------------- conversations

@@ -30,6 +30,16 @@ def test_cached_equals_full_past_the_window(n_layer: int, n_kv_head: int, chunks
     torch.testing.assert_close(torch.cat(parts, dim=1), full, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("sequence_len", "pattern", "windows"),
+    [(2048, "SSSL", [512, 512, 512, 2048, 512, 2048]), (2048, "S", [512] * 5 + [2048]),
+     (600, "LSs", [600, 256, 256, 600, 256, 600]), (100, "SL", [100] * 6)],
+)  # fmt: skip
+def test_windows_by_hand(sequence_len: int, pattern: str, windows: list[int]) -> None:
+    """A short one is a quarter of the context, in whole 128s; the last layer sees all."""
+    assert GPTConfig(sequence_len=sequence_len, n_layer=6, window_pattern=pattern).windows() == windows
+
+
 def test_causal_and_windowed() -> None:
     """A token is influenced by no later one and, in a model of windows only, by none beyond their reach."""
     model = make_model(n_layer=2, window_pattern="SL")

@@ -155,6 +155,26 @@ def test_cautious_decay_never_opposes_the_update() -> None:
     torch.testing.assert_close(decayed[pulls_down], (plain - 0.1 * weights.detach())[pulls_down])
 
 
+@pytest.mark.parametrize("shape", [(8, 32), (32, 8)])
+def test_muon_is_written_out_in_ten_lines(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nesterov momentum, orthogonalized, neurons evened out by a running mean, larger steps of a tall matrix."""
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    generator = torch.Generator().manual_seed(0)
+    parameter = torch.nn.Parameter(torch.randn(shape, generator=generator))
+    optimizer = MuonAdamW([Group("muon", ["p"], [parameter], 0.1, betas=(0.0, 0.9), momentum=0.95)])
+    value, average, mean_square = parameter.detach().clone(), torch.zeros(shape), 0.0
+    for _ in range(3):
+        grad = torch.randn(shape, generator=generator)
+        parameter.grad = grad.clone()
+        optimizer.step()
+        average = 0.95 * average + 0.05 * grad
+        update = orthogonalize((0.05 * grad + 0.95 * average)[None])[0]
+        mean_square = 0.9 * mean_square + 0.1 * update.square().mean(dim=1 if shape == (32, 8) else 0, keepdim=True)
+        even = update / mean_square.sqrt()
+        value = value - (0.1 if shape == (8, 32) else 0.2) * even * update.norm() / even.norm()
+        torch.testing.assert_close(parameter.detach(), value)
+
+
 def test_normalizing_neurons_keeps_the_norm_and_evens_rows() -> None:
     update = torch.randn(2, 32, 8, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 0, 32)[:, None]
     before = update.norm(dim=(-2, -1))
@@ -180,6 +200,19 @@ def test_every_parameter_is_in_one_group_and_moves() -> None:
     optimizer.step()
     for name, parameter in model.named_parameters():
         assert not torch.equal(parameter, before[name]), f"{name} did not move"
+
+
+@pytest.mark.parametrize(("n_embd", "scale"), [(48, 4.0), (192, 2.0)])
+def test_rates_of_what_is_no_matrix_follow_the_width(n_embd: int, scale: float) -> None:
+    """Tables and head learn by (width / 768)^-1/2; matrices, and the factors of a stream, do not."""
+    optimizer = make_model(n_embd=n_embd, n_head=3, n_kv_head=3).setup_optimizer(
+        matrix_lr=0.02, embedding_lr=0.3, unembedding_lr=0.008, scalar_lr=0.5
+    )
+    rates = {name: group.initial_lr for group in optimizer.groups for name in group.names}
+    expected = {"lm_head.weight": 0.008 * scale, "wte.weight": 0.3 * scale, "bigrams.weight": 0.3 * scale,
+                "value_embeds.2.weight": 0.3 * scale, "resid_lambdas": 0.005, "x0_lambdas": 0.5,
+                "blocks.0.attn.c_q.weight": 0.02, "blocks.2.mlp.c_proj.weight": 0.02}  # fmt: skip
+    assert {name: rates[name] for name in expected} == pytest.approx(expected)
 
 
 def test_state_goes_on_exactly() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import statistics
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -59,6 +60,25 @@ def test_the_report_holds_what_the_run_left_behind(tiny_run: Path) -> None:
     assert page.tags.count("svg") == len(pictures) == len(set(pictures))
     for picture in pictures:
         assert (tiny_run / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_overview_says_what_each_stage_logged(tiny_run: Path) -> None:
+    """Sums and states of the last update, speeds of the middle one, bits per byte of the newest evaluation."""
+    metrics = tiny_run / "base" / "metrics.jsonl"
+    metrics.write_text('{"step": 0, "time_s": 0, "val/bpb": 9.0}\n' + metrics.read_text(encoding="utf-8"), encoding="utf-8")
+    markdown, html = write_report(tiny_run)
+    lines, page = markdown.read_text(encoding="utf-8").splitlines(), _Page(html.read_text(encoding="utf-8"))
+    assert "| stage | steps | tokens | time | loss | val bpb | tokens/s | MFU | memory |" in lines
+    for stage, title in (("base", "Pretraining"), ("sft", "Supervised fine-tuning")):
+        rows = read_metrics(tiny_run / stage / "metrics.jsonl")
+        train = [row for row in rows if "train/loss" in row]
+        last, bpb = train[-1], [row["val/bpb"] for row in rows if "val/bpb" in row][-1]
+        speed, mfu = (statistics.median_high(row[f"train/{name}"] for row in train) for name in ("tok_per_s", "mfu"))
+        cells = [title, str(last["step"]), f"{last['train/tokens']:,}", format_seconds(last["time_s"]),
+                 f"{last['train/loss']:.4f}", f"{bpb:.4f}", f"{speed:,.0f}", f"{100 * mfu:.1f}%",
+                 f"{last['train/peak_memory_mb'] / 1000:.2f} GB"]  # fmt: skip
+        assert f"| {' | '.join(cells)} |" in lines
+        assert "".join(cells) in page.text
 
 
 def test_what_a_model_writes_cannot_break_the_page(tiny_run: Path) -> None:
@@ -168,7 +188,7 @@ def test_pass_at_1_and_8_share_a_panel_and_a_single_point_has_none() -> None:
 
 
 def test_a_picture_takes_the_colors_of_its_page_and_no_name_twice() -> None:
-    panel = Panel("a < b & \"c\"", [Curve("one", [1, 2], [3.0, 4.0], dots=True), Curve("two", [1, 2], [4.0, 3.0])])
+    panel = Panel('a < b & "c"', [Curve("one", [1, 2], [3.0, 4.0], dots=True), Curve("two", [1, 2], [4.0, 3.0])])
     svg = to_svg(draw_panel(panel), panel.title)
     ElementTree.fromstring(svg)  # well-formed
     for variable in ("text", "soft", "line", "c0", "c1"):

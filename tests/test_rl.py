@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 from nanochat.checkpoint_manager import get_stage_dir, list_steps, load_checkpoint
 from nanochat.common import NanochatError, read_json_lines
 from nanochat.engine import Engine
+from nanochat.kv_cache import BLOCK_SIZE
 from nanochat.rl import RolloutLoader, RolloutSettings, advantages, make_policy_loss, policy_logprobs
 from nanochat.tokenizer import Tokenizer
 from scripts import chat_rl
@@ -149,6 +152,24 @@ def test_the_gradient_is_that_of_the_weighted_likelihood(engine: Engine) -> None
         torch.testing.assert_close(gradient, engine.model.lm_head.weight.grad, atol=2e-5, rtol=2e-3)
 
 
+def test_what_sampling_saw_otherwise_counts_less_and_at_most_twice(engine: Engine) -> None:
+    """Tokens that are a third as likely now as when they were drawn count a third; thrice as likely ones are held at two."""
+    settings = _settings()
+    inputs, targets, worth, scale, _ = next(RolloutLoader(engine, Vowels(), settings, micro_batches=1))
+    loss_fn, _ = make_policy_loss(settings)
+    own = policy_logprobs(engine.model, inputs, targets, 1.0, 0).detach()
+
+    def loss_and_gradient(sampled_logprobs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        loss = loss_fn(engine.model, (inputs, targets, worth, scale, sampled_logprobs))
+        return loss.detach(), torch.autograd.grad(loss, engine.model.lm_head.weight)[0]
+
+    loss, gradient = loss_and_gradient(own)
+    assert gradient.any()
+    for shift, factor in ((math.log(3), 1 / 3), (-math.log(1.5), 1.5), (-math.log(3), 2.0)):
+        found = loss_and_gradient(own + shift)
+        torch.testing.assert_close(found, (factor * loss, factor * gradient), atol=1e-5, rtol=1e-4)
+
+
 def test_nothing_to_learn_gives_no_gradient(engine: Engine) -> None:
     class Fair(Vowels):
         def reward(self, conversation: Conversation, completion: str) -> float:
@@ -189,6 +210,29 @@ def test_weights_that_changed_share_nothing_with_the_old(engine: Engine) -> None
     assert after.tokens != before
 
 
+def test_an_update_is_answered_by_the_weights_as_they_are(engine: Engine) -> None:
+    """The same problem again, after an update: as by an engine that has never seen it."""
+
+    class One(Vowels):
+        def num_examples(self) -> int:
+            return 1
+
+        def get_example(self, index: int) -> Conversation:
+            return {"messages": [{"role": "user", "content": make_document(0, 6)}, {"role": "assistant", "content": "e"}]}
+
+    prompt = engine.tokenizer.render_for_completion(One()[0])
+    assert len(prompt) > BLOCK_SIZE  # so that there is what might be shared
+    loader = RolloutLoader(engine, One(), _settings(examples_per_step=1), micro_batches=1)
+    next(loader)
+    with torch.no_grad():
+        for parameter in engine.model.parameters():
+            parameter.mul_(-0.5)
+    fresh = RolloutLoader(Engine(engine.model, engine.tokenizer), One(), _settings(examples_per_step=1), micro_batches=1)
+    fresh.load_state_dict([loader.state_dict()])
+    for found, expected in zip(next(loader), next(fresh), strict=True):
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [({"objective": "ppo"}, "ppo"), ({"num_samples": 1}, "num-samples 1"), ({"temperature": 0.0}, "temperature 0"),
@@ -226,6 +270,25 @@ def test_a_resumed_run_goes_the_way_of_one_never_stopped(tiny_run: Path, monkeyp
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     start = load_checkpoint(get_stage_dir("tiny", "sft"), 4)[0]
     assert any(not torch.equal(whole[name], start[name]) for name in whole)
+
+
+def test_updates_without_anything_to_learn_change_nothing(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is answered is worth the same; the loss is that of nothing, not a division by none."""
+    monkeypatch.setattr("tasks.arithmetic.Arithmetic.reward", lambda self, conversation, text: 1.0)
+    assert chat_rl.main([*FLAGS, "--num-iterations=2", "--kl-weight=0"]) == 0
+    rows = [row for row in read_json_lines(tiny_run / "rl" / "metrics.jsonl") if "train/loss" in row]
+    assert [(row["train/loss"], row["rl/mixed_groups"]) for row in rows] == [(0, 0)] * 2
+    start = load_checkpoint(get_stage_dir("tiny", "sft"), 4)[0]
+    assert all(torch.equal(tensor, start[name]) for name, tensor in _final_weights("tiny").items())
+
+
+def test_the_best_checkpoint_has_solved_the_most(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    solved = iter((0.9, 0.2, 0.7, 0.1, 0.3))  # the first is of the model at the start, of which rl saves no checkpoint
+    measure = chat_rl.evaluate_task
+    monkeypatch.setattr(chat_rl, "evaluate_task", lambda *a, **k: replace(measure(*a, **k), pass_at={1: next(solved), 2: 1.0}))
+    assert chat_rl.main([*FLAGS, "--num-iterations=4", "--save-every=1", "--eval-every=1", "--keep-last=1"]) == 0
+    assert json.loads((tiny_run / "rl" / "best.json").read_text(encoding="utf-8")) == {"step": 2, "val/pass@1": 0.7}
+    assert list_steps(tiny_run / "rl") == [2, 4]
 
 
 def test_bad_input_of_the_command(tiny_run: Path) -> None:

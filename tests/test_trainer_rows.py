@@ -1,0 +1,48 @@
+"""What a trainer's rows say of the updates since the row before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanochat.metrics import read_metrics
+from tests.helpers import make_trainer
+
+RATE = 1e9  # what the machine's matrix units could do in a second
+
+
+def train_rows(folder: Path, **config: Any) -> list[dict[str, Any]]:
+    """The rows of seven updates."""
+    make_trainer(folder, num_iterations=7, **config).train()
+    return [row for row in read_metrics(folder / "metrics.jsonl") if "train/loss" in row]
+
+
+def test_a_row_of_several_updates_has_their_mean_loss(tmp_path: Path) -> None:
+    each, pairs = (train_rows(tmp_path / str(n), log_every=n) for n in (1, 2))
+    losses = [row["train/loss"] for row in each]
+    assert [row["step"] for row in pairs] == [2, 4, 6, 7]
+    means = [(a + b) / 2 for a, b in zip(losses[:6:2], losses[1::2], strict=True)]
+    assert [row["train/loss"] for row in pairs] == pytest.approx([*means, losses[6]])
+    assert len(set(losses)) == 7
+
+
+@pytest.mark.parametrize("log_every", [1, 2])
+def test_mfu_is_the_share_of_what_the_machine_could_have_done(
+    log_every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model's operations since the row before, over the time since then and the machine's rate; of all its blocks, or
+    while the last one learns alone, of that one."""
+    monkeypatch.setattr("nanochat.trainer.measure_matmul_rate", lambda *arguments: RATE)
+    rows = train_rows(tmp_path, log_every=log_every, expand_at=4 / 7)
+    model = make_trainer(tmp_path / "other").model
+    done = 0
+    for row in rows:
+        alone = min(row["step"], 4)
+        flops = 32 * (alone * model.estimate_flops(idle_blocks=2) + (row["step"] - alone) * model.estimate_flops())
+        tokens = 32 * (1 if row["step"] == 7 else log_every)
+        elapsed = tokens / row["train/tok_per_s"]
+        assert row["train/flops"] == flops
+        assert row["train/mfu"] == pytest.approx((flops - done) / elapsed / RATE, rel=0.01)
+        done = flops
