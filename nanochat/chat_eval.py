@@ -182,7 +182,7 @@ def choose_letters(engine: Engine, prompts: list[list[int]], problems: list[Conv
 
 
 def sample_answers(engine: Engine, task: Task, count: int = 4, max_tokens: int = 64) -> list[dict[str, str]]:
-    """The first questions of a task, of a mixture one of each kind at least, as [{"prompt", "text"}] with likeliest answers."""
+    """The first questions of a task, of a mixture one of each kind, as [{"prompt", "text"}] with the likeliest answers."""
     kinds = task.tasks if isinstance(task, TaskSequence) else [task]
     examples = (kind[i] for i in range(count) for kind in kinds if i < len(kind))
     chosen = itertools.islice(examples, max(count, len(kinds)))

@@ -214,15 +214,18 @@ def _later_than_all(now: float) -> float:
 def lock_stage(stage_dir: Path) -> Iterator[None]:
     """While this lasts no other process may write to the stage; the system ends it with the process.
 
-    Raises NanochatError if another process is at it.
+    A file system without locks has the file alone, which a killed process leaves behind. Raises NanochatError if another
+    process is at it.
     """
     stage_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(stage_dir / ".lock", timeout=0, is_singleton=True)  # this process may take it again
+    path = stage_dir / ".lock"
+    lock = FileLock(path, timeout=0, is_singleton=True)  # this process may take it again
     try:
         lock.acquire()
     except Timeout:
         raise NanochatError(
-            f"{stage_dir} is being trained by another process: wait for it, stop it, or choose another --model-tag"
+            f"{stage_dir} is being trained by another process: wait for it, stop it, or choose another --model-tag; if none "
+            f"lives on any machine, remove {path}"
         ) from None
     try:
         yield

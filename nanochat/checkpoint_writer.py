@@ -30,13 +30,22 @@ class CheckpointWriter:
         self._copies: State = {}  # the buffers of the last snapshot, to be filled again
 
     def start(self, step: int, model_state: State, optimizer_state: State, meta: dict[str, Any], best: int | None) -> None:
-        """Copy the tensors and begin to write them. Call `wait` first. best: the step that must not be removed."""
-        copies = {f"{kind}/{name}": self._copy(f"{kind}/{name}", tensor)
-                  for kind, state in (("model", model_state), ("optim", optimizer_state))
-                  for name, tensor in state.items()}  # fmt: skip
+        """Copy the tensors and begin to write them. Call `wait` first. best: the step that must not be removed.
+
+        Where the host has no memory for copies, the tensors themselves are written while the caller waits.
+        """
+        try:
+            copies = {f"{kind}/{name}": self._copy(f"{kind}/{name}", tensor)
+                      for kind, state in (("model", model_state), ("optim", optimizer_state))
+                      for name, tensor in state.items()}  # fmt: skip
+            if any(tensor.is_cuda for tensor in (*model_state.values(), *optimizer_state.values())):
+                torch.cuda.synchronize()
+        except (RuntimeError, MemoryError):  # torch raises the first, for the host's memory too
+            copies = {}
         self._copies = copies
-        if any(tensor.is_cuda for tensor in (*model_state.values(), *optimizer_state.values())):
-            torch.cuda.synchronize()
+        if not copies:
+            self._write(step, model_state, optimizer_state, meta, best)  # what goes wrong is for `wait`
+            return
         states = [{name.partition("/")[2]: copy for name, copy in copies.items() if name.startswith(kind)}
                   for kind in ("model/", "optim/")]  # fmt: skip
         self._thread = threading.Thread(target=self._write, args=(step, *states, meta, best), name="checkpoint")

@@ -30,6 +30,7 @@ from nanochat.heartbeat import RESTART, Heartbeat, fresh_store
 T = TypeVar("T")
 logger = logging.getLogger("nanochat")
 EX_SOFTWARE = 70  # sysexits.h: a mistake of the program's own
+DEFAULT_BASE_DIR = "~/.cache/nanochat"
 OURS = ("nanochat", "scripts", "tasks")  # packages
 
 
@@ -41,14 +42,17 @@ class NanochatError(Exception):
 
 
 def get_base_dir() -> Path:
-    """The folder under which everything is written: NANOCHAT_BASE_DIR, else ~/.cache/nanochat. Made if it is not there."""
-    base_dir = _base_path()
+    """The folder under which everything is written: NANOCHAT_BASE_DIR, else ~/.cache/nanochat. Made if it is not there.
+
+    Raises NanochatError where no home folder is known.
+    """
+    path = os.environ.get("NANOCHAT_BASE_DIR") or DEFAULT_BASE_DIR
+    try:
+        base_dir = Path(path).expanduser()
+    except RuntimeError as error:  # neither HOME nor an entry of passwd, as in some containers
+        raise NanochatError(f"there is no home folder for {path}: set NANOCHAT_BASE_DIR to a folder") from error
     base_dir.mkdir(parents=True, exist_ok=True)
     return base_dir
-
-
-def _base_path() -> Path:
-    return Path(os.environ.get("NANOCHAT_BASE_DIR") or Path.home() / ".cache" / "nanochat").expanduser()
 
 
 def first_line(error: BaseException) -> str:
@@ -197,7 +201,7 @@ def describe_error(error: BaseException) -> str | None:
 
 
 def _describe_os_error(error: OSError) -> str:
-    place = error.filename or _base_path()
+    place = error.filename or os.environ.get("NANOCHAT_BASE_DIR") or DEFAULT_BASE_DIR
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({place}): free some space or set NANOCHAT_BASE_DIR to a folder on a larger disk"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -219,7 +223,7 @@ def describe_unexpected(error: Exception) -> str:
     try:
         path = get_base_dir() / "logs" / name
         atomic_write(path, f"{versions}\n\n{trace}")
-    except OSError:  # nowhere to keep it
+    except (OSError, NanochatError):  # nowhere to keep it
         return f"{sentence}: run again with --debug and report what it shows\n{trace}"
     return f"{sentence}: a mistake of nanochat's, please report it with {path} (--debug shows the same)"
 

@@ -176,7 +176,7 @@ def examine_base_dir() -> Iterator[Finding]:
         base_dir = get_base_dir()
         with tempfile.TemporaryFile(dir=base_dir) as file:
             file.write(b"x" * 4096)
-    except OSError as error:
+    except (OSError, NanochatError) as error:
         yield Finding("used", "base directory", describe_error(error) or str(error), "set NANOCHAT_BASE_DIR", essential=True)
         return
     free = shutil.disk_usage(base_dir).free

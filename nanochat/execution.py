@@ -363,7 +363,7 @@ def root_layout() -> tuple[list[str], dict[str, str]]:
         elif os.path.isdir(path):
             folders.append(path)
     for prefix in (Path(os.path.realpath(sys.executable)).parents[1], Path(os.path.realpath(sys.base_prefix))):
-        if Path.home().is_relative_to(prefix):
+        if Path(os.path.expanduser("~")).is_relative_to(prefix):
             raise NanochatError(f"Python is installed in {prefix}, which holds the home folder: use another Python")
         if not any(prefix.is_relative_to(folder) for folder in folders):
             folders.append(str(prefix))

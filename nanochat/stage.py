@@ -46,27 +46,28 @@ from nanochat.common import (
     get_dist_info,
     print0,
     read_json_lines,
+    read_json_object,
 )
 from nanochat.dataset import Source
 from nanochat.fp8 import enable_fp8
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loggers import LOGGERS
-from nanochat.optim import MuonAdamW
+from nanochat.optim import MuonAdamW, OptimizerSettings
 from nanochat.settings import CONFIG_FILE, Arguments
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import Trainer
 
 RATES = {"matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr"}
+OF_FLAGS = {*RATES, "weight_decay"}  # fields of OptimizerSettings that --set does not take
 # What may differ between a run and its resumption: it changes how the work is done, not what is computed; and rates, since
 # lower ones are the way out of a divergence.
 FREE_SETTINGS = {
-    "resume", "resume_from_step", "run", "log_to", "tensorboard", "log_every",
-    "device", "dtype", "fp8", "world_size", "fsdp", "activation_checkpointing", "device_batch_size", "grad_accum_steps",
+    "resume", "resume_from_step", "run", "log_to", "tensorboard",
+    "device", "dtype", "fp8", "world_size", "fsdp", "activation_checkpointing", "device_batch_size",
     "compile", "eval_every", "eval_tokens", "sample_every", "save_every", "keep_last",
     "data", "tokenizer", "from_hf", "model_tag", "model_step",  # what these mean is compared, not where it lies
     "device_type", *RATES,
     "core_metric_every", "core_metric_max_per_task", "eval_bundle", "max_rows", "eval_examples", "eval_samples",
-    "sample_prompts",
 }  # fmt: skip
 
 
@@ -122,24 +123,26 @@ def chosen_loggers(args: argparse.Namespace) -> list[str]:
 
 def add_rate_arguments(group: argparse._ArgumentGroup) -> None:
     """Peak learning rates, which `setup_optimizer` reads."""
-    group.add_argument("--embedding-lr", type=float, default=0.3, help="peak learning rate of embeddings")
-    group.add_argument("--unembedding-lr", type=float, default=0.008, help="of the head")
-    group.add_argument("--matrix-lr", type=float, default=0.02, help="of matrices, which Muon updates")
-    group.add_argument("--scalar-lr", type=float, default=0.5, help="of single numbers")
+    for name, text in (
+        ("embedding_lr", "peak learning rate of embeddings"), ("unembedding_lr", "of the head"),
+        ("matrix_lr", "of matrices, which Muon updates"), ("scalar_lr", "of single numbers"),
+    ):  # fmt: skip
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(flag, type=float, default=getattr(OptimizerSettings, name), help=text)
 
 
 def setup_optimizer(
     model: GPT, args: argparse.Namespace, scale: float, weight_decay: float, **settings: Any
 ) -> MuonAdamW:
     """The model's optimizer with the rates that were asked for, all times `scale`; settings: of OptimizerSettings."""
-    rates = {name: getattr(args, name) * scale for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr")}
+    rates = {name: getattr(args, name) * scale for name in RATES}
     return model.setup_optimizer(**{**rates, "weight_decay": weight_decay, **settings})
 
 
 def parse_switches(pairs: list[str], *settings: type) -> list[dict[str, Any]]:
     """NAME=VALUE pairs as keyword arguments, those of each dataclass in `settings` for itself.
 
-    Raises NanochatError for a name that none of them has, or a value that does not suit it.
+    Raises NanochatError for a name that none of them has, or that has a flag of its own, or a value that does not suit it.
     """
     parsed: list[dict[str, Any]] = [{} for _ in settings]
     known: dict[str, tuple[dict[str, Any], Any]] = {
@@ -147,6 +150,8 @@ def parse_switches(pairs: list[str], *settings: type) -> list[dict[str, Any]]:
     }
     for pair in pairs:
         name, _, text = pair.partition("=")
+        if name in OF_FLAGS:  # whose values are scaled for the run, which --set would undo
+            raise NanochatError(f"--set {pair}: {name} has a flag of its own: give --{name.replace('_', '-')} {text}")
         if name not in known:
             nearest = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(sorted(known))}"
@@ -196,7 +201,9 @@ def open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Sta
     """Decide between going on and starting anew, without ever writing over an older run.
 
     resume "none": a run of a given tag must be new; without a tag the first free of d4, d4-2, d4-3 ... is taken.
-    "auto": from the newest intact checkpoint, or anew if there is none. A number: from that step. Rank 0 decides for all.
+    "auto": from the newest intact checkpoint, or anew if there is none. A number: from that step; where a scheduler has
+    started this again after a start that did so, from the newest, or all that was done since would be done again.
+    Rank 0 decides for all.
     """
     if resume not in ("auto", "none") and not resume.isdigit():
         raise NanochatError(f"--resume {resume!r} is neither auto nor none nor a step")
@@ -233,7 +240,7 @@ def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> St
         if directory.exists():
             with lock_stage(directory):
                 clean_up(directory)
-        if resume == "auto":
+        if resume == "auto" or _is_second_start(directory, resume):
             step, skipped = newest_valid_step(directory)
             for sentence in skipped:
                 print0(f"passed over: {sentence}")
@@ -248,6 +255,14 @@ def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> St
             "choose another --model-tag"
         )
     return Stage(tag, name, directory, step, list_steps(directory))
+
+
+def _is_second_start(directory: Path, resume: str) -> bool:
+    """Whether torchrun or Slurm repeats a command that has gone on from step `resume` already."""
+    if not any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")):
+        return False
+    settings = read_json_object(directory / SETTINGS_FILE) if (directory / SETTINGS_FILE).exists() else {}
+    return resume in (settings.get("resume"), str(settings.get("resume_from_step")))
 
 
 def _heirs(tag: str, name: str) -> list[str]:
@@ -301,7 +316,7 @@ def check_tokens(source: Source, tokenizer: Tokenizer) -> None:
     if found is not None and found != tokenizer.fingerprint():
         raise NanochatError(
             f"{source.name} holds tokens of another tokenizer ({found[:12]}, not {tokenizer.fingerprint()[:12]}): give "
-            "the one that made them with --tokenizer"
+            "the tokenizer that made them, or the text itself"
         )
 
 

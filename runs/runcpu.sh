@@ -1,15 +1,26 @@
 #!/usr/bin/env bash
 # Half an hour on a laptop: a larger model than the demo's, on your own text if you like: bash runs/runcpu.sh [NAME|PATH]
 set -euo pipefail
+data="${1:-builtin}"
+case "$data" in  # a path counts from where the caller is
+    builtin | climbmix | fineweb-edu | /*) ;;
+    *) if compgen -G "$data" >/dev/null; then data="$PWD/$data"; fi ;;
+esac
 cd "$(dirname "$0")/.."
 
 bash runs/setup.sh
 python=.venv/bin/python
-data="${1:-builtin}"
 tag="${MODEL_TAG:-cpu}"
 
-"$python" -m scripts.tok_train --data="$data" --vocab-size=8192 --tokenizer="$tag"
-"$python" -m scripts.base_train --model-tag="$tag" --resume=auto --data="$data" --tokenizer="$tag" \
+# A run that began on this text keeps its tokenizer: a file that came since would make it another.
+run=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}/runs/$tag
+if [ -e "$run/tokenizer.json" ] && grep -qF "\"data\": \"$data\"" "$run/base/settings.json" 2>/dev/null; then
+    tokenizer="$run"
+else
+    tokenizer="$tag"
+    "$python" -m scripts.tok_train --data="$data" --vocab-size=8192 --tokenizer="$tag"
+fi
+"$python" -m scripts.base_train --model-tag="$tag" --resume=auto --data="$data" --tokenizer="$tokenizer" \
     --depth=6 --head-dim=64 --max-seq-len=512 --total-batch-size=8192 --expand-at=0 --target-minutes=18 \
     --eval-every=100 --eval-tokens=65536 --save-every=50
 "$python" -m scripts.chat_sft --model-tag="$tag" --resume=auto --target-minutes=7 --eval-tokens=65536 --save-every=50 \

@@ -1,13 +1,17 @@
 # What the two series share; sourced by them, with their arguments: [NAME|PATH] [flags of base_train]
 set -euo pipefail
+data="${1:-builtin}"
+case "$data" in  # a path counts from where the caller is
+    builtin | climbmix | fineweb-edu | /*) ;;
+    *) if compgen -G "$data" >/dev/null; then data="$PWD/$data"; fi ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash runs/setup.sh
 source .venv/bin/activate
-data="${1:-builtin}"
 flags=("${@:2}")  # used below as macOS's old Bash wants it, which takes an empty list for an unset one
 launch=(python -m)
-[ "${NPROC:-1}" = 1 ] || launch=(torchrun --standalone --nproc_per_node="$NPROC" -m --)
+[ "${NPROC:-1}" = 1 ] || launch=(torchrun --standalone --nproc_per_node="$NPROC" --shutdown-timeout=300 -m --)
 
 # train TAG FLAGS...: one run of a series, gone on with where it was
 train() {

@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 depth="${DEPTH:-24}"
-nproc="${NPROC:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}"
+nproc="${NPROC:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c "^GPU " || true)}"
 tag="${MODEL_TAG:-d$depth}"
 run="${WANDB_RUN:-dummy}"
 if [ "$nproc" -lt 1 ]; then
@@ -19,7 +19,8 @@ extras=()
 bash runs/setup.sh ${extras[@]+"${extras[@]}"}
 source .venv/bin/activate
 export OMP_NUM_THREADS=1
-launch() { torchrun --standalone --nproc_per_node="$nproc" -m -- "$@"; }
+# A stopped run has five minutes to finish its step and save it; torchrun alone would leave it 30 seconds.
+launch() { torchrun --standalone --nproc_per_node="$nproc" --shutdown-timeout=300 -m -- "$@"; }
 
 # The tokenizer needs 8 shards; while it is trained, the rest of what pretraining reads comes.
 python -m nanochat.dataset --data=climbmix -n 8
@@ -27,7 +28,8 @@ python -m nanochat.dataset --data=climbmix -n "${SHARDS:-240}" &
 download=$!
 trap 'kill "$download" 2>/dev/null || true' EXIT
 # A run that began keeps its tokenizer: trained again on the shards that came meanwhile, it would be another.
-if [ ! -e "${NANOCHAT_BASE_DIR:-$HOME/.cache/nanochat}/runs/$tag/tokenizer.json" ]; then
+base_dir=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}  # not $HOME, which may be unset
+if [ ! -e "$base_dir/runs/$tag/tokenizer.json" ]; then
     python -m scripts.tok_train --data=climbmix --max-chars=2000000000 --vocab-size=32768
     python -m scripts.tok_eval
 fi

@@ -26,7 +26,7 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.metrics import MetricsLog
 from nanochat.optim import OptimizerSettings
 from nanochat.pace import batch_worth_an_update, choose_device_batch_size, flops_in, steps_in
-from nanochat.scaling import Horizon, accumulation_steps, expansion_share, model_config, plan_horizon
+from nanochat.scaling import TOKENS_PER_PARAM, Horizon, accumulation_steps, expansion_share, model_config, plan_horizon
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import (
     Stage,
@@ -76,19 +76,24 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     horizon = parser.add_argument_group("horizon (the first that is above 0; --target-minutes comes second)")
     horizon.add_argument("--num-iterations", type=int, default=-1, help="updates")
     horizon.add_argument("--target-flops", type=float, default=-1.0, help="of the whole training, for example 1e18")
-    horizon.add_argument("--target-param-data-ratio", type=float, default=12.0, help="tokens per parameter of blocks and head")
+    horizon.add_argument("--target-param-data-ratio", type=float, default=TOKENS_PER_PARAM,
+                         help="tokens per parameter of blocks and head")  # fmt: skip
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--total-batch-size", type=int, default=-1, help="tokens in an update (-1: by depth)")
     add_rate_arguments(optimization)
-    optimization.add_argument("--weight-decay", type=float, default=0.2, help="of matrices, at depth 12")
-    optimization.add_argument("--warmup-steps", type=int, default=40, help="steps until the rates are at their peak")
-    optimization.add_argument("--warmdown-ratio", type=float, default=0.65, help="share of the steps in which they fall")
-    optimization.add_argument("--final-lr-frac", type=float, default=0.05, help="share of the peak at the last step")
+    optimization.add_argument("--weight-decay", type=float, default=OptimizerSettings.weight_decay,
+                              help="of matrices, at depth 12")  # fmt: skip
+    optimization.add_argument("--warmup-steps", type=int, default=TrainConfig.warmup_steps,
+                              help="steps until the rates are at their peak")  # fmt: skip
+    optimization.add_argument("--warmdown-ratio", type=float, default=TrainConfig.warmdown_ratio,
+                              help="share of the steps in which they fall")  # fmt: skip
+    optimization.add_argument("--final-lr-frac", type=float, default=TrainConfig.final_lr_frac,
+                              help="share of the peak at the last step")  # fmt: skip
     optimization.add_argument("--expand-at", type=float, default=-1.0, metavar="SHARE",
                               help="of the updates, in which the last block learns alone (-1: by the budget)")  # fmt: skip
     optimization.add_argument("--seed", type=int, default=42, help="of the weights at the start")
     optimization.add_argument("--set", dest="switches", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
-                              help="for experiments: fields of GPTConfig and OptimizerSettings")  # fmt: skip
+                              help="for experiments: fields of GPTConfig and OptimizerSettings that have no flag")  # fmt: skip
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument("--core-metric-every", type=int, default=-1, metavar="STEPS", help="CORE (-1: never)")
     measuring.add_argument("--core-metric-max-per-task", type=int, default=500, help="questions of each CORE task (-1: all)")

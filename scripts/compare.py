@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -25,12 +26,14 @@ from nanochat.plots import Bar, Curve, Panel, draw_bars, draw_panel, to_svg
 from nanochat.progress import format_seconds
 from nanochat.report import STAGE_TITLES, TITLES, Picture, Section, format_value, kind_of, read_eval, read_json, render
 from nanochat.settings import Arguments, SettingsParser
-from nanochat.stage import FREE_SETTINGS
+from nanochat.stage import FREE_SETTINGS, RATES
 
 AXES = {"steps": "step", "tokens": "tokens trained on", "time": "minutes of training", "flops": "FLOPs of training"}
 SMOOTHED = ("train/loss", "train/tok_per_s", "rl/reward")
 # Settings that say nothing of training, or nothing to a reader.
 NAMES = {"tag", "mixture", "model_tag", "run", "log_to", "resume", "resume_from_step", "stage"}
+# Settings that a run may change on its way, though the result depends on them.
+DECISIVE = {*RATES, "data", "tokenizer", "from_hf", "model_step", "fp8", "dtype"}
 
 
 @dataclass
@@ -152,7 +155,7 @@ def _or_dash(number: Callable[[Run], str], run: Run) -> str:
 def differing_settings(runs: list[Run]) -> list[list[str]]:
     """A row for each setting that is not the same in all runs, those that decide the result first."""
     keys = dict.fromkeys(key for run in runs for key in run.settings if key not in NAMES)
-    ordered = sorted(keys, key=lambda key: key in FREE_SETTINGS)
+    ordered = sorted(keys, key=lambda key: key in FREE_SETTINGS - DECISIVE)
     rows = [[key.replace("_", " "), *(format_value(run.settings.get(key, "-")) for run in runs)] for key in ordered]
     return [row for row in rows if len(set(row[1:])) > 1]
 
@@ -201,11 +204,10 @@ def over(x: str, run: Run, steps: list[int]) -> list[float]:
     if x == "time":
         times = {row["step"]: row["time_s"] / 60 for row in run.rows}
         return [times[step] for step in steps]
-    counts = run.values(f"train/{x}")
+    counted_at, counts = series(run.rows, f"train/{x}")
     if not counts:
         raise NanochatError(f"run {run.name!r} did not count its {x}: choose --x steps or --x time")
-    done = next(row["step"] for row in reversed(run.rows) if f"train/{x}" in row)
-    return [step * counts[-1] / done for step in steps]  # every step takes as many
+    return np.interp(steps, [0, *counted_at], [0.0, *counts]).tolist()
 
 
 def draw_scores(runs: list[Run]) -> list[Section]:

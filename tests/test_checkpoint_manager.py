@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import SoftFileLock
 
 from nanochat import checkpoint_manager
 from nanochat.checkpoint_manager import (
@@ -203,6 +205,56 @@ def test_weights_of_another_shape_are_refused(tiny_run: Path) -> None:
 def test_lineage_is_stored(tiny_run: Path) -> None:
     meta = load_checkpoint(tiny_run / "sft", 4)[2]
     assert meta["parent"] == {"stage": "base", "step": 6}
+
+
+def test_all_of_a_step_is_on_disk_before_it_is_seen(stage_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files and their folder before it gets its name, the folder with the name after: a power cut loses none of it."""
+    events: list[object] = []
+    flush, rename = os.fsync, os.rename
+
+    def note_flush(fd: int) -> None:
+        events.append(os.fstat(fd).st_ino)
+        flush(fd)
+
+    def note_rename(*paths: object) -> None:
+        events.append("named")
+        rename(*paths)
+
+    monkeypatch.setattr(os, "fsync", note_flush)
+    monkeypatch.setattr(os, "rename", note_rename)
+    directory = save_checkpoint(stage_dir, 1, STATE, STATE, {})
+    named = events.index("named")
+    paths = list(directory.iterdir()) + [directory] * (os.name != "nt")  # Windows flushes no folders
+    assert len(paths) >= 4 and {path.stat().st_ino for path in paths} <= set(events[:named])
+    assert os.name == "nt" or stage_dir.stat().st_ino in events[named:]
+
+
+def test_a_checkpoint_of_the_first_format_is_as_good(tiny_run: Path) -> None:
+    """Its manifest has no digest of itself; its files are verified like others."""
+    save_checkpoint(get_run_dir("other") / "base", 1, STATE, None, {})  # later than the tiny run's
+    directory = step_dir(tiny_run / "base", 6)
+    path = directory / "manifest.json"
+    manifest = {**json.loads(path.read_text()), "version": 1, "created": 4e9}
+    del manifest["digest"]
+    path.write_text(json.dumps(manifest))
+    assert find_run("base") == "tiny"  # by what that manifest says
+    assert newest_valid_step(tiny_run / "base") == (6, [])
+    assert load_model("base", "cpu", "eval", "tiny")[2]["step"] == 6
+    _truncate(directory / "meta.json")
+    assert newest_valid_step(tiny_run / "base")[0] == 3
+
+
+def test_a_lock_that_outlived_its_process_is_named(stage_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a file system has no locks, the file alone says that a stage is taken, and a killed process leaves it behind."""
+    monkeypatch.setattr(checkpoint_manager, "FileLock", SoftFileLock)
+    stage_dir.mkdir(parents=True)
+    stale = stage_dir / ".lock"
+    stale.write_text("1\nanother-host\n")
+    with pytest.raises(NanochatError, match=f"remove {re.escape(str(stale))}$"), checkpoint_manager.lock_stage(stage_dir):
+        pass
+    stale.unlink()
+    with checkpoint_manager.lock_stage(stage_dir):
+        assert stale.exists()
 
 
 def test_a_newer_format_is_refused(stage_dir: Path) -> None:

@@ -5,6 +5,7 @@ The schedulers' own validators are used where they are installed (pip: shellchec
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -14,7 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import yaml
 from nanochat.checkpoint_manager import list_steps
 from scripts import base_eval, base_train, chat_eval, chat_sft
 from tests.conftest import TINY_TRAINING
+from tests.many_ranks import free_port, wait_for
 
 ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = ROOT / "runs" / "cluster"
@@ -162,7 +164,7 @@ def _kubernetes(tmp_path: Path) -> tuple[str, dict[str, str]]:
 @pytest.mark.parametrize(
     ("recipe", "nnodes", "endpoint"),
     [
-        (_slurm, 1, f"{socket.gethostname()}:20007"),
+        (_slurm, 1, f"{socket.gethostname()}:20028"),  # four ports a job
         (_skypilot, 2, "10.0.0.1:29400"),
         (_kubernetes, 2, "nanochat-worker-0:23456"),
     ],
@@ -177,6 +179,7 @@ def test_each_recipe_starts_the_stages_with_flags_that_they_know(recipe, nnodes,
     lines = [shlex.split(line) for line in calls.read_text(encoding="utf-8").splitlines()]
     modules = [line[2] for line in lines if line[0] == "python"]
     assert modules == ["nanochat.dataset", "scripts.tok_train", "nanochat.report"]
+    assert "--tokenizer=d24" in lines[1]  # jobs side by side have theirs
     launches = [line for line in lines if line[0] == "torchrun"]
     host, port = endpoint.split(":")
     for number, (launch, stage) in enumerate(zip(launches, ["base_train", "chat_sft", "base_eval", "chat_eval"], strict=True)):
@@ -187,9 +190,23 @@ def test_each_recipe_starts_the_stages_with_flags_that_they_know(recipe, nnodes,
         assert module == f"scripts.{stage}"
         args = STAGES[stage].parse_arguments(arguments)
         assert args.model_tag == "d24"
+        assert getattr(args, "tokenizer", "d24") == "d24"
         if stage in ("base_train", "chat_sft"):
             assert args.resume == "auto"
             assert args.save_every == 250
+
+
+def test_slurms_recipe_needs_no_home(fakes, tmp_path: Path) -> None:
+    """Without HOME all is written where the system's list of users says, as the commands do it."""
+    calls = fakes("torchrun", 'echo "$NANOCHAT_BASE_DIR" >>"$(dirname "$0")/calls"\n')
+    fakes("python", "")
+    fakes("srun", SRUN)
+    script, env = _slurm(tmp_path)
+    environment = {**os.environ, **env, "NPROC": "1", "MODEL_TAG": "no-such-run", "STAGES": "base_train"}
+    del environment["HOME"], environment["NANOCHAT_BASE_DIR"]
+    subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, check=True, timeout=60)
+    home = subprocess.run(["bash", "-c", "echo ~"], env=environment, capture_output=True, text=True, check=True).stdout.strip()
+    assert calls.read_text(encoding="utf-8") == f"{home}/.cache/nanochat\n"
 
 
 def test_a_missing_variable_is_named(fakes) -> None:
@@ -199,13 +216,69 @@ def test_a_missing_variable_is_named(fakes) -> None:
     assert result.stderr.startswith("error: NNODES is not set")
 
 
+def _run_node(tmp_path: Path, rank: int, port: int, **env: str) -> str:
+    """train.sh on one of two nodes; returns what it said."""
+    cluster = {"NNODES": "2", "NODE_RANK": str(rank), "RDZV_ENDPOINT": f"127.0.0.1:{port}", "RDZV_ID": "x", "NPROC": "1"}
+    command, environment = ["bash", str(CLUSTER / "train.sh")], {**os.environ, **cluster, "MODEL_TAG": "mine", **env}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_run_that_began_keeps_its_tokenizer(fakes, base_dir: Path, tmp_path: Path) -> None:
+    """Though its text may have got new files, from which another would come; on other text it is trained."""
+    calls = fakes("torchrun", 'echo torchrun "$@" >>"$(dirname "$0")/calls"\n')
+    fakes("python", 'echo python "$@" >>"$(dirname "$0")/calls"\n')
+    run = base_dir / "runs" / "mine"
+    (run / "base").mkdir(parents=True)
+    (run / "tokenizer.json").touch()
+    (run / "base" / "settings.json").write_text(json.dumps({"data": "/texts"}, indent=2), encoding="utf-8")
+    for data, trained in (("/texts", False), ("/text", True)):
+        said = _run_node(tmp_path, 0, free_port(), DATA=data, STAGES="base_train")
+        noted = calls.read_text(encoding="utf-8")
+        calls.unlink()
+        assert ("scripts.tok_train" in noted) == trained
+        assert ("goes on with the tokenizer that it keeps" in said) != trained
+        assert f" --tokenizer={'mine' if trained else run} " in noted
+
+
+@contextlib.contextmanager
+def _listen_on_two_ports() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """That follow each other."""
+    for _ in range(50):
+        with socket.create_server(("127.0.0.1", 0)) as first, contextlib.ExitStack() as stack:
+            try:
+                second = stack.enter_context(socket.create_server(("127.0.0.1", first.getsockname()[1] + 1)))
+            except (OSError, OverflowError):  # taken, or beyond the last
+                continue
+            yield first, second
+            return
+    raise AssertionError("no two ports that follow each other are free")
+
+
+@pytest.mark.parametrize(("opened", "expected"), [(0, ["base_train", "chat_sft"]), (1, ["chat_sft"])])
+def test_a_node_that_comes_back_joins_the_stage_that_the_others_are_in(
+    fakes, base_dir: Path, tmp_path: Path, opened: int, expected: list[str]
+) -> None:
+    """It does not wait for the port of a stage that is done; what it waits for it says."""
+    (base_dir / "tokenizers" / "mine").mkdir(parents=True)
+    (base_dir / "tokenizers" / "mine" / "tokenizer.json").touch()
+    calls = fakes("torchrun", 'echo torchrun "$@" >>"$(dirname "$0")/calls"\n')
+    with _listen_on_two_ports() as (first, second):
+        port = first.getsockname()[1]
+        if opened == 1:
+            first.close()
+        said = _run_node(tmp_path, 1, port, STAGES="base_train chat_sft")
+    launches = [shlex.split(line) for line in calls.read_text(encoding="utf-8").splitlines()]
+    assert [next(word for word in launch if word.startswith("scripts.")) for launch in launches] == [
+        f"scripts.{stage}" for stage in expected
+    ]
+    assert f"--rdzv-endpoint=127.0.0.1:{port + 1}" in launches[-1]
+    assert (f"base_train: node 1 waits for the first node to open 127.0.0.1:{port}\n" in said) == (opened == 1)
+    assert ("base_train: passed over" in said) == (opened == 1)
+
+
 # ----------------------------------------------------------------------------- what happens
-
-
-def _wait_for(condition, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 60
-    while not condition() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
 
 
 @pytest.mark.slow
@@ -234,7 +307,8 @@ def test_two_nodes_save_at_the_time_limit_and_go_on(fakes, corpus: Path, tokeniz
 
     job, log = start(0)
     try:
-        _wait_for(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") > 10, job)
+        wait_for(lambda: job.poll() is not None or (metrics.exists() and metrics.read_bytes().count(b"\n") > 10))
+        assert job.poll() is None, log.read_text()
         job.send_signal(signal.SIGUSR1)  # as Slurm does ahead of the time limit
         assert job.wait(60) == 143, log.read_text()
         (saved,) = list_steps(stage_dir)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
-from nanochat.common import atomic_write
+from nanochat.common import NanochatError, atomic_write, describe_error, get_base_dir, run_command
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
@@ -35,3 +36,39 @@ def test_a_write_that_fails_leaves_the_old_content_alone(
         patch.setattr(os, failing, fail)
         atomic_write(tmp_path / "file", "new")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"file": "old"}
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither HOME nor an entry of passwd, as of a container's user that is a bare number."""
+
+    def refuse(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("NANOCHAT_BASE_DIR")
+    monkeypatch.setattr(pytest.importorskip("pwd"), "getpwuid", refuse)
+
+
+def test_without_a_home_the_way_out_is_named(homeless: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(NanochatError, match="no home folder .*: set NANOCHAT_BASE_DIR"):
+        get_base_dir()
+    assert describe_error(OSError(28, "No space left on device")).startswith("the disk is full")
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    assert get_base_dir() == tmp_path
+
+
+def test_without_a_home_a_command_ends_with_one_sentence(
+    homeless: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Also where the fault was another: its trace, which finds no folder to be kept in, is shown."""
+
+    def fail(argv: list[str] | None) -> int:
+        raise ValueError("unforeseen")
+
+    monkeypatch.setattr(sys, "argv", ["command"])
+    assert run_command(lambda argv: int(bool(get_base_dir()))) == 1
+    assert capsys.readouterr().err.startswith("error: there is no home folder")
+    assert run_command(fail) == 70
+    said = capsys.readouterr().err
+    assert said.startswith("error: unexpected ValueError (unforeseen): run again with --debug") and "home" not in said

@@ -54,6 +54,10 @@ def test_settings_that_decide_come_first(two_runs: Path) -> None:
     runs = [compare.read_run(two_runs / name, "base", name) for name in ("tiny", "wide")]
     assert differing_settings(runs) == [["matrix lr", "0.0126", "0.5"], ["eval every", "250", "7"]]
     assert differing_settings(runs[:1]) == []
+    names = ["eval_every", "world_size", *compare.DECISIVE]
+    runs = [Run(name, dict.fromkeys(names, name), [], {}) for name in "ab"]
+    ordered = [row[0].replace(" ", "_") for row in differing_settings(runs)]
+    assert set(ordered[:-2]) == compare.DECISIVE and ordered[-2:] == ["eval_every", "world_size"]
 
 
 def test_numbers_that_no_run_has_are_left_out() -> None:
@@ -68,9 +72,16 @@ def test_axes_say_the_same_of_updates_and_evaluations() -> None:
     run = Run("a", {}, [*rows, {"step": 20, "time_s": 1200.0, "val/bpb": 1.0}], {})
     assert over("steps", run, [10, 20]) == [10, 20]
     assert over("time", run, [10, 20]) == [10, 20]
-    assert over("tokens", run, [10, 15]) == [5120, 7680]
+    assert over("tokens", run, [0, 5, 10, 15]) == [0, 2560, 5120, 7680]
     with pytest.raises(NanochatError, match="did not count its flops"):
         over("flops", run, [10])
+
+
+def test_flops_are_those_that_were_counted() -> None:
+    """Updates in which one block learns alone cost less than those that come after; not each has a row."""
+    rows = [{"step": s, "time_s": 1.0, "train/flops": flops} for s, flops in ((10, 1e9), (20, 2e9), (30, 6e9), (40, 10e9))]
+    run = Run("grown", {}, [*rows, {"step": 25, "time_s": 1.0, "val/bpb": 1.0}], {})
+    assert over("flops", run, [5, 10, 20, 25, 30, 40]) == pytest.approx([5e8, 1e9, 2e9, 4e9, 6e9, 10e9])
 
 
 def test_a_run_that_is_not_there_is_named_with_its_nearest(two_runs: Path, tmp_path: Path) -> None:

@@ -61,6 +61,15 @@ def test_a_base_directory_that_cannot_be_written_is_essential(
     assert "needed: set NANOCHAT_BASE_DIR" in out
 
 
+def test_without_a_home_the_base_directory_is_what_is_missing(
+    quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "~no-such-user/nanochat")
+    assert doctor.main([]) == 1
+    out = capsys.readouterr().out
+    assert "there is no home folder for ~no-such-user/nanochat" in out and "needed: set NANOCHAT_BASE_DIR" in out
+
+
 def test_a_small_disk_is_a_problem_and_a_full_one_essential(monkeypatch: pytest.MonkeyPatch) -> None:
     for free, marked, essential in ((1e12, False, False), (5e9, True, False), (1e6, True, True)):
         monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path, free=free: type("Usage", (), {"free": free}))

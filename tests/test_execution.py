@@ -247,7 +247,7 @@ def test_refuses_other_systems(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_python_in_the_home_folder_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "home", lambda: Path(os.path.realpath(sys.executable)).parent)
+    monkeypatch.setenv("HOME", str(Path(os.path.realpath(sys.executable)).parent))
     with pytest.raises(NanochatError, match="holds the home folder"):
         execution.root_layout()
 

@@ -5,9 +5,9 @@
 # are used as well), RDZV_ID (the same on all nodes, another for another job), NANOCHAT_BASE_DIR (on a file system that all
 # nodes share), and NODE_ADDR where the other nodes cannot resolve this one's host name.
 # You may set: DEPTH, MODEL_TAG, NPROC (processes a node), DATA (climbmix, fineweb-edu, builtin, or what else --data takes),
-# SHARDS (to download, of the first two), LOCAL_DATA=1 (each node downloads its own), TOKENIZER (one that exists; otherwise one
-# of VOCAB_SIZE tokens is trained), STAGES, SAVE_EVERY (steps), SAVE_S (seconds that a stopped run has to save), WANDB_RUN,
-# BASE_FLAGS, SFT_FLAGS and EVAL_FLAGS (more flags for scripts.base_train, chat_sft and chat_eval).
+# SHARDS (to download, of the first two), LOCAL_DATA=1 (each node downloads its own), TOKENIZER (one that exists; otherwise the
+# run gets one of VOCAB_SIZE tokens under its own name), STAGES, SAVE_EVERY (steps), SAVE_S (seconds that a stopped run has to
+# save), WANDB_RUN, BASE_FLAGS, SFT_FLAGS and EVAL_FLAGS (more flags for scripts.base_train, chat_sft and chat_eval).
 #
 # SIGTERM or SIGUSR1 stops the run: the step at hand is finished and saved, and the exit code is 143. The same command again
 # goes on from there. A process that fails is started again with all the others, three times, from the newest checkpoint.
@@ -20,7 +20,7 @@ done
 depth="${DEPTH:-24}"
 tag="${MODEL_TAG:-d$depth}"
 data="${DATA:-climbmix}"
-nproc="${NPROC:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}"
+nproc="${NPROC:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c "^GPU " || true)}"
 if [ "$nproc" -lt 1 ]; then
     echo "error: nvidia-smi sees no GPU on $(hostname): set NPROC" >&2
     exit 2
@@ -55,27 +55,49 @@ run() {
 }
 
 # The first node prepares the text and the tokenizer. The others find its first stage's port closed until that is done.
-tokenizer="${TOKENIZER:-default}"
 if [ "$NODE_RANK" = 0 ] || [ "${LOCAL_DATA:-}" = 1 ]; then
     case "$data" in
         climbmix | fineweb-edu) run python -m nanochat.dataset --data="$data" -n "${SHARDS:-240}" ;;
     esac
 fi
+# A run that began on this data keeps its tokenizer: trained again on files that came since, it would be another.
+run_dir="$NANOCHAT_BASE_DIR/runs/$tag"
+tokenizer="${TOKENIZER:-$tag}"
+begun() { [ -e "$run_dir/tokenizer.json" ] && grep -qF "\"data\": \"$data\"" "$run_dir/base/settings.json" 2>/dev/null; }
 if [ -n "${TOKENIZER:-}" ]; then
     :
+elif begun; then
+    tokenizer="$run_dir"
+    echo "run $tag goes on with the tokenizer that it keeps"
 elif [ "$NODE_RANK" = 0 ]; then
-    run python -m scripts.tok_train --data="$data" --vocab-size="${VOCAB_SIZE:-32768}"
+    run python -m scripts.tok_train --data="$data" --vocab-size="${VOCAB_SIZE:-32768}" --tokenizer="$tag"
 else  # a mounted bucket shows a new file some seconds late
-    until [ -e "$NANOCHAT_BASE_DIR/tokenizers/default/tokenizer.json" ]; do run sleep 2; done
+    echo "node $NODE_RANK waits for the tokenizer that the first node trains"
+    until [ -e "$NANOCHAT_BASE_DIR/tokenizers/$tag/tokenizer.json" ]; do run sleep 2; done
 fi
 
 # launch STAGE FLAG...: one stage on all processes of all nodes, each stage on a port of its own
 host="${RDZV_ENDPOINT%:*}"
 port="${RDZV_ENDPOINT##*:}"
+read -ra stages <<<"${STAGES:-base_train chat_sft base_eval chat_eval}"
+last_port=$((port + ${#stages[@]} - 1))
+answers() { (exec 3<>"/dev/tcp/$host/$1") 2>/dev/null; }
 launch() {
-    local stage="$1"
+    local stage="$1" later
     shift
-    until [ "$NODE_RANK" = 0 ] || (exec 3<>"/dev/tcp/$host/$port") 2>/dev/null; do run sleep 2; done
+    if [ "$NODE_RANK" != 0 ] && ! answers "$port"; then
+        echo "$stage: node $NODE_RANK waits for the first node to open $host:$port"
+        until answers "$port"; do
+            for ((later = port + 1; later <= last_port; later++)); do
+                if answers "$later"; then  # this node came back late: the stage is done
+                    echo "$stage: passed over, since the first node is in a later stage"
+                    port=$((port + 1))
+                    return
+                fi
+            done
+            run sleep 2
+        done
+    fi
     echo "$stage: $nproc processes on node $NODE_RANK of $NNODES"
     # After "--", torchrun takes no --run for an abbreviation of its own --run-path.
     run torchrun --nnodes="$NNODES" --nproc-per-node="$nproc" --max-restarts=3 --shutdown-timeout="${SAVE_S:-300}" \
@@ -88,7 +110,7 @@ read -ra base_flags <<<"${BASE_FLAGS:-}"
 read -ra sft_flags <<<"${SFT_FLAGS:-}"
 read -ra eval_flags <<<"${EVAL_FLAGS:-}"
 resumable=(--resume=auto --save-every="${SAVE_EVERY:-250}" --run="${WANDB_RUN:-dummy}")
-for stage in ${STAGES:-base_train chat_sft base_eval chat_eval}; do
+for stage in "${stages[@]}"; do
     case "$stage" in
         base_train)
             launch base_train --depth="$depth" --data="$data" --tokenizer="$tokenizer" "${resumable[@]}" "${base_flags[@]}"

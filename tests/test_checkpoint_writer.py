@@ -1,0 +1,62 @@
+"""A checkpoint that is written behind the training, or before it goes on where memory does not allow that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanochat.checkpoint_manager import list_steps, load_checkpoint
+from nanochat.checkpoint_writer import CheckpointWriter
+
+MODEL, OPTIMIZER = {"a": torch.arange(6.0), "b": torch.ones(3)}, {"m": torch.zeros(2), "v": torch.ones(2)}
+
+
+def _assert_saved(stage_dir: Path, step: int) -> None:
+    model, optimizer, meta = load_checkpoint(stage_dir, step, load_optimizer=True)
+    assert meta["note"] == step
+    for found, saved in ((model, MODEL), (optimizer, OPTIMIZER)):
+        assert {name: tensor.tolist() for name, tensor in found.items()} == {n: t.tolist() for n, t in saved.items()}
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA error: out of memory")])
+@pytest.mark.parametrize("copied", [0, 1, 3])
+def test_without_memory_for_copies_the_step_is_written_at_once(
+    tmp_path: Path, error: Exception, copied: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many of the tensors were copied before; none of these copies stays, and the next save tries again."""
+    writer, copy, calls = CheckpointWriter(tmp_path, keep_last=2), CheckpointWriter._copy, []
+
+    def fail(self: CheckpointWriter, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        calls.append(name)
+        if len(calls) > copied:
+            raise error
+        return copy(self, name, tensor)
+
+    writer.start(1, MODEL, OPTIMIZER, {"note": 1}, None)
+    writer.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "_copy", fail)
+        writer.start(2, MODEL, OPTIMIZER, {"note": 2}, None)
+    assert list_steps(tmp_path) == [1, 2]  # before anybody waits
+    assert writer._copies == {}
+    writer.wait()
+    writer.start(3, MODEL, OPTIMIZER, {"note": 3}, None)
+    writer.wait()
+    assert list_steps(tmp_path) == [2, 3]
+    for step in (2, 3):
+        _assert_saved(tmp_path, step)
+
+
+def test_what_goes_wrong_then_is_for_whoever_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise MemoryError
+
+    (tmp_path / "file").touch()
+    writer = CheckpointWriter(tmp_path / "file", keep_last=2)
+    monkeypatch.setattr(CheckpointWriter, "_copy", fail)
+    writer.start(1, MODEL, OPTIMIZER, {}, None)
+    with pytest.raises(NotADirectoryError):
+        writer.wait()
+    writer.wait()  # it is said once
