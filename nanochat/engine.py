@@ -73,24 +73,15 @@ class Engine:
         token if one ended it. Sample i is drawn with seed + i, whatever the others are.
         """
         sequences = self._sequences([tokens] * num_samples, max_tokens, temperature, top_k, seed)
-        column = [(0, 0)] * num_samples
-        shown = [0] * num_samples
+        shown = 0
         try:
             for _ in self._run(sequences):
-                while all(len(s.tokens) > n or s.finish_reason for s, n in zip(sequences, shown, strict=True)):
-                    news = False
-                    for i, sequence in enumerate(sequences):
-                        if len(sequence.tokens) > shown[i]:
-                            column[i] = (sequence.tokens[shown[i]], sequence.masks[shown[i]])
-                        elif sequence.stop_token is not None and len(sequence.tokens) == shown[i]:
-                            column[i] = (sequence.stop_token, 1)
-                        else:
-                            continue
-                        shown[i] += 1
-                        news = True
-                    if not news:
-                        break
+                while all(len(s.tokens) > shown or s.finish_reason for s in sequences) and any(
+                    len(s.tokens) + (s.stop_token is not None) > shown for s in sequences
+                ):
+                    column = [_at(sequence, shown) for sequence in sequences]
                     yield [token for token, _ in column], [mask for _, mask in column]
+                    shown += 1
         finally:  # also when the caller stops listening
             self._abandon(sequences)
 
@@ -176,7 +167,7 @@ class EngineThread:
         """
         self.engine, self.scheduler, self.after_step = engine, engine.scheduler, after_step
         self.compile = compile
-        self.failures = 0
+        self.failures = 0  # steps that failed since the last token
         self.ready = threading.Event()
         self._closing = threading.Event()
         self.thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -187,6 +178,11 @@ class EngineThread:
     @property
     def is_alive(self) -> bool:
         return self.thread.is_alive()
+
+    @property
+    def takes_work(self) -> bool:
+        """False before the start and from the end on: what is submitted then may wait for ever."""
+        return self.is_alive and not self._closing.is_set()
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Stop after the step at hand; what still runs ends with the reason "cancelled"."""
@@ -210,15 +206,27 @@ class EngineThread:
                 if self.scheduler.is_idle:
                     self.scheduler.wait()
                 else:
+                    before = self.scheduler.generated_tokens
                     self.scheduler.step()
+                    if self.scheduler.generated_tokens > before:
+                        self.failures = 0
             except Exception:  # a step that fails ends the requests that were in it, not the service
                 logger.exception("a step of the model failed")
                 self.failures += 1
-                self.scheduler.end_all("error", "the model failed on this request: see the server's log")
+                self._end_all("error", "the model failed on this request: see the server's log")
             self._tell()
-        self.scheduler.end_all("cancelled")
+        self._end_all("cancelled")
         self._tell()
         self.scheduler.close()
+
+    def _end_all(self, reason: str, error: str | None = None) -> None:
+        """End every text; if the device fails even at that, as it does after some errors of CUDA, the thread ends as well."""
+        try:
+            self.scheduler.end_all(reason, error)
+        except Exception:
+            logger.exception("the device fails at everything: this copy of the model is given up")
+            self._closing.set()
+            self.scheduler.end_all_on_host(reason, error)
 
     def _compile(self) -> None:
         """Compile in another thread: meanwhile texts can be cancelled, and closing does not wait for the compiler."""
@@ -239,6 +247,15 @@ class EngineThread:
     def _tell(self) -> None:
         if self.after_step is not None:
             self.after_step()
+
+
+def _at(sequence: Sequence, n: int) -> tuple[int, int]:
+    """(token, mask) n of a text; beyond its end the stop token, else its last one, or (0, 0) if it has none."""
+    if n < len(sequence.tokens):
+        return sequence.tokens[n], sequence.masks[n]
+    if sequence.stop_token is not None:
+        return sequence.stop_token, 1
+    return (sequence.tokens[-1], sequence.masks[-1]) if sequence.tokens else (0, 0)
 
 
 def trim_prompt(tokens: list[int], most: int) -> list[int]:
@@ -278,8 +295,11 @@ def continue_openings(
     tokenizer = engine.tokenizer
     documents = (document for _, document in itertools.islice(source.numbered("val"), num_samples))
     texts = (document if isinstance(document, str) else tokenizer.decode(document[:64].tolist()) for document in documents)
-    prompts = [" ".join(text.split()[:6]) for text in texts]
-    rows = engine.complete(
-        [tokenizer.encode(prompt, prepend="<|bos|>") for prompt in prompts], max_tokens=max_tokens, temperature=temperature
-    )
-    return [{"prompt": p, "text": tokenizer.decode(row.tokens)} for p, row in zip(prompts, rows, strict=True)]
+    openings = [tokenizer.encode(" ".join(text.split()[:6])) for text in texts]
+    most = min(64, engine.model.config.sequence_len // 2)  # where no spaces part words, six are whole paragraphs
+    prompts = [[tokenizer.get_bos_token_id(), *opening[:most]] for opening in openings]
+    rows = engine.complete(prompts, max_tokens=max_tokens, temperature=temperature)
+    return [
+        {"prompt": tokenizer.decode(prompt[1:]), "text": tokenizer.decode(row.tokens)}
+        for prompt, row in zip(prompts, rows, strict=True)
+    ]

@@ -1,9 +1,9 @@
 """Keys and values of the tokens seen so far, in two forms.
 
-`KVCache` is one tensor for a batch of texts that begin and end together: what `GPT.forward(kv_cache=...)` takes.
-`KVBlocks` holds any number of texts that come and go, in blocks of BLOCK_SIZE tokens: `BlockAllocator` says whose block
-is whose and finds the blocks that texts share; `PrefillView` and `DecodeView` attend through them. Used by runner.py
-and scheduler.py.
+`KVCache` is one tensor for a batch of texts of one length: what `GPT.forward(kv_cache=...)` takes, to experiment with.
+What generates is `KVBlocks`, for any number of texts that come and go, in blocks of BLOCK_SIZE tokens: `BlockAllocator`
+says whose block is whose and finds the blocks that texts share; `PrefillView` and `DecodeView` attend through them. Used by
+runner.py and scheduler.py.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ class KVCache:
     ) -> None:
         self.batch_size, self.num_heads, self.seq_len = batch_size, num_heads, seq_len
         self.head_dim, self.num_layers = head_dim, num_layers
-        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)  # tokens in each row
-        self._longest = 0  # max of lengths, known without asking the device
-        self._uniform = True  # all rows have the same length
+        self.length = 0  # tokens in each row
         shape = (num_layers, batch_size, min(INITIAL_LENGTH, seq_len), num_heads, head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
@@ -55,14 +53,14 @@ class KVCache:
     # ------------------------------------------------------------------------- positions
 
     def get_pos(self) -> int:
-        """Tokens in the longest row."""
-        return self._longest
+        """Tokens in each row."""
+        return self.length
 
     def positions(self, T: int) -> torch.Tensor:
         """(batch_size, T): the positions of the next T tokens of each row. Raises ValueError beyond seq_len."""
-        if self._longest + T > self.seq_len:
-            raise ValueError(f"{self._longest + T} tokens do not fit in a cache of {self.seq_len}")
-        return self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
+        if self.length + T > self.seq_len:
+            raise ValueError(f"{self.length + T} tokens do not fit in a cache of {self.seq_len}")
+        return torch.arange(self.length, self.length + T, device=self.tokens.device).expand(self.batch_size, T)
 
     def remember(self, idx: torch.Tensor) -> torch.Tensor:
         """Store the next tokens (batch_size, T) of each row; returns those before them, the first token before itself."""
@@ -72,31 +70,23 @@ class KVCache:
 
     def advance(self, T: int) -> None:
         """Count T more tokens in every row, after all layers have stored theirs."""
-        self.lengths += T
-        self._longest += T
+        self.length += T
 
     def reset(self) -> None:
         """Forget all tokens; the memory is kept."""
-        self.set_lengths([0] * self.batch_size)
-
-    def set_lengths(self, lengths: list[int]) -> None:
-        """Keep only the first lengths[i] tokens of row i: what was padding, or what another text does not share."""
-        self.lengths = torch.tensor(lengths, dtype=torch.long, device=self.lengths.device)
-        self._longest = max(lengths)
-        self._uniform = min(lengths) == self._longest
+        self.length = 0
 
     # ------------------------------------------------------------------------- contents
 
     def prefill(self, other: KVCache) -> None:
         """Copy a cache of one row into every row of this one, which must be empty."""
-        if self._longest or other.batch_size != 1:
+        if self.length or other.batch_size != 1:
             raise ValueError("prefill copies a cache of one row into an empty one")
-        length = other.get_pos()
+        self.length = length = other.length
         self._reserve(length)
         self.keys[:, :, :length] = other.keys[:, :, :length]
         self.values[:, :, :length] = other.values[:, :, :length]
         self.tokens[:, :length] = other.tokens[:, :length]
-        self.set_lengths([length] * self.batch_size)
 
     def _reserve(self, length: int) -> None:
         """Make room for rows of that length."""
@@ -111,28 +101,21 @@ class KVCache:
         q: (B, T, H, D); k, v: (B, T, num_heads, D). A token sees itself and the `window` tokens before it in its row.
         Returns (B, T, H, D).
         """
-        B, T, H, D = q.shape
-        self._reserve(self._longest + T)
-        end = self._longest + T
+        _, T, H, _ = q.shape
+        end = self.length + T
+        self._reserve(end)
         keys, values = self.keys[layer], self.values[layer]
-        if self._uniform:
-            keys[:, self._longest : end] = k
-            values[:, self._longest : end] = v
-            # No query reaches back further than the first one's window.
-            begin = max(0, self._longest - window)
-        else:
-            rows = torch.arange(B, device=q.device)[:, None]
-            positions = self.positions(T)
-            keys[rows, positions] = k
-            values[rows, positions] = v
-            begin = 0
+        keys[:, self.length : end] = k
+        values[:, self.length : end] = v
+        begin = max(0, self.length - window)  # no query reaches back further than the first one
         keys, values = (repeat_kv(x[:, begin:end].to(q.dtype), H).transpose(1, 2) for x in (keys, values))
         q = q.transpose(1, 2)
-        if self._uniform and T == 1:  # the window is all there is: nothing to mask
+        if T == 1:  # the window is all there is: nothing to mask
             return F.scaled_dot_product_attention(q, keys, values).transpose(1, 2)
-        distance = self.positions(T)[:, :, None] - torch.arange(begin, end, device=q.device)  # (B, T, keys)
+        places = torch.arange(begin, end, device=q.device)
+        distance = places[self.length - begin :, None] - places  # (T, keys)
         visible = (distance >= 0) & (distance <= window)
-        return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible[:, None]).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible).transpose(1, 2)
 
 
 # ----------------------------------------------------------------------------- blocks

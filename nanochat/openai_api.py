@@ -51,6 +51,10 @@ def explain(errors: list[dict[str, Any]], body: Any) -> RequestError:
     Where there is a choice of types each has errors of its own, and those tell most which are not of a wrong type, or else
     lie deepest.
     """
+    if errors[0]["type"] == "json_invalid":
+        return RequestError("the body is not valid JSON")
+    if isinstance(body, bytes):  # that nobody said is JSON
+        return RequestError("send the body with Content-Type: application/json")
     telling = [error for error in errors if not error["type"].endswith("_type")]
     # A list of a million wrong items has an error for each.
     error = telling[0] if telling else max(errors[:1000], key=lambda error: len(_place(error, body)))
@@ -293,13 +297,13 @@ class Reply:
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason(sequence)}
 
     def chat_delta(
-        self, index: int, sequence: Sequence, pieces: list[tuple[str, str]], logprobs: list[TokenLogprob], last: bool
+        self, index: int, sequence: Sequence, parts: list[dict[str, Any]], logprobs: list[TokenLogprob], last: bool
     ) -> dict[str, Any]:
         """What is new in a streamed answer; tool calls come as parts of ours, which other clients pass over."""
-        delta: dict[str, Any] = {"content": spoken(pieces)}
-        if any(part != "text" for _, part in pieces):
-            delta["nanochat"] = {"parts": joined_parts(pieces)}
-        if last and not pieces:
+        delta: dict[str, Any] = {"content": "".join(part["text"] for part in parts if part["type"] == "text")}
+        if any(part["type"] != "text" for part in parts):
+            delta["nanochat"] = {"parts": parts}
+        if last and not parts:
             delta = {}
         content = {"content": self.chat_logprobs(logprobs)} if sequence.params.logprobs is not None else None
         return {
@@ -391,15 +395,28 @@ def spoken(pieces: list[tuple[str, str]]) -> str:
     return "".join(text for text, part in pieces if part == "text")
 
 
+class Parts:
+    """An answer's pieces as the parts of a message, as they come. A call that follows another at once is a part of its own."""
+
+    def __init__(self) -> None:
+        self._kind = "text"  # of the part that is open
+
+    def of(self, pieces: list[tuple[str, str]]) -> list[dict[str, Any]]:
+        """The next pieces, joined; a call or its answer says "begins" where it does, else it goes on from the last one."""
+        parts: list[dict[str, Any]] = []
+        for text, kind in pieces:
+            if text and parts and parts[-1]["type"] == kind == self._kind:
+                parts[-1]["text"] += text
+            elif text:
+                parts.append({"type": kind, "text": text} | ({} if kind in ("text", self._kind) else {"begins": True}))
+            if text or kind == "text":  # between calls there is always a piece of text, an empty one
+                self._kind = kind
+        return parts
+
+
 def joined_parts(pieces: list[tuple[str, str]]) -> list[dict[str, str]]:
-    """Pieces as the parts of a message: neighbours of one type are one part."""
-    parts: list[dict[str, str]] = []
-    for text, kind in pieces:
-        if text and parts and parts[-1]["type"] == kind:
-            parts[-1]["text"] += text
-        elif text:
-            parts.append({"type": kind, "text": text})
-    return parts
+    """All pieces of an answer as the parts of a message."""
+    return [{"type": part["type"], "text": part["text"]} for part in Parts().of(pieces)]
 
 
 def finish_reason(sequence: Sequence) -> str:

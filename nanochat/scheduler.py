@@ -185,11 +185,20 @@ class Scheduler:
         for sequence in [*self.waiting, *prefilling, *self.rows, *self.calling]:
             self._finish(sequence, reason, error)
 
+    def end_all_on_host(self, reason: str, error: str | None = None) -> None:
+        """As `end_all` where the device fails at everything: it is not touched, and nothing can be computed afterwards."""
+        running, self.rows = self.rows, []
+        for sequence in running:
+            sequence.row = None
+        for sequence in [*running, *self.calling]:  # before messages: a tool's answer would want a row
+            self._finish(sequence, reason, error)
+        self.end_all(reason, error)
+
     def _enqueue(self, sequence: Sequence) -> None:
         self._enqueued += 1
         if sequence.finish_reason is not None:  # cancelled before it was ever seen
             return
-        sequence.random = Random(sequence.params.seed)
+        sequence.random = Random(sequence.params.seed % 2**64)  # of -1 and 1 it would make the same
         sequence.decoder = IncrementalDecoder(self.tokenizer)
         if sequence.params.max_tokens == 0 and not sequence.params.prompt_logprobs:
             self._finish(sequence, "length")
@@ -405,8 +414,8 @@ class Scheduler:
     def _leave_row(self, sequence: Sequence) -> None:
         if sequence.row is None:
             return
+        self.runner.move_row(len(self.rows) - 1, sequence.row)  # first: where the device fails, the text is not lost
         last = self.rows.pop()
-        self.runner.move_row(len(self.rows), sequence.row)
         if last is not sequence:
             self.rows[sequence.row], last.row = last, sequence.row
         sequence.row = None

@@ -1,7 +1,7 @@
 """The HTTP server: OpenAI's API, the public guide's chat stream, the pages, health and metrics. Used by scripts/chat_web.py.
 
 The event loop only passes text on; models run in the threads of service.py. To add an endpoint, write a route in
-`create_app`; to add a limit, see `service.Limits`.
+one of the functions `_add_..._routes`; to add a limit, see `service.Limits`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hmac
 import json
+import re
 from collections.abc import AsyncIterator
 from importlib.resources import files
 from typing import Any
@@ -32,6 +33,7 @@ from nanochat.openai_api import (
     MAX_MESSAGES,
     ChatRequest,
     CompletionRequest,
+    Parts,
     Reply,
     RequestError,
     TextOffsets,
@@ -41,7 +43,6 @@ from nanochat.openai_api import (
     check_tokens,
     explain,
     finish_reason,
-    joined_parts,
     spoken,
     token_text,
     usage,
@@ -79,10 +80,11 @@ def create_app(
     api_key: str | None = None,
     cors_origins: list[str] | None = None,
     compile: bool = False,
+    hosts: list[str] | None = None,
 ) -> FastAPI:
     """The app that serves one model with one engine for each device, compiled at the start if asked for.
 
-    `app.state.service` is its Service.
+    hosts: the names by which it may be asked (default: any). `app.state.service` is its Service.
     """
     service = Service(engines, model_name, limits or Limits(), compile)
 
@@ -94,15 +96,22 @@ def create_app(
 
     app = FastAPIOffline(title="nanochat", lifespan=lifespan, redoc_url=None)
     app.state.service = service
-    app.add_middleware(Guard, limits=service.limits, api_key=api_key)
+    app.add_middleware(Guard, limits=service.limits, api_key=api_key, hosts=hosts)
     if cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
     _add_error_handlers(app)
     _add_pages(app)
     add_run_routes(app)
+    _add_openai_routes(app, service)
+    _add_chat_routes(app, service)
+    _add_status_routes(app, service)
+    return app
 
-    # ------------------------------------------------------------------------- OpenAI's API
 
+# ----------------------------------------------------------------------------- routes
+
+
+def _add_openai_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_describe_model(service)]}
@@ -150,11 +159,11 @@ def create_app(
         ]
         return JSONResponse(reply.whole(ticket.sequences, len(prompts), choices))
 
-    # ------------------------------------------------------------------------- the guide's and the page's
 
+def _add_chat_routes(app: FastAPI, service: Service) -> None:
     @app.post("/chat/completions", response_model=None)
     async def chat_stream(request: ChatRequest) -> Response:
-        """The public guide's stream: {"token": text, "part": type} again and again, {"done": true} last."""
+        """The public guide's stream: {"token": text, "part": type} again and again, {"done": true} last; see `Parts`."""
         defaults = {"temperature": 0.8, "top_k": 50, "max_tokens": 512}
         given = {name: value for name, value in defaults.items() if getattr(request, name) is None}
         request = request.model_copy(update=given)
@@ -179,6 +188,8 @@ def create_app(
         check_tokens(request.tokens, service.tokenizer)
         return {"prompt": service.tokenizer.decode(request.tokens)}
 
+
+def _add_status_routes(app: FastAPI, service: Service) -> None:
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
         """What lm-eval's remote tokenizer asks for (vLLM's name and form)."""
@@ -198,8 +209,6 @@ def create_app(
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-    return app
 
 
 # ----------------------------------------------------------------------------- from request to texts
@@ -290,7 +299,7 @@ class Reader:
     """Where a stream stands in one text. Everything new is read at once, so a slow client gets fewer, larger pieces."""
 
     def __init__(self, sequence: Sequence) -> None:
-        self.sequence = sequence
+        self.sequence, self.parts = sequence, Parts()
         self.pieces = self.sampled = 0
         self.ended = False
 
@@ -319,8 +328,8 @@ async def _chat_chunks(service: Service, ticket: Ticket, reply: Reply) -> AsyncI
             if (news := reader.read()) is None:
                 continue
             pieces, logprobs, last = news
-            if any(text for text, _ in pieces) or logprobs:
-                yield reply.chunk([reply.chat_delta(i, reader.sequence, pieces, logprobs, False)])
+            if (parts := reader.parts.of(pieces)) or logprobs:
+                yield reply.chunk([reply.chat_delta(i, reader.sequence, parts, logprobs, False)])
             if last:
                 yield reply.chunk([reply.chat_delta(i, reader.sequence, [], [], True)])
     if reply.include_usage:
@@ -360,8 +369,8 @@ async def _guide_events(service: Service, ticket: Ticket, dropped: int) -> Async
         if (news := reader.read()) is None:
             continue
         pieces, logprobs, last = news
-        for part in joined_parts(pieces):
-            yield f"data: {json.dumps({'token': part['text'], 'part': part['type']})}\n\n"
+        for part in reader.parts.of(pieces):
+            yield f"data: {json.dumps({'token': part.pop('text'), 'part': part.pop('type'), **part})}\n\n"
         if sequence.params.logprobs is not None:
             thoughts = aligned(logprobs, sequence.masks[begin : reader.pieces])
             tokens = [
@@ -409,9 +418,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
-        errors = list(error.errors())
-        invalid = errors[0]["type"] == "json_invalid"
-        return await request_error(_, RequestError("the body is not valid JSON") if invalid else explain(errors, error.body))
+        return await request_error(_, explain(list(error.errors()), error.body))
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> JSONResponse:
@@ -424,17 +431,17 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 class Guard:
-    """Refuses, before anything is parsed: requests without the API key, bodies too large or too slow."""
+    """Refuses, before anything is parsed: requests without the API key or by another name, bodies too large or too slow."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None) -> None:
-        self.app, self.limits, self.api_key = app, limits, api_key
+    def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None, hosts: list[str] | None) -> None:
+        self.app, self.limits, self.api_key, self.hosts = app, limits, api_key, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        if (error := self._check_key(scope["path"], scope["method"], headers)) is None:
+        if (error := self._check_host(headers) or self._check_key(scope["path"], scope["method"], headers)) is None:
             try:
                 receive = await self._body(headers, receive)
             except RequestError as refused:
@@ -444,6 +451,13 @@ class Guard:
             await JSONResponse(error.body(), status_code=error.status, headers=close)(scope, receive, send)
             return
         await self.app(scope, receive, send)
+
+    def _check_host(self, headers: dict[bytes, bytes]) -> RequestError | None:
+        """A page of the internet whose name suddenly means this machine (DNS rebinding) still asks by that name."""
+        host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).lower()
+        if self.hosts is None or not host or host in self.hosts:
+            return None
+        return RequestError(f"this server is not {host[:100]!r}: ask it as {self.hosts[0]}, or start it with --api-key", 403)
 
     def _check_key(self, path: str, method: str, headers: dict[bytes, bytes]) -> RequestError | None:
         if self.api_key is None or method == "OPTIONS" or path in OPEN_PATHS or path.startswith(OPEN_PREFIXES):

@@ -78,6 +78,7 @@ class Metrics:
                 self.each_token.observe((now - sequence.first_token_at) / (len(sequence.tokens) - 1))
 
 
+MAX_FAILURES = 3  # steps that fail one after the other: then it is not the requests' fault
 STREAM_INTERVAL_S = 0.015  # between pieces of a stream after its first: faster than eyes, and a fraction of the work
 
 
@@ -132,6 +133,15 @@ class Worker:
     def load(self) -> int:
         scheduler = self.engine.scheduler
         return scheduler.num_waiting + scheduler.num_running
+
+    @property
+    def is_healthy(self) -> bool:
+        return self.thread.takes_work and self.thread.failures < MAX_FAILURES
+
+    def check(self) -> None:
+        """Raise RequestError 503 if the thread takes no work."""
+        if not self.thread.takes_work:
+            raise RequestError("the model has stopped: see the server's log, and start it again", status=503, code="stopped")
 
     def submit(self, sequences: list[Sequence]) -> Ticket:
         ticket = Ticket(sequences, self)
@@ -191,17 +201,20 @@ class Service:
             worker.engine.scheduler.post(functools.partial(worker.engine.scheduler.end_all, "cancelled"))
 
     def submit(self, sequences: list[Sequence]) -> Ticket:
-        """Queue one request's texts with the engine that has least to do.
+        """Queue one request's texts with the engine that has least to do, one that fails only if all do.
 
-        Raises RequestError: 429 if too many wait, 400 for more texts than the queue has places.
+        Raises RequestError: 429 if too many wait, 400 for more texts than the queue has places, 503 if no engine works.
         """
         n, most = len(sequences), self.limits.max_waiting
         if n > most:
             raise RequestError(f"a request of {n} texts does not fit the queue, which holds {most}: ask for fewer")
-        worker = min(self.workers, key=lambda worker: worker.load)
+        worker = min(self.workers, key=lambda w: (not w.thread.takes_work, not w.is_healthy, w.load))
+        worker.check()
         if worker.engine.scheduler.num_waiting + n > most:
             raise RequestError("too many requests are waiting: try again soon", status=429, code="queue_full")
-        return worker.submit(sequences)
+        ticket = worker.submit(sequences)
+        worker.check()  # again: a thread that ends looks a last time at what was submitted, and then at nothing
+        return ticket
 
     def finished(self, sequence: Sequence) -> None:
         self.answered += 1
@@ -218,7 +231,7 @@ class Service:
 
     @property
     def is_healthy(self) -> bool:
-        return all(worker.thread.is_alive for worker in self.workers)
+        return all(worker.is_healthy for worker in self.workers)
 
     @property
     def is_ready(self) -> bool:

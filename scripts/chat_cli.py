@@ -14,7 +14,7 @@ from nanochat.runner import prepare_for_inference
 from nanochat.settings import SettingsParser
 from nanochat.tokenizer import IncrementalDecoder
 
-HELP = "Type a message; 'clear' begins anew, 'quit' leaves, Ctrl-C stops an answer."
+HELP = "Type a message; 'clear' begins anew, 'quit' or Ctrl-D leaves, Ctrl-C stops an answer."
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
@@ -52,23 +52,23 @@ def main(argv: list[str] | None = None) -> int:
     with contextlib.suppress(ImportError):  # Windows lacks it
         import readline  # noqa: F401  # arrows and history for input(), and lines longer than a terminal's 4,095 bytes
     print(f"nanochat {meta['tag']} ({args.source}, step {meta['step']}). {HELP}")
+    interrupted = False
     while True:
         try:
             text = input("\nYou: ").strip()
-        except (EOFError, KeyboardInterrupt):
+            interrupted = False
+            if text.lower() in ("quit", "exit"):
+                return 0
+            chat.take(text)
+        except EOFError:
             print()
             return 0
-        if text.lower() in ("quit", "exit"):
-            return 0
-        if text.lower() == "clear":
-            chat.messages.clear()
-            print("A new conversation.")
-        elif text:
-            print("nanochat: ", end="", flush=True)
-            try:
-                chat.answer(text)
-            except NanochatError as error:  # too long a message is no reason to lose the conversation
-                print(error)
+        except KeyboardInterrupt:  # it drops a line half typed, or was meant for an answer that ended just before
+            if interrupted:
+                print()
+                return 0
+            print("\n(Ctrl-C once more leaves, or Ctrl-D)", end="")
+            interrupted = True
 
 
 class Chat:
@@ -84,6 +84,18 @@ class Chat:
             special("<|python_start|>"): dim + "[", special("<|python_end|>"): "]" + plain,
             special("<|output_start|>"): dim + "[= ", special("<|output_end|>"): "]" + plain + " ",
         }  # fmt: skip
+
+    def take(self, text: str) -> None:
+        """Do what was typed."""
+        if text.lower() == "clear":
+            self.messages.clear()
+            print("A new conversation.")
+        elif text:
+            print("nanochat: ", end="", flush=True)
+            try:
+                self.answer(text)
+            except NanochatError as error:  # too long a message is no reason to lose the conversation
+                print(error)
 
     def answer(self, text: str) -> None:
         """Print the model's answer as it comes, and remember both sides."""

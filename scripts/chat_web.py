@@ -11,6 +11,7 @@ import sys
 import threading
 from types import FrameType
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import uvicorn
@@ -60,13 +61,16 @@ def main(argv: list[str] | None = None) -> int:
     if args.api_key == "":
         raise NanochatError("the API key is empty, which would let nobody in or all: set one, or leave out --api-key")
     check_port(args.host, args.port)
+    origins = [check_origin(origin) for origin in args.cors_origin or ()]
     *_, device = compute_init(args.device_type)
     keep_freed_memory()
     engines, meta = in_own_thread(lambda: load_engines(args, choose_devices(device, args.num_gpus)))
     limits = Limits(max_waiting=args.max_waiting, request_timeout_s=args.request_timeout, grace_s=args.grace)
-    app = create_app(engines, meta["tag"], limits, args.api_key, args.cors_origin, args.compile)
-    print(f"{meta['tag']} ({args.source}, step {meta['step']}) is at http://{args.host}:{args.port} (Ctrl-C stops it)")
-    print(f"for programs: OPENAI_BASE_URL=http://{args.host}:{args.port}/v1, any API key" * (not args.api_key), flush=True)
+    app = create_app(engines, meta["tag"], limits, args.api_key, origins, args.compile, allowed_hosts(args.host, args.api_key))
+    url = f"http://{in_url(args.host)}:{args.port}"
+    print(f"{meta['tag']} ({args.source}, step {meta['step']}) is at {url} (Ctrl-C stops it)", flush=True)
+    if not args.api_key:
+        print(f"for programs: OPENAI_BASE_URL={url}/v1, any API key", flush=True)
     if args.compile:
         print(
             "the first answers wait about half a minute for the compiler; --no-compile starts at once, and slower", flush=True
@@ -128,6 +132,26 @@ def choose_devices(device: torch.device, count: int) -> list[torch.device]:
     if count > available:
         raise NanochatError(f"--num-gpus {count}: this machine has {available} GPUs")
     return [torch.device("cuda", i) for i in range(count)]
+
+
+def in_url(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def allowed_hosts(host: str, api_key: str | None) -> list[str] | None:
+    """The names by which a server of this machine alone may be asked where no key keeps others out; None: by any."""
+    local = ["localhost", "127.0.0.1", "[::1]"]
+    is_local = host.startswith("127.") or in_url(host) in local
+    return [*local, in_url(host)] if is_local and not api_key else None
+
+
+def check_origin(origin: str) -> str:
+    """An origin as browsers send it. Raises NanochatError if it is none, which would never match."""
+    origin = origin.rstrip("/").lower()
+    url = urlsplit(origin)
+    if origin != "*" and origin != f"{url.scheme}://{url.netloc}":
+        raise NanochatError(f"--cors-origin {origin} is no origin: give http://HOST:PORT, without a path")
+    return origin
 
 
 def check_port(host: str, port: int) -> None:

@@ -25,7 +25,7 @@ from nanochat.engine import Engine
 from nanochat.kv_cache import BLOCK_SIZE, KVBlocks
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
-from nanochat.scheduler import Sequence
+from nanochat.scheduler import Scheduler, Sequence
 from nanochat.settings import SettingsParser
 
 
@@ -69,14 +69,15 @@ def run(model: Any, tokenizer: Any, args: argparse.Namespace, report: dict[str, 
     limit = model.config.sequence_len
     if min(batch_sizes) < 1 or args.prompt_tokens < 1 or args.new_tokens < 2:
         raise NanochatError("batch sizes and --prompt-tokens must be at least 1, --new-tokens at least 2")
-    if args.prompt_tokens + args.new_tokens > limit:
-        raise NanochatError(
-            f"{args.prompt_tokens} prompt and {args.new_tokens} new tokens do not fit a context of {limit}: "
-            "choose smaller --prompt-tokens and --new-tokens"
-        )
     keep_freed_memory()
     device = model.get_device()
     engine = Engine(prepare_for_inference(model, args.weights), tokenizer, max_rows=max(batch_sizes))
+    ahead = -(-max(batch_sizes) * args.prompt_tokens // engine.scheduler.chunk)  # of the last: by a token for each chunk
+    if args.prompt_tokens + ahead + args.new_tokens > limit:
+        raise NanochatError(
+            f"{args.prompt_tokens} prompt and {args.new_tokens} new tokens, and {ahead} that the first text is ahead of the "
+            f"last, do not fit a context of {limit}: choose smaller --prompt-tokens, --new-tokens or --batch-sizes"
+        )
     started = time.perf_counter()
     reason = engine.compile() if args.compile else "--no-compile"
     compile_s = 0.0 if reason else time.perf_counter() - started
@@ -100,14 +101,17 @@ def run(model: Any, tokenizer: Any, args: argparse.Namespace, report: dict[str, 
 
 
 def measure(engine: Engine, B: int, args: argparse.Namespace, memory_rate: float) -> dict[str, float]:
-    """Decode B prompts of random tokens together; their first tokens are timed apart from the rest."""
+    """Decode B prompts of random tokens together; their first tokens are timed apart from the rest.
+
+    Raises NanochatError if so many texts are never computed together.
+    """
     device, vocab_size = engine.model.get_device(), engine.tokenizer.get_vocab_size()
     generator = torch.Generator().manual_seed(B)
     scheduler = engine.scheduler
     prompts = torch.randint(vocab_size, (2 * B + 3, args.prompt_tokens), generator=generator).tolist()
 
-    def sequences(prompts: list[list[int]], new_tokens: int) -> list[Sequence]:
-        params = SamplingParams(args.temperature, args.top_k, max_tokens=new_tokens, ignore_eos=True)
+    def sequences(prompts: list[list[int]], max_tokens: int | None) -> list[Sequence]:
+        params = SamplingParams(args.temperature, args.top_k, max_tokens=max_tokens, ignore_eos=True)
         result = [Sequence(prompt, params) for prompt in prompts]
         for sequence in result:
             scheduler.submit(sequence)
@@ -122,21 +126,16 @@ def measure(engine: Engine, B: int, args: argparse.Namespace, memory_rate: float
         firsts.append((sequence.first_token_at or 0.0) - sequence.created)
     rounds = []
     for first in (3, 3 + B):
-        batch = sequences(prompts[first : first + B], args.new_tokens)
-        while any(sequence.first_token_at is None for sequence in batch):
-            scheduler.step()
-        # From here on every step makes a token of every text.
-        before, started, steps = scheduler.generated_tokens, time.perf_counter(), []
-        while any(sequence.finish_reason is None for sequence in batch):
-            at = time.perf_counter()
-            scheduler.step()
-            steps.append(time.perf_counter() - at)
-        seconds = time.perf_counter() - started
-        rounds.append(((scheduler.generated_tokens - before) / seconds, statistics.median(steps)))
+        batch = sequences(prompts[first : first + B], None)  # as long as it takes: those read first are ahead of the others
+        steps = _time_steps(scheduler, batch, args.new_tokens - 1)
+        kv_tokens = sum(sequence.length for sequence in batch) - B * len(steps) / 2  # in the middle of them
+        for sequence in batch:
+            scheduler.cancel(sequence)
+        scheduler.take_messages()
+        rounds.append((B / statistics.mean(steps), statistics.median(steps)))
     tokens_per_s, step_s = max(rounds)
     weights = sum(t.numel() * t.element_size() for t in (*engine.model.blocks.parameters(), *engine.model.blocks.buffers()))
     head = engine.model.lm_head.weight
-    kv_tokens = B * (args.prompt_tokens + args.new_tokens / 2)
     kv = kv_tokens * KVBlocks.bytes_per_block(engine.model.config, engine.model.get_compute_dtype()) / BLOCK_SIZE
     read = weights + head.numel() * head.element_size() + kv  # an upper bound where layers have windows
     return {
@@ -147,6 +146,24 @@ def measure(engine: Engine, B: int, args: argparse.Namespace, memory_rate: float
         "memory_mb": round(_memory_bytes(device) / 1e6, 1),
         "mbu": round(read / step_s / memory_rate, 4),
     }
+
+
+def _time_steps(scheduler: Scheduler, batch: list[Sequence], count: int) -> list[float]:
+    """Seconds of so many steps that each compute a token of every text and no prompt; fewer if a text ends before.
+
+    Others are not counted: a text that calls the calculator leaves the batch until its answer is there.
+    """
+    steps: list[float] = []
+    while len(steps) < count and all(sequence.finish_reason is None for sequence in batch):
+        if scheduler.is_idle:
+            scheduler.wait()
+        whole, at = len(scheduler.rows) == len(batch), time.perf_counter()
+        scheduler.step()
+        if whole:
+            steps.append(time.perf_counter() - at)
+    if not steps:
+        raise NanochatError(f"there is no memory for {len(batch)} texts at a time: choose smaller --batch-sizes")
+    return steps
 
 
 def _memory_bytes(device: torch.device) -> int:

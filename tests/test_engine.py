@@ -14,6 +14,7 @@ import torch
 from nanochat.common import NanochatError
 from nanochat.compilation import can_compile
 from nanochat.engine import Engine, EngineThread
+from nanochat.kv_cache import BLOCK_SIZE, BlockAllocator
 from nanochat.openai_api import joined_parts
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
@@ -176,6 +177,14 @@ def test_what_is_read_at_the_end_is_all(engine: Engine, tokenizer: Tokenizer) ->
     assert at_the_end == [(free.text, None), ("", "it broke")]
 
 
+def test_a_repetition_penalty_keeps_a_text_from_repeating_itself(engine: Engine, tokenizer: Tokenizer) -> None:
+    prompt = list(dict.fromkeys(_prompts(tokenizer)[3]))
+    for penalty, repeats in ((1.0, True), (100.0, False)):
+        params = SamplingParams(0, repetition_penalty=penalty, max_tokens=40, ignore_eos=True)
+        (row,) = _run(engine, [Sequence(prompt, params)])
+        assert (len(set(prompt + row.tokens)) < len(prompt + row.tokens)) == repeats
+
+
 def test_logprobs_are_those_of_the_model(engine: Engine, tokenizer: Tokenizer) -> None:
     prompt = _prompts(tokenizer)[3]
     (sequence,) = _run(engine, [Sequence(prompt, SamplingParams(0.7, seed=5, max_tokens=8, logprobs=3, ignore_eos=True))])
@@ -222,6 +231,19 @@ def test_shared_prefixes_are_computed_once(engine: Engine, tokenizer: Tokenizer,
     assert computed == [len(second) - 48]  # three blocks of 16 are shared, the fourth is not full
     (row,) = engine.complete([second], max_tokens=10, temperature=0)
     assert row.cached_tokens == 48
+
+
+def test_the_longest_unused_block_is_reused_first() -> None:
+    """So that what many texts begin with stays findable."""
+    allocator = BlockAllocator(4)
+    blocks = [allocator.allocate() for _ in range(3)]
+    texts = [[i] * BLOCK_SIZE for i in range(3)]
+    for block, text in zip(blocks, texts, strict=True):
+        allocator.publish(block, 0, tuple(text))
+        allocator.release([block])
+    allocator.release(allocator.share(texts[0])[0])  # used once more, so that the second is the oldest
+    assert [allocator.allocate(), allocator.allocate()] == blocks[1:]
+    assert [allocator.share(text)[0] for text in texts] == [blocks[:1], [], []]
 
 
 def test_a_conversation_goes_on_from_its_last_turn(engine: Engine, tokenizer: Tokenizer) -> None:

@@ -30,6 +30,24 @@ def test_cached_equals_full_past_the_window(n_layer: int, n_kv_head: int, chunks
     torch.testing.assert_close(torch.cat(parts, dim=1), full, atol=2e-4, rtol=1e-4)
 
 
+def test_a_cache_of_one_row_serves_many() -> None:
+    """Filled once for what all rows begin with; and forgotten, it is as new."""
+    model, idx = make_model(), torch.arange(40)[None] % 300
+    one, three = KVCache.for_model(model, 1), KVCache.for_model(model, 3)
+    with torch.no_grad():
+        model(idx[:, :30], kv_cache=one)
+        three.prefill(one)
+        assert three.get_pos() == 30
+        found = model(idx[:, 30:].expand(3, -1), kv_cache=three)
+        torch.testing.assert_close(found, model(idx)[:, 30:].expand(3, -1, -1), atol=1e-4, rtol=1e-4)
+        with pytest.raises(ValueError, match="into an empty one"):
+            three.prefill(one)
+        three.reset()
+        torch.testing.assert_close(model(idx.expand(3, -1), kv_cache=three)[0], model(idx)[0], atol=1e-4, rtol=1e-4)
+        with pytest.raises(ValueError, match="do not fit in a cache of 512"):
+            model(torch.zeros(3, 500, dtype=torch.long), kv_cache=three)
+
+
 @pytest.mark.parametrize(
     ("sequence_len", "pattern", "windows"),
     [(2048, "SSSL", [512, 512, 512, 2048, 512, 2048]), (2048, "S", [512] * 5 + [2048]),

@@ -274,6 +274,64 @@ def test_a_question_that_failed_is_not_read_with_the_next(page: playwright.Page)
     page.locator(".message.user", has_text="second").get_by_text("2/2").wait_for()
 
 
+def _focused(page: playwright.Page) -> str:
+    """The name of what has the focus, or the id of what has none."""
+    return page.evaluate(
+        "(({ title, ariaLabel, textContent, id }) => id || title || ariaLabel || textContent)(document.activeElement)"
+    )
+
+
+def test_the_keyboards_place_is_kept(page: playwright.Page) -> None:
+    """What is pressed is drawn anew: the focus goes to what took its place, and never to the top of the page."""
+    for question in ("first", "second"):
+        page.locator("#new").click()
+        _ask(page, question)
+    page.locator(".message.assistant").get_by_text("Regenerate").focus()
+    page.keyboard.press("Enter")
+    page.get_by_text("2/2").wait_for()
+    _settle(page)
+    assert _focused(page) == "log"
+    for name, version in (("Previous version", "1/2"), ("Next version", "2/2")):
+        page.get_by_label(name).focus()
+        page.keyboard.press("Enter")
+        page.get_by_text(version).wait_for()
+        assert _focused(page) == name
+    for way in ("Escape", "Tab+Enter"):
+        page.get_by_text("Edit", exact=True).focus()
+        page.keyboard.press("Enter")
+        assert _focused(page) == "Edit the message"
+        for key in way.split("+"):
+            page.keyboard.press(key)
+        assert _focused(page) == "Edit"
+    page.locator("#conversations .open", has_text="first").focus()
+    page.keyboard.press("Enter")
+    page.locator(".message.user", has_text="first").wait_for()
+    assert _focused(page) == "first"
+    for left in (1, 1):  # the last one is the new one that is shown then
+        page.get_by_title("Delete").first.focus()
+        page.keyboard.press("Enter")
+        assert _focused(page) == "Delete" and page.locator("#conversations li").count() == left
+
+
+def test_an_input_methods_enter_sends_nothing(page: playwright.Page) -> None:
+    """As Safari sends it when a word is chosen: the composition is over by then, and only the key code tells."""
+    page.fill("#text", "にほん")
+    page.evaluate("""document.getElementById("text").dispatchEvent(
+        new KeyboardEvent("keydown", { key: "Enter", keyCode: 229, bubbles: true, cancelable: true }))""")
+    assert page.locator(".message").count() == 0
+    assert page.locator("#text").input_value() == "にほん"
+
+
+def test_calls_that_follow_each_other_at_once_are_shown_and_sent_back_apart(page: playwright.Page) -> None:
+    _pretend(page, {"token": "1/0", "part": "python", "begins": True}, {"token": "2+", "part": "python", "begins": True},
+             {"token": "2", "part": "python"}, {"token": "4", "part": "python_output", "begins": True})  # fmt: skip
+    _ask(page, "2+2?")
+    assert page.locator(".tool").all_inner_texts() == ["1/0", "2+2", "4"]
+    with page.expect_request("**/chat/completions") as sent:
+        _ask(page, "and?")
+    assert [part["text"] for part in sent.value.post_data_json["messages"][1]["content"]] == ["1/0", "2+2", "4"]
+
+
 def test_settings_are_kept_and_used(page: playwright.Page) -> None:
     page.locator("#open-settings").click()
     page.locator("[name=max_tokens]").fill("3")

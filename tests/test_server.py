@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
-from nanochat.common import NanochatError
 from nanochat.engine import Engine
-from nanochat.openai_api import CompletionRequest
+from nanochat.openai_api import CompletionRequest, token_text
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Scheduler, Sequence
 from nanochat.server import create_app
 from nanochat.service import Limits
-from scripts.chat_web import check_port, choose_devices
 from tests.helpers import serve
 
 HELLO = {"messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0, "max_tokens": 12}
@@ -73,15 +72,29 @@ def test_an_answer_is_streamed_and_is_the_engines(client: TestClient, engine: En
     assert client.get("/stats").json()["answered"] == 1
 
 
-def test_looking_inside_shows_every_token(client: TestClient, engine: Engine) -> None:
-    body = {**HELLO, "logprobs": True, "top_logprobs": 3}
+def test_looking_inside_shows_every_token(client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that the calculator forced, of which the model thought nothing."""
+    encode, special = engine.tokenizer.encode, engine.tokenizer.encode_special
+    call = [special("<|python_start|>"), *encode("2+3"), special("<|python_end|>")]
+    forced = [special("<|output_start|>"), *encode("5"), special("<|output_end|>")]
+    after = encode("It is 5.")
+    script = iter([*call, *after, special("<|assistant_end|>")])
+    monkeypatch.setattr("nanochat.scheduler.sample", lambda *_: torch.tensor([next(script)]))
+    body = {**HELLO, "max_tokens": 40, "logprobs": True, "top_logprobs": 3}
     events = _events(client.post("/chat/completions", json=body).text)
     tokens = [token for event in events for token in event.get("tokens", [])]
-    expected = _expected(engine)
-    assert len(tokens) == len(expected.tokens) == events[-1]["usage"]["completion_tokens"]
-    for token in tokens:
-        assert token["top"][0][1] == pytest.approx(token["logprob"])  # greedy: the likeliest was taken
-        assert len(token["top"]) == 3
+    said = [*call, *forced, *after]
+    assert [token["text"] for token in tokens] == [token_text(engine.tokenizer, token) for token in said]
+    assert len(tokens) == events[-1]["usage"]["completion_tokens"]
+    prompt = engine.tokenizer.render_for_completion({"messages": HELLO["messages"]})
+    with torch.no_grad():
+        expected = engine.model(torch.tensor([prompt + said]))[0, len(prompt) - 1 : -1].log_softmax(-1)
+    for i, (token, row) in enumerate(zip(tokens, expected, strict=True)):
+        if len(call) <= i < len(call) + len(forced):
+            assert token["logprob"] is None and token["top"] == []
+        else:
+            assert token["logprob"] == pytest.approx(row[said[i]].item(), abs=0.05)
+            assert [value for _, value in token["top"]] == pytest.approx(row.topk(3).values.tolist(), abs=0.05)
 
 
 def test_parts_of_an_answer_can_be_sent_back(client: TestClient, engine: Engine) -> None:
@@ -103,8 +116,13 @@ def test_chat_completion_streamed_and_whole_are_the_same(client: TestClient, eng
     whole = client.post(CHAT, json=body).json()
     assert whole["object"] == "chat.completion" and whole["model"] == "tiny"
     streamed = _events(client.post(CHAT, json={**body, "stream": True, "stream_options": {"include_usage": True}}).text)
-    assert streamed[-1] == "[DONE]" and streamed[-2]["usage"] == whole["usage"] | streamed[-2]["usage"]
-    assert len(whole["choices"]) == 3
+    assert streamed[-1] == "[DONE]"
+    written = sum(len(choice["logprobs"]["content"]) for choice in whole["choices"])
+    read = len(engine.tokenizer.render_for_completion({"messages": HELLO["messages"]}))  # of all three, once
+    for reported in (whole["usage"], streamed[-2]["usage"]):
+        assert (reported["prompt_tokens"], reported["completion_tokens"]) == (read, written) and written > 0
+        assert reported["total_tokens"] == read + written
+    assert len(whole["choices"]) == 3 and len({json.dumps(choice["logprobs"]) for choice in whole["choices"]}) == 3
     for i, choice in enumerate(whole["choices"]):
         chunks = [event["choices"][0] for event in streamed[:-2] if event["choices"][0]["index"] == i]
         assert chunks[0]["delta"] == {"role": "assistant", "content": ""}
@@ -113,7 +131,6 @@ def test_chat_completion_streamed_and_whole_are_the_same(client: TestClient, eng
         assert content == choice["logprobs"]["content"]
         assert [chunk["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + [choice["finish_reason"]]
         assert all(len(entry["top_logprobs"]) == 2 for entry in content)
-    assert whole["usage"]["completion_tokens"] == sum(len(c["logprobs"]["content"]) for c in whole["choices"])
     assert client.post(CHAT, json=body).json()["choices"] == whole["choices"]  # the seed decides
 
 
@@ -143,8 +160,6 @@ def test_completions_of_texts_and_tokens(client: TestClient, engine: Engine) -> 
 
 def test_echo_gives_the_prompts_probabilities(client: TestClient, engine: Engine) -> None:
     """What lm-eval scores texts with."""
-    import torch
-
     ids = engine.tokenizer.encode("the cat sees a house", prepend="<|bos|>")
     body = {"prompt": ids, "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
     choice = client.post(TEXT, json=body).json()["choices"][0]
@@ -338,8 +353,8 @@ def test_health_metrics_and_runs(client: TestClient) -> None:
 
 def _request(body: dict[str, Any], path: str = CHAT) -> bytes:
     content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-    return head.encode() + content
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {len(content)}"]
+    return "\r\n".join([*lines, "\r\n"]).encode() + content
 
 
 def _wait(condition: Any, seconds: float = 20) -> None:
@@ -481,15 +496,3 @@ def _status(port: int) -> str | None:
         return json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/health"))["status"]
     except OSError:
         return None
-
-
-def test_a_port_in_use_and_gpus_that_are_not_there_are_named() -> None:
-    import torch
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        with pytest.raises(NanochatError, match="choose another with --port"):
-            check_port("127.0.0.1", taken.getsockname()[1])
-    with pytest.raises(NanochatError, match="has 0 GPUs"):
-        choose_devices(torch.device("cpu"), 2)

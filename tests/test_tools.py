@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.engine import Engine
+from nanochat.openai_api import Parts, joined_parts
 from nanochat.server import create_app
 from nanochat.tools import use_calculator
 
@@ -129,10 +131,10 @@ def client(engine: Engine) -> Iterator[TestClient]:
 
 
 def _say(engine: Engine, monkeypatch: pytest.MonkeyPatch, before: str, expression: str, after: str) -> None:
-    """Make the model answer the next request with a text, a call of the calculator and another text."""
+    """Make the model answer the next request with a text, calls of the calculator (a;b) and another text."""
     encode, special = engine.tokenizer.encode, engine.tokenizer.encode_special
-    call = [special("<|python_start|>"), *encode(expression), special("<|python_end|>")]
-    script = iter([*encode(before), *call, *encode(after), special("<|assistant_end|>")])
+    calls = [(special("<|python_start|>"), *encode(call), special("<|python_end|>")) for call in expression.split(";")]
+    script = iter([*encode(before), *itertools.chain(*calls), *encode(after), special("<|assistant_end|>")])
     monkeypatch.setattr("nanochat.scheduler.sample", lambda *_: torch.tensor([next(script)]))
 
 
@@ -150,6 +152,58 @@ def test_an_answer_that_is_sent_back_keeps_its_calls(
         assert "<|assistant_start|>It is 81.<|assistant_end|>" in "".join(
             client.post("/tokenize", json={"messages": turns}).json()["token_strs"]
         )
+
+
+def test_calls_that_follow_each_other_at_once_stay_apart(
+    client: TestClient, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In an answer, in the next turn, and in both streams, however their pieces are gathered."""
+    body = {"messages": [QUESTION], "max_tokens": 40}
+    expected = [("text", "It is "), ("python", "1/0"), ("python", "2+2"), ("python_output", "4"), ("text", "4.")]
+
+    def say() -> None:
+        _say(engine, monkeypatch, "It is ", "1/0;2+2", "4.")
+
+    def joined(parts: Iterator[dict[str, Any]]) -> list[tuple[str, str]]:
+        whole: list[tuple[str, str]] = []
+        for part in parts:
+            if part.get("begins") or not whole or whole[-1][0] != part["type"]:
+                whole.append((part["type"], ""))
+            whole[-1] = (part["type"], whole[-1][1] + part["text"])
+        return whole
+
+    say()
+    message = client.post(CHAT, json=body).json()["choices"][0]["message"]
+    assert [(part["type"], part["text"]) for part in message["nanochat"]["parts"]] == expected
+    read = client.post("/tokenize", json={"messages": [QUESTION, message, QUESTION]}).json()
+    assert "<|python_start|>1/0<|python_end|><|python_start|>2+2<|python_end|>" in "".join(read["token_strs"])
+    for interval_s in (0.0, 10.0):  # between news
+        monkeypatch.setattr("nanochat.service.STREAM_INTERVAL_S", interval_s)
+        say()
+        deltas = [event["choices"][0]["delta"] for event in _events(client.post(CHAT, json={**body, "stream": True}))]
+        texts = ({"parts": [{"type": "text", "text": delta.get("content", "")}]} for delta in deltas)
+        news = (delta.get("nanochat", text) for delta, text in zip(deltas, texts, strict=True))
+        assert joined(part for new in news for part in new["parts"] if part["text"]) == expected
+        say()
+        events = [event for event in _events(client.post("/chat/completions", json=body)) if "token" in event]
+        assert joined({**event, "type": event["part"], "text": event["token"]} for event in events) == expected
+
+
+def test_parts_do_not_depend_on_how_their_pieces_come() -> None:
+    """Also where a call begins with the first half of a character."""
+    pieces = [("", "text"), ("a", "python"), ("", "python"), ("", "text"), ("", "python"), ("é", "python"), ("b", "python"),
+              ("", "python"), ("c", "text"), ("", "text"), ("", "python"), ("d", "text")]  # fmt: skip
+    assert [(part["type"], part["text"]) for part in joined_parts(pieces)] == [
+        ("python", "a"), ("python", "éb"), ("text", "cd"),
+    ]  # fmt: skip
+    one_by_one = Parts()
+    begins = [part.get("begins", False) for piece in pieces for part in one_by_one.of([piece])]
+    assert begins == [True, True, False, False, False]
+
+
+def _events(response: Any) -> list[dict[str, Any]]:
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    return [json.loads(line) for line in lines if line != "[DONE]"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ let current = null;  // the conversation that is shown
 let running = null;  // {controller, node, ended} of the answer that is being written; ended: a promise
 const edits = new WeakMap();  // of a message: its open edit, which every redraw puts back
 let inside = false;
+// Enter that sends: not Shift's, nor an input method's that ends a word (which Safari tells by its key code alone).
+const sends = (event) => event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229;
 
 // ---------------------------------------------------------------------------- showing
 
@@ -18,13 +20,31 @@ function show(conversation, ...notices) {
   current = conversation;
   $("title").textContent = conversation.title;
   const nodes = store.path(conversation);
+  keepFocus(() => {
+    log.replaceChildren(...(nodes.length ? nodes.map(showMessage) : welcome()));
+    if (inside && nodes.length) log.append(readingView(nodes));
+    log.append(...notices);
+    showList();
+    log.scrollTop = log.scrollHeight;
+  });
+}
+
+const nameOf = (control) => control.title || control.getAttribute("aria-label") || control.textContent;
+const controlOf = (item, name) => [...item.querySelectorAll("button, summary, [tabindex]")].find((control) => nameOf(control) === name);
+
+// Drawing anew removes the control that has the focus: it goes to the one of that name in the same message or conversation
+// of the list, or in what took its place; else to the log.
+function keepFocus(draw) {
   const focused = document.activeElement;
-  log.replaceChildren(...(nodes.length ? nodes.map(showMessage) : welcome()));
-  if (inside && nodes.length) log.append(readingView(nodes));
-  log.append(...notices);
-  showList();
-  log.scrollTop = log.scrollHeight;
-  if (log.contains(focused)) focused.focus();  // an edit: its writer goes on
+  const item = focused?.closest("#log > *, #conversations > *");
+  const box = item?.parentElement;
+  const at = box && [...box.children].indexOf(item);
+  draw();
+  if (!item) return;
+  if (box.contains(focused)) { focused.focus(); return; }  // an edit: its writer goes on
+  const same = [...box.children].find((other) => other.dataset.id && other.dataset.id === item.dataset.id);
+  const successor = same ?? box.children[at] ?? box.lastElementChild;
+  (controlOf(successor, nameOf(focused)) ?? log).focus();
 }
 
 function welcome() {
@@ -35,7 +55,7 @@ function welcome() {
 
 function showList() {
   const shown = store.all().filter((c) => c === current || c.nodes.root.children.length);
-  list.replaceChildren(...shown.map((conversation) => element("li", {},
+  list.replaceChildren(...shown.map((conversation) => element("li", { "data-id": conversation.id },
     element("button", { class: "open", "aria-current": conversation === current ? "true" : null, onclick: () => { stop(); show(conversation); closeSidebar(); } }, conversation.title),
     element("button", { "aria-label": `Delete ${conversation.title}`, title: "Delete", onclick: () => forget(conversation) }, "✕"))));
 }
@@ -43,7 +63,7 @@ function showList() {
 function forget(conversation) {
   if (conversation === current) stop();
   store.remove(conversation);
-  if (conversation === current) show(store.create()); else showList();
+  if (conversation === current) show(store.create()); else keepFocus(showList);
 }
 
 function showMessage(node) {
@@ -116,9 +136,14 @@ function edit(box, node) {
   const field = element("textarea", { rows: 3, "aria-label": "Edit the message" });
   field.value = node.content;
   const save = () => { const content = field.value.trim(); if (content) { edits.delete(node); ask(content, current.nodes[node.parent]); } };
-  const cancel = () => { edits.delete(node); show(current); };
+  const cancel = () => {
+    const at = [...log.children].indexOf(box);
+    edits.delete(node);
+    show(current);
+    controlOf(log.children[at], "Edit").focus();
+  };
   field.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); save(); }
+    if (sends(event)) { event.preventDefault(); save(); }
     if (event.key === "Escape") { event.stopPropagation(); cancel(); }
   });
   box.replaceChildren(element("div", { class: "edit" }, field, element("div", { class: "bar" },
@@ -162,7 +187,7 @@ async function receive(conversation, question, node, signal) {
   try {
     for await (const event of api.stream(toMessages(store.path(conversation, question)), inside, signal)) {
       if (event.token) {
-        if (node.content.at(-1)?.type !== event.part) node.content.push({ type: event.part, text: "" });
+        if (event.begins || node.content.at(-1)?.type !== event.part) node.content.push({ type: event.part, text: "" });
         node.content.at(-1).text += event.token;
       }
       if (event.tokens) node.tokens = [...(node.tokens ?? []), ...event.tokens];
@@ -224,7 +249,7 @@ form.addEventListener("submit", (event) => {
   ask(content);
 });
 text.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); if (!running) form.requestSubmit(); }
+  if (sends(event)) { event.preventDefault(); if (!running) form.requestSubmit(); }
 });
 text.addEventListener("input", () => { text.style.height = ""; text.style.height = `${text.scrollHeight}px`; });
 document.addEventListener("keydown", (event) => {

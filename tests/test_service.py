@@ -1,0 +1,222 @@
+"""What the server says when its model fails, when it is asked wrongly, and by whom it lets itself be asked."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+
+from nanochat.common import NanochatError
+from nanochat.engine import Engine, EngineThread
+from nanochat.openai_api import ChatRequest, CompletionRequest
+from nanochat.sampling import SamplingParams
+from nanochat.scheduler import Sequence
+from nanochat.server import create_app
+from nanochat.service import MAX_FAILURES
+from nanochat.tokenizer import Tokenizer
+from scripts.chat_web import allowed_hosts, check_origin, check_port, choose_devices, in_url
+from tests.helpers import make_model
+
+HELLO = {"messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0, "max_tokens": 12, "ignore_eos": True}
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture
+def engine(tokenizer: Tokenizer) -> Engine:
+    return Engine(make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=512), tokenizer)
+
+
+@pytest.fixture
+def client(engine: Engine) -> Iterator[TestClient]:
+    with TestClient(create_app([engine], "tiny")) as client:
+        yield client
+
+
+def _wait(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.01)
+
+
+def _fail(*args: Any) -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+# ----------------------------------------------------------------------------- a device that fails
+
+
+def _lose(engine: Engine, monkeypatch: pytest.MonkeyPatch, after: int = 0) -> None:
+    """Let a device fail at everything from so many steps of decoding on, as it does after some errors of CUDA."""
+    runner, left = engine.scheduler.runner, iter(range(after))
+    decode = runner.decode
+
+    def failing(*args: Any) -> Any:
+        if next(left, None) is not None:
+            return decode(*args)
+        for name in ("prefill", "set_row", "set_block", "move_row"):
+            monkeypatch.setattr(runner, name, _fail)
+        _fail()
+
+    monkeypatch.setattr(runner, "decode", failing)
+
+
+def test_a_lost_device_ends_all_requests_at_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that run, those that wait, and those that come later: none waits for the time limit."""
+    engine.scheduler.max_rows = 2
+    _lose(engine, monkeypatch, after=3)
+    with TestClient(create_app([engine], "tiny")) as client:
+        began = time.monotonic()
+        response = client.post(CHAT, json={**HELLO, "n": 4})
+        assert response.status_code == 500 and "server's log" in response.json()["error"]["message"]
+        _wait(lambda: not client.app.state.service.workers[0].thread.is_alive)
+        later = client.post(CHAT, json=HELLO)
+        assert later.status_code == 503 and "has stopped" in later.json()["error"]["message"]
+        assert client.get("/health").status_code == 503 and client.get("/health").json()["status"] == "failed"
+        assert time.monotonic() - began < 20
+    assert engine.scheduler.allocator.num_free == engine.scheduler.allocator.num_blocks - 1
+
+
+def test_a_stream_is_told_that_the_device_is_lost(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    _lose(engine, monkeypatch, after=3)
+    with TestClient(create_app([engine], "tiny")) as client:
+        assert "server's log" in client.post(CHAT, json={**HELLO, "stream": True}).text
+
+
+def test_texts_that_wait_for_the_calculator_are_told_as_well(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their answers come just when the device is lost, and would want rows of it."""
+    scheduler, answer = engine.scheduler, threading.Event()
+    scheduler.tool = lambda expression: str(answer.wait(10))
+    call = [engine.tokenizer.encode_special(name) for name in ("<|python_start|>", "<|python_end|>")]
+    said: Counter[int] = Counter()
+
+    def speak(logits: torch.Tensor, params: list[SamplingParams], *_: Any) -> torch.Tensor:
+        said.update(p.seed for p in params)
+        return torch.tensor([call[said[p.seed] - 1] if p.seed and said[p.seed] <= 2 else 5 for p in params])
+
+    def fail(*args: Any) -> None:
+        answer.set()
+        _wait(lambda: scheduler._inbox.qsize() == 2)
+        monkeypatch.setattr(scheduler.runner, "set_row", _fail)
+        _fail()
+
+    monkeypatch.setattr("nanochat.scheduler.sample", speak)
+    texts = [Sequence([1, 2], SamplingParams(seed=seed)) for seed in (1, 2, 0)]
+    thread = EngineThread(engine)
+    for sequence in texts[:2]:
+        scheduler.submit(sequence)
+    thread.start()
+    _wait(lambda: len(scheduler.calling) == 2)
+    monkeypatch.setattr(scheduler.runner, "decode", fail)
+    scheduler.submit(texts[2])
+    _wait(lambda: not thread.is_alive)
+    assert [sequence.finish_reason for sequence in texts] == ["error"] * 3 and not thread.takes_work
+
+
+def test_other_devices_go_on(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    _lose(engine, monkeypatch)
+    other = Engine(engine.model, engine.tokenizer)
+    with TestClient(create_app([engine, other], "tiny")) as client:
+        assert client.post(CHAT, json=HELLO).status_code == 500
+        assert [client.post(CHAT, json=HELLO).status_code for _ in range(4)] == [200] * 4
+        assert client.get("/health").json()["status"] == "failed"
+
+
+def test_failures_in_a_row_are_a_sick_server_until_it_answers(client: TestClient, engine: Engine) -> None:
+    """Where the thread itself survives, since the error falls into a prompt; one failure alone may be the request's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.scheduler.runner, "prefill", _fail)
+        for failures in range(1, MAX_FAILURES + 1):
+            assert client.post(CHAT, json=HELLO).status_code == 500
+            assert client.get("/health").status_code == (200 if failures < MAX_FAILURES else 503)
+    assert client.post(CHAT, json=HELLO).status_code == 200
+    assert client.get("/health").json()["status"] == "ok"
+
+
+# ----------------------------------------------------------------------------- asked wrongly
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/chat/completions", "/tokenize"])
+def test_a_body_that_is_not_said_to_be_json(client: TestClient, path: str) -> None:
+    """As curl sends it without a header."""
+    response = client.post(path, content=b'{"prompt": "x"}', headers={"Content-Type": "application/x-www-form-urlencoded"})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "send the body with Content-Type: application/json"
+
+
+# ----------------------------------------------------------------------------- what is asked for
+
+
+@pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest])
+def test_every_setting_reaches_the_sampler(kind: type) -> None:
+    asked = {"temperature": 0.3, "top_p": 0.4, "top_k": 5, "min_p": 0.06, "repetition_penalty": 1.7, "seed": 8,
+             "stop": ["a", "b"], "ignore_eos": True}  # fmt: skip
+    body = {"messages": HELLO["messages"]} if kind is ChatRequest else {"prompt": "x"}
+    expected = {**asked, "stop": ("a", "b"), "seed": 10, "max_tokens": 7, "logprobs": 2}
+    assert kind(**body, **asked).params(2, 7, 2) == SamplingParams(**expected)
+    plain = kind(**body, seed=0).params(0, None, None)
+    assert plain == SamplingParams(1.0, seed=0)  # the model's own distribution, as with OpenAI
+    assert kind(**body, top_k=-1, seed=0).params(0, None, None) == plain  # vLLM's "all"
+
+
+@pytest.mark.parametrize("seed", [5, -1, -(2**63), 2**63 - 1])
+def test_samples_of_one_request_differ_and_the_seed_decides_them(client: TestClient, seed: int) -> None:
+    """Also around zero: Python's own generator takes -1 and 1 for the same seed."""
+    body = {**HELLO, "temperature": 1, "seed": seed, "n": 3}
+    choices = client.post(CHAT, json=body).json()["choices"]
+    assert len({choice["message"]["content"] for choice in choices}) == 3
+    assert client.post(CHAT, json=body).json()["choices"] == choices
+
+
+# ----------------------------------------------------------------------------- by whom
+
+
+def test_a_server_of_this_machine_alone_answers_to_its_names(engine: Engine) -> None:
+    """Else any page of the internet could talk to it, once its own name means this machine."""
+    with TestClient(create_app([engine], "tiny", hosts=allowed_hosts("127.0.0.1", None))) as client:
+        for host in ("localhost", "localhost:8000", "127.0.0.1:80", "[::1]", "[::1]:8000", "LocalHost:1"):
+            assert client.get("/health", headers={"Host": host}).status_code == 200
+        for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example"):
+            for path in ("/", "/health", "/api/runs"):
+                response = client.get(path, headers={"Host": host})
+                assert response.status_code == 403 and "--api-key" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "names"),
+    [("127.0.0.1", None, ["127.0.0.1"]), ("localhost", None, ["localhost"]), ("::1", None, ["[::1]"]),
+     ("127.0.0.2", None, ["127.0.0.2"]), ("127.0.0.1", "secret", None), ("0.0.0.0", None, None), ("::", None, None),
+     ("192.168.1.5", None, None)],
+)  # fmt: skip
+def test_which_servers_answer_to_some_names_alone(host: str, key: str | None, names: list[str] | None) -> None:
+    allowed = allowed_hosts(host, key)
+    assert allowed is None if names is None else set(names) <= set(allowed or ())
+
+
+def test_origins_are_written_as_browsers_send_them() -> None:
+    assert check_origin("http://localhost:3000/") == check_origin("http://LOCALHOST:3000") == "http://localhost:3000"
+    assert check_origin("*") == "*"
+    for origin in ("http://localhost:3000/chat", "localhost:3000", "localhost", "http://", "http://a?b"):
+        with pytest.raises(NanochatError, match="without a path"):
+            check_origin(origin)
+
+
+def test_the_address_of_a_server_can_be_opened() -> None:
+    assert [in_url(host) for host in ("::1", "127.0.0.1", "localhost")] == ["[::1]", "127.0.0.1", "localhost"]
+
+
+def test_a_port_in_use_and_gpus_that_are_not_there_are_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(NanochatError, match="choose another with --port"):
+            check_port("127.0.0.1", taken.getsockname()[1])
+    with pytest.raises(NanochatError, match="has 0 GPUs"):
+        choose_devices(torch.device("cpu"), 2)
