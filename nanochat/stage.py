@@ -43,6 +43,7 @@ from nanochat.common import (
     NanochatError,
     atomic_write,
     from_rank0,
+    get_compute_dtype,
     get_dist_info,
     print0,
     read_json_lines,
@@ -52,6 +53,7 @@ from nanochat.dataset import Source
 from nanochat.fp8 import enable_fp8
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loggers import LOGGERS
+from nanochat.metrics import MetricsLog
 from nanochat.optim import MuonAdamW, OptimizerSettings
 from nanochat.settings import CONFIG_FILE, Arguments
 from nanochat.tokenizer import Tokenizer
@@ -116,9 +118,10 @@ def add_training_arguments(parser: argparse.ArgumentParser, eval_every: int = 25
     machine.add_argument("--no-compile", dest="compile", action="store_false", help="run eagerly")
 
 
-def chosen_loggers(args: argparse.Namespace) -> list[str]:
-    """Whom the flags want to tell of the run's numbers."""
-    return [*args.log_to, *(["tensorboard"] if args.tensorboard else [])]
+def open_metrics(stage: Stage, settings: dict[str, Any], args: argparse.Namespace) -> MetricsLog:
+    """The log of a stage, and of the loggers that its flags name."""
+    loggers = [*args.log_to, *(["tensorboard"] if args.tensorboard else [])]
+    return MetricsLog(stage.directory, settings, args.run, loggers, get_dist_info()[1], stage.resume_step)
 
 
 def add_rate_arguments(group: argparse._ArgumentGroup) -> None:
@@ -288,6 +291,30 @@ def open_start(stage: Stage, source: str, step: int | None) -> tuple[Path, Token
             f"{'' if step is None else f' step {step}'}: use the same settings to go on, or another --model-tag"
         )
     return directory, tokenizer, meta, parent["step"]
+
+
+def begin(
+    stage: Stage, model: GPT, tokenizer: Tokenizer, args: Arguments, decided: dict[str, Any], source: Source | None = None
+) -> dict[str, Any] | None:
+    """Write what a stage is into its directory before it starts, and return its settings; None if it is done already.
+
+    decided: what the flags left open, num_iterations above all; source: the text that it reads. Raises NanochatError if a
+    stage that is to go on was started with another tokenizer, other settings or other text.
+    """
+    device, (_, rank, _, world_size) = model.get_device(), get_dist_info()
+    settings = {
+        **vars(args), **describe_model(model), **decided, "device": str(device), "dtype": str(get_compute_dtype(device)),
+        "world_size": world_size, "tag": stage.tag, "stage": stage.name, "tokenizer_fingerprint": tokenizer.fingerprint(),
+    }  # fmt: skip
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    check_settings(stage, settings)
+    if stage.is_complete(settings["num_iterations"]):
+        print0(f"{stage.directory} is complete: {settings['num_iterations']} steps done")
+        return None
+    if source is not None:
+        check_data(stage, source)
+    prepare_directory(stage, tokenizer, settings, args, rank)
+    return settings
 
 
 def check_settings(stage: Stage, new: dict[str, Any]) -> None:

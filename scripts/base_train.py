@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from nanochat.common import NanochatError, compute_init, get_compute_dtype, print0, run_command
+from nanochat.common import NanochatError, compute_init, print0, run_command
 from nanochat.compilation import keep_freed_memory
 from nanochat.core_eval import NanochatScorer, evaluate_core, find_bundle
 from nanochat.dataloader import TokenLoader
@@ -23,7 +23,6 @@ from nanochat.dataset import default_source_name, get_source
 from nanochat.engine import Engine, continue_openings
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.metrics import MetricsLog
 from nanochat.optim import OptimizerSettings
 from nanochat.pace import batch_worth_an_update, choose_device_batch_size, flops_in, steps_in
 from nanochat.scaling import TOKENS_PER_PARAM, Horizon, accumulation_steps, expansion_share, model_config, plan_horizon
@@ -32,16 +31,14 @@ from nanochat.stage import (
     Stage,
     add_rate_arguments,
     add_training_arguments,
-    check_data,
+    begin,
     check_settings,
     check_tokens,
-    chosen_loggers,
-    describe_model,
     go_on,
     make_model,
+    open_metrics,
     open_stage,
     parse_switches,
-    prepare_directory,
     setup_optimizer,
 )
 from nanochat.tokenizer import FILE_NAME, get_tokenizer, get_tokenizer_dir
@@ -106,8 +103,8 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     return args
 
 
-def plan(args: Arguments, stage: Stage, model: GPT, world_size: int) -> tuple[Horizon, int, float]:
-    """How long to train in what batches, the rows of a micro-batch, and when all blocks learn."""
+def plan(args: Arguments, stage: Stage, model: GPT, world_size: int) -> tuple[Horizon, int, float, float]:
+    """How long to train in what batches, the rows of a micro-batch, when all blocks learn, and what --target-flops says it."""
     recorded = stage.recorded_settings()
     target_flops, batch_size, least_batch = args.target_flops, args.total_batch_size, 0
     if batch_size <= 0:  # a resumed run keeps its own, whatever number of ranks that was made for
@@ -129,9 +126,9 @@ def plan(args: Arguments, stage: Stage, model: GPT, world_size: int) -> tuple[Ho
         steps = recorded.get("num_iterations")  # a resumed run keeps its schedules
         steps = steps or steps_in(model, args.target_minutes, rows, batch_size, args.compile, expand_at)
         flops = steps * batch_size * flops_per_token
-        args.target_flops = recorded.get("target_flops", flops)  # config.toml, which tells steps, plans the same run by it
         horizon = plan_horizon(model.config, flops_per_token, target_flops=flops, total_batch_size=batch_size)
-    return horizon, rows, expand_at
+        return horizon, rows, expand_at, recorded.get("target_flops", flops)  # config.toml plans the same run by it
+    return horizon, rows, expand_at, args.target_flops
 
 
 def choose_expansion(args: Arguments, recorded: dict[str, Any], model: GPT, target_flops: float) -> float:
@@ -176,22 +173,15 @@ def main(argv: list[str] | None = None) -> int:
     config = replace(config, **model_switches)
     check_settings(stage, {**{name: vars(args)[name] for name in SHAPE}, "tokenizer_fingerprint": tokenizer.fingerprint()})
     model = make_model(asdict(config), device, args, stage.start)
-    horizon, rows, expand_at = plan(args, stage, model, world_size)
+    horizon, rows, expand_at, target_flops = plan(args, stage, model, world_size)
     bundle = find_bundle(args.eval_bundle) if args.core_metric_every > 0 else None
-    settings = {
-        **vars(args), **describe_model(model), "eval_bundle": str(bundle) if bundle else None,
-        "num_iterations": horizon.num_iterations,
-        "total_batch_size": horizon.total_batch_size, "device_batch_size": rows,
-        "expand_at": expand_at, "device": str(device),
-        "dtype": str(get_compute_dtype(device)), "world_size": world_size, "tag": stage.tag, "stage": "base",
-        "parent": None, "tokenizer_fingerprint": tokenizer.fingerprint(),
+    decided = {
+        "eval_bundle": bundle, "num_iterations": horizon.num_iterations, "total_batch_size": horizon.total_batch_size,
+        "device_batch_size": rows, "expand_at": expand_at, "target_flops": target_flops, "parent": None,
     }  # fmt: skip
-    check_settings(stage, settings)
-    if stage.is_complete(horizon.num_iterations):
-        print0(f"{stage.directory} is complete: {horizon.num_iterations} steps done")
+    settings = begin(stage, model, tokenizer, args, decided, source)
+    if settings is None:
         return 0
-    check_data(stage, source)
-    prepare_directory(stage, tokenizer, settings, args, rank)
     print0(
         f"depth {args.depth}: {settings['num_params']:,} parameters, {horizon.num_iterations:,} steps of "
         f"{horizon.total_batch_size:,} tokens, {device} in {settings['dtype'].removeprefix('torch.')}"
@@ -229,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
             log_every=10 if device.type == "cuda" else 1, compile=args.compile, stage_name="pretraining",
         ),
         stage.directory,
-        MetricsLog(stage.directory, settings, args.run, chosen_loggers(args), rank, stage.resume_step),
+        open_metrics(stage, settings, args),
         {
             "model_config": asdict(config), "tokenizer": tokenizer.fingerprint(), "settings": settings,
             "data": source.describe(), "parent": None,

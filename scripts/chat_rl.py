@@ -10,23 +10,20 @@ from pathlib import Path
 
 from nanochat.chat_eval import Answering, evaluate_task, sample_answers
 from nanochat.checkpoint_manager import find_run, load_model
-from nanochat.common import NanochatError, compute_init, get_compute_dtype, print0, run_command
+from nanochat.common import NanochatError, compute_init, print0, run_command
 from nanochat.compilation import keep_freed_memory
 from nanochat.engine import Engine
-from nanochat.metrics import MetricsLog
 from nanochat.rl import OBJECTIVES, RolloutLoader, RolloutSettings, make_policy_loss
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import (
     add_rate_arguments,
     add_training_arguments,
-    check_settings,
-    chosen_loggers,
-    describe_model,
+    begin,
     go_on,
     make_model,
+    open_metrics,
     open_stage,
     open_start,
-    prepare_directory,
     setup_optimizer,
 )
 from nanochat.trainer import TrainConfig, Trainer
@@ -97,17 +94,13 @@ def main(argv: list[str] | None = None) -> int:
     reference = load_model(args.source, device, "eval", tag, parent_step)[0] if args.kl_weight > 0 else None
     rows = args.device_batch_size if args.device_batch_size > 0 else 32
     rows_per_rank = -(-args.examples_per_step // world_size) * args.num_samples
-    settings = {
-        **vars(args), **describe_model(model), "task_data": str(args.task_data) if args.task_data else None,
-        "tasks": args.task, "num_iterations": num_iterations, "device_batch_size": rows, "device": str(device),
-        "dtype": str(get_compute_dtype(device)), "world_size": world_size, "tag": stage.tag, "stage": "rl",
-        "parent": f"{args.source} step {parent_step}", "tokenizer_fingerprint": tokenizer.fingerprint(),
-    }  # fmt: skip
-    check_settings(stage, settings)
-    if stage.is_complete(num_iterations):
-        print0(f"{stage.directory} is complete: {num_iterations} steps done")
+    decided = {
+        "tasks": args.task, "num_iterations": num_iterations, "device_batch_size": rows,
+        "parent": f"{args.source} step {parent_step}",
+    }
+    settings = begin(stage, model, tokenizer, args, decided)
+    if settings is None:
         return 0
-    prepare_directory(stage, tokenizer, settings, args, rank)
     print0(f"reinforcing {stage.tag} on {args.task}: {num_iterations:,} updates of {args.examples_per_step} problems")
 
     # The parts
@@ -138,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
             compile=False,  # rows of ever other lengths: the time is in the answering
         ),
         stage.directory,
-        MetricsLog(stage.directory, settings, args.run, chosen_loggers(args), rank, stage.resume_step),
+        open_metrics(stage, settings, args),
         {
             "model_config": model_config, "tokenizer": tokenizer.fingerprint(), "settings": settings,
             "parent": {"stage": args.source, "step": parent_step},

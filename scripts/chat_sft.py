@@ -11,27 +11,24 @@ from pathlib import Path
 
 from nanochat.chat_eval import sample_answers
 from nanochat.checkpoint_manager import find_run
-from nanochat.common import NanochatError, compute_init, get_compute_dtype, print0, run_command
+from nanochat.common import NanochatError, compute_init, print0, run_command
 from nanochat.compilation import keep_freed_memory
 from nanochat.conversation_loader import ConversationLoader, estimate_tokens, fingerprint
 from nanochat.engine import Engine
 from nanochat.loss_eval import evaluate_bpb
-from nanochat.metrics import MetricsLog
 from nanochat.pace import choose_device_batch_size, steps_in
 from nanochat.scaling import accumulation_steps, fit_batch, learning_rate_scale
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import (
     add_rate_arguments,
     add_training_arguments,
-    check_settings,
-    chosen_loggers,
-    describe_model,
+    begin,
     go_on,
     load_optimizer,
     make_model,
+    open_metrics,
     open_stage,
     open_start,
-    prepare_directory,
     setup_optimizer,
 )
 from nanochat.trainer import TrainConfig, Trainer
@@ -108,17 +105,13 @@ def main(argv: list[str] | None = None) -> int:
             steps = stage.recorded_settings().get("num_iterations")  # a resumed stage keeps its schedules
             steps = steps or steps_in(model, args.target_minutes, rows, total_batch_size, args.compile)
             num_iterations = min(num_iterations, steps)
-    settings = {
-        **vars(args), **describe_model(model), "task_data": str(args.task_data) if args.task_data else None,
-        **mixture, "num_iterations": num_iterations, "total_batch_size": total_batch_size,
-        "device_batch_size": rows, "device": str(device), "dtype": str(get_compute_dtype(device)), "world_size": world_size,
-        "tag": stage.tag, "stage": "sft", "parent": f"base step {base_step}", "tokenizer_fingerprint": tokenizer.fingerprint(),
+    decided = {
+        **mixture, "num_iterations": num_iterations, "total_batch_size": total_batch_size, "device_batch_size": rows,
+        "parent": f"base step {base_step}",
     }  # fmt: skip
-    check_settings(stage, settings)
-    if stage.is_complete(num_iterations):
-        print0(f"{stage.directory} is complete: {num_iterations} steps done")
+    settings = begin(stage, model, tokenizer, args, decided)
+    if settings is None:
         return 0
-    prepare_directory(stage, tokenizer, settings, args, rank)
     print0(f"fine-tuning {stage.tag}: {len(train_task):,} conversations, {num_iterations:,} steps")
 
     # The parts
@@ -148,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
             log_every=10 if device.type == "cuda" else 1, compile=args.compile, stage_name="fine-tuning",
         ),
         stage.directory,
-        MetricsLog(stage.directory, settings, args.run, chosen_loggers(args), rank, stage.resume_step),
+        open_metrics(stage, settings, args),
         {
             "model_config": model_config, "tokenizer": tokenizer.fingerprint(), "settings": settings,
             "parent": {"stage": "base", "step": base_step},

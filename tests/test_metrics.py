@@ -17,7 +17,7 @@ from nanochat import loggers, metrics
 from nanochat.common import NanochatError
 from nanochat.loggers import LOGGERS, LoggedRun
 from nanochat.metrics import MetricsLog, read_metrics, smooth, smooth_for_picture
-from nanochat.stage import chosen_loggers
+from nanochat.stage import Stage, open_metrics
 from scripts.base_train import parse_arguments
 
 SETTINGS = {"tag": "d2", "stage": "base", "depth": 2}
@@ -143,7 +143,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_Memory]]:
 )
 def test_flags_choose_the_loggers(flags: list[str], names: list[str], stage_dir: Path, memory: list[_Memory]) -> None:
     args = parse_arguments(flags)
-    log = MetricsLog(stage_dir, SETTINGS, args.run, chosen_loggers(args), rank=0, resume_step=7)
+    log = open_metrics(Stage("d2", "base", stage_dir, 7, [7]), SETTINGS, args)
     log.log({**_row(8), "val/bpb": math.inf, "note": "text"})
     log.close()
     assert [logger.run.name for logger in memory] == names
