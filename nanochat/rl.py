@@ -5,7 +5,7 @@ that were better than others likelier. What a tool wrote is not learned; the tok
 
 Methods: REINFORCE (Williams 1992), GRPO (arXiv 2402.03300), DAPO's normalization by tokens and its leaving out of groups
 that all earned the same (arXiv 2503.14476), without division by the group's spread (arXiv 2503.20783).
-To add an objective, extend `advantages` and `OBJECTIVES`.
+To add an objective, extend `compute_advantages` and `OBJECTIVES`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class RolloutSettings:
             raise NanochatError("--kl-weight compares whole distributions: leave --top-k at 0 with it")
 
 
-def advantages(rewards: torch.Tensor, objective: str, baseline: float) -> torch.Tensor:
+def compute_advantages(rewards: torch.Tensor, objective: str, baseline: float) -> torch.Tensor:
     """How much better than expected each answer is; (problems, answers) float32 like the rewards.
 
     dapo: than the mean of its group; grpo: the same in units of the group's standard deviation, 0 in a group that all
@@ -186,8 +186,8 @@ class RolloutLoader:
 
     def _make_batches(self, answers: list[Answer], rewards: torch.Tensor) -> list[RolloutBatch]:
         """micro_batches batches of answers of like length; those without a say in the update are left out."""
-        worth = advantages(rewards, self.settings.objective, self._metrics["rl/reward"]).flatten().tolist()
-        kept = [(answer, a) for answer, a in zip(answers, worth, strict=True) if a != 0 or self.settings.kl_weight > 0]
+        advantages = compute_advantages(rewards, self.settings.objective, self._metrics["rl/reward"]).flatten().tolist()
+        kept = [(answer, a) for answer, a in zip(answers, advantages, strict=True) if a != 0 or self.settings.kl_weight > 0]
         kept.sort(key=lambda pair: pair[0].length)
         bounds = [len(kept) * i // self.micro_batches for i in range(self.micro_batches + 1)]
         return [self._pack(kept[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
@@ -200,7 +200,7 @@ class RolloutLoader:
         ids = np.full((B, T + 1), self.engine.tokenizer.get_bos_token_id(), dtype=np.int64)
         targets = np.full((B, T), -1, dtype=np.int64)
         sampled_logprobs = np.zeros((B, T), dtype=np.float32)
-        worth, scale = np.zeros((B, 1), dtype=np.float32), np.ones((B, 1), dtype=np.float32)
+        advantages, scale = np.zeros((B, 1), dtype=np.float32), np.ones((B, 1), dtype=np.float32)
         for i, (answer, advantage) in enumerate(rows):
             stop = [] if answer.stop_token is None else [answer.stop_token]
             text = [*answer.prompt, *answer.tokens, *stop]
@@ -208,10 +208,10 @@ class RolloutLoader:
             drawn = len(answer.prompt) - 1 + np.flatnonzero([*answer.masks, *[1 for _ in stop]])
             targets[i, drawn] = ids[i, drawn + 1]
             sampled_logprobs[i, drawn] = answer.policy_logprobs
-            worth[i] = advantage
+            advantages[i] = advantage
             if self.settings.objective != "dapo":
                 scale[i] = 1 / max(1, len(drawn))  # every answer counts the same, however long
-        arrays = (ids[:, :-1], targets, worth, scale, sampled_logprobs)
+        arrays = (ids[:, :-1], targets, advantages, scale, sampled_logprobs)
         return tuple(torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in arrays)
 
 
@@ -234,15 +234,15 @@ def make_policy_loss(
 
     That is the number of sampled tokens for dapo, of answers for the others. Training computes a token's probability a
     little differently than sampling did (other kernels, other rounding): each token is weighted by the ratio of the
-    two, at most CORRECTION_LIMIT. reference: the model to stay close to; the distance is the k3 estimate of
-    http://joschu.net/blog/kl-approx.html.
+    two, at most CORRECTION_LIMIT (truncated importance sampling). reference: the model to stay close to; the distance is the
+    k3 estimate of http://joschu.net/blog/kl-approx.html.
     """
 
     def loss_fn(model: GPT, batch: RolloutBatch) -> torch.Tensor:
-        inputs, targets, worth, scale, sampled_logprobs = batch
+        inputs, targets, advantages, scale, sampled_logprobs = batch
         logprobs = policy_logprobs(model, inputs, targets, settings.temperature, settings.top_k)
         correction = (logprobs.detach() - sampled_logprobs).exp().clamp(max=CORRECTION_LIMIT)
-        gain = worth * correction * logprobs
+        gain = advantages * correction * logprobs
         if reference is not None:
             with torch.no_grad():
                 expected = policy_logprobs(reference, inputs, targets, settings.temperature, 0)

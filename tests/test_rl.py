@@ -18,7 +18,7 @@ from nanochat.checkpoint_manager import get_stage_dir, list_steps, load_checkpoi
 from nanochat.common import NanochatError, read_json_lines
 from nanochat.engine import Engine
 from nanochat.kv_cache import BLOCK_SIZE
-from nanochat.rl import RolloutLoader, RolloutSettings, advantages, make_policy_loss, policy_logprobs
+from nanochat.rl import RolloutLoader, RolloutSettings, compute_advantages, make_policy_loss, policy_logprobs
 from nanochat.tokenizer import Tokenizer
 from scripts import chat_rl
 from tasks.common import Conversation, Task
@@ -57,12 +57,12 @@ def _settings(**changes: object) -> RolloutSettings:
 def test_advantages_compare_answers_to_the_same_problem() -> None:
     rewards = torch.tensor([[0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]])
     for objective in ("dapo", "grpo"):
-        worth = advantages(rewards, objective, 0.5)
-        torch.testing.assert_close(worth.sum(1), torch.zeros(3))
-        assert (worth[1] == 0).all() and worth[2, 3] > 0 > worth[2, 0]
-    torch.testing.assert_close(advantages(rewards, "grpo", 0.5)[[0, 2]].std(1, correction=0), torch.ones(2))
-    torch.testing.assert_close(advantages(rewards, "dapo", 0.5) + rewards.mean(1, keepdim=True), rewards)
-    assert torch.equal(advantages(rewards, "reinforce", 0.5), rewards - 0.5)
+        advantages = compute_advantages(rewards, objective, 0.5)
+        torch.testing.assert_close(advantages.sum(1), torch.zeros(3))
+        assert (advantages[1] == 0).all() and advantages[2, 3] > 0 > advantages[2, 0]
+    torch.testing.assert_close(compute_advantages(rewards, "grpo", 0.5)[[0, 2]].std(1, correction=0), torch.ones(2))
+    torch.testing.assert_close(compute_advantages(rewards, "dapo", 0.5) + rewards.mean(1, keepdim=True), rewards)
+    assert torch.equal(compute_advantages(rewards, "reinforce", 0.5), rewards - 0.5)
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, 0), (0.6, 5), (1.7, 40)])
@@ -131,9 +131,9 @@ def test_the_gradient_is_that_of_the_weighted_likelihood(engine: Engine) -> None
             (loss_fn(engine.model, batch) / count).backward()
         gradient = engine.model.lm_head.weight.grad.clone()
 
-        worth = advantages(rewards, objective, float(rewards.mean())).flatten().tolist()
+        advantages = compute_advantages(rewards, objective, float(rewards.mean())).flatten().tolist()
         total, tokens, rows = 0.0, 0, 0
-        for answer, advantage in zip(answers, worth, strict=True):
+        for answer, advantage in zip(answers, advantages, strict=True):
             ids = answer.prompt + answer.tokens + ([answer.stop_token] if answer.stop_token is not None else [])
             drawn = range(len(answer.prompt), len(ids))
             logprobs = engine.model(torch.tensor([ids]))[0].log_softmax(-1)
@@ -155,12 +155,12 @@ def test_the_gradient_is_that_of_the_weighted_likelihood(engine: Engine) -> None
 def test_what_sampling_saw_otherwise_counts_less_and_at_most_twice(engine: Engine) -> None:
     """Tokens that are a third as likely now as when they were drawn count a third; thrice as likely ones are held at two."""
     settings = _settings()
-    inputs, targets, worth, scale, _ = next(RolloutLoader(engine, Vowels(), settings, micro_batches=1))
+    inputs, targets, advantages, scale, _ = next(RolloutLoader(engine, Vowels(), settings, micro_batches=1))
     loss_fn, _ = make_policy_loss(settings)
     own = policy_logprobs(engine.model, inputs, targets, 1.0, 0).detach()
 
     def loss_and_gradient(sampled_logprobs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        loss = loss_fn(engine.model, (inputs, targets, worth, scale, sampled_logprobs))
+        loss = loss_fn(engine.model, (inputs, targets, advantages, scale, sampled_logprobs))
         return loss.detach(), torch.autograd.grad(loss, engine.model.lm_head.weight)[0]
 
     loss, gradient = loss_and_gradient(own)
