@@ -4,7 +4,7 @@ set -euo pipefail
 data="${1:-builtin}"
 case "$data" in  # a path counts from where the caller is
     builtin | climbmix | fineweb-edu | /*) ;;
-    *) if compgen -G "$data" >/dev/null; then data="$PWD/$data"; fi ;;
+    *) if [ -e "$data" ] || compgen -G "$data" >/dev/null; then data="$PWD/$data"; fi ;;
 esac
 cd "$(dirname "$0")/.."
 
@@ -13,12 +13,11 @@ python=.venv/bin/python
 tag="${MODEL_TAG:-cpu}"
 
 # A run that began on this text keeps its tokenizer: a file that came since would make it another.
-run=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}/runs/$tag
-if [ -e "$run/tokenizer.json" ] && grep -qF "\"data\": \"$data\"" "$run/base/settings.json" 2>/dev/null; then
-    tokenizer="$run"
-else
-    tokenizer="$tag"
-    "$python" -m scripts.tok_train --data="$data" --vocab-size=8192 --tokenizer="$tag"
+base_dir=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}
+tokenizer="$base_dir/runs/$tag"
+if [ ! -e "$tokenizer/tokenizer.json" ] || ! grep -qF "\"data\": \"$data\"" "$tokenizer/base/settings.json" 2>/dev/null; then
+    tokenizer="$base_dir/tokenizers/$tag"
+    "$python" -m scripts.tok_train --data="$data" --vocab-size=8192 --tokenizer="$tokenizer"
 fi
 "$python" -m scripts.base_train --model-tag="$tag" --resume=auto --data="$data" --tokenizer="$tokenizer" \
     --depth=6 --head-dim=64 --max-seq-len=512 --total-batch-size=8192 --expand-at=0 --target-minutes=18 \

@@ -3,7 +3,7 @@ set -euo pipefail
 data="${1:-builtin}"
 case "$data" in  # a path counts from where the caller is
     builtin | climbmix | fineweb-edu | /*) ;;
-    *) if compgen -G "$data" >/dev/null; then data="$PWD/$data"; fi ;;
+    *) if [ -e "$data" ] || compgen -G "$data" >/dev/null; then data="$PWD/$data"; fi ;;
 esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

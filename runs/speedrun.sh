@@ -29,13 +29,15 @@ download=$!
 trap 'kill "$download" 2>/dev/null || true' EXIT
 # A run that began keeps its tokenizer: trained again on the shards that came meanwhile, it would be another.
 base_dir=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}  # not $HOME, which may be unset
-if [ ! -e "$base_dir/runs/$tag/tokenizer.json" ]; then
-    python -m scripts.tok_train --data=climbmix --max-chars=2000000000 --vocab-size=32768
-    python -m scripts.tok_eval
+tokenizer="$base_dir/runs/$tag"
+if [ ! -e "$tokenizer/tokenizer.json" ]; then
+    tokenizer="$base_dir/tokenizers/$tag"
+    python -m scripts.tok_train --data=climbmix --max-chars=2000000000 --vocab-size=32768 --tokenizer="$tokenizer"
+    python -m scripts.tok_eval --tokenizer="$tokenizer"
 fi
 wait "$download" || { echo "error: the download failed; run this again to go on with it" >&2; exit 1; }
 
-launch scripts.base_train --depth="$depth" --model-tag="$tag" --resume=auto --save-every=1000 --run="$run"
+launch scripts.base_train --depth="$depth" --model-tag="$tag" --tokenizer="$tokenizer" --resume=auto --save-every=1000 --run="$run"
 launch scripts.base_eval --model-tag="$tag" --eval core,bpb,sample
 launch scripts.chat_sft --model-tag="$tag" --resume=auto --run="$run"
 launch scripts.chat_eval --source=sft --model-tag="$tag"

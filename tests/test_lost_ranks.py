@@ -149,6 +149,7 @@ def _hearts(reasons: list[tuple[int, str]], stores: list[dist.TCPStore], ranks: 
     return [Heartbeat(stores[rank], rank, len(stores), give_up(rank), beat_s=0.05, limit_s=LIMIT_S) for rank in ranks]
 
 
+@pytest.mark.slow
 def test_heartbeat_notices_silence_and_only_that() -> None:
     reasons: list[tuple[int, str]] = []
     stores = _stores(3)

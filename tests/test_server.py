@@ -26,7 +26,7 @@ from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Scheduler, Sequence
 from nanochat.server import create_app
 from nanochat.service import Limits
-from tests.helpers import serve
+from tests.helpers import serve, wait_for
 
 HELLO = {"messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0, "max_tokens": 12}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -357,13 +357,6 @@ def _request(body: dict[str, Any], path: str = CHAT) -> bytes:
     return "\r\n".join([*lines, "\r\n"]).encode() + content
 
 
-def _wait(condition: Any, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.01)
-
-
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_place(engine: Engine, stream: bool) -> None:
     scheduler = engine.scheduler
@@ -374,8 +367,8 @@ def test_a_client_that_leaves_frees_its_place(engine: Engine, stream: bool) -> N
     with serve(create_app([engine], "tiny")) as port:
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(_request({**HELLO, "stream": stream, "ignore_eos": True, "max_tokens": 10_000}))
-            _wait(lambda: scheduler.num_running == 1)
-        _wait(lambda: scheduler.num_running == 0 and scheduler.allocator.num_free == free)
+            wait_for(lambda: scheduler.num_running == 1, "a text to run")
+        wait_for(lambda: scheduler.num_running == 0 and scheduler.allocator.num_free == free, "all to be given back")
         assert scheduler.generated_tokens < 60  # of more than 100 that it would have been
 
 
@@ -387,7 +380,7 @@ def test_an_answer_that_takes_too_long_is_ended(engine: Engine) -> None:
         response = client.post(CHAT, json=body)
         assert response.status_code == 504 and response.json()["error"]["code"] == "timeout"
         assert _events(client.post(CHAT, json={**body, "stream": True}).text)[-1]["error"]["code"] == "timeout"
-        _wait(lambda: engine.scheduler.num_running == 0)
+        wait_for(lambda: engine.scheduler.num_running == 0, "the text to end")
 
 
 def test_slow_and_broken_clients_do_not_stop_the_others(engine: Engine) -> None:
@@ -447,7 +440,7 @@ def test_running_answers_are_ended_properly_when_the_server_stops(engine: Engine
     engine.scheduler.runner.decode = lambda *args: time.sleep(0.02) or decode(*args)
     with serve(app) as port, socket.create_connection(("127.0.0.1", port)) as connection:
         connection.sendall(_request({**HELLO, "stream": True, "ignore_eos": True, "max_tokens": 10_000}))
-        _wait(lambda: engine.scheduler.num_running == 1)
+        wait_for(lambda: engine.scheduler.num_running == 1, "a text to run")
         app.state.service.cancel_all()
         connection.settimeout(20)
         received = b""
@@ -475,10 +468,11 @@ def test_ctrl_c_stops_a_server_that_still_compiles(tiny_run: Path, presses: int)
     command = [sys.executable, "-c", SERVE_WHILE_COMPILING, "--model-tag=tiny", "--device-type=cpu", f"--port={port}"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
-        _wait(lambda: _status(port) == "compiling", 60)
+        wait_for(lambda: _status(port) == "compiling", "the compiler", 60)
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(_request(HELLO))
-            _wait(lambda: b'"waiting":1' in urllib.request.urlopen(f"http://127.0.0.1:{port}/stats").read())
+            stats = f"http://127.0.0.1:{port}/stats"
+            wait_for(lambda: b'"waiting":1' in urllib.request.urlopen(stats).read(), "a request to wait")
             began = time.monotonic()
             for _ in range(presses):
                 server.send_signal(signal.SIGINT)

@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ from nanochat.server import create_app
 from nanochat.service import MAX_FAILURES
 from nanochat.tokenizer import Tokenizer
 from scripts.chat_web import allowed_hosts, check_origin, check_port, choose_devices, in_url
-from tests.helpers import make_model
+from tests.helpers import make_model, wait_for
 
 HELLO = {"messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0, "max_tokens": 12, "ignore_eos": True}
 CHAT = "/v1/chat/completions"
@@ -37,13 +37,6 @@ def engine(tokenizer: Tokenizer) -> Engine:
 def client(engine: Engine) -> Iterator[TestClient]:
     with TestClient(create_app([engine], "tiny")) as client:
         yield client
-
-
-def _wait(condition: Callable[[], bool], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.01)
 
 
 def _fail(*args: Any) -> None:
@@ -76,7 +69,7 @@ def test_a_lost_device_ends_all_requests_at_once(engine: Engine, monkeypatch: py
         began = time.monotonic()
         response = client.post(CHAT, json={**HELLO, "n": 4})
         assert response.status_code == 500 and "server's log" in response.json()["error"]["message"]
-        _wait(lambda: not client.app.state.service.workers[0].thread.is_alive)
+        wait_for(lambda: not client.app.state.service.workers[0].thread.is_alive, "the thread to end")
         later = client.post(CHAT, json=HELLO)
         assert later.status_code == 503 and "has stopped" in later.json()["error"]["message"]
         assert client.get("/health").status_code == 503 and client.get("/health").json()["status"] == "failed"
@@ -103,7 +96,7 @@ def test_texts_that_wait_for_the_calculator_are_told_as_well(engine: Engine, mon
 
     def fail(*args: Any) -> None:
         answer.set()
-        _wait(lambda: scheduler._inbox.qsize() == 2)
+        wait_for(lambda: scheduler._inbox.qsize() == 2, "two messages")
         monkeypatch.setattr(scheduler.runner, "set_row", _fail)
         _fail()
 
@@ -113,10 +106,10 @@ def test_texts_that_wait_for_the_calculator_are_told_as_well(engine: Engine, mon
     for sequence in texts[:2]:
         scheduler.submit(sequence)
     thread.start()
-    _wait(lambda: len(scheduler.calling) == 2)
+    wait_for(lambda: len(scheduler.calling) == 2, "two calls")
     monkeypatch.setattr(scheduler.runner, "decode", fail)
     scheduler.submit(texts[2])
-    _wait(lambda: not thread.is_alive)
+    wait_for(lambda: not thread.is_alive, "the thread to end")
     assert [sequence.finish_reason for sequence in texts] == ["error"] * 3 and not thread.takes_work
 
 

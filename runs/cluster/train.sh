@@ -62,7 +62,7 @@ if [ "$NODE_RANK" = 0 ] || [ "${LOCAL_DATA:-}" = 1 ]; then
 fi
 # A run that began on this data keeps its tokenizer: trained again on files that came since, it would be another.
 run_dir="$NANOCHAT_BASE_DIR/runs/$tag"
-tokenizer="${TOKENIZER:-$tag}"
+tokenizer="${TOKENIZER:-$NANOCHAT_BASE_DIR/tokenizers/$tag}"
 begun() { [ -e "$run_dir/tokenizer.json" ] && grep -qF "\"data\": \"$data\"" "$run_dir/base/settings.json" 2>/dev/null; }
 if [ -n "${TOKENIZER:-}" ]; then
     :
@@ -70,10 +70,10 @@ elif begun; then
     tokenizer="$run_dir"
     echo "run $tag goes on with the tokenizer that it keeps"
 elif [ "$NODE_RANK" = 0 ]; then
-    run python -m scripts.tok_train --data="$data" --vocab-size="${VOCAB_SIZE:-32768}" --tokenizer="$tag"
+    run python -m scripts.tok_train --data="$data" --vocab-size="${VOCAB_SIZE:-32768}" --tokenizer="$tokenizer"
 else  # a mounted bucket shows a new file some seconds late
     echo "node $NODE_RANK waits for the tokenizer that the first node trains"
-    until [ -e "$NANOCHAT_BASE_DIR/tokenizers/$tag/tokenizer.json" ]; do run sleep 2; done
+    until [ -e "$tokenizer/tokenizer.json" ]; do run sleep 2; done
 fi
 
 # launch STAGE FLAG...: one stage on all processes of all nodes, each stage on a port of its own
@@ -106,6 +106,7 @@ launch() {
     port=$((port + 1))
 }
 
+# Flags that were given, used below as macOS's old Bash wants them, which takes an empty list for an unset one.
 read -ra base_flags <<<"${BASE_FLAGS:-}"
 read -ra sft_flags <<<"${SFT_FLAGS:-}"
 read -ra eval_flags <<<"${EVAL_FLAGS:-}"
@@ -113,11 +114,12 @@ resumable=(--resume=auto --save-every="${SAVE_EVERY:-250}" --run="${WANDB_RUN:-d
 for stage in "${stages[@]}"; do
     case "$stage" in
         base_train)
-            launch base_train --depth="$depth" --data="$data" --tokenizer="$tokenizer" "${resumable[@]}" "${base_flags[@]}"
+            launch base_train --depth="$depth" --data="$data" --tokenizer="$tokenizer" "${resumable[@]}" \
+                ${base_flags[@]+"${base_flags[@]}"}
             ;;
-        chat_sft) launch chat_sft "${resumable[@]}" "${sft_flags[@]}" ;;
+        chat_sft) launch chat_sft "${resumable[@]}" ${sft_flags[@]+"${sft_flags[@]}"} ;;
         base_eval) launch base_eval ;;
-        chat_eval) launch chat_eval --source=sft "${eval_flags[@]}" ;;
+        chat_eval) launch chat_eval --source=sft ${eval_flags[@]+"${eval_flags[@]}"} ;;
         *) echo "error: stage '$stage' is none of base_train, chat_sft, base_eval, chat_eval" >&2; exit 2 ;;
     esac
 done
