@@ -98,6 +98,8 @@ def evaluate_task(
     rows = {row["index"]: row for row in known if row["index"] < count and row.get("problem") == digests[row["index"]]}
     if rows:
         print0(f"{len(rows)} of {count} answers are an earlier run's: remove {path} to have them anew")
+        judged = _judge(task, [(problems[i], rows[i]["answers"]) for i in rows])  # by this version's judge
+        rows = {i: {**rows[i], "scores": scores} for i, scores in zip(rows, judged, strict=True)}
     if ddp:
         dist.barrier()  # all have read before the first writes
     # Problems of like length together: less padding, and a batch ends together.
@@ -139,15 +141,19 @@ def _answer(
             answers += [[letter] for letter in choose_letters(engine, shortened[at : at + batch_size], batch)]
     else:
         answers = _generate(engine, shortened, chosen, answering)
-    # Judging may mean to run a program: side by side, as far as there are cores.
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        pairs = [(problems[i], text) for i, texts in zip(chosen, answers, strict=True) for text in texts]
-        scores = iter(list(pool.map(lambda pair: float(task.evaluate(*pair)), pairs)))
+    judged = _judge(task, [(problems[i], texts) for i, texts in zip(chosen, answers, strict=True)])
     return [
-        {"index": i, "problem": _digest(problems[i]), "scores": [next(scores) for _ in texts], "answers": texts,
-         "truncated": len(prompts[i]) > most}
-        for i, texts in zip(chosen, answers, strict=True)
-    ]  # fmt: skip
+        {"index": i, "problem": _digest(problems[i]), "scores": scores, "answers": texts, "truncated": len(prompts[i]) > most}
+        for i, texts, scores in zip(chosen, answers, judged, strict=True)
+    ]
+
+
+def _judge(task: Task, answered: list[tuple[Conversation, list[str]]]) -> list[list[float]]:
+    """Scores, 0 to 1, of each problem's answers. That may mean to run programs: side by side, as far as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pairs = [(problem, text) for problem, texts in answered for text in texts]
+        scores = iter(list(pool.map(lambda pair: float(task.evaluate(*pair)), pairs)))
+    return [[next(scores) for _ in texts] for _, texts in answered]
 
 
 def _digest(problem: Conversation) -> str:

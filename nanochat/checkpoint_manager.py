@@ -214,8 +214,8 @@ def _later_than_all(now: float) -> float:
 def lock_stage(stage_dir: Path) -> Iterator[None]:
     """While this lasts no other process may write to the stage; the system ends it with the process.
 
-    A file system without locks has the file alone, which a killed process leaves behind. Raises NanochatError if another
-    process is at it.
+    On a file system without locks the file itself is the lock, and a killed process leaves it behind. Raises NanochatError if
+    another process is at it.
     """
     stage_dir.mkdir(parents=True, exist_ok=True)
     path = stage_dir / ".lock"

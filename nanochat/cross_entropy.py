@@ -81,8 +81,8 @@ def token_losses(
         return torch.nn.functional.cross_entropy(logits, target_chunk, ignore_index=IGNORE_INDEX, reduction="none")
 
     weight = weight.to(x.dtype)
-    # Half of a chunk: its float32 logits exist here, some times over, and what takes 32 MiB is fetched anew from the system
-    # each time (compilation.keep_freed_memory).
+    # Half a chunk: its float32 logits exist several times over here, and buffers of 32 MiB and more would be fetched anew from
+    # the system each time (compilation.keep_freed_memory).
     size = max(1, _chunk_size(x.size(0), weight.size(0), x.device) // 2)
     chunks = zip(x.split(size), targets.split(size), strict=True)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
@@ -152,7 +152,7 @@ class _FusedLoss(torch.autograd.Function):
         size = _chunk_size(x.size(0), weight.size(0), x.device)
         total = torch.zeros((), device=x.device)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros(weight.shape, device=x.device)
-        scales = x.new_empty(x.size(0), 1, dtype=torch.float32)  # not many small tensors: kept, they split up freed memory
+        scales = x.new_empty(x.size(0), 1, dtype=torch.float32)  # small ones, kept for each chunk, would split up freed memory
         weight = weight.to(x.dtype)
         for start in range(0, x.size(0), size):
             part = slice(start, start + size)

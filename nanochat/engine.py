@@ -10,6 +10,7 @@ import bisect
 import functools
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -167,7 +168,7 @@ class EngineThread:
         """
         self.engine, self.scheduler, self.after_step = engine, engine.scheduler, after_step
         self.compile = compile
-        self.failures = 0  # steps that failed since the last token
+        self.failures, self.failed_at = 0, 0.0  # steps that failed one after the other; when the last did, time.monotonic()
         self.ready = threading.Event()
         self._closing = threading.Event()
         self.thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -206,13 +207,13 @@ class EngineThread:
                 if self.scheduler.is_idle:
                     self.scheduler.wait()
                 else:
-                    before = self.scheduler.generated_tokens
+                    had_work = self.scheduler.num_waiting + self.scheduler.num_running > 0
                     self.scheduler.step()
-                    if self.scheduler.generated_tokens > before:
+                    if had_work:
                         self.failures = 0
             except Exception:  # a step that fails ends the requests that were in it, not the service
                 logger.exception("a step of the model failed")
-                self.failures += 1
+                self.failures, self.failed_at = self.failures + 1, time.monotonic()
                 self._end_all("error", "the model failed on this request: see the server's log")
             self._tell()
         self._end_all("cancelled")

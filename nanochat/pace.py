@@ -35,7 +35,7 @@ def flops_in(model: GPT, minutes: float) -> float:
 
 
 def batch_worth_an_update(model: GPT) -> int:
-    """Tokens in a batch of which the optimizer's step takes a fifth of the update's time, roughly (a collective call).
+    """The batch, in tokens, at which the optimizer's step takes about a fifth of an update's time (a collective call).
 
     Where memory is slow beside the products, as with AMX, a smaller batch learns more from a token but less in a second
     (dev/LOG.md, "Batches where updates are dear").
@@ -123,14 +123,17 @@ def _fits(model: GPT, rows: int) -> bool:
     state_bytes = optimizer_bytes(model.config) // get_dist_info()[3]
     try:
         reserve = torch.empty(state_bytes, dtype=torch.uint8, device=device)
-        model(idx, idx).backward()
+        try:
+            model(idx, idx).backward()
+        except torch.OutOfMemoryError:
+            if model.is_sharded:
+                from nanochat.sharding import end_pass
+
+                end_pass(model)
+            raise
         del reserve
         return True
     except torch.OutOfMemoryError:
-        if model.is_sharded:
-            from nanochat.sharding import end_pass
-
-            end_pass(model)
         return False
     finally:
         model.zero_grad(set_to_none=True)

@@ -198,7 +198,8 @@ class Scheduler:
         self._enqueued += 1
         if sequence.finish_reason is not None:  # cancelled before it was ever seen
             return
-        sequence.random = Random(sequence.params.seed % 2**64)  # of -1 and 1 it would make the same
+        seed = sequence.params.seed
+        sequence.random = Random(seed if seed >= 0 else seed % 2**64)  # of -1 and 1 it would make the same
         sequence.decoder = IncrementalDecoder(self.tokenizer)
         if sequence.params.max_tokens == 0 and not sequence.params.prompt_logprobs:
             self._finish(sequence, "length")
@@ -414,7 +415,7 @@ class Scheduler:
     def _leave_row(self, sequence: Sequence) -> None:
         if sequence.row is None:
             return
-        self.runner.move_row(len(self.rows) - 1, sequence.row)  # first: where the device fails, the text is not lost
+        self.runner.move_row(len(self.rows) - 1, sequence.row)  # first: if it fails, the text is still there to be ended
         last = self.rows.pop()
         if last is not sequence:
             self.rows[sequence.row], last.row = last, sequence.row

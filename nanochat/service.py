@@ -79,6 +79,7 @@ class Metrics:
 
 
 MAX_FAILURES = 3  # steps that fail one after the other: then it is not the requests' fault
+REST_S = 30  # without work for a copy of the model that failed so often; then it is tried again
 STREAM_INTERVAL_S = 0.015  # between pieces of a stream after its first: faster than eyes, and a fraction of the work
 
 
@@ -136,7 +137,8 @@ class Worker:
 
     @property
     def is_healthy(self) -> bool:
-        return self.thread.takes_work and self.thread.failures < MAX_FAILURES
+        rested = time.monotonic() - self.thread.failed_at > REST_S
+        return self.thread.takes_work and (rested or self.thread.failures < MAX_FAILURES)
 
     def check(self) -> None:
         """Raise RequestError 503 if the thread takes no work."""
@@ -213,7 +215,7 @@ class Service:
         if worker.engine.scheduler.num_waiting + n > most:
             raise RequestError("too many requests are waiting: try again soon", status=429, code="queue_full")
         ticket = worker.submit(sequences)
-        worker.check()  # again: a thread that ends looks a last time at what was submitted, and then at nothing
+        worker.check()  # again: the thread may have ended in between, after its last look at what was submitted
         return ticket
 
     def finished(self, sequence: Sequence) -> None:

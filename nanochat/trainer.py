@@ -222,7 +222,7 @@ class Trainer:
 
     def _check_finite(self) -> None:
         """Raise NanochatError if parameters are no longer numbers: such a checkpoint would take a good one's place."""
-        params: list[Any] = [p for group in self.optimizer.groups for p in group.params]  # a sharded model's may now be whole
+        params: list[Any] = [p for group in self.optimizer.groups for p in group.params]  # which of a sharded model are parts
         parts = [p.to_local() if self.model.is_sharded else p for p in params]
         if any_rank(not torch.stack([part.isfinite().all() for part in parts]).all()):
             raise NanochatError(self._describe_divergence())

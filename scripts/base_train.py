@@ -104,7 +104,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
 
 
 def plan(args: Arguments, stage: Stage, model: GPT, world_size: int) -> tuple[Horizon, int, float, float]:
-    """How long to train in what batches, the rows of a micro-batch, when all blocks learn, and what --target-flops says it."""
+    """How long to train in what batches, the rows of a micro-batch, when all blocks learn, and that plan as --target-flops."""
     recorded = stage.recorded_settings()
     target_flops, batch_size, least_batch = args.target_flops, args.total_batch_size, 0
     if batch_size <= 0:  # a resumed run keeps its own, whatever number of ranks that was made for
@@ -145,8 +145,11 @@ def choose_expansion(args: Arguments, recorded: dict[str, Any], model: GPT, targ
 
 
 def peak_weight_decay(args: Arguments, horizon: Horizon) -> float:
-    """By the rule, which spreads a sum over the run; in one of a few updates a quarter of a matrix in each, at most."""
-    most = 0.25 / max(args.matrix_lr * horizon.lr_scale, 1e-9)
+    """By the rule, which shares a sum out over the run: in one of a few updates at most an eighth of a matrix in each.
+
+    A quarter of one that is four times as tall as wide, whose rate is twice as high (optim.apply_update).
+    """
+    most = 0.125 / max(args.matrix_lr * horizon.lr_scale, 1e-9)
     return min(args.weight_decay * horizon.weight_decay_scale, most)
 
 

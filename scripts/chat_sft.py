@@ -92,9 +92,13 @@ def main(argv: list[str] | None = None) -> int:
     mixture = {"conversations": len(train_task), "mixture": fingerprint(train_task)}
     before = {**mixture, **stage.recorded_settings()}
     if any(before[name] != now for name, now in mixture.items()):
+        if before["tasks"] == args.tasks and stage.is_complete(before["num_iterations"]):
+            print0(f"{stage.directory} is complete: {before['num_iterations']} steps done")
+            return 0
         raise NanochatError(
-            f"the {len(train_task):,} conversations of the mixture are not the {before['conversations']:,} that run "
-            f"{stage.tag!r} was started with: give it the same files to go on"
+            f"the mixture, {len(train_task):,} conversations, is not the one that run {stage.tag!r} was started with "
+            f"({before['conversations']:,}): it has other files or --tasks, or a newer nanochat makes other conversations; "
+            f"restore them to go on, or remove {stage.directory} to fine-tune anew"
         )
     model = make_model(model_config, device, args, (start_dir, meta["step"]))
     rows = choose_device_batch_size(model, args.device_batch_size, total_batch_size, world_size)

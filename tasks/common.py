@@ -159,7 +159,7 @@ def multiple_choice(question: str, choices: Sequence[str], answer: int) -> Conve
 
 
 def evaluate_letter(conversation: Conversation, completion: str) -> bool:
-    """Whether a completion begins with the letter of the reference answer, on its own and not as that of a word."""
+    """Whether a completion begins with the letter of the reference answer, and not with a word that begins with it."""
     letter = conversation["messages"][-1]["content"]
     return re.match(rf"\s*{re.escape(letter)}(?!\w)", completion) is not None
 

@@ -51,7 +51,10 @@ TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 class Identity(GeneratedTask):
-    """Conversations of one or two turns about the model itself. No greeting with a question opens those of two splits."""
+    """Conversations of one or two turns about the model itself.
+
+    An opening, a greeting and the first question, is in one split only; those without a greeting are all in train.
+    """
 
     SIZES = {"train": 2_000, "val": 100, "test": 100}
 

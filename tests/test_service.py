@@ -129,6 +129,9 @@ def test_failures_in_a_row_are_a_sick_server_until_it_answers(client: TestClient
         for failures in range(1, MAX_FAILURES + 1):
             assert client.post(CHAT, json=HELLO).status_code == 500
             assert client.get("/health").status_code == (200 if failures < MAX_FAILURES else 503)
+        patch.setattr("nanochat.service.REST_S", 0)  # some time later it is tried again
+        assert client.get("/health").status_code == 200
+    assert client.get("/health").status_code == 503
     assert client.post(CHAT, json=HELLO).status_code == 200
     assert client.get("/health").json()["status"] == "ok"
 
