@@ -7,8 +7,8 @@ that it needs; `plan.attend(q, k, v, plan)` is then all that runs in the hot pat
 - "fa4": FlashAttention 4, where `flash_attn.cute` is installed (the package flash-attn-4)
 - "flex": FlexAttention compiled to a Triton kernel (CUDA with a working compiler); skips the masked blocks. On Hopper and
   later, layers that see everything go to cuDNN
-- "plain": matrix products of some queries at a time with the keys that they can see, so that causality and windows save
-  time on any device; long whole-context layers go to PyTorch's scaled_dot_product_attention
+- "plain": matrix products of blocks of queries with the blocks of keys that they can see, so that causality and windows
+  save time on any device; long whole-context layers go to PyTorch's scaled_dot_product_attention
 
 To add a backend, list a pair in `choose_backend`: `attend_x(q, k, v, plan)`, and what makes its mask. Whole texts attend
 through it, those of training above all; what is generated attends in kv_cache.py.
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 QK_SCALE = 1.2  # the length that gpt.py gives to each normalized query and key, in units of sqrt(head_dim)
 LOG2_E = math.log2(math.e)
 LONGEST_PLAIN_CONTEXT = 2048  # beyond it the T * T / 2 scores of a whole-context layer are better not written down
-SMALLEST_BLOCK, MOST_BLOCKS = 128, 8  # of queries: less saves nothing more, and every block is compiled
+SMALLEST_BLOCK, MOST_BLOCKS = 128, 8  # of a text in `attend_plain`: smaller ones save nothing more
 
 
 class AttentionPlan(NamedTuple):
@@ -43,6 +43,10 @@ class AttentionPlan(NamedTuple):
     window: int
     mask: Any
     compiled: bool = False  # by itself, where the model around it is not: only "plain" on a CPU
+
+    def block_size(self, T: int) -> int | None:
+        """The tokens of a block as which `attend_plain` takes texts of T tokens without copying them; None: it takes none."""
+        return self.mask[0].size(0) if self.mask and T % self.mask[0].size(0) == 0 else None
 
 
 def plan_attention(
@@ -116,81 +120,130 @@ def _probe(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim:
 
 
 def plain_mask(T: int, window: int, device: torch.device) -> list[torch.Tensor] | None:
-    """What `attend_plain` adds to the scores of each block of queries, float32: 0 where a query sees a key, else -inf.
+    """What `attend_plain` adds to scores, float32: 0 where a query sees a key, else -inf. None: PyTorch's kernel does it all.
 
-    Each (queries, keys), where the keys are the last that the block can see. None where PyTorch's kernel does it all.
+    Texts are cut into blocks of equal size, and there is one mask (block, block) for each distance between the block of the
+    query and that of the key, as far as the window reaches.
     """
     if window >= T - 1 and (device.type != "cpu" or T > LONGEST_PLAIN_CONTEXT):
         return None
-    block = max(SMALLEST_BLOCK, -(-T // MOST_BLOCKS))
+    size = min(T, max(SMALLEST_BLOCK, -(-T // MOST_BLOCKS)))
+    place = torch.arange(size)
     masks = []
-    for start in range(0, T, block):
-        query, first = torch.arange(start, min(start + block, T)), max(0, start - window)
-        distance = query[:, None] - torch.arange(first, int(query[-1]) + 1)
+    for first in range(0, min(T, window + size), size):  # the distance of two tokens at the beginnings of their blocks
+        distance = first + place[:, None] - place
         masks.append(torch.where((distance >= 0) & (distance <= window), 0.0, float("-inf")).to(device))
     return masks
 
 
 def attend_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-    """Attention by matrix products, a block of queries at a time; see `plan_attention`."""
+    """Attention by matrix products of blocks; see `plan_attention`. q, k, v may be laid out for it already, see `lay_out`."""
+    if plan.mask is None or q.dtype == torch.float16:
+        return _attend_by_pytorch(q, k, v, None if plan.mask is None else plan.window)
+    T, is_laid_out = q.size(1), q.dim() == 5
+    if not is_laid_out:
+        q, k, v = (lay_out(x, plan.mask[0].size(0)) for x in (q, k, v))
+    k, v = repeat_kv(k, q.size(2)), repeat_kv(v, q.size(2))
+    y: torch.Tensor = _DiagonalAttention.apply(q, k, v, plan.mask, plan.compiled)
+    return y if is_laid_out else y[:, :T]
+
+
+def _attend_by_pytorch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
+    """For whole contexts; with a window for float16 alone, whose numbers are too small for `attention_weights`."""
+    visible = None
+    if window is not None:
+        distance = torch.arange(q.size(1), device=q.device)[:, None] - torch.arange(q.size(1), device=q.device)
+        visible = (distance >= 0) & (distance <= window)
     q, k, v = (x.transpose(1, 2) for x in (q, repeat_kv(k, q.size(2)), repeat_kv(v, q.size(2))))
-    if plan.mask is None:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-    if q.device.type == "cpu":
-        y: torch.Tensor = _BlockAttention.apply(*(x.contiguous() for x in (q, k, v)), plan.mask, plan.compiled)
-    else:
-        parts = [_softmax_product(q[:, :, i], k[:, :, j], v[:, :, j], mask) for mask, i, j in _blocks(plan.mask)]
-        y = torch.cat(parts, dim=2)
-    return y.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None).transpose(1, 2)
 
 
-class _BlockAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(D) + mask) v on a CPU, for q, k, v (B, H, T, D), some queries at a time with the keys they see.
+def lay_out(x: torch.Tensor, size: int | None) -> torch.Tensor:
+    """(B, T, H, D) by blocks of so many tokens, (blocks, B, H, size, D), contiguous; the last one filled with zeros.
 
-    With a backward pass of its own two kernels compile for all blocks, instead of each block's once more in every graph.
-    No maximum is looked for, but in float16: lengths are bounded, so scores are, and subtracting their bound is as safe.
-    The division by the sum comes after the product with v, on D columns instead of T. Both halve the time of this on a CPU.
+    None: as it is, but for the heads, which come first in memory, as PyTorch's own attention wants them.
+    """
+    if size is None:
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    B, T, H, D = x.shape
+    if T % size:
+        x = F.pad(x, (0, 0, 0, 0, 0, -T % size))
+    return x.view(B, -1, size, H, D).permute(1, 0, 3, 2, 4).contiguous()
+
+
+class _DiagonalAttention(torch.autograd.Function):
+    """softmax(q k^T / sqrt(D) + mask) v, for q, k, v as `lay_out` makes them: (blocks, B, H, size, D) to (B, T, H, D).
+
+    All pairs of a query's and a key's block that are equally far from each other are one batch of products, whose operands
+    lie in one piece: the last blocks of queries and the first of keys. What is cut out of rows would be copied first.
+    Four kernels, compiled once for all layers and windows, do the rest. No maximum is looked for: lengths are bounded, so
+    scores are, and subtracting their bound is as safe. The division by the sum comes last, on D columns instead of T.
     """
 
     @staticmethod
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, masks: list[torch.Tensor], compiled: bool
     ) -> torch.Tensor:
-        weights_of = _compiled(attention_weights) if compiled else attention_weights
-        shape, scale = q.shape, q.size(-1) ** -0.5
-        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-        y, kept = torch.empty_like(q), []
-        for mask, queries, keys in _blocks(masks):
-            weights, sums = weights_of(q[:, queries] @ k[:, keys].mT, mask, scale)
-            torch.div(weights @ v[:, keys], sums, out=y[:, queries])
-            kept += [weights, sums]
-        ctx.save_for_backward(q, k, v, y, *kept)
+        blocks, B, H, size, D = q.shape
+        weights_of: Any = _compiled(attention_weights) if compiled else attention_weights
+        divide: Any = _compiled(divide_by_sums) if compiled else divide_by_sums
+        flat_q, flat_k, flat_v = (x.flatten(0, 2) for x in (q, k, v))
+        kept: list[torch.Tensor] = []
+        for mask, queries, keys in _diagonals(masks, blocks, B * H):
+            weights, part = weights_of(flat_q[queries] @ flat_k[keys].mT, mask, D**-0.5)
+            if not kept:  # each block with itself: all queries
+                y, sums = weights @ flat_v, part
+            else:
+                y[queries].baddbmm_(weights, flat_v[keys])
+                sums[queries] += part
+            kept.append(weights)
+        sums = sums.view(blocks, B, H, size, 1)
+        y = divide(y.view_as(q), sums)
+        ctx.save_for_backward(q, k, v, y, sums, *kept)
         ctx.masks, ctx.compiled = masks, compiled
-        return y.view(shape)
+        return y.view(B, blocks * size, H, D)
 
     @staticmethod
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gradient_of = _compiled(score_gradient) if ctx.compiled else score_gradient
-        q, k, v, y, *kept = ctx.saved_tensors
-        shape, scale = grad_y.shape, q.size(-1) ** -0.5
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for i, (_, queries, keys) in enumerate(_blocks(ctx.masks)):
-            weights, sums = kept[2 * i : 2 * i + 2]
-            grad = (grad_y[:, :, queries] / sums.view(*shape[:2], -1, 1)).to(q.dtype).flatten(0, 1)
-            grad_v[:, keys].baddbmm_(weights.mT, grad)
-            shift = (grad * y[:, queries]).sum(dim=-1, keepdim=True, dtype=torch.float32)
-            grad_scores = gradient_of(weights, grad @ v[:, keys].mT, shift, scale)
-            torch.bmm(grad_scores, k[:, keys], out=grad_q[:, queries])
-            grad_k[:, keys].baddbmm_(grad_scores.mT, q[:, queries])
-        return grad_q.view(shape), grad_k.view(shape), grad_v.view(shape), None, None
+        q, k, v, y, sums, *kept = ctx.saved_tensors
+        blocks, B, H, size, D = q.shape
+        gradient_of: Any = _compiled(score_gradient) if ctx.compiled else score_gradient
+        parts_of: Any = _compiled(output_gradient) if ctx.compiled else output_gradient
+        grad, shift = (x.flatten(0, 2) for x in parts_of(grad_y.reshape(y.shape), y, sums))
+        flat_q, flat_k, flat_v = (x.flatten(0, 2) for x in (q, k, v))
+        grad_q, grad_k, grad_v = (torch.empty_like(x) for x in (flat_q, flat_k, flat_v))
+        for i, (_, queries, keys) in enumerate(_diagonals(ctx.masks, blocks, B * H)):
+            add = torch.Tensor.baddbmm_ if i else _write_product
+            add(grad_v[keys], kept[i].mT, grad[queries])
+            grad_scores = gradient_of(kept[i], grad[queries] @ flat_v[keys].mT, shift[queries], D**-0.5)
+            add(grad_q[queries], grad_scores, flat_k[keys])
+            add(grad_k[keys], grad_scores.mT, flat_q[queries])
+        return grad_q.view_as(q), grad_k.view_as(k), grad_v.view_as(v), None, None
 
 
-def _blocks(masks: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, slice, slice]]:
-    """(mask, its queries, its keys) for each of `plain_mask`'s blocks."""
-    end = 0
-    for mask in masks:
-        start, end = end, end + mask.size(0)
-        yield mask, slice(start, end), slice(end - mask.size(1), end)
+def _diagonals(masks: list[torch.Tensor], blocks: int, rows: int) -> Iterator[tuple[torch.Tensor, slice, slice]]:
+    """(mask, queries, keys) for each distance between blocks, where a block is so many rows of the flattened tensors."""
+    for distance, mask in enumerate(masks[:blocks]):
+        yield mask, slice(distance * rows, None), slice(0, (blocks - distance) * rows)
+
+
+def _write_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.bmm(a, b, out=total)
+
+
+def divide_by_sums(y: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+    """y (blocks, B, H, size, D) over sums (blocks, B, H, size, 1) float32, as (B, blocks, size, H, D)."""
+    return (y / sums).to(y.dtype).permute(1, 0, 3, 2, 4).contiguous()
+
+
+def output_gradient(grad_y: torch.Tensor, y: torch.Tensor, sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the gradients of all scores need of that of y, both (B, blocks, size, H, D).
+
+    Its share before the division, (blocks, B, H, size, D), and for each query its product with y, (..., 1) float32.
+    """
+    grad_y, y = grad_y.permute(1, 0, 3, 2, 4), y.permute(1, 0, 3, 2, 4)
+    grad = (grad_y.float() / sums).to(grad_y.dtype).contiguous()
+    return grad, (grad.float() * y.float()).sum(dim=-1, keepdim=True)
 
 
 def attention_weights(scores: torch.Tensor, mask: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -233,7 +286,7 @@ def _softmax_product(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: to
 
 
 def repeat_kv(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """(B, T, KV, D) -> (B, T, num_heads, D): every key/value head serves num_heads / KV query heads."""
+    """(a, b, KV, ...) -> (a, b, num_heads, ...): every key/value head serves num_heads / KV query heads."""
     repeats = num_heads // x.size(2)
     return x if repeats == 1 else x.repeat_interleave(repeats, dim=2)
 

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import NanochatError, get_compute_dtype
 from nanochat.cross_entropy import ChunkLoss, chunk_loss, softcap, softcapped_cross_entropy, softmax_gradient
-from nanochat.flash_attention import QK_SCALE, AttentionPlan, plan_attention
+from nanochat.flash_attention import QK_SCALE, AttentionPlan, lay_out, plan_attention
 from nanochat.layers import Embedding, Linear, apply_rotary, multiply_joined, norm
 
 if TYPE_CHECKING:
@@ -190,10 +190,10 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
-def _before_attention(block: Block, *inputs: Any) -> tuple[torch.Tensor, ...]:
-    """Block.before_attention, with the heads first in memory, as matrix products read them."""
+def _before_attention(block: Block, size: int | None, *inputs: Any) -> tuple[torch.Tensor, ...]:
+    """Block.before_attention, with queries, keys and values in memory as attention by blocks of `size` tokens reads them."""
     x, *qkv = block.before_attention(*inputs)
-    return x, *(heads.transpose(1, 2).contiguous().transpose(1, 2) for heads in qkv)
+    return x, *(lay_out(heads, size) for heads in qkv)
 
 
 def _call_block(block: Block, *inputs: Any) -> torch.Tensor:
@@ -322,7 +322,7 @@ class GPT(nn.Module):
 
         def in_parts(block: Block, *inputs: Any) -> torch.Tensor:
             *streams, attention, places = inputs
-            x, q, k, v = before(block, *streams)
+            x, q, k, v = before(block, attention.block_size(streams[0].size(1)), *streams)
             return after(block, x, block.attn.attend(q, k, v, attention), places)
 
         self._compiled_block = in_parts
