@@ -160,7 +160,7 @@ def examine_device(device: torch.device) -> Iterator[Finding]:
 def _describe_attention(device: torch.device) -> str:
     """What flash_attention.choose_backend will try first; its probe takes longer than all of this."""
     if device.type != "cuda":
-        return "matrix products by blocks of queries, so that windows save time"
+        return "matrix products of blocks of queries and keys, so that windows save time"
     if importlib.util.find_spec("flash_attn_interface"):
         return "FlashAttention 3, if its probe succeeds when a command starts"
     if _what_is_wrong(Requirement("flash-attn-4")) is None:
