@@ -84,8 +84,8 @@ def evaluate_task(
 ) -> TaskResult:
     """Measure a task's first max_problems (-1: all), over all ranks.
 
-    path: where each problem's outcome is written, a JSON object a line, and read again if the problem is the same: an
-    evaluation that was stopped goes on, and a line says so. report is told how many problems are done. A problem's
+    path: where each problem's outcome is written, a JSON object a line, and read again if the problem is the same, whose
+    answers are then judged anew: an evaluation that was stopped goes on, and a line says so. report is told how many problems are done. A problem's
     answers depend on its own number alone, whatever is answered beside it.
     """
     answering = answering or Answering()
@@ -98,8 +98,10 @@ def evaluate_task(
     rows = {row["index"]: row for row in known if row["index"] < count and row.get("problem") == digests[row["index"]]}
     if rows:
         print0(f"{len(rows)} of {count} answers are an earlier run's: remove {path} to have them anew")
-        judged = _judge(task, [(problems[i], rows[i]["answers"]) for i in rows])  # by this version's judge
-        rows = {i: {**rows[i], "scores": scores} for i, scores in zip(rows, judged, strict=True)}
+        judge = partial(_judge, task, [(problems[i], rows[i]["answers"]) for i in list(rows)[rank::world_size]])
+        for r, judged in enumerate(gather_objects(all_or_none(judge))):  # by this version's judge
+            for i, scores in zip(list(rows)[r::world_size], judged, strict=True):
+                rows[i] = {**rows[i], "scores": scores}
     if ddp:
         dist.barrier()  # all have read before the first writes
     # Problems of like length together: less padding, and a batch ends together.

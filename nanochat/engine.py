@@ -208,8 +208,10 @@ class EngineThread:
                     self.scheduler.wait()
                 else:
                     had_work = self.scheduler.num_waiting + self.scheduler.num_running > 0
+                    before = self.scheduler.generated_tokens
                     self.scheduler.step()
-                    if had_work:
+                    # A chunk of a prompt alone tells nothing: what it was for may fail yet.
+                    if self.scheduler.generated_tokens > before or (had_work and self.scheduler.prefilling is None):
                         self.failures = 0
             except Exception:  # a step that fails ends the requests that were in it, not the service
                 logger.exception("a step of the model failed")

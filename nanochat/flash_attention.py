@@ -42,11 +42,11 @@ class AttentionPlan(NamedTuple):
     attend: Callable[..., torch.Tensor]
     window: int
     mask: Any
-    compiled: bool = False  # by itself, where the model around it is not: only "plain" on a CPU
+    compiled: bool = False  # its kernels, by themselves: a compiled model on a CPU leaves attention outside its graphs
 
     def block_size(self, T: int) -> int | None:
-        """The tokens of a block as which `attend_plain` takes texts of T tokens without copying them; None: it takes none."""
-        return self.mask[0].size(0) if self.mask and T % self.mask[0].size(0) == 0 else None
+        """Tokens in a block if `attend_plain` takes texts of T tokens cut into blocks (`lay_out`); None: as they are."""
+        return self.mask[0].size(0) if self.compiled and self.mask and T % self.mask[0].size(0) == 0 else None
 
 
 def plan_attention(
@@ -59,7 +59,8 @@ def plan_attention(
     costs a dictionary look-up. compiled: for a model whose blocks are compiled (see GPT.compile); head_dim: D, which not
     every backend takes.
     """
-    return _plan(T, min(window, T), device.type, device.index, dtype, compiled and device.type == "cpu", head_dim)
+    compiled = compiled and device.type == "cpu" and dtype != torch.float16
+    return _plan(T, min(window, T), device.type, device.index, dtype, compiled, head_dim)
 
 
 @functools.lru_cache(maxsize=256)
@@ -149,7 +150,7 @@ def attend_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Attent
 
 
 def _attend_by_pytorch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
-    """For whole contexts; with a window for float16 alone, whose numbers are too small for `attention_weights`."""
+    """For whole contexts; with a window for float16 alone: it needs each query's maximum, over all blocks of keys at once."""
     visible = None
     if window is not None:
         distance = torch.arange(q.size(1), device=q.device)[:, None] - torch.arange(q.size(1), device=q.device)
@@ -159,7 +160,7 @@ def _attend_by_pytorch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window
 
 
 def lay_out(x: torch.Tensor, size: int | None) -> torch.Tensor:
-    """(B, T, H, D) by blocks of so many tokens, (blocks, B, H, size, D), contiguous; the last one filled with zeros.
+    """(B, T, H, D) cut into blocks of `size` tokens, (blocks, B, H, size, D), contiguous; the last one filled with zeros.
 
     None: as it is, but for the heads, which come first in memory, as PyTorch's own attention wants them.
     """
@@ -175,8 +176,8 @@ class _DiagonalAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(D) + mask) v, for q, k, v as `lay_out` makes them: (blocks, B, H, size, D) to (B, T, H, D).
 
     All pairs of a query's and a key's block that are equally far from each other are one batch of products, whose operands
-    lie in one piece: the last blocks of queries and the first of keys. What is cut out of rows would be copied first.
-    Four kernels, compiled once for all layers and windows, do the rest. No maximum is looked for: lengths are bounded, so
+    are contiguous: the last blocks of queries and the first of keys. Slices of longer rows would be copied before each
+    product. Four kernels, compiled once for all layers and windows, do the rest. No maximum is looked for: lengths are bounded, so
     scores are, and subtracting their bound is as safe. The division by the sum comes last, on D columns instead of T.
     """
 
@@ -237,9 +238,9 @@ def divide_by_sums(y: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
 
 
 def output_gradient(grad_y: torch.Tensor, y: torch.Tensor, sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the gradients of all scores need of that of y, both (B, blocks, size, H, D).
+    """From the gradient of y, like it (B, blocks, size, H, D), what all score gradients need.
 
-    Its share before the division, (blocks, B, H, size, D), and for each query its product with y, (..., 1) float32.
+    That gradient over the sums, (blocks, B, H, size, D), and for each query its product with y, (..., 1) float32.
     """
     grad_y, y = grad_y.permute(1, 0, 3, 2, 4), y.permute(1, 0, 3, 2, 4)
     grad = (grad_y.float() / sums).to(grad_y.dtype).contiguous()

@@ -79,7 +79,7 @@ class Metrics:
 
 
 MAX_FAILURES = 3  # steps that fail one after the other: then it is not the requests' fault
-REST_S = 30  # without work for a copy of the model that failed so often; then it is tried again
+REST_S = 30  # that a copy of the model which failed so often counts as sick, and others are preferred
 STREAM_INTERVAL_S = 0.015  # between pieces of a stream after its first: faster than eyes, and a fraction of the work
 
 

@@ -385,8 +385,8 @@ def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, An
         (stage.directory / "metrics.jsonl").unlink(missing_ok=True)  # of a start that never reached a checkpoint
         if stage.name == "base":
             tokenizer.save(get_run_dir(stage.tag))
-    text = json.dumps(settings, indent=2, ensure_ascii=False)  # as recipes look for it; but half a character of a path
-    atomic_write(stage.directory / SETTINGS_FILE, text.encode("utf-8", "backslashreplace"))
+    text = json.dumps(settings, indent=2, ensure_ascii=False)  # recipes look for the path of the data as it is
+    atomic_write(stage.directory / SETTINGS_FILE, text)
     config = args.to_toml({**settings, "model_tag": stage.tag}, leave_out=("resume", "resume_from_step"))
     atomic_write(stage.directory / CONFIG_FILE, config)
 

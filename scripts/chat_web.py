@@ -140,7 +140,8 @@ def in_url(host: str) -> str:
 
 def allowed_hosts(host: str, api_key: str | None) -> list[str] | None:
     """The names by which a server of this machine alone may be asked where no key keeps others out; None: by any."""
-    local = ["localhost", "127.0.0.1", "[::1]", "host.docker.internal", "host.containers.internal"]  # the last, to containers
+    # The last two are this machine, as containers on it call it.
+    local = ["localhost", "127.0.0.1", "[::1]", "host.docker.internal", "host.containers.internal"]
     is_local = host.startswith("127.") or in_url(host) in local
     return [*local, in_url(host)] if is_local and not api_key else None
 

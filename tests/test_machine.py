@@ -89,11 +89,12 @@ def test_without_a_compiler_training_runs_eagerly_and_says_so(
 
 
 @pytest.mark.slow
-def test_compiled_equals_eager() -> None:
-    """Loss and every gradient, for all kinds of layer, in one graph each."""
+@pytest.mark.parametrize("T", [300, 384])
+def test_compiled_equals_eager(T: int) -> None:
+    """Loss and every gradient, for all kinds of layer, in one graph each; texts of whole blocks and others."""
     if reason := compilation.can_compile(torch.device("cpu")):
         pytest.skip(f"nothing compiles here: {reason}")
-    idx = torch.randint(300, (2, 300), generator=torch.Generator().manual_seed(0))
+    idx = torch.randint(300, (2, T), generator=torch.Generator().manual_seed(0))
     models = [make_model(n_layer=4, window_pattern="SL") for _ in range(2)]
     models[1].compile()
     eager, compiled = (model(idx, idx) for model in models)
