@@ -85,8 +85,8 @@ def evaluate_task(
     """Measure a task's first max_problems (-1: all), over all ranks.
 
     path: where each problem's outcome is written, a JSON object a line, and read again if the problem is the same, whose
-    answers are then judged anew: an evaluation that was stopped goes on, and a line says so. report is told how many problems are done. A problem's
-    answers depend on its own number alone, whatever is answered beside it.
+    answers are then judged anew: an evaluation that was stopped goes on, and a line says so. report is told how many problems
+    are done. A problem's answers depend on its own number alone, whatever is answered beside it.
     """
     answering = answering or Answering()
     ddp, rank, _, world_size = get_dist_info()

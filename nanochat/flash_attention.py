@@ -177,8 +177,8 @@ class _DiagonalAttention(torch.autograd.Function):
 
     All pairs of a query's and a key's block that are equally far from each other are one batch of products, whose operands
     are contiguous: the last blocks of queries and the first of keys. Slices of longer rows would be copied before each
-    product. Four kernels, compiled once for all layers and windows, do the rest. No maximum is looked for: lengths are bounded, so
-    scores are, and subtracting their bound is as safe. The division by the sum comes last, on D columns instead of T.
+    product. Four kernels, compiled once for all layers and windows, do the rest. No maximum is looked for: lengths are
+    bounded, so scores are, and subtracting their bound is as safe. The division by the sum comes last, on D columns, not T.
     """
 
     @staticmethod

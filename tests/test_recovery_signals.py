@@ -180,7 +180,7 @@ def test_a_stage_is_taken_before_training_begins(
         said.append(rival.said())
         return log
 
-    monkeypatch.setattr(base_train, "MetricsLog", meet_a_rival)
+    monkeypatch.setattr("nanochat.stage.MetricsLog", meet_a_rival)
     assert base_train.main(base_flags) == 0
     assert re.search(RIVAL, said[0], re.MULTILINE)
     settings = json.loads((stage_dir_of(base_dir) / "settings.json").read_text(encoding="utf-8"))
