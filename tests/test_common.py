@@ -67,6 +67,7 @@ def test_without_a_home_a_command_ends_with_one_sentence(
         raise ValueError("unforeseen")
 
     monkeypatch.setattr(sys, "argv", ["command"])
+    monkeypatch.setattr("nanochat.common._is_command", False)  # as it is again after this test
     assert run_command(lambda argv: int(bool(get_base_dir()))) == 1
     assert capsys.readouterr().err.startswith("error: there is no home folder")
     assert run_command(fail) == 70
