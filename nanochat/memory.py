@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +45,7 @@ def training_bytes(config: GPTConfig, rows: int = 1, layout: Layout = Layout()) 
         model = GPT(config)
     total = sum(parameter.numel() for parameter in model.parameters())
     groups = model.setup_optimizer().groups
-    state = optimizer_bytes(config) // layout.world_size
+    state = optimizer_bytes(groups) // layout.world_size
     matrices = [_count(group) for group in groups if group.kind == "muon"]
     weights = 8 * total  # with their gradients
     if layout.fsdp:
@@ -58,10 +59,8 @@ def training_bytes(config: GPTConfig, rows: int = 1, layout: Layout = Layout()) 
     return weights + state + max(activation_bytes(config, rows, layout.recompute) + loss_bytes(config, rows), step)
 
 
-def optimizer_bytes(config: GPTConfig) -> int:
-    """The optimizer's state, of all ranks together."""
-    with torch.device("meta"):
-        groups = GPT(config).setup_optimizer().groups
+def optimizer_bytes(groups: Iterable[Group]) -> int:
+    """The state that an optimizer keeps for its groups, of all ranks together."""
     return int(sum(map(_state_bytes, groups)))
 
 

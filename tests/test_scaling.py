@@ -47,4 +47,4 @@ def test_the_optimizers_memory_is_counted_as_it_is() -> None:
         parameter.grad = parameter.detach().clone()
     optimizer.step()
     real = sum(tensor.nbytes for name, tensor in optimizer.state_dict().items() if not name.endswith("second_moment"))
-    assert optimizer_bytes(model.config) == pytest.approx(real, rel=0.01)
+    assert optimizer_bytes(optimizer.groups) == pytest.approx(real, rel=0.01)
