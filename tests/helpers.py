@@ -89,7 +89,7 @@ def make_trainer(stage_dir: Path, **config: Any) -> Trainer:
     return Trainer(model, optimizer, RandomBatches(), TrainConfig(**settings), stage_dir, log, meta={})
 
 
-def wait_for(condition: Callable[[], Any], what: str, seconds: float = 30.0) -> Any:
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 90.0) -> Any:
     """What condition() gives once it is true; the test fails, and says for what it waited, if that takes too long."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):

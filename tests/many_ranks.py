@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -75,14 +74,6 @@ def train(ranks: int, corpus: Path, tag: str, *flags: str) -> Path:
 
 def values(stage_dir: Path, name: str = "train/loss") -> list[float]:
     return [row[name] for row in read_metrics(stage_dir / "metrics.jsonl") if name in row]
-
-
-def wait_for(condition, seconds: float = 90.0):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)
-    return found
 
 
 def free_port() -> int:

@@ -25,7 +25,8 @@ import yaml
 from nanochat.checkpoint_manager import list_steps
 from scripts import base_eval, base_train, chat_eval, chat_sft
 from tests.conftest import TINY_TRAINING
-from tests.many_ranks import free_port, wait_for
+from tests.helpers import wait_for
+from tests.many_ranks import free_port
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the recipes are for Linux, macOS and WSL")
 
@@ -176,7 +177,8 @@ def test_each_recipe_starts_the_stages_with_flags_that_they_know(recipe, nnodes,
     fakes("python", 'echo python "$@" >>"$(dirname "$0")/calls"\n')
     fakes("srun", SRUN)
     script, env = recipe(tmp_path)
-    environment = {**os.environ, "NPROC": "8", **env}
+    more = {"BASE_FLAGS": "--max-seq-len=1024", "SFT_FLAGS": "--task-data=x", "EVAL_FLAGS": "--max-problems=5"}
+    environment = {**os.environ, "NPROC": "8", **env, **more, "WANDB_RUN": "tuesday"}
     subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, check=True, timeout=60)
     lines = [shlex.split(line) for line in calls.read_text(encoding="utf-8").splitlines()]
     modules = [line[2] for line in lines if line[0] == "python"]
@@ -194,8 +196,11 @@ def test_each_recipe_starts_the_stages_with_flags_that_they_know(recipe, nnodes,
         assert args.model_tag == "d24"
         assert getattr(args, "tokenizer", "/tokenizers/d24").endswith("/tokenizers/d24")
         if stage in ("base_train", "chat_sft"):
-            assert args.resume == "auto"
-            assert args.save_every == 250
+            assert (args.resume, args.save_every, args.run) == ("auto", 250, "tuesday")
+        given = {"base_train": ("max_seq_len", 1024), "chat_sft": ("task_data", Path("x")), "chat_eval": ("max_problems", 5)}
+        if stage in given:
+            name, value = given[stage]
+            assert getattr(args, name) == value
 
 
 def test_slurms_recipe_needs_no_home(fakes, tmp_path: Path) -> None:
@@ -310,7 +315,7 @@ def test_two_nodes_save_at_the_time_limit_and_go_on(fakes, corpus: Path, tokeniz
 
     job, log = start(0)
     try:
-        wait_for(lambda: job.poll() is not None or (metrics.exists() and metrics.read_bytes().count(b"\n") > 10))
+        wait_for(lambda: job.poll() is not None or (metrics.exists() and metrics.read_bytes().count(b"\n") > 10), "ten rows")
         assert job.poll() is None, log.read_text()
         job.send_signal(signal.SIGUSR1)  # as Slurm does ahead of the time limit
         assert job.wait(60) == 143, log.read_text()

@@ -20,7 +20,7 @@ from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Sequence
 from nanochat.tokenizer import Tokenizer
-from tests.helpers import make_model
+from tests.helpers import make_model, wait_for
 
 
 @pytest.fixture
@@ -409,11 +409,11 @@ def test_a_failed_step_ends_its_requests_and_not_the_service(engine: Engine, mon
         patch.setattr(engine.scheduler.runner, "decode", lambda *args: 1 / 0)
         failed = Sequence([1, 2], SamplingParams(max_tokens=5, ignore_eos=True))
         engine.scheduler.submit(failed)
-        _wait_for(failed)
+        wait_for(lambda: failed.finish_reason, "the failed text to end")
         assert failed.finish_reason == "error" and "server's log" in failed.error
     fine = Sequence([1, 2], SamplingParams(max_tokens=5, ignore_eos=True))
     engine.scheduler.submit(fine)
-    _wait_for(fine)
+    wait_for(lambda: fine.finish_reason, "the other to end")
     assert fine.finish_reason == "length"
     endless = Sequence([1, 2], SamplingParams(ignore_eos=True))
     engine.scheduler.submit(endless)
@@ -434,18 +434,12 @@ def test_what_waits_for_the_compiler_can_be_cancelled_and_the_thread_closed(
     for sequence in (first, second):
         engine.scheduler.submit(sequence)
     engine.scheduler.cancel(first)
-    _wait_for(first)
+    wait_for(lambda: first.finish_reason, "the first to end")
     assert first.finish_reason == "cancelled" and second.finish_reason is None
     thread.close()
     assert second.finish_reason == "cancelled" and not thread.is_alive and not thread.ready.is_set()
     assert time.monotonic() - began < 5
     compiled.set()
-
-
-def _wait_for(sequence: Sequence) -> None:
-    deadline = time.monotonic() + 30
-    while sequence.finish_reason is None and time.monotonic() < deadline:
-        time.sleep(0.01)
 
 
 # ----------------------------------------------------------------------------- compiled and quantized

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from nanochat.checkpoint_manager import list_steps
 from nanochat.common import NanochatError
 from nanochat.heartbeat import Heartbeat, fresh_store
-from tests.many_ranks import ROOT, SMALL, WHOLE, free_port, launch, node_command, start, train, values, wait_for
+from tests.helpers import wait_for
+from tests.many_ranks import ROOT, SMALL, WHOLE, free_port, launch, node_command, start, train, values
 
 pytestmark = pytest.mark.usefixtures("many_ranks")
 
@@ -44,7 +45,7 @@ def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(corpus: Path, base_dir
     for restarts in (0, 1):
         before = len(list_steps(stage_dir))
         job = launch(2, *flags, "--model-tag=killed", "--resume=auto", restarts=restarts)
-        wait_for(lambda: len(list_steps(stage_dir)) >= before + 2)  # noqa: B023 - used at once
+        wait_for(lambda: len(list_steps(stage_dir)) >= before + 2, "two checkpoints")  # noqa: B023 - used at once
         killed_at = time.monotonic()
         _workers(job)[1].send_signal(signal.SIGKILL)
         _, errors = job.communicate(timeout=120)
@@ -65,10 +66,10 @@ def test_one_node_of_two_restarts(corpus: Path, base_dir: Path) -> None:
     command += ["--model-tag=near", "--resume=auto"]
     stage_dir, endpoint = base_dir / "runs" / "near" / "base", f"127.0.0.1:{free_port()}"
     nodes = [start(node_command(i, endpoint, "127.0.0.1", *command, restarts=2)) for i in range(2)]
-    wait_for(lambda: len(list_steps(stage_dir)) >= 2)
+    wait_for(lambda: len(list_steps(stage_dir)) >= 2, "two checkpoints")
     first = [process for node in nodes for process in _workers(node)]
     first[1].send_signal(signal.SIGKILL)
-    wait_for(lambda: all(set(_workers(node)) - set(first) for node in nodes))
+    wait_for(lambda: all(set(_workers(node)) - set(first) for node in nodes), "new processes on both nodes")
     for node in nodes:
         _, errors = node.communicate(timeout=200)
         assert node.returncode == 0, errors[-3000:]
@@ -160,7 +161,7 @@ def test_heartbeat_notices_silence_and_only_that() -> None:
     time.sleep(LIMIT_S + 0.5)
     assert not reasons
     hearts[1]._stopped.set()  # dies
-    wait_for(lambda: reasons, 30)
+    wait_for(lambda: reasons, "the loss to be noticed", 30)
     assert [rank for rank, _ in reasons] == [0]
     assert "rank 1" in reasons[0][1]
     hearts[0].stop()
@@ -222,7 +223,7 @@ def test_heartbeat_notices_a_rank_that_never_came() -> None:
     reasons: list[tuple[int, str]] = []
     stores = _stores(2)
     hearts = _hearts(reasons, stores, range(1))
-    wait_for(lambda: reasons, 30)
+    wait_for(lambda: reasons, "the loss to be noticed", 30)
     assert reasons == [(0, "nothing was heard of rank 1 for 3 s")]
     hearts[0].stop()
 
@@ -278,10 +279,10 @@ def test_two_machines_and_a_cut_link(corpus: Path, base_dir: Path, monkeypatch: 
 
     with _two_machines() as nodes:
         jobs = start_nodes(nodes, 29500)
-        wait_for(lambda: len(list_steps(stage_dir)) >= 2)
+        wait_for(lambda: len(list_steps(stage_dir)) >= 2, "two checkpoints")
         subprocess.run(["ip", "-n", nodes[1], "link", "set", "cable", "down"], check=True)
         cut_at = time.monotonic()
-        wait_for(lambda: not any(map(_workers, jobs)), 90)
+        wait_for(lambda: not any(map(_workers, jobs)), "all processes to end")
         assert time.monotonic() - cut_at < 60
         for job in jobs:
             job.kill()  # torchrun itself waits for its own store for minutes

@@ -247,6 +247,37 @@ def test_tabs_keep_each_others_messages(page: playwright.Page) -> None:
     assert titles.all_inner_texts() == ["of the other", "of one"]
 
 
+def test_a_full_storage_forgets_the_oldest_first(page: playwright.Page) -> None:
+    """First what lies inside old answers, then the oldest conversations; a page that cannot keep even the newest says so."""
+    store, size = "nanochat.conversations", 4000
+    old = []
+    for name in "ab":
+        root = {"id": "root", "children": [name], "chosen": 0}
+        said = {"id": name, "parent": "root", "role": "user", "content": name * size, "children": [], "chosen": 0}
+        old.append({"id": name, "title": name, "nodes": {"root": root, name: said}})
+    old[0]["nodes"]["a"]["tokens"] = [{"text": "t" * size}]
+    page.evaluate("([key, old]) => localStorage.setItem(key, JSON.stringify(old))", [store, old])
+    page.reload()
+    _pretend(page, {"token": "ok", "part": "text"})
+    fill = """() => {
+        const put = (size) => localStorage.setItem("rest", "x".repeat(size));
+        const fits = (size) => { try { put(size); return true; } catch { return false; } };
+        let size = 0;
+        for (let step = 2 ** 23; step >= 1; step /= 2) if (fits(size + step)) size += step;
+        put(size);
+    }"""
+    for question, left in (("new", ["new", "a", "b"]), ("n" * 1000, ["n" * 60, "new", "a"])):
+        page.evaluate(fill)
+        page.locator("#new").click()
+        _ask(page, question)
+        kept = page.evaluate("(key) => localStorage.getItem(key)", store)
+        assert [conversation["title"] for conversation in json.loads(kept)] == left
+        assert "tokens" not in kept
+    page.locator("#new").click()
+    _ask(page, "z" * 20000)
+    page.get_by_text("this browser's storage is full").wait_for()
+
+
 def test_a_question_is_kept_before_it_is_answered(page: playwright.Page) -> None:
     page.route("**/chat/completions", lambda route: None)
     page.fill("#text", "a long question")

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from nanochat import shard_cache
 from nanochat.common import NanochatError
 from nanochat.dataset import get_source
 from nanochat.shard_cache import Shard, ShardCache, get_shard_cache
-from tests.helpers import make_document
+from tests.helpers import make_document, wait_for
 from tests.hub_server import HubServer, serve_folder
 
 DOCUMENTS = [make_document(seed) for seed in range(100)]
@@ -90,13 +89,6 @@ def _size(directory: Path) -> int:
         with contextlib.suppress(FileNotFoundError):  # renamed or evicted meanwhile
             size += path.stat().st_size
     return size
-
-
-def _wait_for(condition) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_a_shard_is_fetched_once(tmp_path: Path) -> None:
@@ -179,7 +171,7 @@ def test_prefetch_is_done_before_it_is_asked_for(tmp_path: Path) -> None:
     far = _Far({f"{i}.parquet": 100 for i in range(3)})
     cache, shards = ShardCache(tmp_path, 1000), far.shards()
     cache.prefetch(shards[1:])
-    _wait_for(lambda: all(shard in cache for shard in shards[1:]))
+    wait_for(lambda: all(shard in cache for shard in shards[1:]), "the next shards")
     assert shards[0] not in cache
     for shard in shards[1:]:
         cache.fetch(shard)
@@ -192,7 +184,7 @@ def test_asking_for_what_is_on_its_way_waits_for_it(tmp_path: Path) -> None:
     far.go_on.clear()
     cache.prefetch([shard])
     cache.prefetch([shard])
-    _wait_for(lambda: far.gets)
+    wait_for(lambda: far.gets, "a download to begin")
     threading.Timer(0.2, far.go_on.set).start()
     assert cache.fetch(shard).read_bytes() == far.files["a.parquet"]
     assert len(far.gets) == 1
@@ -203,7 +195,7 @@ def test_a_failed_prefetch_shows_only_when_asked_for(tmp_path: Path) -> None:
     cache, (shard,) = ShardCache(tmp_path, 1000), far.shards()
     far.failures = [FileNotFoundError("a")] * 2
     cache.prefetch([shard])
-    _wait_for(lambda: len(far.failures) == 1 and not any(t.is_alive() for t in cache._prefetches.values()))
+    wait_for(lambda: len(far.failures) == 1 and not any(t.is_alive() for t in cache._prefetches.values()), "the failure")
     with pytest.raises(NanochatError, match="not there"):
         cache.fetch(shard)
     assert cache.fetch(shard).exists()  # it is back
@@ -227,7 +219,7 @@ def test_leftovers_of_killed_downloads_go_and_those_of_the_living_stay(tmp_path:
     cache, (a, b) = ShardCache(tmp_path, 1000), far.shards()
     far.go_on.clear()
     cache.prefetch([a])
-    _wait_for(lambda: far.gets)
+    wait_for(lambda: far.gets, "a download to begin")
     alive = _names(tmp_path)
     assert len(alive) == 1
     (tmp_path / f"{b.entry}.100.01234567.tmp").write_bytes(b"half")
@@ -406,7 +398,7 @@ def test_the_next_shards_come_while_one_is_read(memory: str) -> None:
     reading = get_source(memory).numbered("train")
     next(reading)
     directory = get_shard_cache().directory
-    _wait_for(lambda: [name[0] for name in _names(directory) if not name.endswith(".tmp")] == ["a", "b", "c"])
+    wait_for(lambda: [name[0] for name in _names(directory) if not name.endswith(".tmp")] == ["a", "b", "c"], "three shards")
     reading.close()
 
 
