@@ -97,7 +97,7 @@ class Trainer:
     """Trains `model` from `loader` until `config.num_iterations` updates are done.
 
     evaluate: () -> {"val/bpb": ...}, called with the model in eval mode every config.eval_every steps; evaluations: more of
-    these, each with a period of its own; sample: () -> [{"prompt": ..., "text": ...}];
+    these, each with a period of its own, made before it; sample: () -> [{"prompt": ..., "text": ...}];
     loss_fn: (model, batch) -> summed loss, which the trainer divides by the whole step's sum of count_fn(batch);
     step_metrics: () -> what else the newest step's row says.
     meta: what else a checkpoint must say (model_config, tokenizer, settings, lineage), JSON.
@@ -123,7 +123,7 @@ class Trainer:
         self._recompute_blocks = model.recompute_blocks
         self.stage_dir, self.metrics, self.meta = stage_dir, metrics, meta
         self._resume = f"--model-tag {stage_dir.parent.name} --resume auto"
-        self.evaluations = [*([(config.eval_every, evaluate)] if evaluate else []), *evaluations]
+        self.evaluations = [*evaluations, *([(config.eval_every, evaluate)] if evaluate else [])]
         self.sample_fn = sample
         self.count_fn, self.step_metrics = count_fn, step_metrics
         self._passes = Passes(model, loss_fn)

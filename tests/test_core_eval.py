@@ -333,12 +333,29 @@ def test_the_real_bundle(real_data: Path, tiny_run: Path, tokenizer: Tokenizer, 
 
 
 def test_core_while_training_and_in_the_report(
-    corpus: Path, tokenizer: Tokenizer, bundle: Path, base_dir: Path, capsys: pytest.CaptureFixture[str]
+    corpus: Path,
+    tokenizer: Tokenizer,
+    bundle: Path,
+    base_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The metric has a period of its own, also of a compiled model, and is the same as measured afterwards."""
+    """The metric has a period of its own, is the same as measured afterwards, and is made up for where it was cut off."""
     tokenizer.save(base_dir / "tokenizers" / "default")
     flags = [*TINY_TRAINING, "--data", str(corpus), "--model-tag=core", f"--eval-bundle={bundle}", "--eval-every=4"]
-    assert base_train.main([*flags, "--core-metric-every=3", "--core-metric-max-per-task=4"]) == 0
+    flags += ["--core-metric-every=3", "--core-metric-max-per-task=4", "--save-every=3", "--resume=auto"]
+    calls = []
+
+    def end_the_second(*args: Any) -> dict[str, Any]:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return evaluate_core(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(base_train, "evaluate_core", end_the_second)
+        base_train.main(flags)
+    assert base_train.main(flags) == 0  # all is trained, but not all measured
     rows = read_metrics(base_dir / "runs" / "core" / "base" / "metrics.jsonl")
     measured = {row["step"]: row["val/core_partial"] for row in rows if "val/core_partial" in row}
     assert list(measured) == [3, 6]
