@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +23,9 @@ import torch.distributed as dist
 from nanochat.common import all_or_none, append_json_lines, gather_objects, get_dist_info, print0, read_json_lines
 from nanochat.engine import Engine, trim_prompt
 from nanochat.scores import centered_mean, pass_at_k, wilson_interval
-from tasks.common import Conversation, Task, TaskSequence
+
+if TYPE_CHECKING:
+    from tasks.common import Conversation, Task
 
 CHATCORE_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
 CHUNK_BATCHES = 8  # batches between two notes of progress: enough that the engine's rows stay full
@@ -191,7 +193,7 @@ def choose_letters(engine: Engine, prompts: list[list[int]], problems: list[Conv
 
 def sample_answers(engine: Engine, task: Task, count: int = 4, max_tokens: int = 64) -> list[dict[str, str]]:
     """The first questions of a task, of a mixture one of each kind, as [{"prompt", "text"}] with the likeliest answers."""
-    kinds = task.tasks if isinstance(task, TaskSequence) else [task]
+    kinds = getattr(task, "tasks", [task])
     examples = (kind[i] for i in range(count) for kind in kinds if i < len(kind))
     chosen = itertools.islice(examples, max(count, len(kinds)))
     openings = [list(itertools.takewhile(lambda message: message["role"] != "assistant", e["messages"])) for e in chosen]

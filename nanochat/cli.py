@@ -25,6 +25,7 @@ COMMANDS = {
     "serve": ("scripts.chat_web", "serve a model: chat page, runs page, OpenAI's API"),
     "bench": ("scripts.infer_bench", "measure how fast a model answers"),
     "report": ("nanochat.report", "write the report of a run"),
+    "metrics": ("nanochat.metrics", "send a run's numbers to a logger"),
     "compare": ("scripts.compare", "lay runs side by side"),
     "export": ("scripts.export_hf", "write a model in Hugging Face's format"),
     "memory": ("nanochat.memory", "what depth fits a device's memory"),

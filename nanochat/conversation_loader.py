@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,9 @@ import torch
 from nanochat.common import NanochatError, gather_objects, to_device
 from nanochat.lanes import count_lanes, rank_lanes, rows_of_rank
 from nanochat.tokenizer import Tokenizer
-from tasks.common import Conversation, Task
+
+if TYPE_CHECKING:
+    from tasks.common import Conversation, Task
 
 LANE_CONVERSATIONS = 16  # to choose from when a row is filled
 

@@ -209,15 +209,13 @@ def build_question(task: CoreTask, items: list[dict[str, Any]], index: int, scor
     shots = [items[i] for i in rng.sample(others, min(task.num_fewshot, len(others)))]
     texts, before = render(task, item, shots)
     tokens = [scorer.encode(text) for text in texts]
-    if task.kind == "multiple_choice":
-        starts = [_common_length(tokens)] * len(tokens)
+    if task.kind == "multiple_choice":  # where one choice begins another, both are judged from the same place
+        starts = [min(_common_length(tokens), *(len(text) - 1 for text in tokens))] * len(tokens)
     elif task.kind == "schema":
         shared = _common_length([list(reversed(t)) for t in tokens])
         starts = [len(t) - shared for t in tokens]
     else:
         starts = [_common_length([tokens[0], scorer.encode(before or "")])]
-    if task.kind == "multiple_choice":  # where one choice begins another, both are judged from the same place
-        starts = [min(*starts, *(len(text) - 1 for text in tokens))] * len(tokens)
     starts = [min(max(start, 1), len(text) - 1) for text, start in zip(tokens, starts, strict=True)]  # before, and after
     cut = max(0, max(map(len, tokens)) - scorer.context)  # the same for all, so that they go on beginning alike
     cut = min([cut, *(start - 1 for start in starts)])
@@ -381,11 +379,12 @@ def evaluate_core(
             results["missing"].append(task.label)
             continue
         path = folder / _rows_name(task, max_per_task) if folder is not None else None
-        kept = from_rank0(_finished_rows(path))
-        num_kept += kept is not None
-        rows = kept if kept is not None else _evaluate_task(scorer, task, max_per_task, report)
-        if kept is None:
+        rows = from_rank0(_finished_rows(path))
+        if rows is None:
+            rows = _evaluate_task(scorer, task, max_per_task, report)
             _write_rows(path, rows)
+        else:
+            num_kept += 1
         n, correct = len(rows), sum(row["correct"] for row in rows)
         low, high = wilson_interval(correct / n, n)
         results["tasks"][task.label] = {

@@ -270,7 +270,9 @@ class ReadShard(PipelineStep):
             order = order[np.insert(~repeats, 0, True)]
             self.stat_update("duplicates", value=int(repeats.sum()))
         else:
-            order = np.array(sorted(order, key=_random_order(table.select(["key", "file", "row"]))))
+            rows = table.select(["key", "file", "row"]).to_pylist()
+            digests = [hashlib.blake2b(repr(tuple(row.values())).encode(), digest_size=16).digest() for row in rows]
+            order = np.array(sorted(order, key=digests.__getitem__))
         for start in range(0, len(order), ROW_GROUP_DOCUMENTS):
             rows = table.select(["key", "text"]).take(order[start : start + ROW_GROUP_DOCUMENTS])
             for key, text in zip(rows["key"].to_pylist(), rows["text"].to_pylist(), strict=True):
@@ -285,11 +287,6 @@ def _read_part(path: Path, shard: int) -> pa.Table | None:
             return None
         file.seek(start)
         return pa.ipc.open_stream(file.read(end - start)).read_all()
-
-
-def _random_order(table: pa.Table) -> Any:
-    digests = [hashlib.blake2b(repr(tuple(row.values())).encode(), digest_size=16).digest() for row in table.to_pylist()]
-    return digests.__getitem__
 
 
 class WriteShard(PipelineStep):

@@ -8,6 +8,7 @@ As a command it downloads: python -m nanochat.dataset --data climbmix -n 8
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import hashlib
 import itertools
 import json
@@ -39,8 +40,6 @@ class Source:
     def __init__(self, train_files: Iterable[DocumentFile], val_files: Iterable[DocumentFile]) -> None:
         self.train_files, self.val_files = list(train_files), list(val_files)
         self.num_files_read = 0  # of the train files, so far
-        self._limit: int | None = None
-        self._tokenizer: tuple[str | None] | None = None  # in a tuple once it is known
 
     def numbered(self, split: str, start: int = 0) -> Iterator[tuple[int, Document]]:
         """(number, document) of a split ("train" or "val") in ascending order, from number `start` on.
@@ -52,7 +51,7 @@ class Source:
         if split not in ("train", "val"):
             raise ValueError(f"split must be train or val, not {split!r}")
         files = self.val_files if split == "val" and self.val_files else self.train_files
-        limit = None if self.val_files else self._hash_limit()
+        limit = None if self.val_files else self._hash_limit
         for first, documents in self._batches(files, start):
             for number, document in enumerate(documents, first):
                 if _has_content(document) and (limit is None or (_hash(document) < limit) == (split == "val")):
@@ -67,12 +66,14 @@ class Source:
 
     def tokenizer_fingerprint(self) -> str | None:
         """Of the tokenizer that made the tokens of this source; None if it holds text. Raises NanochatError."""
-        if self._tokenizer is None:
-            fingerprint = self.train_files[0].footer().tokenizer
-            for file in self.val_files[:1]:
-                _check_kind(file, fingerprint)
-            self._tokenizer = (fingerprint,)
-        return self._tokenizer[0]
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str | None:
+        fingerprint = self.train_files[0].footer().tokenizer
+        for file in self.val_files[:1]:
+            _check_kind(file, fingerprint)
+        return fingerprint
 
     def _batches(self, files: list[DocumentFile], start: int) -> Batches:
         fingerprint = self.tokenizer_fingerprint()
@@ -99,15 +100,14 @@ class Source:
                 first += file.num_rows()
         return len(files), first
 
+    @functools.cached_property
     def _hash_limit(self) -> int:
         """Documents with a lower hash are for validation; a small source gives at least its lowest one."""
-        if self._limit is None:
-            documents = itertools.chain.from_iterable(batch for _, batch in self._batches(self.train_files, 0))
-            hashes = [_hash(document) for document in itertools.islice(filter(_has_content, documents), 1000)]
-            if len(hashes) < 2:
-                raise NanochatError(f"{self.name} holds a single document: add a file whose name says val for validation")
-            self._limit = max(int(VAL_SHARE * 2**32), min(hashes) + 1)
-        return self._limit
+        documents = itertools.chain.from_iterable(batch for _, batch in self._batches(self.train_files, 0))
+        hashes = [_hash(document) for document in itertools.islice(filter(_has_content, documents), 1000)]
+        if len(hashes) < 2:
+            raise NanochatError(f"{self.name} holds a single document: add a file whose name says val for validation")
+        return max(int(VAL_SHARE * 2**32), min(hashes) + 1)
 
     def describe(self) -> dict[str, Any]:
         """What was read, for the record of a run: names and sizes of the files, as they were listed."""
@@ -173,11 +173,14 @@ class HubRepository:
 
     repo_id: str
     num_shards: int
-    file_format: str = "shard_{:05d}.parquet"
+
+    @staticmethod
+    def file(number: int) -> str:
+        return f"shard_{number:05d}.parquet"
 
     @property
     def val_file(self) -> str:
-        return self.file_format.format(self.num_shards - 1)
+        return self.file(self.num_shards - 1)
 
 
 HUB_REPOSITORIES = {
@@ -238,7 +241,7 @@ def download(name: str, num_shards: int, workers: int = 4) -> None:
     repository = HUB_REPOSITORIES[name]
     directory = get_base_dir() / "data" / name
     num_shards = repository.num_shards - 1 if num_shards < 0 else min(num_shards, repository.num_shards - 1)
-    names = [*(repository.file_format.format(i) for i in range(num_shards)), repository.val_file]
+    names = [*map(repository.file, range(num_shards)), repository.val_file]
     disable_progress_bars()  # one for each file; ours is of all
     with (
         concurrent.futures.ThreadPoolExecutor(workers) as pool,

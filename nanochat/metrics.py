@@ -96,6 +96,12 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
     return {k: v for k, v in row.items() if isinstance(v, int | float) and k not in ("step", "timestamp")}
 
 
+def thinned(count: int, most: int) -> list[int]:
+    """Indices of at most `most` of `count` points or so, evenly apart, the last one among them."""
+    stride = -(-count // most) or 1
+    return sorted({*range(0, count, stride), count - 1} - {-1})
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl; what a resumed run did again replaces what it had done before."""
     rows: dict[Any, dict[str, Any]] = {}  # in the order of their steps

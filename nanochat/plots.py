@@ -8,9 +8,11 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from nanochat.metrics import thinned
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,7 +66,7 @@ class Shares:
     """Parts of a whole, by name: one bar across the picture."""
 
     label: str
-    parts: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, float]
 
 
 def draw_panel(panel: Panel) -> Figure:
@@ -74,7 +76,7 @@ def draw_panel(panel: Panel) -> Figure:
     axis = figure.subplots()
     for place, curve in enumerate(panel.curves):
         color = _color(place if curve.color is None else curve.color)
-        kept = _thinned(len(curve.x))
+        kept = thinned(len(curve.x), MAX_POINTS)
         x = [curve.x[i] for i in kept]
         if curve.raw is not None:
             axis.plot(x, [curve.raw[i] for i in kept], color=color, linewidth=0.7, alpha=0.3)
@@ -222,9 +224,3 @@ def _finish(axis: Axes) -> None:
 
 def _color(number: int) -> str:
     return COLORS[number % len(COLORS)]
-
-
-def _thinned(count: int) -> list[int]:
-    """Indices of at most MAX_POINTS points or so, the last one among them."""
-    stride = -(-count // MAX_POINTS) or 1
-    return sorted({*range(0, count, stride), count - 1} - {-1})

@@ -39,7 +39,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.metrics import read_metrics, series, smooth_for_picture
 from nanochat.plots import Bar, Curve, Panel, Shares, draw_bars, draw_panel, draw_shares, save_png, to_svg
 from nanochat.progress import format_seconds
-from nanochat.scores import describe_pass_at
+from nanochat.scores import centered, core_name, describe_pass_at
 from nanochat.settings import SettingsParser
 
 if TYPE_CHECKING:
@@ -133,21 +133,16 @@ def _weights(stage_dir: Path, step: int) -> dict[str, str]:
 # ----------------------------------------------------------------------------- making the report
 
 
-class Album:
-    """Makes the pictures of a report: as PNG below plots/, as SVG for the page."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def add(self, name: str, description: str, figure: Figure, wide: bool = True) -> Picture:
-        save_png(figure, self._folder / f"{name}.png")
-        return Picture(name, description, to_svg(figure, description), wide)
+def _add_picture(plots: Path, name: str, description: str, figure: Figure, wide: bool = True) -> Picture:
+    """A picture of the report: as PNG in the folder `plots`, as SVG for the page."""
+    save_png(figure, plots / f"{name}.png")
+    return Picture(name, description, to_svg(figure, description), wide)
 
 
 def write_report(run_dir: Path) -> tuple[Path, Path]:
     """Write report.md and report.html (self-contained) into a run's directory; returns their paths."""
     overview = Section("Stages", ["stage", "steps", "tokens", "time", "loss", "val bpb", "tokens/s", "MFU", "memory"])
-    sections, facts, album = [overview], {}, Album(run_dir / "plots")
+    sections, facts, plots = [overview], {}, run_dir / "plots"
     for stage in STAGES:
         stage_dir = run_dir / stage
         settings = read_json(stage_dir / SETTINGS_FILE)
@@ -159,10 +154,10 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
         if "num_params" in settings:
             facts["parameters"] = f"{settings['num_params']:,}"
         facts |= _facts(stage, rows, results)
-        sections += _curves_section(stage, rows, album)
-        sections += _evaluation_sections(stage, results, rows, album)
+        sections += _curves_section(stage, rows, plots)
+        sections += _evaluation_sections(stage, results, rows, plots)
         if stage == "base":
-            sections += _model_section(stage_dir, album)
+            sections += _model_section(stage_dir, plots)
         sections.append(_settings_section(stage, settings))
     if not overview.rows:
         raise NanochatError(f"{run_dir} holds no stage to report on: train one first")
@@ -179,12 +174,12 @@ def render(template: str, path: Path, context: dict[str, Any]) -> Path:
         loader=jinja2.PackageLoader("nanochat", "templates"), autoescape=template.endswith(".html"),
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"cell": _cell, "tokens": _mark_tokens}
+    environment.filters |= {"cell": as_cell, "tokens": _mark_tokens}
     atomic_write(path, environment.get_template(template).render(context))
     return path
 
 
-def _cell(text: Any) -> str:
+def as_cell(text: Any) -> str:
     """For a table or a list of Markdown."""
     return str(text).replace("|", "\\|").replace("\n", " ")
 
@@ -202,16 +197,12 @@ def _facts(stage: str, rows: list[dict[str, Any]], results: dict[str, Any]) -> d
     if stage == "base" and values:
         facts["validation bits per byte"] = f"{results.get('bpb', {}).get('val', values[-1]):.4f}"
     if core := results.get("core"):
-        facts["CORE" if "core_metric" in core else "CORE, some tasks"] = f"{core[_core_name(core)]:.4f}"
+        facts["CORE" if "core_metric" in core else "CORE, some tasks"] = f"{core[core_name(core)]:.4f}"
     if mean := results.get("chatcore"):
         facts[mean["name"]] = f"{mean['value']:.4f}"
     if rows:
         facts[STAGE_TITLES[stage].lower()] = format_seconds(rows[-1]["time_s"])
     return facts
-
-
-def _core_name(core: dict[str, Any]) -> str:
-    return "core_metric" if "core_metric" in core else "core_partial"
 
 
 def _system_section() -> Section:
@@ -287,13 +278,12 @@ def format_value(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
-def _curves_section(stage: str, rows: list[dict[str, Any]], album: Album) -> list[Section]:
+def _curves_section(stage: str, rows: list[dict[str, Any]], plots: Path) -> list[Section]:
     """Everything of a stage that was logged over its steps."""
-    title = STAGE_TITLES[stage]
-    pictures = [
-        album.add(f"{stage}_{re.sub('[^a-z]+', '_', kind)}", f"{title}: {panel.title}", draw_panel(panel), wide=False)
-        for kind, panel in make_panels(rows).items()
-    ]
+    title, pictures = STAGE_TITLES[stage], []
+    for kind, panel in make_panels(rows).items():
+        name = f"{stage}_{re.sub('[^a-z]+', '_', kind)}"
+        pictures.append(_add_picture(plots, name, f"{title}: {panel.title}", draw_panel(panel), wide=False))
     return [Section(f"{title}: curves", pictures=pictures)] if pictures else []
 
 
@@ -340,7 +330,7 @@ def _mfu_axis(rows: list[dict[str, Any]]) -> tuple[float, str] | None:
     return (row["train/tok_per_s"] / row["train/mfu"], "MFU, %") if row else None
 
 
-def _model_section(stage_dir: Path, album: Album) -> list[Section]:
+def _model_section(stage_dir: Path, plots: Path) -> list[Section]:
     """What the model is made of, from its newest checkpoint: parameters, and operations for each token of training."""
     steps = list_steps(stage_dir)
     if not steps:
@@ -359,7 +349,7 @@ def _model_section(stage_dir: Path, album: Album) -> list[Section]:
         Shares("parameters", {name: params for name, (params, _) in parts.items()}),
         Shares("operations", {name: flops for name, (_, flops) in parts.items()}),
     ]
-    picture = album.add("model", "what the model is made of", draw_shares("shares of the model's parts", wholes))
+    picture = _add_picture(plots, "model", "what the model is made of", draw_shares("shares of the model's parts", wholes))
     columns = ["part", "parameters", "share", "FLOPs per token", "share"]
     return [Section("The model", columns, table, [picture])]
 
@@ -382,7 +372,7 @@ def count_parts(model: GPT) -> dict[str, tuple[int, int]]:
     return {name: numbers for name, numbers in parts.items() if any(numbers)}
 
 
-def _core_section(core: dict[str, Any], album: Album) -> Section:
+def _core_section(core: dict[str, Any], plots: Path) -> Section:
     tasks = core["tasks"]
     table = [
         [
@@ -394,16 +384,16 @@ def _core_section(core: dict[str, Any], album: Album) -> Section:
         ]
         for label, task in tasks.items()
     ]
-    name = _core_name(core)
+    name = core_name(core)
     table.append([f"{name}, over {len(tasks)} tasks", "", f"{core['low']:.4f} to {core['high']:.4f}", f"{core[name]:.4f}", ""])
     note = f"Without data: {', '.join(core['missing'])}." if core["missing"] else ""
     bars = [
-        Bar(label, task["centered"], *((task[side] - task["baseline"]) / (1 - task["baseline"]) for side in ("low", "high")))
+        Bar(label, task["centered"], centered(task["low"], task["baseline"]), centered(task["high"], task["baseline"]))
         for label, task in sorted(tasks.items(), key=lambda item: -item[1]["centered"])
     ]
     figure = draw_bars("centred accuracy: 0 is guessing, 1 is all right", bars, percent=False)
     columns = ["task", "accuracy", "95% interval", "centred", "questions"]
-    return Section("CORE", columns, table, [album.add("core", "CORE by task", figure)], note=note)
+    return Section("CORE", columns, table, [_add_picture(plots, "core", "CORE by task", figure)], note=note)
 
 
 def evaluation_table(results: dict[str, Any]) -> list[list[str]]:
@@ -421,14 +411,14 @@ def evaluation_table(results: dict[str, Any]) -> list[list[str]]:
     return table
 
 
-def _evaluation_sections(stage: str, results: dict[str, Any], rows: list[dict[str, Any]], album: Album) -> list[Section]:
-    sections = [_core_section(results["core"], album)] if "core" in results else []
+def _evaluation_sections(stage: str, results: dict[str, Any], rows: list[dict[str, Any]], plots: Path) -> list[Section]:
+    sections = [_core_section(results["core"], plots)] if "core" in results else []
     tasks, table = results.get("tasks", {}), evaluation_table(results)
     title, pictures = STAGE_TITLES[stage], []
     if tasks:
         bars = [Bar(name, t["accuracy"], t["low"], t["high"], t.get("baseline")) for name, t in tasks.items()]
         figure = draw_bars("right answers, with 95% intervals", bars)
-        pictures = [album.add(f"{stage}_tasks", f"{title}: right answers by task", figure)]
+        pictures = [_add_picture(plots, f"{stage}_tasks", f"{title}: right answers by task", figure)]
     if table:
         columns = ["", "result", "95% interval", "problems"][: 4 if tasks else 2]
         sections.append(Section(f"{title}: evaluation", columns, [row[: len(columns)] for row in table], pictures))

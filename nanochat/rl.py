@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,7 +26,9 @@ from nanochat.cross_entropy import token_losses
 from nanochat.engine import Engine, trim_prompt
 from nanochat.gpt import GPT, LOGIT_CAP
 from nanochat.scheduler import Sequence as Answer
-from tasks.common import Task
+
+if TYPE_CHECKING:
+    from tasks.common import Task
 
 OBJECTIVES = ("dapo", "grpo", "reinforce")
 CORRECTION_LIMIT = 2.0  # of the ratio between a token's probabilities in training and in sampling

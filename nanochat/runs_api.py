@@ -13,7 +13,7 @@ from fastapi import FastAPI
 
 from nanochat.checkpoint_manager import SETTINGS_FILE, STAGES, get_run_dir, get_runs_dir, list_steps
 from nanochat.common import NanochatError
-from nanochat.metrics import read_metrics, smooth
+from nanochat.metrics import read_metrics, smooth, thinned
 from nanochat.openai_api import RequestError
 from nanochat.report import read_eval, read_json
 
@@ -77,6 +77,4 @@ def _points(rows: list[dict[str, Any]], name: str, smoothed: bool = False) -> li
     values = [row[name] for row in rows]
     if smoothed:
         values = smooth(values, decay=0.9)
-    stride = -(-len(rows) // MAX_POINTS) or 1
-    kept = sorted({*range(0, len(rows), stride), len(rows) - 1} - {-1})
-    return [[rows[i]["step"], values[i]] for i in kept]
+    return [[rows[i]["step"], values[i]] for i in thinned(len(rows), MAX_POINTS)]

@@ -41,6 +41,11 @@ def centered_mean(tasks: Iterable[Mapping[str, Any]]) -> tuple[float, float, flo
     return mean, mean - error, mean + error
 
 
+def core_name(results: Mapping[str, Any]) -> str:
+    """What the mean of CORE's tasks is called in results: "core_metric", or "core_partial" where some had no data."""
+    return "core_metric" if "core_metric" in results else "core_partial"
+
+
 def describe_pass_at(pass_at: Mapping[Any, float]) -> str:
     """ "pass@1 12.5%, pass@8 40.0%"; empty for a single sample."""
     return ", ".join(f"pass@{k} {value:.1%}" for k, value in pass_at.items()) if len(pass_at) > 1 else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import re
 import sys
@@ -22,14 +21,15 @@ from nanochat.hf_scorer import HuggingFaceScorer
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.progress import Progress
 from nanochat.report import merge_eval
-from nanochat.settings import SettingsParser
+from nanochat.scores import core_name
+from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import check_tokens
 
 KINDS = ("core", "bpb", "sample")
 WORTH_COMPILING = 100  # questions of each CORE task: with fewer, the compiler takes longer than it saves
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> Arguments:
     parser = SettingsParser(
         "Measure a base model: the CORE metric, bits per byte, samples.",
         examples=[
@@ -70,11 +70,12 @@ def main(argv: list[str] | None = None) -> int:
             show(results)
         return 0
     model, tokenizer, meta = load_model("base", device, "eval", args.model_tag, args.step)
-    data = args.data or meta["settings"].get("data")
-    if data is None and kinds != ["core"]:
-        raise NanochatError(f"run {meta['tag']!r} was not pretrained here, so its text is not known: name one with --data")
-    source: Any = get_source(data) if kinds != ["core"] else None
-    if source is not None:
+    source: Any = None
+    if kinds != ["core"]:
+        data = args.data or meta["settings"].get("data")
+        if data is None:
+            raise NanochatError(f"run {meta['tag']!r} was not pretrained here, so its text is not known: name one with --data")
+        source = get_source(data)
         check_tokens(source, tokenizer)
     T = model.config.sequence_len
     rows = args.device_batch_size if args.device_batch_size > 0 else max(1, 8192 // T)
@@ -125,7 +126,7 @@ def show(results: dict[str, Any]) -> None:
         console.print(table)
         if core["missing"]:
             console.print(f"without data: {', '.join(core['missing'])}")
-        name = "core_metric" if "core_metric" in core else "core_partial"
+        name = core_name(core)
         interval = f"{core['low']:.4f} to {core['high']:.4f}"
         console.print(f"{name}: {core[name]:.4f} ({interval}), the mean over {len(core['tasks'])} of {NUM_TASKS} tasks")
     if "bpb" in results:

@@ -26,6 +26,7 @@ from nanochat.loss_eval import evaluate_bpb
 from nanochat.optim import OptimizerSettings
 from nanochat.pace import batch_worth_an_update, choose_device_batch_size, flops_in, steps_in
 from nanochat.scaling import TOKENS_PER_PARAM, Horizon, accumulation_steps, expansion_share, model_config, plan_horizon
+from nanochat.scores import core_name
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import (
     Stage,
@@ -204,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     def evaluate_core_metric(bundle: Path) -> dict[str, float]:
         scorer = NanochatScorer(model, tokenizer)
         results = evaluate_core(scorer, bundle, args.core_metric_max_per_task)
-        name = "core_metric" if "core_metric" in results else "core_partial"
+        name = core_name(results)
         return {f"val/{name}": results[name]}
 
     def sample() -> list[dict[str, str]]:

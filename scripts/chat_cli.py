@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 from typing import Any
@@ -11,14 +10,14 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError, compute_init, run_command
 from nanochat.engine import Engine, trim_conversation
 from nanochat.runner import prepare_for_inference
-from nanochat.settings import SettingsParser
+from nanochat.settings import Arguments, SettingsParser
 from nanochat.tokenizer import IncrementalDecoder
 
 HELP = "Type a message; 'clear' begins anew, 'quit' or Ctrl-D leaves, Ctrl-C stops an answer."
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> Arguments:
     parser = SettingsParser(
         "Talk to a model in the terminal.",
         examples=["%(prog)s", '%(prog)s --model-tag demo --temperature 0 -p "What is 23 + 58?"'],
@@ -74,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 class Chat:
     """A conversation that goes on: what was said, and how to go on from it."""
 
-    def __init__(self, engine: Engine, args: argparse.Namespace) -> None:
+    def __init__(self, engine: Engine, args: Arguments) -> None:
         self.engine, self.args, self.tokenizer = engine, args, engine.tokenizer
         self.messages: list[dict[str, Any]] = []
         self.color = sys.stdout.isatty()

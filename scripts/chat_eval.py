@@ -5,7 +5,6 @@ Without -a, the six tasks of ChatCORE. Stopped and run again, it goes on where i
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import sys
@@ -21,12 +20,12 @@ from nanochat.engine import Engine
 from nanochat.progress import Progress
 from nanochat.report import merge_eval, read_eval
 from nanochat.scores import describe_pass_at
-from nanochat.settings import SettingsParser
+from nanochat.settings import Arguments, SettingsParser
 from tasks import TASKS, build_task, task_name
 from tasks.common import Task
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> Arguments:
     parser = SettingsParser(
         "Measure a chat model on tasks.",
         examples=["%(prog)s --model-tag d12", '%(prog)s -i rl -a "GSM8K|HumanEval" -n 8 -t 0.8'],

@@ -25,6 +25,7 @@ from nanochat.metrics import read_metrics, series, smooth_for_picture
 from nanochat.plots import Bar, Curve, Panel, draw_bars, draw_panel, to_svg
 from nanochat.progress import format_seconds
 from nanochat.report import STAGE_TITLES, TITLES, Picture, Section, format_value, kind_of, read_eval, read_json, render
+from nanochat.scores import centered
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import FREE_SETTINGS, RATES
 
@@ -222,7 +223,7 @@ def draw_scores(runs: list[Run]) -> list[Section]:
             for color, run in enumerate(runs):
                 if task := tasks_of(run).get(label):
                     base = task["baseline"] if value == "centered" else 0.0
-                    low, high = ((task[side] - base) / (1 - base) for side in ("low", "high"))
+                    low, high = (centered(task[side], base) for side in ("low", "high"))
                     bars.append(Bar(label, task[value], low, high, color=color))
                     label = ""  # of the first bar of a task alone
         if bars:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -18,7 +17,8 @@ from fsspec.core import url_to_fs
 
 from nanochat.common import NanochatError, atomic_write, run_command
 from nanochat.document_files import is_remote, list_local
-from nanochat.settings import SettingsParser
+from nanochat.raw_files import kind_of, read_texts
+from nanochat.settings import Arguments, SettingsParser
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ MAX_JOBS = 1000  # of a Slurm array; most clusters allow 1001
 MINHASH_BANDS = 14  # datatrove's own: 14 bands of 8 hashes find texts that share about 3 of 4 five-word sequences
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> Arguments:
     parser = SettingsParser(
         "Prepare text for pretraining: shuffle, deduplicate, tokenize.",
         examples=["%(prog)s --input raw/ --output prepared/", "%(prog)s --config prep.toml --executor slurm --partition cpu"],
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _check_installed(args: argparse.Namespace) -> None:
+def _check_installed(args: Arguments) -> None:
     needed = {"datatrove": "data", **({"tokenizers": "data"} if args.min_hash else {})}
     needed |= {"ray": "data ray"} if args.executor == "ray" else {}
     for package, extra in needed.items():
@@ -99,7 +99,7 @@ def _check_installed(args: argparse.Namespace) -> None:
 
 
 def _open_output(
-    args: argparse.Namespace, layout: Layout, inputs: dict[str, int], tokenizer: Tokenizer | None
+    args: Arguments, layout: Layout, inputs: dict[str, int], tokenizer: Tokenizer | None
 ) -> PrepSettings:
     """The settings of this output, written at the first call. Raises NanochatError if it was begun with others."""
     from nanochat.data_prep import PrepSettings
@@ -167,8 +167,6 @@ def list_inputs(address: str) -> dict[str, int]:
 
 
 def _checked(address: str, found: dict[str, int]) -> dict[str, int]:
-    from nanochat.raw_files import kind_of
-
     if not found:
         raise NanochatError(f"--input {address} is no file, folder or glob of files: check the path")
     files = {name: size for name, size in sorted(found.items()) if kind_of(name)}
@@ -196,8 +194,6 @@ def estimate_tokens(
 
 def _sample(fs: Any, path: str, size: int, column: str | None, sample_bytes: int) -> tuple[list[str], float]:
     """(first texts of a file, bytes of text that all of it holds by the share of it that they are)."""
-    from nanochat.raw_files import kind_of, read_texts
-
     texts, text_bytes, share = [], 0, 1.0
     with fs.open(path, "rb") as file:
         reader = read_texts(file, path, column)
@@ -254,7 +250,7 @@ def _near_duplicates(settings: PrepSettings, layout: Layout, read: ReadShard) ->
 # ----------------------------------------------------------------------------- executors
 
 
-def _run_here(args: argparse.Namespace, stages: list[Stage], layout: Layout) -> None:
+def _run_here(args: Arguments, stages: list[Stage], layout: Layout) -> None:
     """With the local or the Ray executor: stage by stage, until all is done."""
     from nanochat.data_prep import LocalExecutor
 
@@ -287,7 +283,7 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _submit(args: argparse.Namespace, stages: list[Stage], layout: Layout) -> None:
+def _submit(args: Arguments, stages: list[Stage], layout: Layout) -> None:
     """With Slurm: one array of jobs for each stage, after the one before; returns when they are in the queue."""
     from datatrove.executor import SlurmPipelineExecutor
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -13,11 +12,11 @@ from typing import Any
 from nanochat.common import NanochatError, atomic_write, read_json_object, run_command
 from nanochat.dataset import Source, default_source_name, get_source
 from nanochat.progress import Progress
-from nanochat.settings import SettingsParser
+from nanochat.settings import Arguments, SettingsParser
 from nanochat.tokenizer import FILE_NAME, Tokenizer, get_tokenizer_dir
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> Arguments:
     parser = SettingsParser(
         "Train a tokenizer.", examples=["%(prog)s --data builtin --vocab-size 4096 --tokenizer small"]
     )
@@ -59,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _recipe(args: argparse.Namespace, source: Source, num_files: int) -> dict[str, Any]:
+def _recipe(args: Arguments, source: Source, num_files: int) -> dict[str, Any]:
     """All that decides the tokenizer: of the text, only the first files, which were read."""
     return {
         "source": source.name,
@@ -71,7 +70,7 @@ def _recipe(args: argparse.Namespace, source: Source, num_files: int) -> dict[st
     }
 
 
-def _is_done(directory: Path, args: argparse.Namespace, source: Source) -> bool:
+def _is_done(directory: Path, args: Arguments, source: Source) -> bool:
     """Whether the same text would be read. Where --max-chars ended it, files that come later do not matter."""
     path = directory / "meta.json"
     if not path.exists() or not (directory / FILE_NAME).exists():

@@ -37,16 +37,16 @@ def task_name(name: str) -> str:
     return found
 
 
-def build_task(name: str, split: str, data_dir: Path | None = None, **arguments: object) -> Task:
-    """The task of that name; a path to a .jsonl file is a CustomJSON. Raises NanochatError for an unknown name."""
-    name = task_name(name)
+def build_task(name: str, split: str, data_dir: Path | None = None, stop: int | None = None) -> Task:
+    """The first `stop` conversations of the task of that name, or of a path to a .jsonl file. Raises NanochatError."""
+    name, slicing = task_name(name), {} if stop is None else {"stop": stop}
     if name not in TASKS:
         from tasks.customjson import CustomJSON
 
-        return CustomJSON(Path(name), split)
+        return CustomJSON(Path(name), split, **slicing)
     module, class_name, defaults = TASKS[name]
     task_class = getattr(importlib.import_module(f"tasks.{module}"), class_name)
-    return task_class(split, data_dir=data_dir, **{**defaults, **arguments})
+    return task_class(split, data_dir=data_dir, **defaults, **slicing)
 
 
 def build_mixture(spec: str, split: str, data_dir: Path | None = None) -> TaskMixture:
@@ -57,9 +57,8 @@ def build_mixture(spec: str, split: str, data_dir: Path | None = None) -> TaskMi
         if parsed is None:
             raise NanochatError(f"{entry!r} is no entry of a mixture: write NAME, NAME*TIMES or NAME*TIMES:MOST")
         name, times, most = parsed.groups()
-        task = build_task(name, split, data_dir)
-        if most:
-            task.stop = int(most) if split == "train" else max(1, int(most) // 20)
+        stop = (int(most) if split == "train" else max(1, int(most) // 20)) if most else None
+        task = build_task(name, split, data_dir, stop)
         tasks += [task] * (int(times or 1) if split == "train" else 1)
     if not tasks:
         raise NanochatError("--tasks names no task: give at least one")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 
 from nanochat.tools import use_calculator
-from tasks.common import Conversation, GeneratedTask
+from tasks.common import Conversation, GeneratedTask, split_by_hash
 
 HELD_OUT = {"val": 0.1, "test": 0.1}  # of all pairs of operands, by hash: none of them is ever trained on
 QUESTIONS = {
@@ -59,7 +58,4 @@ class Arithmetic(GeneratedTask):
 def split_of(a: int, op: str, b: int) -> str:
     """The split that these operands belong to; the order of a sum or product does not matter."""
     first, second = sorted((a, b)) if op in "+*" else (a, b)
-    place = hashlib.sha256(f"{first}{op}{second}".encode()).digest()[0] / 256
-    if place < HELD_OUT["val"]:
-        return "val"
-    return "test" if place < HELD_OUT["val"] + HELD_OUT["test"] else "train"
+    return split_by_hash(f"{first}{op}{second}", **HELD_OUT)

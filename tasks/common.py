@@ -8,6 +8,7 @@ for its own `evaluate`; a categorical one puts "letters", the answers to choose 
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 import json
 import re
@@ -199,6 +200,12 @@ class ArrowRows(Sequence):
 
     def __getitem__(self, index: Any) -> Any:
         return self.table.slice(index, 1).to_pylist()[0]
+
+
+def split_by_hash(key: str, val: float, test: float) -> str:
+    """The split that a key belongs to, of which the shares `val` and `test` are held out."""
+    place = hashlib.sha256(key.encode()).digest()[0] / 256
+    return "val" if place < val else "test" if place < val + test else "train"
 
 
 def load_rows(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 
-from tasks.common import Conversation, GeneratedTask
+from tasks.common import Conversation, GeneratedTask, split_by_hash
 
 HELD_OUT = {"val": 0.1, "test": 0.15}  # of all greetings with a question, by hash: none of them opens a talk to train on
 GREETINGS = ("", "", "", "Hello! ", "Hi! ", "Hey, ", "Good morning. ", "Hi there. ")
@@ -88,7 +87,4 @@ def split_of(opening: str) -> str:
     words = opening.lower().rstrip("?.!")
     if not any(words.startswith(greeting.lower()) for greeting in GREETINGS if greeting):
         return "train"
-    place = hashlib.sha256(words.encode()).digest()[0] / 256
-    if place < HELD_OUT["val"]:
-        return "val"
-    return "test" if place < HELD_OUT["val"] + HELD_OUT["test"] else "train"
+    return split_by_hash(words, **HELD_OUT)

@@ -20,7 +20,9 @@ from nanochat.common import NanochatError
 from nanochat.gpt import GPT
 from nanochat.hf.tokenizer_json import to_tokenizer_json
 from nanochat.hf.weights import native_obstacles, to_custom, to_native
-from nanochat.report import STAGE_TITLES, evaluation_table, read_eval, read_json, read_metrics, settings_table
+from nanochat.metrics import read_metrics
+from nanochat.report import STAGE_TITLES, as_cell, evaluation_table, read_eval, read_json, settings_table
+from nanochat.scores import core_name
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 FORMATS = ("auto", "nanochat", "custom")
@@ -130,7 +132,7 @@ def model_card(model: GPT, meta: dict[str, Any], form: str, repo: str | None) ->
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("nanochat", "templates"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
+    environment.filters["cell"] = as_cell
     stage_dir = get_stage_dir(meta["tag"], meta["stage"])
     return environment.get_template("model_card.md").render(
         name=repo or f"nanochat {meta['tag']}",
@@ -167,7 +169,7 @@ def _measured(tag: str, stage: str, step: int) -> list[list[str]]:
         results["bpb"] = {"val": logged[-1]}
     rows = evaluation_table(results)
     if core := results.get("core"):
-        name = "core_metric" if "core_metric" in core else "core_partial"
+        name = core_name(core)
         label = "CORE" if name == "core_metric" else f"part of CORE, {len(core['tasks'])} tasks"
         rows.append([label, f"{core[name]:.4f}", f"{core['low']:.4f} to {core['high']:.4f}", ""])
     return [[f"{STAGE_TITLES[stage]}: {label}" if label else "", *rest] for label, *rest in rows]
