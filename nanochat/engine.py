@@ -77,9 +77,7 @@ class Engine:
         shown = 0
         try:
             for _ in self._run(sequences):
-                while all(len(s.tokens) > shown or s.finish_reason for s in sequences) and any(
-                    len(s.tokens) + (s.stop_token is not None) > shown for s in sequences
-                ):
+                while shown < _columns(sequences):
                     column = [_at(sequence, shown) for sequence in sequences]
                     yield [token for token, _ in column], [mask for _, mask in column]
                     shown += 1
@@ -130,14 +128,11 @@ class Engine:
         policy_logprobs: bool = False,
     ) -> list[Sequence]:
         seeds = seed if isinstance(seed, list) else range(seed, seed + len(prompts))
-        shared: dict[str, Any] = {"max_tokens": max_tokens, "policy_logprobs": policy_logprobs}
-        sequences = [
-            Sequence(prompt, SamplingParams(temperature, top_k or 0, seed=own_seed, **shared))
-            for prompt, own_seed in zip(prompts, seeds, strict=True)
+        params = [
+            SamplingParams(temperature, top_k or 0, seed=own_seed, max_tokens=max_tokens, policy_logprobs=policy_logprobs)
+            for own_seed in seeds
         ]
-        for sequence in sequences:
-            self.scheduler.check(sequence)
-        return sequences
+        return [Sequence(prompt, own_params) for prompt, own_params in zip(prompts, params, strict=True)]
 
     def _run(self, sequences: list[Sequence]) -> Iterator[None]:
         """Step until all of these are done; yields after each step."""
@@ -252,6 +247,13 @@ class EngineThread:
             self.after_step()
 
 
+def _columns(sequences: list[Sequence]) -> int:
+    """How many tokens may be shown: as many as each text that still runs has, and in the end as many as the longest."""
+    counts = [len(s.tokens) + (s.stop_token is not None) for s in sequences]
+    running = [n for n, s in zip(counts, sequences, strict=True) if s.finish_reason is None]
+    return min(running, default=max(counts))
+
+
 def _at(sequence: Sequence, n: int) -> tuple[int, int]:
     """(token, mask) n of a text; beyond its end the stop token, else its last one, or (0, 0) if it has none."""
     if n < len(sequence.tokens):
@@ -282,9 +284,7 @@ def trim_conversation(conversation: dict[str, Any], tokenizer: Tokenizer, max_to
         return len(tokenizer.render_for_completion(kept(dropped)))
 
     most = max(0, len(messages) - 1) // 2
-    dropped = 0
-    if length(0) > max_tokens:
-        dropped = bisect.bisect_left(range(most), True, min(1, most), key=lambda n: length(n) <= max_tokens)
+    dropped = 0 if length(0) <= max_tokens else bisect.bisect_left(range(most), True, key=lambda n: length(n) <= max_tokens)
     if length(dropped) > max_tokens:
         tokens = length(dropped)
         raise NanochatError(f"a message of {tokens} tokens does not fit the {max_tokens} that the context leaves for it")

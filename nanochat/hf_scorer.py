@@ -15,7 +15,6 @@ from nanochat.common import NanochatError, first_line, get_compute_dtype
 from nanochat.core_eval import BATCH_TOKENS, Question, batches_by_length
 
 LOGIT_BYTES = 4 << 30  # of a batch: other models have up to eight times as many words as ours
-
 LONGEST_CONTEXT = 4096  # also of models that can do more: no CORE question is longer
 
 
@@ -55,8 +54,8 @@ class HuggingFaceScorer:
         """See core_eval.Scorer."""
         candidates = [candidate for question in questions for candidate in question.candidates]
         scores: list[tuple[float, bool]] = [(0.0, False)] * len(candidates)
-        words = self.model.get_output_embeddings().weight.size(0)
-        most_tokens = min(BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"]), LOGIT_BYTES // (4 * words))
+        vocab_size = self.model.get_output_embeddings().weight.size(0)
+        most_tokens = min(BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"]), LOGIT_BYTES // (4 * vocab_size))
         for batch in batches_by_length([len(candidate.tokens) for candidate in candidates], most_tokens):
             longest = max(len(candidates[i].tokens) for i in batch)
             padded = [candidates[i].tokens + [self.first] * (longest - len(candidates[i].tokens)) for i in batch]

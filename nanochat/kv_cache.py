@@ -231,7 +231,7 @@ class PrefillView:
         if window not in self._masks:
             begin, end = max(0, self.start - window), self.start + self.T
             mask = None
-            if begin or self.start or window < self.T - 1:
+            if self.start or window < self.T - 1:
                 positions = torch.arange(self.start, end, device=q.device)
                 distance = positions[:, None] - torch.arange(begin, end, device=q.device)
                 mask = torch.where((distance >= 0) & (distance <= window), 0.0, float("-inf")).to(q.dtype)

@@ -1,7 +1,7 @@
-"""OpenAI's chat and completion API as data: what requests may say, and what replies look like. Used by server.py.
+"""OpenAI's chat and completion API as data: what requests may say, and what replies and errors look like.
 
 Extensions have the names that vLLM gave them (top_k, min_p, repetition_penalty); what is ours alone stands under the key
-"nanochat". Nothing here knows of HTTP or threads.
+"nanochat". Used by server.py, service.py and runs_api.py. Nothing here listens, waits or computes.
 """
 
 from __future__ import annotations
@@ -254,8 +254,6 @@ class CompletionRequest(SamplingRequest):
 
 # ----------------------------------------------------------------------------- replies
 
-FINISH_REASONS = {"stop": "stop", "length": "length", "context": "length", "cancelled": "length"}
-
 
 class Reply:
     """The frame that all replies and chunks of one request share."""
@@ -274,15 +272,11 @@ class Reply:
         name = "chat.completion" if self.kind == "chat" else "text_completion"
         return self._frame(name, choices=choices, usage=usage(sequences, prompts))
 
-    def chunk(self, choices: list[dict[str, Any]]) -> str:
-        """One server-sent event. Before the last, "usage" is null if it was asked for, as with OpenAI."""
+    def chunk(self, choices: list[dict[str, Any]], total: dict[str, Any] | None = None) -> str:
+        """One server-sent event. "usage" is there if it was asked for: null before the last one, as with OpenAI."""
         name = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
-        more = {"usage": None} if self.include_usage else {}
+        more = {"usage": total} if self.include_usage else {}
         return f"data: {json.dumps(self._frame(name, choices=choices, **more))}\n\n"
-
-    def usage_chunk(self, sequences: list[Sequence], prompts: int) -> str:
-        name = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
-        return f"data: {json.dumps(self._frame(name, choices=[], usage=usage(sequences, prompts)))}\n\n"
 
     # ------------------------------------------------------------------------- choices
 
@@ -300,11 +294,9 @@ class Reply:
         self, index: int, sequence: Sequence, parts: list[dict[str, Any]], logprobs: list[TokenLogprob], last: bool
     ) -> dict[str, Any]:
         """What is new in a streamed answer; tool calls come as parts of ours, which other clients pass over."""
-        delta: dict[str, Any] = {"content": "".join(part["text"] for part in parts if part["type"] == "text")}
+        delta: dict[str, Any] = {} if last else {"content": "".join(p["text"] for p in parts if p["type"] == "text")}
         if any(part["type"] != "text" for part in parts):
             delta["nanochat"] = {"parts": parts}
-        if last and not parts:
-            delta = {}
         content = {"content": self.chat_logprobs(logprobs)} if sequence.params.logprobs is not None else None
         return {
             "index": index, "delta": delta, "logprobs": content,
@@ -420,7 +412,8 @@ def joined_parts(pieces: list[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 def finish_reason(sequence: Sequence) -> str:
-    return FINISH_REASONS.get(sequence.finish_reason or "stop", "stop")
+    """OpenAI's word for how a text ended: a full context and a server that stops cut it short as max_tokens does."""
+    return "stop" if sequence.finish_reason == "stop" else "length"
 
 
 def usage(sequences: list[Sequence], prompts: int) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """The model at work for generation: long prompts in chunks, and one token at a time for many texts. Used by scheduler.py.
 
 A decoding step is compiled once, for any number of texts and any length: on a CPU with the weights packed for its matrix
-units, on CUDA as one graph for each size of batch. A step of one text is computed as one of two, so that a text's
-tokens never depend on how many others are in the batch.
+units, on CUDA as one graph for each size of batch and length, both in powers of two. A step of one text is computed as
+one of two, so that a text's tokens never depend on how many others are in the batch.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class ModelRunner:
         if options and any(isinstance(module, Int8Linear) for module in self.model.modules()):
             options["max_autotune_gemm_backends"] = "CPP,ATEN"  # the template has no kernel for some int8 products
         compiled: Callable[..., torch.Tensor] = torch.compile(self._decode_step, fullgraph=True)
-        scratch = self._scratch(rows=2)
+        scratch = self._scratch()
         try:
             # Not compile's own options: freezing must be known when the graph is traced, too.
             with _compiling, inductor_config.patch(options):
@@ -212,17 +212,17 @@ class ModelRunner:
         return None
 
     @torch.inference_mode(False)  # tensors of the same kind as the real ones
-    def _scratch(self, rows: int) -> tuple[torch.Tensor, ...]:
-        """Inputs that touch block 0 alone, marked as of any size."""
+    def _scratch(self) -> tuple[torch.Tensor, ...]:
+        """Inputs of two rows that touch block 0 alone, marked as of any size."""
         ids = torch.zeros(3, self.table.size(0), dtype=torch.long, device=self.device)
         table = torch.zeros_like(self.table)
-        tensors = (*(row[:rows] for row in ids), table[:rows], self._columns[:COLUMNS_STEP])
+        tensors = (*(row[:2] for row in ids), table[:2], self._columns[:COLUMNS_STEP])
         for tensor in tensors:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return tensors
 
     def _capture(self, rows: int, columns: int) -> None:
-        """Record the compiled step for one size of batch as a CUDA graph, which a single call replays."""
+        """Record the compiled step for one size of batch and length as a CUDA graph, which a single call replays."""
         arguments = self._arguments(rows, min(columns, self._columns.size(0)))
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)  # PyTorch's own stream is of one GPU
         with _compiling:

@@ -96,13 +96,11 @@ def _weights(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor
 
 def _thresholds(scaled: torch.Tensor, top: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
     """(B, 1): the smallest scaled logit that may be drawn in each row; ties with it may be as well."""
-    vocab_size = scaled.size(-1)
+    vocab_size, narrows = scaled.size(-1), any(p.top_p < 1 for p in params)
     threshold = torch.full_like(top, float("-inf"))
     if any(p.min_p > 0 for p in params):
         threshold = torch.maximum(threshold, top + _column([p.min_p for p in params], top).log())
-    largest_k = max(min(p.top_k, vocab_size) for p in params)
-    if any(p.top_p < 1 for p in params):
-        largest_k = vocab_size
+    largest_k = vocab_size if narrows else max(min(p.top_k, vocab_size) for p in params)
     if not largest_k:
         return threshold
     likeliest = scaled.topk(largest_k, dim=-1).values  # (B, largest_k), descending
@@ -110,14 +108,14 @@ def _thresholds(scaled: torch.Tensor, top: torch.Tensor, params: list[SamplingPa
     limited = torch.tensor([p.top_k > 0 for p in params], device=scaled.device)[:, None]
     kth = likeliest.gather(1, ks - 1)
     threshold = torch.maximum(threshold, kth.masked_fill(~limited, float("-inf")))
-    if largest_k == vocab_size and any(p.top_p < 1 for p in params):
+    if narrows:
         inside = likeliest >= threshold  # top-p counts what top-k and min-p leave
         probabilities = (likeliest - top).exp() * inside
         before = probabilities.cumsum(dim=-1) - probabilities
         wanted = _column([p.top_p for p in params], top) * probabilities.sum(dim=-1, keepdim=True)
         last = ((before < wanted) & inside).sum(dim=-1, keepdim=True).clamp(min=1) - 1
-        narrows = torch.tensor([p.top_p < 1 for p in params], device=scaled.device)[:, None]
-        cut = likeliest.gather(1, last).masked_fill(~narrows, float("-inf"))
+        whole = torch.tensor([p.top_p == 1 for p in params], device=scaled.device)[:, None]
+        cut = likeliest.gather(1, last).masked_fill(whole, float("-inf"))
         threshold = torch.maximum(threshold, cut)
     return threshold
 

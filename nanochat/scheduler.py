@@ -1,8 +1,9 @@
 """Who runs in the next step: admits, advances and retires texts one step at a time. Used by engine.py.
 
-A step computes at most one chunk of prompts, so that a long one does not stall the others, and one token of every text
-whose prompt is done. Texts share the blocks of what they begin with alike; when memory runs out the youngest text gives
-its blocks back and is computed again later. Tools run in threads of their own: only the text that called one waits.
+A step takes up prompts until a chunk's worth of tokens is computed (never two chunks' worth), so that a long one does not
+stall the others, and computes one token of every text whose prompt is done. Texts share the blocks of what they begin with
+alike; when memory runs out the youngest text gives its blocks back and is computed again later. Tools run in threads of
+their own: only the text that called one waits.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from nanochat.runner import ModelRunner
 from nanochat.sampling import SamplingParams, penalize_repetition, policy_logprobs, sample
 from nanochat.tokenizer import IncrementalDecoder, Tokenizer
 
-CHUNK = {"cpu": 256, "cuda": 2048}  # tokens of prompts in a step
+CHUNK = {"cpu": 256, "cuda": 2048}  # tokens of prompts after which a step takes up no more
 MEMORY_SHARE = 0.25  # of what is free, for keys and values
 
 
@@ -41,7 +42,7 @@ class TokenLogprob:
 
 @dataclass(eq=False)
 class Sequence:
-    """One text in the making. `tokens` and what follows grow while it runs; the rest is the scheduler's."""
+    """One text in the making: what is asked, what readers may follow while it grows, and what is the scheduler's own."""
 
     prompt: list[int]
     params: SamplingParams = field(default_factory=SamplingParams)
@@ -121,17 +122,13 @@ class Scheduler:
 
     # ------------------------------------------------------------------------- from any thread
 
-    def check(self, sequence: Sequence) -> None:
-        """Raise NanochatError if a prompt is empty or leaves no room in the context."""
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a text. Raises NanochatError if its prompt is empty or leaves no room in the context."""
         if not sequence.prompt:
             raise NanochatError("an empty prompt cannot be continued: begin it with <|bos|>")
         if len(sequence.prompt) >= self.limit:
             n = len(sequence.prompt)
             raise NanochatError(f"a prompt of {n} tokens leaves no room in a context of {self.limit}")
-
-    def submit(self, sequence: Sequence) -> None:
-        """Queue a text. Raises NanochatError as `check` does."""
-        self.check(sequence)
         self.post(lambda: self._enqueue(sequence))
         self._submitted += 1
 
@@ -167,11 +164,10 @@ class Scheduler:
             return
 
     def step(self) -> None:
-        """Compute one chunk of prompts and one token of every running text."""
+        """Compute about a chunk of prompts and one token of every running text."""
         self.take_messages()
         self._prefill()
-        if self.rows:
-            self._decode()
+        self._decode()
 
     def take_messages(self) -> None:
         """Do what other threads asked for since the last step."""
@@ -233,9 +229,7 @@ class Scheduler:
                 if sequence.params.max_tokens == 0:
                     self._finish(sequence, "length")
                     continue
-                sequence.row = len(self.rows)
-                self.rows.append(sequence)
-                self.runner.set_row(sequence.row, sequence.blocks)
+                self._enter_row(sequence)
                 self._sample([sequence], logits)
 
     def _admit(self) -> Sequence | None:
@@ -412,6 +406,11 @@ class Scheduler:
         if sequence.on_update is not None:
             sequence.on_update(sequence)
 
+    def _enter_row(self, sequence: Sequence) -> None:
+        sequence.row = len(self.rows)
+        self.rows.append(sequence)
+        self.runner.set_row(sequence.row, sequence.blocks)
+
     def _leave_row(self, sequence: Sequence) -> None:
         if sequence.row is None:
             return
@@ -450,9 +449,7 @@ class Scheduler:
                 if sequence.length >= self.limit or len(sequence.tokens) == sequence.params.max_tokens:
                     break
                 self._append(sequence, token, 0)
-        sequence.row = len(self.rows)
-        self.rows.append(sequence)
-        self.runner.set_row(sequence.row, sequence.blocks)
+        self._enter_row(sequence)
         self._end_or_go_on(sequence)
 
     def close(self) -> None:

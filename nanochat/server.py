@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import AsyncIterator
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -49,7 +49,7 @@ from nanochat.openai_api import (
 )
 from nanochat.openai_api import Message as ChatMessage
 from nanochat.runs_api import add_run_routes
-from nanochat.scheduler import Sequence
+from nanochat.scheduler import Sequence, TokenLogprob
 from nanochat.service import Limits, Service, Ticket
 
 OPEN_PATHS = ("/", "/health", "/metrics", "/docs", "/openapi.json", "/runs", "/favicon.ico")  # need no API key
@@ -124,7 +124,7 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", response_model=None)
     async def chat_completions(request: ChatRequest, http: Request) -> Response:
         prompt, dropped = await _render(service, request)
-        ticket = _submit_chat(service, request, prompt, None)
+        ticket = _submit_chat(service, request, prompt)
         reply = Reply("chat", service.model_name, service.tokenizer, request.include_usage)
         headers = {}
         if dropped:
@@ -132,7 +132,7 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
             headers["X-Nanochat-Dropped-Turns"] = str(dropped)
         if request.stream:
             return _stream(ticket, _chat_chunks(service, ticket, reply), headers)
-        await _finish(ticket, http, service.limits.request_timeout_s)
+        await _wait_until_done(ticket, http, service.limits.request_timeout_s)
         choices = [reply.chat_choice(i, sequence) for i, sequence in enumerate(ticket.sequences)]
         return JSONResponse(reply.whole(ticket.sequences, 1, choices), headers=headers)
 
@@ -152,7 +152,7 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
         reply = Reply("completion", service.model_name, service.tokenizer, request.include_usage)
         if request.stream:
             return _stream(ticket, _completion_chunks(service, ticket, reply, len(prompts)))
-        await _finish(ticket, http, service.limits.request_timeout_s)
+        await _wait_until_done(ticket, http, service.limits.request_timeout_s)
         choices = [
             reply.completion_choice(i, sequence, bool(request.echo), prompts[i // n][1])
             for i, sequence in enumerate(ticket.sequences)
@@ -166,9 +166,9 @@ def _add_chat_routes(app: FastAPI, service: Service) -> None:
         """The public guide's stream: {"token": text, "part": type} again and again, {"done": true} last; see `Parts`."""
         defaults = {"temperature": 0.8, "top_k": 50, "max_tokens": 512}
         given = {name: value for name, value in defaults.items() if getattr(request, name) is None}
-        request = request.model_copy(update=given)
+        request = request.model_copy(update={**given, "n": 1})
         prompt, dropped = await _render(service, request)
-        ticket = _submit_chat(service, request, prompt, 1)
+        ticket = _submit_chat(service, request, prompt)
         return _stream(ticket, _guide_events(service, ticket, dropped))
 
     @app.post("/tokenize")
@@ -247,13 +247,13 @@ async def _render(service: Service, request: ChatRequest) -> tuple[list[int], in
         raise RequestError(str(error), param="messages", code="context_length_exceeded") from None
 
 
-def _submit_chat(service: Service, request: ChatRequest, prompt: list[int], n: int | None) -> Ticket:
-    params = [request.params(i, request.limit, request.num_logprobs) for i in range(n or request.n or 1)]
+def _submit_chat(service: Service, request: ChatRequest, prompt: list[int]) -> Ticket:
+    params = [request.params(i, request.limit, request.num_logprobs) for i in range(request.n or 1)]
     return service.submit([Sequence(prompt, p) for p in params])
 
 
-async def _finish(ticket: Ticket, http: Request, timeout_s: float) -> None:
-    """Wait for all texts; a client that goes away frees them at once."""
+async def _wait_until_done(ticket: Ticket, http: Request, timeout_s: float) -> None:
+    """A client that goes away frees its texts at once."""
 
     async def wait() -> None:
         async for _ in ticket.updates(timeout_s):
@@ -295,6 +295,15 @@ async def _until_left(ticket: Ticket, events: AsyncIterator[str]) -> AsyncIterat
         ticket.cancel()
 
 
+class News(NamedTuple):
+    """What is new in a text."""
+
+    pieces: list[tuple[str, str]]
+    tokens: list[int]
+    logprobs: list[TokenLogprob | None]  # of the tokens: None for those that a tool forced, and where nobody asked
+    last: bool
+
+
 class Reader:
     """Where a stream stands in one text. Everything new is read at once, so a slow client gets fewer, larger pieces."""
 
@@ -303,19 +312,19 @@ class Reader:
         self.pieces = self.sampled = 0
         self.ended = False
 
-    def read(self) -> tuple[list[tuple[str, str]], list[Any], bool] | None:
-        """(pieces of text, log-probabilities, whether that is all), or None if there is nothing new."""
-        sequence = self.sequence
+    def read(self) -> News | None:
+        """None if there is nothing new."""
+        sequence, begin = self.sequence, self.pieces
         last = sequence.finish_reason not in (None, "error")  # of an error the ticket tells
-        if self.ended or (len(sequence.pieces) == self.pieces and not last):
+        if self.ended or (len(sequence.pieces) == begin and not last):
             return None
         self.ended = last
-        pieces = sequence.pieces[self.pieces :]
-        masks = sequence.masks[self.pieces : self.pieces + len(pieces)]
+        pieces = sequence.pieces[begin:]
         self.pieces += len(pieces)
-        logprobs = sequence.logprobs[self.sampled : self.sampled + sum(masks)]
+        tokens, masks = sequence.tokens[begin : self.pieces], sequence.masks[begin : self.pieces]
+        logprobs = aligned(sequence.logprobs[self.sampled :], masks)
         self.sampled += sum(masks)
-        return pieces, logprobs, last
+        return News(pieces, tokens, logprobs, last)
 
 
 async def _chat_chunks(service: Service, ticket: Ticket, reply: Reply) -> AsyncIterator[str]:
@@ -327,13 +336,13 @@ async def _chat_chunks(service: Service, ticket: Ticket, reply: Reply) -> AsyncI
         for i, reader in enumerate(readers):
             if (news := reader.read()) is None:
                 continue
-            pieces, logprobs, last = news
-            if (parts := reader.parts.of(pieces)) or logprobs:
+            logprobs = [entry for entry in news.logprobs if entry is not None]
+            if (parts := reader.parts.of(news.pieces)) or logprobs:
                 yield reply.chunk([reply.chat_delta(i, reader.sequence, parts, logprobs, False)])
-            if last:
+            if news.last:
                 yield reply.chunk([reply.chat_delta(i, reader.sequence, [], [], True)])
     if reply.include_usage:
-        yield reply.usage_chunk(ticket.sequences, 1)
+        yield reply.chunk([], usage(ticket.sequences, 1))
     yield "data: [DONE]\n\n"
 
 
@@ -342,19 +351,16 @@ async def _completion_chunks(service: Service, ticket: Ticket, reply: Reply, pro
     offsets = [TextOffsets(service.tokenizer) for _ in readers]
     async for _ in ticket.updates(service.limits.request_timeout_s):
         for i, (reader, places) in enumerate(zip(readers, offsets, strict=True)):
-            sequence, begin = reader.sequence, reader.pieces
             if (news := reader.read()) is None:
                 continue
-            pieces, logprobs, last = news
-            text, content = spoken(pieces), None
-            if sequence.params.logprobs is not None:
-                tokens, masks = (row[begin : reader.pieces] for row in (sequence.tokens, sequence.masks))
-                content = reply.completion_logprobs(aligned(logprobs, masks), tokens, places.of(tokens))
-            if text or last or (content and content["tokens"]):
-                reason = finish_reason(sequence) if last else None
+            text, content = spoken(news.pieces), None
+            if reader.sequence.params.logprobs is not None:
+                content = reply.completion_logprobs(news.logprobs, news.tokens, places.of(news.tokens))
+            if text or news.last or (content and content["tokens"]):
+                reason = finish_reason(reader.sequence) if news.last else None
                 yield reply.chunk([{"index": i, "text": text, "logprobs": content, "finish_reason": reason}])
     if reply.include_usage:
-        yield reply.usage_chunk(ticket.sequences, prompts)
+        yield reply.chunk([], usage(ticket.sequences, prompts))
     yield "data: [DONE]\n\n"
 
 
@@ -365,25 +371,22 @@ async def _guide_events(service: Service, ticket: Ticket, dropped: int) -> Async
     if dropped:
         yield f"data: {json.dumps({'dropped_turns': dropped})}\n\n"
     async for _ in ticket.updates(service.limits.request_timeout_s):
-        begin = reader.pieces
         if (news := reader.read()) is None:
             continue
-        pieces, logprobs, last = news
-        for part in reader.parts.of(pieces):
+        for part in reader.parts.of(news.pieces):
             yield f"data: {json.dumps({'token': part.pop('text'), 'part': part.pop('type'), **part})}\n\n"
         if sequence.params.logprobs is not None:
-            thoughts = aligned(logprobs, sequence.masks[begin : reader.pieces])
             tokens = [
                 {
                     "text": token_text(tokenizer, token),
                     "logprob": entry and entry.logprob,
                     "top": [[token_text(tokenizer, other), value] for other, value in entry.top] if entry else [],
                 }
-                for token, entry in zip(sequence.tokens[begin : reader.pieces], thoughts, strict=True)
+                for token, entry in zip(news.tokens, news.logprobs, strict=True)
             ]
             if tokens:
                 yield f"data: {json.dumps({'tokens': tokens})}\n\n"
-        if last:
+        if news.last:
             done = {"done": True, "finish_reason": sequence.finish_reason, "usage": usage([sequence], 1)}
             yield f"data: {json.dumps(done)}\n\n"
 
@@ -441,31 +444,28 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        if (error := self._check_host(headers) or self._check_key(scope["path"], scope["method"], headers)) is None:
-            try:
-                receive = await self._body(headers, receive)
-            except RequestError as refused:
-                error = refused
-        if error is not None:
+        try:
+            self._check_host(headers)
+            self._check_key(scope["path"], scope["method"], headers)
+            receive = await self._body(headers, receive)
+        except RequestError as error:
             close = {"Connection": "close"} if error.status in (408, 413) else None
             await JSONResponse(error.body(), status_code=error.status, headers=close)(scope, receive, send)
-            return
-        await self.app(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
-    def _check_host(self, headers: dict[bytes, bytes]) -> RequestError | None:
+    def _check_host(self, headers: dict[bytes, bytes]) -> None:
         """A page of the internet whose name suddenly means this machine (DNS rebinding) still asks by that name."""
         host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).lower()
-        if self.hosts is None or not host or host in self.hosts:
-            return None
-        return RequestError(f"this server is not {host[:100]!r}: ask it as {self.hosts[0]}, or start it with --api-key", 403)
+        if self.hosts is not None and host and host not in self.hosts:
+            raise RequestError(f"this server is not {host[:100]!r}: ask it as {self.hosts[0]} or start it with --api-key", 403)
 
-    def _check_key(self, path: str, method: str, headers: dict[bytes, bytes]) -> RequestError | None:
+    def _check_key(self, path: str, method: str, headers: dict[bytes, bytes]) -> None:
         if self.api_key is None or method == "OPTIONS" or path in OPEN_PATHS or path.startswith(OPEN_PREFIXES):
-            return None
+            return
         given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-        if hmac.compare_digest(given, self.api_key.encode("utf-8")):
-            return None
-        return RequestError("this server needs an API key: send Authorization: Bearer KEY", 401, code="invalid_api_key")
+        if not hmac.compare_digest(given, self.api_key.encode("utf-8")):
+            raise RequestError("this server needs an API key: send Authorization: Bearer KEY", 401, code="invalid_api_key")
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
         """Read the whole body, within its limits; what the app receives afterwards."""
@@ -488,7 +488,7 @@ class Guard:
 
         try:
             await asyncio.wait_for(read(), self.limits.body_timeout_s)
-        except (asyncio.TimeoutError, TimeoutError):
+        except asyncio.TimeoutError:
             seconds = self.limits.body_timeout_s
             raise RequestError(f"the request did not arrive within {seconds:g} s", status=408) from None
         waiting: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]

@@ -1,7 +1,7 @@
 """What stands between HTTP and the engines: a bounded queue, one model thread for each device, news for the event loop.
 
-A Ticket is one request's texts. Engines write to them in their threads; the event loop is told once a step that there is
-something to read, whatever the number of texts. Used by server.py.
+A Ticket is one request's texts. Engines write to them in their threads; the event loop is told, at most once a step, that
+there is something to read, whatever the number of texts. Used by server.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from nanochat.scheduler import Sequence
 class Limits:
     """What one server takes on."""
 
-    max_waiting: int = 256  # texts in the queues; more are answered 429
+    max_waiting: int = 256  # texts in one engine's queue; more are answered 429
     max_body_bytes: int = 2 << 20
     body_timeout_s: float = 30.0  # for a request to arrive
     request_timeout_s: float = 600.0  # for an answer, waiting included
@@ -106,7 +106,7 @@ class Ticket:
         while not done:
             try:
                 await asyncio.wait_for(self.news.wait(), deadline - self.loop.time())
-            except (asyncio.TimeoutError, TimeoutError):
+            except asyncio.TimeoutError:
                 raise RequestError(f"no end of the answer within {timeout_s:g} s", status=504, code="timeout") from None
             self.news.clear()
             done = self.done  # before reading: what comes after it is read the next time

@@ -112,7 +112,7 @@ class Tokenizer:
             if missing:  # a text with one would end in a panic
                 raise ValueError(f"it lacks the token of the byte 0x{min(missing).hex()}")
             return cls(tokens, content["pattern"])
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise NanochatError(f"{path} is not a nanochat tokenizer ({error}): train one with scripts.tok_train") from error
 
     @functools.cache  # noqa: B019 - tokenizers live as long as the process

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import logging
 import os
@@ -23,10 +22,10 @@ from nanochat.engine import Engine
 from nanochat.runner import prepare_for_inference
 from nanochat.server import create_app
 from nanochat.service import Limits, Service
-from nanochat.settings import SettingsParser
+from nanochat.settings import Arguments, SettingsParser
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> Arguments:
     parser = SettingsParser(
         "Serve a model: chat page, runs page, OpenAI's API.",
         examples=["%(prog)s --model-tag demo", "%(prog)s --host 0.0.0.0 --port 8080 --api-key SECRET"],
@@ -40,7 +39,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     machine.add_argument("-n", "--num-gpus", type=int, default=1, help="one copy of the model, and one thread, on each")
     machine.add_argument("--weights", default="auto", choices=("auto", "int8"), help="int8: half the memory of bfloat16")
     machine.add_argument("--max-rows", type=int, default=32, help="texts that are computed together")
-    machine.add_argument("--kv-tokens", type=int, default=0, help="tokens held in memory (default: a quarter of what is free)")
+    machine.add_argument("--kv-tokens", type=int, default=0, help="tokens held in memory (default: what --max-rows texts "
+                         "need, at most a quarter of what is free)")  # fmt: skip
     machine.add_argument("--no-compile", dest="compile", action="store_false", help="decode without torch.compile")
     network = parser.add_argument_group("network")
     network.add_argument("-p", "--port", type=int, default=8000, help="of http://HOST:PORT")
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def load_engines(args: argparse.Namespace, devices: list[torch.device]) -> tuple[list[Engine], dict[str, Any]]:
+def load_engines(args: Arguments, devices: list[torch.device]) -> tuple[list[Engine], dict[str, Any]]:
     """(an engine on each device, what the checkpoint says of itself)."""
     engines = []
     for device in devices:

@@ -133,9 +133,25 @@ def test_generation_ends_with_the_context(engine: Engine, tokenizer: Tokenizer) 
     with pytest.raises(NanochatError, match="leaves no room"):
         engine.complete([prompt * 2])
     with pytest.raises(NanochatError, match="empty prompt"):
-        engine.complete([[]])
+        engine.complete([prompt, []])
+    assert engine.scheduler.is_idle and not engine.scheduler.num_waiting  # the first is not left behind
     with pytest.raises(NanochatError, match="top_p cannot be 0"):
         SamplingParams(top_p=0)
+
+
+def test_a_step_never_computes_two_chunks_of_prompts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, sizes = engine.scheduler, []
+    scheduler.chunk = 32
+    prefill = scheduler.runner.prefill
+    monkeypatch.setattr(scheduler.runner, "prefill", lambda tokens, *rest: sizes.append(len(tokens)) or prefill(tokens, *rest))
+    for i, length in enumerate((31, 32, 100, 1, 31, 64)):
+        scheduler.submit(Sequence([i + 1] * length, SamplingParams(0, max_tokens=3, ignore_eos=True)))
+    steps = []
+    while not scheduler.is_idle:
+        sizes.clear()
+        scheduler.step()
+        steps.append(sum(sizes))
+    assert sum(steps) == 31 + 32 + 100 + 1 + 31 + 64 and 32 < max(steps) < 64
 
 
 def test_stop_texts_end_an_answer_and_are_left_out(engine: Engine, tokenizer: Tokenizer) -> None:

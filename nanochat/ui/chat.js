@@ -204,7 +204,7 @@ async function receive(conversation, question, node, signal) {
   running = null;
   send.textContent = "Send";
   log.removeAttribute("aria-busy");
-  if (!node.content.length && !node.note) store.removeLast(conversation, node);
+  if (!node.content.length && !node.note) store.removeNode(conversation, node);
   if (!store.save(conversation)) node.note ??= "this browser's storage is full: the conversation will not be there after a reload";
   if (current === conversation) show(conversation, ...(failure ? [failureNotice(failure, question)] : []));
   status.textContent = failure ? "The answer failed." : `The answer: ${plainText(node.content).slice(0, 500)}`;

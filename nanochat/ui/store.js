@@ -90,7 +90,7 @@ export function add(conversation, parent, role, content) {
   return node;
 }
 
-export function removeLast(conversation, node) {
+export function removeNode(conversation, node) {
   const parent = conversation.nodes[node.parent];
   parent.children = parent.children.filter((id) => id !== node.id);
   parent.chosen = Math.max(0, parent.children.length - 1);
