@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from nanochat.common import NanochatError, get_compute_dtype, test_data_dir
+from nanochat.common import NanochatError, find_test_data, get_compute_dtype
 from nanochat.compilation import measure_matmul_rate
 from nanochat.gpt import GPTConfig
 from nanochat.scaling import model_config
@@ -23,7 +23,7 @@ from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 def real_data(*parts: str) -> Path:
     """A path below NANOCHAT_TEST_DATA. Raises NanochatError where that is absent."""
-    folder = test_data_dir()
+    folder = find_test_data()
     if folder is None:
         raise NanochatError("this benchmark needs real text: set NANOCHAT_TEST_DATA to its folder")
     return folder.joinpath(*parts)

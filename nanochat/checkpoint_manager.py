@@ -15,6 +15,7 @@ names the step that was measured best.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -289,7 +290,8 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     try:
         save_file(tensors, path)
     except SafetensorError as error:  # its own class for what is an OSError, a full disk most often
-        raise OSError(28 if "No space" in str(error) else 5, f"cannot write {path}: {error}", str(path)) from error
+        number = errno.ENOSPC if "No space" in str(error) else errno.EIO
+        raise OSError(number, f"cannot write {path}: {error}", str(path)) from error
 
 
 def _write_json(content: dict[str, Any], path: Path) -> None:

@@ -27,7 +27,7 @@ class CheckpointWriter:
         self.stage_dir, self.keep_last = stage_dir, keep_last
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._copies: State = {}  # the buffers of the last snapshot, to be filled again
+        self._copies: tuple[State, State] = ({}, {})  # the buffers of the last snapshot, to be filled again
 
     def start(self, step: int, model_state: State, optimizer_state: State, meta: dict[str, Any], best: int | None) -> None:
         """Copy the tensors and begin to write them. Call `wait` first. best: the step that must not be removed.
@@ -35,20 +35,15 @@ class CheckpointWriter:
         Where the host has no memory for copies, the tensors themselves are written while the caller waits.
         """
         try:
-            copies = {f"{kind}/{name}": self._copy(f"{kind}/{name}", tensor)
-                      for kind, state in (("model", model_state), ("optim", optimizer_state))
-                      for name, tensor in state.items()}  # fmt: skip
+            self._copies = (_copy(model_state, self._copies[0]), _copy(optimizer_state, self._copies[1]))
             if any(tensor.is_cuda for tensor in (*model_state.values(), *optimizer_state.values())):
                 torch.cuda.synchronize()
         except (RuntimeError, MemoryError):  # torch raises the first, for the host's memory too
-            copies = {}
-        self._copies = copies
-        if not copies:
+            self._copies = ({}, {})
+        if not self._copies[0]:  # not in the handler: the error's trace would keep what was copied
             self._write(step, model_state, optimizer_state, meta, best)  # what goes wrong is for `wait`
             return
-        states = [{name.partition("/")[2]: copy for name, copy in copies.items() if name.startswith(kind)}
-                  for kind in ("model/", "optim/")]  # fmt: skip
-        self._thread = threading.Thread(target=self._write, args=(step, *states, meta, best), name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(step, *self._copies, meta, best), name="checkpoint")
         self._thread.start()
 
     def write(self, step: int, model_state: State, optimizer_state: State, meta: dict[str, Any], best: int | None) -> None:
@@ -65,12 +60,6 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
-    def _copy(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        copy = self._copies.get(name)
-        if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return copy.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
-
     def _write(self, step: int, model_state: State, optimizer_state: State, meta: dict[str, Any], best: int | None) -> None:
         try:
             save_checkpoint(self.stage_dir, step, model_state, optimizer_state, meta)
@@ -78,3 +67,14 @@ class CheckpointWriter:
                 prune(self.stage_dir, step, self.keep_last, best)
         except Exception as error:  # whatever it is, it belongs to whoever waits
             self._error = error
+
+
+def _copy(state: State, buffers: State) -> State:
+    """The tensors on the host, in the buffers where they fit; a GPU's are on their way."""
+    copies = {}
+    for name, tensor in state.items():
+        copy = buffers.get(name)
+        if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        copies[name] = copy.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+    return copies

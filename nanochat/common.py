@@ -60,7 +60,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def test_data_dir() -> Path | None:
+def find_test_data() -> Path | None:
     """The folder of real texts and tasks for tests and benchmarks, or None where it is absent.
 
     NANOCHAT_TEST_DATA names it; the default is `../shared/data` beside the checkout.
@@ -68,9 +68,6 @@ def test_data_dir() -> Path | None:
     default = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
     path = Path(os.environ.get("NANOCHAT_TEST_DATA") or default).expanduser()
     return path if path.is_dir() else None
-
-
-setattr(test_data_dir, "__test__", False)  # noqa: B010 - pytest: this is no test
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -294,7 +291,7 @@ def compute_init(device_type: str = "", seed: int = 42) -> tuple[bool, int, int,
 
 def compute_cleanup() -> None:
     """Leave the process group, if there is one."""
-    if dist.is_available() and dist.is_initialized():
+    if in_process_group():
         if _heartbeats:
             _heartbeats.pop().stop()
         dist.destroy_process_group()
@@ -303,9 +300,14 @@ def compute_cleanup() -> None:
 _heartbeats: list[Heartbeat] = []  # of the process group this process is in: one or none
 
 
+def in_process_group() -> bool:
+    """Whether this process has joined others, so that there is somebody to talk to."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def from_rank0(value: T) -> T:
     """Rank 0's value, on every rank (a collective call): for what must be decided once."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not in_process_group():
         return value
     box = [value]
     dist.broadcast_object_list(box)
@@ -314,7 +316,7 @@ def from_rank0(value: T) -> T:
 
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank (a collective call); asks between the hosts, without waiting for a device."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not in_process_group():
         return flag
     flags = torch.tensor(int(flag))
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
@@ -339,7 +341,7 @@ def all_or_none(work: Callable[[], T]) -> T:
 
 def gather_objects(value: T) -> list[T]:
     """The values of all ranks, in their order, on every rank (a collective call)."""
-    if not (dist.is_available() and dist.is_initialized()):
+    if not in_process_group():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -50,15 +50,7 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float
     a = torch.randn(size, size, device=device, dtype=dtype)
     b = torch.randn(size, size, device=device, dtype=dtype)
     a @ b
-    synchronize(device)
-    fastest = float("inf")
-    deadline = time.perf_counter() + seconds
-    while time.perf_counter() < deadline:
-        started = time.perf_counter()
-        a @ b
-        synchronize(device)
-        fastest = min(fastest, time.perf_counter() - started)
-    return 2 * size**3 / fastest
+    return 2 * size**3 / _fastest(lambda: a @ b, device, seconds)
 
 
 @functools.lru_cache
@@ -66,15 +58,25 @@ def measure_memory_rate(device: torch.device, seconds: float = 0.5) -> float:
     """Bytes a second that this device reads from its main memory: what MBU is a share of. The best of several rounds."""
     size = (4 << 30) if device.type == "cuda" else (256 << 20)
     x = torch.ones(size // 4, dtype=torch.float32, device=device)
-    fastest = float("inf")
+    return size / _fastest(x.sum, device, seconds)
+
+
+def _fastest(work: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    """What some work takes at best, of rounds for so many seconds, at least one."""
+    synchronize(device)
     deadline = time.perf_counter() + seconds
-    while fastest == float("inf") or time.perf_counter() < deadline:
-        synchronize(device)
-        started = time.perf_counter()
-        x.sum()
-        synchronize(device)
-        fastest = min(fastest, time.perf_counter() - started)
-    return size / fastest
+    fastest = seconds_of(work, device)
+    while time.perf_counter() < deadline:
+        fastest = min(fastest, seconds_of(work, device))
+    return fastest
+
+
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """What a device takes for some work, to its very end."""
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
 
 
 def expected_mfu(device: torch.device, dtype: torch.dtype) -> float:

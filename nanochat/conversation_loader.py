@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from nanochat.common import NanochatError, gather_objects, to_device
-from nanochat.lanes import count_lanes, rank_lanes, rows_of_rank
+from nanochat.lanes import count_lanes, epoch_order, rank_lanes, rows_of_rank
 from nanochat.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -54,7 +54,6 @@ class ConversationLoader:
         self.loop, self.seed = loop, seed
         self.rows = 0  # made by this rank
         self.counts: Counter[str] = Counter()
-        self._orders: dict[int, np.ndarray] = {}  # of the newest epochs
         self._set_lanes(count_lanes(world_size))
 
     def _set_lanes(self, num_lanes: int) -> None:
@@ -68,10 +67,7 @@ class ConversationLoader:
         epoch, at = divmod(cursor, len(self.task))
         if not self.loop:
             return at if epoch == 0 else None
-        if epoch not in self._orders:
-            self._orders[epoch] = np.random.default_rng([self.seed % 2**64, epoch]).permutation(len(self.task))
-            self._orders.pop(epoch - 3, None)  # lanes are not far apart
-        return int(self._orders[epoch][at])
+        return int(epoch_order(self.seed, epoch, len(self.task))[at])
 
     def _render(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and mask of a conversation, one token longer than a row at most."""

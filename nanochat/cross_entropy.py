@@ -1,4 +1,4 @@
-"""Cross-entropy of soft-capped logits without ever holding them all. Used by gpt.py for its loss.
+"""Cross-entropy of soft-capped logits without ever holding them all. Used by gpt.py for its loss, by rl.py and memory.py.
 
 The logits of 8,192 tokens over 32,768 words are 1 GB in float32, several times over with their gradients. Here they are
 made, used and forgotten in chunks of tokens; when a gradient is wanted it is computed in the same pass, since the
@@ -116,10 +116,11 @@ def chunk_loss(
     cap: float,
     gradient_of: Callable[[torch.Tensor, float, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = softmax_gradient,
 ) -> tuple[torch.Tensor, ...]:
-    """(loss, gradient, scale, scaled): of a chunk of features x (n, C) the summed loss, () float32, what with its rows times
-    `scale` (n, 1) float32 is the gradient with respect to the raw logits (n, vocab_size), and x with its rows times that.
+    """(loss, gradient, scale, scaled) of one chunk, whose features are x (n, C).
 
-    The gradient's rows are the caller's to scale, after the products, where it costs next to nothing. Logits may be used up.
+    loss: () float32, summed. gradient * scale: d loss / d logits, (n, vocab_size), where scale (n, 1) float32 is the caller's
+    to apply. scaled: x * scale in x's dtype.
+    Applied after the products, the scale costs next to nothing. Logits may be used up.
     """
     sums, gradient = gradient_of(logits, cap, logits.new_full((logits.size(0), 1), -2 * cap, dtype=torch.float32))
     supervised = (targets != IGNORE_INDEX)[:, None]
@@ -152,7 +153,8 @@ class _FusedLoss(torch.autograd.Function):
         size = _chunk_size(x.size(0), weight.size(0), x.device)
         total = torch.zeros((), device=x.device)
         grad_x, grad_weight = torch.empty_like(x), torch.zeros(weight.shape, device=x.device)
-        scales = x.new_empty(x.size(0), 1, dtype=torch.float32)  # small ones, kept for each chunk, would split up freed memory
+        # One buffer: a small tensor kept for each chunk would fragment freed memory.
+        scales = x.new_empty(x.size(0), 1, dtype=torch.float32)
         weight = weight.to(x.dtype)
         for start in range(0, x.size(0), size):
             part = slice(start, start + size)

@@ -50,12 +50,11 @@ class TokenLoader:
         world_size: int = 1,
         device: torch.device | str = "cpu",
         loop: bool = True,
-        num_threads: int = 2,
     ) -> None:
         self.source, self.tokenizer, self.split = source, tokenizer, split
         self.batch_size, self.row_len = batch_size, sequence_len + 1
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
-        self.loop, self.num_threads = loop, num_threads
+        self.loop = loop
         lanes = count_lanes(world_size)
         self._lanes = {lane: _Lane(self.row_len) for lane in rank_lanes(lanes, rank, world_size)}
         self._place = _Place(_Reading(0, 0, (0,) * lanes), 0, 0, _look(self._lanes))
@@ -64,8 +63,8 @@ class TokenLoader:
     def _start(self) -> ReadAhead[tuple[np.ndarray, np.ndarray, _Place]]:
         place, bos = self._place, self.tokenizer.get_bos_token_id()
         first = {number: lane.next for number, lane in self._lanes.items()}
-        dealt = _deal(self.source, self.split, self.loop, place.reading, first)
-        tokenized = ReadAhead(_tokenize(dealt, self.tokenizer, self.num_threads), CHUNKS_AHEAD)
+        dealt = _deal(self.source, self.split, self.loop, place.reading, first, self.tokenizer.get_vocab_size())
+        tokenized = ReadAhead(_tokenize(dealt, self.tokenizer), CHUNKS_AHEAD)
         return ReadAhead(_pack(tokenized, self._lanes, self.batch_size, self.row_len, bos, place), BATCHES_AHEAD)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -88,9 +87,9 @@ class TokenLoader:
     def state_dict(self) -> dict[str, Any]:
         """Where the consumer of this rank is (not its threads), JSON; documents are named by epoch, number and offset."""
         place = self._place
-        lanes = {str(number): {"next": list(next_document), "candidates": [list(p[:3]) for p in candidates],
-                               "waiting": [list(p[:3]) for p in waiting]}
-                 for number, (next_document, candidates, waiting) in place.lanes.items()}  # fmt: skip
+        lanes = {str(number): {"next": list(lane.next), "candidates": [list(p[:3]) for p in lane.candidates],
+                               "waiting": [list(p[:3]) for p in lane.waiting]}
+                 for number, lane in place.lanes.items()}  # fmt: skip
         return {"reading": list(place.reading), "rows": place.rows, "tokens": place.tokens, "lanes": lanes}
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
@@ -129,7 +128,7 @@ class TokenLoader:
                 break
         if len(found) < len(numbers):
             raise NanochatError(f"{self.source.name} lacks documents that were there when this run began: restore them")
-        return dict(zip(found, _encode(list(found.values()), self.tokenizer, self.num_threads), strict=True))
+        return dict(zip(found, _encode(list(found.values()), self.tokenizer), strict=True))
 
     def close(self) -> None:
         if self._batches is not None:
@@ -163,17 +162,25 @@ class _Reading(NamedTuple):
     loads: tuple[int, ...]  # what each lane, of all ranks, was dealt so far; less the lightest load of earlier epochs
 
 
+class _LaneState(NamedTuple):
+    """What a lane holds; see _Lane."""
+
+    next: tuple[int, int]
+    candidates: list[_Piece]
+    waiting: list[_Piece]
+
+
 class _Place(NamedTuple):
     """Where the consumer is: all that decides what comes next."""
 
     reading: _Reading
     rows: int  # that this rank has made
     tokens: int  # in them
-    lanes: dict[int, tuple[tuple[int, int], list[_Piece], list[_Piece]]]  # (next document, candidates, waiting)
+    lanes: dict[int, _LaneState]
 
 
-def _look(lanes: dict[int, _Lane]) -> dict[int, tuple[tuple[int, int], list[_Piece], list[_Piece]]]:
-    return {n: (lane.next, list(lane.candidates.values()), list(lane.waiting)) for n, lane in lanes.items()}
+def _look(lanes: dict[int, _Lane]) -> dict[int, _LaneState]:
+    return {n: _LaneState(lane.next, list(lane.candidates.values()), list(lane.waiting)) for n, lane in lanes.items()}
 
 
 class _Lane:
@@ -226,7 +233,7 @@ class _Dealt(NamedTuple):
 
 
 def _deal(
-    source: Source, split: str, loop: bool, reading: _Reading, first: dict[int, tuple[int, int]]
+    source: Source, split: str, loop: bool, reading: _Reading, first: dict[int, tuple[int, int]], vocab_size: int
 ) -> Iterator[_Dealt]:
     """Deal each document to the lane that was dealt the least so far, by characters (or tokens, if it comes in those).
 
@@ -240,6 +247,11 @@ def _deal(
             lane = loads.index(min(loads))
             loads[lane] += len(document)
             if lane in first and (epoch, number) >= first[lane]:
+                if not isinstance(document, str) and not 0 <= document.min() <= document.max() < vocab_size:
+                    raise NanochatError(
+                        f"{source.address(split, number)} holds ids outside of the vocabulary of {vocab_size} tokens: write it "
+                        "anew with python -m scripts.data_prep"
+                    )
                 yield _Dealt(lane, epoch, number, document, _Reading(epoch, number + 1, tuple(loads)))
         if number < 0 and start == 0:
             raise NanochatError(f"{source.name} has no {split} document: give more text")
@@ -249,18 +261,18 @@ def _deal(
         loads = [load - min(loads) for load in loads]
 
 
-def _tokenize(dealt: Iterable[_Dealt], tokenizer: Tokenizer, num_threads: int) -> Iterator[list[_Dealt]]:
+def _tokenize(dealt: Iterable[_Dealt], tokenizer: Tokenizer) -> Iterator[list[_Dealt]]:
     """The same in chunks, all documents as tokens."""
     dealt = iter(dealt)
     while chunk := list(itertools.islice(dealt, CHUNK_DOCUMENTS)):
-        tokens = _encode([d.document for d in chunk], tokenizer, num_threads)
+        tokens = _encode([d.document for d in chunk], tokenizer)
         yield [d._replace(document=ids) for d, ids in zip(chunk, tokens, strict=True)]
 
 
-def _encode(documents: list[Document], tokenizer: Tokenizer, num_threads: int) -> list[np.ndarray]:
+def _encode(documents: list[Document], tokenizer: Tokenizer) -> list[np.ndarray]:
     """All are texts, or all are tokens."""
     texts = [document for document in documents if isinstance(document, str)]
-    return tokenizer.encode_arrays(texts, num_threads) if texts else [d for d in documents if not isinstance(d, str)]
+    return tokenizer.encode_arrays(texts) if texts else [d for d in documents if not isinstance(d, str)]
 
 
 def _pack(

@@ -1,4 +1,4 @@
-"""Causal attention with sliding windows, on whatever this machine has. Used by gpt.py and core_eval.py.
+"""Causal attention with sliding windows, on whatever this machine has. Used by gpt.py, kv_cache.py, core_eval.py, memory.py.
 
 `plan_attention` chooses, once per device, the fastest backend that a probe launch shows to work, and makes the mask
 that it needs; `plan.attend(q, k, v, plan)` is then all that runs in the hot path. The backends:
@@ -8,7 +8,8 @@ that it needs; `plan.attend(q, k, v, plan)` is then all that runs in the hot pat
 - "flex": FlexAttention compiled to a Triton kernel (CUDA with a working compiler); skips the masked blocks. On Hopper and
   later, layers that see everything go to cuDNN
 - "plain": matrix products of blocks of queries with the blocks of keys that they can see, so that causality and windows
-  save time on any device; long whole-context layers go to PyTorch's scaled_dot_product_attention
+  save time on any device; whole-context layers, on a CPU only beyond LONGEST_PLAIN_CONTEXT, go to PyTorch's
+  scaled_dot_product_attention
 
 To add a backend, list a pair in `choose_backend`: `attend_x(q, k, v, plan)`, and what makes its mask. Whole texts attend
 through it, those of training above all; what is generated attends in kv_cache.py.
@@ -60,38 +61,33 @@ def plan_attention(
     every backend takes.
     """
     compiled = compiled and device.type == "cpu" and dtype != torch.float16
-    return _plan(T, min(window, T), device.type, device.index, dtype, compiled, head_dim)
+    return _plan(T, min(window, T), device, dtype, compiled, head_dim)
 
 
 @functools.lru_cache(maxsize=256)
 def _plan(
-    T: int, window: int, device_type: str, device_index: int | None, dtype: torch.dtype, compiled: bool, head_dim: int
+    T: int, window: int, device: torch.device, dtype: torch.dtype, compiled: bool, head_dim: int
 ) -> AttentionPlan:
-    device = _device(device_type, device_index)
-    attend, make_mask = choose_backend(device_type, device_index, dtype, head_dim)
+    attend, make_mask = choose_backend(device, dtype, head_dim)
     return AttentionPlan(attend, window, make_mask(T, window, device), compiled)
 
 
 Backend = tuple[Callable[..., torch.Tensor], Callable[[int, int, torch.device], Any]]
 
 
-def _device(device_type: str, index: int | None) -> torch.device:
-    return torch.device(device_type) if index is None else torch.device(device_type, index)
-
-
 @functools.lru_cache
-def choose_backend(device_type: str, device_index: int | None, dtype: torch.dtype, head_dim: int) -> Backend:
+def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
     """(attend, make_mask) of the first backend whose probe launch, forward and backward, succeeds on this device."""
     candidates: list[tuple[str, Backend]] = []
-    if device_type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         # They bring kernels of their own. Told here, since it imports the compiler, which would take each command a second.
         attends = [torch.compiler.disable(attend) for attend in (attend_fa3, attend_fa4)]
         candidates += [(name, (attend, no_mask)) for name, attend in zip(("fa3", "fa4"), attends, strict=True)]
-    if device_type == "cuda":
+    if device.type == "cuda":
         candidates.append(("flex", (attend_flex, flex_mask)))
     for name, backend in candidates:
         try:
-            _probe(backend, _device(device_type, device_index), dtype, head_dim)
+            _probe(backend, device, dtype, head_dim)
         except ModuleNotFoundError:
             continue  # that most machines lack FlashAttention is no news
         except Exception as error:  # whatever a foreign kernel throws, the answer is the next backend
@@ -275,15 +271,10 @@ def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
 def attend_masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
     """Attention with a mask for each row, (B, 1, T, T) in q's dtype, added to the scores; see `plan_attention`."""
     q, k, v = (x.transpose(1, 2) for x in (q, repeat_kv(k, q.size(2)), repeat_kv(v, q.size(2))))
-    if q.device.type == "cpu" and q.size(2) <= LONGEST_PLAIN_CONTEXT // 2:  # all T * T scores
-        return _softmax_product(q, k, v, plan.mask).transpose(1, 2)
+    if q.device.type == "cpu" and q.size(2) <= LONGEST_PLAIN_CONTEXT // 2:  # few enough scores to write all of them down
+        weights, sums = attention_weights(q @ k.mT, plan.mask, q.size(-1) ** -0.5)
+        return ((weights @ v) / sums).to(q.dtype).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask).transpose(1, 2)
-
-
-def _softmax_product(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """softmax(q k^T / sqrt(D) + mask) v, for q (..., Tq, D) and k, v (..., Tk, D)."""
-    weights, sums = attention_weights(q @ k.mT, mask, q.size(-1) ** -0.5)
-    return ((weights @ v) / sums).to(q.dtype)
 
 
 def repeat_kv(x: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -196,11 +196,6 @@ def _before_attention(block: Block, size: int | None, *inputs: Any) -> tuple[tor
     return x, *(lay_out(heads, size) for heads in qkv)
 
 
-def _call_block(block: Block, *inputs: Any) -> torch.Tensor:
-    """With the hooks by which a sharded block gathers its parameters; its forward is GPT.run_block."""
-    return block(*inputs)
-
-
 class GPT(nn.Module):
     """The whole model. Build it under `torch.device("meta")` and call `to_empty` and `init_weights`, or load weights."""
 
@@ -299,10 +294,10 @@ class GPT(nn.Module):
     def compile(self) -> None:
         """Compile what training runs, or let our own kernels run it: the blocks, the loss, on a CPU the norms around them.
 
-        Generation, through a cache, stays uncompiled. By block and not as a whole: layers that differ only in their weights
-        share one graph, so the wait for the first step hardly grows with depth, and the steps are as fast or faster. On a
-        CPU, where each kernel takes a second to compile, attention stays outside, and what comes after it is one graph for
-        all kinds of layers.
+        Generation is runner.py's to compile. By block and not as a whole: layers that differ only in their weights share one
+        graph, so the wait for the first step hardly grows with depth, and the steps are as fast or faster. On a CPU, where
+        each kernel takes a second to compile, attention stays outside, and what comes after it is one graph for all kinds of
+        layers.
         """
         if self.is_compiled:
             return
@@ -418,7 +413,8 @@ class GPT(nn.Module):
             x = self.trunk(idx, rotary, caches, previous=kv_cache.remember(idx))
             kv_cache.advance(T)
             return x
-        constants, run_block = self.constants(T), _call_block if self.is_sharded else self.run_block
+        # A sharded block gathers its parameters by hooks of its call; its forward is run_block.
+        constants, run_block = self.constants(T), Block.__call__ if self.is_sharded else self.run_block
         if not self.is_compiled:
             return self.trunk(idx, *constants, run_block)
         with torch.enable_grad():  # evaluation runs the graphs that training compiled, instead of compiling more

@@ -1,15 +1,18 @@
 """Dealing training data to a fixed number of lanes, so that the order of the data does not depend on the number of ranks.
 
-Used by dataloader.py and conversation_loader.py. A lane packs what it was dealt by itself; row number g of the whole
-training is the next one of lane g % lanes. A rank runs the lanes rank, rank + world_size, ... and so makes every
-world_size-th row: any number of ranks that divides the lanes reads the same rows for the same update, and may take over
-from any other such number.
+Used by dataloader.py and conversation_loader.py; rl.py takes the order of an epoch from here. A lane packs what it was
+dealt by itself; row number g of the whole training is the next one of lane g % lanes. A rank runs the lanes rank, rank +
+world_size, ... and so makes every world_size-th row: any number of ranks that divides the lanes reads the same rows for
+the same update, and may take over from any other such number.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+
+import numpy as np
 
 from nanochat.common import NanochatError
 
@@ -33,7 +36,18 @@ def rank_lanes(lanes: int, rank: int, world_size: int) -> list[int]:
 
 
 def rows_of_rank(rows: Sequence[int], world_size: int) -> int:
-    """How many rows each of world_size ranks has made, if the ranks of then made so many each."""
+    """Rows that each of world_size ranks is to count as made, from the counts of the ranks that saved.
+
+    Raises NanochatError if they cannot be shared evenly.
+    """
     if sum(rows) % world_size:
         raise NanochatError(f"{sum(rows)} rows cannot be shared among {world_size} processes: go on with {len(rows)}")
     return sum(rows) // world_size
+
+
+@functools.lru_cache(4)
+def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """In which order a pass over n things takes them: a permutation of 0 to n - 1, for each epoch another one."""
+    order = np.random.default_rng([seed % 2**64, epoch]).permutation(n)
+    order.flags.writeable = False  # it is shared
+    return order

@@ -53,15 +53,18 @@ class Linear(nn.Linear):
     def reset_parameters(self) -> None:
         """As for Embedding."""
 
-    def forward(self, x: torch.Tensor, joined: torch.Tensor | None = None) -> torch.Tensor:
-        """x (..., in_features) by this matrix, or by one that it is the first part of."""
-        weight = self.weight if joined is None else joined
-        if self.fp8 and self.training:
-            return fp8_linear(x, weight)
-        return F.linear(x, weight.to(x.dtype))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., in_features) by this matrix."""
+        return product(x, self.weight, self.fp8 and self.training)
+
+
+def product(x: torch.Tensor, weight: torch.Tensor, in_fp8: bool) -> torch.Tensor:
+    """x (..., in_features) by a matrix (out_features, in_features), in the dtype of x or in 8 bits."""
+    return fp8_linear(x, weight) if in_fp8 else F.linear(x, weight.to(x.dtype))
 
 
 def multiply_joined(x: torch.Tensor, matrices: Sequence[Linear]) -> Sequence[torch.Tensor]:
     """What each of several matrices makes of x, by one product of all."""
     weights = [matrix.weight for matrix in matrices]
-    return matrices[0](x, torch.cat(weights)).split([weight.size(0) for weight in weights], dim=-1)
+    in_fp8 = matrices[0].fp8 and matrices[0].training
+    return product(x, torch.cat(weights), in_fp8).split([weight.size(0) for weight in weights], dim=-1)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from nanochat.common import NanochatError, all_or_none, any_rank
+from nanochat.common import NanochatError, all_or_none, any_rank, in_process_group
 from nanochat.gpt import GPT
 
 
@@ -25,7 +25,7 @@ def evaluate_bpb(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]
         nats, num_bytes = _sum_up(model, _in_step(batches, model.get_device()), token_bytes)
     else:
         nats, num_bytes = all_or_none(lambda: _sum_up(model, batches, token_bytes))
-    if dist.is_available() and dist.is_initialized():
+    if in_process_group():
         dist.all_reduce(nats)
         dist.all_reduce(num_bytes)
     if not num_bytes:

@@ -20,7 +20,7 @@ from nanochat.cross_entropy import GPU_CHUNK_BYTES
 from nanochat.flash_attention import AttentionPlan
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Group
-from nanochat.scaling import model_config
+from nanochat.scaling import count_params, model_config
 from nanochat.settings import SettingsParser
 
 RESERVED = 0.08  # of the device, for its context and for gaps
@@ -51,9 +51,10 @@ def training_bytes(config: GPTConfig, rows: int = 1, layout: Layout = Layout()) 
     if layout.fsdp:
         blocks = sum(parameter.numel() for parameter in model.blocks[0].parameters())
         root = model.wte.weight.numel() + model.lm_head.weight.numel()
-        embedding = max((e.weight.numel() for e in model.value_embeds.values()), default=0)
+        tables = [*model.value_embeds.values(), *([model.bigrams] if model.bigrams else [])]  # gathered each by itself
+        table = max((table.weight.numel() for table in tables), default=0)
         # Whole at a time: a block and the next in bfloat16, a block's gradient, and what is not in blocks.
-        weights = weights // layout.world_size + (2 * 2 + 4) * blocks + 8 * (root + embedding)
+        weights = weights // layout.world_size + (2 * 2 + 4) * blocks + 8 * (root + table)
         matrices = [count // layout.world_size for count in matrices]
     step = 4 * sum(matrices) + 18 * max(matrices) // (1 if layout.fsdp else layout.world_size)
     return weights + state + max(activation_bytes(config, rows, layout.recompute) + loss_bytes(config, rows), step)
@@ -167,8 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         for size in args.gb:
             budget = (1 - RESERVED) * size * 1e9
             depth = largest_depth(budget, args.max_seq_len, args.vocab_size, args.rows, layout)
-            with torch.device("meta"):
-                count = GPT(model_config(depth, args.vocab_size)).num_scaling_params()["total"] if depth else 0
+            count = count_params(model_config(depth, args.vocab_size))["total"] if depth else 0
             cells.append(f"{size:g} GB: d{depth} ({count / 1e9:.1f}B)")
         print(f"{name:<48} {'   '.join(cells)}")
     return 0

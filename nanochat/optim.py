@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nanochat.common import get_compute_dtype, in_process_group
+
 if TYPE_CHECKING:
     from nanochat.gpt import GPT
 
@@ -64,17 +66,22 @@ class Group:
     initial_weight_decay: float = 0.0
     betas: tuple[float, float] = (0.8, 0.95)
     eps: float = 1e-10
-    momentum: float = 0.95
+    initial_momentum: float = 0.95
     block: tuple[int, ...] | None = None  # rows and columns of what Muon orthogonalizes at a time; None: the matrix
     lr: float = field(init=False)
+    momentum: float = field(init=False)
     weight_decay: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.lr, self.weight_decay = self.initial_lr, self.initial_weight_decay
+        self.lr, self.momentum, self.weight_decay = self.initial_lr, self.initial_momentum, self.initial_weight_decay
 
 
 def build_optimizer(model: GPT, settings: OptimizerSettings) -> MuonAdamW:
-    """Sort a GPT's parameters into groups. The rates of embeddings and head are scaled by (n_embd / 768)^-1/2."""
+    """Sort a GPT's parameters into groups. The rates of embeddings and head are scaled by (n_embd / 768)^-1/2.
+
+    It also decides which embeddings get sparse gradients from here on.
+    """
+    _choose_sparse_gradients(model)
     width_scale = (model.config.n_embd / 768) ** -0.5
     adam: dict[str, Any] = {"betas": settings.adam_betas, "eps": settings.adam_eps}
     by_name = dict(model.named_parameters())
@@ -85,10 +92,6 @@ def build_optimizer(model: GPT, settings: OptimizerSettings) -> MuonAdamW:
 
     embedding_lr = settings.embedding_lr * width_scale
     looked_up = ("wte.", "value_embeds.", "bigrams.")
-    alone = not (dist.is_available() and dist.is_initialized())
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            module.sparse = alone and module.weight.device.type == "cpu"  # elsewhere whole tables travel, or cost little
     others = [
         Group("adamw", *take("lm_head."), settings.unembedding_lr * width_scale, **adam),
         *(Group("rows", *take(prefix), embedding_lr, betas=settings.adam_betas) for prefix in looked_up),
@@ -101,14 +104,24 @@ def build_optimizer(model: GPT, settings: OptimizerSettings) -> MuonAdamW:
         block = _block(name, p.shape, model.config.head_dim) if settings.muon_blocks else tuple(p.shape)
         alike.setdefault((tuple(p.shape), block), []).append(name)
     muon = [
-        Group("muon", names, [by_name[name] for name in names], settings.matrix_lr, settings.weight_decay,
-              (0.0, settings.muon_beta2), 0.0, settings.muon_momentum, None if block == shape else block)
+        Group(
+            "muon", names, [by_name[name] for name in names], settings.matrix_lr,
+            initial_weight_decay=settings.weight_decay, betas=(0.0, settings.muon_beta2),
+            initial_momentum=settings.muon_momentum, block=None if block == shape else block,
+        )
         for (shape, block), names in sorted(alike.items())
     ]  # fmt: skip
     # On several ranks the others, many numbers and little work, travel while Muon computes: to their owners while
     # the first half does, and back while the second half does.
     half = len(muon) // 2
     return MuonAdamW([group for group in (*muon[:half], *others, *muon[half:]) if group.params], model.is_sharded)
+
+
+def _choose_sparse_gradients(model: GPT) -> None:
+    """Of tables on a CPU, by one process: elsewhere whole tables travel, or cost little."""
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.sparse = module.weight.device.type == "cpu" and not in_process_group()
 
 
 def _block(name: str, shape: torch.Size, head_dim: int) -> tuple[int, int]:
@@ -127,9 +140,7 @@ class MuonAdamW:
 
     def __init__(self, groups: list[Group], sharded: bool = False) -> None:
         self.groups, self.sharded = groups, sharded
-        distributed = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if distributed else 0
-        self.world_size = dist.get_world_size() if distributed else 1
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if in_process_group() else (0, 1)
         self.steps = 0  # updates done so far, for Adam's bias correction
         self._units = [unit for group in groups for unit in self._make_units(group)]
 
@@ -163,7 +174,6 @@ class MuonAdamW:
             unit.start_reduce()
         for unit in self._units:
             unit.update(self.steps)
-            unit.start_gather()
         for unit in self._units:
             unit.finish_gather()
 
@@ -190,8 +200,6 @@ class MuonAdamW:
 class _Unit:
     """Tensors that are reduced, updated and gathered together: one flat buffer, cut into equal shares, one a rank."""
 
-    state_names: tuple[str, ...]
-
     def __init__(self, group: Group, names: list[str], params: list[nn.Parameter], rank: int, world_size: int) -> None:
         self.group, self.names, self.params = group, names, params
         self.rank, self.world_size = rank, world_size
@@ -199,7 +207,8 @@ class _Unit:
         self.rows_per_rank = -(-self.rows // world_size)
         self.begin = min(rank * self.rows_per_rank, self.rows)
         self.end = min(self.begin + self.rows_per_rank, self.rows)
-        self.state: dict[str, Tensor] = {}
+        self.state = {name: torch.zeros(self.end - self.begin, *shape, device=params[0].device)
+                      for name, shape in self._state_shapes().items()}  # fmt: skip
         self._work: dist.Work | None = None
         self._buffers: tuple[Tensor, ...] = ()  # kept until the collective that uses them is done
 
@@ -208,6 +217,10 @@ class _Unit:
         raise NotImplementedError
 
     def _as_rows(self, tensors: list[Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def _state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What the state keeps for each row."""
         raise NotImplementedError
 
     def start_reduce(self) -> None:
@@ -226,16 +239,17 @@ class _Unit:
         if self._work is not None:
             self._work.wait()
         if self.world_size == 1:
-            for grad in self._buffers:  # none if no parameter has a gradient: idle blocks stay as they are
-                self._update_rows(grad, step)
+            if self._buffers:  # else no parameter has a gradient: idle blocks stay as they are
+                self._update_rows(self._buffers[0], step)
         elif self.begin < self.end:
             self._update_rows(self._buffers[0][: self.end - self.begin], step)
         self._buffers, self._work = (), None
+        self._start_gather()
 
     def _update_rows(self, grad: Tensor, step: int) -> None:
         raise NotImplementedError
 
-    def start_gather(self) -> None:
+    def _start_gather(self) -> None:
         if self.world_size == 1:
             return
         share = self._padded(self._as_rows([p.data for p in self.params])[self.begin : self.end], self.rows_per_rank)
@@ -247,10 +261,10 @@ class _Unit:
         if self._work is None:
             return
         self._work.wait()
-        self._write_rows(self._buffers[0][: self.rows], 0)
+        self._write_rows(self._buffers[0][: self.rows])
         self._buffers, self._work = (), None
 
-    def _write_rows(self, rows: Tensor, begin: int) -> None:
+    def _write_rows(self, rows: Tensor) -> None:
         raise NotImplementedError
 
     def _padded(self, rows: Tensor, length: int | None = None) -> Tensor:
@@ -260,16 +274,9 @@ class _Unit:
             return rows
         return torch.cat([rows, rows.new_zeros((length - rows.size(0), *rows.shape[1:]))])
 
-    def _share_of(self, name: str, like: Tensor) -> Tensor:
-        """This rank's rows of a part of the state, at first zeros, each like a row of `like`."""
-        if name not in self.state:
-            self.state[name] = like.new_zeros(self.end - self.begin, *like.shape[1:])
-        return self.state[name]
-
     def gather_state(self) -> dict[str, Tensor]:
         result = {}
-        for name in self.state_names:
-            share = self.state[name] if self.begin < self.end else self._empty_share(name)
+        for name, share in self.state.items():
             if self.world_size > 1:
                 share = self._padded(share, self.rows_per_rank).contiguous()
                 whole = share.new_empty((self.rows_per_rank * self.world_size, *share.shape[1:]))
@@ -279,9 +286,6 @@ class _Unit:
                 share = whole[: self.rows].cpu()  # one unit at a time: a device may have no room for all
             result.update(self._split_state(name, share))
         return result
-
-    def _empty_share(self, name: str) -> Tensor:
-        raise NotImplementedError
 
     def _split_state(self, name: str, rows: Tensor) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -293,71 +297,48 @@ class _Unit:
 class _AdamWUnit(_Unit):
     """One parameter of any shape, as a flat vector."""
 
-    state_names = ("exp_avg", "exp_avg_sq")
-
     def _count_rows(self) -> int:
-        return self.params[0].numel()
+        return self._as_rows([self.params[0].data]).size(0)
 
     def _as_rows(self, tensors: list[Tensor]) -> Tensor:
         return tensors[0].reshape(-1)
 
+    def _state_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"exp_avg": (), "exp_avg_sq": ()}
+
     def _update_rows(self, grad: Tensor, step: int) -> None:
         mine = self.params[0].data.view(-1)[self.begin : self.end]
-        exp_avg, exp_avg_sq = (self._share_of(name, grad) for name in self.state_names)
-        adamw_update(mine, grad, exp_avg, exp_avg_sq, self.group, step)
+        adamw_update(mine, grad, self.state["exp_avg"], self.state["exp_avg_sq"], self.group, step)
 
-    def _write_rows(self, rows: Tensor, begin: int) -> None:
-        self.params[0].data.view(-1)[begin : begin + rows.size(0)].copy_(rows)
-
-    def _empty_share(self, name: str) -> Tensor:
-        return torch.zeros(0, device=self.params[0].device)
+    def _write_rows(self, rows: Tensor) -> None:
+        self.params[0].data.copy_(rows.view(self.params[0].shape))
 
     def _split_state(self, name: str, rows: Tensor) -> dict[str, Tensor]:
         return {f"{self.names[0]}/{name}": rows.view(self.params[0].shape)}
 
     def scatter_state(self, state: dict[str, Tensor]) -> None:
-        for name in self.state_names:
-            whole = state[f"{self.names[0]}/{name}"].reshape(-1)
-            self.state[name] = whole[self.begin : self.end].to(self.params[0].device, torch.float32).clone()
+        for name, mine in self.state.items():
+            mine.copy_(self._as_rows([state[f"{self.names[0]}/{name}"]])[self.begin : self.end])
 
 
-class _RowsUnit(_Unit):
+class _RowsUnit(_AdamWUnit):
     """One embedding, by rows. Alone on a CPU, only those that were looked up are ever touched, from the gradient on."""
-
-    state_names = ("mean_square",)
-
-    def __init__(self, group: Group, names: list[str], params: list[nn.Parameter], rank: int, world_size: int) -> None:
-        super().__init__(group, names, params, rank, world_size)
-        self.state["mean_square"] = params[0].new_zeros(self.end - self.begin, dtype=torch.float32)
-
-    def _count_rows(self) -> int:
-        return self.params[0].size(0)
 
     def _as_rows(self, tensors: list[Tensor]) -> Tensor:
         return tensors[0]
 
+    def _state_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"mean_square": ()}
+
     def _update_rows(self, grad: Tensor, step: int) -> None:
-        mine = self.params[0].data[self.begin : self.end]
-        rows_update(mine, grad, self.state["mean_square"], self.group)
-
-    def _write_rows(self, rows: Tensor, begin: int) -> None:
-        self.params[0].data[begin : begin + rows.size(0)].copy_(rows)
-
-    def _empty_share(self, name: str) -> Tensor:
-        return torch.zeros(0, device=self.params[0].device)
+        rows_update(self.params[0].data[self.begin : self.end], grad, self.state["mean_square"], self.group)
 
     def _split_state(self, name: str, rows: Tensor) -> dict[str, Tensor]:
         return {f"{self.names[0]}/{name}": rows}
 
-    def scatter_state(self, state: dict[str, Tensor]) -> None:
-        whole = state[f"{self.names[0]}/mean_square"]
-        self.state["mean_square"] = whole[self.begin : self.end].to(self.params[0].device, torch.float32).clone()
-
 
 class _MuonUnit(_Unit):
     """Matrices of one shape, stacked: (number of matrices, rows, columns)."""
-
-    state_names = ("momentum", "second_moment")
 
     def _count_rows(self) -> int:
         return len(self.params)
@@ -365,32 +346,30 @@ class _MuonUnit(_Unit):
     def _as_rows(self, tensors: list[Tensor]) -> Tensor:
         return torch.stack(tensors)
 
+    def _state_shapes(self) -> dict[str, tuple[int, ...]]:
+        shape = self.params[0].shape
+        return {"momentum": shape, "second_moment": neuron_means(torch.empty(shape, device="meta")).shape}
+
     def _update_rows(self, grad: Tensor, step: int) -> None:
         group = self.group
         learning = slice(self.end - self.begin - grad.size(0), None)  # without those of idle blocks, which come first
         mine = self.params[self.begin : self.end][learning]
-        momentum = self._share_of("momentum", grad)[learning]
-        second_moment = self._share_of("second_moment", neuron_means(grad))[learning]
+        momentum, second_moment = (self.state[name][learning] for name in ("momentum", "second_moment"))
         momentum.lerp_(grad, 1 - group.momentum)
         update = orthogonalize_blocks(grad.lerp_(momentum, group.momentum), group.block).float()  # Nesterov
         update = normalize_neurons(update, second_moment, group.betas[1])
         apply_update([p.data for p in mine], update, group, grad.shape[-2:])
 
-    def _write_rows(self, rows: Tensor, begin: int) -> None:
-        torch._foreach_copy_([p.data for p in self.params[begin : begin + rows.size(0)]], list(rows.unbind()))
-
-    def _empty_share(self, name: str) -> Tensor:
-        like = self.params[0].data.float().unsqueeze(0)
-        return (like if name == "momentum" else neuron_means(like))[:0]
+    def _write_rows(self, rows: Tensor) -> None:
+        torch._foreach_copy_([p.data for p in self.params], list(rows.unbind()))
 
     def _split_state(self, name: str, rows: Tensor) -> dict[str, Tensor]:
         return {f"{param_name}/{name}": row for param_name, row in zip(self.names, rows.unbind(), strict=True)}
 
     def scatter_state(self, state: dict[str, Tensor]) -> None:
-        for name in self.state_names:
-            mine = [state[f"{param_name}/{name}"] for param_name in self.names[self.begin : self.end]]
-            if mine:
-                self.state[name] = torch.stack(mine).to(self.params[0].device, torch.float32)
+        for name, mine in self.state.items():
+            for row, param_name in zip(mine, self.names[self.begin : self.end], strict=True):
+                row.copy_(state[f"{param_name}/{name}"])
 
 
 def adamw_update(
@@ -473,8 +452,6 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     matrices: (n, rows, columns) float32; returns the same shape in bfloat16 where the hardware multiplies it, for
     which the iteration is made, else float32. Method: Polar Express, arXiv 2505.16932.
     """
-    from nanochat.common import get_compute_dtype
-
     x = matrices.to(get_compute_dtype(matrices.device))
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -17,9 +14,8 @@ from nanochat.common import (
     get_dist_info,
     print0,
     seconds_since_start,
-    synchronize,
 )
-from nanochat.compilation import can_compile, expected_mfu, measure_matmul_rate
+from nanochat.compilation import can_compile, expected_mfu, measure_matmul_rate, seconds_of
 from nanochat.gpt import GPT
 from nanochat.memory import optimizer_bytes
 from nanochat.optim import MuonAdamW
@@ -52,14 +48,6 @@ def batch_worth_an_update(model: GPT) -> int:
 def _idle_optimizer(model: GPT) -> MuonAdamW:
     """One whose steps take their time and change nothing."""
     return model.setup_optimizer(matrix_lr=0, embedding_lr=0, unembedding_lr=0, scalar_lr=0, weight_decay=0)
-
-
-def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
-    """What a device takes for some work, to its very end."""
-    started = time.perf_counter()
-    work()
-    synchronize(device)
-    return time.perf_counter() - started
 
 
 def steps_in(model: GPT, minutes: float, rows: int, total_batch_size: int, compile: bool, expand_at: float = 0.0) -> int:

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 Batch = tuple[torch.Tensor, ...]  # (inputs, targets, ...): targets (B, T) int64, -1 where there is nothing to predict
 Shape = tuple[int, tuple[torch.Size, ...]]  # of a pass: how many blocks are idle, and what goes in
-STEP_BYTES = 12  # for each parameter, what an update needs besides gradients, at most
+STEP_BYTES = 8  # for each parameter, what an update needs besides gradients and the optimizer's state, at most
 
 
 def summed_loss(model: GPT, batch: Batch) -> torch.Tensor:
@@ -35,7 +35,7 @@ class Passes:
 
     def __init__(self, model: GPT, loss_fn: Callable[[GPT, Batch], torch.Tensor] = summed_loss) -> None:
         self.model, self.loss_fn = model, loss_fn
-        self._recorded: Shape | None = None  # of the pass that was recorded, or for which there was no room
+        self._tried: Shape | None = None  # of the pass that was recorded, or for which there was no room
         self._newest: Shape | None = None
         self._recording: _Recording | None = None
 
@@ -51,7 +51,7 @@ class Passes:
             recording.begin()
         loss = torch.zeros((), device=self.model.get_device())
         for batch in batches:
-            if recording and self._shape_of(batch) == self._recorded:
+            if recording and self._shape_of(batch) == self._tried:
                 loss += recording.replay(batch, count)
             else:
                 loss += self.once(batch, count)
@@ -74,10 +74,11 @@ class Passes:
 
     def _record(self, batch: Batch, count: torch.Tensor) -> None:
         """Record a pass of a new shape: at once if the number of idle blocks is new too, else when it comes twice in a row."""
-        shape, before, self._newest = self._shape_of(batch), self._newest, self._shape_of(batch)
-        if shape == self._recorded or (self._recorded and shape[0] == self._recorded[0] and shape != before):
+        shape, before = self._shape_of(batch), self._newest
+        self._newest = shape
+        if shape == self._tried or (self._tried and shape[0] == self._tried[0] and shape != before):
             return
-        self._recorded, self._recording = shape, None  # first of all: the memory of the old one is needed
+        self._tried, self._recording = shape, None  # first of all: the memory of the old one is needed
         try:
             self._recording = _Recording.make(self, batch, count)
         except torch.OutOfMemoryError as error:

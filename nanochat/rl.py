@@ -5,7 +5,8 @@ that were better than others likelier. What a tool wrote is not learned; the tok
 
 Methods: REINFORCE (Williams 1992), GRPO (arXiv 2402.03300), DAPO's normalization by tokens and its leaving out of groups
 that all earned the same (arXiv 2503.14476), without division by the group's spread (arXiv 2503.20783).
-To add an objective, extend `compute_advantages` and `OBJECTIVES`.
+To add an objective, extend `compute_advantages` and `OBJECTIVES`, and say in `_pack` and `make_policy_loss` whether tokens
+or answers count.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from nanochat.common import NanochatError, all_or_none
 from nanochat.cross_entropy import token_losses
 from nanochat.engine import Engine, trim_prompt
 from nanochat.gpt import GPT, LOGIT_CAP
+from nanochat.lanes import epoch_order
 from nanochat.scheduler import Sequence as Answer
 
 if TYPE_CHECKING:
@@ -111,8 +113,8 @@ class RolloutLoader:
     def __next__(self) -> RolloutBatch:
         if not self._batches:
             answers, rewards, shortened, seconds = all_or_none(self._roll_out)
-            self._count(answers, rewards, shortened, seconds)
-            self._batches = self._make_batches(answers, rewards)
+            self._metrics = self._count(answers, rewards, shortened, seconds)
+            self._batches = self._make_batches(answers, rewards, baseline=self._metrics["rl/reward"])
             self.step += 1
         return self._batches.pop(0)
 
@@ -130,13 +132,10 @@ class RolloutLoader:
     def _problems(self) -> list[tuple[int, int]]:
         """(place in the run, index) of this rank's problems of the update: an epoch is one pass in an order of its own."""
         places = range(self.step * self.settings.examples_per_step, (self.step + 1) * self.settings.examples_per_step)
-        chosen: list[tuple[int, int]] = []
-        orders: dict[int, np.ndarray] = {}
+        chosen = []
         for place in places[self.rank :: self.world_size]:
             epoch, at = divmod(place, len(self.task))
-            if epoch not in orders:
-                orders[epoch] = np.random.default_rng([self.settings.seed % 2**64, epoch]).permutation(len(self.task))
-            chosen.append((place, int(orders[epoch][at])))
+            chosen.append((place, int(epoch_order(self.settings.seed, epoch, len(self.task))[at])))
         return chosen
 
     def _roll_out(self) -> tuple[list[Answer], torch.Tensor, int, float]:
@@ -163,8 +162,8 @@ class RolloutLoader:
         table = torch.tensor(rewards).view(len(problems), n)
         return answers, table, sum(len(p) > most for p in prompts), time.perf_counter() - started
 
-    def _count(self, answers: list[Answer], rewards: torch.Tensor, shortened: int, seconds: float) -> None:
-        """Sum up what this update's answers were, over all ranks."""
+    def _count(self, answers: list[Answer], rewards: torch.Tensor, shortened: int, seconds: float) -> dict[str, float]:
+        """What this update's answers were, over all ranks."""
         sampled = sum(sum(answer.masks) for answer in answers)
         unfinished = sum(answer.stop_token is None for answer in answers)
         mixed = (rewards != rewards[:, :1]).any(dim=1).sum()
@@ -175,7 +174,7 @@ class RolloutLoader:
         if self.world_size > 1:
             dist.all_reduce(sums)
         count, reward, groups, mixed, sampled, unfinished, shortened = sums.tolist()
-        self._metrics = {
+        return {
             "rl/reward": reward / count,
             "rl/mixed_groups": mixed / groups,  # those that teach something
             "rl/answer_tokens": sampled / count,
@@ -186,9 +185,9 @@ class RolloutLoader:
 
     # ------------------------------------------------------------------------- packing
 
-    def _make_batches(self, answers: list[Answer], rewards: torch.Tensor) -> list[RolloutBatch]:
+    def _make_batches(self, answers: list[Answer], rewards: torch.Tensor, baseline: float) -> list[RolloutBatch]:
         """micro_batches batches of answers of like length; those without a say in the update are left out."""
-        advantages = compute_advantages(rewards, self.settings.objective, self._metrics["rl/reward"]).flatten().tolist()
+        advantages = compute_advantages(rewards, self.settings.objective, baseline).flatten().tolist()
         kept = [(answer, a) for answer, a in zip(answers, advantages, strict=True) if a != 0 or self.settings.kl_weight > 0]
         kept.sort(key=lambda pair: pair[0].length)
         bounds = [len(kept) * i // self.micro_batches for i in range(self.micro_batches + 1)]

@@ -1,7 +1,8 @@
-"""What `--depth` implies: width, heads, horizon, batch size, learning rates, weight decay. Used by scripts/base_train.
+"""What `--depth` implies: width, heads, horizon, batch size, learning rates, weight decay.
 
-The rules are anchored at a depth of 12 with a batch of 2^19 tokens, where the peak learning rates of
-optim.OptimizerSettings were tuned, and carried to other sizes by
+Used by scripts/base_train and chat_sft, trainer.py, pace.py, memory.py and doctor.py. The rules are anchored at a depth
+of 12 with a batch of 2^19 tokens, where the peak learning rates of optim.OptimizerSettings were tuned, and carried to
+other sizes by
 
 - batch size proportional to (training tokens)^0.383 above it (Power Lines, arXiv 2505.13738), and below it to
   (training tokens)^0.79, which meets what small models learn most from (dev/LOG.md, "Batches of small models"),

@@ -1,7 +1,7 @@
 """The flags of a command, on its command line and in a TOML file. Every command parses its arguments with this.
 
 `--config FILE` takes any flag by its long name, with _ or -: `depth = 12`, `no_compile = true`, `set = ["bigrams=8"]`.
-Tables are headings: they group keys as the reader likes, and their names mean nothing. The command line goes before the
+Tables are headings: they group keys as the reader likes, and their names mean nothing. The command line wins over the
 file. Training keeps what it was made with in this form (`config.toml` of its stage), so that it can be repeated.
 """
 
@@ -76,7 +76,7 @@ class SettingsParser(argparse.ArgumentParser):
         common = self._common = self.add_argument_group("every command")
         common.add_argument("-h", "--help", action="help", help="show this")
         common.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS,
-                            help="flags by their long names, in TOML; the command line goes before it")  # fmt: skip
+                            help="flags by their long names, in TOML; the command line wins over it")  # fmt: skip
         common.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the trace of an error")
 
     def parse_args(self, args: Sequence[str] | None = None) -> Arguments:  # type: ignore[override] # no namespace but ours
@@ -170,14 +170,9 @@ def _program() -> str | None:
     return None if spec is None or spec.name == "nanochat.cli" else f"python -m {spec.name}"
 
 
-def _flag(action: argparse.Action) -> str:
-    """Its long form where it has one."""
-    return next((flag for flag in action.option_strings if flag.startswith("--")), action.dest)
-
-
 def _long_name(action: argparse.Action) -> str | None:
     """What a file calls it; None if it has no long form."""
-    return _flag(action).removeprefix("--") if _flag(action).startswith("--") else None
+    return next((flag[2:] for flag in action.option_strings if flag.startswith("--")), None)
 
 
 def _flatten(table: dict[str, Any]) -> Iterable[tuple[str, Any]]:
@@ -215,19 +210,21 @@ def _convert(action: argparse.Action, what: str, value: Any) -> Any:
 def _convert_one(action: argparse.Action, what: str, value: Any) -> Any:
     wanted = WANTED.get(action.type, "text")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    fits = is_number and (action.type is float or isinstance(value, int)) if wanted != "text" else isinstance(value, str)
-    if not fits and not (wanted == "text" and is_number):  # a step or a year may well be text
+    if wanted == "text":
+        fits = isinstance(value, str) or is_number  # a step or a year may well be text
+    else:
+        fits = is_number and (action.type is float or isinstance(value, int))
+    if not fits:
         raise NanochatError(f"{what} is not {wanted}: write it like {_example(action)}")
     try:
         value = action.type(value if wanted != "text" else str(value)) if callable(action.type) else str(value)
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        raise NanochatError(f"{what} does not suit {_flag(action)} ({error}): --help says what does") from error
+        raise NanochatError(f"{what} does not suit --{_long_name(action)} ({error}): --help says what does") from error
     if action.choices is not None and value not in action.choices:
         raise NanochatError(f"{what} is not among the choices: take one of {', '.join(map(str, action.choices))}")
     return value
 
 
 def _example(action: argparse.Action) -> str:
-    name = (_long_name(action) or action.dest).replace("-", "_")
-    value = EXAMPLES.get(action.type, "text")
-    return f"{name} = {_as_toml(value)}"
+    name = f"{_long_name(action)}".replace("-", "_")
+    return f"{name} = {_as_toml(EXAMPLES.get(action.type, 'text'))}"

@@ -61,10 +61,8 @@ class ShardedAdamWUnit:
         if rows.numel():
             adamw_update(rows, local_grad(self.param), self.state["exp_avg"], self.state["exp_avg_sq"], self.group, step)
 
-    def start_gather(self) -> None:
+    def finish_gather(self) -> None:
         """Parameters stay cut."""
-
-    finish_gather = start_gather
 
     def gather_state(self) -> dict[str, Tensor]:
         return {f"{self.name}/{kind}": as_sharded(rows, self.param) for kind, rows in self.state.items()}
@@ -138,20 +136,16 @@ class ShardedMuonUnit:
         self._send(grad.lerp_(self.momentum, self.group.momentum).flatten(0, 1), held, owned)
 
     def update(self, step: int) -> None:
-        arrived = self._received()
-        if not self.owned:
-            self._directions = arrived
-            return
-        parts = arrived.split(self._splits()[1])
-        parts = [part.view(self.owned, height, self.columns) for part, height in zip(parts, self.heights, strict=True)]
-        matrices = torch.cat(parts, dim=1)
-        directions = orthogonalize_blocks(matrices, self.group.block).float()
-        directions = normalize_neurons(directions, self.second_moment, self.group.betas[1])
-        self._directions = torch.cat([part.flatten(0, 1) for part in directions.split(self.heights, dim=1)])
-
-    def start_gather(self) -> None:
+        """The directions of the matrices owned here, whose rows then begin to go back to where they came from."""
+        rows = self._received()
         held, owned = self._splits()
-        self._send(self._directions, owned, held)
+        if self.owned:
+            parts = zip(rows.split(owned), self.heights, strict=True)
+            matrices = torch.cat([part.view(self.owned, height, self.columns) for part, height in parts], dim=1)
+            directions = orthogonalize_blocks(matrices, self.group.block).float()
+            directions = normalize_neurons(directions, self.second_moment, self.group.betas[1])
+            rows = torch.cat([part.flatten(0, 1) for part in directions.split(self.heights, dim=1)])
+        self._send(rows, owned, held)
 
     def finish_gather(self) -> None:
         directions = self._received().view(len(self.params), self.height, self.columns)

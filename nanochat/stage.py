@@ -1,6 +1,6 @@
 """Opening a stage of a run: which directory it writes to, and whether it goes on or starts anew.
 
-Used by the training scripts, which also share their flags and the fitting of the batch to the machine.
+Used by the training scripts, whose common flags stand here too.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def setup_optimizer(
 ) -> MuonAdamW:
     """The model's optimizer with the rates that were asked for, all times `scale`; settings: of OptimizerSettings."""
     rates = {name: getattr(args, name) * scale for name in RATES}
-    return model.setup_optimizer(**{**rates, "weight_decay": weight_decay, **settings})
+    return model.setup_optimizer(**rates, weight_decay=weight_decay, **settings)
 
 
 def parse_switches(pairs: list[str], *settings: type) -> list[dict[str, Any]]:
@@ -149,7 +149,7 @@ def parse_switches(pairs: list[str], *settings: type) -> list[dict[str, Any]]:
     """
     parsed: list[dict[str, Any]] = [{} for _ in settings]
     known: dict[str, tuple[dict[str, Any], Any]] = {
-        f.name: (kind, f.default) for kind, cls in zip(parsed, settings, strict=True) for f in fields(cls)
+        f.name: (target, f.default) for target, cls in zip(parsed, settings, strict=True) for f in fields(cls)
     }
     for pair in pairs:
         name, _, text = pair.partition("=")
@@ -159,12 +159,12 @@ def parse_switches(pairs: list[str], *settings: type) -> list[dict[str, Any]]:
             nearest = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(sorted(known))}"
             raise NanochatError(f"--set {pair}: there is no switch {name!r}; {hint}")
-        kind, default = known[name]
+        target, default = known[name]
         try:
             if isinstance(default, bool):
-                kind[name] = {"true": True, "false": False}[text.lower()]
+                target[name] = {"true": True, "false": False}[text.lower()]
             else:
-                kind[name] = text if isinstance(default, str) else type(default)(ast.literal_eval(text))
+                target[name] = text if isinstance(default, str) else type(default)(ast.literal_eval(text))
         except (ValueError, SyntaxError, TypeError, KeyError):
             raise NanochatError(f"--set {pair}: the value must be like {default!r}") from None
     return parsed
@@ -172,13 +172,13 @@ def parse_switches(pairs: list[str], *settings: type) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Stage:
-    """An opened stage: where it writes and the step it goes on from (None: it starts anew), of those it found."""
+    """An opened stage: where it writes and the step it goes on from (None: it starts anew)."""
 
     tag: str
     name: str
     directory: Path
     resume_step: int | None
-    steps: list[int]
+    steps: list[int]  # found when it was opened
     lock: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, compare=False)
 
     def is_complete(self, num_iterations: int) -> bool:

@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,6 +53,7 @@ from nanochat.stopping import StopRequest, frozen_garbage
 
 Evaluation = Callable[[], dict[str, float]]
 SHOWN = ("loss", "reward", "tok_per_s", "mfu", "bpb", "pass@1")  # on the progress line, where there are such numbers
+NOT_SAVED = "warning: a checkpoint could not be written; training goes on."
 
 
 class Loader(Protocol):
@@ -75,7 +76,6 @@ class TrainConfig:
     warmdown_ratio: float = 0.65
     final_lr_frac: float = 0.05
     expand_at: float = 0.0  # the share of the updates in which the last block learns alone
-    muon_momentum: float = 0.95
     eval_every: int = 250
     eval_first: bool = False  # also before the first update
     sample_every: int = 2000
@@ -169,14 +169,14 @@ class Trainer:
     def save(self, wait: bool = False, loader_state: dict[str, Any] | None = None) -> None:
         """Begin to write a checkpoint of this step; with `wait`, until it is on disk (a collective call).
 
-        Raises OSError if it then could not be written. Otherwise that is reported when the next one is due, and training
+        With `wait`, raises OSError if it cannot be written. Otherwise that is reported when the next one is due, and training
         goes on: the checkpoints that there are stay.
         """
         self._compare_ranks()
         self._check_finite()
         if self.rank == 0:
             self._report_failed_save()  # which may have been the best one's
-        meta = {**self.meta, "trainer": self.state_dict(loader_state), "train_config": asdict(self.config)}
+        meta = {**self.meta, "trainer": self.state_dict(loader_state)}
         optimizer_state = self.optimizer.state_dict()
         if self.model.is_sharded:
             self._save_sharded(optimizer_state, meta, wait)
@@ -203,13 +203,13 @@ class Trainer:
         except (OSError, NanochatError) as error:
             if wait:
                 raise
-            self.progress.print(f"warning: a checkpoint could not be written; training goes on. {describe_error(error)}")
+            self.progress.print(f"{NOT_SAVED} {describe_error(error)}")
 
     def _report_failed_save(self) -> None:
         try:
             self._writer.wait()
         except OSError as error:
-            self.progress.print(f"warning: a checkpoint could not be written; training goes on. {describe_error(error)}")
+            self.progress.print(f"{NOT_SAVED} {describe_error(error)}")
             steps = list_steps(self.stage_dir)
             if self.best and self.best["step"] not in steps:
                 self.best = self._best_before if self._best_before.get("step") in steps else {}
@@ -228,7 +228,7 @@ class Trainer:
             raise NanochatError(self._describe_divergence())
 
     def _compare_ranks(self) -> None:
-        """Raise NanochatError if ranks no longer hold the same parameters, bit for bit."""
+        """Raise NanochatError if ranks no longer hold the same parameters, by a checksum of their bits."""
         if not self.ddp or self.model.is_sharded:
             return
         names, sums = zip(*((name, p.data.view(torch.int32).sum()) for name, p in self.model.named_parameters()), strict=True)
@@ -346,7 +346,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         self._pending.append(loss)
-        if self.step % config.log_every == 0 or self.step == config.num_iterations:
+        if self._due(config.log_every) or self.step == config.num_iterations:
             self._log(factor, started)
         else:
             self.time_s += time.perf_counter() - started
@@ -373,12 +373,11 @@ class Trainer:
         factor = learning_rate_factor(
             self.step, config.num_iterations, config.warmup_steps, config.warmdown_ratio, config.final_lr_frac
         )
-        momentum = muon_momentum(self.step, config.num_iterations, config.warmdown_ratio, config.muon_momentum)
         decay_factor = weight_decay_factor(self.step, config.num_iterations)
         for group in self.optimizer.groups:
             group.lr = group.initial_lr * factor
             group.weight_decay = group.initial_weight_decay * decay_factor
-            group.momentum = momentum
+            group.momentum = muon_momentum(self.step, config.num_iterations, config.warmdown_ratio, group.initial_momentum)
         return factor
 
     def _log(self, factor: float, started: float) -> None:
@@ -409,7 +408,7 @@ class Trainer:
         self.progress.update(self.step, **{name: shown[name] for name in SHOWN if name in shown})
 
     def _work(self, steps: int) -> int:
-        """Floating-point operations of the first so many updates, if each were of one token."""
+        """Floating-point operations of the first `steps` updates for each token of an update."""
         alone = min(steps, expansion_step(self.config.num_iterations, self.config.expand_at))
         one_block, all_blocks = self._flops_per_token
         return alone * one_block + (steps - alone) * all_blocks
@@ -421,7 +420,7 @@ class Trainer:
         )
 
     def _last_good(self) -> str:
-        self._writer.wait()
+        self._report_failed_save()
         steps = list_steps(self.stage_dir)
         return f"the last good checkpoint is step {steps[-1]} in {self.stage_dir}" if steps else "no checkpoint exists yet"
 

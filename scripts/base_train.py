@@ -11,7 +11,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
@@ -104,8 +104,17 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     return args
 
 
-def plan(args: Arguments, stage: Stage, model: GPT, world_size: int) -> tuple[Horizon, int, float, float]:
-    """How long to train in what batches, the rows of a micro-batch, when all blocks learn, and that plan as --target-flops."""
+class Plan(NamedTuple):
+    """How a run goes."""
+
+    horizon: Horizon
+    rows: int  # of a micro-batch
+    expand_at: float  # the share of the updates in which the last block learns alone
+    target_flops: float  # by which config.toml plans the same run
+
+
+def plan(args: Arguments, stage: Stage, model: GPT, world_size: int) -> Plan:
+    """How long to train and in what batches, by the flags and, of a resumed run, by what it was begun with."""
     recorded = stage.recorded_settings()
     target_flops, batch_size, least_batch = args.target_flops, args.total_batch_size, 0
     if batch_size <= 0:  # a resumed run keeps its own, whatever number of ranks that was made for
@@ -128,8 +137,8 @@ def plan(args: Arguments, stage: Stage, model: GPT, world_size: int) -> tuple[Ho
         steps = steps or steps_in(model, args.target_minutes, rows, batch_size, args.compile, expand_at)
         flops = steps * batch_size * flops_per_token
         horizon = plan_horizon(model.config, flops_per_token, target_flops=flops, total_batch_size=batch_size)
-        return horizon, rows, expand_at, recorded.get("target_flops", flops)  # config.toml plans the same run by it
-    return horizon, rows, expand_at, args.target_flops
+        return Plan(horizon, rows, expand_at, recorded.get("target_flops", flops))
+    return Plan(horizon, rows, expand_at, args.target_flops)
 
 
 def choose_expansion(args: Arguments, recorded: dict[str, Any], model: GPT, target_flops: float) -> float:
@@ -146,9 +155,9 @@ def choose_expansion(args: Arguments, recorded: dict[str, Any], model: GPT, targ
 
 
 def peak_weight_decay(args: Arguments, horizon: Horizon) -> float:
-    """By the rule, which shares a sum out over the run: in one of a few updates at most an eighth of a matrix in each.
+    """At most an eighth of a matrix decays in one update: in a run of few updates the rule would ask for more.
 
-    A quarter of one that is four times as tall as wide, whose rate is twice as high (optim.apply_update).
+    Tall matrices, whose rate is doubled (optim.apply_update), lose a quarter.
     """
     most = 0.125 / max(args.matrix_lr * horizon.lr_scale, 1e-9)
     return min(args.weight_decay * horizon.weight_decay_scale, most)
@@ -217,8 +226,7 @@ def main(argv: list[str] | None = None) -> int:
             num_iterations=horizon.num_iterations, total_batch_size=horizon.total_batch_size,
             grad_accum_steps=accumulation_steps(horizon.total_batch_size, rows, args.max_seq_len, world_size),
             warmup_steps=args.warmup_steps, warmdown_ratio=args.warmdown_ratio, final_lr_frac=args.final_lr_frac,
-            expand_at=expand_at, muon_momentum=OptimizerSettings(**optimizer_switches).muon_momentum,
-            eval_every=args.eval_every, sample_every=args.sample_every, save_every=args.save_every,
+            expand_at=expand_at, eval_every=args.eval_every, sample_every=args.sample_every, save_every=args.save_every,
             keep_last=args.keep_last,
             log_every=10 if device.type == "cuda" else 1, compile=args.compile, stage_name="pretraining",
         ),

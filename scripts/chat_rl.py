@@ -73,8 +73,9 @@ def main(argv: list[str] | None = None) -> int:
     tag = find_run(args.source, args.model_tag, heir="rl" if args.resume != "none" else None)
     stage = open_stage("rl", tag, tag, args.resume)
     rollout_settings = RolloutSettings(
-        args.objective, args.examples_per_step, args.num_samples, args.max_new_tokens, args.temperature, args.top_k,
-        args.kl_weight, args.seed,
+        objective=args.objective, examples_per_step=args.examples_per_step, num_samples=args.num_samples,
+        max_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, kl_weight=args.kl_weight,
+        seed=args.seed,
     )  # fmt: skip
 
     # Where it starts, and for how long it goes on

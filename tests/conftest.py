@@ -13,7 +13,7 @@ import pytest
 
 from nanochat import builtin_corpus
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import test_data_dir
+from nanochat.common import find_test_data
 from nanochat.engine import Engine
 from nanochat.tokenizer import Tokenizer
 from tests.helpers import make_document, write_corpus
@@ -57,7 +57,7 @@ def _small_builtin_corpus(request: pytest.FixtureRequest, monkeypatch: pytest.Mo
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real texts and tasks; the test is skipped where it is absent."""
-    path = test_data_dir()
+    path = find_test_data()
     if path is None:
         pytest.skip("real data is absent: set NANOCHAT_TEST_DATA to its folder")
     return path

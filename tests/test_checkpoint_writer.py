@@ -26,21 +26,22 @@ def test_without_memory_for_copies_the_step_is_written_at_once(
     tmp_path: Path, error: Exception, copied: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many of the tensors were copied before; none of these copies stays, and the next save tries again."""
-    writer, copy, calls = CheckpointWriter(tmp_path, keep_last=2), CheckpointWriter._copy, []
+    writer, copy, calls = CheckpointWriter(tmp_path, keep_last=2), torch.Tensor.copy_, []
 
-    def fail(self: CheckpointWriter, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        calls.append(name)
+    def fail(buffer: torch.Tensor, tensor: torch.Tensor, **settings: bool) -> torch.Tensor:
+        calls.append(tensor)
         if len(calls) > copied:
             raise error
-        return copy(self, name, tensor)
+        return copy(buffer, tensor, **settings)
 
     writer.start(1, MODEL, OPTIMIZER, {"note": 1}, None)
     writer.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointWriter, "_copy", fail)
+        patch.setattr(torch.Tensor, "copy_", fail)
         writer.start(2, MODEL, OPTIMIZER, {"note": 2}, None)
     assert list_steps(tmp_path) == [1, 2]  # before anybody waits
-    assert writer._copies == {}
+    assert len(calls) == copied + 1
+    assert writer._copies == ({}, {})
     writer.wait()
     writer.start(3, MODEL, OPTIMIZER, {"note": 3}, None)
     writer.wait()
@@ -50,12 +51,12 @@ def test_without_memory_for_copies_the_step_is_written_at_once(
 
 
 def test_what_goes_wrong_then_is_for_whoever_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **settings: bool) -> None:
         raise MemoryError
 
     (tmp_path / "file").touch()
     writer = CheckpointWriter(tmp_path / "file", keep_last=2)
-    monkeypatch.setattr(CheckpointWriter, "_copy", fail)
+    monkeypatch.setattr(torch.Tensor, "copy_", fail)
     writer.start(1, MODEL, OPTIMIZER, {}, None)
     with pytest.raises(NotADirectoryError):
         writer.wait()

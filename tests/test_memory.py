@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-import torch
 
 from nanochat.memory import Layout, activation_bytes, largest_depth, loss_bytes, main, training_bytes
 from nanochat.scaling import model_config
@@ -11,12 +12,10 @@ from tests.helpers import make_model
 
 
 def test_weights_and_optimizer_are_counted_as_they_are() -> None:
-    """Without activations to speak of: what the parameters, their gradients and the optimizer's tensors really take."""
+    """Without activations to speak of: what the parameters, their gradients and the optimizer's tensors, there from the
+    start, really take."""
     model = make_model(sequence_len=2048, n_layer=2)  # for which activations take more than the optimizer does on its way
     optimizer = model.setup_optimizer()
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    optimizer.step()
     real = sum(8 * parameter.numel() for parameter in model.parameters())
     real += sum(tensor.nbytes for tensor in optimizer.state_dict().values())
     counted = training_bytes(model.config) - activation_bytes(model.config, 1) - loss_bytes(model.config, 1)
@@ -39,6 +38,14 @@ def test_each_way_to_save_memory_saves_some() -> None:
     assert depths == sorted(depths)
     assert depths[-1] > depths[0]
     assert largest_depth(1e6, 1024, 4096, 1, Layout()) == 0
+
+
+def test_the_largest_table_is_whole_while_it_is_read() -> None:
+    """Of a model that is cut: that of pairs of tokens, where it has one, with its gradient."""
+    config = model_config(4, 4096, 256)
+    layout = Layout(10**9, fsdp=True)  # what is cut is next to nothing
+    sizes = [training_bytes(replace(config, bigrams=bigrams), 1, layout) for bigrams in (2, 4)]
+    assert sizes[1] - sizes[0] == 8 * 2 * 4096 * config.n_embd
 
 
 def test_the_table(capsys: pytest.CaptureFixture) -> None:

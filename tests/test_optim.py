@@ -161,7 +161,7 @@ def test_muon_is_written_out_in_ten_lines(shape: tuple[int, int], monkeypatch: p
     monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
     generator = torch.Generator().manual_seed(0)
     parameter = torch.nn.Parameter(torch.randn(shape, generator=generator))
-    optimizer = MuonAdamW([Group("muon", ["p"], [parameter], 0.1, betas=(0.0, 0.9), momentum=0.95)])
+    optimizer = MuonAdamW([Group("muon", ["p"], [parameter], 0.1, betas=(0.0, 0.9), initial_momentum=0.95)])
     value, average, mean_square = parameter.detach().clone(), torch.zeros(shape), 0.0
     for _ in range(3):
         grad = torch.randn(shape, generator=generator)
@@ -234,6 +234,20 @@ def test_state_goes_on_exactly() -> None:
     train(two, resumed, range(3, 6))
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_an_optimizer_that_has_done_nothing_yet_has_a_state() -> None:
+    """Of zeros, and of the same names and shapes as later."""
+    model = make_model()
+    optimizer = model.setup_optimizer()
+    before = {name: tensor.clone() for name, tensor in optimizer.state_dict().items()}
+    idx = torch.randint(300, (2, 32), generator=torch.Generator().manual_seed(0))
+    model(idx, idx).backward()
+    optimizer.step()
+    after = optimizer.state_dict()
+    assert {name: tensor.shape for name, tensor in before.items()} == {name: tensor.shape for name, tensor in after.items()}
+    assert not any(tensor.any() for tensor in before.values())
+    assert any(tensor.any() for name, tensor in after.items() if name != "steps")
 
 
 # ----------------------------------------------------------------------------- schedules and scaling

@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from nanochat.checkpoint_manager import get_stage_dir, list_steps, load_checkpoi
 from nanochat.common import NanochatError, read_json_lines
 from nanochat.engine import Engine
 from nanochat.kv_cache import BLOCK_SIZE
+from nanochat.lanes import epoch_order
 from nanochat.rl import RolloutLoader, RolloutSettings, compute_advantages, make_policy_loss, policy_logprobs
 from nanochat.tokenizer import Tokenizer
 from scripts import chat_rl
@@ -115,6 +117,14 @@ def test_tool_output_is_not_learned(engine: Engine) -> None:
     assert outputs > 3
 
 
+def test_each_epoch_has_an_order_of_its_own() -> None:
+    """Always the same one: runs go on as they began."""
+    orders = [epoch_order(-1, epoch, 50).tolist() for epoch in range(6)]
+    assert all(sorted(order) == list(range(50)) for order in orders)
+    assert len(set(map(tuple, orders))) == 6
+    assert orders[3] == np.random.default_rng([2**64 - 1, 3]).permutation(50).tolist() == epoch_order(-1, 3, 50).tolist()
+
+
 def test_the_gradient_is_that_of_the_weighted_likelihood(engine: Engine) -> None:
     """Against the formula written out over whole, unpadded answers; for every objective and a distance, too."""
     reference = make_model(seed=5, vocab_size=engine.model.config.vocab_size, sequence_len=256)
@@ -122,8 +132,8 @@ def test_the_gradient_is_that_of_the_weighted_likelihood(engine: Engine) -> None
         settings = _settings(objective=objective, kl_weight=kl_weight)
         loader = RolloutLoader(engine, Vowels(), settings, micro_batches=3)
         answers, rewards, *counted = loader._roll_out()
-        loader._count(answers, rewards, *counted)
-        batches = loader._make_batches(answers, rewards)
+        metrics = loader._count(answers, rewards, *counted)
+        batches = loader._make_batches(answers, rewards, metrics["rl/reward"])
         loss_fn, count_fn = make_policy_loss(settings, reference if kl_weight else None)
         count = sum(count_fn(batch) for batch in batches)
         engine.model.zero_grad()

@@ -54,7 +54,7 @@ def test_rates_and_decay_of_every_update(config: dict[str, float], factor: Calla
 
 def test_momentum_of_every_update(tmp_path: Path) -> None:
     """Up from 0.85 over a quarter of the run, and down half that way as the rates warm down."""
-    trainer = make_trainer(tmp_path, num_iterations=N, warmdown_ratio=0.5, muon_momentum=0.95)
+    trainer = make_trainer(tmp_path, num_iterations=N, warmdown_ratio=0.5)
     seen = watch(trainer)
     trainer.train()
     for k, groups in enumerate(seen):

@@ -16,11 +16,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import nanochat.stage
+from nanochat import checkpoint_writer
 from nanochat.checkpoint_manager import list_steps, load_checkpoint, read_meta, read_tensors
 from nanochat.common import NanochatError, get_base_dir
 from nanochat.gpt import GPT, GPTConfig
@@ -305,6 +307,27 @@ def test_a_loss_that_is_no_number_stops_the_run(corpus: Path, monkeypatch: pytes
     with pytest.raises(NanochatError, match=r"no longer a number at step 5: the last good checkpoint is step 4"):
         _train(corpus, "nan", "--save-every=2")
     assert list_steps(Path(os.environ["NANOCHAT_BASE_DIR"]) / "runs" / "nan" / "base") == [2, 4]
+
+
+def test_a_loss_that_is_no_number_is_named_though_a_save_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """And the step whose checkpoint is not there is no longer called the best."""
+    trainer = make_trainer(tmp_path, save_every=2, eval_every=2, best_metric="x")
+    trainer.evaluations = [(2, lambda: {"x": float(trainer.step)})]
+    save, loss_fn = checkpoint_writer.save_checkpoint, trainer._passes.loss_fn
+
+    def save_once(stage_dir: Path, step: int, *rest: Any) -> None:
+        if step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device", str(stage_dir))
+        save(stage_dir, step, *rest)
+
+    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", save_once)
+    trainer._passes.loss_fn = lambda model, batch: loss_fn(model, batch) * (math.nan if trainer.step == 4 else 1)
+    with pytest.raises(NanochatError, match="no longer a number at step 5: the last good checkpoint is step 2"):
+        trainer.train()
+    assert "a checkpoint could not be written; training goes on. the disk is full" in capsys.readouterr().out
+    assert json.loads((tmp_path / "best.json").read_text()) == {"step": 2, "x": 2.0}
 
 
 def test_weights_that_are_no_numbers_are_not_saved(corpus: Path) -> None:

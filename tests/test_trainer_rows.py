@@ -28,6 +28,13 @@ def test_a_row_of_several_updates_has_their_mean_loss(tmp_path: Path) -> None:
     assert len(set(losses)) == 7
 
 
+@pytest.mark.parametrize("never", [0, -1])
+def test_rows_that_are_never_due_are_one_of_all_updates(never: int, tmp_path: Path) -> None:
+    losses = [row["train/loss"] for row in train_rows(tmp_path / "each")]
+    (row,) = train_rows(tmp_path / "last", log_every=never)
+    assert (row["step"], row["train/loss"]) == (7, pytest.approx(sum(losses) / 7))
+
+
 @pytest.mark.parametrize("log_every", [1, 2])
 def test_mfu_is_the_share_of_what_the_machine_could_have_done(
     log_every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
