@@ -44,6 +44,7 @@ from nanochat.common import (
 )
 from nanochat.compilation import can_compile, measure_matmul_rate
 from nanochat.gpt import GPT
+from nanochat.loss_scale import LossScale
 from nanochat.metrics import MetricsLog
 from nanochat.optim import MuonAdamW
 from nanochat.passes import Batch, Passes, summed_loss
@@ -122,11 +123,11 @@ class Trainer:
         self.model, self.optimizer, self.loader, self.config = model, optimizer, loader, config
         self._recompute_blocks = model.recompute_blocks
         self.stage_dir, self.metrics, self.meta = stage_dir, metrics, meta
-        self._resume = f"--model-tag {stage_dir.parent.name} --resume auto"
+        self._resume = f"the same command and --model-tag {stage_dir.parent.name} --resume auto"
         self.evaluations = [*evaluations, *([(config.eval_every, evaluate)] if evaluate else [])]
         self.sample_fn = sample
         self.count_fn, self.step_metrics = count_fn, step_metrics
-        self._passes = Passes(model, loss_fn)
+        self._passes, self._loss_scale = Passes(model, loss_fn), LossScale(model.get_compute_dtype())
         self.ddp, self.rank, _, self.world_size = get_dist_info()
         self.device = model.get_device()
         self._flops_per_token = [model.estimate_flops(idle_blocks) for idle_blocks in (model.config.n_layer - 1, 0)]
@@ -150,7 +151,7 @@ class Trainer:
         """
         return {
             "step": self.step, "time_s": self.time_s, "results": self.results, "best": self.best,
-            "loader": gather_objects(loader_state or self.loader.state_dict()),
+            "loader": gather_objects(loader_state or self.loader.state_dict()), "loss_scale": self._loss_scale.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -164,6 +165,9 @@ class Trainer:
         self._logged_time_s = self.time_s
         self.best = state["best"]
         self._saved_step = self.step
+        self._loss_scale.load_state_dict(state.get("loss_scale", {}))
+        if self.rank == 0:
+            self._write_best()  # what the file says may be of a step that is set aside now
         self.loader.load_state_dict(state["loader"])
 
     def save(self, wait: bool = False, loader_state: dict[str, Any] | None = None) -> None:
@@ -296,13 +300,7 @@ class Trainer:
 
     def _prepare(self) -> None:
         self.model.train()
-        compute_dtype = self.model.get_compute_dtype()
-        if compute_dtype == torch.float16:
-            raise NanochatError(
-                "training in float16 would lose most gradients, which are too small for it: set NANOCHAT_DTYPE to bfloat16 or "
-                "float32; float16 is for generating"
-            )
-        self.matmul_rate = measure_matmul_rate(self.device, compute_dtype) * self.world_size
+        self.matmul_rate = measure_matmul_rate(self.device, self.model.get_compute_dtype()) * self.world_size
         if self.config.compile and (reason := can_compile(self.device)) is not None:
             if self.rank == 0:
                 print(f"training without torch.compile: {reason}")
@@ -340,9 +338,11 @@ class Trainer:
         config = self.config
         started = time.perf_counter()
         batches, count = self._fetch()
-        loss = self._passes.run(batches, count)
+        scale = self._loss_scale.factor
+        loss = self._passes.run(batches, count / scale) / scale
         factor = self._set_schedules()
-        self.optimizer.step()
+        if self._loss_scale.unscale(self.model.parameters()):
+            self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
         self._pending.append(loss)

@@ -338,12 +338,6 @@ def test_weights_that_are_no_numbers_are_not_saved(corpus: Path) -> None:
     assert all(tensor.isfinite().all() for step in list_steps(stage_dir) for tensor in _weights(stage_dir, step).values())
 
 
-def test_training_in_float16_is_refused(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NANOCHAT_DTYPE", "float16")
-    with pytest.raises(NanochatError, match="NANOCHAT_DTYPE"):
-        _train(corpus, "half")
-
-
 def test_a_crash_while_sampling_costs_nothing(
     corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
