@@ -7,6 +7,7 @@ gradient of a cross-entropy needs nothing from later layers but a scalar factor.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -43,10 +44,11 @@ def softcapped_cross_entropy(
         return token_losses(x, weight, targets, cap)
     if reduction not in ("mean", "sum"):
         raise ValueError(f"loss_reduction must be mean, sum or none, not {reduction!r}")
-    if x.dtype == torch.float16:
-        x = x.float()  # the exponentials below need more range
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        total = _FusedLoss.apply(x, weight, targets, cap, loss_of or chunk_loss)
+        loss_of = loss_of or chunk_loss
+        if x.dtype == torch.float16:
+            loss_of = functools.partial(half_loss, loss_of=loss_of)
+        total = _FusedLoss.apply(x, weight, targets, cap, loss_of)
     else:
         total = token_losses(x, weight, targets, cap).sum()
     if reduction == "sum":
@@ -134,9 +136,17 @@ def chunk_loss(
     return loss, gradient, scale, (x * scale).to(x.dtype)
 
 
+def half_loss(
+    logits: torch.Tensor, targets: torch.Tensor, x: torch.Tensor, cap: float, loss_of: ChunkLoss
+) -> tuple[torch.Tensor, ...]:
+    """`chunk_loss` for float16, which has room for the gradient only once it was divided by the sums of exponentials."""
+    loss, gradient, scale, _ = loss_of(logits.float(), targets, x, cap)
+    return loss, gradient.mul_(scale).to(x.dtype), torch.ones_like(scale), x
+
+
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a @ b, for a float32 total; on a GPU in the product itself, else by rows that the cache holds."""
-    if total.device.type == "cuda" and a.dtype == torch.bfloat16:
+    if total.device.type == "cuda" and a.dtype != torch.float32:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
         return
     for rows, part in zip(total.split(PRODUCT_ROWS), a.split(PRODUCT_ROWS), strict=True):
