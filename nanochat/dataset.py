@@ -50,12 +50,20 @@ class Source:
         """
         if split not in ("train", "val"):
             raise ValueError(f"split must be train or val, not {split!r}")
-        files = self.val_files if split == "val" and self.val_files else self.train_files
+        files = self._files(split)
         limit = None if self.val_files else self._hash_limit
         for first, documents in self._batches(files, start):
             for number, document in enumerate(documents, first):
                 if _has_content(document) and (limit is None or (_hash(document) < limit) == (split == "val")):
                     yield number, document
+
+    def _files(self, split: str) -> list[DocumentFile]:
+        return self.val_files if split == "val" and self.val_files else self.train_files
+
+    def address(self, split: str, number: int) -> str:
+        """Of the file that the document of that number is in."""
+        files = self._files(split)
+        return files[self._file_with(files, number)[0]].address
 
     def documents(self, split: str) -> Iterator[str]:
         """The texts of a split. Raises NanochatError if the source holds tokens."""
@@ -104,8 +112,8 @@ class Source:
     def _hash_limit(self) -> int:
         """Documents with a lower hash are for validation; a small source gives at least its lowest one."""
         documents = itertools.chain.from_iterable(batch for _, batch in self._batches(self.train_files, 0))
-        hashes = [_hash(document) for document in itertools.islice(filter(_has_content, documents), 1000)]
-        if len(hashes) < 2:
+        hashes = {_hash(document) for document in itertools.islice(filter(_has_content, documents), 1000)}
+        if len(hashes) < 2:  # also if it is there a thousand times
             raise NanochatError(f"{self.name} holds a single document: add a file whose name says val for validation")
         return max(int(VAL_SHARE * 2**32), min(hashes) + 1)
 
@@ -173,6 +181,7 @@ class HubRepository:
 
     repo_id: str
     num_shards: int
+    public_folder: str = ""  # where the public nanochat keeps it, in the same base directory
 
     @staticmethod
     def file(number: int) -> str:
@@ -184,9 +193,19 @@ class HubRepository:
 
 
 HUB_REPOSITORIES = {
-    "climbmix": HubRepository("karpathy/climbmix-400b-shuffle", 6543),
-    "fineweb-edu": HubRepository("karpathy/fineweb-edu-100b-shuffle", 1823),
+    "climbmix": HubRepository("karpathy/climbmix-400b-shuffle", 6543, "base_data_climbmix"),
+    "fineweb-edu": HubRepository("karpathy/fineweb-edu-100b-shuffle", 1823, "base_data"),
 }
+
+
+def hub_files(name: str) -> tuple[Path, list[Path]]:
+    """(the directory of a hub data set, its shards on disk): the public nanochat's, where only that holds some."""
+    ours = get_base_dir() / "data" / name
+    public = HUB_REPOSITORIES[name].public_folder
+    for directory in (ours, get_base_dir() / public) if public else (ours,):
+        if files := sorted(directory.glob("shard_*.parquet")):
+            return directory, files
+    return ours, []
 
 
 class HubSource(Source):
@@ -195,8 +214,7 @@ class HubSource(Source):
     def __init__(self, name: str) -> None:
         self.name = name
         repository = HUB_REPOSITORIES[name]
-        directory = get_base_dir() / "data" / name
-        files = sorted(directory.glob("*.parquet"))
+        directory, files = hub_files(name)
         val = [path for path in files if path.name == repository.val_file]
         train = [path for path in files if path.name != repository.val_file]
         if not val or not train:
@@ -212,7 +230,7 @@ SOURCES = {"builtin": BuiltinSource, "climbmix": HubSource, "fineweb-edu": HubSo
 
 def default_source_name() -> str:
     """What commands read when no --data is given: "climbmix" where it was downloaded, else "builtin", and says so."""
-    if any((get_base_dir() / "data" / "climbmix").glob("*.parquet")):
+    if hub_files("climbmix")[1]:
         return "climbmix"
     print0(
         "reading the builtin text, since climbmix is not downloaded (python -m nanochat.dataset -n 8 fetches some of it, "
@@ -239,7 +257,7 @@ def download(name: str, num_shards: int, workers: int = 4) -> None:
     if workers < 1:
         raise NanochatError(f"--num-workers {workers} is too small: choose 1 or more")
     repository = HUB_REPOSITORIES[name]
-    directory = get_base_dir() / "data" / name
+    directory, _ = hub_files(name)
     num_shards = repository.num_shards - 1 if num_shards < 0 else min(num_shards, repository.num_shards - 1)
     names = [*map(repository.file, range(num_shards)), repository.val_file]
     disable_progress_bars()  # one for each file; ours is of all

@@ -34,6 +34,7 @@ from nanochat.common import (
     run_command,
 )
 from nanochat.compilation import can_compile, expected_mfu, measure_matmul_rate, measure_memory_rate
+from nanochat.dataset import hub_files
 from nanochat.gpt import GPT
 from nanochat.memory import RESERVED, Layout, largest_depth
 from nanochat.report import cpu_name
@@ -94,7 +95,8 @@ def _has_nvidia_gpu() -> bool:
 
 def examine_software() -> Iterator[Finding]:
     yield Finding("software", "Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    yield Finding("software", "PyTorch", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    threads = torch.get_num_threads()
+    yield Finding("software", "PyTorch", f"{torch.__version__}, {threads} thread{'s' * (threads != 1)}")
     try:
         core, extras = list_packages()
     except importlib.metadata.PackageNotFoundError:
@@ -182,9 +184,9 @@ def examine_base_dir() -> Iterator[Finding]:
     free = shutil.disk_usage(base_dir).free
     problem: dict[str, Any] = {"way_out": way_out, "essential": free < LEAST_DISK} if free < MODEST_DISK else {}
     yield Finding("used", "base directory", f"{base_dir} ({why}), {free / 1e9:.1f} GB free", **problem)
-    shards = len(list((base_dir / "data" / "climbmix").glob("*.parquet")))
-    text = f"{shards} shards of climbmix" if shards else "the builtin text, since climbmix is not downloaded"
-    yield Finding("used", "data", text)
+    directory, shards = hub_files("climbmix")
+    text = f"{len(shards)} shard{'s' * (len(shards) != 1)} of climbmix in {directory}"
+    yield Finding("used", "data", text if shards else "the builtin text, since climbmix is not downloaded")
 
 
 def examine_hub() -> Finding:

@@ -1,6 +1,6 @@
 """Where a run's numbers go beside metrics.jsonl: Weights & Biases, TensorBoard, trackio. Used by metrics.py.
 
-To add one, write a class with the methods of Logger and enter it in LOGGERS: flags, help and replaying follow.
+To add one, write a class with the members of Logger and enter it in LOGGERS: flags, help and replaying follow.
 All get the same numbers under the same names, those of metrics.jsonl.
 """
 
@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from nanochat.common import NanochatError, atomic_write, complain
 
@@ -33,7 +33,12 @@ class LoggedRun:
 
 
 class Logger(Protocol):
-    """Made with a LoggedRun, which it opens: a new one, or the very one that it wrote before where the run is resumed."""
+    """Made with a LoggedRun, which it opens: a new one, or the very one that it wrote before where the run is resumed.
+
+    package: what it imports, an extra of pyproject.toml by the same name; None: nothing that might be missing.
+    """
+
+    package: ClassVar[str | None]
 
     def __init__(self, run: LoggedRun) -> None: ...
     def log(self, step: int, numbers: Mapping[str, float]) -> None: ...
@@ -42,6 +47,8 @@ class Logger(Protocol):
 
 class WandbLogger:
     """One Weights & Biases run for a stage; its id is kept in the stage's directory. WANDB_MODE=offline is heeded."""
+
+    package: ClassVar[str | None] = "wandb"
 
     def __init__(self, run: LoggedRun) -> None:
         import wandb
@@ -66,6 +73,8 @@ class WandbLogger:
 class TensorBoardLogger:
     """Event files in `tensorboard/` of the stage. A resumed run hides what it wrote after the step it goes on from."""
 
+    package: ClassVar[str | None] = "tensorboard"
+
     def __init__(self, run: LoggedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -82,6 +91,8 @@ class TensorBoardLogger:
 
 class TrackioLogger:
     """A trackio run in its local database (`trackio show`), or where TRACKIO_SPACE_ID or TRACKIO_SERVER_URL says."""
+
+    package: ClassVar[str | None] = "trackio"
 
     def __init__(self, run: LoggedRun) -> None:
         import trackio
@@ -102,9 +113,12 @@ LOGGERS: dict[str, type[Logger]] = {"wandb": WandbLogger, "tensorboard": TensorB
 
 
 def check_installed(name: str) -> None:
-    """Raise NanochatError if the package of a logger is missing; it has the logger's name."""
-    if importlib.util.find_spec(name) is None:
-        raise NanochatError(f"{name} is not installed: bash runs/setup.sh {name}, or pip install {name}, or leave it out")
+    """Raise NanochatError if the package of a logger is missing."""
+    package = LOGGERS[name].package
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise NanochatError(
+            f"{package} is not installed: bash runs/setup.sh {package}, or pip install {package}, or leave out {name}"
+        )
 
 
 class BackgroundLogger:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
 T = TypeVar("T")
@@ -62,8 +62,10 @@ class Progress:
     def __enter__(self) -> Progress:
         self._began = time.perf_counter()
         if self.active and self._console.is_terminal:
+            count = "{task.completed:,} " + f"{self.unit}s"
+            done: ProgressColumn = TextColumn(count) if self.total is None else MofNCompleteColumn()
             self._bar = RichProgress(
-                TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"),
+                TextColumn("{task.description}"), BarColumn(None), done, TextColumn("{task.fields[numbers]}"),
                 console=self._console, auto_refresh=False, expand=True,
             )  # fmt: skip
             self._task = self._bar.add_task(self.stage, total=self.total, completed=self.start, numbers="starting")

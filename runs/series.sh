@@ -11,7 +11,8 @@ bash runs/setup.sh
 source .venv/bin/activate
 flags=("${@:2}")  # used below as macOS's old Bash wants it, which takes an empty list for an unset one
 launch=(python -m)
-[ "${NPROC:-1}" = 1 ] || launch=(torchrun --standalone --nproc_per_node="$NPROC" --shutdown-timeout=300 -m --)
+nproc="${NPROC:-${NPROC_PER_NODE:-1}}"
+[ "$nproc" = 1 ] || launch=(torchrun --standalone --nproc_per_node="$nproc" --shutdown-timeout=300 -m --)
 
 # train TAG FLAGS...: one run of a series, gone on with where it was
 train() {

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # The full pipeline at depth 24 on a node of GPUs: bash runs/speedrun.sh
 # In a terminal that outlives the connection: screen -L -Logfile speedrun.log -S speedrun bash runs/speedrun.sh
-# DEPTH, NPROC, MODEL_TAG, WANDB_RUN and SHARDS (of text: 240 are for depth 24, 30 for depth 12) may be set. Run again
+# DEPTH, NPROC (or NPROC_PER_NODE), MODEL_TAG, WANDB_RUN and SHARDS (of text: 240 are for depth 24, 30 for depth 12) may be set. Run again
 # after an interruption, it goes on where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 depth="${DEPTH:-24}"
-nproc="${NPROC:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c "^GPU " || true)}"
+nproc="${NPROC:-${NPROC_PER_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c "^GPU " || true)}}"
 tag="${MODEL_TAG:-d$depth}"
 run="${WANDB_RUN:-dummy}"
 if [ "$nproc" -lt 1 ]; then

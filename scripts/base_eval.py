@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat.checkpoint_manager import get_stage_dir, load_model
-from nanochat.common import NanochatError, compute_init, get_base_dir, run_command
+from nanochat.common import NanochatError, compute_init, from_rank0, get_base_dir, print0, run_command
 from nanochat.core_eval import NUM_TASKS, NanochatScorer, Scorer, evaluate_core, find_bundle
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import get_source
@@ -42,7 +42,8 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     model.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
     model.add_argument("--hf-path", default=None, metavar="DIR|NAME", help="CORE of a Hugging Face model instead of ours")
     measures = parser.add_argument_group("what is measured")
-    measures.add_argument("--eval", default="bpb,sample", metavar="KIND,...", help=f"of {', '.join(KINDS)}")
+    measures.add_argument("--eval", default=None, metavar="KIND,...",
+                          help=f"of {', '.join(KINDS)} (default: all; without core where its data is not here)")  # fmt: skip
     measures.add_argument("--data", default=None, metavar="NAME|PATH", help="text to measure on (default: the run's own)")
     measures.add_argument("--split-tokens", type=int, default=-1, help="tokens of each split (-1: 2^20, or all)")
     measures.add_argument("--eval-bundle", type=Path, default=None, metavar="DIR", help="CORE's data (default: downloaded)")
@@ -56,10 +57,10 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    kinds = args.eval.split(",")
+    _, rank, _, world_size, device = compute_init(args.device_type)
+    kinds = from_rank0(args.eval.split(",") if args.eval else default_kinds(args))
     if unknown := set(kinds) - set(KINDS):
         raise NanochatError(f"--eval {', '.join(sorted(unknown))} is not measured here: choose from {', '.join(KINDS)}")
-    _, rank, _, world_size, device = compute_init(args.device_type)
     results: dict[str, Any] = {}
     if args.hf_path is not None:
         theirs = HuggingFaceScorer(args.hf_path, device)
@@ -99,6 +100,15 @@ def main(argv: list[str] | None = None) -> int:
         merge_eval(get_stage_dir(meta["tag"], "base"), meta["step"], results)
         show(results)
     return 0
+
+
+def default_kinds(args: Arguments) -> list[str]:
+    """All, but CORE only where its data is here or a flag is about it: nobody waits for a download unasked."""
+    asked = args.hf_path is not None or args.eval_bundle is not None or args.max_per_task != -1
+    if asked or (get_base_dir() / "eval_bundle" / "core.yaml").exists():
+        return list(KINDS)
+    print0("CORE is left out, since its data is not downloaded: --eval core fetches it and measures that")
+    return [kind for kind in KINDS if kind != "core"]
 
 
 def run_core(scorer: Scorer, bundle: Path | None, max_per_task: int, folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from typing import Any
 
-from nanochat.checkpoint_manager import load_model
+from nanochat.checkpoint_manager import STAGES, load_model
 from nanochat.common import NanochatError, compute_init, run_command
 from nanochat.engine import Engine, trim_conversation
 from nanochat.runner import prepare_for_inference
@@ -22,7 +22,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         "Talk to a model in the terminal.",
         examples=["%(prog)s", '%(prog)s --model-tag demo --temperature 0 -p "What is 23 + 58?"'],
     )
-    parser.add_argument("-i", "--source", default="sft", choices=("base", "sft", "rl"), help="stage of the model")
+    parser.add_argument("-i", "--source", default="sft", choices=STAGES, help="stage of the model")
     parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest with that stage)")
     parser.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
     parser.add_argument("--from-hf", default=None, metavar="DIR|NAME", help="a Hugging Face model instead of a run's")
@@ -49,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         chat.answer(args.prompt)
         return 0
     with contextlib.suppress(ImportError):  # Windows lacks it
-        import readline  # noqa: F401  # arrows and history for input(), and lines longer than a terminal's 4,095 bytes
+        import readline  # arrows and history for input(), and lines longer than a terminal's 4,095 bytes
+
+        readline.parse_and_bind("set enable-bracketed-paste on")  # what is pasted is one message, however many its lines
     print(f"nanochat {meta['tag']} ({args.source}, step {meta['step']}). {HELP}")
     interrupted = False
     while True:
@@ -76,6 +78,7 @@ class Chat:
     def __init__(self, engine: Engine, args: Arguments) -> None:
         self.engine, self.args, self.tokenizer = engine, args, engine.tokenizer
         self.messages: list[dict[str, Any]] = []
+        self.name = "nanochat: " if args.prompt is None else ""
         self.color = sys.stdout.isatty()
         dim, plain = (DIM, PLAIN) if self.color else ("", "")
         special = self.tokenizer.encode_special
@@ -90,7 +93,6 @@ class Chat:
             self.messages.clear()
             print("A new conversation.")
         elif text:
-            print("nanochat: ", end="", flush=True)
             try:
                 self.answer(text)
             except NanochatError as error:  # too long a message is no reason to lose the conversation
@@ -118,8 +120,11 @@ class Chat:
             prompt, 1, max_tokens=self.args.max_tokens, temperature=self.args.temperature, top_k=self.args.top_k,
             seed=self.args.seed,
         )  # fmt: skip
+        name = self.name  # shown with the first token: what goes wrong before is not the model's word
         try:
             for (token,), _ in stream:
+                print(name, end="")
+                name = ""
                 if token in self.engine.stop_ids:
                     break
                 tokens.append(token)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat.chat_eval import CHATCORE_TASKS, Answering, TaskResult, chatcore, evaluate_task
-from nanochat.checkpoint_manager import get_stage_dir, load_model
+from nanochat.checkpoint_manager import STAGES, get_stage_dir, load_model
 from nanochat.common import NanochatError, compute_init, run_command
 from nanochat.engine import Engine
 from nanochat.progress import Progress
@@ -31,7 +31,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         examples=["%(prog)s --model-tag d12", '%(prog)s -i rl -a "GSM8K|HumanEval" -n 8 -t 0.8'],
     )
     model = parser.add_argument_group("model")
-    model.add_argument("-i", "--source", default="sft", choices=("base", "sft", "rl"), help="stage of the model")
+    model.add_argument("-i", "--source", default="sft", choices=STAGES, help="stage of the model")
     model.add_argument("-g", "--model-tag", default=None, metavar="TAG", help="run (default: the newest with that stage)")
     model.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
     tasks = parser.add_argument_group("tasks")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nanochat.chat_eval import sample_answers
 from nanochat.checkpoint_manager import find_run
-from nanochat.common import NanochatError, compute_init, print0, run_command
+from nanochat.common import NanochatError, compute_init, from_rank0, get_base_dir, print0, run_command
 from nanochat.compilation import keep_freed_memory
 from nanochat.conversation_loader import ConversationLoader, estimate_tokens, fingerprint
 from nanochat.engine import Engine
@@ -45,7 +45,8 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     data = parser.add_argument_group("data")
     data.add_argument("--model-step", type=int, default=None, help="base checkpoint to start from (default: the newest)")
     data.add_argument("--from-hf", default=None, metavar="DIR|NAME", help="start from a Hugging Face model: makes it a run")
-    data.add_argument("--tasks", default=DEFAULT_TASKS, metavar="NAME[*TIMES],...", help="mixture; :MOST cuts a task")
+    data.add_argument("--tasks", default=None, metavar="NAME[*TIMES],...",
+                      help=f"mixture; :MOST cuts a task (default: {DEFAULT_TASKS})")  # fmt: skip
     data.add_argument("--task-data", type=Path, default=None, metavar="DIR", help="local folder instead of the hub")
     data.add_argument("--max-seq-len", type=int, default=-1, help="row length (-1: the base model's context)")
     optimization = parser.add_argument_group("optimization")
@@ -62,6 +63,15 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     optimization.add_argument("--sample-every", type=int, default=-1, help="show answers (-1: at the end only)")
     add_training_arguments(parser)
     return parser.parse_args(argv)
+
+
+def default_tasks() -> str:
+    """The mixture of a stage that was told none: with the user's own identity, where the public recipes keep one."""
+    path = get_base_dir() / "identity_conversations.jsonl"
+    if not path.exists():
+        return DEFAULT_TASKS
+    print0(f"{path} takes the place of Identity in the mixture (--tasks chooses another)")
+    return DEFAULT_TASKS.replace("Identity", str(path))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         usual, together = meta["settings"]["total_batch_size"], sequence_len * world_size * max(1, args.device_batch_size)
         fitted = fit_batch(usual, together) if usual % together else usual
         total_batch_size = stage.recorded_settings().get("total_batch_size", fitted)
+    args.tasks = from_rank0(args.tasks or stage.recorded_settings().get("tasks") or default_tasks())
     train_task = build_mixture(args.tasks, "train", args.task_data)
     val_task = build_mixture(args.tasks, "val", args.task_data)
     mixture = {"conversations": len(train_task), "mixture": fingerprint(train_task)}
@@ -158,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     stats = loader.stats()
     print0(
         f"{stats['conversations']:,} conversations read, {stats['truncated']:,} truncated to {sequence_len} tokens, "
-        f"{stats['skipped']:,} of them without an answer left; rows {stats['filled']:.0%} full"
+        f"{stats['skipped']:,} without an answer left; rows {stats['filled']:.0%} full"
     )
     return 0
 

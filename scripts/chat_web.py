@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import torch
 import uvicorn
 
-from nanochat.checkpoint_manager import load_model
+from nanochat.checkpoint_manager import STAGES, load_model
 from nanochat.common import NanochatError, compute_init, run_command
 from nanochat.compilation import in_own_thread, keep_freed_memory
 from nanochat.engine import Engine
@@ -24,13 +24,16 @@ from nanochat.server import create_app
 from nanochat.service import Limits, Service
 from nanochat.settings import Arguments, SettingsParser
 
+# The last two are this machine, as containers on it call it.
+LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]", "host.docker.internal", "host.containers.internal")
+
 
 def parse_arguments(argv: list[str] | None) -> Arguments:
     parser = SettingsParser(
         "Serve a model: chat page, runs page, OpenAI's API.",
         examples=["%(prog)s --model-tag demo", "%(prog)s --host 0.0.0.0 --port 8080 --api-key SECRET"],
     )
-    parser.add_argument("-i", "--source", default="sft", choices=("base", "sft", "rl"), help="stage of the model")
+    parser.add_argument("-i", "--source", default="sft", choices=STAGES, help="stage of the model")
     parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest with that stage)")
     parser.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
     parser.add_argument("--from-hf", default=None, metavar="DIR|NAME", help="a Hugging Face model instead of a run's")
@@ -68,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     limits = Limits(max_waiting=args.max_waiting, request_timeout_s=args.request_timeout, grace_s=args.grace)
     app = create_app(engines, meta["tag"], limits, args.api_key, origins, args.compile, allowed_hosts(args.host, args.api_key))
     url = f"http://{in_url(args.host)}:{args.port}"
-    print(f"{meta['tag']} ({args.source}, step {meta['step']}) is at {url} (Ctrl-C stops it)", flush=True)
+    others = "; --host 0.0.0.0 lets other machines in" if is_local(args.host) else ""
+    print(f"{meta['tag']} ({args.source}, step {meta['step']}) is at {url} (Ctrl-C stops it{others})", flush=True)
     if not args.api_key:
         print(f"for programs: OPENAI_BASE_URL={url}/v1, any API key", flush=True)
     if args.compile:
@@ -138,12 +142,13 @@ def in_url(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
+def is_local(host: str) -> bool:
+    return host.startswith("127.") or in_url(host) in LOCAL_HOSTS
+
+
 def allowed_hosts(host: str, api_key: str | None) -> list[str] | None:
     """The names by which a server of this machine alone may be asked where no key keeps others out; None: by any."""
-    # The last two are this machine, as containers on it call it.
-    local = ["localhost", "127.0.0.1", "[::1]", "host.docker.internal", "host.containers.internal"]
-    is_local = host.startswith("127.") or in_url(host) in local
-    return [*local, in_url(host)] if is_local and not api_key else None
+    return [*LOCAL_HOSTS, in_url(host)] if is_local(host) and not api_key else None
 
 
 def check_origin(origin: str) -> str:

@@ -96,8 +96,13 @@ def find_run_dir(run: str) -> Path:
         if any((directory / stage / SETTINGS_FILE).exists() for stage in STAGES):
             return directory
     known = sorted({settings.parent.parent.name for settings in get_runs_dir().glob(f"*/*/{SETTINGS_FILE}")})
-    nearest = difflib.get_close_matches(path.name, known, 3, 0.4) or known[:10]
-    hint = f"there are {', '.join(nearest)}" if nearest else "there is none yet: make one with python -m scripts.base_train"
+    if nearest := difflib.get_close_matches(path.name, known, 3, 0.4):
+        hint = f"did you mean {', '.join(nearest)}?"
+    elif known:
+        more = f" and {len(known) - 10} more" if len(known) > 10 else ""
+        hint = f"there are {', '.join(known[:10])}{more}"
+    else:
+        hint = "there is none yet: make one with python -m scripts.base_train"
     raise NanochatError(f"no run {run!r} in {get_runs_dir()}, nor a directory of one; {hint}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from nanochat.checkpoint_manager import load_model
+from nanochat.checkpoint_manager import STAGES, load_model
 from nanochat.common import NanochatError, run_command
 from nanochat.hf.export import FORMATS, check_output, export, push
 from nanochat.settings import Arguments, SettingsParser
@@ -16,7 +16,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         "Write a model in the form that Hugging Face's libraries load.",
         examples=["%(prog)s --output my-model", "%(prog)s --source rl --model-tag d12 --output d12-hf --push-to-hub me/d12"],
     )
-    parser.add_argument("-i", "--source", default="sft", choices=("base", "sft", "rl"), help="stage of the model")
+    parser.add_argument("-i", "--source", default="sft", choices=STAGES, help="stage of the model")
     parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest with that stage)")
     parser.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="new directory, or an older export")

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nanochat.checkpoint_manager import load_model
+from nanochat.checkpoint_manager import STAGES, load_model
 from nanochat.common import NanochatError, compute_init, run_command, synchronize
 from nanochat.compilation import keep_freed_memory, measure_memory_rate
 from nanochat.engine import Engine
@@ -34,7 +34,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "Measure how fast a model answers.",
         examples=["%(prog)s --model-tag d12", "%(prog)s --batch-sizes 1,32 --prompt-tokens 1000 --weights int8"],
     )
-    parser.add_argument("-i", "--source", default="sft", choices=("base", "sft", "rl"), help="stage of the model")
+    parser.add_argument("-i", "--source", default="sft", choices=STAGES, help="stage of the model")
     parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest with that stage)")
     parser.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
     parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
@@ -173,7 +173,8 @@ def _memory_bytes(device: torch.device) -> int:
 
 def show(report: dict[str, Any]) -> None:
     compiled = f"compiled in {report['compile_s']} s" if report["compiled"] else "not compiled"
-    table = Table(title=f"{report['model']}: {report['device']}, {report['dtype']}, weights {report['weights']}, {compiled}")
+    print(f"{report['model']}: {report['device']}, {report['dtype']}, weights {report['weights']}, {compiled}")
+    table = Table()
     headings = ("batch size", "first token", "each token", "tokens/s", "memory", "MBU")
     for heading in headings:
         table.add_column(heading, justify="right")

@@ -78,8 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         fetch = f"python -c \"import tiktoken; tiktoken.get_encoding('{key}')\""
         print(f"{name} is not compared, since its vocabulary is not in tiktoken's cache: {fetch} fetches it")
 
-    table = Table(title=f"bytes per token (vocabulary {tokenizer.get_vocab_size():,})", title_justify="left")
-    table.add_column("text")
+    table = Table("text")
     for column in ("bytes", "ours", *(f"{name} ({peer.n_vocab:,})" for name, peer in peers.items())):
         table.add_column(column, justify="right")
     for name, documents in texts.items():
@@ -93,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         counts = [sum(map(len, ours))]
         counts += [sum(len(peer.encode_ordinary(text)) for text in documents) for peer in peers.values()]
         table.add_row(name, f"{size:,}", *(f"{size / count:.3f}" for count in counts))
+    print(f"bytes per token (vocabulary {tokenizer.get_vocab_size():,})")  # a title of the table would be wrapped at its width
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     return 0
 

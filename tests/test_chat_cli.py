@@ -1,13 +1,18 @@
-"""The terminal chat stays where Ctrl-C was not meant for it."""
+"""The terminal chat stays where Ctrl-C was not meant for it, and takes what is pasted whole."""
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from scripts import chat_cli
+from tests.many_ranks import ROOT
 
 
 @pytest.mark.parametrize(
@@ -39,3 +44,31 @@ def test_only_a_second_ctrl_c_leaves(
     assert chat_cli.main(["--model-tag=tiny", "--device-type=cpu"]) == 0
     assert len(answered) == answers and "never read" not in answered
     assert capsys.readouterr().out.count("Ctrl-C once more") == hints
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS and Windows may have another line editor, or none")
+def test_lines_that_are_pasted_are_one_message(tiny_run: Path) -> None:
+    """As a terminal marks them that was asked to."""
+    import pty
+
+    code = "from scripts import chat_cli\nchat_cli.Chat.answer = lambda self, text: print('GOT', ascii(text))\n"
+    code += "chat_cli.main(['--model-tag=tiny', '--device-type=cpu'])"
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "INPUTRC": os.devnull}
+    terminal = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    with subprocess.Popen([sys.executable, "-c", code], **terminal, cwd=ROOT, env=environment) as chat:
+        os.close(theirs)
+
+        def read_until(pattern: bytes) -> bytes:
+            seen = b""
+            while not re.search(pattern, seen):
+                seen += os.read(ours, 4096)
+            return seen
+
+        try:
+            assert b"\x1b[?2004h" in read_until(b"You: ")
+            os.write(ours, b"\x1b[200~one\ntwo\nthree\x1b[201~\r")
+            assert b"GOT 'one\\ntwo\\nthree'" in read_until(b"GOT .*\n")
+        finally:
+            chat.kill()
+            os.close(ours)

@@ -86,11 +86,16 @@ def test_flops_are_those_that_were_counted() -> None:
 
 def test_a_run_that_is_not_there_is_named_with_its_nearest(two_runs: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
-    for wrong, hint in (("tinny", "there are tiny"), ("no/such/wide", "there are wide"), ("xyz", "there are tiny, wide")):
+    hints = {"tinny": r"did you mean tiny\?$", "no/such/wide": r"did you mean wide\?$", "xyz": "there are tiny, wide$"}
+    for wrong, hint in hints.items():
         with pytest.raises(NanochatError, match=f"no run '{wrong}'.*{hint}"):
             compare.main(["tiny", wrong, "--output", str(page)])
     with pytest.raises(NanochatError, match="no stage rl: choose --stage base or sft"):
         compare.main(["tiny", "--stage=rl", "--output", str(page)])
+    for n in range(20, 33):
+        shutil.copytree(two_runs / "tiny", two_runs / f"d{n}")
+    with pytest.raises(NanochatError, match=r"there are d20, (d\d\d, )+d29 and 5 more$"):
+        compare.main(["xyz", "--output", str(page)])
     assert not page.exists()
 
 

@@ -244,6 +244,20 @@ def test_the_command(tiny_run: Path, bundle: Path, capsys: pytest.CaptureFixture
     assert set(saved["core"]["tasks"]) == set(BUNDLE)
 
 
+def test_core_is_measured_where_its_data_is(
+    tiny_run: Path, bundle: Path, base_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--model-tag=tiny", "--split-tokens=512", "--device-type=cpu", "--no-compile"]
+    assert base_eval.main(flags) == 0
+    assert "--eval core fetches it" in capsys.readouterr().out
+    assert set(json.loads((tiny_run / "base" / "eval.json").read_text())) == {"step", "weights", "bpb", "samples"}
+    assert base_eval.default_kinds(base_eval.parse_arguments(["--max-per-task=3"])) == list(base_eval.KINDS)
+    assert base_eval.default_kinds(base_eval.parse_arguments([f"--eval-bundle={bundle}"])) == list(base_eval.KINDS)
+    shutil.copytree(bundle, base_dir / "eval_bundle")
+    assert base_eval.main(flags) == 0
+    assert "core_partial" in (out := capsys.readouterr().out) and "bits per byte" in out and "left out" not in out
+
+
 def save_llama(folder: Path, seed: int = 0) -> None:
     """A small Llama with its tokenizer."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: bash runs/setup.sh eval")

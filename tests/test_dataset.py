@@ -224,8 +224,9 @@ def test_a_file_cut_between_two_lines_while_it_is_read_is_named(tmp_path: Path) 
 
 
 def test_bad_data_is_named(tmp_path: Path) -> None:
-    with pytest.raises(NanochatError, match="neither builtin"):
-        get_source(str(tmp_path / "nothing"))
+    for nothing in (str(tmp_path / "nothing"), "~nobody.here/nothing"):
+        with pytest.raises(NanochatError, match="neither builtin"):
+            get_source(nothing)
     (tmp_path / "image.png").write_bytes(b"x")
     with pytest.raises(NanochatError, match="holds no"):
         get_source(str(tmp_path))
@@ -260,6 +261,15 @@ def test_half_a_surrogate_pair_becomes_text_that_utf8_can_hold(tmp_path: Path) -
 def test_a_column_that_holds_no_text_is_named(tmp_path: Path, column: list) -> None:
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     with pytest.raises(NanochatError, match=r"a\.parquet: column text holds .*, not text: write it as strings"):
+        list(get_source(str(tmp_path)).documents("train"))
+
+
+@pytest.mark.parametrize("name", ["text", "tokens"])
+def test_two_columns_of_one_name_are_named(tmp_path: Path, name: str) -> None:
+    columns = [pa.array(["a"]), pa.array(["b"])] if name == "text" else [pa.array([[1]]), pa.array([[2]])]
+    pq.write_table(pa.Table.from_arrays(columns, names=[name, name]), tmp_path / "a.parquet")
+    reason = "has 2 columns text: rename all but one" if name == "text" else "has no column text"
+    with pytest.raises(NanochatError, match=rf"a\.parquet {reason}"):
         list(get_source(str(tmp_path)).documents("train"))
 
 
@@ -433,6 +443,25 @@ def test_validation_shard_is_needed(hub) -> None:
     (dataset.get_base_dir() / "data" / "local" / "shard_00002.parquet").unlink()
     with pytest.raises(NanochatError, match=r"shard_00002\.parquet is missing"):
         get_source("local")
+
+
+def test_shards_of_the_public_nanochat_are_read_where_they_lie(hub, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(dataset.HUB_REPOSITORIES, "climbmix", HubRepository("someone/texts", 3, "base_data_climbmix"))
+    assert dataset.default_source_name() == "builtin"
+    public = base_dir / "base_data_climbmix"
+    public.mkdir()
+    for name in ("shard_00000.parquet", "shard_00002.parquet"):
+        (public / name).write_bytes(hub.files[name])
+    assert dataset.default_source_name() == "climbmix"
+    source = get_source("climbmix")
+    assert list(source.documents("train")) == DOCUMENTS[:30] and list(source.documents("val")) == DOCUMENTS[60:90]
+    dataset.download("climbmix", 2)  # only what is missing, to the others
+    assert [r for r in hub.requests if r.startswith("GET")] == ["GET shard_00001.parquet"]
+    assert list(get_source("climbmix").documents("train")) == DOCUMENTS[:60] and not (base_dir / "data").exists()
+    (base_dir / "data" / "climbmix").mkdir(parents=True)
+    for name in ("shard_00001.parquet", "shard_00002.parquet"):
+        (public / name).rename(base_dir / "data" / "climbmix" / name)
+    assert list(get_source("climbmix").documents("train")) == DOCUMENTS[30:60]  # ours, where both are
 
 
 def test_a_download_that_fails_without_a_word_is_an_error(hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -88,6 +89,15 @@ def test_the_example_of_a_client_runs(tiny_run: Path) -> None:
         names: dict[str, object] = {}
         exec(code.replace(":8000", f":{port}"), names)
     assert names["reply"].choices[0].finish_reason in ("stop", "length")
+
+
+def test_the_example_of_the_library_runs(tiny_run: Path, capsys: pytest.CaptureFixture) -> None:
+    blocks = runner.read_blocks((DOCS / "user-guide.md").read_text(encoding="utf-8"))
+    (code,) = (block.text for block in blocks if block.language == "python")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["answer"].finish_reason in ("stop", "length") and names["answer"].text in capsys.readouterr().out
+    assert names["model"](names["x"], names["y"]).item() != names["loss"].item() > 0  # the weights have changed
 
 
 def test_outputs_are_put_behind_their_blocks() -> None:
@@ -289,7 +299,8 @@ def _said_by_the_code() -> str:
 
 def test_messages_explained_are_messages_of_the_code() -> None:
     said = _said_by_the_code()
-    rows = re.findall(r"^\| (`.*?) \| ", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8").partition("\n## Coming from")[0]
+    rows = re.findall(r"^\| (`.*?) \| ", page, re.MULTILINE)
     messages = [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
     assert len(messages) > 40
     for message in messages:

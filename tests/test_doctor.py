@@ -77,6 +77,16 @@ def test_a_small_disk_is_a_problem_and_a_full_one_essential(monkeypatch: pytest.
         assert (finding.way_out is not None, finding.essential) == (marked, essential)
 
 
+def test_shards_are_found_also_where_the_public_nanochat_keeps_them(base_dir: Path) -> None:
+    def text() -> str:
+        return next(f.text for f in doctor.examine_base_dir() if f.name == "data")
+
+    assert "the builtin text" in text()
+    (base_dir / "base_data_climbmix").mkdir()
+    (base_dir / "base_data_climbmix" / "shard_00000.parquet").touch()
+    assert text() == f"1 shard of climbmix in {base_dir / 'base_data_climbmix'}"
+
+
 def test_an_unknown_dtype_is_essential(quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setenv("NANOCHAT_DTYPE", "int7")
     assert doctor.main([]) == 1

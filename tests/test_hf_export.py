@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from nanochat.common import NanochatError
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf.export import OUR_FILES, export
+from nanochat.hf.weights import native_obstacles
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from scripts import export_hf
 from tests.helpers import make_document, make_model
@@ -66,6 +68,26 @@ def load(path: Path) -> Any:
 
 def some_ids(rows: int, length: int, vocab_size: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class SmearConfig(GPTConfig):
+    smear: float = 0.0  # a field that gpt.py got and nanochat/hf/ did not
+
+
+def test_what_an_export_cannot_say_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Rather than left out: the export would be loaded, and compute something else."""
+    for model in (make_plain_model(tokenizer), make_model(vocab_size=tokenizer.get_vocab_size())):
+        usual = native_obstacles(model)
+        model.config = SmearConfig(**asdict(model.config))
+        assert native_obstacles(model) == usual  # as it is by default, nothing is lost
+        export(model, tokenizer, META, tmp_path / "by default")
+        model.config = replace(model.config, smear=0.5)
+        with pytest.raises(NanochatError, match=r"can say smear of this model: nanochat/hf/ must"):
+            export(model, tokenizer, META, tmp_path / "export")
+        with pytest.raises(NanochatError, match=r"cannot express this model \(smear"):
+            export(model, tokenizer, META, tmp_path / "export", "nanochat")
+    assert not (tmp_path / "export").exists()
 
 
 # ----------------------------------------------------------------------------- logits

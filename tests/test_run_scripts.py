@@ -71,6 +71,17 @@ def test_gpus_are_counted(checkout: Checkout) -> None:
     assert all("--nproc_per_node=2" in call for call in checkout.called("torchrun"))
 
 
+@pytest.mark.parametrize(("given", "count"), [({"NPROC": None}, 3), ({"NPROC": "5"}, 5)])
+@pytest.mark.parametrize("script", ["speedrun.sh", "miniseries.sh", "cluster/train.sh"])
+def test_the_public_recipes_name_for_the_number_of_processes_counts_too(
+    checkout: Checkout, script: str, given: dict[str, str | None], count: int
+) -> None:
+    cluster = {"NNODES": "1", "NODE_RANK": "0", "RDZV_ENDPOINT": "127.0.0.1:29400", "RDZV_ID": "x", "VIRTUAL_ENV": "x"}
+    assert checkout.run(script, DEPTHS="2", NPROC_PER_NODE="3", **given, **cluster).returncode == 0
+    calls = checkout.called("torchrun")
+    assert calls and all(f"--nproc_per_node={count}" in " ".join(call).replace("-per-", "_per_") for call in calls)
+
+
 @pytest.mark.parametrize("smi", ["echo 'NVIDIA-SMI has failed: no driver'; exit 9\n", "exit 0\n", None])
 def test_a_machine_without_a_gpu_is_told_so(checkout: Checkout, smi: str | None) -> None:
     path = None

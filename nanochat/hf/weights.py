@@ -6,6 +6,7 @@ without windows, value embeddings, pairs of tokens, a share of the first embeddi
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ NATIVE_NAMES = {
     "attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj",
     "attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
 }  # fmt: skip
+# Fields of GPTConfig that the native config says, or `native_obstacles` looks at.
+NATIVE_FIELDS = {
+    "sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd",
+    "window_pattern", "bigrams", "value_embeddings", "qk_scale", "rotary_base",
+}  # fmt: skip
 
 State = dict[str, torch.Tensor]
 
@@ -29,7 +35,10 @@ State = dict[str, torch.Tensor]
 
 
 def to_custom(model: GPT) -> tuple[dict[str, Any], State]:
-    """(config, weights) for modeling_nanochat.py. Of tables and head the padding is left out."""
+    """(config, weights) for modeling_nanochat.py. Of tables and head the padding is left out.
+
+    Raises NanochatError for a model with a field that NanochatConfig has no place for.
+    """
     config = model.config
     content = {
         "model_type": CUSTOM_TYPE,
@@ -48,6 +57,10 @@ def to_custom(model: GPT) -> tuple[dict[str, Any], State]:
         "rotary_base": config.rotary_base,
         "qk_scale": config.qk_scale,
     }
+    said = _custom_config(content)
+    said_of = {f.name: getattr(said, f.name, f.default) for f in fields(config) if f.name != "window_pattern"}
+    if lost := [name for name, value in said_of.items() if value != getattr(config, name)]:  # it would compute something else
+        raise NanochatError(f"no form of an export can say {', '.join(lost)} of this model: nanochat/hf/ must learn it first")
     state = {}
     for name, tensor in model.state_dict().items():
         rows = config.vocab_size if _is_padded(name) else len(tensor)
@@ -57,17 +70,7 @@ def to_custom(model: GPT) -> tuple[dict[str, Any], State]:
 
 def from_custom(content: dict[str, Any], state: State) -> tuple[GPTConfig, State]:
     """The other way. Raises NanochatError where config.json says what gpt.py cannot."""
-    longest = content["max_position_embeddings"]
-    vocab_size = content["vocab_size"]
-    padded = -(-vocab_size // 64) * 64
-    config = _config(
-        content,
-        window_pattern="".join("L" if window >= longest else "S" for window in content["layer_windows"]),
-        bigrams=content["bigram_rows"] // padded,
-        value_embeddings=bool(content["value_embedding_layers"]),
-        qk_scale=content["qk_scale"],
-        rotary_base=content["rotary_base"],
-    )
+    config = _custom_config(content)
     with torch.device("meta"):
         expected = to_custom(GPT(config))[0]
     for key in ("layer_windows", "value_embedding_layers", "gate_channels", "bigram_rows", "pair_factor"):
@@ -77,13 +80,26 @@ def from_custom(content: dict[str, Any], state: State) -> tuple[GPTConfig, State
     return config, {name: _pad(tensor, config) if _is_padded(name) else tensor for name, tensor in state.items()}
 
 
+def _custom_config(content: dict[str, Any]) -> GPTConfig:
+    longest = content["max_position_embeddings"]
+    padded = -(-content["vocab_size"] // 64) * 64
+    return _config(
+        content,
+        window_pattern="".join("L" if window >= longest else "S" for window in content["layer_windows"]),
+        bigrams=content["bigram_rows"] // padded,
+        value_embeddings=bool(content["value_embedding_layers"]),
+        qk_scale=content["qk_scale"],
+        rotary_base=content["rotary_base"],
+    )
+
+
 # ----------------------------------------------------------------------------- transformers' own class
 
 
 def native_obstacles(model: GPT) -> list[str]:
     """What of this model transformers' own class cannot say; [] if it can all be said."""
     config = model.config
-    obstacles = []
+    obstacles = [f.name for f in fields(config) if f.name not in NATIVE_FIELDS and getattr(config, f.name) != f.default]
     if set(config.windows()) != {config.sequence_len}:
         obstacles.append("sliding windows")
     if any(embedding.weight.any() for embedding in model.value_embeds.values()):

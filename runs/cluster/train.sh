@@ -4,7 +4,7 @@
 # The recipe sets: NNODES, NODE_RANK (0 is the first node), RDZV_ENDPOINT (HOST:PORT of the first node; the next three ports
 # are used as well), RDZV_ID (the same on all nodes, another for another job), NANOCHAT_BASE_DIR (on a file system that all
 # nodes share), and NODE_ADDR where the other nodes cannot resolve this one's host name.
-# You may set: DEPTH, MODEL_TAG, NPROC (processes a node), DATA (climbmix, fineweb-edu, builtin, or what else --data takes),
+# You may set: DEPTH, MODEL_TAG, NPROC or NPROC_PER_NODE, DATA (climbmix, fineweb-edu, builtin, or what else --data takes),
 # SHARDS (to download, of the first two), LOCAL_DATA=1 (each node downloads its own), TOKENIZER (one that exists; otherwise the
 # run gets one of VOCAB_SIZE tokens under its own name), STAGES, SAVE_EVERY (steps), SAVE_S (seconds that a stopped run has to
 # save), WANDB_RUN, BASE_FLAGS, SFT_FLAGS and EVAL_FLAGS (more flags for scripts.base_train, chat_sft and chat_eval).
@@ -20,7 +20,7 @@ done
 depth="${DEPTH:-24}"
 tag="${MODEL_TAG:-d$depth}"
 data="${DATA:-climbmix}"
-nproc="${NPROC:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c "^GPU " || true)}"
+nproc="${NPROC:-${NPROC_PER_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c "^GPU " || true)}}"
 if [ "$nproc" -lt 1 ]; then
     echo "error: nvidia-smi sees no GPU on $(hostname): set NPROC" >&2
     exit 2

@@ -1,0 +1,43 @@
+"""The mixture that chat_sft takes where it is told none."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nanochat.checkpoint_manager import list_steps
+from nanochat.common import NanochatError
+from scripts import chat_sft
+
+FLAGS = ["--model-tag=tiny", "--no-compile", "--device-type=cpu", "--eval-tokens=256", "--num-iterations=2", "--save-every=1"]
+
+
+def test_an_identity_of_ones_own_is_learned_and_kept(
+    tiny_run: Path, base_dir: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_sft, "DEFAULT_TASKS", "Arithmetic:60,Identity*2")  # without the hub's
+    stage_dir = tiny_run / "sft"
+    shutil.rmtree(stage_dir)
+    own = base_dir / "identity_conversations.jsonl"
+    talk = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Sam."}]
+    own.write_text("\n".join([json.dumps(talk)] * 40), encoding="utf-8")
+    assert chat_sft.main(FLAGS) == 0
+    assert f"{own} takes the place of Identity" in capsys.readouterr().out
+    settings = json.loads((stage_dir / "settings.json").read_text(encoding="utf-8"))
+    assert settings["tasks"] == f"Arithmetic:60,{own}*2" and settings["conversations"] == 60 + 2 * 38
+    shutil.rmtree(stage_dir / "step_000002")
+    assert chat_sft.main([*FLAGS, "--resume=auto"]) == 0  # with the same mixture, and without deciding again
+    assert list_steps(stage_dir) == [1, 2] and "takes the place" not in capsys.readouterr().out
+    own.unlink()
+    with pytest.raises(NanochatError, match=own.name):  # nor is it another one now
+        chat_sft.main([*FLAGS, "--resume=auto"])
+
+
+def test_a_file_that_comes_later_changes_no_run(tiny_run: Path, base_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    (base_dir / "identity_conversations.jsonl").write_text("[]", encoding="utf-8")
+    flags = ["--model-tag=tiny", "--resume=auto", "--num-iterations=4", "--no-compile", "--device-type=cpu"]
+    assert chat_sft.main(flags) == 0
+    assert "is complete" in capsys.readouterr().out
