@@ -95,14 +95,14 @@ def find_run(stage: str, model_tag: str | None = None, heir: str | None = None) 
         if others := [other for other in STAGES if list_steps(get_stage_dir(model_tag, other))]:
             choices += f"; of this run there is {', '.join(others)} (--source)"
         raise CheckpointError(f"run {model_tag!r} has no {stage} checkpoint in {get_runs_dir()}; {choices}")
-    runs = _newest_of_runs(stage)
+    runs = newest_of_runs(stage)
     if not runs:
         command = {"base": "scripts.base_train", "sft": "scripts.chat_sft", "rl": "scripts.chat_rl"}[stage]
         raise CheckpointError(f"no {stage} checkpoint in {get_runs_dir()}: make one with python -m {command}")
     return max(runs)[1]
 
 
-def _newest_of_runs(stage: str) -> list[tuple[float, str]]:
+def newest_of_runs(stage: str) -> list[tuple[float, str]]:
     """(when its newest checkpoint was made, tag) of each run with this stage ("*": any); unreadable ones left out."""
     found = []
     for stage_dir in get_runs_dir().glob(f"*/{stage}"):
@@ -208,7 +208,7 @@ def finish_checkpoint(temporary: Path, stage_dir: Path, step: int, meta: dict[st
 
 def _later_than_all(now: float) -> float:
     """A time for a new checkpoint: later than that of any there is, even if the clock was set back."""
-    return max([now, *(created + 1e-3 for created, _ in _newest_of_runs("*"))])
+    return max([now, *(created + 1e-3 for created, _ in newest_of_runs("*"))])
 
 
 @contextlib.contextmanager

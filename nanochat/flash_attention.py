@@ -47,7 +47,10 @@ class AttentionPlan(NamedTuple):
 
     def block_size(self, T: int) -> int | None:
         """Tokens in a block if `attend_plain` takes texts of T tokens cut into blocks (`lay_out`); None: as they are."""
-        return self.mask[0].size(0) if self.compiled and self.mask and T % self.mask[0].size(0) == 0 else None
+        if not self.compiled or self.attend is not attend_plain or self.mask is None:
+            return None
+        size: int = self.mask[0].size(0)
+        return size if T % size == 0 else None
 
 
 def plan_attention(

@@ -202,6 +202,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
+        # Who adds a parameter sets it in init_weights, counts it in num_scaling_params, gives it a group in build_optimizer
+        # (matrices of blocks have all that but a value) and a place in hf/; a table also goes to sharding.py and memory.py.
         kv_dim = config.n_kv_head * config.head_dim
         self.wte = Embedding(config.padded_vocab_size, config.n_embd)
         rows = config.bigrams * config.padded_vocab_size
@@ -340,7 +342,8 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         """Token ids (B, T) to final features (B, T, n_embd) in the compute dtype; `attention` is one for each layer.
 
-        previous: (B, T), the token before each in its text, the first token of a text before itself; None: rows are texts.
+        previous: (B, T), the token before each in its text, the first token of a text before itself; None: rows are texts. A
+        model without pairs does not read it, so a cache may then return anything (KVCache.remember).
         places: (N,), of the B * T tokens the only ones whose features are wanted, (N, n_embd): the last layer saves the rest.
         """
         dtype, order = self.get_compute_dtype(), self.sort_ids(idx, self.config.padded_vocab_size)
@@ -417,7 +420,7 @@ class GPT(nn.Module):
         constants, run_block = self.constants(T), Block.__call__ if self.is_sharded else self.run_block
         if not self.is_compiled:
             return self.trunk(idx, *constants, run_block)
-        with torch.enable_grad():  # evaluation runs the graphs that training compiled, instead of compiling more
+        with torch.enable_grad():  # else evaluation would compile graphs of its own, without gradients
             x = self.trunk(idx, *constants, run_block, norm=self._compiled_norm or norm)
         return x if torch.is_grad_enabled() else x.detach()
 

@@ -145,21 +145,15 @@ class MuonAdamW:
         self._units = [unit for group in groups for unit in self._make_units(group)]
 
     def _make_units(self, group: Group) -> Iterable[Any]:
+        """Matrices are stacked, other parameters updated each by itself."""
+        kinds: dict[str, Any] = UNITS
         if self.sharded:
-            from nanochat.sharded_optim import ShardedAdamWUnit, ShardedMuonUnit, ShardedRowsUnit
-
-            if group.kind == "muon":
-                yield ShardedMuonUnit(group, self.rank, self.world_size)
-            else:
-                sharded_unit = ShardedRowsUnit if group.kind == "rows" else ShardedAdamWUnit
-                for name, param in zip(group.names, group.params, strict=True):
-                    yield sharded_unit(group, name, param)
-        elif group.kind == "muon":
-            yield _MuonUnit(group, group.names, group.params, self.rank, self.world_size)
+            from nanochat.sharded_optim import SHARDED_UNITS as kinds
+        if group.kind == "muon":
+            yield kinds[group.kind](group, group.names, group.params, self.rank, self.world_size)
         else:
-            unit = _RowsUnit if group.kind == "rows" else _AdamWUnit
             for name, param in zip(group.names, group.params, strict=True):
-                yield unit(group, [name], [param], self.rank, self.world_size)
+                yield kinds[group.kind](group, [name], [param], self.rank, self.world_size)
 
     def zero_grad(self) -> None:
         for group in self.groups:
@@ -370,6 +364,9 @@ class _MuonUnit(_Unit):
         for name, mine in self.state.items():
             for row, param_name in zip(mine, self.names[self.begin : self.end], strict=True):
                 row.copy_(state[f"{param_name}/{name}"])
+
+
+UNITS: dict[str, type[_Unit]] = {"muon": _MuonUnit, "rows": _RowsUnit, "adamw": _AdamWUnit}  # by Group.kind
 
 
 def adamw_update(

@@ -34,9 +34,10 @@ from nanochat.checkpoint_manager import (
     list_steps,
     step_dir,
 )
-from nanochat.common import NanochatError, atomic_write, run_command
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.common import NanochatError, atomic_write, complain, read_json_object, run_command
+from nanochat.gpt import GPT
 from nanochat.metrics import read_metrics, series, smooth_for_picture
+from nanochat.model_config import read_config
 from nanochat.plots import Bar, Curve, Panel, Shares, draw_bars, draw_panel, draw_shares, save_png, to_svg
 from nanochat.progress import format_seconds
 from nanochat.scores import centered, core_name, describe_pass_at
@@ -88,8 +89,11 @@ class Section:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file, {} if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    """The content of a JSON file, {} if there is none. Raises NanochatError if it is damaged."""
+    try:
+        return read_json_object(path) if path.exists() else {}
+    except NanochatError as error:
+        raise NanochatError(f"{error}: restore or remove it") from error
 
 
 def merge_eval(stage_dir: Path, step: int, results: dict[str, Any]) -> None:
@@ -99,14 +103,28 @@ def merge_eval(stage_dir: Path, step: int, results: dict[str, Any]) -> None:
     """
     stamp = {"step": step, **_weights(stage_dir, step)}
     path = stage_dir / "eval.json"
+    _set_damaged_aside(path)
     if read_eval(stage_dir).get("step", step) > step:
         path = stage_dir / f"eval_step_{step:06d}.json"
+        _set_damaged_aside(path)
     old = read_json(path)
     merged: dict[str, Any] = {**old, **stamp} if _agrees(old, stamp) else stamp
     for key, value in results.items():
-        joins = isinstance(value, dict) and key != "core"  # a mean over tasks, which belong together
-        merged[key] = {**merged.get(key, {}), **value} if joins else value
+        joins = key != "core" and isinstance(value, dict) and isinstance(merged.get(key), dict)  # CORE is of all its tasks
+        merged[key] = {**merged[key], **value} if joins else value
     atomic_write(path, json.dumps(merged, indent=2))
+
+
+def _set_damaged_aside(path: Path) -> None:
+    """What took minutes to measure is not lost for an old file that cannot be read."""
+    try:
+        if type(read_json(path).get("step", 0)) is int:
+            return
+    except NanochatError:
+        pass
+    aside = path.with_name(f"{path.name}.damaged")
+    os.replace(path, aside)
+    complain(f"{path} is damaged: it is now {aside.name}, and the new results begin another")
 
 
 def read_eval(stage_dir: Path) -> dict[str, Any]:
@@ -114,7 +132,8 @@ def read_eval(stage_dir: Path) -> dict[str, Any]:
     results = read_json(stage_dir / "eval.json")
     if not results or not (steps := list_steps(stage_dir)):
         return results
-    current = results["step"] in steps and _agrees(results, _weights(stage_dir, results["step"]))
+    step = results.get("step")
+    current = step in steps and _agrees(results, _weights(stage_dir, step))
     return results if current else {}
 
 
@@ -201,7 +220,7 @@ def _facts(stage: str, rows: list[dict[str, Any]], results: dict[str, Any]) -> d
     if mean := results.get("chatcore"):
         facts[mean["name"]] = f"{mean['value']:.4f}"
     if rows:
-        facts[STAGE_TITLES[stage].lower()] = format_seconds(rows[-1]["time_s"])
+        facts[STAGE_TITLES[stage].lower()] = format_seconds(rows[-1].get("time_s", 0.0))
     return facts
 
 
@@ -255,7 +274,7 @@ def _overview_row(stage: str, rows: list[dict[str, Any]]) -> list[str]:
         STAGE_TITLES[stage],
         f"{last['step']:,}",
         f"{last['train/tokens']:,}" if "train/tokens" in last else "-",
-        format_seconds(last["time_s"]),
+        format_seconds(last.get("time_s", 0.0)),
         f"{last['train/loss']:.4f}",
         f"{val[-1]:.4f}" if val else "-",
         f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "-",
@@ -336,7 +355,7 @@ def _model_section(stage_dir: Path, plots: Path) -> list[Section]:
     if not steps:
         return []
     with torch.device("meta"):
-        model = GPT(GPTConfig(**read_json(step_dir(stage_dir, steps[-1]) / META_FILE)["model_config"]))
+        model = GPT(read_config(read_json(step_dir(stage_dir, steps[-1]) / META_FILE).get("model_config")))
     parts = count_parts(model)
     total = [sum(column) for column in zip(*parts.values(), strict=True)]
 
@@ -452,9 +471,12 @@ def find_newest_run() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parser = SettingsParser("Write the report of a run.", examples=["%(prog)s", "%(prog)s --model-tag d12"])
-    parser.add_argument("command", nargs="?", default="generate", choices=("generate",), help="may be left out")
+    parser.add_argument("command", nargs="?", default="generate", choices=("generate", "reset"), help="may be left out")
     parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest)")
     args = parser.parse_args(argv)
+    if args.command == "reset":  # as the public recipes begin
+        print("nothing to reset: every run has a report of its own")
+        return 0
     for path in write_report(get_run_dir(args.model_tag or find_newest_run())):
         print(path)
     return 0

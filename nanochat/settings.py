@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
+import math
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -34,14 +36,22 @@ EXAMPLES: dict[Any, Any] = {int: 12, float: 0.5}
 class Arguments(argparse.Namespace):
     """What a command was told, flags and file together. `vars` gives the values alone."""
 
-    __slots__ = ("_parser",)
+    __slots__ = ("_parser", "defaults")
     _parser: SettingsParser
+    defaults: dict[str, Any]  # what flags are where neither command line nor file gives them, by the names that `vars` has
 
     def require_positive(self, *names: str) -> None:
         """Raise NanochatError if one of these numbers, by the names that `vars` has, is below 1; None passes."""
         for name in names:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise NanochatError(f"--{name.replace('_', '-')} {value} is too small: choose 1 or more")
+
+    def require_between(self, low: float, high: float, *names: str) -> None:
+        """Raise NanochatError if one of these numbers is outside low to high (math.inf: any above)."""
+        for name in names:
+            if not low <= (value := getattr(self, name)) <= high:
+                limits = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+                raise NanochatError(f"--{name.replace('_', '-')} {value:g} is out of range: choose {limits}")
 
     def to_toml(self, values: dict[str, Any], leave_out: Sequence[str] = ()) -> str:
         """What --config takes back to give the command these values, by the names that `vars` has, grouped as in --help."""
@@ -84,12 +94,13 @@ class SettingsParser(argparse.ArgumentParser):
 
         Raises NanochatError for a file with what this command does not take; leaves with exit code 2 for such flags.
         """
-        args = sys.argv[1:] if args is None else args
+        args = self._with_dashes(sys.argv[1:] if args is None else args)
         finder = argparse.ArgumentParser(add_help=False)
         finder.error = self.error  # type: ignore[method-assign] # it speaks for this parser
         finder.add_argument("--config")
         file = finder.parse_known_args(args)[0].config
         in_file = self._read(Path(file).expanduser()) if file is not None else {}
+        defaults = {action.dest: action.default for action in self._actions}
         for action, value in in_file.items():
             action.required = False
             self.set_defaults(**{action.dest: value})
@@ -102,8 +113,17 @@ class SettingsParser(argparse.ArgumentParser):
                 setattr(arguments, action.dest, given[len(value) :])
         for name in ("config", "debug"):
             vars(arguments).pop(name, None)
-        arguments._parser = self
+        arguments._parser, arguments.defaults = self, defaults
         return arguments
+
+    def _with_dashes(self, args: Sequence[str]) -> list[str]:
+        """A command line on which a flag may be written --max_seq_len, as in the public recipes."""
+        flags = list(itertools.takewhile(lambda arg: arg != "--", args))  # what comes after that is none
+        for i, (name, *value) in enumerate(flag.split("=", 1) for flag in flags):
+            dashed = name.replace("_", "-")
+            if name.startswith("--") and dashed in self._option_string_actions:
+                flags[i] = "=".join([dashed, *value])
+        return [*flags, *args[len(flags) :]]
 
     def _read(self, path: Path) -> dict[argparse.Action, Any]:
         """The flags that a file gives, with their values. Raises NanochatError."""

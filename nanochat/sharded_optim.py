@@ -46,9 +46,9 @@ def local_grad(param: DTensor) -> Tensor:
 class ShardedAdamWUnit:
     """One parameter; everything happens on this rank's rows."""
 
-    def __init__(self, group: Group, name: str, param: Any) -> None:
-        self.group, self.name, self.param = group, name, param
-        self.state = self._new_state(param.to_local())
+    def __init__(self, group: Group, names: list[str], params: list[Any], rank: int, world_size: int) -> None:
+        self.group, (self.name,), (self.param,) = group, names, params
+        self.state = self._new_state(self.param.to_local())
 
     def _new_state(self, rows: Tensor) -> dict[str, Tensor]:
         return {kind: torch.zeros_like(rows) for kind in ("exp_avg", "exp_avg_sq")}
@@ -93,9 +93,8 @@ class ShardedRowsUnit(ShardedAdamWUnit):
 class ShardedMuonUnit:
     """Matrices of one shape. n of them, of which this rank owns `owned` and holds `height` rows of each."""
 
-    def __init__(self, group: Group, rank: int, world_size: int) -> None:
-        self.group, self.names = group, group.names
-        self.params: list[Any] = group.params  # DTensors, which torch types as parameters
+    def __init__(self, group: Group, names: list[str], params: list[Any], rank: int, world_size: int) -> None:
+        self.group, self.names, self.params = group, names, params  # DTensors, which torch types as parameters
         self.rank, self.world_size = rank, world_size
         n, (rows, columns) = len(self.params), self.params[0].shape
         per_rank, chunk = -(-n // world_size), -(-rows // world_size)
@@ -170,3 +169,6 @@ class ShardedMuonUnit:
             rows.copy_(local_rows(state[f"{name}/momentum"], param))
         for i in range(self.owned):
             self.second_moment[i].copy_(state[f"{self.names[self.begin + i]}/second_moment"])
+
+
+SHARDED_UNITS: dict[str, Any] = {"muon": ShardedMuonUnit, "rows": ShardedRowsUnit, "adamw": ShardedAdamWUnit}

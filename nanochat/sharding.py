@@ -73,8 +73,14 @@ def write_sharded(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
         dcp.save(dict(tensors), checkpoint_id=directory)
     except dcp.api.CheckpointException as error:
         reasons = [wrapped[0] for wrapped in error.failures.values()]
-        number = next((reason.errno for reason in reasons if isinstance(reason, OSError)), None)
-        raise OSError(number or errno.EIO, f"{reasons[0]}", str(directory)) from error
+        raise OSError(next(filter(None, map(_errno, reasons)), errno.EIO), f"{reasons[0]}", str(directory)) from error
+
+
+def _errno(reason: BaseException) -> int | None:
+    """What the system said, if it did: PyTorch's writer notices a full disk only by how little of a tensor went there."""
+    if "inline_container" in str(reason) and "unexpected pos" in str(reason):
+        return errno.ENOSPC
+    return reason.errno if isinstance(reason, OSError) else None
 
 
 def read_sharded(directory: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import json
 import os
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePath
 from typing import Any
@@ -21,6 +22,7 @@ from nanochat.checkpoint_manager import (
     MODEL_FILE,
     OPTIMIZER_FILE,
     SETTINGS_FILE,
+    STAGES,
     CheckpointError,
     build_model,
     clean_up,
@@ -30,6 +32,7 @@ from nanochat.checkpoint_manager import (
     load_checkpoint,
     load_into,
     lock_stage,
+    newest_of_runs,
     newest_valid_step,
     no_such_step,
     open_checkpoint,
@@ -41,8 +44,10 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.common import (
     NanochatError,
+    all_or_none,
     atomic_write,
     from_rank0,
+    gather_objects,
     get_compute_dtype,
     get_dist_info,
     print0,
@@ -52,7 +57,7 @@ from nanochat.common import (
 from nanochat.dataset import Source
 from nanochat.fp8 import enable_fp8
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loggers import LOGGERS
+from nanochat.loggers import LOGGERS, check_installed
 from nanochat.metrics import MetricsLog
 from nanochat.optim import MuonAdamW, OptimizerSettings
 from nanochat.settings import CONFIG_FILE, Arguments
@@ -67,7 +72,7 @@ FREE_SETTINGS = {
     "resume", "resume_from_step", "run", "log_to", "tensorboard",
     "device", "dtype", "fp8", "world_size", "fsdp", "activation_checkpointing", "device_batch_size",
     "compile", "eval_every", "eval_tokens", "sample_every", "save_every", "keep_last",
-    "data", "tokenizer", "from_hf", "model_tag", "model_step",  # what these mean is compared, not where it lies
+    "data", "tokenizer", "from_hf", "model_tag", "tag", "model_step",  # what these mean is compared, not where it lies
     "device_type", *RATES,
     "core_metric_every", "core_metric_max_per_task", "eval_bundle", "max_rows", "eval_examples", "eval_samples",
 }  # fmt: skip
@@ -120,8 +125,13 @@ def add_training_arguments(parser: argparse.ArgumentParser, eval_every: int = 25
 
 def open_metrics(stage: Stage, settings: dict[str, Any], args: argparse.Namespace) -> MetricsLog:
     """The log of a stage, and of the loggers that its flags name."""
-    loggers = [*args.log_to, *(["tensorboard"] if args.tensorboard else [])]
-    return MetricsLog(stage.directory, settings, args.run, loggers, get_dist_info()[1], stage.resume_step)
+    return MetricsLog(stage.directory, settings, args.run, _loggers(args), get_dist_info()[1], stage.resume_step)
+
+
+def _loggers(args: argparse.Namespace) -> list[str]:
+    """What its flags name; a --run of its own alone means wandb."""
+    named = [*args.log_to, *(["tensorboard"] if args.tensorboard else [])]
+    return named or (["wandb"] if args.run != "dummy" else [])
 
 
 def add_rate_arguments(group: argparse._ArgumentGroup) -> None:
@@ -134,9 +144,7 @@ def add_rate_arguments(group: argparse._ArgumentGroup) -> None:
         group.add_argument(flag, type=float, default=getattr(OptimizerSettings, name), help=text)
 
 
-def setup_optimizer(
-    model: GPT, args: argparse.Namespace, scale: float, weight_decay: float, **settings: Any
-) -> MuonAdamW:
+def setup_optimizer(model: GPT, args: argparse.Namespace, scale: float, weight_decay: float, **settings: Any) -> MuonAdamW:
     """The model's optimizer with the rates that were asked for, all times `scale`; settings: of OptimizerSettings."""
     rates = {name: getattr(args, name) * scale for name in RATES}
     return model.setup_optimizer(**rates, weight_decay=weight_decay, **settings)
@@ -204,9 +212,9 @@ def open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Sta
     """Decide between going on and starting anew, without ever writing over an older run.
 
     resume "none": a run of a given tag must be new; without a tag the first free of d4, d4-2, d4-3 ... is taken.
-    "auto": from the newest intact checkpoint, or anew if there is none. A number: from that step; where a scheduler has
-    started this again after a start that did so, from the newest, or all that was done since would be done again.
-    Rank 0 decides for all.
+    "auto": from the newest intact checkpoint, or anew if there is none; without a tag, of the newest of those runs. A
+    number: from that step; where a scheduler has started this again after a start that did so, from the newest, or all
+    that was done since would be done again. Rank 0 decides for all.
     """
     if resume not in ("auto", "none") and not resume.isdigit():
         raise NanochatError(f"--resume {resume!r} is neither auto nor none nor a step")
@@ -233,12 +241,12 @@ def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> St
                 tag = f"{default_tag}-{n}"
         elif steps := list_steps(get_stage_dir(tag, name)):
             raise NanochatError(
-                f"run {tag!r} already has {name} checkpoints up to step {steps[-1]}: add --resume auto to go on, "
-                "or choose another --model-tag"
+                f"run {tag!r} already has {name} checkpoints up to step {steps[-1]}: add --resume auto to go on, or "
+                f"{_way_to_begin_anew(get_stage_dir(tag, name))}"
             )
         step = None
     else:
-        tag = tag or default_tag
+        tag = tag or _newest_untagged(name, default_tag)
         directory = get_stage_dir(tag, name)
         if directory.exists():
             with lock_stage(directory):
@@ -260,6 +268,20 @@ def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> St
     return Stage(tag, name, directory, step, list_steps(directory))
 
 
+def _newest_untagged(name: str, default_tag: str) -> str:
+    """Of the runs d4, d4-2, d4-3 ..., which commands without a tag make, the one whose checkpoint is the newest."""
+    runs = [run for run in newest_of_runs(name) if re.fullmatch(rf"{re.escape(default_tag)}(-\d+)?", run[1])]
+    newest = max(runs, default=(0.0, default_tag))[1]
+    if len(runs) > 1:
+        print0(f"of {', '.join(sorted(tag for _, tag in runs))} the newest is {newest}: --model-tag chooses another")
+    return newest
+
+
+def _way_to_begin_anew(directory: Path) -> str:
+    """Another run has no model for a later stage to start from."""
+    return "choose another --model-tag" if directory.name == STAGES[0] else f"remove {directory} to do it anew"
+
+
 def _is_second_start(directory: Path, resume: str) -> bool:
     """Whether torchrun or Slurm repeats a command that has gone on from step `resume` already."""
     if not any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")):
@@ -270,7 +292,7 @@ def _is_second_start(directory: Path, resume: str) -> bool:
 
 def _heirs(tag: str, name: str) -> list[str]:
     """The later stages that still need the tokenizer of a run whose base is gone; none unless the base is asked for."""
-    return [stage for stage in ("sft", "rl") if name == "base" and list_steps(get_stage_dir(tag, stage))]
+    return [stage for stage in STAGES[1:] if name == STAGES[0] and list_steps(get_stage_dir(tag, stage))]
 
 
 def open_start(stage: Stage, source: str, step: int | None) -> tuple[Path, Tokenizer, dict[str, Any], int]:
@@ -288,7 +310,8 @@ def open_start(stage: Stage, source: str, step: int | None) -> tuple[Path, Token
     if (source, parent["step"] if step is None else step) != (parent["stage"], parent["step"]):
         raise NanochatError(
             f"run {stage.tag!r} was started from {parent['stage']} step {parent['step']}, not {source}"
-            f"{'' if step is None else f' step {step}'}: use the same settings to go on, or another --model-tag"
+            f"{'' if step is None else f' step {step}'}: use the same settings to go on, or "
+            f"{_way_to_begin_anew(stage.directory)}"
         )
     return directory, tokenizer, meta, parent["step"]
 
@@ -299,7 +322,8 @@ def begin(
     """Write what a stage is into its directory before it starts, and return its settings; None if it is done already.
 
     decided: what the flags left open, num_iterations above all; source: the text that it reads. Raises NanochatError if a
-    stage that is to go on was started with another tokenizer, other settings or other text.
+    stage that is to go on was started with another tokenizer, other settings or other text, or if ranks see different ones.
+    A collective call.
     """
     device, (_, rank, _, world_size) = model.get_device(), get_dist_info()
     settings = {
@@ -307,33 +331,54 @@ def begin(
         "world_size": world_size, "tag": stage.tag, "stage": stage.name, "tokenizer_fingerprint": tokenizer.fingerprint(),
     }  # fmt: skip
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    check_settings(stage, settings)
+    check_settings(stage, settings, args)
     if stage.is_complete(settings["num_iterations"]):
         print0(f"{stage.directory} is complete: {settings['num_iterations']} steps done")
         return None
+    shared = {name: settings[name] for name in ("tokenizer_fingerprint", "mixture", "num_iterations", "total_batch_size")
+              if name in settings}  # fmt: skip
+    compare_ranks(shared | (source.describe()["files"] if source is not None else {}))
     if source is not None:
         check_data(stage, source)
-    prepare_directory(stage, tokenizer, settings, args, rank)
+    all_or_none(lambda: prepare_directory(stage, tokenizer, settings, args, rank))
+    if 0 < args.save_every * args.keep_last < settings["num_iterations"] and args.keep_last == args.defaults["keep_last"]:
+        print0(f"the newest {args.keep_last} checkpoints are kept, and the best (--keep-last)")
     return settings
 
 
-def check_settings(stage: Stage, new: dict[str, Any]) -> None:
+def compare_ranks(seen: dict[str, Any]) -> None:
+    """Raise NanochatError on every rank if they do not see the same, by its names (a collective call)."""
+    first, *others = gather_objects(seen)
+    for rank, other in enumerate(others, 1):
+        for name in first | other:
+            here, there = (str(values.get(name, "absent")) for values in (first, other))
+            if here != there:
+                raise NanochatError(
+                    f"{name} is {here} on rank 0, but {there} on rank {rank}: give all machines the same files and flags"
+                )
+
+
+def check_settings(stage: Stage, new: dict[str, Any], args: Arguments) -> None:
     """Raise NanochatError if a stage that is to go on was started with other settings."""
-    old = stage.recorded_settings()
+    if stage.resume_step is None:
+        return
+    old, anew = stage.recorded_settings(), _way_to_begin_anew(stage.directory)
     fingerprint = new["tokenizer_fingerprint"]
     if old.get("tokenizer_fingerprint", fingerprint) != fingerprint:
         raise NanochatError(
             f"the tokenizer is not the one that run {stage.tag!r} was started with: give the copy that the run keeps, "
-            f"--tokenizer={get_run_dir(stage.tag)}, or choose another --model-tag"
+            f"--tokenizer={get_run_dir(stage.tag)}, or {anew}"
         )
     for key, value in json.loads(json.dumps(new)).items():
         flag = "--set" if key == "switches" else "--" + key.replace("_", "-")
-        if key in RATES and old.get(key, value) != value:
-            print0(f"going on with {flag} {value}: until here it was {old[key]}")
-        if key not in FREE_SETTINGS and key in old and old[key] != value:
+        before = old.get(key, value)
+        if key not in old and key in args.defaults and vars(args)[key] != args.defaults[key]:  # a flag newer than the run
+            before = args.defaults[key]
+        if key in RATES and before != value:
+            print0(f"going on with {flag} {value}: until here it was {before}")
+        if key not in FREE_SETTINGS and before != value:
             raise NanochatError(
-                f"run {stage.tag!r} was started with {flag} {old[key]}, not {value}: use the same settings to go on, "
-                "or another --model-tag"
+                f"run {stage.tag!r} was started with {flag} {before}, not {value}: use the same settings to go on, or {anew}"
             )
 
 
@@ -374,6 +419,8 @@ def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, An
     """Write what the stage is (settings.json, config.toml, the tokenizer) before it starts."""
     if rank != 0:
         return
+    for name in _loggers(args):
+        check_installed(name)
     stage.lock.enter_context(lock_stage(stage.directory))  # as long as the stage lives; the trainer takes it once more
     if list_steps(stage.directory) != stage.steps:
         raise NanochatError(f"{stage.directory} was trained by another process meanwhile: give the same command again")
@@ -415,7 +462,7 @@ def make_model(
     return model
 
 
-def load_optimizer(optimizer: MuonAdamW, stage_dir: Path, step: int) -> None:
+def load_optimizer(optimizer: MuonAdamW, stage_dir: Path, step: int, way_out: str = "add --load-optimizer 0") -> None:
     """Give an optimizer the state of a step. Raises CheckpointError if that was saved without, or by another optimizer."""
     directory = step_dir(stage_dir, step)
     if optimizer.sharded:
@@ -424,20 +471,20 @@ def load_optimizer(optimizer: MuonAdamW, stage_dir: Path, step: int) -> None:
     else:
         state = read_tensors(directory, OPTIMIZER_FILE)
     if not state:
-        raise CheckpointError(f"{directory} was saved without optimizer state: training cannot go on from it")
+        raise CheckpointError(f"{directory} was saved without optimizer state: {way_out}")
     try:
         optimizer.load_state_dict(state)
     except KeyError as error:
         raise CheckpointError(
-            f"{directory} was saved by a nanochat whose optimizer was another (it has no {error}): its weights can be used, "
-            "but training must start anew under another --model-tag"
+            f"{directory} was saved by a nanochat whose optimizer was another (it has no {error}): {way_out}"
         ) from None
 
 
 def go_on(trainer: Trainer, stage: Stage) -> None:
     """Put a resumed stage's trainer where it was."""
     if stage.resume_step is not None:
-        load_optimizer(trainer.optimizer, stage.directory, stage.resume_step)
+        way_out = f"its weights can be used, but to train on {_way_to_begin_anew(stage.directory)}"
+        load_optimizer(trainer.optimizer, stage.directory, stage.resume_step, way_out)
         trainer.load_state_dict(read_meta(stage.directory, stage.resume_step)["trainer"])
 
 

@@ -159,7 +159,7 @@ class Trainer:
         if not isinstance(state["loader"], list):
             raise CheckpointError(
                 f"step {state['step']} of {self.stage_dir} was saved by an older nanochat, whose place in the data cannot be "
-                "taken over: its weights can be used, but training must start anew under another --model-tag"
+                "taken over: its weights can be used, but training must start anew, in another run or without that folder"
             )
         self.step, self.time_s, self.results = state["step"], state["time_s"], state["results"]
         self._logged_time_s = self.time_s

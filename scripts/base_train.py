@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -29,6 +30,7 @@ from nanochat.scaling import TOKENS_PER_PARAM, Horizon, accumulation_steps, expa
 from nanochat.scores import core_name
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import (
+    RATES,
     Stage,
     add_rate_arguments,
     add_training_arguments,
@@ -88,7 +90,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     optimization.add_argument("--final-lr-frac", type=float, default=TrainConfig.final_lr_frac,
                               help="share of the peak at the last step")  # fmt: skip
     optimization.add_argument("--expand-at", type=float, default=-1.0, metavar="SHARE",
-                              help="of the updates, in which the last block learns alone (-1: by the budget)")  # fmt: skip
+                              help="of the updates, when the last block learns alone (-1: by --target-minutes)")  # fmt: skip
     optimization.add_argument("--seed", type=int, default=42, help="of the weights at the start")
     optimization.add_argument("--set", dest="switches", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
                               help="for experiments: fields of GPTConfig and OptimizerSettings that have no flag")  # fmt: skip
@@ -101,6 +103,8 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     add_training_arguments(parser)
     args = parser.parse_args(argv)
     args.require_positive("depth", "aspect_ratio", "max_seq_len", "num_kv_heads")
+    args.require_between(0, math.inf, *sorted(RATES), "weight_decay")
+    args.require_between(0, 1, "warmdown_ratio", "final_lr_frac")
     return args
 
 
@@ -123,7 +127,7 @@ def plan(args: Arguments, stage: Stage, model: GPT, world_size: int) -> Plan:
     if by_time:
         target_flops = flops_in(model, args.target_minutes)
         least_batch = batch_worth_an_update(model) if batch_size <= 0 else 0
-    expand_at = choose_expansion(args, recorded, model, target_flops)
+    expand_at = choose_expansion(args, recorded, model, target_flops if by_time else 0)
     one_block, all_blocks = (model.estimate_flops(idle_blocks) for idle_blocks in (model.config.n_layer - 1, 0))
     flops_per_token = expand_at * one_block + (1 - expand_at) * all_blocks
     horizon = plan_horizon(
@@ -141,17 +145,20 @@ def plan(args: Arguments, stage: Stage, model: GPT, world_size: int) -> Plan:
     return Plan(horizon, rows, expand_at, args.target_flops)
 
 
-def choose_expansion(args: Arguments, recorded: dict[str, Any], model: GPT, target_flops: float) -> float:
-    """The share of the updates in which the last block learns alone. Raises NanochatError if others would never learn."""
+def choose_expansion(args: Arguments, recorded: dict[str, Any], model: GPT, flops_in_time: float) -> float:
+    """The share of the updates in which the last block learns alone. Raises NanochatError if others would never learn.
+
+    flops_in_time: what --target-minutes allow, or 0. Models that --target-flops compares are all trained in one way.
+    """
     if args.expand_at >= 1:
         raise NanochatError(f"--expand-at {args.expand_at:g} leaves no updates for the other blocks: give less than 1")
     if args.expand_at >= 0:
         return args.expand_at
     if recorded:
         return recorded.get("expand_at", 0.0)
-    if args.num_iterations > 0 or target_flops <= 0:  # so many tokens, whatever they cost
+    if flops_in_time <= 0:
         return 0.0
-    return expansion_share(target_flops / model.estimate_flops() / model.num_scaling_params()["scaling"])
+    return expansion_share(flops_in_time / model.estimate_flops() / model.num_scaling_params()["scaling"])
 
 
 def peak_weight_decay(args: Arguments, horizon: Horizon) -> float:
@@ -184,7 +191,8 @@ def main(argv: list[str] | None = None) -> int:
         args.num_kv_heads,
     )  # fmt: skip
     config = replace(config, **model_switches)
-    check_settings(stage, {**{name: vars(args)[name] for name in SHAPE}, "tokenizer_fingerprint": tokenizer.fingerprint()})
+    shape = {name: vars(args)[name] for name in SHAPE}
+    check_settings(stage, {**shape, "tokenizer_fingerprint": tokenizer.fingerprint()}, args)
     model = make_model(asdict(config), device, args, stage.start)
     horizon, rows, expand_at, target_flops = plan(args, stage, model, world_size)
     bundle = find_bundle(args.eval_bundle) if args.core_metric_every > 0 else None
@@ -196,8 +204,9 @@ def main(argv: list[str] | None = None) -> int:
     if settings is None:
         return 0
     print0(
-        f"depth {args.depth}: {settings['num_params']:,} parameters, {horizon.num_iterations:,} steps of "
-        f"{horizon.total_batch_size:,} tokens, {device} in {settings['dtype'].removeprefix('torch.')}"
+        f"pretraining {stage.tag}: depth {args.depth}, {settings['num_params']:,} parameters, "
+        f"{horizon.num_iterations:,} steps of {horizon.total_batch_size:,} tokens, {device} in "
+        f"{settings['dtype'].removeprefix('torch.')}"
         + (f"; the last block alone for the first {expand_at:.0%}" if expand_at and args.depth > 1 else "")
     )
 

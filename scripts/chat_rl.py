@@ -5,17 +5,24 @@ Reads the SFT checkpoint of --model-tag (default: the newest run), writes into t
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from nanochat.chat_eval import Answering, evaluate_task, sample_answers
 from nanochat.checkpoint_manager import find_run, load_model
 from nanochat.common import NanochatError, compute_init, print0, run_command
 from nanochat.compilation import keep_freed_memory
 from nanochat.engine import Engine
+from nanochat.gpt import GPT
 from nanochat.rl import OBJECTIVES, RolloutLoader, RolloutSettings, make_policy_loss
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import (
+    RATES,
+    Stage,
     add_rate_arguments,
     add_training_arguments,
     begin,
@@ -63,7 +70,19 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     add_training_arguments(parser, eval_every=60, generates=True)
     args = parser.parse_args(argv)
     args.require_positive("examples_per_step", "num_samples", "max_new_tokens", "max_rows", "eval_examples", "eval_samples")
+    args.require_between(0, math.inf, *sorted(RATES), "weight_decay", "init_lr_frac", "kl_weight")
     return args
+
+
+def load_reference(parent: dict[str, Any], stage: Stage, device: torch.device) -> GPT:
+    """The model that --kl-weight holds on to. Raises NanochatError if it has been trained anew since this stage began."""
+    model, _, meta = load_model(parent["stage"], device, "eval", stage.tag, parent["step"])
+    if parent.get("weights", meta["weights"]) != meta["weights"]:  # a run from before that was recorded goes on
+        raise NanochatError(
+            f"{parent['stage']} step {parent['step']} of run {stage.tag!r} has other weights than when {stage.directory} was "
+            "begun from it, and --kl-weight needs those: put them back, or remove that folder to reinforce anew"
+        )
+    return model
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,7 +111,9 @@ def main(argv: list[str] | None = None) -> int:
     if num_iterations <= 0:
         num_iterations = max(1, args.num_epochs * len(train_task) // args.examples_per_step)
     model = make_model(model_config, device, args, (start_dir, meta["step"]))
-    reference = load_model(args.source, device, "eval", tag, parent_step)[0] if args.kl_weight > 0 else None
+    begun = stage.resume_step is not None
+    parent = meta["parent"] if begun else {"stage": args.source, "step": parent_step, "weights": meta["weights"]}
+    reference = load_reference(parent, stage, device) if args.kl_weight > 0 else None
     rows = args.device_batch_size if args.device_batch_size > 0 else 32
     rows_per_rank = -(-args.examples_per_step // world_size) * args.num_samples
     decided = {
@@ -135,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         open_metrics(stage, settings, args),
         {
             "model_config": model_config, "tokenizer": tokenizer.fingerprint(), "settings": settings,
-            "parent": {"stage": args.source, "step": parent_step},
+            "parent": parent,
         },
         evaluate=evaluate, sample=sample, loss_fn=loss_fn, count_fn=count_fn, step_metrics=loader.metrics,
     )  # fmt: skip

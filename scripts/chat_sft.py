@@ -6,6 +6,7 @@ Reads the base checkpoint of --model-tag (default: the newest run), writes into 
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from nanochat.pace import choose_device_batch_size, steps_in
 from nanochat.scaling import accumulation_steps, fit_batch, learning_rate_scale
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import (
+    RATES,
     add_rate_arguments,
     add_training_arguments,
     begin,
@@ -62,7 +64,10 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     optimization.add_argument("--seed", type=int, default=42, help="of the order of the conversations")
     optimization.add_argument("--sample-every", type=int, default=-1, help="show answers (-1: at the end only)")
     add_training_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.require_between(0, math.inf, *sorted(RATES), "weight_decay", "init_lr_frac")
+    args.require_between(0, 1, "warmdown_ratio", "final_lr_frac")
+    return args
 
 
 def default_tasks() -> str:

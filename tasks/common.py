@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import NanochatError, first_line, get_base_dir
+from nanochat.document_files import as_unicode
 
 Conversation = dict[str, Any]
 
@@ -92,6 +93,9 @@ class GeneratedTask(Task):
 
     def __init__(self, split: str, data_dir: Path | None = None, size: int | None = None, **slicing: int) -> None:
         super().__init__(**slicing)
+        if split not in self.SIZES:
+            name, known = type(self).__name__, ", ".join(self.SIZES)
+            raise NanochatError(f"{name} has no {split} split, only {known}: add it to its SIZES, or take another task")
         self.split = split
         self.size = size or self.SIZES[split]
 
@@ -169,7 +173,10 @@ def evaluate_letter(conversation: Conversation, completion: str) -> bool:
 
 
 def read_jsonl(path: Path, check: Callable[[Any], object] = lambda row: None) -> list[Any]:
-    """The values of a JSONL file. Raises NanochatError naming file and line, also of a value that `check` refuses."""
+    """The values of a JSONL file. Raises NanochatError naming file and line, also of a value that `check` refuses.
+
+    Half a surrogate pair becomes U+FFFD: no page and no file could hold it.
+    """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines(): U+2028 may stand in a string
     except (OSError, UnicodeDecodeError) as error:
@@ -179,11 +186,12 @@ def read_jsonl(path: Path, check: Callable[[Any], object] = lambda row: None) ->
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            rows.append(json.loads(as_unicode(json.dumps(row, ensure_ascii=False))) if "\\ud" in line.lower() else row)
             check(rows[-1])
         except json.JSONDecodeError as error:
             raise NanochatError(f"{path}, line {number}, is not JSON ({error.msg}): mend or remove it") from error
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise NanochatError(f"{path}, line {number}, is no row of this task ({reason}): mend or remove it") from error
     return rows

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
+from traceback import StackSummary
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 
 from nanochat.checkpoint_manager import list_steps, load_checkpoint, load_model
+from nanochat.common import describe_error
+from nanochat.sharding import write_sharded
 from scripts import chat_rl, chat_sft
 from tests.helpers import make_model
-from tests.many_ranks import WHOLE, run, train, values
+from tests.many_ranks import SMALL, WHOLE, launch, run, train, values
 
 HANDED_OVER = "handed-over"
 
@@ -41,6 +46,30 @@ def test_ranks_without_a_tokenizer_train_one(corpus: Path, base_dir: Path) -> No
     shutil.rmtree(base_dir / "tokenizers", ignore_errors=True)
     assert len(values(train(2, corpus, "first", "--num-iterations=2"))) == 2
     assert (base_dir / "tokenizers" / "default" / "tokenizer.json").exists()
+
+
+WITH_ITS_OWN_TEXT = """
+import os, sys
+from nanochat.common import run_command
+from scripts import base_train
+sys.exit(run_command(lambda argv: base_train.main([*argv, f"--data={os.environ['TEXTS']}/{os.environ['RANK']}"])))
+"""
+
+
+def test_ranks_with_different_texts_do_not_train(
+    corpus: Path, tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where machines have folders of their own: each rank says so, and nothing is written."""
+    for rank in ("0", "1"):
+        shutil.copytree(corpus, tmp_path / rank)
+    (tmp_path / "1" / "train.jsonl").write_text('{"text": "other words"}', encoding="utf-8")
+    (tmp_path / "ranks.py").write_text(WITH_ITS_OWN_TEXT, encoding="utf-8")
+    monkeypatch.setenv("TEXTS", str(tmp_path))
+    process = launch(2, str(tmp_path / "ranks.py"), *SMALL, "--num-iterations=2", "--model-tag=apart")
+    _, errors = process.communicate(timeout=300)
+    sizes = [(tmp_path / rank / "train.jsonl").stat().st_size for rank in ("0", "1")]
+    assert f"error: train.jsonl is {sizes[0]} on rank 0, but {sizes[1]} on rank 1" in errors, errors[-3000:]
+    assert not (base_dir / "runs").exists()
 
 
 @pytest.mark.slow
@@ -202,3 +231,27 @@ def test_a_sharded_model_after_a_failed_pass_and_after_an_evaluation(tmp_path: P
     script = tmp_path / "ranks.py"
     script.write_text(AFTER_A_FAILURE, encoding="utf-8")
     run(1, str(script))
+
+
+@pytest.mark.parametrize(
+    ("reason", "number"),
+    [
+        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"), errno.ENOSPC),
+        (OSError(errno.ENOSPC, "No space left on device"), errno.ENOSPC),
+        (PermissionError(errno.EACCES, "Permission denied"), errno.EACCES),
+        (RuntimeError("something else"), errno.EIO),
+    ],
+)
+def test_a_part_that_cannot_be_written_says_why(
+    reason: Exception, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one rank met is an OSError on all, of a full disk above all, whatever PyTorch made of it."""
+
+    def fail(*arguments: object, **settings: object) -> None:
+        raise dcp.api.CheckpointException("save", {1: (reason, StackSummary())})
+
+    monkeypatch.setattr(dcp, "save", fail)
+    with pytest.raises(OSError) as failure:
+        write_sharded(tmp_path, {})
+    assert failure.value.errno == number
+    assert ("disk is full" in describe_error(failure.value)) == (number == errno.ENOSPC)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from nanochat.flash_attention import QK_SCALE, _attend_whole, plan_attention
 from nanochat.gpt import GPT, LOGIT_CAP, GPTConfig
 from nanochat.kv_cache import KVCache
 from nanochat.layers import Linear, multiply_joined
+from nanochat.scaling import model_config
 from tests.helpers import make_model
 
 
@@ -125,6 +128,13 @@ def test_attention_in_float16_is_as_exact_as_its_numbers(window: int, D: int) ->
             assert (mine.float() - wanted).norm() < 5e-3 * wanted.norm()
 
 
+def test_only_our_own_attention_is_given_blocks() -> None:
+    """On a CPU that compiles another backend's mask may be a tensor, which says nothing of blocks."""
+    plan = plan_attention(256, 100, torch.device("cpu"), torch.float32, compiled=True)
+    assert plan.block_size(256) == 128 and plan.block_size(200) is None
+    assert plan._replace(attend=flash_attention.attend_masked, mask=torch.zeros(2, 1, 256, 256)).block_size(256) is None
+
+
 def test_a_backend_of_any_device_can_be_probed() -> None:
     cpu, good = torch.device("cpu"), (flash_attention.attend_plain, flash_attention.plain_mask)
     flash_attention._probe(good, cpu, torch.float32, 64)
@@ -133,7 +143,9 @@ def test_a_backend_of_any_device_can_be_probed() -> None:
 
 
 def test_init_weights_sets_everything() -> None:
-    config = GPTConfig(sequence_len=64, vocab_size=100, n_layer=3, n_head=2, n_kv_head=1, n_embd=32)
+    """Also what belongs to switches: who adds one that is off by default turns it on here."""
+    config = model_config(3, 100, 64, aspect_ratio=16, head_dim=16, num_kv_heads=1)
+    assert not [name for name, value in asdict(config).items() if not value], "these switches are off"
     models = []
     for _ in range(2):
         with torch.device("meta"):

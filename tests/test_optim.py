@@ -10,7 +10,7 @@ import torch
 
 from nanochat.common import NanochatError
 from nanochat.gpt import GPTConfig
-from nanochat.optim import Group, MuonAdamW, normalize_neurons, orthogonalize, orthogonalize_blocks
+from nanochat.optim import UNITS, Group, MuonAdamW, normalize_neurons, orthogonalize, orthogonalize_blocks
 from nanochat.scaling import (
     accumulation_steps,
     count_params,
@@ -21,7 +21,16 @@ from nanochat.scaling import (
     muon_momentum,
     plan_horizon,
 )
+from nanochat.sharded_optim import SHARDED_UNITS
 from tests.helpers import make_model
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_kind_of_group_without_a_unit_is_no_other_kind(sharded: bool) -> None:
+    """Above all not AdamW; each kind has a unit for whole parameters and one for parts."""
+    assert set(UNITS) == set(SHARDED_UNITS)
+    with pytest.raises(KeyError, match="lion"):
+        MuonAdamW([Group("lion", ["a"], [torch.nn.Parameter(torch.ones(2))], 0.1)], sharded)
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 24), (2, 16, 64), (2, 64, 16)])

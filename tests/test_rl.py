@@ -15,7 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat.checkpoint_manager import get_stage_dir, list_steps, load_checkpoint
+from nanochat.checkpoint_manager import (
+    get_stage_dir,
+    hash_of_weights,
+    list_steps,
+    load_checkpoint,
+    read_meta,
+    save_checkpoint,
+)
 from nanochat.common import NanochatError, read_json_lines
 from nanochat.engine import Engine
 from nanochat.kv_cache import BLOCK_SIZE
@@ -282,6 +289,24 @@ def test_a_resumed_run_goes_the_way_of_one_never_stopped(tiny_run: Path, monkeyp
     assert any(not torch.equal(whole[name], start[name]) for name in whole)
 
 
+def test_a_resumed_run_compares_with_the_model_that_it_began_from(tiny_run: Path) -> None:
+    """Not with another one that was made since, of the same step; a run that does not compare needs neither."""
+    flags = [*FLAGS, "--num-iterations=2", "--save-every=1", "--kl-weight=0.1"]
+    assert chat_rl.main(flags) == 0
+    step_dir, rl = tiny_run / "sft" / "step_000004", tiny_run / "rl"
+    weights, optimizer, meta = load_checkpoint(tiny_run / "sft", 4, load_optimizer=True)
+    shutil.copytree(step_dir, step_dir.parent / "before")
+    save_checkpoint(tiny_run / "sft", 4, {name: value * 1.01 for name, value in weights.items()}, optimizer, meta)
+    with pytest.raises(NanochatError, match="sft step 4 of run 'tiny' has other weights than when .* was begun from it"):
+        chat_rl.main([*flags, "--resume=1"])
+    assert list_steps(rl) == [1, 2]  # nothing was set aside
+    shutil.rmtree(step_dir)
+    (step_dir.parent / "before").rename(step_dir)
+    assert chat_rl.main([*flags, "--resume=1"]) == 0
+    parent = read_meta(rl, 2)["parent"]
+    assert parent == {"stage": "sft", "step": 4, "weights": hash_of_weights(tiny_run / "sft", 4)}
+
+
 def test_updates_without_anything_to_learn_change_nothing(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is answered is worth the same; the loss is that of nothing, not a division by none."""
     monkeypatch.setattr("tasks.arithmetic.Arithmetic.reward", lambda self, conversation, text: 1.0)
@@ -308,6 +333,7 @@ def test_bad_input_of_the_command(tiny_run: Path) -> None:
         (["--model-tag=absent"], "absent"),
         (["--objective=magic"], "magic"),
         (["--examples-per-step=0"], "--examples-per-step 0 is too small"),
+        (["--kl-weight=-1"], "--kl-weight -1 is out of range: choose 0 or more"),
     ):
         with pytest.raises(NanochatError, match=words):
             chat_rl.main([*FLAGS, *flags])

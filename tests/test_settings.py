@@ -104,6 +104,21 @@ def test_a_wrong_flag_is_one_sentence(flags: list[str], named: str, capsys: pyte
     assert said.startswith("error: ") and said.count("\n") == 1
 
 
+def test_flags_may_be_written_with_underscores(capsys: pytest.CaptureFixture) -> None:
+    """As in the public recipes; their values stay as they are, and what is no flag is named as it was written."""
+    flags = ["--max_seq_len=1024", "--device_batch_size", "4", "--no_compile", "--model_tag=a_b=--keep_last", "--set", "a_b=1"]
+    found = base_train.parse_arguments(flags)
+    assert (found.max_seq_len, found.device_batch_size, found.compile) == (1024, 4, False)
+    assert (found.model_tag, found.switches) == ("a_b=--keep_last", ["a_b=1"])
+    parser = SettingsParser("A test.")
+    parser.add_argument("--some-flag")
+    parser.add_argument("rest", nargs="*")
+    assert parser.parse_args(["--some_flag=x", "--", "--some_flag"]).rest == ["--some_flag"]
+    with pytest.raises(SystemExit):
+        base_train.parse_arguments(["--max_seq_lenn=4"])
+    assert "'--max_seq_lenn=4' here; did you mean --max-seq-len?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("module", [base_train, chat_sft, chat_rl])
 def test_what_is_written_is_what_is_read(module, tmp_path: Path) -> None:
     """For each kind of value: numbers, switches, lists, paths, and text that TOML must quote."""

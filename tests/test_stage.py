@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from nanochat import stage
-from nanochat.checkpoint_manager import list_steps, save_checkpoint, set_aside
+from nanochat.checkpoint_manager import get_stage_dir, list_steps, save_checkpoint, set_aside
 from nanochat.common import NanochatError
 from nanochat.optim import OptimizerSettings
-from nanochat.stage import add_rate_arguments, open_stage, parse_switches
+from nanochat.settings import Arguments, SettingsParser
+from nanochat.stage import add_rate_arguments, check_settings, compare_ranks, open_stage, parse_switches
 
 STATE = {"a": torch.ones(2)}
 STARTS = [("TORCHELASTIC_RESTART_COUNT", "resume"), ("SLURM_RESTART_COUNT", "resume_from_step")]
@@ -81,3 +82,61 @@ def test_set_leaves_to_flags_what_they_scale() -> None:
     others = [f.name for f in fields(OptimizerSettings) if f.name not in stage.OF_FLAGS]
     (found,) = parse_switches([f"{name}={getattr(OptimizerSettings, name)}" for name in others], OptimizerSettings)
     assert replace(OptimizerSettings(), **found) == OptimizerSettings() and set(found) == set(others)
+
+
+def test_without_a_tag_the_newest_of_such_runs_is_gone_on_with(base_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    """Also where the plain name is an older run's; runs of other names are not meant."""
+    assert open_stage("base", None, "d4", "auto").tag == "d4"
+    for tag in ("d4", "d4-2", "d4-10", "d40", "d4-mine"):
+        save_checkpoint(get_stage_dir(tag, "base"), 5, STATE, None, {})
+    for resume in ("auto", "5"):
+        found = open_stage("base", None, "d4", resume)
+        assert (found.tag, found.resume_step) == ("d4-10", 5)
+    assert "of d4, d4-10, d4-2 the newest is d4-10" in capsys.readouterr().out
+    save_checkpoint(get_stage_dir("d4", "base"), 6, STATE, None, {})
+    assert open_stage("base", None, "d4", "auto").tag == "d4"
+    assert open_stage("base", "d4-2", "d4", "auto").tag == "d4-2"
+
+
+@pytest.mark.parametrize(("name", "way_out"), [("base", "choose another --model-tag"), ("rl", "remove .* to do it anew")])
+def test_the_way_to_a_stage_anew(name: str, way_out: str, base_dir: Path) -> None:
+    """A later stage of another run would have no base model to start from."""
+    save_checkpoint(get_stage_dir("r", name), 5, STATE, None, {"settings": {"seed": 1}})
+    with pytest.raises(NanochatError, match=f"already has {name} checkpoints up to step 5: add --resume .* or {way_out}$"):
+        open_stage(name, "r", "r", "none")
+    with pytest.raises(NanochatError, match=f"started with --seed 1, not 2: use the same settings to go on, or {way_out}$"):
+        check_settings(open_stage(name, "r", "r", "auto"), {"seed": 2, "tokenizer_fingerprint": "x"}, _arguments([]))
+
+
+def _arguments(argv: list[str]) -> Arguments:
+    parser = SettingsParser("A test.")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--new-flag", type=float, default=-1.0)
+    return parser.parse_args(argv)
+
+
+def test_a_run_that_is_older_than_a_flag_was_made_with_its_default(base_dir: Path, tmp_path: Path) -> None:
+    """What the stage made of the default does not matter, nor does what no flag gives."""
+    save_checkpoint(get_stage_dir("r", "base"), 5, STATE, None, {"settings": {"seed": 1}})
+    opened = open_stage("base", "r", "r", "auto")
+    new = {"seed": 1, "tokenizer_fingerprint": "x", "num_params": 7, "tag": "other"}
+    check_settings(opened, {**new, "new_flag": 0.5}, _arguments([]))
+    (tmp_path / "some.toml").write_text("new_flag = 0.5", encoding="utf-8")
+    for argv in (["--new-flag=0.5"], [f"--config={tmp_path / 'some.toml'}"]):
+        with pytest.raises(NanochatError, match=r"was started with --new-flag -1.0, not 0.5"):
+            check_settings(opened, {**new, "new_flag": 0.5}, _arguments(argv))
+    anew = replace(opened, resume_step=None)
+    check_settings(anew, {**new, "new_flag": 0.5}, _arguments(["--new-flag=0.5"]))
+
+
+@pytest.mark.parametrize(
+    ("second", "found"),
+    [({"a": 1}, "b is 2 on rank 0, but absent on rank 1"), ({"a": 1, "b": 3}, "b is 2 on rank 0, but 3 on rank 1"),
+     ({"a": 1, "b": 2, "c": 4}, "c is absent on rank 0, but 4 on rank 1")],
+)  # fmt: skip
+def test_ranks_that_see_different_things_are_told_apart(second: dict, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stage, "gather_objects", lambda mine: [mine, mine])
+    compare_ranks({"a": 1, "b": 2})
+    monkeypatch.setattr(stage, "gather_objects", lambda mine: [mine, second])
+    with pytest.raises(NanochatError, match=found):
+        compare_ranks({"a": 1, "b": 2})

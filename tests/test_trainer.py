@@ -28,7 +28,6 @@ from nanochat.common import NanochatError, get_base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.metrics import read_metrics
-from nanochat.settings import SettingsParser
 from nanochat.stage import open_stage, prepare_directory
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import Batch, Trainer, summed_loss
@@ -76,17 +75,54 @@ def test_blocks_join_after_a_share_of_the_updates(corpus: Path) -> None:
             assert torch.equal(tensor, saved[6][name]), name
 
 
-@pytest.mark.parametrize("more", [["--num-iterations=-1", "--target-flops=1e8"], ["--num-iterations=6"]])
-def test_a_budget_decides_when_blocks_join(corpus: Path, more: list[str]) -> None:
-    """So many updates train all blocks; so many FLOPs, few for this model, are spent on one block first."""
-    stage_dir = _train(corpus, "budget", *more)
+@pytest.mark.parametrize("more", [["--target-minutes=0.003"], ["--target-flops=1e9"], ["--num-iterations=6"]])
+def test_a_budget_decides_when_blocks_join(corpus: Path, more: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Minutes, few for this model, are spent on one block first; so many updates or FLOPs train all blocks."""
+    monkeypatch.setattr(base_train, "flops_in", lambda model, minutes: 1e8)
+    stage_dir = _train(corpus, "budget", "--num-iterations=-1", *more)
     settings = read_meta(stage_dir, list_steps(stage_dir)[-1])["settings"]
-    assert settings["expand_at"] == (0.85 if "--target-flops=1e8" in more else 0)
+    assert settings["expand_at"] == (0.85 if settings["target_minutes"] > 0 else 0)
     done = [row["train/flops"] for row in read_metrics(stage_dir / "metrics.jsonl") if "train/flops" in row][-1]
     if settings["target_flops"] > 0:
         assert done == pytest.approx(settings["target_flops"], rel=0.2)
     with pytest.raises(NanochatError, match="no updates for the other blocks"):
         _train(corpus, "never", "--expand-at=1")
+
+
+def test_a_run_that_was_renamed_goes_on(corpus: Path, tiny_run: Path) -> None:
+    losses = _losses(tiny_run / "base")
+    tiny_run.rename(tiny_run.parent / "renamed")
+    assert _losses(_train(corpus, "renamed", "--resume=3", "--save-every=3")) == losses
+
+
+def test_a_logger_that_is_not_installed_leaves_no_run_behind(
+    corpus: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanochat.loggers.importlib.util.find_spec", lambda name: None)
+    for flags in (["--run=mine"], ["--log-to=trackio"], ["--tensorboard"]):
+        with pytest.raises(NanochatError, match="is not installed"):
+            _train(corpus, "unlogged", *flags)
+    assert not (base_dir / "runs").exists()
+
+
+def test_a_run_says_what_it_is_and_what_it_keeps(corpus: Path, capsys: pytest.CaptureFixture) -> None:
+    """Of checkpoints, where some will be removed and nobody has said how many."""
+    silent = ([], ["--save-every=2"], ["--save-every=1", "--keep-last=2"], ["--save-every=1", "--keep-last=-1"])
+    for number, flags in enumerate((["--save-every=1"], *silent)):
+        _train(corpus, f"run{number}", *flags)
+        printed = capsys.readouterr().out
+        assert f"pretraining run{number}: depth 2, " in printed
+        assert ("the newest 3 checkpoints are kept, and the best (--keep-last)" in printed) == (number == 0)
+
+
+@pytest.mark.parametrize(
+    ("flag", "limits"),
+    [("--matrix-lr=-1", "0 or more"), ("--weight-decay=nan", "0 or more"), ("--warmdown-ratio=3", "0 to 1"),
+     ("--final-lr-frac=-0.1", "0 to 1")],
+)  # fmt: skip
+def test_rates_and_shares_out_of_range_are_refused(flag: str, limits: str, corpus: Path) -> None:
+    with pytest.raises(NanochatError, match=f"{flag.replace('=', ' ')} is out of range: choose {limits}"):
+        _train(corpus, "range", flag)
 
 
 @pytest.mark.parametrize("flag", ["--resume=3", "--resume-from-step=3", "--resume=auto"])
@@ -366,7 +402,7 @@ def test_what_a_stage_goes_on_from_may_not_change_before_it_starts(tiny_run: Pat
     shutil.copytree(tiny_run / "base" / "step_000006", tiny_run / "base" / "step_000009")
     metrics = (tiny_run / "base" / "metrics.jsonl").read_text(encoding="utf-8")
     with pytest.raises(NanochatError, match="by another process meanwhile"):
-        prepare_directory(stage, tokenizer, {}, SettingsParser("").parse_args([]), rank=0)
+        prepare_directory(stage, tokenizer, {}, base_train.parse_arguments([]), rank=0)
     assert (tiny_run / "base" / "metrics.jsonl").read_text(encoding="utf-8") == metrics
 
 
@@ -375,8 +411,14 @@ def test_an_older_optimizer_is_named(corpus: Path, tiny_run: Path, monkeypatch: 
         return {name: value for name, value in read_tensors(*arguments).items() if "mean_square" not in name}
 
     monkeypatch.setattr(nanochat.stage, "read_tensors", without_embeddings)
-    with pytest.raises(NanochatError, match="whose optimizer was another"):
+    with pytest.raises(NanochatError, match="whose optimizer was another .* to train on choose another --model-tag"):
         _train(corpus, "tiny", "--resume=3", "--save-every=3")
+    shutil.rmtree(tiny_run / "sft")
+    flags = ["--model-tag=tiny", "--tasks=Arithmetic:60", "--num-iterations=1", "--no-compile", "--device-type=cpu"]
+    with pytest.raises(NanochatError, match="whose optimizer was another .*: add --load-optimizer 0$"):
+        chat_sft.main(flags)
+    shutil.rmtree(tiny_run / "sft")
+    assert chat_sft.main([*flags, "--load-optimizer=0", "--eval-tokens=128"]) == 0
 
 
 def test_a_seed_is_another_model(corpus: Path) -> None:
