@@ -32,12 +32,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from nanochat.common import NanochatError, any_rank, get_base_dir, get_dist_info, read_json_object, remove_leftovers
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT
+from nanochat.model_config import read_config
 from nanochat.tokenizer import FILE_NAME as TOKENIZER_FILE
 from nanochat.tokenizer import Tokenizer
 
 FORMAT_VERSION = 2  # 1: the manifest had no digest of its own
 STAGES = ("base", "sft", "rl")
+LATEST = 1e11  # seconds since 1970: a checkpoint that claims to be later does not say when it was made
 BEST_FILE, SETTINGS_FILE = "best.json", "settings.json"
 SHARDED_DIR = "sharded"
 MODEL_FILE, OPTIMIZER_FILE, META_FILE, MANIFEST_FILE = (
@@ -109,8 +111,10 @@ def newest_of_runs(stage: str) -> list[tuple[float, str]]:
         for step in reversed(list_steps(stage_dir)):
             with contextlib.suppress(CheckpointError):
                 manifest = _read_json(step_dir(stage_dir, step) / MANIFEST_FILE)
-                if manifest.get("version") == 1 or manifest.get("digest") == _digest(manifest):
-                    found.append((manifest["created"], stage_dir.parent.name))
+                is_whole = manifest.get("version") == 1 or manifest.get("digest") == _digest(manifest)
+                created = manifest.get("created")
+                if is_whole and isinstance(created, int | float) and 0 < created < LATEST:
+                    found.append((created, stage_dir.parent.name))
                     break
     return found
 
@@ -345,13 +349,15 @@ def list_files(directory: Path) -> dict[str, dict[str, Any]]:
     version = manifest.get("version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise CheckpointError(f"{directory} has format {version}, newer than this nanochat reads: update it")
-    if version != 1 and manifest.get("digest") != _digest(manifest):
+    files: Any = manifest.get("files")
+    whole = isinstance(files, dict) and all(isinstance(f, dict) and {"sha256", "bytes"} <= set(f) for f in files.values())
+    if not whole or (version != 1 and manifest.get("digest") != _digest(manifest)):
         raise _damage(directory / MANIFEST_FILE)
-    for name, expected in manifest["files"].items():
+    for name, expected in files.items():
         path = directory / name
         if not path.is_file() or path.stat().st_size != expected["bytes"]:
             raise _damage(path)
-    return manifest["files"]
+    return files
 
 
 def _damage(path: Path) -> CheckpointError:
@@ -390,7 +396,10 @@ def read_tensors(directory: Path, file_name: str) -> dict[str, torch.Tensor]:
         from nanochat.sharding import read_whole
 
         return read_whole(directory / SHARDED_DIR, prefix=f"{file_name}/")
-    return load_file(directory / file_name) if (directory / file_name).exists() else {}
+    try:
+        return load_file(directory / file_name) if (directory / file_name).exists() else {}
+    except SafetensorError as error:
+        raise _damage(directory / file_name) from error
 
 
 def load_into(directory: Path, file_name: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -438,19 +447,22 @@ def open_checkpoint(
     if step not in steps:
         raise no_such_step(stage_dir, step)
     meta = read_meta(stage_dir, step)
+    if not {"tokenizer", "model_config"} <= meta.keys():
+        raise _damage(step_dir(stage_dir, step) / META_FILE)
     tokenizer = Tokenizer.load(get_run_dir(tag))
     if tokenizer.fingerprint() != meta["tokenizer"]:
         raise CheckpointError(
             f"the tokenizer in {get_run_dir(tag)} is not the one that step {step} of {source} was trained with: "
             "restore it, or train again"
         )
-    return stage_dir, tokenizer, {**meta, "tag": tag, "stage": source, "weights": hash_of_weights(stage_dir, step)}
+    weights = hash_of_weights(stage_dir, step)
+    return stage_dir, tokenizer, {**meta, "step": step, "tag": tag, "stage": source, "weights": weights}
 
 
 def hash_of_weights(stage_dir: Path, step: int) -> str:
-    """By which results of other weights can be told."""
-    manifest = _read_json(step_dir(stage_dir, step) / MANIFEST_FILE)
-    found: str = manifest["files"].get(MODEL_FILE, {}).get("sha256") or manifest["digest"]
+    """By which results of other weights can be told. Raises CheckpointError if the manifest does not say."""
+    directory = step_dir(stage_dir, step)
+    found: str = list_files(directory).get(MODEL_FILE, {}).get("sha256") or _read_json(directory / MANIFEST_FILE)["digest"]
     return found
 
 
@@ -472,7 +484,7 @@ def build_model(
 ) -> GPT:
     """A GPT on `device` with the given weights, or newly initialized ones if `state` is None."""
     with torch.device("meta"):
-        model = GPT(GPTConfig(**model_config))
+        model = GPT(read_config(model_config))
     if state is None:
         model.to_empty(device=device)
         model.init_weights(seed)

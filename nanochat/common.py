@@ -77,7 +77,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError("not an object")
         return content
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # the last: brackets in brackets
         raise NanochatError(f"{path} cannot be read ({error})") from error
 
 
@@ -110,10 +110,10 @@ def remove_leftovers(path: Path) -> None:
 def read_json_lines(path: Path) -> list[Any]:
     """The values of a file that is appended to, [] if there is none; a line that a crash cut short is passed over."""
     values = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
             values.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
     return values
 
@@ -267,6 +267,8 @@ def compute_init(device_type: str = "", seed: int = 42) -> tuple[bool, int, int,
     if device_type != "cpu" and not available[device_type]():
         raise NanochatError(f"PyTorch sees no {device_type} device here: use --device-type=cpu")
 
+    if not -(2**63) <= seed < 2**63:
+        raise NanochatError(f"--seed {seed} is out of range: choose a whole number of at most 18 digits")
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")  # tf32 where CUDA has it; no effect on CPU
     ddp, rank, local_rank, world_size = get_dist_info()

@@ -249,8 +249,8 @@ def _deal(
             if lane in first and (epoch, number) >= first[lane]:
                 if not isinstance(document, str) and not 0 <= document.min() <= document.max() < vocab_size:
                     raise NanochatError(
-                        f"{source.address(split, number)} holds ids outside of the vocabulary of {vocab_size} tokens: write it "
-                        "anew with python -m scripts.data_prep"
+                        f"{source.address(split, number)} holds ids outside of the vocabulary of {vocab_size} tokens: "
+                        "write it anew with python -m scripts.data_prep"
                     )
                 yield _Dealt(lane, epoch, number, document, _Reading(epoch, number + 1, tuple(loads)))
         if number < 0 and start == 0:

@@ -171,7 +171,7 @@ def _parquet_footer(file: BinaryIO, address: str) -> Footer:
 def _column(schema: pa.Schema, address: str) -> tuple[str, str | None]:
     """(name of the column to read, fingerprint of its tokenizer or None for a text)."""
     fingerprint = (schema.metadata or {}).get(TOKENIZER_KEY)
-    kind = schema.field(TOKEN_COLUMN).type if TOKEN_COLUMN in schema.names else None
+    kind = schema.field(TOKEN_COLUMN).type if schema.names.count(TOKEN_COLUMN) == 1 else None
     holds_ids = isinstance(kind, (pa.ListType, pa.LargeListType)) and pa.types.is_integer(kind.value_type)
     if holds_ids and fingerprint is not None:
         return TOKEN_COLUMN, fingerprint.decode()
@@ -197,6 +197,8 @@ def text_column(address: str, names: list[str], wanted: str | None = None, way_o
     """The name of the wanted column, or of the first that usually holds text. Raises NanochatError."""
     columns = (wanted,) if wanted else TEXT_COLUMNS
     for column in columns:
+        if names.count(column) > 1:
+            raise NanochatError(f"{address} has {names.count(column)} columns {column}: rename all but one")
         if column in names:
             return column
     raise NanochatError(f"{address} has no column {' or '.join(columns)}, only {', '.join(names)}: {way_out}")
@@ -310,7 +312,7 @@ def is_remote(address: str) -> bool:
 
 def list_local(path: str) -> Listing:
     """The files at a path, below a folder, or that a glob matches, by links too; named by their way from there."""
-    expanded = Path(re.sub(r"^/(?=[A-Za-z]:)", "", path.removeprefix("file://"))).expanduser()  # file:///C:/...
+    expanded = Path(os.path.expanduser(re.sub(r"^/(?=[A-Za-z]:)", "", path.removeprefix("file://"))))  # file:///C:/...
     if expanded.is_dir():
         root, found = expanded, _walk(expanded)
     elif expanded.exists():  # whatever its name looks like

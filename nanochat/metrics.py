@@ -17,9 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint_manager import SETTINGS_FILE, STAGES, get_run_dir
-from nanochat.common import NanochatError, complain, read_json_lines, run_command
+from nanochat.common import NanochatError, complain, read_json_lines, read_json_object, run_command
+from nanochat.document_files import as_unicode
 from nanochat.loggers import LOGGERS, BackgroundLogger, LoggedRun, check_installed
 from nanochat.settings import SettingsParser
+
+SAMPLE = ("sample/prompt", "sample/text")
 
 
 class MetricsLog:
@@ -103,9 +106,16 @@ def thinned(count: int, most: int) -> list[int]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; what a resumed run did again replaces what it had done before."""
+    """The rows of a metrics.jsonl; what a resumed run did again replaces what it had done before.
+
+    Lines that are no rows are passed over.
+    """
     rows: dict[Any, dict[str, Any]] = {}  # in the order of their steps
     for row in read_json_lines(path):
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            continue
+        texts = {name: as_unicode(row[name]) for name in SAMPLE if isinstance(row.get(name), str)}
+        row |= texts  # older versions wrote down half a surrogate pair
         newest = row["step"] - ("train/loss" in row)  # an update comes before all else of its step
         while rows and next(reversed(rows.values()))["step"] > newest:  # back in time: the run was resumed here
             rows.popitem()
@@ -150,7 +160,7 @@ def smooth_for_picture(values: list[float]) -> list[float]:
 
 def replay(stage_dir: Path, to: str, run: str = "dummy") -> int:
     """Send what a stage has logged so far to a logger, as a run of its own; returns the number of rows."""
-    settings = json.loads((stage_dir / SETTINGS_FILE).read_text(encoding="utf-8"))
+    settings = read_json_object(stage_dir / SETTINGS_FILE)
     rows = [(row["step"], _numbers(row)) for row in read_metrics(stage_dir / "metrics.jsonl")]
     purge_all = -1 if to == "tensorboard" else None  # its directory has room for one: what it holds is replaced
     logger = LOGGERS[to](LoggedRun(stage_dir, _name(run, stage_dir), settings, purge_all))

@@ -125,7 +125,7 @@ class SamplingRequest(BaseModel):
     ignore_eos: bool | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Any] | None = None  # refused below, so that nobody need look at each of a million
 
     @model_validator(mode="after")
     def _refuse_what_is_missing(self) -> SamplingRequest:
@@ -268,9 +268,16 @@ class Reply:
         frame = {"id": self.id, "object": object_name, "created": self.created, "model": self.model, **content}
         return {**frame, "nanochat": self.extra} if self.extra else frame
 
-    def whole(self, sequences: list[Sequence], prompts: int, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        name = "chat.completion" if self.kind == "chat" else "text_completion"
-        return self._frame(name, choices=choices, usage=usage(sequences, prompts))
+    def chat(self, sequences: list[Sequence]) -> dict[str, Any]:
+        """The whole reply to a chat request."""
+        choices = [self.chat_choice(i, sequence) for i, sequence in enumerate(sequences)]
+        return self._frame("chat.completion", choices=choices, usage=usage(sequences, 1))
+
+    def completions(self, sequences: list[Sequence], echo: bool, added_bos: list[bool]) -> dict[str, Any]:
+        """The whole reply to a completion request; added_bos: for each prompt, whether it was given one."""
+        n = len(sequences) // len(added_bos)
+        choices = [self.completion_choice(i, sequence, echo, added_bos[i // n]) for i, sequence in enumerate(sequences)]
+        return self._frame("text_completion", choices=choices, usage=usage(sequences, len(added_bos)))
 
     def chunk(self, choices: list[dict[str, Any]], total: dict[str, Any] | None = None) -> str:
         """One server-sent event. "usage" is there if it was asked for: null before the last one, as with OpenAI."""

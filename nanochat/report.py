@@ -118,13 +118,13 @@ def merge_eval(stage_dir: Path, step: int, results: dict[str, Any]) -> None:
 def _set_damaged_aside(path: Path) -> None:
     """What took minutes to measure is not lost for an old file that cannot be read."""
     try:
-        if type(read_json(path).get("step", 0)) is int:
-            return
+        is_whole = type(read_json(path).get("step", 0)) is int
     except NanochatError:
-        pass
-    aside = path.with_name(f"{path.name}.damaged")
-    os.replace(path, aside)
-    complain(f"{path} is damaged: it is now {aside.name}, and the new results begin another")
+        is_whole = False
+    if not is_whole:
+        aside = path.with_name(f"{path.name}.damaged")
+        os.replace(path, aside)
+        complain(f"{path} is damaged: it is now {aside.name}, and the new results begin another")
 
 
 def read_eval(stage_dir: Path) -> dict[str, Any]:

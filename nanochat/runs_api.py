@@ -35,8 +35,10 @@ def add_run_routes(app: FastAPI) -> None:
             run_dir = get_run_dir(tag)
         except NanochatError as error:
             raise RequestError(str(error), param="tag") from None
-        # Not Path.is_dir, which fails on a name that is too long for a file.
-        stages = {stage: describe_stage(run_dir / stage) for stage in STAGES if os.path.isdir(run_dir / stage)}
+        try:  # os.path, since Path.is_dir fails on a name that is too long for a file
+            stages = {stage: describe_stage(run_dir / stage) for stage in STAGES if os.path.isdir(run_dir / stage)}
+        except NanochatError as error:
+            raise RequestError(str(error), status=500) from None
         if not stages:
             raise RequestError(f"there is no run {tag!r}", status=404, param="tag")
         return {"tag": tag, "stages": stages}
@@ -63,8 +65,8 @@ def describe_stage(stage_dir: Path) -> dict[str, Any]:
     return {
         "settings": read_json(stage_dir / SETTINGS_FILE),
         "step": max((row["step"] for row in rows), default=0),
-        "time_s": rows[-1]["time_s"] if rows else 0.0,
-        "updated": rows[-1]["timestamp"] if rows else 0.0,
+        "time_s": rows[-1].get("time_s", 0.0) if rows else 0.0,
+        "updated": rows[-1].get("timestamp", 0.0) if rows else 0.0,
         "checkpoints": list_steps(stage_dir),
         "curves": curves,
         "samples": [{"step": r["step"], "prompt": r["sample/prompt"], "text": r["sample/text"]} for r in sampled],

@@ -11,7 +11,7 @@ import contextlib
 import hmac
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -133,18 +133,17 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
         if request.stream:
             return _stream(ticket, _chat_chunks(service, ticket, reply), headers)
         await _wait_until_done(ticket, http, service.limits.request_timeout_s)
-        choices = [reply.chat_choice(i, sequence) for i, sequence in enumerate(ticket.sequences)]
-        return JSONResponse(reply.whole(ticket.sequences, 1, choices), headers=headers)
+        return await _write(lambda: reply.chat(ticket.sequences), headers)
 
     @app.post("/v1/completions", response_model=None)
     async def completions(request: CompletionRequest, http: Request) -> Response:
         _check_model(service, request.model)
         prompts = await asyncio.to_thread(request.prompts, service.tokenizer)
         max_tokens = 16 if request.max_tokens is None else request.max_tokens
-        n, sequences = request.n or 1, []
+        sequences = []
         for tokens, _ in prompts:
             check_prompt(tokens, service.context)
-            for choice in range(n):
+            for choice in range(request.n or 1):
                 wants_prompt = bool(request.echo) and request.logprobs is not None
                 params = request.params(choice, max_tokens, request.logprobs, prompt_logprobs=wants_prompt)
                 sequences.append(Sequence(tokens, params))
@@ -153,11 +152,8 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
         if request.stream:
             return _stream(ticket, _completion_chunks(service, ticket, reply, len(prompts)))
         await _wait_until_done(ticket, http, service.limits.request_timeout_s)
-        choices = [
-            reply.completion_choice(i, sequence, bool(request.echo), prompts[i // n][1])
-            for i, sequence in enumerate(ticket.sequences)
-        ]
-        return JSONResponse(reply.whole(ticket.sequences, len(prompts), choices))
+        added_bos = [added for _, added in prompts]
+        return await _write(lambda: reply.completions(ticket.sequences, bool(request.echo), added_bos))
 
 
 def _add_chat_routes(app: FastAPI, service: Service) -> None:
@@ -171,8 +167,8 @@ def _add_chat_routes(app: FastAPI, service: Service) -> None:
         ticket = _submit_chat(service, request, prompt)
         return _stream(ticket, _guide_events(service, ticket, dropped))
 
-    @app.post("/tokenize")
-    async def tokenize(request: TokenizeRequest) -> dict[str, Any]:
+    @app.post("/tokenize", response_model=None)
+    async def tokenize(request: TokenizeRequest) -> Response:
         """The tokens of a text, or of a conversation as the model reads it (vLLM's name and form)."""
         if (request.prompt is None) == (request.messages is None):
             raise RequestError("give either prompt or messages")
@@ -180,8 +176,8 @@ def _add_chat_routes(app: FastAPI, service: Service) -> None:
             tokens = await asyncio.to_thread(service.tokenizer.encode, request.prompt)
         else:
             tokens, _ = await _render(service, ChatRequest.model_validate({"messages": request.messages}))
-        texts = [token_text(service.tokenizer, token) for token in tokens]
-        return {"count": len(tokens), "max_model_len": service.context, "tokens": tokens, "token_strs": texts}
+        known = {"count": len(tokens), "max_model_len": service.context, "tokens": tokens}
+        return await _write(lambda: {**known, "token_strs": [token_text(service.tokenizer, token) for token in tokens]})
 
     @app.post("/detokenize")
     async def detokenize(request: DetokenizeRequest) -> dict[str, str]:
@@ -250,6 +246,11 @@ async def _render(service: Service, request: ChatRequest) -> tuple[list[int], in
 def _submit_chat(service: Service, request: ChatRequest, prompt: list[int]) -> Ticket:
     params = [request.params(i, request.limit, request.num_logprobs) for i in range(request.n or 1)]
     return service.submit([Sequence(prompt, p) for p in params])
+
+
+async def _write(make: Callable[[], dict[str, Any]], headers: dict[str, str] | None = None) -> Response:
+    """The reply, made and written down in a thread: what has many tokens takes seconds."""
+    return await asyncio.to_thread(lambda: JSONResponse(make(), headers=headers))
 
 
 async def _wait_until_done(ticket: Ticket, http: Request, timeout_s: float) -> None:

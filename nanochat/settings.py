@@ -11,6 +11,7 @@ import argparse
 import difflib
 import itertools
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -99,7 +100,7 @@ class SettingsParser(argparse.ArgumentParser):
         finder.error = self.error  # type: ignore[method-assign] # it speaks for this parser
         finder.add_argument("--config")
         file = finder.parse_known_args(args)[0].config
-        in_file = self._read(Path(file).expanduser()) if file is not None else {}
+        in_file = self._read(Path(os.path.expanduser(file))) if file is not None else {}
         defaults = {action.dest: action.default for action in self._actions}
         for action, value in in_file.items():
             action.required = False
@@ -131,7 +132,7 @@ class SettingsParser(argparse.ArgumentParser):
             content = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise NanochatError(f"--config {path} cannot be read ({error.strerror}): check the path") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or brackets in brackets
             raise NanochatError(f"--config {path} is no TOML ({error}): write lines such as depth = 12") from error
         known = {flag: action for action in self._actions if (flag := _long_name(action)) and flag not in NOT_IN_FILES}
         values: dict[argparse.Action, Any] = {}

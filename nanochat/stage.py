@@ -51,14 +51,14 @@ from nanochat.common import (
     get_compute_dtype,
     get_dist_info,
     print0,
-    read_json_lines,
     read_json_object,
 )
 from nanochat.dataset import Source
 from nanochat.fp8 import enable_fp8
-from nanochat.gpt import GPT, GPTConfig
+from nanochat.gpt import GPT
 from nanochat.loggers import LOGGERS, check_installed
-from nanochat.metrics import MetricsLog
+from nanochat.metrics import MetricsLog, read_metrics
+from nanochat.model_config import read_config
 from nanochat.optim import MuonAdamW, OptimizerSettings
 from nanochat.settings import CONFIG_FILE, Arguments
 from nanochat.tokenizer import Tokenizer
@@ -193,7 +193,7 @@ class Stage:
         """True if the last step was saved and evaluated, so that nothing is left to do (loss or pass@1 is measured last)."""
         if self.resume_step is None or self.resume_step < num_iterations:
             return False
-        rows = [row for row in read_json_lines(self.directory / "metrics.jsonl") if row["step"] == num_iterations]
+        rows = [row for row in read_metrics(self.directory / "metrics.jsonl") if row["step"] == num_iterations]
         return any("val/bpb" in row or "val/pass@1" in row for row in rows)
 
     @property
@@ -448,7 +448,7 @@ def make_model(
         from nanochat.sharding import shard
 
         with torch.device("meta"):
-            model = GPT(GPTConfig(**model_config))
+            model = GPT(read_config(model_config))
         shard(model, device)
         model.to_empty(device=device)
         if start is None:

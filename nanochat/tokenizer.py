@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,6 +41,8 @@ SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
 LONG_BLANK = 100_000  # characters; the pattern takes ten times as many at once
+MOST_TOKENS = 1 << 24  # of a vocabulary
+PROBE = "Some text, 2 \u00e9\u6f22\n\n  !"  # of every kind that a pattern should match
 FORMAT_VERSION = 1
 FILE_NAME = "tokenizer.json"
 PART_MARKERS = {
@@ -52,7 +55,11 @@ class Tokenizer:
     """A trained byte-pair encoding with nanochat's special tokens behind the ordinary ones."""
 
     def __init__(self, tokens: list[bytes], pattern: str = SPLIT_PATTERN) -> None:
-        """tokens: the ordinary tokens in order of rank; each byte must be among them."""
+        """tokens: the ordinary tokens in order of rank. Raises ValueError unless these and the pattern encode any text."""
+        if missing := {bytes([value]) for value in range(256)}.difference(tokens):  # a text with one would end in a panic
+            raise ValueError(f"it lacks the token of the byte 0x{min(missing).hex()}")
+        if len(set(tokens)) < len(tokens):
+            raise ValueError("it has a token twice")
         self.tokens, self.pattern = tokens, pattern
         self.special_ids = {name: len(tokens) + i for i, name in enumerate(SPECIAL_TOKENS)}
         self._special_names = {i: name for name, i in self.special_ids.items()}
@@ -62,6 +69,16 @@ class Tokenizer:
             mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
             special_tokens=self.special_ids,
         )
+        if not self._keeps_text():
+            raise ValueError(f"its pattern {pattern[:100]!r} does not match all of a text")
+
+    def _keeps_text(self) -> bool:
+        try:
+            return bool(self.pattern) and self.decode(self.encode(PROBE)) == PROBE
+        except BaseException as error:  # what Rust panics with, at a pattern that matches without a character, is no Exception
+            if type(error).__name__ != "PanicException":
+                raise
+            return False
 
     # ------------------------------------------------------------------------- making, saving, loading
 
@@ -70,13 +87,15 @@ class Tokenizer:
         """Learn a vocabulary of `vocab_size` tokens, the special ones included, from texts.
 
         A short text gives fewer: as many as there are pairs to merge. Raises NanochatError if the size is too small for
-        256 bytes.
+        256 bytes, or beyond what anybody trains.
         """
         import rustbpe
 
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
             raise NanochatError(f"--vocab-size {vocab_size} is too small: choose {smallest} or more")
+        if vocab_size > MOST_TOKENS:
+            raise NanochatError(f"--vocab-size {vocab_size} is too large: choose {MOST_TOKENS} or less")
         logging.getLogger("rustbpe").setLevel(logging.WARNING)  # it reports every percent
         trainer = rustbpe.Tokenizer()
         pieces = itertools.chain.from_iterable(map(cut_long_blanks, text_iterator))
@@ -108,11 +127,8 @@ class Tokenizer:
             if content["version"] > FORMAT_VERSION or content["special_tokens"] != SPECIAL_TOKENS:
                 raise ValueError("another version of the format")
             tokens = [base64.b64decode(token, validate=True) for token in content["tokens"]]
-            missing = {bytes([value]) for value in range(256)}.difference(tokens)
-            if missing:  # a text with one would end in a panic
-                raise ValueError(f"it lacks the token of the byte 0x{min(missing).hex()}")
             return cls(tokens, content["pattern"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:  # the last: brackets in brackets
             raise NanochatError(f"{path} is not a nanochat tokenizer ({error}): train one with scripts.tok_train") from error
 
     @functools.cache  # noqa: B019 - tokenizers live as long as the process
@@ -347,7 +363,7 @@ class IncrementalDecoder:
 
 def get_tokenizer_dir(name_or_path: str = "default") -> Path:
     """The directory of a tokenizer: a path, or a name below <base>/tokenizers."""
-    path = Path(name_or_path).expanduser()
+    path = Path(os.path.expanduser(name_or_path))  # which, as a shell, leaves ~NOBODY as it is
     if path.exists() or len(path.parts) > 1:
         return path
     return get_base_dir() / "tokenizers" / name_or_path

@@ -7,6 +7,7 @@ stages left behind, so runs that are still training can be compared as well.
 from __future__ import annotations
 
 import difflib
+import os
 import statistics
 import sys
 import time
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def find_run_dir(run: str) -> Path:
     """The directory of a run that is named by its tag or its path. Raises NanochatError if there is none."""
-    path = Path(run).expanduser()
+    path = Path(os.path.expanduser(run))
     path = path.parent if path.name in STAGES else path
     for directory in (get_runs_dir() / run, path):
         if any((directory / stage / SETTINGS_FILE).exists() for stage in STAGES):

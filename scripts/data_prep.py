@@ -71,8 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     from nanochat.data_prep import Layout
 
     if "://" not in args.input:
-        args.input = str(Path(args.input).expanduser().absolute())
-    layout = Layout(Path(args.output).expanduser().absolute())
+        args.input = str(Path(os.path.expanduser(args.input)).absolute())
+    layout = Layout(Path(os.path.expanduser(args.output)).absolute())
     inputs = list_inputs(args.input)
     if any(layout.output in Path(path).parents for path in inputs) or layout.output.is_relative_to(args.input):
         raise NanochatError(f"--output {layout.output} and --input {args.input} lie in each other: choose another folder")

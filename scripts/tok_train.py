@@ -44,6 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     counts = {"documents": 0, "characters": 0}
     with Progress("reading text", total=None, unit="document") as progress:
         tokenizer = Tokenizer.train(_texts(source, args.max_chars, args.doc_cap, counts, progress), args.vocab_size)
+    if counts["characters"] == 0:  # what may be there already is better
+        raise NanochatError(f"{source.name} has no train document with text: give more text")
     seconds = time.perf_counter() - started
     path = tokenizer.save(directory)
     recipe = _recipe(args, source, source.num_files_read)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from pathlib import Path
 
@@ -43,7 +44,7 @@ def build_task(name: str, split: str, data_dir: Path | None = None, stop: int | 
     if name not in TASKS:
         from tasks.customjson import CustomJSON
 
-        return CustomJSON(Path(name), split, **slicing)
+        return CustomJSON(Path(os.path.expanduser(name)), split, **slicing)  # no shell does it behind a comma
     module, class_name, defaults = TASKS[name]
     task_class = getattr(importlib.import_module(f"tasks.{module}"), class_name)
     return task_class(split, data_dir=data_dir, **defaults, **slicing)
@@ -53,9 +54,11 @@ def build_mixture(spec: str, split: str, data_dir: Path | None = None) -> TaskMi
     """Tasks interleaved: "NAME[*TIMES][:MOST],..." sees NAME that many times, and at most its first MOST conversations."""
     tasks: list[Task] = []
     for entry in filter(None, (part.strip() for part in spec.split(","))):
-        parsed = re.fullmatch(r"([A-Za-z]:[\\/][^*:]*|[^*:]*)(?:\*(\d*))?(?::(\d*))?", entry)  # C:\... is a path on Windows
+        # C:\... is a path on Windows.
+        parsed = re.fullmatch(r"([A-Za-z]:[\\/][^*:]*|[^*:]*)(?:\*(\d{0,3}))?(?::(\d{0,18}))?", entry)
         if parsed is None:
-            raise NanochatError(f"{entry!r} is no entry of a mixture: write NAME, NAME*TIMES or NAME*TIMES:MOST")
+            forms = "NAME, NAME*TIMES or NAME*TIMES:MOST, with TIMES below 1000"
+            raise NanochatError(f"{entry[:100]!r} is no entry of a mixture: write {forms}")
         name, times, most = parsed.groups()
         stop = (int(most) if split == "train" else max(1, int(most) // 20)) if most else None
         task = build_task(name, split, data_dir, stop)

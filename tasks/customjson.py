@@ -59,4 +59,6 @@ def _checked(messages: object) -> list[dict[str, Any]]:
     for i, message in enumerate(turns):
         if message["role"] != expected[i % 2]:
             raise NanochatError(f"is out of turn: message {i + 1} is from {message['role']!r}, not {expected[i % 2]!r}")
+    if len(turns) < 2:
+        raise NanochatError("has no answer of the assistant")
     return messages

@@ -177,6 +177,73 @@ def test_the_newest_run_is_chosen_not_the_largest(tiny_run: Path) -> None:
     assert load_model("base", "cpu", "eval")[2]["tag"] == "tiny"
 
 
+@pytest.mark.parametrize("manifest", ["{}", '{"version": 1}', '{"version": 1, "created": null}', "[" * 100_000,
+                                      '{"version": 1, "created": 1e300}', '{"version": 1, "created": NaN}'])  # fmt: skip
+def test_a_bad_manifest_in_another_run_hinders_nobody(tiny_run: Path, manifest: str) -> None:
+    bad = step_dir(get_run_dir("bad") / "base", 20)
+    bad.mkdir(parents=True)
+    (bad / "manifest.json").write_text(manifest)
+    save_checkpoint(tiny_run / "base", 9, STATE, None, {})
+    assert find_run("base") == "tiny"
+    with pytest.raises(CheckpointError, match="step_000020|no base checkpoint"):
+        load_model("base", "cpu", "eval", "bad")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "reason"),
+    [
+        ("manifest.json", {"files": None}, r"manifest\.json is damaged .* use another step: 3"),
+        ("manifest.json", {"files": {"meta.json": 1}}, r"manifest\.json is damaged .* use another step: 3"),
+        ("meta.json", {"tokenizer": ...}, r"meta\.json is damaged .* use another step: 3"),
+        ("meta.json", {"step": "x"}, None),
+        ("meta.json", {"model_config": None}, "does not say what it is like"),
+        ("meta.json", {"foo": 1}, "of another version: its model_config has foo; update nanochat"),
+        ("meta.json", {"n_layer": "2"}, "n_layer '2', which is not a whole number above 0: restore the file, or use another"),
+        ("meta.json", {"n_layer": 2.5}, "n_layer '2.5', which is not"),
+        ("meta.json", {"n_layer": -1}, "n_layer '-1', which is not"),
+        ("meta.json", {"n_head": 0}, "n_head '0', which is not"),
+        ("meta.json", {"n_kv_head": True}, "n_kv_head 'True', which is not"),
+        ("meta.json", {"sequence_len": -5}, "sequence_len '-5', which is not"),
+        ("meta.json", {"rotary_base": "x"}, "rotary_base 'x', which is not a number above 0"),
+        ("meta.json", {"bigrams": -1}, "bigrams '-1', which is not"),
+        ("meta.json", {"value_embeddings": 1}, "value_embeddings '1', which is not true or false"),
+        ("meta.json", {"window_pattern": 7}, "window_pattern '7', which is not a text"),
+    ],
+)
+def test_json_that_says_something_else_is_named(tiny_run: Path, name: str, change: dict, reason: str | None) -> None:
+    """In a checkpoint whose manifest has no digest, and is made to agree."""
+    directory = step_dir(tiny_run / "base", 6)
+    content, manifest = (json.loads((directory / file).read_text()) for file in (name, "manifest.json"))
+    for key, value in change.items():
+        inner = content if key in content else content["model_config"]
+        inner[key] = value
+        if value is ...:
+            del inner[key]
+    (directory / name).write_text(json.dumps(content))
+    if name == "manifest.json":
+        manifest = content
+    else:
+        size = (directory / name).stat().st_size
+        manifest["files"][name] = {"sha256": checkpoint_manager._sha256(directory / name), "bytes": size}
+    (directory / "manifest.json").write_text(json.dumps({**manifest, "version": 1}))
+    if reason is None:
+        assert load_model("base", "cpu", "eval", "tiny")[2]["step"] == 6
+        return
+    with pytest.raises(NanochatError, match=reason):
+        load_model("base", "cpu", "eval", "tiny")
+
+
+def test_weights_that_are_none_are_named(tiny_run: Path) -> None:
+    directory = step_dir(tiny_run / "base", 6)
+    (directory / "model.safetensors").write_bytes(b"")
+    manifest = json.loads((directory / "manifest.json").read_text())
+    empty = {"sha256": checkpoint_manager._sha256(directory / "model.safetensors"), "bytes": 0}
+    manifest["files"]["model.safetensors"] = empty
+    (directory / "manifest.json").write_text(json.dumps({**manifest, "version": 1}))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged .* use another step: 3"):
+        load_model("base", "cpu", "eval", "tiny")
+
+
 def test_what_is_absent_is_named_with_what_there_is(tiny_run: Path) -> None:
     with pytest.raises(CheckpointError, match="'nope' has no base checkpoint.*runs with one: tiny"):
         load_model("base", "cpu", "eval", "nope")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.common import NanochatError, atomic_write, describe_error, get_base_dir, run_command
+from nanochat.common import NanochatError, atomic_write, compute_init, describe_error, get_base_dir, run_command
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
@@ -48,6 +48,11 @@ def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.delenv("NANOCHAT_BASE_DIR")
     monkeypatch.setattr(pytest.importorskip("pwd"), "getpwuid", refuse)
+
+
+def test_a_seed_beyond_what_pytorch_takes_is_named() -> None:
+    with pytest.raises(NanochatError, match=r"--seed 9+ is out of range: choose"):
+        compute_init("cpu", int("9" * 30))
 
 
 def test_without_a_home_the_way_out_is_named(homeless: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -184,6 +184,17 @@ def test_tokens_need_no_tokenizer(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert seen[0] == seen[1]
 
 
+@pytest.mark.parametrize("wrong", [-1, 1 << 20])
+def test_ids_that_the_vocabulary_lacks_are_named_by_their_file(tmp_path: Path, tokenizer: Tokenizer, wrong: int) -> None:
+    for name, ids in (("a", [[1, 2]]), ("b", [[3], [4, wrong]]), ("val", [[5]])):
+        table = pa.table({"tokens": pa.array(ids, pa.list_(pa.int32()))})
+        table = table.replace_schema_metadata({"nanochat.tokenizer": tokenizer.fingerprint()})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+    reason = r"b\.parquet holds ids outside of the vocabulary of 4\d\d tokens: write it anew"
+    with _loader(get_source(str(tmp_path)), tokenizer) as loader, pytest.raises(NanochatError, match=reason):
+        next(loader)
+
+
 def test_a_failure_in_the_thread_reaches_the_consumer(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "train.jsonl").write_text('{"text": "fine"}\n{"text": \n', encoding="utf-8")
     (tmp_path / "val.jsonl").write_text('{"text": "fine"}\n', encoding="utf-8")

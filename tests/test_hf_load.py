@@ -191,8 +191,9 @@ def test_what_the_hub_refuses_is_said(tiny_run: Path, tmp_path: Path, hub: type[
 def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(NanochatError, match="it has no config.json"):
         load_hf(str(tmp_path), "cpu")
-    with pytest.raises(NanochatError, match="there is no such directory"):
-        load_hf(str(tmp_path / "absent"), "cpu")
+    for absent in (str(tmp_path / "absent"), "~nobody.here/a/model"):
+        with pytest.raises(NanochatError, match="there is no such directory"):
+            load_hf(absent, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -203,6 +204,16 @@ def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
         ("config.json", {"layer_windows": [128, 64, 512]}, r"has layer_windows \[128, 64, 512\]"),
         ("config.json", {"vocab_size": 100}, "do not belong together"),
         ("config.json", {"num_hidden_layers": 2, "layer_windows": [128, 512], "value_embedding_layers": [1]}, "do not fit"),
+        ("config.json", {"num_hidden_layers": None}, "has num_hidden_layers None, not a whole number above 0: fetch or"),
+        ("config.json", {"num_attention_heads": 0}, "has num_attention_heads 0, not"),
+        ("config.json", {"num_attention_heads": "x"}, "has num_attention_heads 'x', not"),
+        ("config.json", {"vocab_size": "x"}, "has vocab_size 'x', not"),
+        ("config.json", {"max_position_embeddings": -5}, "has max_position_embeddings -5, not"),
+        ("config.json", {"num_key_value_heads": "x"}, "is damaged .*: fetch or export the model anew"),
+        ("config.json", {"layer_windows": None}, "is damaged"),
+        ("config.json", {"rotary_base": "x"}, "is damaged|rotary_base 'x', which is not a number above 0"),
+        ("config.json", {"rotary_base": None}, "is damaged|rotary_base 'None', which is not"),
+        ("config.json", {"rotary_base": 0}, "is damaged|rotary_base '0', which is not"),
         ("tokenizer.json", {"added_tokens": []}, "its special tokens are not"),
         ("tokenizer.json", {"model": {"type": "Unigram"}}, "its model is Unigram"),
         ("tokenizer.json", {"pre_tokenizer": {"type": "Whitespace"}}, "does not split text by one pattern"),

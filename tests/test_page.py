@@ -170,6 +170,18 @@ def test_hostile_output_stays_text(page: playwright.Page) -> None:
     assert page.title() == "nanochat"
 
 
+@pytest.mark.parametrize("nested", [">" * 2000 + " deep <b>", "- " * 3000 + "deep <b>", "**a " * 5000 + "deep <b>"])
+def test_markdown_that_is_nested_too_deep_is_shown_as_text(page: playwright.Page, nested: str) -> None:
+    _pretend(page, {"token": nested[:1000], "part": "text"}, {"token": nested[1000:], "part": "text"})
+    _ask(page, "how deep?")
+    for _ in range(2):  # as it comes, and from the store
+        assert "deep" in page.locator(".message.assistant .content").inner_text()
+        assert page.locator(".message").count() == 2
+        assert page.locator(".message b").count() == 0
+        page.reload()
+        page.locator(".message.assistant").wait_for()
+
+
 def test_failures_are_told_and_can_be_tried_again(page: playwright.Page) -> None:
     failure = 'data: {"error": {"message": "too many requests are waiting"}}\n\n'
     page.route("**/chat/completions", lambda route: route.fulfill(body=failure, content_type="text/event-stream"))
@@ -398,3 +410,8 @@ def test_the_runs_page_draws_the_curves(url: str, page: playwright.Page) -> None
     titles = page.locator("figcaption span").all_inner_texts()
     assert "validation bits per byte" in titles and "training loss (smoothed)" in titles
     assert len(page.locator("polyline").first.get_attribute("points").split()) == 6
+    widths = page.locator("polyline").evaluate_all(
+        "all => all.map(l => [new Set(l.getAttribute('points').split(' ')).size, parseFloat(getComputedStyle(l).strokeWidth)])"
+    )
+    assert {points > 1 for points, _ in widths} == {True, False}
+    assert all((width > 5) == (points == 1) for points, width in widths)  # a single point is to be seen

@@ -117,6 +117,30 @@ def test_evaluations_are_of_the_weights_that_are_there(tiny_run: Path) -> None:
     assert read_eval(stage_dir)["bpb"] == {"train": 1.1}
 
 
+@pytest.mark.parametrize("damage", ["", "[]", "{", '{"step": "6"}'])
+def test_a_damaged_evaluation_is_set_aside_for_the_next(tiny_run: Path, damage: str, capsys: pytest.CaptureFixture) -> None:
+    stage_dir = tiny_run / "base"
+    for step, name in ((6, "eval.json"), (3, "eval_step_000003.json")):
+        (stage_dir / name).write_text(damage, encoding="utf-8")
+        merge_eval(stage_dir, step, {"bpb": {"val": 1.5}})
+        assert json.loads((stage_dir / name).read_text(encoding="utf-8"))["bpb"] == {"val": 1.5}
+        assert (stage_dir / f"{name}.damaged").read_text(encoding="utf-8") == damage
+        assert f"{name} is damaged: it is now {name}.damaged" in capsys.readouterr().err
+    assert read_eval(stage_dir)["step"] == 6
+
+
+@pytest.mark.parametrize("name", ["eval.json", "settings.json", "step_000006/meta.json"])
+@pytest.mark.parametrize("damage", ["", "[]", '{"model_config": {"n_layer": 2.5}}'])
+def test_a_damaged_file_is_named(tiny_run: Path, name: str, damage: str) -> None:
+    (tiny_run / "base" / name).write_text(damage, encoding="utf-8")
+    if damage.startswith("{") and name != "step_000006/meta.json":
+        write_report(tiny_run)  # JSON that says nothing of it
+        return
+    reason = "n_layer '2.5'" if damage.startswith("{") else f"{Path(name).name} cannot be read .*: restore or remove it"
+    with pytest.raises(NanochatError, match=reason):
+        write_report(tiny_run)
+
+
 def test_a_resumed_run_counts_each_step_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     steps = [1, 2, 3, 4, 3, 4, 5]  # killed after step 4, resumed from step 2
@@ -245,7 +269,7 @@ def test_progress_of_what_has_no_known_end_shows_what_was_done() -> None:
     progress._console = _Console(file=screen, force_terminal=True, width=100)
     with progress:
         assert list(progress.watch("abc")) == ["a", "b", "c"]
-    assert "3/?" in screen.getvalue()
+    assert "3 documents" in screen.getvalue()
 
 
 def test_progress_without_an_end_is_quiet_in_a_pipe(capsys: pytest.CaptureFixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -268,9 +269,9 @@ def test_chat_cli_answers_once_and_goes_on(
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
     assert chat_cli.main(flags) == 0
     out = capsys.readouterr().out
-    assert "does not fit" in out  # and the conversation went on
-    assert "A new conversation." in out
-    assert out.count("nanochat: ") == 3
+    assert re.search("^a message of .* does not fit", out, re.MULTILINE)  # which is not the model's word
+    assert "A new conversation." in out  # it went on
+    assert out.count("nanochat: ") == 2
 
 
 def test_calculator_calls_read_well(tiny_run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -220,7 +220,9 @@ def test_bad_requests_get_one_clear_sentence(client: TestClient, path: str, chan
     assert words in error["message"] and error["type"] == "invalid_request_error"
 
 
-@pytest.mark.parametrize("change", [{"best_of": 3}, {"suffix": "x"}, {"echo": True, "stream": True}])
+@pytest.mark.parametrize(
+    "change", [{"best_of": 3}, {"suffix": "x"}, {"echo": True, "stream": True}, {"logit_bias": {"1": "no bias"}}]
+)
 def test_completions_that_are_refused(client: TestClient, change: dict[str, Any]) -> None:
     error = client.post(TEXT, json={"prompt": "x", **change}).json()["error"]
     assert next(iter(change)) in error["message"] and "not supported" in error["message"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
@@ -15,7 +16,7 @@ from fastapi.testclient import TestClient
 
 from nanochat.common import NanochatError
 from nanochat.engine import Engine, EngineThread
-from nanochat.openai_api import ChatRequest, CompletionRequest
+from nanochat.openai_api import ChatRequest, CompletionRequest, token_text
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Sequence
 from nanochat.server import create_app
@@ -134,6 +135,29 @@ def test_failures_in_a_row_are_a_sick_server_until_it_answers(client: TestClient
     assert client.get("/health").status_code == 503
     assert client.post(CHAT, json=HELLO).status_code == 200
     assert client.get("/health").json()["status"] == "ok"
+
+
+# ----------------------------------------------------------------------------- the event loop
+
+
+def test_long_replies_are_written_beside_the_event_loop(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts of 600,000 tokens took seconds, in which nobody else was served."""
+    on_the_loop = []
+
+    def watched(*args: Any) -> str:
+        try:
+            on_the_loop.append(asyncio.get_running_loop())
+        except RuntimeError:  # there is none in other threads
+            on_the_loop.append(None)
+        return token_text(*args)
+
+    for module in ("server", "openai_api"):
+        monkeypatch.setattr(f"nanochat.{module}.token_text", watched)
+    assert client.post("/tokenize", json={"prompt": "the cat"}).json()["token_strs"]
+    asked = {"logprobs": 2, "echo": True, "max_tokens": 4}
+    assert client.post("/v1/completions", json={"prompt": "the cat", **asked}).json()["choices"][0]["logprobs"]
+    assert client.post(CHAT, json={**HELLO, "logprobs": True}).json()["choices"][0]["logprobs"]["content"]
+    assert on_the_loop and not any(on_the_loop)
 
 
 # ----------------------------------------------------------------------------- asked wrongly

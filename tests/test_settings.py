@@ -69,6 +69,8 @@ def test_a_file_may_give_what_a_command_requires(tmp_path: Path) -> None:
         ("depth = 4\n[model]\ndepth = 5", ("depth", "more than once")),
         ("max_seq_len = 4\nmax-seq-len = 4", ("max-seq-len", "more than once")),
         ("depth = x", ("no TOML", "line 1")),
+        (f"seed = {'9' * 6000}", ("no TOML", "4300 digits")),
+        (f"set = {'[' * 5000}", ("no TOML",)),
     ],
 )
 def test_what_is_wrong_with_a_file_is_one_sentence(content: str, named: tuple[str, ...], tmp_path: Path) -> None:
@@ -89,7 +91,7 @@ def test_a_value_must_be_among_the_choices(tmp_path: Path) -> None:
 def test_a_file_must_be_there_and_be_text(tmp_path: Path) -> None:
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     for path, sentence in ((tmp_path / "absent.toml", "absent.toml"), (tmp_path, "cannot be read"),
-                           (tmp_path / "bytes.toml", "no TOML")):  # fmt: skip
+                           ("~nobody.here/a.toml", "cannot be read"), (tmp_path / "bytes.toml", "no TOML")):  # fmt: skip
         with pytest.raises(NanochatError, match=sentence):
             base_train.parse_arguments(["--config", str(path)])
 

@@ -272,6 +272,26 @@ def test_mixture_spec() -> None:
     assert len(build_mixture("Arithmetic:40, identity*3:10", "train")) == 70
     with pytest.raises(NanochatError, match=r"C:.chats.jsonl"):  # looked for there: the drive's colon begins no number
         build_mixture(r"C:\chats.jsonl*2:10", "train")
+    for too_large in ("Arithmetic*" + "9" * 20, "Arithmetic:" + "9" * 5000):
+        with pytest.raises(NanochatError, match=r"is no entry of a mixture: .* with TIMES below 1000"):
+            build_mixture(too_large, "train")
+
+
+def test_a_home_folder_is_found_behind_a_comma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # on Windows
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "mine.jsonl").write_text(json.dumps(talk), encoding="utf-8")
+    assert len(build_mixture("Arithmetic:5,~/mine.jsonl", "train")) == 6
+    with pytest.raises(NanochatError, match=r"~nobody.here.mine\.jsonl cannot be read"):
+        build_mixture("Arithmetic:5,~nobody.here/mine.jsonl", "train")
+
+
+def test_half_a_surrogate_pair_is_no_character(tmp_path: Path) -> None:
+    line = r'[{"role": "user", "content": "\ud800 hi \ud83d\ude42 \\ud800"}, {"role": "assistant", "content": "\uDC00"}]'
+    (tmp_path / "mine.jsonl").write_text(line, encoding="utf-8")
+    talk = CustomJSON(tmp_path / "mine.jsonl")[0]["messages"]
+    assert [message["content"] for message in talk] == ["\ufffd hi 🙂 \\ud800", "\ufffd"]
     assert len(build_mixture("Arithmetic:40,Identity*3:20", "val")) == 3  # a twentieth of each, once
     assert "GSM8K" in TASKS
 
@@ -290,7 +310,9 @@ def test_custom_conversations(tmp_path: Path) -> None:
     ("line", "message"),
     [("{", "line 2, is not JSON"), ("{}", "conversation 2 is not a list"),
      ('[{"role": "user"}, {}]', "without role and content"),
-     ('[{"role": "assistant", "content": ""}, {"role": "user", "content": ""}]', "message 1 is from 'assistant'")],
+     ('[{"role": "assistant", "content": ""}, {"role": "user", "content": ""}]', "message 1 is from 'assistant'"),
+     ('[{"role": "system", "content": ""}, {"role": "user", "content": ""}]', "conversation 2 has no answer of the assistant"),
+     ("[" * 100_000, "line 2, is no row of this task")],
 )  # fmt: skip
 def test_malformed_conversations_are_named(tmp_path: Path, line: str, message: str) -> None:
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.common import NanochatError
-from nanochat.tokenizer import LONG_BLANK, SPECIAL_TOKENS, IncrementalDecoder, Tokenizer, cut_long_blanks
+from nanochat.tokenizer import LONG_BLANK, SPECIAL_TOKENS, IncrementalDecoder, Tokenizer, cut_long_blanks, get_tokenizer
 from scripts import tok_train
 from tests.helpers import make_document
 
@@ -176,16 +177,34 @@ def test_saving_and_loading(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]  # no temporary file is left
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"version": 99}', '{"version": 1, "tokens": ["@"]}', "\x00"])
+@pytest.mark.parametrize(
+    "content", ["", "{}", "[]", '{"version": 99}', '{"version": 1, "tokens": ["@"]}', "\x00", "[" * 100_000]
+)
 def test_damaged_files_are_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
     with pytest.raises(NanochatError, match="is not a nanochat tokenizer"):
         Tokenizer.load(tmp_path)
 
 
-def test_a_tokenizer_that_lacks_a_byte_is_refused(tmp_path: Path) -> None:
-    Tokenizer([bytes([i]) for i in range(256) if i != 65]).save(tmp_path)
-    with pytest.raises(NanochatError, match=r"is not a nanochat tokenizer \(it lacks the token of the byte 0x41\)"):
+def test_a_home_that_there_is_not_is_no_place_of_a_tokenizer() -> None:
+    with pytest.raises(NanochatError, match="no tokenizer at ~nobody.here.mine"):
+        get_tokenizer("~nobody.here/mine")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"tokens": [base64.b64encode(bytes([i])).decode() for i in range(256) if i != 65]}, "lacks the .* byte 0x41"),
+        ({"tokens": [base64.b64encode(bytes([i % 256])).decode() for i in range(257)]}, "has a token twice"),
+        ({"pattern": ""}, "its pattern '' does not match all of a text"),
+        ({"pattern": "a*"}, r"its pattern 'a\*' does not match all of a text"),  # it matches no character, and tiktoken panics
+        ({"pattern": "zzzqq"}, "its pattern 'zzzqq' does not match all of a text"),
+    ],
+)
+def test_a_tokenizer_that_cannot_encode_every_text_is_refused(tmp_path: Path, change: dict, reason: str) -> None:
+    path = BYTES_ONLY.save(tmp_path)
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **change}), encoding="utf-8")
+    with pytest.raises(NanochatError, match=rf"is not a nanochat tokenizer \(.*{reason}.*\): train one"):
         Tokenizer.load(tmp_path)
 
 
@@ -218,6 +237,8 @@ def test_a_short_text_gives_the_tokens_that_it_has_pairs_for() -> None:
     assert tokenizer.decode(tokenizer.encode("ab abc")) == "ab abc"
     with pytest.raises(NanochatError, match="265 or more"):
         Tokenizer.train(["ab ab"], 100)
+    with pytest.raises(NanochatError, match=r"--vocab-size 9+ is too large: choose 16777216 or less"):
+        Tokenizer.train(["ab ab"], int("9" * 20))
 
 
 def test_visualization_shows_every_token(tokenizer: Tokenizer) -> None:
@@ -263,6 +284,20 @@ def test_files_that_would_not_be_read_do_not_matter(train, tmp_path: Path) -> No
     assert "there already" not in train()  # it reads everything
     (tmp_path / "text" / "val.jsonl").unlink()
     assert "there already" not in train()
+
+
+def test_a_text_without_content_replaces_no_tokenizer(train, tmp_path: Path) -> None:
+    train()
+    before = (tmp_path / "made" / "tok" / "tokenizer.json").read_bytes()
+    for name in ("a", "b"):
+        (tmp_path / "text" / f"{name}.jsonl").write_text('{"text": ""}\n{"text": " \\n"}\n', encoding="utf-8")
+    with pytest.raises(NanochatError, match="has no train document with text: give more text"):
+        train()
+    (tmp_path / "text" / "val.jsonl").unlink()
+    (tmp_path / "text" / "a.jsonl").write_text('{"text": "hello there"}\n' * 100, encoding="utf-8")
+    with pytest.raises(NanochatError, match="holds a single document"):
+        train()
+    assert (tmp_path / "made" / "tok" / "tokenizer.json").read_bytes() == before
 
 
 @pytest.mark.parametrize("name", ["meta.json", "tokenizer.json"])

@@ -5,6 +5,7 @@ Nothing of what lies there is executed: weights and JSON are read, the chat temp
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -27,12 +28,13 @@ from nanochat.checkpoint_manager import (
     read_meta,
     save_checkpoint,
 )
-from nanochat.common import NanochatError, from_rank0, get_dist_info, print0, read_json_object
+from nanochat.common import NanochatError, first_line, from_rank0, get_dist_info, print0, read_json_object
 from nanochat.gpt import GPT
 from nanochat.hf.tokenizer_json import GUARD, from_tokenizer_json
 from nanochat.hf.weights import CUSTOM_TYPE, NATIVE_TYPE, from_custom, from_native
 from nanochat.tokenizer import Tokenizer
 
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 ROWS_IN_A_BATCH = 32  # of fine-tuning, unless --total-batch-size says otherwise
 
 
@@ -57,6 +59,8 @@ def load_hf(name: str, device: torch.device | str, phase: str = "eval") -> tuple
         config, state = convert(content, _read_weights(directory))
     except KeyError as error:
         raise NanochatError(f"{name} is incomplete: it has no {error}") from error
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise NanochatError(f"{name} is damaged ({first_line(error)}): fetch or export the model anew") from error
     model = build_model(asdict(config), {key: tensor.float() for key, tensor in state.items()}, device)
     model.train(phase == "train")
     tag = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name.rstrip("/\\")).resolve().name if Path(name).is_dir() else name)
@@ -65,7 +69,7 @@ def load_hf(name: str, device: torch.device | str, phase: str = "eval") -> tuple
 
 def find_directory(name: str) -> Path:
     """The directory of that name, or of a repository of the hub after it was downloaded."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
@@ -90,6 +94,10 @@ def _read_config(directory: Path, name: str) -> dict[str, Any]:
             f"--from-hf {name} is a model of type {content.get('model_type')!r}: nanochat computes {CUSTOM_TYPE} and "
             f"{NATIVE_TYPE}"
         )
+    for key in SIZES:
+        value = content.get(key, 1)  # what is absent is named where it is needed
+        if type(value) is not int or value < 1:
+            raise NanochatError(f"{path} has {key} {value!r}, not a whole number above 0: fetch or export the model anew")
     return content
 
 

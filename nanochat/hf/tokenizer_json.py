@@ -91,7 +91,7 @@ def from_tokenizer_json(path: Path) -> Tokenizer:
         return Tokenizer(tokens, _split_pattern(content["pre_tokenizer"]))
     except OSError as error:
         raise NanochatError(f"{path} cannot be read ({error.strerror}): a model needs its tokenizer.json") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise NanochatError(f"{path} is no tokenizer that nanochat can use: {reason}") from error
 

@@ -18,9 +18,12 @@ export function element(tag, attributes = {}, ...children) {
 }
 
 export function markdown(text) {
-  const html = DOMPurify.sanitize(marked.parse(text, { gfm: true, breaks: true, async: false }), ALLOWED);
   const box = element("div", { class: "markdown" });
-  box.innerHTML = html;
+  try {
+    box.innerHTML = DOMPurify.sanitize(marked.parse(text, { gfm: true, breaks: true, async: false }), ALLOWED);
+  } catch {  // nested deeper than the parser can follow: shown as it was written
+    box.replaceChildren(element("pre", {}, text));
+  }
   for (const link of box.querySelectorAll("a")) {
     link.target = "_blank";
     link.rel = "noopener noreferrer nofollow";

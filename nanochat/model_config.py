@@ -1,0 +1,38 @@
+"""Reads the shape of a model from what a file says of it, which may be damaged or of another version.
+
+Used by checkpoint_manager.py and report.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from nanochat.common import NanochatError
+from nanochat.gpt import GPTConfig
+
+# By the annotations of GPTConfig: (types, what is wanted).
+KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    "int": ((int,), "a whole number above 0"),
+    "float": ((int, float), "a number above 0"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "a text"),
+}
+MOST = 1 << 31  # of a size
+
+
+def read_config(content: Any) -> GPTConfig:
+    """The GPTConfig that was stored as a JSON object. Raises NanochatError if it is none that this version can compute."""
+    if not isinstance(content, dict):
+        raise NanochatError("the model does not say what it is like (model_config): restore its file, or use another model")
+    fields = {field.name: field for field in dataclasses.fields(GPTConfig)}
+    if unknown := sorted(set(content) - set(fields)):
+        raise NanochatError(f"the model is of another version: its model_config has {', '.join(unknown)}; update nanochat")
+    for name, value in content.items():
+        types, wanted = KINDS[fields[name].type]
+        below = -1 if name == "bigrams" else 0  # none of them is how most models are
+        if type(value) not in types or (wanted.endswith("above 0") and not below < value < MOST):
+            raise NanochatError(
+                f"model_config says {name} {str(value)[:50]!r}, which is not {wanted}: restore the file, or use another model"
+            )
+    return GPTConfig(**content)

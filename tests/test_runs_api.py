@@ -1,0 +1,37 @@
+"""What the runs page is given of runs whose files were damaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from nanochat.openai_api import RequestError
+from nanochat.runs_api import add_run_routes
+
+
+@pytest.fixture
+def client(tiny_run: Path) -> TestClient:
+    app = FastAPI()
+    add_run_routes(app)
+    return TestClient(app)
+
+
+def test_lines_that_are_no_rows_do_not_hide_a_run(client: TestClient, tiny_run: Path) -> None:
+    lines = ["7", '{"step": 7, "val/bpb": 1.5}', r'{"step": 7, "sample/prompt": "\ud800", "sample/text": ""}']
+    with open(tiny_run / "base" / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+    stage = client.get("/api/runs/tiny").json()["stages"]["base"]
+    assert stage["step"] == 7
+    assert stage["samples"][-1]["prompt"] == "\ufffd"
+
+
+@pytest.mark.parametrize("name", ["eval.json", "settings.json"])
+@pytest.mark.parametrize("damage", ["", "[]"])
+def test_a_damaged_file_is_named(client: TestClient, tiny_run: Path, name: str, damage: str) -> None:
+    (tiny_run / "base" / name).write_text(damage, encoding="utf-8")
+    with pytest.raises(RequestError, match=f"{name} cannot be read .*: restore or remove it") as raised:
+        client.get("/api/runs/tiny")
+    assert raised.value.status == 500
