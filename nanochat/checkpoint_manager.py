@@ -191,9 +191,7 @@ def finish_checkpoint(temporary: Path, stage_dir: Path, step: int, meta: dict[st
     for path in paths:  # safetensors makes files that only their owner may read, whatever the umask
         with contextlib.suppress(OSError):  # a file system that knows no modes
             shutil.copymode(temporary / META_FILE, path)
-    files = {
-        path.relative_to(temporary).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in paths
-    }
+    files = {path.relative_to(temporary).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in paths}
     manifest = {"version": FORMAT_VERSION, "step": step, "created": _later_than_all(time.time()), "files": files}
     _write_json({**manifest, "digest": _digest(manifest)}, temporary / MANIFEST_FILE)
     for path in (*temporary.rglob("*"), temporary):

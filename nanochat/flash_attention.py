@@ -68,9 +68,7 @@ def plan_attention(
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(
-    T: int, window: int, device: torch.device, dtype: torch.dtype, compiled: bool, head_dim: int
-) -> AttentionPlan:
+def _plan(T: int, window: int, device: torch.device, dtype: torch.dtype, compiled: bool, head_dim: int) -> AttentionPlan:
     attend, make_mask = choose_backend(device, dtype, head_dim)
     return AttentionPlan(attend, window, make_mask(T, window, device), compiled)
 

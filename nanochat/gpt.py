@@ -123,9 +123,7 @@ class CausalSelfAttention(nn.Module):
         k = apply_rotary(norm(k) * self.qk_scale, *rotary)
         return q, k, v
 
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: AttentionPlan | KVCache
-    ) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: AttentionPlan | KVCache) -> torch.Tensor:
         """What each query finds, (B, T, H, D)."""
         if isinstance(attention, AttentionPlan):
             return attention.attend(q, k, v, attention)

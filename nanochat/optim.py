@@ -369,9 +369,7 @@ class _MuonUnit(_Unit):
 UNITS: dict[str, type[_Unit]] = {"muon": _MuonUnit, "rows": _RowsUnit, "adamw": _AdamWUnit}  # by Group.kind
 
 
-def adamw_update(
-    values: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, group: Group, step: int
-) -> None:
+def adamw_update(values: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, group: Group, step: int) -> None:
     """One step of AdamW on tensors of one shape, in place, in one pass over memory; the last three float32.
 
     Decoupled decay; eps is added after the bias correction.

@@ -219,9 +219,7 @@ class RolloutLoader:
 # ----------------------------------------------------------------------------- the loss
 
 
-def policy_logprobs(
-    model: GPT, inputs: torch.Tensor, targets: torch.Tensor, temperature: float, top_k: int
-) -> torch.Tensor:
+def policy_logprobs(model: GPT, inputs: torch.Tensor, targets: torch.Tensor, temperature: float, top_k: int) -> torch.Tensor:
     """(B, T) float32: log-probabilities of the targets in the distribution that sampling draws from; 0 at -1."""
     head = model.lm_head.weight[: model.config.vocab_size]
     losses = token_losses(model.features(inputs).flatten(0, 1), head, targets.flatten(), LOGIT_CAP, temperature, top_k)

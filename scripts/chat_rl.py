@@ -117,7 +117,9 @@ def main(argv: list[str] | None = None) -> int:
     rows = args.device_batch_size if args.device_batch_size > 0 else 32
     rows_per_rank = -(-args.examples_per_step // world_size) * args.num_samples
     decided = {
-        "tasks": args.task, "num_iterations": num_iterations, "device_batch_size": rows,
+        "tasks": args.task,
+        "num_iterations": num_iterations,
+        "device_batch_size": rows,
         "parent": f"{args.source} step {parent_step}",
     }
     settings = begin(stage, model, tokenizer, args, decided)

@@ -98,9 +98,7 @@ def _check_installed(args: Arguments) -> None:
     logger.remove()  # datatrove's log goes to work/log, not to the screen
 
 
-def _open_output(
-    args: Arguments, layout: Layout, inputs: dict[str, int], tokenizer: Tokenizer | None
-) -> PrepSettings:
+def _open_output(args: Arguments, layout: Layout, inputs: dict[str, int], tokenizer: Tokenizer | None) -> PrepSettings:
     """The settings of this output, written at the first call. Raises NanochatError if it was begun with others."""
     from nanochat.data_prep import PrepSettings
 

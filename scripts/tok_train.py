@@ -17,9 +17,7 @@ from nanochat.tokenizer import FILE_NAME, Tokenizer, get_tokenizer_dir
 
 
 def parse_arguments(argv: list[str] | None) -> Arguments:
-    parser = SettingsParser(
-        "Train a tokenizer.", examples=["%(prog)s --data builtin --vocab-size 4096 --tokenizer small"]
-    )
+    parser = SettingsParser("Train a tokenizer.", examples=["%(prog)s --data builtin --vocab-size 4096 --tokenizer small"])
     parser.add_argument("--data", default=None, metavar="NAME|PATH",
                         help="builtin, climbmix, fineweb-edu or a path (climbmix if downloaded, else builtin)")  # fmt: skip
     parser.add_argument("--tokenizer", default="default", metavar="NAME|PATH", help="where to keep it")
@@ -88,9 +86,7 @@ def _is_done(directory: Path, args: Arguments, source: Source) -> bool:
         return False
 
 
-def _texts(
-    source: Source, max_chars: int, doc_cap: int, counts: dict[str, int], progress: Progress
-) -> Iterator[str]:
+def _texts(source: Source, max_chars: int, doc_cap: int, counts: dict[str, int], progress: Progress) -> Iterator[str]:
     """The source's training documents, each cut to doc_cap, until max_chars are read; counts what it gives."""
     for text in source.documents("train"):
         text = text[:doc_cap]

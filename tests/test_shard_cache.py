@@ -340,9 +340,7 @@ def test_a_file_that_vanishes_or_shrinks_is_named(memory: str) -> None:
         list(source.documents("train"))
 
 
-def test_the_cache_stays_under_its_limit_while_all_is_read(
-    folder: Path, memory: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_stays_under_its_limit_while_all_is_read(folder: Path, memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     limit = 3 * max(sizes)
     assert sum(sizes) > limit

@@ -75,9 +75,11 @@ def test_agrees_with_python(a: int, b: int, op: str) -> None:
 numbers = st.integers(0, 999).map(str) | st.decimals(0, 99, places=2).map(str)
 expressions = st.recursive(
     numbers,
-    lambda parts: st.tuples(parts, st.sampled_from([" + ", "-", "*", " / ", "//", "%"]), parts).map("".join)
-    | parts.map("({})".format)
-    | parts.map("-{}".format),
+    lambda parts: (
+        st.tuples(parts, st.sampled_from([" + ", "-", "*", " / ", "//", "%"]), parts).map("".join)
+        | parts.map("({})".format)
+        | parts.map("-{}".format)
+    ),
     max_leaves=8,
 )
 
