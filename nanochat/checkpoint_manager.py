@@ -113,7 +113,7 @@ def newest_of_runs(stage: str) -> list[tuple[float, str]]:
                 manifest = _read_json(step_dir(stage_dir, step) / MANIFEST_FILE)
                 is_whole = manifest.get("version") == 1 or manifest.get("digest") == _digest(manifest)
                 created = manifest.get("created")
-                if is_whole and isinstance(created, int | float) and 0 < created < LATEST:
+                if is_whole and isinstance(created, int | float) and abs(created) < LATEST:
                     found.append((created, stage_dir.parent.name))
                     break
     return found

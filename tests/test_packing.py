@@ -36,7 +36,7 @@ def lengths() -> list[int]:
 
 
 def open_loader(lengths: list[int], **settings: Any) -> TokenLoader:
-    tokenizer = SimpleNamespace(get_bos_token_id=lambda: BOS)
+    tokenizer = SimpleNamespace(get_bos_token_id=lambda: BOS, get_vocab_size=lambda: 2**31)
     return TokenLoader(Numbered(lengths), tokenizer, **{"batch_size": 3, "sequence_len": 64, **settings})
 
 
