@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nanochat.common import any_rank
+from nanochat.common import NanochatError, any_rank
 
 FIRST_FACTOR = 2.0**16
 GROWTH_STEPS = 2000  # good updates after which the factor is doubled
@@ -31,6 +31,7 @@ class LossScale:
         """Divide the gradients by the factor, then adapt it; False if this update is to be passed over.
 
         That is where a gradient is not finite on any rank (a collective call that waits for the device, in float16 alone).
+        Raises NanochatError if that is so with a factor of 1.
         """
         if not self.enabled:
             return True
@@ -38,6 +39,11 @@ class LossScale:
         torch._foreach_div_(gradients, self.factor)
         finite = bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()) if gradients else True
         if any_rank(not finite):
+            if self.factor == 1:
+                raise NanochatError(
+                    "gradients leave float16's range as they are: go on with NANOCHAT_DTYPE=float32, or with lower rates "
+                    "(--matrix-lr, --embedding-lr)"
+                )
             self.factor, self._good_steps = max(1.0, self.factor / 2), 0
             return False
         self._good_steps += 1
@@ -46,11 +52,12 @@ class LossScale:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"factor": self.factor, "good_steps": self._good_steps}
+        """{} in other dtypes."""
+        return {"factor": self.factor, "good_steps": self._good_steps} if self.enabled else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on as that one would have; {}: of a checkpoint that says nothing of it."""
-        if state:
+        """Go on as that one would have, if both are of float16: a run may be resumed in another dtype."""
+        if self.enabled and state:
             self.factor, self._good_steps = state["factor"], state["good_steps"]
 
 

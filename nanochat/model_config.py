@@ -33,6 +33,7 @@ def read_config(content: Any) -> GPTConfig:
         below = -1 if name == "bigrams" else 0  # none of them is how most models are
         if type(value) not in types or (wanted.endswith("above 0") and not below < value < MOST):
             raise NanochatError(
-                f"model_config says {name} {str(value)[:50]!r}, which is not {wanted}: restore the file, or use another model"
+                f"model_config says {name} {str(value)[:50]!r}, which is not {wanted} that suits it: restore its file, or "
+                "choose another model (or --set, if it is a new one)"
             )
     return GPTConfig(**content)

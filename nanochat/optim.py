@@ -444,13 +444,15 @@ def orthogonalize_blocks(matrices: Tensor, block: tuple[int, ...] | None) -> Ten
 def orthogonalize(matrices: Tensor) -> Tensor:
     """The nearest semi-orthogonal matrices U V^T of matrices U S V^T, up to the precision that Muon needs.
 
-    matrices: (n, rows, columns) float32; returns the same shape in bfloat16 where the hardware multiplies it, for
-    which the iteration is made, else float32. Method: Polar Express, arXiv 2505.16932.
+    matrices: (n, rows, columns) float32; returns the same shape in the compute dtype. The iteration is made for bfloat16.
+    Method: Polar Express, arXiv 2505.16932.
     """
-    x = matrices.to(get_compute_dtype(matrices.device))
+    dtype = get_compute_dtype(matrices.device)
+    x = matrices if dtype == torch.float16 else matrices.to(dtype)  # float16 has no room for small ones before the division
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32) * 1.02 + 1e-6).to(x.dtype)
+    x = x.to(dtype)
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)

@@ -108,7 +108,7 @@ def _fits(model: GPT, rows: int) -> bool:
     """Whether a pass over that many rows fits in a GPU's memory, beside what the optimizer will need."""
     device = model.get_device()
     idx = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=device)
-    with torch.device("meta"):  # since a sharded model's optimizer takes its memory when it is made
+    with torch.device("meta"):  # since an optimizer takes its memory when it is made
         groups = GPT(model.config).setup_optimizer().groups
     state_bytes = optimizer_bytes(groups) // get_dist_info()[3]
     try:

@@ -483,7 +483,7 @@ def load_optimizer(optimizer: MuonAdamW, stage_dir: Path, step: int, way_out: st
 def go_on(trainer: Trainer, stage: Stage) -> None:
     """Put a resumed stage's trainer where it was."""
     if stage.resume_step is not None:
-        way_out = f"its weights can be used, but to train on {_way_to_begin_anew(stage.directory)}"
+        way_out = f"its weights can be used, but not trained on here: {_way_to_begin_anew(stage.directory)}"
         load_optimizer(trainer.optimizer, stage.directory, stage.resume_step, way_out)
         trainer.load_state_dict(read_meta(stage.directory, stage.resume_step)["trainer"])
 

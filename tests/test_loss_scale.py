@@ -10,8 +10,10 @@ import torch
 
 from nanochat import loss_scale
 from nanochat.checkpoint_manager import load_checkpoint
+from nanochat.common import NanochatError
 from nanochat.loss_scale import FIRST_FACTOR, LossScale
 from nanochat.metrics import read_metrics
+from nanochat.optim import orthogonalize
 from scripts import base_train
 from tests.conftest import TINY_TRAINING
 
@@ -52,8 +54,31 @@ def test_one_number_out_of_range_costs_the_update(bad: float, monkeypatch: pytes
 
 
 def test_other_dtypes_are_left_alone() -> None:
+    """Also where a run goes on in another one."""
     scale, gradient = LossScale(torch.bfloat16), torch.full((4, 2), float("inf"))
-    assert scale.factor == 1 and scale.unscale([make_parameter(gradient)]) and gradient.isinf().all()
+    half = LossScale(torch.float16)
+    for one, other in ((scale, half), (half, scale)):
+        one.load_state_dict(other.state_dict())
+    assert (scale.factor, half.factor) == (1, FIRST_FACTOR)
+    assert scale.unscale([make_parameter(gradient)]) and gradient.isinf().all()
+
+
+def test_gradients_that_are_never_finite_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    scale, bad = LossScale(torch.float16), make_parameter(torch.full((4, 2), float("nan")))
+    for _ in range(16):
+        assert not scale.unscale([bad])
+    with pytest.raises(NanochatError, match="NANOCHAT_DTYPE=float32"):
+        scale.unscale([bad])
+
+
+def test_small_matrices_have_a_direction_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Momenta are small once the gradients are divided again; what they say must outlive the rounding."""
+    matrices = 1e-8 * torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(0))
+    found = []
+    for dtype in ("float32", "float16"):
+        monkeypatch.setenv("NANOCHAT_DTYPE", dtype)
+        found.append(orthogonalize(matrices).float().flatten())
+    assert torch.nn.functional.cosine_similarity(*found, dim=0) > 0.999
 
 
 def train(corpus: Path, tag: str, *flags: str) -> list[float]:

@@ -411,7 +411,7 @@ def test_an_older_optimizer_is_named(corpus: Path, tiny_run: Path, monkeypatch: 
         return {name: value for name, value in read_tensors(*arguments).items() if "mean_square" not in name}
 
     monkeypatch.setattr(nanochat.stage, "read_tensors", without_embeddings)
-    with pytest.raises(NanochatError, match="whose optimizer was another .* to train on choose another --model-tag"):
+    with pytest.raises(NanochatError, match="whose optimizer was another .* not trained on here: choose another --model-tag"):
         _train(corpus, "tiny", "--resume=3", "--save-every=3")
     shutil.rmtree(tiny_run / "sft")
     flags = ["--model-tag=tiny", "--tasks=Arithmetic:60", "--num-iterations=1", "--no-compile", "--device-type=cpu"]
