@@ -29,11 +29,12 @@ def read_config(content: Any) -> GPTConfig:
     if unknown := sorted(set(content) - set(fields)):
         raise NanochatError(f"the model is of another version: its model_config has {', '.join(unknown)}; update nanochat")
     for name, value in content.items():
-        types, wanted = KINDS[fields[name].type]
-        below = -1 if name == "bigrams" else 0  # none of them is how most models are
-        if type(value) not in types or (wanted.endswith("above 0") and not below < value < MOST):
+        types, wanted = KINDS.get(fields[name].type, ((type(value),), "a value"))
+        if value == fields[name].default and type(value) in types:
+            continue  # a switch may be off at 0
+        if type(value) not in types or (wanted.endswith("above 0") and not 0 < value < MOST):
             raise NanochatError(
-                f"model_config says {name} {str(value)[:50]!r}, which is not {wanted} that suits it: restore its file, or "
-                "choose another model (or --set, if it is a new one)"
+                f"model_config says {name} {str(value)[:50]!r}, which is not {wanted}: restore the file, or use another "
+                "model (of a new one, another --set)"
             )
     return GPTConfig(**content)

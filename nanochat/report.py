@@ -110,7 +110,7 @@ def merge_eval(stage_dir: Path, step: int, results: dict[str, Any]) -> None:
     old = read_json(path)
     merged: dict[str, Any] = {**old, **stamp} if _agrees(old, stamp) else stamp
     for key, value in results.items():
-        joins = key != "core" and isinstance(value, dict) and isinstance(merged.get(key), dict)  # CORE is of all its tasks
+        joins = key != "core" and isinstance(value, dict) and isinstance(merged.get(key), dict)  # CORE: a mean over tasks
         merged[key] = {**merged[key], **value} if joins else value
     atomic_write(path, json.dumps(merged, indent=2))
 

@@ -8,13 +8,14 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import SoftFileLock
 
-from nanochat import checkpoint_manager
+from nanochat import checkpoint_manager, model_config
 from nanochat.checkpoint_manager import (
     CheckpointError,
     clean_up,
@@ -29,6 +30,7 @@ from nanochat.checkpoint_manager import (
     step_dir,
 )
 from nanochat.common import NanochatError, atomic_write
+from nanochat.gpt import GPTConfig
 from nanochat.tokenizer import Tokenizer
 
 STATE = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
@@ -330,3 +332,18 @@ def test_a_newer_format_is_refused(stage_dir: Path) -> None:
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "version": 99}))
     with pytest.raises(CheckpointError, match="update it"):
         load_checkpoint(stage_dir, 1)
+
+
+def test_a_new_switch_may_be_off_at_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the developer guide adds one: what is its default suits it, whatever that is."""
+
+    @dataclass(frozen=True)
+    class Config(GPTConfig):
+        smear: float = 0.0
+        heads_alone: int | None = None
+
+    monkeypatch.setattr(model_config, "GPTConfig", Config)
+    assert model_config.read_config(asdict(Config(bigrams=0))) == Config(bigrams=0)
+    assert model_config.read_config({"smear": 0.5, "heads_alone": 2}) == Config(smear=0.5, heads_alone=2)
+    with pytest.raises(NanochatError, match="smear '-0.5'"):
+        model_config.read_config({"smear": -0.5})

@@ -275,6 +275,8 @@ def test_mixture_spec() -> None:
     for too_large in ("Arithmetic*" + "9" * 20, "Arithmetic:" + "9" * 5000):
         with pytest.raises(NanochatError, match=r"is no entry of a mixture: .* with TIMES below 1000"):
             build_mixture(too_large, "train")
+    assert len(build_mixture("Arithmetic:40,Identity*3:20", "val")) == 3  # a twentieth of each, once
+    assert "GSM8K" in TASKS
 
 
 def test_a_home_folder_is_found_behind_a_comma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,8 +294,6 @@ def test_half_a_surrogate_pair_is_no_character(tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text(line, encoding="utf-8")
     talk = CustomJSON(tmp_path / "mine.jsonl")[0]["messages"]
     assert [message["content"] for message in talk] == ["\ufffd hi 🙂 \\ud800", "\ufffd"]
-    assert len(build_mixture("Arithmetic:40,Identity*3:20", "val")) == 3  # a twentieth of each, once
-    assert "GSM8K" in TASKS
 
 
 def test_custom_conversations(tmp_path: Path) -> None:
