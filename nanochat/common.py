@@ -55,6 +55,17 @@ def get_base_dir() -> Path:
     return base_dir
 
 
+def as_unicode(text: str) -> str:
+    """Half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes U+FFFD, as in the tokenizer."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def first_line(error: BaseException) -> str:
     """Of what an error says, or its name, where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

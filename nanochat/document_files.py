@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
-from nanochat.common import NanochatError, first_line
+from nanochat.common import NanochatError, as_unicode, first_line
 from nanochat.shard_cache import Shard, get_shard_cache, remote_error, retry
 
 Document = str | np.ndarray  # a text, or token ids: (length,) int32, read-only, no BOS
@@ -266,17 +266,6 @@ def parse_line(line: str, address: str, number: int, wanted: str | None = None, 
     if text is not None and not isinstance(text, str):
         raise NanochatError(f"{address}, line {number}, holds no text in {column} ({type(text).__name__}): mend or remove it")
     return as_unicode(text or "")
-
-
-def as_unicode(text: str) -> str:
-    """Half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes U+FFFD, as in the tokenizer."""
-    if text.isascii():
-        return text
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _read_text(file: BinaryIO, address: str, start: int) -> Batches:

@@ -44,7 +44,7 @@ class LossScale:
                     "gradients leave float16's range as they are: go on with NANOCHAT_DTYPE=float32, or with lower rates "
                     "(--matrix-lr, --embedding-lr)"
                 )
-            self.factor, self._good_steps = max(1.0, self.factor / 2), 0
+            self.factor, self._good_steps = self.factor / 2, 0
             return False
         self._good_steps += 1
         if self._good_steps == GROWTH_STEPS:

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint_manager import SETTINGS_FILE, STAGES, get_run_dir
-from nanochat.common import NanochatError, complain, read_json_lines, read_json_object, run_command
-from nanochat.document_files import as_unicode
+from nanochat.common import NanochatError, as_unicode, complain, read_json_lines, read_json_object, run_command
 from nanochat.loggers import LOGGERS, BackgroundLogger, LoggedRun, check_installed
 from nanochat.settings import SettingsParser
 
@@ -28,9 +27,8 @@ SAMPLE = ("sample/prompt", "sample/text")
 class MetricsLog:
     """Appends rows to `<stage_dir>/metrics.jsonl` on rank 0 and does nothing on the others.
 
-    run: what the loggers call the run; "dummy": its tag and stage. log_to: names of LOGGERS; a `run` of its own adds wandb
-    where nothing else was said. resume_step: the step that the run goes on from, so that the loggers go on as well.
-    Raises NanochatError if a logger is asked for that is not installed.
+    run: what the loggers call the run; "dummy": its tag and stage. log_to: names of LOGGERS. resume_step: the step that the
+    run goes on from, so that the loggers go on as well. Raises NanochatError if one of the loggers is not installed.
     """
 
     def __init__(
@@ -46,7 +44,7 @@ class MetricsLog:
         self._loggers: list[BackgroundLogger] = []
         if rank != 0:
             return
-        names = list(dict.fromkeys(log_to)) or (["wandb"] if run != "dummy" else [])
+        names = list(dict.fromkeys(log_to))
         for name in names:
             check_installed(name)
         stage_dir.mkdir(parents=True, exist_ok=True)

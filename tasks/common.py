@@ -20,8 +20,7 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import NanochatError, first_line, get_base_dir
-from nanochat.document_files import as_unicode
+from nanochat.common import NanochatError, as_unicode, first_line, get_base_dir
 
 Conversation = dict[str, Any]
 
