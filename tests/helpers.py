@@ -10,12 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import uvicorn
 
+from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.metrics import MetricsLog
 from nanochat.passes import Batch
+from nanochat.sampling import SamplingParams
+from nanochat.scheduler import Sequence as Text
+from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import TrainConfig, Trainer
 
 SUBJECTS = ("the cat", "a small dog", "my old friend", "the teacher", "one quick fox", "her brother", "the king")
@@ -111,3 +116,34 @@ def serve(app: Any) -> Iterator[int]:
     finally:
         server.should_exit = True
         thread.join()
+
+
+def run_texts(engine: Engine, sequences: list[Text]) -> list[Text]:
+    """Submit texts and compute until all have ended."""
+    for sequence in sequences:
+        engine.scheduler.submit(sequence)
+    while any(sequence.finish_reason is None for sequence in sequences):
+        if engine.scheduler.is_idle:
+            engine.scheduler.wait(timeout_s=10)
+        engine.scheduler.step()
+    return sequences
+
+
+def make_it_say(engine: Engine, monkeypatch: pytest.MonkeyPatch, script: list[int]) -> None:
+    """Make the model say these tokens, however it is asked; after them, token 5."""
+    said: dict[int, int] = {}
+
+    def speak(logits: torch.Tensor, params: list[SamplingParams], uniform: list[float]) -> torch.Tensor:
+        drawn = []
+        for p in params:
+            n = said[p.seed] = said.get(p.seed, -1) + 1
+            drawn.append(script[n] if n < len(script) and p.seed >= 1000 else 5)
+        return torch.tensor(drawn)
+
+    monkeypatch.setattr("nanochat.scheduler.sample", speak)
+
+
+def calculator_call(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a call of the calculator."""
+    special = tokenizer.encode_special
+    return [special("<|python_start|>"), *tokenizer.encode(text), special("<|python_end|>")]

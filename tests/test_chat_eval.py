@@ -18,7 +18,7 @@ from nanochat.engine import Engine
 from nanochat.scores import centered_mean, pass_at_k, wilson_interval
 from nanochat.tokenizer import Tokenizer
 from scripts import chat_eval
-from tasks.common import Conversation, Task, multiple_choice
+from tasks.common import Conversation, Task, TaskMixture, multiple_choice
 from tests.helpers import make_document, make_model
 
 
@@ -194,3 +194,22 @@ def test_without_any_data_the_tasks_are_named(tiny_run: Path, tmp_path: Path, ca
     assert chat_eval.main(flags) == 0  # SpellingBee is made, not read
     out = " ".join(capsys.readouterr().out.split())
     assert "left out: GSM8K" in out and "SpellingBee" in out and "chatcore" not in out
+
+
+def test_answers_drawn_otherwise_have_another_file() -> None:
+    assert Answering(top_k=5).file_name("x") != Answering(top_k=50).file_name("x")
+
+
+def test_kept_answers_are_judged_anew_and_counted_up_to_the_limit(engine: Engine, tmp_path: Path) -> None:
+    class Kinder(LongAnswers):
+        def evaluate(self, conversation: Conversation, completion: str) -> bool:
+            return True
+
+    evaluate_task(engine, LongAnswers(), path=tmp_path / "rows.jsonl")
+    assert evaluate_task(engine, Kinder(), path=tmp_path / "rows.jsonl").accuracy == 1
+    assert evaluate_task(engine, Kinder(), 3, path=tmp_path / "rows.jsonl").n == 3
+
+
+def test_samples_are_as_many_as_a_small_mixture_has(engine: Engine) -> None:
+    mixture = TaskMixture([LongAnswers(stop=1), LongAnswers(stop=2)])
+    assert len(chat_eval_module.sample_answers(engine, mixture, 4, 4)) == 3

@@ -103,3 +103,21 @@ def test_runs_of_one_name_are_told_apart(two_runs: Path, tmp_path: Path, capsys:
     copy = shutil.copytree(two_runs / "tiny", tmp_path / "elsewhere" / "tiny")
     assert compare.main(["tiny", str(copy / "sft"), "--stage=sft", "--output", str(tmp_path / "page.html")]) == 0
     assert "elsewhere" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_the_best_loss_is_the_least() -> None:
+    rows = [{"step": step, "time_s": 2.0 * step, "val/bpb": value} for step, value in ((1, 0.9), (2, 0.5), (3, 0.7))]
+    assert ["the best of them", "0.5000"] in final_numbers([Run("a", {}, rows, {})])
+
+
+def test_pictures_are_over_minutes_and_intervals_are_centred(monkeypatch: pytest.MonkeyPatch) -> None:
+    panels, bars = [], []
+    monkeypatch.setattr(compare, "draw_panel", panels.append)
+    monkeypatch.setattr(compare, "draw_bars", lambda title, drawn, **settings: bars.extend(drawn))
+    monkeypatch.setattr(compare, "to_svg", lambda *args: "")
+    rows = {name: [{"step": s, "time_s": k * s * 60.0, "val/bpb": 1.0} for s in (1, 2)] for name, k in (("a", 1), ("b", 5))}
+    compare.draw_curves([Run(name, {}, of, {}) for name, of in rows.items()], "time")
+    assert [list(curve.x) for curve in panels[0].curves] == [[1, 2], [5, 10]]
+    task = {"centered": 0.2, "low": 0.4, "high": 0.7, "baseline": 0.25}
+    compare.draw_scores([Run("a", {}, [], {"core": {"tasks": {"t": task}}})])
+    assert (bars[0].low, bars[0].high) == pytest.approx((0.2, 0.6))

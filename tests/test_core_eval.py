@@ -29,6 +29,7 @@ from nanochat.core_eval import (
 )
 from nanochat.hf_scorer import HuggingFaceScorer
 from nanochat.metrics import read_metrics
+from nanochat.scores import wilson_interval
 from nanochat.tokenizer import Tokenizer
 from scripts import base_eval, base_train
 from tests.conftest import TINY_TRAINING
@@ -398,3 +399,29 @@ def test_two_ranks_find_what_one_does(tiny_run: Path, bundle: Path) -> None:
         shutil.rmtree(folder)
     assert found[0] == found[1]
     assert {len(part) for part in found[0].values()} == {len(items) for _, items, *_ in BUNDLE.values()}
+
+
+def test_a_limit_takes_questions_from_everywhere(scorer: NanochatScorer, bundle: Path, tmp_path: Path) -> None:
+    results = evaluate_core(scorer, bundle, 3, tmp_path / "rows")
+    rows = [row for path in (tmp_path / "rows").glob("arc_easy*") for row in read_json_lines(path)]
+    assert [row["index"] for row in rows] != [0, 1, 2]
+    for task in results["tasks"].values():
+        assert (task["low"], task["high"]) == wilson_interval(task["accuracy"], task["n"])
+
+
+def test_a_choice_that_another_begins_with_is_judged_from_the_same_place(scorer: NanochatScorer) -> None:
+    items = [{"query": "Say", "choices": ["the cat", "the cat sees"], "gold": 0}]
+    first, second = build_question(CoreTask("x", "multiple_choice", Path(), 0, " ", 0.5), items, 0, scorer).candidates
+    assert first.start == second.start
+
+
+def test_an_answer_longer_than_the_context_keeps_something_to_judge(scorer: NanochatScorer) -> None:
+    scorer.context = 4
+    items = [{"context": "the cat", "continuation": "sees the river and likes some bread"}]
+    question = build_question(CoreTask("x", "language_modeling", Path(), 0, " ", 0.0), items, 0, scorer)
+    assert all(1 <= candidate.start < len(candidate.tokens) for candidate in question.candidates)
+    scorer.score([question])
+
+
+def test_delimiters_are_those_of_the_bundle(bundle: Path) -> None:
+    assert [task.delimiter for task in read_tasks(bundle)][:3] == ["\nAnswer: ", " ", " "]

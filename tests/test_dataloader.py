@@ -17,7 +17,7 @@ import torch
 
 from nanochat.common import NanochatError
 from nanochat.conversation_loader import ConversationLoader, estimate_tokens
-from nanochat.dataloader import TokenLoader
+from nanochat.dataloader import TokenLoader, _deal, _Reading
 from nanochat.dataset import get_source
 from nanochat.read_ahead import ReadAhead
 from nanochat.tokenizer import Tokenizer
@@ -281,3 +281,9 @@ def test_estimate_of_an_epoch(tokenizer: Tokenizer) -> None:
     exact = sum(len(tokenizer.render_conversation(task[i])[0]) for i in range(len(task)))
     assert estimate_tokens(task, tokenizer, 512) == exact
     assert estimate_tokens(task, tokenizer, 512, sample_size=30) == pytest.approx(exact, rel=0.2)
+
+
+def test_a_place_beyond_the_end_is_in_the_next_epoch(corpus: Path) -> None:
+    place = _Reading(0, 10**6, (0,) * 16)
+    dealt = _deal(get_source(str(corpus)), "train", True, place, {lane: (0, 0) for lane in range(16)}, 400)
+    assert next(dealt).epoch == 1

@@ -475,3 +475,8 @@ def test_a_download_that_fails_without_a_word_is_an_error(hub, monkeypatch: pyte
         dataset.download("local", 1)
     with pytest.raises(NanochatError, match="--num-workers 0 is too small: choose 1 or more"):
         dataset.download("local", 1, workers=0)
+
+
+def test_a_few_documents_have_one_for_validation(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"text {i}"}) for i in range(3)))
+    assert len(list(get_source(str(tmp_path)).documents("val"))) >= 1

@@ -20,7 +20,7 @@ from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Sequence
 from nanochat.tokenizer import Tokenizer
-from tests.helpers import make_model, wait_for
+from tests.helpers import calculator_call, make_it_say, make_model, run_texts, wait_for
 
 
 @pytest.fixture
@@ -32,16 +32,6 @@ def engine(tokenizer: Tokenizer) -> Engine:
 def _prompts(tokenizer: Tokenizer) -> list[list[int]]:
     texts = ["the cat", "my old friend likes some bread " * 20, "a", "one quick fox finds"]
     return [tokenizer.encode(text, prepend="<|bos|>") for text in texts]
-
-
-def _run(engine: Engine, sequences: list[Sequence]) -> list[Sequence]:
-    for sequence in sequences:
-        engine.scheduler.submit(sequence)
-    while any(sequence.finish_reason is None for sequence in sequences):
-        if engine.scheduler.is_idle:
-            engine.scheduler.wait(timeout_s=10)
-        engine.scheduler.step()
-    return sequences
 
 
 def _free_blocks(engine: Engine) -> int:
@@ -69,19 +59,19 @@ def test_a_text_does_not_depend_on_its_company(engine: Engine, tokenizer: Tokeni
                        repetition_penalty=1 + i % 2 * 0.3, max_tokens=40 + i, ignore_eos=True)
         for i in range(len(prompts))
     ]  # fmt: skip
-    alone = [_run(engine, [Sequence(p, s)])[0].tokens for p, s in zip(prompts, params, strict=True)]
-    together = _run(engine, [Sequence(p, s) for p, s in zip(prompts, params, strict=True)])
+    alone = [run_texts(engine, [Sequence(p, s)])[0].tokens for p, s in zip(prompts, params, strict=True)]
+    together = run_texts(engine, [Sequence(p, s) for p, s in zip(prompts, params, strict=True)])
     assert [s.tokens for s in together] == alone
     assert [len(tokens) for tokens in alone] == [40 + i for i in range(len(prompts))]
     poor = Engine(engine.model, tokenizer, engine.scheduler.tool, kv_tokens=512)
-    assert [s.tokens for s in _run(poor, [Sequence(p, s) for p, s in zip(prompts, params, strict=True)])] == alone
+    assert [s.tokens for s in run_texts(poor, [Sequence(p, s) for p, s in zip(prompts, params, strict=True)])] == alone
     assert poor.scheduler.preemptions > 0
     assert _free_blocks(poor) == 32
 
 
 def test_texts_come_and_go_at_any_step(engine: Engine, tokenizer: Tokenizer) -> None:
     prompts = _prompts(tokenizer)
-    expected = [_run(engine, [Sequence(p, SamplingParams(0, max_tokens=30))])[0].tokens for p in prompts]
+    expected = [run_texts(engine, [Sequence(p, SamplingParams(0, max_tokens=30))])[0].tokens for p in prompts]
     late = [Sequence(p, SamplingParams(0, max_tokens=30)) for p in prompts]
     for sequence in late:
         engine.scheduler.submit(sequence)
@@ -158,17 +148,17 @@ def test_stop_texts_end_an_answer_and_are_left_out(engine: Engine, tokenizer: To
     """Also one that is spread over tokens, of which nothing is shown before it is sure."""
     prompt = _prompts(tokenizer)[0]
     params = SamplingParams(0, max_tokens=60, ignore_eos=True)
-    (free,) = _run(engine, [Sequence(prompt, params)])
+    (free,) = run_texts(engine, [Sequence(prompt, params)])
     assert len(free.text) > 30
     for stop in (free.text[9:16], free.text[20]):
         shown: list[str] = []
         sequence = Sequence(prompt, SamplingParams(0, max_tokens=60, ignore_eos=True, stop=("never said", stop)))
         sequence.on_update = lambda s, shown=shown: shown.append(s.text)
-        _run(engine, [sequence])
+        run_texts(engine, [sequence])
         assert sequence.text == free.text[: free.text.index(stop)]
         assert sequence.finish_reason == "stop"
         assert all(sequence.text.startswith(text) for text in shown)
-    (unstopped,) = _run(engine, [Sequence(prompt, SamplingParams(0, max_tokens=60, ignore_eos=True, stop=("\0",)))])
+    (unstopped,) = run_texts(engine, [Sequence(prompt, SamplingParams(0, max_tokens=60, ignore_eos=True, stop=("\0",)))])
     assert unstopped.text == free.text
 
 
@@ -183,9 +173,9 @@ def test_what_is_read_at_the_end_is_all(engine: Engine, tokenizer: Tokenizer) ->
                 at_the_end.append((self.text, self.error))
 
     prompt = _prompts(tokenizer)[0]
-    (free,) = _run(engine, [Sequence(prompt, SamplingParams(0, max_tokens=20, ignore_eos=True))])
+    (free,) = run_texts(engine, [Sequence(prompt, SamplingParams(0, max_tokens=20, ignore_eos=True))])
     params = SamplingParams(0, max_tokens=20, ignore_eos=True, stop=(free.text[-1] + "\0",))
-    (held,) = _run(engine, [Watched(prompt, params)])
+    (held,) = run_texts(engine, [Watched(prompt, params)])
     assert held.text == free.text
     failed = Watched(prompt, params)
     engine.scheduler.submit(failed)
@@ -197,13 +187,13 @@ def test_a_repetition_penalty_keeps_a_text_from_repeating_itself(engine: Engine,
     prompt = list(dict.fromkeys(_prompts(tokenizer)[3]))
     for penalty, repeats in ((1.0, True), (100.0, False)):
         params = SamplingParams(0, repetition_penalty=penalty, max_tokens=40, ignore_eos=True)
-        (row,) = _run(engine, [Sequence(prompt, params)])
+        (row,) = run_texts(engine, [Sequence(prompt, params)])
         assert (len(set(prompt + row.tokens)) < len(prompt + row.tokens)) == repeats
 
 
 def test_logprobs_are_those_of_the_model(engine: Engine, tokenizer: Tokenizer) -> None:
     prompt = _prompts(tokenizer)[3]
-    (sequence,) = _run(engine, [Sequence(prompt, SamplingParams(0.7, seed=5, max_tokens=8, logprobs=3, ignore_eos=True))])
+    (sequence,) = run_texts(engine, [Sequence(prompt, SamplingParams(0.7, seed=5, max_tokens=8, logprobs=3, ignore_eos=True))])
     ids = torch.tensor([prompt + sequence.tokens])
     with torch.no_grad():
         expected = engine.model(ids)[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -223,7 +213,7 @@ def test_logprobs_of_the_prompt(engine: Engine, tokenizer: Tokenizer) -> None:
         expected = engine.model(torch.tensor([prompt]))[0].log_softmax(-1)
     for max_tokens in (0, 3):
         params = SamplingParams(0, max_tokens=max_tokens, logprobs=1, prompt_logprobs=True, ignore_eos=True)
-        (sequence,) = _run(engine, [Sequence(prompt, params)])
+        (sequence,) = run_texts(engine, [Sequence(prompt, params)])
         assert len(sequence.tokens) == len(sequence.logprobs) == max_tokens
         assert [entry.token for entry in sequence.prompt_logprobs] == prompt[1:]
         for entry, row in zip(sequence.prompt_logprobs, expected, strict=False):
@@ -320,31 +310,12 @@ def test_a_long_prompt_does_not_stall_others(engine: Engine, tokenizer: Tokenize
 # ----------------------------------------------------------------------------- tools
 
 
-def _speaking(engine: Engine, monkeypatch: pytest.MonkeyPatch, script: list[int]) -> None:
-    """Make the model say these tokens, however it is asked; after them, token 5."""
-    said: dict[int, int] = {}
-
-    def speak(logits: torch.Tensor, params: list[SamplingParams], uniform: list[float]) -> torch.Tensor:
-        drawn = []
-        for p in params:
-            n = said[p.seed] = said.get(p.seed, -1) + 1
-            drawn.append(script[n] if n < len(script) and p.seed >= 1000 else 5)
-        return torch.tensor(drawn)
-
-    monkeypatch.setattr("nanochat.scheduler.sample", speak)
-
-
-def _call(tokenizer: Tokenizer, text: str) -> list[int]:
-    special = tokenizer.encode_special
-    return [special("<|python_start|>"), *tokenizer.encode(text), special("<|python_end|>")]
-
-
 def test_a_call_is_answered_with_forced_tokens(engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     engine.scheduler.tool = lambda expression: asked.append(expression) or "42"
-    said = _call(tokenizer, "6*7")
-    _speaking(engine, monkeypatch, said)
-    (row,) = _run(engine, [Sequence([1, 2], SamplingParams(seed=1000, max_tokens=20))])
+    said = calculator_call(tokenizer, "6*7")
+    make_it_say(engine, monkeypatch, said)
+    (row,) = run_texts(engine, [Sequence([1, 2], SamplingParams(seed=1000, max_tokens=20))])
     assert asked == ["6*7"]
     special = tokenizer.encode_special
     forced = [special("<|output_start|>"), *tokenizer.encode("42"), special("<|output_end|>")]
@@ -359,17 +330,17 @@ def test_a_call_is_answered_with_forced_tokens(engine: Engine, tokenizer: Tokeni
 def test_stop_texts_and_calls_do_not_mix(engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is held back before a call is shown before it, and no stop text is found in what is hidden."""
     before, after = tokenizer.encode("the cat"), tokenizer.encode(" sees it")
-    said = [*before, *_call(tokenizer, "6*7"), *after]
+    said = [*before, *calculator_call(tokenizer, "6*7"), *after]
     forced = 2 + len(tokenizer.encode("42"))
     parts = [("the cat", "text"), ("6*7", "python"), ("42", "python_output"), (" sees it", "text")]
     for stop in (("cat6", "6*", "42", "cat sees"), ("t6", "*7", "it is")):
-        _speaking(engine, monkeypatch, said)
+        make_it_say(engine, monkeypatch, said)
         params = SamplingParams(seed=1000, max_tokens=len(said) + forced, stop=stop)
-        (row,) = _run(engine, [Sequence([1, 2], params)])
+        (row,) = run_texts(engine, [Sequence([1, 2], params)])
         assert [(part["text"], part["type"]) for part in joined_parts(row.pieces)] == parts
         assert row.finish_reason == "length"
-    _speaking(engine, monkeypatch, said)
-    (row,) = _run(engine, [Sequence([1, 2], SamplingParams(seed=1000, max_tokens=99, stop=("sees",)))])
+    make_it_say(engine, monkeypatch, said)
+    (row,) = run_texts(engine, [Sequence([1, 2], SamplingParams(seed=1000, max_tokens=99, stop=("sees",)))])
     assert row.text == "the cat6*742 " and row.finish_reason == "stop"
 
 
@@ -377,9 +348,9 @@ def test_half_a_character_before_a_call_stays_there(
     engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     half = tokenizer.tokens.index("é".encode()[:1])
-    said = [half, *_call(tokenizer, "6*7")]
-    _speaking(engine, monkeypatch, said)
-    (row,) = _run(engine, [Sequence([1, 2], SamplingParams(seed=1000, max_tokens=len(said)))])
+    said = [half, *calculator_call(tokenizer, "6*7")]
+    make_it_say(engine, monkeypatch, said)
+    (row,) = run_texts(engine, [Sequence([1, 2], SamplingParams(seed=1000, max_tokens=len(said)))])
     assert joined_parts(row.pieces) == [{"type": "text", "text": "\ufffd"}, {"type": "python", "text": "6*7"}]
 
 
@@ -392,9 +363,9 @@ def test_a_call_without_an_answer_goes_on(
             raise answer
 
     engine.scheduler.tool = tool
-    said = _call(tokenizer, "x")
-    _speaking(engine, monkeypatch, said)
-    (row,) = _run(engine, [Sequence([1], SamplingParams(seed=1000, max_tokens=10))])
+    said = calculator_call(tokenizer, "x")
+    make_it_say(engine, monkeypatch, said)
+    (row,) = run_texts(engine, [Sequence([1], SamplingParams(seed=1000, max_tokens=10))])
     assert row.tokens == said + [5] * (10 - len(said))
     assert set(row.masks) == {1}
 
@@ -402,10 +373,10 @@ def test_a_call_without_an_answer_goes_on(
 def test_a_slow_tool_delays_only_its_own_text(engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
     engine.scheduler.tool = lambda expression: str(release.wait(10))
-    _speaking(engine, monkeypatch, _call(tokenizer, "1"))
+    make_it_say(engine, monkeypatch, calculator_call(tokenizer, "1"))
     slow = Sequence([1, 2], SamplingParams(seed=1000, max_tokens=20))
     engine.scheduler.submit(slow)
-    others = _run(engine, [Sequence([3, 4], SamplingParams(seed=1, max_tokens=60))])
+    others = run_texts(engine, [Sequence([3, 4], SamplingParams(seed=1, max_tokens=60))])
     assert others[0].finish_reason == "length" and slow.finish_reason is None
     release.set()
     while slow.finish_reason is None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from nanochat import cross_entropy, flash_attention
 from nanochat.common import NanochatError
-from nanochat.cross_entropy import softcap, softcapped_cross_entropy
+from nanochat.cross_entropy import softcap, softcapped_cross_entropy, token_losses
 from nanochat.flash_attention import QK_SCALE, _attend_whole, plan_attention
 from nanochat.gpt import GPT, LOGIT_CAP, GPTConfig
 from nanochat.kv_cache import KVCache
@@ -297,3 +297,13 @@ def test_loss_survives_extreme_logits() -> None:
     loss.backward()
     assert loss.isfinite()
     assert x.grad.isfinite().all()
+
+
+def test_a_target_that_top_k_leaves_out_has_a_loss() -> None:
+    x, weight = torch.eye(4)[:1], torch.tensor([[9.0, 0, 0, 0], [5.0, 0, 0, 0], [1.0, 0, 0, 0]])
+    assert token_losses(x, weight, torch.tensor([2]), LOGIT_CAP, top_k=1).isfinite().all()
+
+
+def test_a_scale_beyond_the_bound_of_scores_is_refused() -> None:
+    with pytest.raises(NanochatError, match="qk_scale"):
+        GPTConfig(qk_scale=1.3)

@@ -13,8 +13,8 @@ import torch
 
 from nanochat.common import NanochatError
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.hf.export import OUR_FILES, export
-from nanochat.hf.weights import native_obstacles
+from nanochat.hf.export import OUR_FILES, _measured, check_output, export
+from nanochat.hf.weights import from_native, native_obstacles, to_native
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from scripts import export_hf
 from tests.helpers import make_document, make_model
@@ -339,3 +339,30 @@ def test_the_card_of_a_base_model_shows_how_it_continues_a_text(tiny_run: Path, 
     shown: list[str] = []
     exec(example.replace("PATH", output.as_posix()).replace("max_new_tokens=100", "max_new_tokens=4"), {"print": shown.append})
     assert shown[0].startswith("The sky is")
+
+
+def test_another_models_folder_is_not_written_over(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model.safetensors").write_bytes(b"precious")
+    with pytest.raises(NanochatError):
+        check_output(tmp_path)
+
+
+def test_the_card_shows_what_was_measured_of_these_weights(tiny_run: Path) -> None:
+    task = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+    (tiny_run / "sft" / "eval.json").write_text(json.dumps({"step": 4, "tasks": {"A": task}}))
+    shown = [[any("A" in row[0] and "%" in row[1] for row in _measured("tiny", "sft", step))] for step in (2, 4)]
+    assert shown == [[False], [True]]
+
+
+def test_what_transformers_class_takes_and_what_it_leaves_out(tokenizer: Tokenizer) -> None:
+    model = make_plain_model(tokenizer)
+    with torch.no_grad():
+        model.resid_lambdas.fill_(1)
+        model.x0_lambdas.zero_()
+        content, state = to_native(model)
+        for key in ("rope_parameters", "rope_theta"):
+            content.pop(key)
+        assert from_native(content, state)[0].rotary_base == 10_000
+        model.resid_lambdas[1] = 0.01
+    assert native_obstacles(model)

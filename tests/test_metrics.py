@@ -284,3 +284,9 @@ def test_a_finished_run_is_replayed(tensorboard: None, tiny_run: Path) -> None:
     assert points == [(row["step"], pytest.approx(row["train/loss"])) for row in rows]
     with pytest.raises(NanochatError, match="no stage"):
         metrics.main(["nothing", "--to=tensorboard"])
+
+
+def test_an_update_that_was_made_again_takes_its_evaluation_along(tmp_path: Path) -> None:
+    rows = [{"step": 0, "val/bpb": 1}, {"step": 1, "train/loss": 1}, {"step": 1, "val/bpb": 1}, {"step": 1, "train/loss": 2}]
+    (tmp_path / "m.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    assert read_metrics(tmp_path / "m.jsonl") == [rows[0], rows[3]]

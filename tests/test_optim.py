@@ -10,7 +10,16 @@ import torch
 
 from nanochat.common import NanochatError
 from nanochat.gpt import GPTConfig
-from nanochat.optim import UNITS, Group, MuonAdamW, normalize_neurons, orthogonalize, orthogonalize_blocks
+from nanochat.optim import (
+    UNITS,
+    Group,
+    MuonAdamW,
+    neuron_means,
+    normalize_neurons,
+    orthogonalize,
+    orthogonalize_blocks,
+    rows_update,
+)
 from nanochat.scaling import (
     accumulation_steps,
     count_params,
@@ -359,3 +368,13 @@ def test_flops_grow_with_context_only_by_attention() -> None:
         short, long = (GPT(dataclasses.replace(base, sequence_len=T)).estimate_flops() for T in (1024, 2048))
     assert long - short == pytest.approx(12 * 64 * 2 * 512, rel=1e-3)
     assert math.isfinite(long)
+
+
+def test_rows_without_a_gradient_keep_their_mean_square() -> None:
+    group, square = Group("rows", ["x"], [], 0.1, betas=(0.8, 0.9)), torch.tensor([4.0, 4.0])
+    rows_update(torch.ones(2, 3), torch.tensor([[1.0] * 3, [0.0] * 3]), square, group)
+    assert square[0] != 4 and square[1] == 4
+
+
+def test_a_square_matrix_has_a_mean_for_each_row() -> None:
+    assert neuron_means(torch.zeros(1, 4, 4)).shape == (1, 4, 1)

@@ -285,3 +285,11 @@ def test_progress_is_silent_but_on_rank_0(capsys: pytest.CaptureFixture, monkeyp
         progress.update(1)
         progress.print("hello")
     assert capsys.readouterr().out == ""
+
+
+def test_a_report_shows_the_newest_numbers_and_samples() -> None:
+    rows = [{"step": s, "time_s": 1.0 * s, "train/loss": 1.0, "train/tok_per_s": 100.0, "train/mfu": 0.25} for s in (1, 2)]
+    rows += [{"step": 1, "time_s": 1.0, "val/bpb": 0.5}, {"step": 2, "time_s": 1.0, "val/bpb": 0.7}]
+    assert "0.7000" in report._overview_row("base", rows) and report._mfu_axis(rows)[0] == 400
+    rows = [{"step": step, "sample/prompt": "a", "sample/text": str(step)} for step in (1, 2)]
+    assert [sample["text"] for sample in report._samples({}, rows)] == ["2"]

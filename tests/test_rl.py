@@ -385,3 +385,38 @@ def test_two_ranks_reinforce_and_measure_like_one(tiny_run: Path, base_dir: Path
     one, two = (load_checkpoint(base_dir / f"rl{ranks}", 1)[0] for ranks in (1, 2))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, atol=2e-3, rtol=1e-2, msg=name)
+
+
+def test_seeds_of_two_runs_share_no_draw(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, complete = [], engine.complete
+    monkeypatch.setattr(engine, "complete", lambda *args, **kwargs: drawn.append(kwargs["seed"]) or complete(*args, **kwargs))
+    for seed in (1, 2):
+        next(RolloutLoader(engine, Vowels(), _settings(max_tokens=4, seed=seed), 1))
+    assert len({*drawn[0], *drawn[1]}) == 24
+
+
+def test_a_reference_is_kept_to_where_rewards_say_nothing(engine: Engine) -> None:
+    loader = RolloutLoader(engine, Vowels(), _settings(examples_per_step=2, max_tokens=4, kl_weight=0.1), 1)
+    (batch,) = loader._make_batches(loader._roll_out()[0], torch.ones(2, 4), 0.0)
+    assert len(batch[0]) == 8
+
+
+def test_prompts_that_were_cut_are_counted(tokenizer: Tokenizer) -> None:
+    class Long(Vowels):
+        def get_example(self, index: int) -> Conversation:
+            question = {"role": "user", "content": make_document(index, 9)}
+            return {"messages": [question, {"role": "assistant", "content": "e"}]}
+
+    engine = Engine(make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=32), tokenizer)
+    loader = RolloutLoader(engine, Long(), _settings(examples_per_step=2, num_samples=2, max_tokens=8), 1)
+    next(loader)
+    assert loader.metrics()["rl/shortened_prompts"] == 2
+
+
+def test_shares_of_unfinished_answers_and_mixed_groups(engine: Engine) -> None:
+    loader = RolloutLoader(engine, Vowels(), _settings(examples_per_step=2, max_tokens=4), 1)
+    answers, *_ = loader._roll_out()
+    for i, answer in enumerate(answers):
+        answer.stop_token = 1 if i < 3 else None
+    found = loader._count(answers, torch.tensor([[1.0, 1, 0, 1], [1, 1, 1, 1]]), 0, 1.0)
+    assert found["rl/unfinished"] == 5 / 8 and found["rl/mixed_groups"] == 0.5

@@ -10,10 +10,11 @@ import pytest
 from nanochat.chat_eval import sample_answers
 from nanochat.dataset import get_source
 from nanochat.engine import Engine, continue_openings
+from nanochat.tokenizer import Tokenizer
 from tasks import build_task
 from tasks.common import TaskMixture
 from tasks.customjson import CustomJSON
-from tests.helpers import write_corpus
+from tests.helpers import make_model, write_corpus
 
 
 @pytest.mark.parametrize("text", ["\u4f60\u597d" * 2000, "a " * 5, "x", "word" * 3000])
@@ -41,3 +42,8 @@ def test_answers_to_each_kind_of_a_mixture(engine: Engine, tmp_path: Path) -> No
     asked = [next(m["content"] for m in kind[0]["messages"] if m["role"] == "user") for kind in kinds]
     assert [sample["prompt"] for sample in samples] == asked
     assert len(sample_answers(engine, kinds[0], max_tokens=8)) == 4
+
+
+def test_openings_fit_a_small_context(tokenizer: Tokenizer, corpus: Path) -> None:
+    engine = Engine(make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=8), tokenizer)
+    assert len(continue_openings(engine, get_source(str(corpus)), 2, 4)) == 2

@@ -67,3 +67,10 @@ def test_what_was_said_is_less_likely() -> None:
 def test_settings_that_mean_nothing_are_refused(bad: dict) -> None:
     with pytest.raises(NanochatError, match=next(iter(bad))):
         SamplingParams(**bad)
+
+
+def test_a_row_without_top_k_draws_from_all_beside_one_with_it() -> None:
+    logits = torch.arange(50.0, 0, -1).repeat(2, 1) * 1e-3
+    params = [SamplingParams(), SamplingParams(top_k=3)]
+    drawn = {int(sample(logits, params, [uniform, 0.5])[0]) for uniform in (0.1, 0.5, 0.9)}
+    assert len(drawn) == 3 and max(drawn) > 30

@@ -241,3 +241,17 @@ def test_a_port_in_use_and_gpus_that_are_not_there_are_named() -> None:
             check_port("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(NanochatError, match="has 0 GPUs"):
         choose_devices(torch.device("cpu"), 2)
+
+
+def test_requests_that_are_too_long_are_refused(engine: Engine) -> None:
+    request = ChatRequest(messages=[{"role": "user", "content": "x"}], max_completion_tokens=3, max_tokens=9)
+    assert request.limit == 3  # the newer name goes before the older one
+    with TestClient(create_app([engine], "tiny"), raise_server_exceptions=False) as client:
+        limit, size = engine.model.config.sequence_len, engine.tokenizer.get_vocab_size()
+        full = [engine.tokenizer.get_bos_token_id()] + [5] * (limit - 1)
+        for prompt in (full, [size]):
+            assert client.post("/v1/completions", json={"prompt": prompt}).status_code == 400
+        roles = (("user", 150_000), ("assistant", 60_000), ("user", 1))
+        long = {"messages": [{"role": role, "content": "x" * length} for role, length in roles]}
+        error = client.post("/v1/chat/completions", json=long).json()["error"]
+        assert error["message"].startswith("the conversation is longer")

@@ -484,3 +484,8 @@ def test_processes_fetch_a_shard_once(folder: Path, server: type[HubServer]) -> 
     assert [int(output) for output in outputs] == [sum(map(len, DOCUMENTS[:40]))] * 2
     whole = [request for request in server.requests if _is_whole(request) and "/resolve/" in request]
     assert sorted(Path(request).name for request in whole) == ["a.parquet", "b.parquet"]
+
+
+def test_a_busy_server_is_asked_again_and_a_missing_file_is_not() -> None:
+    busy, gone = (type("Answer", (Exception,), {"status": status})() for status in (429, 410))
+    assert not shard_cache._is_final(busy) and shard_cache._is_final(gone)

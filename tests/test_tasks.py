@@ -389,3 +389,21 @@ def test_tasks_of_the_hub_are_there_without_a_network(tmp_path: Path, monkeypatc
     part.unlink()
     with pytest.raises(NanochatError, match="could not be fetched|of 2 files of someone/texts only 1"):
         load("train")
+
+
+def test_the_last_number_of_an_answer_counts() -> None:
+    assert Arithmetic("test").evaluate({"answer": "81"}, "23 + 58 is 81.")
+    assert build_task("SpellingBee", "test").evaluate({"answer": "2"}, "#### 1\n#### 2")
+
+
+def test_docs_of_train_and_val_are_of_other_functions() -> None:
+    train, val = ({pair[0] for pair in build_task("DocQA", split).pairs} for split in ("train", "val"))
+    assert train and val and not train & val
+
+
+def test_a_part_of_a_split_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "main").mkdir()
+    (tmp_path / "main" / "train-00000-of-00002.parquet").write_bytes(b"")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *args, **kwargs: str(tmp_path))
+    with pytest.raises(NanochatError, match="only 1"):
+        load_rows(None, [], "a/b", "main", "train", lambda row: row)

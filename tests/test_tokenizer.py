@@ -329,3 +329,13 @@ def test_the_speedrun_keeps_the_tokenizer_of_a_run_that_began(tmp_path: Path, ba
         begun.append("scripts.tok_train" in calls)
         BYTES_ONLY.save(base_dir / "runs" / "d4")
     assert begun == [True, False]
+
+
+def test_a_tokenizer_with_another_pattern_is_another(tokenizer: Tokenizer) -> None:
+    assert Tokenizer(tokenizer.tokens, r"\w+|\W+").fingerprint() != tokenizer.fingerprint()
+
+
+def test_a_folder_here_is_found_by_its_name(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer.save(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    assert get_tokenizer("mine").fingerprint() == tokenizer.fingerprint()

@@ -246,3 +246,7 @@ def test_completions_show_what_chat_shows(client: TestClient, engine: Engine, mo
             hidden = hidden and token not in ("<|python_end|>", "<|output_end|>")
             shown += text[begin:end]
         assert shown == text
+
+
+def test_an_expression_of_a_thousand_terms_is_not_computed() -> None:
+    assert use_calculator("+".join(["1"] * 1000)) is None

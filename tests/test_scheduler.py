@@ -1,0 +1,95 @@
+"""What becomes of one text: its end, its calls, its log-probabilities, and what is counted."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from nanochat.engine import Engine
+from nanochat.openai_api import Reply
+from nanochat.sampling import SamplingParams
+from nanochat.scheduler import Sequence
+from nanochat.tokenizer import Tokenizer
+from tests.helpers import calculator_call, make_it_say, make_model, run_texts
+
+
+@pytest.fixture
+def engine(tokenizer: Tokenizer) -> Engine:
+    return Engine(make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=512), tokenizer)
+
+
+def test_a_forced_answer_ends_with_the_limit(engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.scheduler.tool = lambda expression: "123456789"
+    said = calculator_call(tokenizer, "x")
+    make_it_say(engine, monkeypatch, said)
+    (row,) = run_texts(engine, [Sequence([1, 2], SamplingParams(seed=1000, max_tokens=len(said) + 2))])
+    assert len(row.tokens) == len(said) + 2 and row.finish_reason == "length"
+
+
+def test_logprobs_are_of_the_model_whatever_is_penalized(engine: Engine, tokenizer: Tokenizer) -> None:
+    prompt = tokenizer.encode("the cat", prepend="<|bos|>")
+    params = SamplingParams(0, repetition_penalty=5, max_tokens=8, logprobs=0, ignore_eos=True)
+    (row,) = run_texts(engine, [Sequence(prompt, params)])
+    expected = engine.model(torch.tensor([prompt + row.tokens]))[0, len(prompt) - 1 : -1].log_softmax(-1)
+    assert [entry.logprob for entry in row.logprobs] == pytest.approx(expected[range(8), row.tokens].tolist(), abs=1e-3)
+
+
+def test_the_prompt_counts_as_said(engine: Engine) -> None:
+    text = Sequence([1, 2, 3], SamplingParams(0, repetition_penalty=2, max_tokens=3, ignore_eos=True))
+    engine.scheduler.submit(text)
+    engine.scheduler.step()
+    assert text.seen[[1, 2, 3]].all()
+
+
+def test_of_several_stop_texts_the_first_place_counts(
+    engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    the = tokenizer.encode("the")
+    assert len(the) == 1
+    make_it_say(engine, monkeypatch, the)
+    (row,) = run_texts(engine, [Sequence([1, 2], SamplingParams(seed=1000, max_tokens=9, stop=("e", "h")))])
+    assert row.text == "t"
+
+
+def test_a_text_that_was_only_submitted_waits(engine: Engine) -> None:
+    engine.scheduler.submit(Sequence([1], SamplingParams(0)))
+    assert engine.scheduler.num_waiting == 1
+
+
+def test_texts_that_wait_for_a_tool_are_ended_too(
+    engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    engine.scheduler.tool = lambda expression: str(release.wait(10))
+    make_it_say(engine, monkeypatch, calculator_call(tokenizer, "1"))
+    slow = Sequence([1, 2], SamplingParams(seed=1000, max_tokens=20))
+    engine.scheduler.submit(slow)
+    while not engine.scheduler.calling:
+        engine.scheduler.step()
+    engine.scheduler.end_all("error", "failed")
+    release.set()
+    assert slow.finish_reason == "error"
+
+
+def test_a_text_that_is_put_back_is_counted_once(engine: Engine) -> None:
+    text = Sequence(list(range(2, 52)), SamplingParams(0, max_tokens=40, prompt_logprobs=True, ignore_eos=True))
+    engine.scheduler.submit(text)
+    for _ in range(20):
+        engine.scheduler.step()
+    engine.scheduler._preempt(text)
+    run_texts(engine, [Sequence([1], SamplingParams(0, max_tokens=1))])
+    while text.finish_reason is None:
+        engine.scheduler.step()
+    assert len(text.prompt_logprobs) == 49
+    assert text.cached_tokens == 0 and engine.scheduler.prompt_tokens == 51
+
+
+def test_the_token_that_ends_an_answer_has_no_logprob(
+    engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_it_say(engine, monkeypatch, [7, 8, tokenizer.encode_special("<|assistant_end|>")])
+    (text,) = run_texts(engine, [Sequence([1, 2], SamplingParams(seed=1000, max_tokens=20, logprobs=0))])
+    choice = Reply("chat", "m", tokenizer, False).chat_choice(0, text)
+    assert len(choice["logprobs"]["content"]) == 2
