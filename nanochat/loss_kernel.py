@@ -34,20 +34,23 @@ def _chunk_loss(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One token a program; for the formulas see cross_entropy.softmax_gradient.
 
-    The loop leaves the target's place alone: it is read before, and written after, by a thread that waits for no other.
+    The barriers keep the target's place: read before the loop writes to it, written after. To leave it out of the loop's
+    stores would make each of them a store of two bytes.
     """
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * vocab_size
     target = tl.load(targets + token)
     r, at_target = _tilt(tl.load(row + tl.maximum(target, 0)), cap)
+    tl.debug_barrier()
     sums = tl.zeros((WIDTH,), tl.float32)
     for start in range(0, vocab_size, WIDTH):
         columns = start + tl.arange(0, WIDTH)
         inside = columns < vocab_size
         tilt, exponentials = _tilt(tl.load(row + columns, mask=inside, other=0.0), cap)
         sums += tl.where(inside, exponentials, 0.0)
-        tl.store(row + columns, 4 * (tilt - tilt * tilt) * exponentials, mask=inside & (columns != target))
+        tl.store(row + columns, 4 * (tilt - tilt * tilt) * exponentials, mask=inside)
     total = tl.sum(sums)
+    tl.debug_barrier()
     supervised = target != IGNORED
     tl.store(row + target, 4 * (r - r * r) * (at_target - total), mask=supervised)
     tl.store(losses + token, tl.where(supervised, tl.log(total) + 2 * cap * r, 0.0))
