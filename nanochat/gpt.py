@@ -272,7 +272,7 @@ class GPT(nn.Module):
         return self.compute_dtype or get_compute_dtype(self.get_device())
 
     def rotary(self, positions: torch.Tensor | None, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), each (B or 1, T, 1, head_dim / 2) float32, for positions (B, T), or 0..T-1 if None."""
+        """(cos, sin), each (B or 1, T, 1, head_dim) float32, for positions (B, T), or 0..T-1 if None; see apply_rotary."""
         needed = T if positions is None else self.config.sequence_len
         if self._rotary is None or self._rotary[0].size(0) < needed or self._rotary[0].device != self.get_device():
             self._rotary = self._make_rotary(max(needed, self.config.sequence_len))
@@ -285,7 +285,7 @@ class GPT(nn.Module):
         channels = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=self.get_device())
         frequencies = self.config.rotary_base ** (-channels / self.config.head_dim)
         angles = torch.arange(length, dtype=torch.float32, device=self.get_device())[:, None] * frequencies
-        return angles.cos(), angles.sin()
+        return angles.cos().repeat(1, 2), torch.cat([angles.sin(), -angles.sin()], dim=1)
 
     @property
     def is_compiled(self) -> bool:

@@ -21,9 +21,12 @@ def norm(x: torch.Tensor) -> torch.Tensor:
 
 
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate pairs of channels by the angle of their position. x: (B, T, H, D); cos, sin: (B or 1, T, 1, D / 2)."""
-    x1, x2 = x.chunk(2, dim=-1)
-    return torch.cat([(x1 * cos + x2 * sin).to(x.dtype), (x2 * cos - x1 * sin).to(x.dtype)], dim=-1)
+    """Rotate pairs of channels by the angle of their position. x: (B, T, H, D); cos, sin: (B or 1, T, 1, D), see GPT.rotary.
+
+    A channel and the one half a head away are a pair. Swapped by `flip`, since the compiler writes what `cat` joins to memory.
+    """
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+    return (x * cos + swapped * sin).to(x.dtype)
 
 
 class Embedding(nn.Embedding):
