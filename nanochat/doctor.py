@@ -163,11 +163,9 @@ def _describe_attention(device: torch.device) -> str:
     """What flash_attention.choose_backend will try first; its probe takes longer than all of this."""
     if device.type != "cuda":
         return "matrix products of blocks of queries and keys, so that windows save time"
-    if importlib.util.find_spec("flash_attn_interface"):
-        return "FlashAttention 3, if its probe succeeds when a command starts"
     if _what_is_wrong(Requirement("flash-attn-4")) is None:
         return "FlashAttention 4, if its probe succeeds when a command starts"
-    return "FlexAttention, if its probe succeeds when a command starts (neither FlashAttention 3 nor 4 is installed)"
+    return "FlexAttention, if its probe succeeds when a command starts (flash-attn-4 is not installed)"
 
 
 def examine_base_dir() -> Iterator[Finding]:

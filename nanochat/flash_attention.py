@@ -3,10 +3,11 @@
 `plan_attention` chooses, once per device, the fastest backend that a probe launch shows to work, and makes the mask
 that it needs; `plan.attend(q, k, v, plan)` is then all that runs in the hot path. The backends:
 
-- "fa3": FlashAttention 3, where `flash_attn_interface` is installed
 - "fa4": FlashAttention 4, where `flash_attn.cute` is installed (the package flash-attn-4)
 - "flex": FlexAttention compiled to a Triton kernel (CUDA with a working compiler); skips the masked blocks. On Hopper and
   later, layers that see everything go to cuDNN
+- "fa3": FlashAttention 3, where `flash_attn_interface` is installed and the others do not run: gradients that are the same
+  each time take it twice as long as FlashAttention 4 where there is a window (dev/LOG.md, "A fourth time on an H200")
 - "plain": matrix products of blocks of queries with the blocks of keys that they can see, so that causality and windows
   save time on any device; whole-context layers, on a CPU only beyond LONGEST_PLAIN_CONTEXT, go to PyTorch's
   scaled_dot_product_attention
@@ -82,9 +83,9 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> B
     candidates: list[tuple[str, Backend]] = []
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         # They bring kernels of their own. Told here, since it imports the compiler, which would take each command a second.
-        attends = [torch.compiler.disable(attend) for attend in (attend_fa3, attend_fa4)]
-        candidates += [(name, (attend, no_mask)) for name, attend in zip(("fa3", "fa4"), attends, strict=True)]
-    if device.type == "cuda":
+        fa4, fa3 = (torch.compiler.disable(attend) for attend in (attend_fa4, attend_fa3))
+        candidates += [("fa4", (fa4, no_mask)), ("flex", (attend_flex, flex_mask)), ("fa3", (fa3, no_mask))]
+    elif device.type == "cuda":
         candidates.append(("flex", (attend_flex, flex_mask)))
     for name, backend in candidates:
         try:
