@@ -26,6 +26,7 @@ from nanochat.fp8 import LOWEST_CAPABILITY, enable_fp8
 from nanochat.gpt import GPT, LOGIT_CAP, GPTConfig
 from nanochat.layers import Embedding
 from nanochat.memory import training_bytes
+from nanochat.metrics import read_metrics
 from nanochat.passes import Passes, summed_loss
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
@@ -406,6 +407,18 @@ def test_resumed_equals_uninterrupted(corpus: Path, tokenizer: Tokenizer) -> Non
     assert base_train.main(_flags("again", corpus)) == 0
     for name, tensor in _weights("again").items():
         assert torch.equal(tensor, resumed[name]), name
+
+
+def test_training_in_float16_follows_float32(corpus: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As GPUs before Ampere train, with the kernels of this one."""
+    tokenizer.save(get_base_dir() / "tokenizers" / "default")
+    curves = []
+    for dtype in ("float32", "float16"):
+        monkeypatch.setenv("NANOCHAT_DTYPE", dtype)
+        assert base_train.main(_flags(dtype, corpus)) == 0
+        rows = read_metrics(get_base_dir() / "runs" / dtype / "base" / "metrics.jsonl")
+        curves.append([row["train/loss"] for row in rows if "train/loss" in row])
+    assert curves[1] == pytest.approx(curves[0], abs=0.02)
 
 
 def test_a_whole_life(corpus: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture) -> None:
