@@ -15,6 +15,7 @@ from nanochat.common import NanochatError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf.export import OUR_FILES, _measured, check_output, export
 from nanochat.hf.weights import from_native, native_obstacles, to_native
+from nanochat.model_config import read_config
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 from scripts import export_hf
 from tests.helpers import make_document, make_model
@@ -363,6 +364,9 @@ def test_what_transformers_class_takes_and_what_it_leaves_out(tokenizer: Tokeniz
         content, state = to_native(model)
         for key in ("rope_parameters", "rope_theta"):
             content.pop(key)
-        assert from_native(content, state)[0].rotary_base == 10_000
+        assert from_native({**content, "rope_theta": None}, dict(state))[0].rotary_base == 10_000
+        impossible, _ = from_native({**content, "rope_theta": 0}, dict(state))
+        with pytest.raises(NanochatError, match="rotary_base '0', which is not a number above 0"):
+            read_config(asdict(impossible))
         model.resid_lambdas[1] = 0.01
     assert native_obstacles(model)

@@ -164,7 +164,7 @@ def from_native(content: dict[str, Any], state: State) -> tuple[GPTConfig, State
     _demand("head_dim", content.get("head_dim") or head_dim, head_dim)
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
     _demand("rope_type", rope.get("rope_type", "default"), "default")
-    base = rope.get("rope_theta") or content.get("rope_theta") or 10_000
+    base = next(theta for theta in (rope.get("rope_theta"), content.get("rope_theta"), 10_000) if theta is not None)
     config = _config(content, window_pattern="L", value_embeddings=False, qk_scale=1.0, rotary_base=base)
     ours = {
         "wte.weight": _pad(state.pop("model.embed_tokens.weight"), config),
