@@ -81,12 +81,12 @@ Backend = tuple[Callable[..., torch.Tensor], Callable[[int, int, torch.device], 
 def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
     """(attend, make_mask) of the first backend whose probe launch, forward and backward, succeeds on this device."""
     candidates: list[tuple[str, Backend]] = []
+    if device.type == "cuda":
+        candidates.append(("flex", (attend_flex, flex_mask)))
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         # They bring kernels of their own. Told here, since it imports the compiler, which would take each command a second.
         fa4, fa3 = (torch.compiler.disable(attend) for attend in (attend_fa4, attend_fa3))
-        candidates += [("fa4", (fa4, no_mask)), ("flex", (attend_flex, flex_mask)), ("fa3", (fa3, no_mask))]
-    elif device.type == "cuda":
-        candidates.append(("flex", (attend_flex, flex_mask)))
+        candidates = [("fa4", (fa4, no_mask)), *candidates, ("fa3", (fa3, no_mask))]
     for name, backend in candidates:
         try:
             _probe(backend, device, dtype, head_dim)

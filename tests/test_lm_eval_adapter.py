@@ -38,6 +38,7 @@ TASKS = {  # kind, file, text between question and answer
 @pytest.fixture
 def adapter(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     pytest.importorskip("lm_eval", reason="lm_eval is not installed: bash runs/setup.sh eval")
+    importlib.import_module("huggingface_hub.constants")  # now: it reads the next variable once, and for all later tests
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
