@@ -342,7 +342,7 @@ class _MuonUnit(_Unit):
 
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
         shape = self.params[0].shape
-        return {"momentum": shape, "second_moment": neuron_means(torch.empty(shape, device="meta")).shape}
+        return {"momentum": shape, "second_moment": second_moment_shape(shape)}
 
     def _update_rows(self, grad: Tensor, step: int) -> None:
         group = self.group
@@ -424,9 +424,10 @@ def _decay(change: Tensor, values: Tensor, group: Group) -> None:
     change.addcmul_(values, (change * values).gt_(0), value=group.weight_decay)
 
 
-def neuron_means(matrices: Tensor) -> Tensor:
-    """A tensor of the second moment's shape: one number for each row or column, whichever are more."""
-    return matrices.mean(dim=-1 if matrices.size(-2) >= matrices.size(-1) else -2, keepdim=True)
+def second_moment_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of matrices (..., rows, columns): one number for each row or column, whichever are more."""
+    *n, rows, columns = shape
+    return (*n, rows, 1) if rows >= columns else (*n, 1, columns)
 
 
 def orthogonalize_blocks(matrices: Tensor, block: tuple[int, ...] | None) -> Tensor:

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 Batch = tuple[torch.Tensor, ...]  # (inputs, targets, ...): targets (B, T) int64, -1 where there is nothing to predict
 Shape = tuple[int, tuple[torch.Size, ...]]  # of a pass: how many blocks are idle, and what goes in
+PIECE_TOKENS = 1024  # of a pass that is not compiled, on a CPU
 STEP_BYTES = 8  # for each parameter, what an update needs besides gradients and the optimizer's state, at most
 
 
@@ -50,12 +51,29 @@ class Passes:
         if recording:
             recording.begin()
         loss = torch.zeros((), device=self.model.get_device())
-        for batch in batches:
+        for batch in self._pieces(batches):
             if recording and self._shape_of(batch) == self._tried:
                 loss += recording.replay(batch, count)
             else:
                 loss += self.once(batch, count)
         return loss
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether a pass takes a few rows at a time: on a CPU, as long as it is not compiled.
+
+        There it keeps several times as much for its backward pass, and is faster with what fits into the cache. Ranks of a
+        sharded model need as many passes as each other.
+        """
+        model = self.model
+        short_rows = model.config.sequence_len <= PIECE_TOKENS
+        return short_rows and not model.is_compiled and not model.is_sharded and model.get_device().type == "cpu"
+
+    def _pieces(self, batches: Sequence[Batch]) -> Sequence[Batch]:
+        if not self.in_pieces:
+            return batches
+        rows = max(1, PIECE_TOKENS // batches[0][0].size(1))
+        return [piece for batch in batches for piece in zip(*(tensor.split(rows) for tensor in batch), strict=True)]
 
     def once(self, batch: Batch, count: torch.Tensor) -> torch.Tensor:
         part = self.loss_fn(self.model, batch) / count

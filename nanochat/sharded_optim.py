@@ -18,10 +18,10 @@ from nanochat.optim import (
     adamw_update,
     all_gather,
     apply_update,
-    neuron_means,
     normalize_neurons,
     orthogonalize_blocks,
     rows_update,
+    second_moment_shape,
 )
 
 
@@ -103,9 +103,8 @@ class ShardedMuonUnit:
         self.heights = [max(0, min(chunk, rows - r * chunk)) for r in range(world_size)]  # rows that each rank holds
         self.owned, self.height, self.columns = self.counts[rank], self.heights[rank], columns
         self.begin = bounds[rank]
-        like = torch.zeros(self.owned, rows, columns, device="meta")
         device = self.params[0].device
-        self.second_moment = torch.zeros(neuron_means(like).shape, device=device)
+        self.second_moment = torch.zeros(second_moment_shape((self.owned, rows, columns)), device=device)
         self.momentum = torch.zeros(n, self.height, columns, device=device)
         self._work: Any = None  # dist.Work, while one is under way
         self._buffers: tuple[Tensor, ...] = ()  # kept until the collective that uses them is done

@@ -315,7 +315,8 @@ class Trainer:
         if not self.config.compile or self.model.is_compiled:
             return
         waits = self.device.type == "cpu" and self.step == 0
-        self.model.recompute_blocks = waits or self._recompute_blocks  # uncompiled they would keep several times as much
+        # Uncompiled and not in pieces, blocks would keep several times as much for the backward pass.
+        self.model.recompute_blocks = self._recompute_blocks or (waits and not self._passes.in_pieces)
         if waits:
             return
         if self.device.type == "cpu":

@@ -14,11 +14,11 @@ from nanochat.optim import (
     UNITS,
     Group,
     MuonAdamW,
-    neuron_means,
     normalize_neurons,
     orthogonalize,
     orthogonalize_blocks,
     rows_update,
+    second_moment_shape,
 )
 from nanochat.scaling import (
     accumulation_steps,
@@ -377,4 +377,4 @@ def test_rows_without_a_gradient_keep_their_mean_square() -> None:
 
 
 def test_a_square_matrix_has_a_mean_for_each_row() -> None:
-    assert neuron_means(torch.zeros(1, 4, 4)).shape == (1, 4, 1)
+    assert second_moment_shape((1, 4, 4)) == (1, 4, 1)

@@ -1,0 +1,32 @@
+"""Passes over the micro-batches of an update; what a GPU records of them is in test_cuda.py."""
+
+from __future__ import annotations
+
+import torch
+
+from nanochat import passes
+from nanochat.gpt import GPT
+from nanochat.passes import Batch, Passes, summed_loss
+from tests.helpers import make_model
+
+BATCH = (torch.arange(7 * 64).view(7, 64) % 300, torch.arange(1, 1 + 7 * 64).view(7, 64) % 300)
+
+
+def test_uncompiled_passes_by_pieces_are_the_whole_pass(monkeypatch) -> None:
+    """Seven rows, two of which fit into a piece: four pieces, the last of one row."""
+    rows: list[int] = []
+
+    def loss_fn(model: GPT, batch: Batch) -> torch.Tensor:
+        rows.append(batch[0].size(0))
+        return summed_loss(model, batch)
+
+    losses, gradients = [], []
+    for piece_tokens in (50, 150):  # a row is longer than the first
+        monkeypatch.setattr(passes, "PIECE_TOKENS", piece_tokens)
+        model = make_model(sequence_len=64)
+        losses.append(Passes(model, loss_fn).run([BATCH], torch.tensor(BATCH[0].numel())))
+        gradients.append([p.grad for p in model.parameters()])
+    assert rows == [7, 2, 2, 2, 1]
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
+    for pieces, whole in zip(*reversed(gradients), strict=True):
+        torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-7)
