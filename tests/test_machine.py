@@ -88,6 +88,18 @@ def test_without_a_compiler_training_runs_eagerly_and_says_so(
     assert capsys.readouterr().out.count("training without torch.compile: no C++ compiler") == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch tries its compiler so on Linux")
+@pytest.mark.parametrize(("given", "used"), [(None, True), ("0", False)])
+def test_vector_instructions_are_not_tried_unless_asked(given: str | None, used: bool) -> None:
+    """Where a compiler is: in a process of its own, since PyTorch reads the wish once."""
+    code = "import torch; from nanochat.compilation import can_compile; reason = can_compile(torch.device('cpu')); "
+    code += "from torch._inductor import config; print(reason, config.cpp.vec_isa_ok)"
+    environment = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_VEC_ISA_OK"}
+    environment |= {"CXX": sys.executable} | ({"TORCHINDUCTOR_VEC_ISA_OK": given} if given else {})
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["None", str(used)]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("T", [300, 384])
 def test_compiled_equals_eager(T: int) -> None:
