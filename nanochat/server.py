@@ -12,6 +12,7 @@ import hmac
 import json
 import re
 from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ from nanochat.openai_api import (
 from nanochat.openai_api import Message as ChatMessage
 from nanochat.runs_api import add_run_routes
 from nanochat.scheduler import Sequence, TokenLogprob
-from nanochat.service import Limits, Service, Ticket
+from nanochat.service import ChatDefaults, Limits, Service, Ticket
 
 OPEN_PATHS = ("/", "/health", "/metrics", "/docs", "/openapi.json", "/runs", "/favicon.ico")  # need no API key
 OPEN_PREFIXES = ("/ui/", "/static-offline-docs/")
@@ -81,6 +82,7 @@ def create_app(
     cors_origins: list[str] | None = None,
     compile: bool = False,
     hosts: list[str] | None = None,
+    defaults: ChatDefaults | None = None,
 ) -> FastAPI:
     """The app that serves one model with one engine for each device, compiled at the start if asked for.
 
@@ -103,8 +105,8 @@ def create_app(
     _add_pages(app)
     add_run_routes(app)
     _add_openai_routes(app, service)
-    _add_chat_routes(app, service)
-    _add_status_routes(app, service)
+    for add_routes in (_add_chat_routes, _add_status_routes):
+        add_routes(app, service, asdict(defaults or ChatDefaults()))
     return app
 
 
@@ -156,11 +158,10 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
         return await _write(lambda: reply.completions(ticket.sequences, bool(request.echo), added_bos))
 
 
-def _add_chat_routes(app: FastAPI, service: Service) -> None:
+def _add_chat_routes(app: FastAPI, service: Service, defaults: dict[str, Any]) -> None:
     @app.post("/chat/completions", response_model=None)
     async def chat_stream(request: ChatRequest) -> Response:
         """The public guide's stream: {"token": text, "part": type} again and again, {"done": true} last; see `Parts`."""
-        defaults = {"temperature": 0.8, "top_k": 50, "max_tokens": 512}
         given = {name: value for name, value in defaults.items() if getattr(request, name) is None}
         request = request.model_copy(update={**given, "n": 1})
         prompt, dropped = await _render(service, request)
@@ -185,7 +186,7 @@ def _add_chat_routes(app: FastAPI, service: Service) -> None:
         return {"prompt": service.tokenizer.decode(request.tokens)}
 
 
-def _add_status_routes(app: FastAPI, service: Service) -> None:
+def _add_status_routes(app: FastAPI, service: Service, defaults: dict[str, Any]) -> None:
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
         """What lm-eval's remote tokenizer asks for (vLLM's name and form)."""
@@ -193,10 +194,9 @@ def _add_status_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/health")
     async def health() -> JSONResponse:
-        healthy = service.is_healthy
-        status = ("ok" if service.is_ready else "compiling") if healthy else "failed"
-        body = {"status": status, "ready": status == "ok", "model": service.model_name}
-        return JSONResponse(body, status_code=200 if healthy else 503)
+        status = "failed" if not service.is_healthy else "ok" if service.is_ready else "compiling"
+        body = {"status": status, "ready": status == "ok", "model": service.model_name, "defaults": defaults}
+        return JSONResponse(body, status_code=503 if status == "failed" else 200)
 
     @app.get("/stats")
     async def stats() -> dict[str, Any]:

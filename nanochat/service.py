@@ -31,6 +31,15 @@ class Limits:
     grace_s: float = 10.0  # for running answers when the server is told to stop
 
 
+@dataclass(frozen=True)
+class ChatDefaults:
+    """How the page and /chat/completions answer where they are not told; /v1 has OpenAI's defaults."""
+
+    temperature: float = 0.8
+    top_k: int = 50
+    max_tokens: int = 512
+
+
 class Metrics:
     """Prometheus metrics with vLLM's names, so that its dashboards show this server, too."""
 

@@ -20,8 +20,9 @@ from nanochat.common import NanochatError, compute_init, run_command
 from nanochat.compilation import in_own_thread, keep_freed_memory
 from nanochat.engine import Engine
 from nanochat.runner import prepare_for_inference
+from nanochat.sampling import SamplingParams
 from nanochat.server import create_app
-from nanochat.service import Limits, Service
+from nanochat.service import ChatDefaults, Limits, Service
 from nanochat.settings import Arguments, SettingsParser
 
 # The last two are this machine, as containers on it call it.
@@ -37,6 +38,11 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest with that stage)")
     parser.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
     parser.add_argument("--from-hf", default=None, metavar="DIR|NAME", help="a Hugging Face model instead of a run's")
+    answers = parser.add_argument_group("answers", "of the page and of /chat/completions, where they do not ask for another")
+    usual = ChatDefaults()
+    answers.add_argument("-t", "--temperature", type=float, default=usual.temperature, help="0: always the likeliest token")
+    answers.add_argument("-k", "--top-k", type=int, default=usual.top_k, help="sample from the k likeliest (0: from all)")
+    answers.add_argument("-m", "--max-tokens", type=int, default=usual.max_tokens, help="length of an answer at most")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
     machine.add_argument("-n", "--num-gpus", type=int, default=1, help="one copy of the model, and one thread, on each")
@@ -61,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     if min(args.num_gpus, args.max_rows, args.max_waiting) < 1:
         raise NanochatError("--num-gpus, --max-rows and --max-waiting must be at least 1")
+    SamplingParams(args.temperature, args.top_k, max_tokens=args.max_tokens)  # raises if a default has no meaning
+    defaults = ChatDefaults(args.temperature, args.top_k, args.max_tokens)
     if args.api_key == "":
         raise NanochatError("the API key is empty, which would let nobody in or all: set one, or leave out --api-key")
     check_port(args.host, args.port)
@@ -69,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     engines, meta = in_own_thread(lambda: load_engines(args, choose_devices(device, args.num_gpus)))
     limits = Limits(max_waiting=args.max_waiting, request_timeout_s=args.request_timeout, grace_s=args.grace)
-    app = create_app(engines, meta["tag"], limits, args.api_key, origins, args.compile, allowed_hosts(args.host, args.api_key))
+    hosts = allowed_hosts(args.host, args.api_key)
+    app = create_app(engines, meta["tag"], limits, args.api_key, origins, args.compile, hosts, defaults)
     url = f"http://{in_url(args.host)}:{args.port}"
     others = "; --host 0.0.0.0 lets other machines in" if is_local(args.host) else ""
     print(f"{meta['tag']} ({args.source}, step {meta['step']}) is at {url} (Ctrl-C stops it{others})", flush=True)

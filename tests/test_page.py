@@ -15,6 +15,7 @@ import pytest
 from nanochat.checkpoint_manager import load_model
 from nanochat.engine import Engine
 from nanochat.server import create_app
+from nanochat.service import ChatDefaults
 from tests.helpers import serve
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -387,6 +388,25 @@ def test_settings_are_kept_and_used(page: playwright.Page) -> None:
         _ask(page, "hello")
     assert sent.value.post_data_json["max_tokens"] == 3
     assert sent.value.post_data_json["messages"][0] == {"role": "system", "content": "Be kind."}
+
+
+def test_settings_that_nobody_chose_are_the_servers(tiny_run: Path, browser: playwright.Browser) -> None:
+    """A chosen one stays, until it is what the server says anyway; "Defaults" brings back what that is."""
+    model, tokenizer, _ = load_model("sft", "cpu", "eval", "tiny")
+    app = create_app([Engine(model, tokenizer)], "tiny", defaults=ChatDefaults(0.35, 7, 9))
+    with serve(app) as port:
+        page = browser.new_page()
+        page.add_init_script('localStorage.setItem("nanochat.settings", \'{"max_tokens": 4, "top_k": 7}\')')
+        with page.expect_response("**/health"):
+            page.goto(f"http://127.0.0.1:{port}")
+        with page.expect_request("**/chat/completions") as sent:
+            _ask(page, "hello")
+        asked = [sent.value.post_data_json[name] for name in ("temperature", "top_k", "max_tokens")]
+        assert asked == [0.35, 7, 4]
+        page.locator("#open-settings").click()
+        page.locator("#reset-settings").click()
+        assert page.locator("[name=max_tokens]").input_value() == "9"
+        assert page.evaluate('localStorage.getItem("nanochat.settings")') == "{}"
 
 
 def test_a_phone_has_room_for_everything(url: str, browser: playwright.Browser) -> None:

@@ -132,6 +132,7 @@ def test_a_base_directory_that_may_not_be_written(tmp_path: Path) -> None:
         (tok_train.main, ["--data=builtin", "--vocab-size=100"], "100"),
         (tok_train.main, ["--data=builtin", "--max-chars=-1"], "--max-chars -1 is too small"),
         (chat_web.main, ["--model-tag=tiny", "--api-key="], "the API key is empty"),
+        (chat_web.main, ["--model-tag=tiny", "-t=-1"], "temperature cannot be -1.0"),
         (tok_eval.main, ["--tokenizer=unknown"], "tok_train"),
     ],
 )

@@ -334,7 +334,8 @@ def test_pages_work_without_the_internet(client: TestClient) -> None:
 
 
 def test_health_metrics_and_runs(client: TestClient) -> None:
-    assert client.get("/health").json() == {"status": "ok", "ready": True, "model": "tiny"}
+    defaults = {"temperature": 0.8, "top_k": 50, "max_tokens": 512}
+    assert client.get("/health").json() == {"status": "ok", "ready": True, "model": "tiny", "defaults": defaults}
     client.post(CHAT, json={**HELLO, "ignore_eos": True})
     lines = client.get("/metrics").text.split("\n")
     value = {line.split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:")}

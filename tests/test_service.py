@@ -20,7 +20,7 @@ from nanochat.openai_api import ChatRequest, CompletionRequest, token_text
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Sequence
 from nanochat.server import create_app
-from nanochat.service import MAX_FAILURES
+from nanochat.service import MAX_FAILURES, ChatDefaults
 from nanochat.tokenizer import Tokenizer
 from scripts.chat_web import allowed_hosts, check_origin, check_port, choose_devices, in_url
 from tests.helpers import make_model, wait_for
@@ -42,6 +42,14 @@ def client(engine: Engine) -> Iterator[TestClient]:
 
 def _fail(*args: Any) -> None:
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_what_a_request_leaves_open_is_the_servers_to_say(engine: Engine) -> None:
+    with TestClient(create_app([engine], "tiny", defaults=ChatDefaults(0.0, 0, 3))) as client:
+        for given, expected in (({}, 3), ({"max_tokens": 5}, 5)):
+            body = {"messages": HELLO["messages"], "ignore_eos": True, **given}
+            assert client.post("/chat/completions", json=body).text.count('"token"') == expected
+        assert client.get("/health").json()["defaults"] == {"temperature": 0.0, "top_k": 0, "max_tokens": 3}
 
 
 # ----------------------------------------------------------------------------- a device that fails

@@ -290,12 +290,13 @@ function showSettings() {
 }
 dialog.addEventListener("input", (event) => { settings[event.target.name] = event.target.value; store.saveSettings(); showSettings(); });
 $("open-settings").addEventListener("click", () => { showSettings(); dialog.showModal(); });
-$("reset-settings").addEventListener("click", () => { Object.assign(settings, store.DEFAULTS); store.saveSettings(); showSettings(); });
+$("reset-settings").addEventListener("click", () => { store.resetSettings(); showSettings(); });
 
 showSettings();
 async function showHealth() {
   try {
     const health = await api.get("/health");
+    store.setDefaults(health.defaults);
     $("model").textContent = health.ready ? health.model : `${health.model} is getting ready…`;
     if (!health.ready) setTimeout(showHealth, 1000);  // questions asked meanwhile are answered when it is
   } catch (error) {

@@ -1,7 +1,8 @@
 // What the browser remembers: settings and conversations. A conversation is a tree, so that an edited question or a
 // regenerated answer is a branch beside the old one, and nothing is lost.
 
-export const DEFAULTS = {
+// How answers are asked for; the server says what of it is another, see `setDefaults`.
+const DEFAULTS = {
   temperature: 0.8, top_k: 50, top_p: 1, max_tokens: 512, seed: "", system: "", theme: "", api_key: "",
 };
 
@@ -23,7 +24,21 @@ function write(key, value) {
 }
 
 export const settings = { ...DEFAULTS, ...read("nanochat.settings", {}) };
-export const saveSettings = () => write("nanochat.settings", settings);
+
+const changed = () =>
+  Object.fromEntries(Object.entries(settings).filter(([name, value]) => String(value) !== String(DEFAULTS[name])));
+export const saveSettings = () => write("nanochat.settings", changed());
+
+export function resetSettings() {
+  Object.assign(settings, DEFAULTS);
+  saveSettings();
+}
+
+export function setDefaults(defaults) {
+  const kept = changed();
+  Object.assign(DEFAULTS, defaults);
+  Object.assign(settings, DEFAULTS, kept);
+}
 
 const stored = () => read("nanochat.conversations", []).filter((c) => c?.nodes?.root);
 let conversations = stored();
