@@ -181,7 +181,7 @@ def test_each_recipe_starts_the_stages_with_flags_that_they_know(recipe, nnodes,
     environment = {**os.environ, "NPROC": "8", **env, **more, "WANDB_RUN": "tuesday"}
     subprocess.run(["bash", "-c", script], cwd=ROOT, env=environment, check=True, timeout=60)
     lines = [shlex.split(line) for line in calls.read_text(encoding="utf-8").splitlines()]
-    modules = [line[2] for line in lines if line[0] == "python"]
+    modules = [line[2] for line in lines if line[:2] == ["python", "-m"]]
     assert modules == ["nanochat.dataset", "scripts.tok_train", "nanochat.report"]
     assert any(flag.startswith("--tokenizer=/") and flag.endswith("/tokenizers/d24") for flag in lines[1])  # the job's own
     launches = [line for line in lines if line[0] == "torchrun"]
@@ -223,13 +223,23 @@ def test_a_missing_variable_is_named(fakes) -> None:
     assert result.stderr.startswith("error: NNODES is not set")
 
 
-def _run_node(tmp_path: Path, rank: int, port: int, **env: str) -> str:
+def _run_node(tmp_path: Path, rank: int, port: int, expected_status: int = 0, **env: str) -> str:
     """train.sh on one of two nodes; returns what it said."""
     cluster = {"NNODES": "2", "NODE_RANK": str(rank), "RDZV_ENDPOINT": f"127.0.0.1:{port}", "RDZV_ID": "x", "NPROC": "1"}
     command, environment = ["bash", str(CLUSTER / "train.sh")], {**os.environ, **cluster, "MODEL_TAG": "mine", **env}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert done.returncode == expected_status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_port_that_is_taken_is_named(fakes, tmp_path: Path) -> None:
+    """By the first node, before anything waits for what listens there."""
+    calls = fakes("torchrun", 'echo torchrun "$@" >>"$(dirname "$0")/calls"\n')
+    with socket.create_server(("", 0)) as stranger:
+        port = stranger.getsockname()[1]
+        said = _run_node(tmp_path, 0, port, 2, TOKENIZER="mine", DATA="/texts", STAGES="base_train")
+    assert f"error: base_train: something else listens on port {port} of this node: give RDZV_ENDPOINT another\n" in said
+    assert not calls.exists()
 
 
 def test_a_run_that_began_keeps_its_tokenizer(fakes, base_dir: Path, tmp_path: Path) -> None:

@@ -98,6 +98,10 @@ launch() {
             run sleep 2
         done
     fi
+    if [ "$NODE_RANK" = 0 ] && ! python -c "import socket; socket.create_server(('', $port))" 2>/dev/null; then
+        echo "error: $stage: something else listens on port $port of this node: give RDZV_ENDPOINT another" >&2
+        exit 2  # torchrun would take it for the meeting point of this job, and wait
+    fi
     echo "$stage: $nproc processes on node $NODE_RANK of $NNODES"
     # After "--", torchrun takes no --run for an abbreviation of its own --run-path.
     run torchrun --nnodes="$NNODES" --nproc-per-node="$nproc" --max-restarts=3 --shutdown-timeout="${SAVE_S:-300}" \
