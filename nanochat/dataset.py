@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import NanochatError, first_line, get_base_dir, print0, run_command
-from nanochat.document_files import READABLE, Batches, Document, DocumentFile, is_remote, list_local, list_remote
+from nanochat.document_files import READERS, Batches, Document, DocumentFile, is_remote, list_local, list_remote
 from nanochat.progress import Progress
 from nanochat.settings import SettingsParser
 
@@ -150,9 +150,9 @@ class FileSource(Source):
         found = list_remote(path) if is_remote(path) else list_local(path)
         if not found:
             raise NanochatError(f"--data {path} is neither {', '.join(SOURCES)} nor an existing file, folder or glob")
-        files = [found[name]() for name in sorted(found) if name.suffix.lower() in READABLE]
+        files = [found[name]() for name in sorted(found) if name.suffix.lower() in READERS]
         if not files:
-            raise NanochatError(f"--data {path} holds no {', '.join(READABLE)} file")
+            raise NanochatError(f"--data {path} holds no {', '.join(READERS)} file")
         empty = [file for file in files if file.size == 0]
         if empty:
             raise NanochatError(f"{empty[0].address} is empty: remove it or fill it")

@@ -32,7 +32,6 @@ Document = str | np.ndarray  # a text, or token ids: (length,) int32, read-only,
 # (row of the first, documents) until the end of the file; the last may be empty, and ends at the number of rows
 Batches = Iterator[tuple[int, list[Document]]]
 
-READABLE = (".txt", ".md", ".jsonl", ".parquet")
 TEXT_FILE_CHARS = 4000  # a plain text file becomes documents of about this size, cut at blank lines
 TEXT_COLUMNS = ("text", "content", "body")
 TOKEN_COLUMN = "tokens"
@@ -57,7 +56,7 @@ class DocumentFile:
     """A local file, as it was when it was listed. Rows are numbered from 0, those without content included.
 
     `name` and `size` (bytes) go into the record of a run, `address` into errors. Everything that reads raises
-    NanochatError, naming the file, if it is damaged, gone, or of another size than when it was listed.
+    NanochatError, naming the file, if it is damaged, gone, or of another size than when it was listed. READERS has its suffix.
     """
 
     way_out = "remove or replace it"
@@ -102,7 +101,7 @@ class DocumentFile:
 
     def batches(self, start: int = 0) -> Batches:
         """The documents from row `start` on; see Batches."""
-        read = {".parquet": _read_parquet, ".jsonl": _read_jsonl}.get(self.suffix, _read_text)
+        read = READERS[self.suffix]
         with self.errors_named(), self.open_bytes() as file:
             self._check_size(file)
             for row, documents in read(file, self.address, start):
@@ -289,6 +288,11 @@ def cut_at_blank_lines(lines: Iterable[str]) -> Iterator[str]:
             chars += len(line)
     yield "".join(document)
 
+
+# By suffix: (file, its address for errors, first row) -> its documents from that row on
+READERS: dict[str, Callable[[BinaryIO, str, int], Batches]] = {
+    ".txt": _read_text, ".md": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet,
+}  # fmt: skip
 
 # ----------------------------------------------------------------------------- listing
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import NanochatError, first_line
-from nanochat.document_files import BATCH_ROWS, cut_at_blank_lines, is_text, parse_line, text_column
+from nanochat.document_files import BATCH_ROWS, READERS, cut_at_blank_lines, is_text, parse_line, text_column
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 WAY_OUT = "name one with --text-column"
@@ -25,11 +25,14 @@ def kind_of(path: str) -> str | None:
     name = Path(path).name.lower()
     if name.startswith("."):
         return None
-    suffixes = Path(name).suffixes or [""]
-    if suffixes[-1] in COMPRESSIONS:
-        suffix = suffixes[-2] if len(suffixes) > 1 else ""
-        return {".json": ".jsonl"}.get(suffix, suffix if suffix in (".jsonl", ".txt", ".md") else None)
-    return suffixes[-1] if suffixes[-1] in (".parquet", ".jsonl", ".txt", ".md") else None
+    plain = Path(name)
+    if plain.suffix in COMPRESSIONS:
+        plain = plain.with_suffix("")
+        if plain.suffix == ".parquet":  # which is compressed inside
+            return None
+        if plain.suffix == ".json":
+            return ".jsonl"
+    return plain.suffix if plain.suffix in READERS else None
 
 
 def read_texts(file: Any, path: str, column: str | None) -> Iterator[str]:
