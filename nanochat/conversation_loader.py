@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from nanochat.common import NanochatError, gather_objects, to_device
+from nanochat.common import NanochatError, gather_objects, print0, to_device
 from nanochat.lanes import count_lanes, epoch_order, rank_lanes, rows_of_rank
 from nanochat.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from nanochat.stage import Stage
     from tasks.common import Conversation, Task
 
 LANE_CONVERSATIONS = 16  # to choose from when a row is filled
@@ -188,6 +189,25 @@ def estimate_tokens(task: Task, tokenizer: Tokenizer, sequence_len: int, sample_
 def fingerprint(task: Task) -> str:
     """A hash of conversations evenly spread over a task: another task has another, one with a few changes may not."""
     return hashlib.sha256(json.dumps(list(_spread(task)), sort_keys=True).encode()).hexdigest()
+
+
+def check_mixture(stage: Stage, task: Task, tasks: str) -> dict[str, Any] | None:
+    """What a stage records of its conversations, those of `tasks`; None if it was completed when these were others.
+
+    Raises NanochatError if it was started with others, and is to go on.
+    """
+    mixture = {"conversations": len(task), "mixture": fingerprint(task)}
+    before = {**mixture, "tasks": tasks, **stage.recorded_settings()}
+    if all(before[name] == now for name, now in mixture.items()):
+        return mixture
+    if before["tasks"] == tasks and stage.is_complete(before["num_iterations"]):
+        print0(f"{stage.directory} is complete: {before['num_iterations']} steps done")
+        return None
+    raise NanochatError(
+        f"the mixture, {len(task):,} conversations, is not the one that run {stage.tag!r} was started with "
+        f"({before['conversations']:,}): it has other files or another choice of tasks, or a newer nanochat makes other "
+        f"conversations; restore them to go on, or remove {stage.directory} to begin this stage anew"
+    )
 
 
 def _spread(task: Task, most: int = 1000) -> Iterator[Conversation]:

@@ -55,6 +55,7 @@ TITLES = {
     "rl/answer_tokens": "tokens in an answer", "rl/unfinished": "answers cut off",
     "rl/rollout_tok_per_s": "tokens sampled per second",
 }  # fmt: skip
+ON_AXES = {"train/tokens", "train/flops", "train/mfu"}  # what is logged and needs no curve of its own
 SHOWN_SETTINGS = (
     "depth", "data", "tasks", "max_seq_len", "window_pattern", "num_iterations", "total_batch_size", "expand_at",
     "device_batch_size", "num_params", "num_scaling_params", "flops_per_token", "matrix_lr", "embedding_lr",
@@ -309,12 +310,13 @@ def _curves_section(stage: str, rows: list[dict[str, Any]], plots: Path) -> list
 def make_panels(rows: list[dict[str, Any]]) -> dict[str, Panel]:
     """A panel for each kind of series of two points or more: what is trained on, what it is measured by, the rest.
 
-    pass@1 and pass@8 share one; bits per byte and CORE do not.
+    pass@1 and pass@8 share one; bits per byte and CORE do not. What was 0 all the time has none.
     """
     counts = Counter(name for row in rows for name, value in row.items() if isinstance(value, int | float))
-    names = [name for name in counts if counts[name] > 1]
+    happened = {name for row in rows for name, value in row.items() if value and "/" in name}
+    names = [name for name in counts if counts[name] > 1 and name in happened - ON_AXES]
     measured = [name for name in names if name.startswith("val/")]
-    order = ["rl/reward", "train/loss", *measured, *(name for name in TITLES if not name.startswith("val/"))]
+    order = ["rl/reward", "train/loss", *measured, *(name for name in TITLES if not name.startswith("val/")), *names]
     kinds: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for name in order if name in names):
         kinds.setdefault(kind_of(name), []).append(name)

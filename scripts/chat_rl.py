@@ -16,6 +16,7 @@ from nanochat.chat_eval import Answering, evaluate_task, sample_answers
 from nanochat.checkpoint_manager import find_run, load_model
 from nanochat.common import NanochatError, compute_init, print0, run_command
 from nanochat.compilation import keep_freed_memory
+from nanochat.conversation_loader import check_mixture
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.rl import OBJECTIVES, RolloutLoader, RolloutSettings, make_policy_loss
@@ -107,6 +108,9 @@ def main(argv: list[str] | None = None) -> int:
         )
     train_task = build_task(args.task, "train", args.task_data)
     val_task = build_task(args.task, "val", args.task_data)
+    mixture = check_mixture(stage, train_task, args.task)
+    if mixture is None:
+        return 0
     num_iterations = args.num_iterations
     if num_iterations <= 0:
         num_iterations = max(1, args.num_epochs * len(train_task) // args.examples_per_step)
@@ -117,6 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = args.device_batch_size if args.device_batch_size > 0 else 32
     rows_per_rank = -(-args.examples_per_step // world_size) * args.num_samples
     decided = {
+        **mixture,
         "tasks": args.task,
         "num_iterations": num_iterations,
         "device_batch_size": rows,

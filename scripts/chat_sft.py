@@ -12,9 +12,9 @@ from pathlib import Path
 
 from nanochat.chat_eval import sample_answers
 from nanochat.checkpoint_manager import find_run
-from nanochat.common import NanochatError, compute_init, from_rank0, get_base_dir, print0, run_command
+from nanochat.common import compute_init, from_rank0, get_base_dir, print0, run_command
 from nanochat.compilation import keep_freed_memory
-from nanochat.conversation_loader import ConversationLoader, estimate_tokens, fingerprint
+from nanochat.conversation_loader import ConversationLoader, check_mixture, estimate_tokens
 from nanochat.engine import Engine
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.pace import choose_device_batch_size, steps_in
@@ -105,17 +105,9 @@ def main(argv: list[str] | None = None) -> int:
     args.tasks = from_rank0(args.tasks or stage.recorded_settings().get("tasks") or default_tasks())
     train_task = build_mixture(args.tasks, "train", args.task_data)
     val_task = build_mixture(args.tasks, "val", args.task_data)
-    mixture = {"conversations": len(train_task), "mixture": fingerprint(train_task)}
-    before = {**mixture, **stage.recorded_settings()}
-    if any(before[name] != now for name, now in mixture.items()):
-        if before["tasks"] == args.tasks and stage.is_complete(before["num_iterations"]):
-            print0(f"{stage.directory} is complete: {before['num_iterations']} steps done")
-            return 0
-        raise NanochatError(
-            f"the mixture, {len(train_task):,} conversations, is not the one that run {stage.tag!r} was started with "
-            f"({before['conversations']:,}): it has other files or --tasks, or a newer nanochat makes other conversations; "
-            f"restore them to go on, or remove {stage.directory} to fine-tune anew"
-        )
+    mixture = check_mixture(stage, train_task, args.tasks)
+    if mixture is None:
+        return 0
     model = make_model(model_config, device, args, (start_dir, meta["step"]))
     rows = choose_device_batch_size(model, args.device_batch_size, total_batch_size, world_size)
     num_iterations = args.num_iterations

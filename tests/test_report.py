@@ -203,11 +203,13 @@ def test_chat_scores_are_drawn_with_their_intervals(tiny_run: Path) -> None:
     assert text.count("Sums, right") == 3
 
 
-def test_pass_at_1_and_8_share_a_panel_and_a_single_point_has_none() -> None:
-    rows = [{"step": s, "time_s": s, "train/loss": 1.0, "rl/reward": 0.1 * s, "train/lrm": 1.0} for s in range(1, 4)]
+def test_every_series_has_a_panel_but_single_points_and_zeros() -> None:
+    more = {"train/lrm": 1.0, "train/mfu": 0.5, "rl/never": 0, "rl/own": 7}
+    rows = [{"step": s, "time_s": s, "train/loss": 1.0, "rl/reward": 0.1 * s, **more} for s in range(1, 4)]
     rows += [{"step": s, "val/pass@1": 0.1, "val/pass@8": 0.4} for s in (0, 3)] + [{"step": 3, "val/bpb": 1.0}]
     panels = make_panels(rows)
-    assert list(panels) == ["rl/reward", "train/loss", "val/pass@", "train/lrm"]
+    assert list(panels) == ["rl/reward", "train/loss", "val/pass@", "train/lrm", "rl/own"]
+    assert panels["rl/own"].title == "own"
     assert [curve.label for curve in panels["val/pass@"].curves] == ["pass@1 0.100", "pass@8 0.400"]
 
 

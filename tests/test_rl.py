@@ -307,6 +307,17 @@ def test_a_resumed_run_compares_with_the_model_that_it_began_from(tiny_run: Path
     assert parent == {"stage": "sft", "step": 4, "weights": hash_of_weights(tiny_run / "sft", 4)}
 
 
+def test_a_resumed_run_goes_on_with_the_problems_that_it_began_with(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others of the same name are refused; a run that is complete needs none."""
+    flags = [*FLAGS, "--num-iterations=2", "--save-every=1"]
+    assert chat_rl.main(flags) == 0
+    monkeypatch.setattr("tasks.arithmetic.Arithmetic.__len__", lambda self: 7)
+    with pytest.raises(NanochatError, match=r"the mixture, 7 conversations, is not the one that run 'tiny' was started with"):
+        chat_rl.main([*flags, "--resume=1"])
+    assert chat_rl.main([*flags, "--resume=auto"]) == 0
+    assert list_steps(tiny_run / "rl") == [1, 2]
+
+
 def test_updates_without_anything_to_learn_change_nothing(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is answered is worth the same; the loss is that of nothing, not a division by none."""
     monkeypatch.setattr("tasks.arithmetic.Arithmetic.reward", lambda self, conversation, text: 1.0)
