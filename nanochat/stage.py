@@ -426,8 +426,6 @@ def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, An
         raise NanochatError(f"{stage.directory} was trained by another process meanwhile: give the same command again")
     if stage.resume_step is not None:
         print0(f"going on from step {stage.resume_step} of {stage.directory}")
-        if later := set_aside(stage.directory, stage.resume_step):
-            print0(f"{later[0]} to {later[-1]} of an earlier attempt are set aside there and may be deleted")
     else:
         (stage.directory / "metrics.jsonl").unlink(missing_ok=True)  # of a start that never reached a checkpoint
         if stage.name == "base":
@@ -481,11 +479,13 @@ def load_optimizer(optimizer: MuonAdamW, stage_dir: Path, step: int, way_out: st
 
 
 def go_on(trainer: Trainer, stage: Stage) -> None:
-    """Put a resumed stage's trainer where it was."""
+    """Put a resumed stage's trainer where it was; set aside, when nothing can be refused any more, what came after."""
     if stage.resume_step is not None:
         way_out = f"its weights can be used, but not trained on here: {_way_to_begin_anew(stage.directory)}"
         load_optimizer(trainer.optimizer, stage.directory, stage.resume_step, way_out)
         trainer.load_state_dict(read_meta(stage.directory, stage.resume_step)["trainer"])
+        if trainer.rank == 0 and (later := set_aside(stage.directory, stage.resume_step)):
+            print(f"{later[0]} to {later[-1]} of an earlier attempt are set aside there and may be deleted")
 
 
 def describe_model(model: GPT) -> dict[str, Any]:

@@ -166,9 +166,9 @@ class Trainer:
         self.best = state["best"]
         self._saved_step = self.step
         self._loss_scale.load_state_dict(state.get("loss_scale", {}))
-        if self.rank == 0:
-            self._write_best()  # what the file says may be of a step that is set aside now
         self.loader.load_state_dict(state["loader"])
+        if self.rank == 0:
+            self._write_best()  # what the file says may be of a later step, on another way
 
     def save(self, wait: bool = False, loader_state: dict[str, Any] | None = None) -> None:
         """Begin to write a checkpoint of this step; with `wait`, until it is on disk (a collective call).

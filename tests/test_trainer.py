@@ -152,6 +152,19 @@ def test_another_way_on_from_an_earlier_step_leaves_nothing_in_between(
     assert all(torch.equal(tensor, weights[name]) for name, tensor in _weights(stage_dir, 6).items())
 
 
+def test_what_is_refused_sets_nothing_aside(corpus: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = (tiny_run / "base" / "best.json").read_bytes()
+
+    def refuse(*arguments: Any) -> None:
+        raise NanochatError("no")
+
+    monkeypatch.setattr("nanochat.dataloader.TokenLoader.load_state_dict", refuse)
+    with pytest.raises(NanochatError, match="^no$"):
+        _train(corpus, "tiny", "--resume=3")
+    assert list_steps(tiny_run / "base") == [3, 6]
+    assert (tiny_run / "base" / "best.json").read_bytes() == best
+
+
 def test_a_new_text_may_not_go_before_those_that_were_read(corpus: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts"
     shutil.copytree(corpus, texts)
