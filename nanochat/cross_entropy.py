@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 ChunkLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, ...]]  # see `chunk_loss`
 IGNORE_INDEX = -1
 CHUNK_BYTES, CHUNK_TOKENS = 32 << 20, 1024  # of float32 logits in a chunk, at most: what suits a CPU's cache and products
+CACHE_BYTES = 2 << 20  # of float32 logits that are worked on at a time, uncompiled
 PRODUCT_ROWS = 2048  # of the head's gradient that are added up at a time
 GPU_CHUNK_BYTES = 1 << 30  # enough tokens for the products to fill a large GPU, but at most a 64th of its memory
 
@@ -111,12 +112,23 @@ def softmax_gradient(logits: torch.Tensor, cap: float, factor: torch.Tensor) -> 
     return exponentials.sum(dim=-1, keepdim=True), gradient.to(logits.dtype)
 
 
+def gradient_by_rows(logits: torch.Tensor, cap: float, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`softmax_gradient` uncompiled: its nine passes, on a CPU over as many rows at a time as a core's cache holds."""
+    if logits.device.type != "cpu":
+        return softmax_gradient(logits, cap, factor)
+    rows = max(1, CACHE_BYTES // (4 * logits.size(1)))
+    sums, gradient = torch.empty_like(factor), torch.empty_like(logits)
+    for part in (slice(start, start + rows) for start in range(0, logits.size(0), rows)):
+        sums[part], gradient[part] = softmax_gradient(logits[part], cap, factor[part])
+    return sums, gradient
+
+
 def chunk_loss(
     logits: torch.Tensor,
     targets: torch.Tensor,
     x: torch.Tensor,
     cap: float,
-    gradient_of: Callable[[torch.Tensor, float, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = softmax_gradient,
+    gradient_of: Callable[[torch.Tensor, float, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = gradient_by_rows,
 ) -> tuple[torch.Tensor, ...]:
     """(loss, gradient, scale, scaled) of one chunk, whose features are x (n, C).
 

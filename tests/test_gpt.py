@@ -238,6 +238,7 @@ def _naive(x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, reducti
 @pytest.mark.parametrize("n", [1, 7, 200, 256])
 def test_loss_equals_naive(reduction: str, n: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 4 * 50 * 64)  # chunks of 128, so that 200 makes a ragged one
+    monkeypatch.setattr(cross_entropy, "CACHE_BYTES", 4 * 50 * 50)  # 50 rows at a time: another ragged end
     generator = torch.Generator().manual_seed(n)
     x = torch.randn(n, 16, generator=generator, requires_grad=True)
     weight = (2 * torch.randn(50, 16, generator=generator)).requires_grad_()
