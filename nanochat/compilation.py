@@ -50,6 +50,7 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float
     The best of many rounds, since other work on the machine can only slow it down. A CPU of few cores takes small
     products, of which more fit between two disturbances; one of many needs a large one.
     """
+    sizes = (8192,) if device.type == "cuda" else (1024, 2048)
 
     def rate(size: int) -> float:
         a = torch.randn(size, size, device=device, dtype=dtype)
@@ -57,7 +58,6 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float
         a @ b
         return 2 * size**3 / _fastest(lambda: a @ b, device, seconds / len(sizes))
 
-    sizes = (8192,) if device.type == "cuda" else (1024, 2048)
     return max(rate(size) for size in sizes)
 
 

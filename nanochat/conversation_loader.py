@@ -1,5 +1,7 @@
 """Packs whole conversations into rows, supervised on the assistant's tokens. Used by scripts/chat_sft.
 
+`check_mixture` tells whether a stage goes on with the conversations that it began with, of chat_rl too.
+
 A row holds as many conversations as fit, best fit first, and is padded; no conversation is cut to fill a row. One that is
 longer than a row is truncated to it and counted; one that then has nothing supervised is left out and counted.
 """

@@ -53,10 +53,10 @@ class Footer:
 
 
 class DocumentFile:
-    """A local file, as it was when it was listed. Rows are numbered from 0, those without content included.
+    """A local file with a suffix of READERS, as it was when it was listed. Rows are numbered from 0, empty ones included.
 
     `name` and `size` (bytes) go into the record of a run, `address` into errors. Everything that reads raises
-    NanochatError, naming the file, if it is damaged, gone, or of another size than when it was listed. READERS has its suffix.
+    NanochatError, naming the file, if it is damaged, gone, or of another size than when it was listed.
     """
 
     way_out = "remove or replace it"

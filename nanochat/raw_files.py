@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import NanochatError, first_line
-from nanochat.document_files import BATCH_ROWS, READERS, cut_at_blank_lines, is_text, parse_line, text_column
+from nanochat.document_files import BATCH_ROWS, cut_at_blank_lines, is_text, parse_line, text_column
 
+SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")  # which `read_texts` tells apart
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 WAY_OUT = "name one with --text-column"
 
@@ -32,7 +33,7 @@ def kind_of(path: str) -> str | None:
             return None
         if plain.suffix == ".json":
             return ".jsonl"
-    return plain.suffix if plain.suffix in READERS else None
+    return plain.suffix if plain.suffix in SUFFIXES else None
 
 
 def read_texts(file: Any, path: str, column: str | None) -> Iterator[str]:

@@ -43,6 +43,15 @@ def test_a_command_imports_the_compiler_only_to_compile() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_the_first_update_does_not_import_the_compiler(corpus: Path, tokenizer) -> None:
+    """Nor does what comes before it: a new run on a CPU shows its first step before it compiles."""
+    tokenizer.save(get_base_dir() / "tokenizers" / "default")
+    flags = [flag for flag in TINY_TRAINING if flag != "--no-compile"] + [f"--data={corpus}", "--num-iterations=1"]
+    code = f"import scripts.base_train, sys; scripts.base_train.main({flags}); "
+    code += "sys.exit(bool({'torch._dynamo', 'sympy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
 @pytest.mark.parametrize(("module", "boundless"), [("flash_attn_interface", -1), ("flash_attn.cute", None)])
 @pytest.mark.parametrize("window", [100, 256])
 def test_flash_attention_is_asked_for_the_same_each_time(module: str, boundless, window: int, monkeypatch) -> None:

@@ -1,9 +1,9 @@
 // What the browser remembers: settings and conversations. A conversation is a tree, so that an edited question or a
 // regenerated answer is a branch beside the old one, and nothing is lost.
 
-// How answers are asked for; the server says what of it is another, see `setDefaults`.
+// What is empty is the server's to say: see `setDefaults`.
 const DEFAULTS = {
-  temperature: 0.8, top_k: 50, top_p: 1, max_tokens: 512, seed: "", system: "", theme: "", api_key: "",
+  temperature: "", top_k: "", top_p: 1, max_tokens: "", seed: "", system: "", theme: "", api_key: "",
 };
 
 function read(key, otherwise) {
