@@ -25,7 +25,8 @@ from nanochat.tokenizer import Tokenizer
 
 LANE_DOCUMENTS = 32  # that a lane chooses from when it fills a row,
 LANE_ROWS = 32  # or as many as make so many rows, if they are long
-CHUNK_DOCUMENTS = 128  # tokenized at a time
+CHUNK_DOCUMENTS = 128  # tokenized at a time,
+CHUNK_SIZE = 1_000_000  # or of so many characters or ids together
 CHUNKS_AHEAD = 4
 BATCHES_AHEAD = 4
 
@@ -262,15 +263,25 @@ def _deal(
 
 
 def _tokenize(dealt: Iterable[_Dealt], tokenizer: Tokenizer) -> Iterator[list[_Dealt]]:
-    """The same in chunks, all documents as tokens."""
+    """The dealt documents in chunks, each one as ids (n,) int32."""
     dealt = iter(dealt)
-    while chunk := list(itertools.islice(dealt, CHUNK_DOCUMENTS)):
+    while chunk := _take_chunk(dealt):
         tokens = _encode([d.document for d in chunk], tokenizer)
         yield [d._replace(document=ids) for d, ids in zip(chunk, tokens, strict=True)]
 
 
+def _take_chunk(dealt: Iterator[_Dealt]) -> list[_Dealt]:
+    """The next CHUNK_DOCUMENTS, or fewer where they are long: books, of which so many would fill the memory."""
+    chunk: list[_Dealt] = []
+    size = 0
+    while len(chunk) < CHUNK_DOCUMENTS and size < CHUNK_SIZE and (item := next(dealt, None)) is not None:
+        chunk.append(item)
+        size += len(item.document)
+    return chunk
+
+
 def _encode(documents: list[Document], tokenizer: Tokenizer) -> list[np.ndarray]:
-    """All are texts, or all are tokens."""
+    """Ids (n,) int32 of each document. A list is all of texts or all of ids, which come back as they are."""
     texts = [document for document in documents if isinstance(document, str)]
     return tokenizer.encode_arrays(texts) if texts else [d for d in documents if not isinstance(d, str)]
 

@@ -1,7 +1,7 @@
 """Where documents come from. Every command that reads text takes `--data NAME|PATH|ADDRESS` and asks `get_source`.
 
 To add a source by name, write a subclass of Source that hands it its files, and list it in SOURCES; a data set on the hub is
-a line in HUB_REPOSITORIES and one in SOURCES.
+a line in HUB_REPOSITORIES.
 As a command it downloads: python -m nanochat.dataset --data climbmix -n 8
 """
 
@@ -12,18 +12,27 @@ import functools
 import hashlib
 import itertools
 import json
-import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import NanochatError, first_line, get_base_dir, print0, run_command
-from nanochat.document_files import READERS, Batches, Document, DocumentFile, is_remote, list_local, list_remote
+from nanochat.document_files import (
+    READERS,
+    Batches,
+    Document,
+    DocumentFile,
+    is_of_split,
+    is_remote,
+    list_local,
+    list_remote,
+    without_strangers,
+)
 from nanochat.progress import Progress
 from nanochat.settings import SettingsParser
 
@@ -61,7 +70,7 @@ class Source:
         return self.val_files if split == "val" and self.val_files else self.train_files
 
     def address(self, split: str, number: int) -> str:
-        """Of the file that the document of that number is in."""
+        """The address of the file that holds a split's document of that number."""
         files = self._files(split)
         return files[self._file_with(files, number)[0]].address
 
@@ -73,7 +82,7 @@ class Source:
             yield str(text)
 
     def tokenizer_fingerprint(self) -> str | None:
-        """Of the tokenizer that made the tokens of this source; None if it holds text. Raises NanochatError."""
+        """The fingerprint of the tokenizer that made this source's tokens; None if it holds text. Raises NanochatError."""
         return self._fingerprint
 
     @functools.cached_property
@@ -114,7 +123,8 @@ class Source:
         documents = itertools.chain.from_iterable(batch for _, batch in self._batches(self.train_files, 0))
         hashes = {_hash(document) for document in itertools.islice(filter(_has_content, documents), 1000)}
         if len(hashes) < 2:  # also if it is there a thousand times
-            raise NanochatError(f"{self.name} holds a single document: add a file whose name says val for validation")
+            single = "a single document: add a file whose name says val for validation"
+            raise NanochatError(f"{self.name} holds {single if hashes else 'no text: give other files'}")
         return max(int(VAL_SHARE * 2**32), min(hashes) + 1)
 
     def describe(self) -> dict[str, Any]:
@@ -150,13 +160,14 @@ class FileSource(Source):
         found = list_remote(path) if is_remote(path) else list_local(path)
         if not found:
             raise NanochatError(f"--data {path} is neither {', '.join(SOURCES)} nor an existing file, folder or glob")
-        files = [found[name]() for name in sorted(found) if name.suffix.lower() in READERS]
+        names = [name for name in sorted(found) if name.suffix.lower() in READERS]
+        files = [found[name]() for name in without_strangers(names)]
         if not files:
             raise NanochatError(f"--data {path} holds no {', '.join(READERS)} file")
         empty = [file for file in files if file.size == 0]
         if empty:
             raise NanochatError(f"{empty[0].address} is empty: remove it or fill it")
-        val = [file for file in files if re.search(r"(^|[^a-z])val(id|idation)?([^a-z]|$)", Path(file.name).stem.lower())]
+        val = [file for file in files if is_of_split("val(id|idation)?", PurePath(file.name))]
         super().__init__([file for file in files if file not in val] or val, val if len(val) < len(files) else [])
 
 
@@ -225,7 +236,7 @@ class HubSource(Source):
         super().__init__(map(DocumentFile, train), map(DocumentFile, val))
 
 
-SOURCES = {"builtin": BuiltinSource, "climbmix": HubSource, "fineweb-edu": HubSource}
+SOURCES: dict[str, Callable[[str], Source]] = {"builtin": BuiltinSource, **dict.fromkeys(HUB_REPOSITORIES, HubSource)}
 
 
 def default_source_name() -> str:

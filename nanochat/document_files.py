@@ -14,10 +14,10 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -25,14 +25,15 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
-from nanochat.common import NanochatError, as_unicode, first_line
+from nanochat.common import NanochatError, as_unicode, first_line, print0
 from nanochat.shard_cache import Shard, get_shard_cache, remote_error, retry
 
 Document = str | np.ndarray  # a text, or token ids: (length,) int32, read-only, no BOS
 # (row of the first, documents) until the end of the file; the last may be empty, and ends at the number of rows
 Batches = Iterator[tuple[int, list[Document]]]
 
-TEXT_FILE_CHARS = 4000  # a plain text file becomes documents of about this size, cut at blank lines
+TEXT_FILE_CHARS = 4000  # a plain text file is cut into documents at the first blank line after so many characters,
+LONGEST_TEXT_CHARS = 4 * TEXT_FILE_CHARS  # or, if none comes before so many, at the end of a line or a word
 TEXT_COLUMNS = ("text", "content", "body")
 TOKEN_COLUMN = "tokens"
 TOKENIZER_KEY = b"nanochat.tokenizer"  # in a parquet schema's metadata: the fingerprint of the tokenizer that made it
@@ -91,7 +92,7 @@ class DocumentFile:
             return _parquet_footer(file, self.address)
 
     def num_rows(self) -> int:
-        """By the metadata of a parquet file; others are passed through once."""
+        """The number of rows: by a parquet file's metadata; other files are read through once."""
         if self._num_rows is None:
             self._num_rows = self.footer().num_rows
         if self._num_rows is None:
@@ -186,7 +187,7 @@ def _column(schema: pa.Schema, address: str) -> tuple[str, str | None]:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Also a dictionary of texts, and a column that is null in every row."""
+    """Whether a column holds texts: plainly, by a dictionary, or, as it is null in every row, none."""
     value_type = kind.value_type if pa.types.is_dictionary(kind) else kind
     tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
     return any(test(value_type) for test in tests)
@@ -259,7 +260,8 @@ def parse_line(line: str, address: str, number: int, wanted: str | None = None, 
         reason = str(error).partition(":")[0]
         raise NanochatError(f"{address}, line {number}, cannot be read ({reason}): mend or remove it") from error
     if not isinstance(row, dict):
-        raise NanochatError(f"{address}, line {number}, is not an object with a text")
+        found = type(row).__name__
+        raise NanochatError(f"{address}, line {number}, is a {found}, not an object with a text: mend or remove it")
     column = text_column(f"{address}, line {number},", list(row), wanted, way_out)
     text = row[column]
     if text is not None and not isinstance(text, str):
@@ -269,23 +271,28 @@ def parse_line(line: str, address: str, number: int, wanted: str | None = None, 
 
 def _read_text(file: BinaryIO, address: str, start: int) -> Batches:
     lines = io.TextIOWrapper(file, encoding="utf-8-sig")  # which Windows and old books begin with a mark
-    documents = cut_at_blank_lines(lines)
+    documents = cut_into_documents(lines)
     passed = sum(1 for _ in itertools.islice(documents, start))
     yield from _in_batches(documents, passed)
     lines.detach()
 
 
-def cut_at_blank_lines(lines: Iterable[str]) -> Iterator[str]:
-    """Documents of about TEXT_FILE_CHARS."""
+def cut_into_documents(file: TextIO) -> Iterator[str]:
+    """Plain text as documents of TEXT_FILE_CHARS to LONGEST_TEXT_CHARS characters or a little more; a short last one."""
     document: list[str] = []
-    chars = 0
-    for line in lines:
-        if chars >= TEXT_FILE_CHARS and not line.strip():
-            yield "".join(document)
-            document, chars = [], 0
-        else:
+    chars, rest = 0, ""
+    while line := rest + file.readline(LONGEST_TEXT_CHARS):
+        rest = ""
+        if len(line) >= LONGEST_TEXT_CHARS and not line.endswith("\n"):  # all in one line
+            end = line.rfind(" ") + 1 or len(line)
+            line, rest = line[:end], line[end:]
+        is_blank = not line.strip()
+        if not (is_blank and chars >= TEXT_FILE_CHARS):
             document.append(line)
             chars += len(line)
+        if rest or chars >= (TEXT_FILE_CHARS if is_blank else LONGEST_TEXT_CHARS):
+            yield "".join(document)
+            document, chars = [], 0
     yield "".join(document)
 
 
@@ -318,20 +325,36 @@ def list_local(path: str) -> Listing:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """All that lies below a folder, below links to folders as well, but no folder twice; the same on every machine."""
+    """All that lies below a folder, below links to folders as well, but no folder twice and nothing hidden."""
     visited = {os.path.realpath(folder)}
     for parent, folders, names in os.walk(folder, followlinks=True):
         for name in sorted(folders):
             real = os.path.realpath(os.path.join(parent, name))
-            if real in visited:
+            if real in visited or name.startswith("."):
                 folders.remove(name)
             visited.add(real)
         folders.sort()
-        yield from (Path(parent, name) for name in names)
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
+
+
+def is_of_split(split: str, path: PurePath) -> bool:
+    """Whether the file's name says that it is of a split, a regular expression."""
+    return re.search(rf"(^|[^a-z]){split}([^a-z]|$)", path.stem.lower()) is not None
+
+
+def without_strangers(paths: list[PurePath]) -> list[PurePath]:
+    """The files less what data sets keep beside those to learn from: a test split, a README.md. Says so."""
+    has_train = any(is_of_split("train", path) for path in paths)
+    has_rows = any(path.suffix.lower() not in (".md", ".txt") for path in paths)
+    left_out = [p for p in paths if (has_train and is_of_split("test", p)) or (has_rows and p.name.lower() == "readme.md")]
+    if left_out:
+        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
+        print0(f"not read, as no text to learn from: {', '.join(path.name for path in left_out[:3])}{more}")
+    return [path for path in paths if path not in left_out]
 
 
 def list_remote(address: str) -> Listing:
-    """The same at an fsspec address. Raises NanochatError if it cannot be listed."""
+    """The files at an fsspec address, as `list_local` gives a machine's own. Raises NanochatError if it cannot be listed."""
     try:
         filesystem, path = url_to_fs(address, **_filesystem_options(address))
         infos = retry(lambda: _list_filesystem(filesystem, path))
@@ -343,7 +366,7 @@ def list_remote(address: str) -> Listing:
 
 
 def _filesystem_options(address: str) -> dict[str, Any]:
-    """Those of a file system whose defaults are not for large files."""
+    """What `url_to_fs` is told for file systems whose defaults do not suit large files."""
     if address.startswith("hf://"):
         from huggingface_hub.utils import disable_progress_bars
 
@@ -363,7 +386,8 @@ def _list_filesystem(filesystem: AbstractFileSystem, path: str) -> dict[str, dic
     if any(character in path for character in ("*[" if is_web else "*?[")):
         found = filesystem.glob(path, detail=True)
     elif (is_web and path.endswith("/")) or (info := filesystem.info(path))["type"] == "directory":
-        found = filesystem.find(path, detail=True)
+        below = filesystem.find(path, detail=True).items()
+        found = {name: info for name, info in below if "/." not in name.removeprefix(path)}  # nothing hidden
     else:
         found = {info["name"]: info}
     return {name: info for name, info in found.items() if info["type"] == "file"}

@@ -14,9 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import NanochatError, first_line
-from nanochat.document_files import BATCH_ROWS, cut_at_blank_lines, is_text, parse_line, text_column
+from nanochat.document_files import BATCH_ROWS, READERS, cut_into_documents, is_text, parse_line, text_column
 
-SUFFIXES = (".parquet", ".jsonl", ".txt", ".md")  # which `read_texts` tells apart
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 WAY_OUT = "name one with --text-column"
 
@@ -33,7 +32,7 @@ def kind_of(path: str) -> str | None:
             return None
         if plain.suffix == ".json":
             return ".jsonl"
-    return plain.suffix if plain.suffix in SUFFIXES else None
+    return plain.suffix if plain.suffix in READERS else None
 
 
 def read_texts(file: Any, path: str, column: str | None) -> Iterator[str]:
@@ -45,7 +44,7 @@ def read_texts(file: Any, path: str, column: str | None) -> Iterator[str]:
             compression = COMPRESSIONS.get(Path(path).suffix.lower())
             stream = pa.CompressedInputStream(pa.PythonFile(file, "r"), compression) if compression else file
             lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n" if kind_of(path) == ".jsonl" else None)
-            texts = _read_jsonl(lines, path, column) if kind_of(path) == ".jsonl" else cut_at_blank_lines(lines)
+            texts = _read_jsonl(lines, path, column) if kind_of(path) == ".jsonl" else cut_into_documents(lines)
         yield from texts
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         reason = first_line(error)

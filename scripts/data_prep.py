@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from nanochat.common import NanochatError, atomic_write, run_command
-from nanochat.document_files import is_remote, list_local
+from nanochat.document_files import RemoteFile, is_remote, list_local, list_remote, without_strangers
 from nanochat.raw_files import kind_of, read_texts
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.tokenizer import Tokenizer, get_tokenizer
@@ -150,27 +150,13 @@ def _describe(layout: Layout) -> str:
 
 def list_inputs(address: str) -> dict[str, int]:
     """{path: bytes} of the readable files at a local or remote address, sorted. Raises NanochatError if there are none."""
-    if not is_remote(address):
-        files = list_local(address)
-        return _checked(address, {Path(path).absolute().as_posix(): make().size for path, make in files.items()})
-    try:
-        fs, path = url_to_fs(address)
-        magic = any(character in path for character in "*?[")
-        found = fs.glob(path, detail=True) if magic else fs.find(path, detail=True)
-    except ImportError as error:
-        raise NanochatError(f"--input {address} needs a package that is not installed: {error}") from error
-    except (ValueError, OSError) as error:
-        raise NanochatError(f"--input {address} cannot be listed ({error}): check the address") from error
-    return _checked(address, {name: info["size"] for name, info in found.items() if info["type"] == "file"})
-
-
-def _checked(address: str, found: dict[str, int]) -> dict[str, int]:
+    found = list_remote(address) if is_remote(address) else list_local(address)
     if not found:
         raise NanochatError(f"--input {address} is no file, folder or glob of files: check the path")
-    files = {name: size for name, size in sorted(found.items()) if kind_of(name)}
+    files = [found[path]() for path in without_strangers([path for path in sorted(found) if kind_of(path.name)])]
     if not files:
         raise NanochatError(f"--input {address} holds no .parquet, .jsonl, .txt or .md file (but the first also .gz, .zst)")
-    return files
+    return {file.shard.path if isinstance(file, RemoteFile) else file.path.absolute().as_posix(): file.size for file in files}
 
 
 def estimate_tokens(
