@@ -23,6 +23,7 @@ import torch.distributed as dist
 from nanochat.common import all_or_none, append_json_lines, gather_objects, get_dist_info, print0, read_json_lines
 from nanochat.engine import Engine, trim_prompt
 from nanochat.scores import centered_mean, pass_at_k, wilson_interval
+from nanochat.tokenizer import as_text
 
 if TYPE_CHECKING:
     from tasks.common import Conversation, Task
@@ -201,7 +202,7 @@ def sample_answers(engine: Engine, task: Task, count: int = 4, max_tokens: int =
     prompts = [trim_prompt(engine.tokenizer.render_for_completion({"messages": opening}), most) for opening in openings]
     rows = engine.complete(prompts, max_tokens=max_tokens, temperature=0)
     return [
-        {"prompt": opening[-1]["content"], "text": engine.tokenizer.decode(row.tokens)}
+        {"prompt": as_text(opening[-1]["content"]), "text": engine.tokenizer.decode(row.tokens)}
         for opening, row in zip(openings, rows, strict=True)
     ]
 
@@ -214,7 +215,7 @@ def _summarize(task: Task, problems: list[Conversation], rows: list[dict[str, An
     ks = sorted({1 << j for j in range(tries.bit_length())} | {tries})
     pass_at = {k: sum(pass_at_k(tries, r, k) for r in right) / max(1, n) for k in ks}
     examples = [
-        {"question": problems[row["index"]]["messages"][-2]["content"], "answer": row["answers"][0],
+        {"question": as_text(problems[row["index"]]["messages"][-2]["content"]), "answer": row["answers"][0],
          "correct": row["scores"][0] > 0}
         for row in rows[:NUM_EXAMPLES]
     ]  # fmt: skip

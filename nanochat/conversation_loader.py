@@ -83,11 +83,7 @@ class ConversationLoader:
         while len(lane.buffer) < LANE_CONVERSATIONS and (index := self._index(lane.cursor)) is not None:
             lane.cursor += self.num_lanes
             ids, mask = self._render(index)
-            self.counts["conversations"] += 1
-            if len(ids) > self.row_len:
-                self.counts["truncated"] += 1
-                ids, mask = ids[: self.row_len], mask[: self.row_len]
-            if not mask[1:].any():
+            if not mask[1 : self.row_len].any():
                 self.counts["skipped"] += 1
                 unusable += 1
                 if unusable > len(self.task):
@@ -95,6 +91,7 @@ class ConversationLoader:
                         f"no conversation has an assistant's token within {self.row_len - 1} tokens: raise --max-seq-len"
                     )
                 continue
+            unusable = 0
             lane.buffer.append((index, ids, mask))
 
     # ------------------------------------------------------------------------- packing
@@ -115,15 +112,17 @@ class ConversationLoader:
         mask = np.zeros(self.row_len, dtype=bool)
         used = 0
         while lane.buffer:
-            fitting = [i for i, entry in enumerate(lane.buffer) if len(entry[1]) <= self.row_len - used]
+            # The oldest opens a row, so that none waits for ever; then the longest that fits.
+            fitting = [i for i, entry in enumerate(lane.buffer) if len(entry[1]) <= self.row_len - used] if used else [0]
             if not fitting:
                 break
-            # The oldest opens a row, so that none waits for ever; then the longest that fits.
-            best = 0 if used == 0 else max(fitting, key=lambda i: len(lane.buffer[i][1]))
-            _, conversation, supervised = lane.buffer.pop(best)
-            ids[used : used + len(conversation)] = conversation
-            mask[used : used + len(conversation)] = supervised
-            used += len(conversation)
+            _, conversation, supervised = lane.buffer.pop(max(fitting, key=lambda i: len(lane.buffer[i][1])))
+            self.counts["conversations"] += 1
+            self.counts["truncated"] += len(conversation) > self.row_len
+            count = min(len(conversation), self.row_len)
+            ids[used : used + count] = conversation[:count]
+            mask[used : used + count] = supervised[:count]
+            used += count
             if not lane.buffer:
                 self._refill(lane)
         self.counts["tokens"] += used
@@ -146,14 +145,16 @@ class ConversationLoader:
     # ------------------------------------------------------------------------- state
 
     def stats(self) -> dict[str, float]:
-        """Conversations read, truncated and skipped so far, and the share of rows that is not padding (a collective call)."""
+        """Conversations given out, how many of them truncated, how many skipped, and the share of rows that is not padding.
+
+        Of all ranks (a collective call).
+        """
         counts: Counter[str] = sum(map(Counter, gather_objects(dict(self.counts))), Counter())
         filled = counts["tokens"] / max(1, counts["slots"])
-        epoch = min(lane.cursor for lane in self._lanes.values()) // len(self.task)
-        return {**{name: counts[name] for name in ("conversations", "truncated", "skipped")}, "epoch": epoch, "filled": filled}
+        return {**{name: counts[name] for name in ("conversations", "truncated", "skipped")}, "filled": filled}
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this rank is, JSON."""
+        """This rank's place in the data, JSON."""
         lanes = {str(number): {"cursor": lane.cursor, "buffer": [index for index, _, _ in lane.buffer]}
                  for number, lane in self._lanes.items()}  # fmt: skip
         return {"num_lanes": self.num_lanes, "rows": self.rows, "lanes": lanes, "counts": dict(self.counts)}
@@ -167,8 +168,7 @@ class ConversationLoader:
         saved = {number: lane for state in states for number, lane in state["lanes"].items()}
         for number, lane in self._lanes.items():
             lane.cursor = saved[str(number)]["cursor"]
-            rendered = ((index, *self._render(index)) for index in saved[str(number)]["buffer"])
-            lane.buffer = [(index, ids[: self.row_len], mask[: self.row_len]) for index, ids, mask in rendered]
+            lane.buffer = [(index, *self._render(index)) for index in saved[str(number)]["buffer"]]
         self.rows = rows_of_rank([state["rows"] for state in states], self.world_size)
         if len(states) == self.world_size:
             self.counts = Counter(states[self.rank]["counts"])
@@ -183,9 +183,21 @@ class _Lane:
 
 
 def estimate_tokens(task: Task, tokenizer: Tokenizer, sequence_len: int, sample_size: int = 1000) -> int:
-    """Tokens in one pass over a task, from the mean length of conversations evenly spread over it."""
-    lengths = [len(tokenizer.render_conversation(c, max_tokens=sequence_len + 1)[0]) for c in _spread(task, sample_size)]
-    return round(sum(lengths) / len(lengths) * len(task))
+    """Tokens, padding included, of the rows that one pass over a task fills: conversations spread over it are packed."""
+    sample: Any = list(_spread(task, sample_size))
+    loader = ConversationLoader(sample, tokenizer, 1, sequence_len, loop=False)
+    loader._set_lanes(1)  # of which the last row alone is not full
+    rows = sum(1 for _ in loader)
+    return round(rows / len(sample) * len(task) * sequence_len)
+
+
+def check_answers(task: Task, tokenizer: Tokenizer, sequence_len: int) -> None:
+    """Raise NanochatError, before the training, if there is no answer to validate on."""
+    if next(ConversationLoader(task, tokenizer, 1, sequence_len, loop=False), None) is None:
+        raise NanochatError(
+            f"none of the {len(task)} conversations held out to validate on has an assistant's token within {sequence_len} "
+            "tokens: raise --max-seq-len, or give more conversations"
+        )
 
 
 def fingerprint(task: Task) -> str:

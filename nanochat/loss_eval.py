@@ -12,6 +12,19 @@ import torch.distributed as dist
 from nanochat.common import NanochatError, all_or_none, any_rank, in_process_group
 from nanochat.gpt import GPT
 
+LEAST_TOKENS, MOST_TOKENS = 2**16, 2**22  # of an evaluation, unless it is told how many
+
+
+def batches_to_validate(asked: int | None, run_tokens: int, batch_tokens: int) -> int | None:
+    """How many batches of validation data an evaluation while training takes, at least one; None for all.
+
+    asked: tokens, -1 for all. None: at most a sixteenth of the run's, so that evaluating takes little of its time, and a
+    power of two within LEAST_TOKENS and MOST_TOKENS, so that runs of about the same length are measured on the same.
+    """
+    if asked is None:
+        asked = min(MOST_TOKENS, max(LEAST_TOKENS, 2 ** int(math.log2(max(1, run_tokens // 16)))))
+    return None if asked < 0 else max(1, asked // batch_tokens)
+
 
 @torch.no_grad()
 def evaluate_bpb(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], token_bytes: np.ndarray) -> float:

@@ -112,8 +112,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for row in read_json_lines(path):
         if not isinstance(row, dict) or type(row.get("step")) is not int:
             continue
-        texts = {name: as_unicode(row[name]) for name in SAMPLE if isinstance(row.get(name), str)}
-        row |= texts  # older versions wrote down half a surrogate pair
+        for name in SAMPLE:  # of which older versions wrote down half a surrogate pair, or a list of parts
+            if name in row:
+                row[name] = as_unicode(row[name] if isinstance(row[name], str) else json.dumps(row[name]))
         newest = row["step"] - ("train/loss" in row)  # an update comes before all else of its step
         while rows and next(reversed(rows.values()))["step"] > newest:  # back in time: the run was resumed here
             rows.popitem()

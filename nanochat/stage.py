@@ -108,7 +108,8 @@ def add_training_arguments(parser: argparse.ArgumentParser, eval_every: int = 25
     run.add_argument("--keep-last", type=int, default=3, metavar="K", help="checkpoints to keep, and the best (-1: all)")
     run.add_argument("--eval-every", type=int, default=eval_every, metavar="STEPS", help="validate (-1: at the end)")
     if not generates:
-        run.add_argument("--eval-tokens", type=int, default=-1, metavar="N", help="validation tokens to use (-1: all)")
+        run.add_argument("--eval-tokens", type=int, default=None, metavar="N",
+                         help="validation tokens to use (default: a sixteenth of the run's at most, -1: all)")  # fmt: skip
         run.add_argument("--target-minutes", type=float, default=-1.0, help="end the training about so long after the start")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")

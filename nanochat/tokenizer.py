@@ -247,7 +247,7 @@ class Tokenizer:
         for message in _checked_messages(conversation):
             if message["role"] == "user":
                 add([self.special_ids["<|user_start|>"]], 0)
-                add(self.encode(_as_text(message["content"])), 0)
+                add(self.encode(as_text(message["content"])), 0)
                 add([self.special_ids["<|user_end|>"]], 0)
                 continue
             add([self.special_ids["<|assistant_start|>"]], 0)
@@ -302,15 +302,16 @@ def _checked_messages(conversation: dict[str, Any]) -> Iterator[dict[str, Any]]:
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
         raise NanochatError("a conversation needs a list of messages, each with role and content")
+    first = 1
     if messages[0].get("role") == "system":
         if len(messages) < 2 or messages[1].get("role") != "user":
             raise NanochatError("a system message must be followed by a user's message")
-        text = f"{_as_text(messages[0]['content'])}\n\n{_as_text(messages[1]['content'])}"
-        messages = [{"role": "user", "content": text}, *messages[2:]]
+        text = f"{as_text(messages[0]['content'])}\n\n{as_text(messages[1]['content'])}"
+        messages, first = [{"role": "user", "content": text}, *messages[2:]], 2
     for i, message in enumerate(messages):
         expected = "assistant" if i % 2 else "user"
         if message.get("role") != expected:
-            raise NanochatError(f"message {i + 1} of a conversation is from {message.get('role')!r}, not {expected!r}")
+            raise NanochatError(f"message {i + first} of a conversation is from {message.get('role')!r}, not {expected!r}")
         yield message
 
 
@@ -333,7 +334,8 @@ def as_parts(content: str | list[dict[str, str]]) -> list[dict[str, str]]:
     return parts
 
 
-def _as_text(content: str | list[dict[str, str]]) -> str:
+def as_text(content: str | list[dict[str, str]]) -> str:
+    """The text of a message's content, of all its parts together. Raises NanochatError as `as_parts` does."""
     return "".join(part["text"] for part in as_parts(content))
 
 

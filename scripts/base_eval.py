@@ -63,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         raise NanochatError(f"--eval {', '.join(sorted(unknown))} is not measured here: choose from {', '.join(KINDS)}")
     results: dict[str, Any] = {}
     if args.hf_path is not None:
+        if args.eval and kinds != ["core"]:
+            raise NanochatError(f"--eval {args.eval}: of a Hugging Face model CORE alone is measured here: give --eval core")
         theirs = HuggingFaceScorer(args.hf_path, device)
         name = re.sub(r"[^A-Za-z0-9._-]+", "_", args.hf_path)[-80:]
         folder = get_base_dir() / "core" / f"{name}_{theirs.fingerprint}"

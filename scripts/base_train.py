@@ -23,7 +23,7 @@ from nanochat.dataloader import TokenLoader
 from nanochat.dataset import default_source_name, get_source
 from nanochat.engine import Engine, continue_openings
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.loss_eval import batches_to_validate, evaluate_bpb
 from nanochat.optim import OptimizerSettings
 from nanochat.pace import batch_worth_an_update, choose_device_batch_size, flops_in, steps_in
 from nanochat.scaling import TOKENS_PER_PARAM, Horizon, accumulation_steps, expansion_share, model_config, plan_horizon
@@ -214,11 +214,12 @@ def main(argv: list[str] | None = None) -> int:
     optimizer = setup_optimizer(model, args, horizon.lr_scale, peak_weight_decay(args, horizon), **optimizer_switches)
     loader = TokenLoader(source, tokenizer, rows, args.max_seq_len, "train", rank, world_size, device)
     token_bytes = tokenizer.get_token_bytes()
+    run_tokens = horizon.num_iterations * horizon.total_batch_size
+    val_batches = batches_to_validate(args.eval_tokens, run_tokens, rows * args.max_seq_len * world_size)
 
     def evaluate() -> dict[str, float]:
         batches = TokenLoader(source, tokenizer, rows, args.max_seq_len, "val", rank, world_size, device, loop=False)
-        most = None if args.eval_tokens < 0 else max(1, args.eval_tokens // (rows * args.max_seq_len * world_size))
-        return {"val/bpb": evaluate_bpb(model, itertools.islice(batches, most), token_bytes)}
+        return {"val/bpb": evaluate_bpb(model, itertools.islice(batches, val_batches), token_bytes)}
 
     def evaluate_core_metric(bundle: Path) -> dict[str, float]:
         scorer = NanochatScorer(model, tokenizer)

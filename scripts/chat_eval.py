@@ -21,7 +21,7 @@ from nanochat.progress import Progress
 from nanochat.report import merge_eval, read_eval
 from nanochat.scores import describe_pass_at
 from nanochat.settings import Arguments, SettingsParser
-from tasks import TASKS, build_task, task_name
+from tasks import TASKS, build_judged_task, task_name
 from tasks.common import Task
 
 
@@ -50,6 +50,11 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
     args = parser.parse_args(argv)
     args.require_positive("num_samples", "max_new_tokens", "batch_size")
+    if args.num_samples > 1 and args.temperature == 0:
+        n = args.num_samples
+        raise NanochatError(
+            f"--num-samples {n} at temperature 0 is the same answer {n} times: give --temperature, such as 0.8"
+        )
     if args.max_problems == 0:
         raise NanochatError("--max-problems 0 asks nothing: choose 1 or more, or -1 for all")
     return args
@@ -91,11 +96,11 @@ def collect_tasks(names: str | None, data_dir: Path | None) -> tuple[dict[str, T
     """The tasks by name, and those of ChatCORE that cannot be had with the reason. One that was asked for must be there."""
     if names is not None:
         asked = map(task_name, filter(None, re.split(r"[|,]", names)))
-        return {name: build_task(name, "test", data_dir) for name in asked}, {}
+        return {name: build_judged_task(name, "test", data_dir) for name in asked}, {}
     tasks, missing = {}, {}
     for name in CHATCORE_TASKS:
         try:
-            tasks[name] = build_task(name, "test", data_dir)
+            tasks[name] = build_judged_task(name, "test", data_dir)
         except NanochatError as error:
             missing[name] = str(error)
     return tasks, missing

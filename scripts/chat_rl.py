@@ -35,7 +35,7 @@ from nanochat.stage import (
     setup_optimizer,
 )
 from nanochat.trainer import TrainConfig, Trainer
-from tasks import build_task
+from tasks import build_judged_task
 
 
 def parse_arguments(argv: list[str] | None) -> Arguments:
@@ -106,8 +106,8 @@ def main(argv: list[str] | None = None) -> int:
             f"--max-new-tokens {args.max_new_tokens} leaves no room for a question in a context of "
             f"{model_config['sequence_len']}: choose fewer"
         )
-    train_task = build_task(args.task, "train", args.task_data)
-    val_task = build_task(args.task, "val", args.task_data)
+    train_task = build_judged_task(args.task, "train", args.task_data)
+    val_task = build_judged_task(args.task, "val", args.task_data)
     mixture = check_mixture(stage, train_task, args.task)
     if mixture is None:
         return 0

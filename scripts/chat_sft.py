@@ -14,9 +14,9 @@ from nanochat.chat_eval import sample_answers
 from nanochat.checkpoint_manager import find_run
 from nanochat.common import compute_init, from_rank0, get_base_dir, print0, run_command
 from nanochat.compilation import keep_freed_memory
-from nanochat.conversation_loader import ConversationLoader, check_mixture, estimate_tokens
+from nanochat.conversation_loader import ConversationLoader, check_answers, check_mixture, estimate_tokens
 from nanochat.engine import Engine
-from nanochat.loss_eval import evaluate_bpb
+from nanochat.loss_eval import batches_to_validate, evaluate_bpb
 from nanochat.pace import choose_device_batch_size, steps_in
 from nanochat.scaling import accumulation_steps, fit_batch, learning_rate_scale
 from nanochat.settings import Arguments, SettingsParser
@@ -37,6 +37,7 @@ from nanochat.trainer import TrainConfig, Trainer
 from tasks import build_mixture
 
 DEFAULT_TASKS = "SmolTalk,MMLU*3,GSM8K*4,Identity*2,SimpleSpelling,SpellingBee"
+LEAST_UPDATES = 50  # of a pass over the conversations, for which the batch gives way
 
 
 def parse_arguments(argv: list[str] | None) -> Arguments:
@@ -53,7 +54,9 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     data.add_argument("--max-seq-len", type=int, default=-1, help="row length (-1: the base model's context)")
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--num-iterations", type=int, default=-1, help="updates (-1: one pass over the mixture)")
-    optimization.add_argument("--total-batch-size", type=int, default=-1, help="tokens in an update (-1: the base's)")
+    optimization.add_argument(
+        "--total-batch-size", type=int, default=-1, help="tokens in an update (-1: the base's, fewer where a pass is short)"
+    )
     add_rate_arguments(optimization)
     optimization.add_argument("--weight-decay", type=float, default=0.0, help="of matrices")
     optimization.add_argument("--init-lr-frac", type=float, default=0.6, help="start from this share of those rates")
@@ -79,6 +82,17 @@ def default_tasks() -> str:
     return DEFAULT_TASKS.replace("Identity", str(path))
 
 
+def choose_batch(usual: int, together: int, tokens_in_pass: int) -> int:
+    """Tokens in an update: the base model's `usual`, less where a pass over the conversations would be few updates.
+
+    together: tokens that the ranks take at a time, of which it is a multiple.
+    """
+    batch = fit_batch(usual, together) if usual % together else usual
+    while batch * LEAST_UPDATES > tokens_in_pass and batch % (2 * together) == 0:
+        batch //= 2
+    return batch
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     keep_freed_memory()
@@ -97,26 +111,26 @@ def main(argv: list[str] | None = None) -> int:
     if args.max_seq_len > 0:
         model_config["sequence_len"] = args.max_seq_len
     sequence_len = model_config["sequence_len"]
-    total_batch_size = args.total_batch_size
-    if total_batch_size <= 0:
-        usual, together = meta["settings"]["total_batch_size"], sequence_len * world_size * max(1, args.device_batch_size)
-        fitted = fit_batch(usual, together) if usual % together else usual
-        total_batch_size = stage.recorded_settings().get("total_batch_size", fitted)
     args.tasks = from_rank0(args.tasks or stage.recorded_settings().get("tasks") or default_tasks())
     train_task = build_mixture(args.tasks, "train", args.task_data)
     val_task = build_mixture(args.tasks, "val", args.task_data)
     mixture = check_mixture(stage, train_task, args.tasks)
     if mixture is None:
         return 0
+    check_answers(val_task, tokenizer, sequence_len)
+    tokens_in_pass = estimate_tokens(train_task, tokenizer, sequence_len)
+    total_batch_size = args.total_batch_size
+    if total_batch_size <= 0:
+        together = sequence_len * world_size * max(1, args.device_batch_size)
+        chosen = choose_batch(meta["settings"]["total_batch_size"], together, tokens_in_pass)
+        total_batch_size = stage.recorded_settings().get("total_batch_size", chosen)
     model = make_model(model_config, device, args, (start_dir, meta["step"]))
     rows = choose_device_batch_size(model, args.device_batch_size, total_batch_size, world_size)
-    num_iterations = args.num_iterations
-    if num_iterations <= 0:
-        num_iterations = max(1, round(estimate_tokens(train_task, tokenizer, sequence_len) / total_batch_size))
-        if args.target_minutes > 0:  # stop sooner if the time is up
-            steps = stage.recorded_settings().get("num_iterations")  # a resumed stage keeps its schedules
-            steps = steps or steps_in(model, args.target_minutes, rows, total_batch_size, args.compile)
-            num_iterations = min(num_iterations, steps)
+    num_iterations = args.num_iterations if args.num_iterations > 0 else max(1, round(tokens_in_pass / total_batch_size))
+    if args.target_minutes > 0:  # stop sooner if the time is up
+        steps = stage.recorded_settings().get("num_iterations")  # a resumed stage keeps its schedules
+        steps = steps or steps_in(model, args.target_minutes, rows, total_batch_size, args.compile)
+        num_iterations = min(num_iterations, steps)
     decided = {
         **mixture, "num_iterations": num_iterations, "total_batch_size": total_batch_size, "device_batch_size": rows,
         "parent": f"base step {base_step}",
@@ -133,11 +147,12 @@ def main(argv: list[str] | None = None) -> int:
         load_optimizer(optimizer, start_dir, base_step)
     loader = ConversationLoader(train_task, tokenizer, rows, sequence_len, rank, world_size, device, seed=args.seed)
     token_bytes = tokenizer.get_token_bytes()
+    run_tokens = num_iterations * total_batch_size
+    val_batches = batches_to_validate(args.eval_tokens, run_tokens, rows * sequence_len * world_size)
 
     def evaluate() -> dict[str, float]:
         batches = ConversationLoader(val_task, tokenizer, rows, sequence_len, rank, world_size, device, loop=False)
-        most = None if args.eval_tokens < 0 else max(1, args.eval_tokens // (rows * sequence_len * world_size))
-        return {"val/bpb": evaluate_bpb(model, itertools.islice(batches, most), token_bytes)}
+        return {"val/bpb": evaluate_bpb(model, itertools.islice(batches, val_batches), token_bytes)}
 
     def sample() -> list[dict[str, str]]:
         return sample_answers(Engine(model, tokenizer), val_task)  # a mixture: some of each kind

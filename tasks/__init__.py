@@ -50,6 +50,14 @@ def build_task(name: str, split: str, data_dir: Path | None = None, stop: int | 
     return task_class(split, data_dir=data_dir, **defaults, **slicing)
 
 
+def build_judged_task(name: str, split: str, data_dir: Path | None = None) -> Task:
+    """The task of that name. Raises NanochatError if it has no answers to judge."""
+    task = build_task(name, split, data_dir)
+    if type(task).evaluate is Task.evaluate:
+        raise NanochatError(f"{name} only teaches: it has no answers to judge; choose another task")
+    return task
+
+
 def build_mixture(spec: str, split: str, data_dir: Path | None = None) -> TaskMixture:
     """Tasks interleaved: "NAME[*TIMES][:MOST],..." sees NAME that many times, and at most its first MOST conversations."""
     tasks: list[Task] = []

@@ -48,8 +48,8 @@ class Task(ABC):
         """A conversation of the whole data set; always the same for the same index."""
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool | float:
-        """Whether (or how far) a completion answers the conversation."""
-        raise NanochatError(f"{type(self).__name__} only teaches: it has no answers to judge; choose another task")
+        """Whether (or how far) a completion answers the conversation; a task that only teaches leaves it undefined."""
+        raise NotImplementedError
 
     def reward(self, conversation: Conversation, completion: str) -> float:
         """What RL gives for a completion."""

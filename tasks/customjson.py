@@ -54,11 +54,11 @@ def _checked(messages: object) -> list[dict[str, Any]]:
             as_parts(message["content"])
         except NanochatError as error:
             raise NanochatError(f"is damaged in message {i} ({error})") from error
-    expected = ["user", "assistant"]
-    turns = messages[1:] if messages[0]["role"] == "system" else messages
-    for i, message in enumerate(turns):
-        if message["role"] != expected[i % 2]:
-            raise NanochatError(f"is out of turn: message {i + 1} is from {message['role']!r}, not {expected[i % 2]!r}")
-    if len(turns) < 2:
+    first = int(messages[0]["role"] == "system")
+    for i, message in enumerate(messages[first:]):
+        expected = "assistant" if i % 2 else "user"
+        if message["role"] != expected:
+            raise NanochatError(f"is out of turn: message {first + i + 1} is from {message['role']!r}, not {expected!r}")
+    if len(messages) < first + 2:
         raise NanochatError("has no answer of the assistant")
     return messages

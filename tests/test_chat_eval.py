@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from nanochat import chat_eval as chat_eval_module
 from nanochat.chat_eval import CHATCORE_TASKS, Answering, chatcore, evaluate_task
-from nanochat.common import read_json_lines
+from nanochat.common import NanochatError, read_json_lines
 from nanochat.engine import Engine
 from nanochat.scores import centered_mean, pass_at_k, wilson_interval
 from nanochat.tokenizer import Tokenizer
@@ -213,3 +213,25 @@ def test_kept_answers_are_judged_anew_and_counted_up_to_the_limit(engine: Engine
 def test_samples_are_as_many_as_a_small_mixture_has(engine: Engine) -> None:
     mixture = TaskMixture([LongAnswers(stop=1), LongAnswers(stop=2)])
     assert len(chat_eval_module.sample_answers(engine, mixture, 4, 4)) == 3
+
+
+def test_questions_in_parts_are_shown_as_text(engine: Engine) -> None:
+    class InParts(LongAnswers):
+        def get_example(self, index: int) -> Conversation:
+            parts = [{"type": "text", "text": "Who "}, {"type": "text", "text": "are you?"}]
+            return {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "Me."}]}
+
+    assert chat_eval_module.sample_answers(engine, InParts(), 1, 4)[0]["prompt"] == "Who are you?"
+    assert evaluate_task(engine, InParts(), 1, answering=Answering(max_tokens=2)).examples[0]["question"] == "Who are you?"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["-a", "Arithmetic", "-n", "8"], "at temperature 0 .*: give --temperature"),
+        (["-a", "DocQA"], "only teaches"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_the_work(flags: list[str], message: str, tiny_run: Path) -> None:
+    with pytest.raises(NanochatError, match=message):
+        chat_eval.main(["--model-tag=tiny", "--device-type=cpu", *flags])

@@ -8,6 +8,7 @@ import json
 import threading
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -15,14 +16,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from nanochat import dataloader
 from nanochat.common import NanochatError
-from nanochat.conversation_loader import ConversationLoader, estimate_tokens
-from nanochat.dataloader import TokenLoader, _deal, _Reading
+from nanochat.conversation_loader import ConversationLoader, check_answers, estimate_tokens
+from nanochat.dataloader import TokenLoader, _deal, _Dealt, _Reading, _tokenize
 from nanochat.dataset import get_source
 from nanochat.read_ahead import ReadAhead
 from nanochat.tokenizer import Tokenizer
 from tasks.arithmetic import Arithmetic
-from tasks.common import TaskMixture
+from tasks.common import Task, TaskMixture, TaskSequence
 from tasks.identity import Identity
 from tests.helpers import make_document, wait_for
 
@@ -276,11 +278,60 @@ def test_conversation_ranks_share_an_epoch(tokenizer: Tokenizer) -> None:
     assert sum(loader.stats()["conversations"] for loader in loaders) == 90
 
 
-def test_estimate_of_an_epoch(tokenizer: Tokenizer) -> None:
-    task = _mixture()
-    exact = sum(len(tokenizer.render_conversation(task[i])[0]) for i in range(len(task)))
-    assert estimate_tokens(task, tokenizer, 512) == exact
-    assert estimate_tokens(task, tokenizer, 512, sample_size=30) == pytest.approx(exact, rel=0.2)
+class _Letters(Task):
+    """Answers of `length` letters; of every tenth conversation the question fills a row of any length."""
+
+    def __init__(self, length: int, every: int = 10) -> None:
+        super().__init__()
+        self.length, self.every = length, every
+
+    def num_examples(self) -> int:
+        return 600
+
+    def get_example(self, index: int) -> dict:
+        question = "?" if index % self.every else "? " * 2000
+        return {
+            "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": "qj" * (self.length // 2)}]
+        }
+
+
+@pytest.mark.parametrize("length", [20, 80, 140])
+@pytest.mark.parametrize("sample_size", [1000, 300])
+def test_an_epoch_is_estimated_with_its_padding(tokenizer: Tokenizer, length: int, sample_size: int) -> None:
+    """Also where rows are half empty, or conversations are left out."""
+    task = _Letters(length)
+    loader = ConversationLoader(task, tokenizer, 1, 256)
+    for _ in range(estimate_tokens(task, tokenizer, 256, sample_size) // 256):
+        next(loader)
+    assert loader.stats()["conversations"] == pytest.approx(540, rel=0.1)
+
+
+def test_what_has_no_answer_in_a_row_ends_no_training(tokenizer: Tokenizer) -> None:
+    """However often it is met: of 20 conversations in 600, or of all but those."""
+    loader = ConversationLoader(_Letters(20, every=1), tokenizer, 1, 64)
+    with pytest.raises(NanochatError, match="no conversation has an assistant's token within 64"):
+        next(loader)
+    few = TaskMixture([_Letters(20, every=1), _Letters(20, every=600)])
+    loader = ConversationLoader(TaskSequence([_Letters(20, every=1), few]), tokenizer, 1, 64)
+    for _ in range(100):
+        next(loader)
+
+
+def test_held_out_conversations_without_an_answer_are_noticed_before_the_training(tokenizer: Tokenizer) -> None:
+    check_answers(_Letters(20), tokenizer, 64)
+    with pytest.raises(NanochatError, match="none of the 600 conversations held out .* within 64 tokens: raise"):
+        check_answers(_Letters(20, every=1), tokenizer, 64)
+
+
+def test_long_documents_are_tokenized_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 books would fill the memory."""
+    monkeypatch.setattr(dataloader, "CHUNK_SIZE", 1000)
+    documents = [_Dealt(0, 0, i, "x" * (i % 700), _Reading(0, i, (0,))) for i in range(500)]
+    chunks = list(
+        _tokenize(documents, SimpleNamespace(encode_arrays=lambda texts: [np.zeros(len(t), np.int32) for t in texts]))
+    )
+    assert [d.number for chunk in chunks for d in chunk] == list(range(500))
+    assert max(sum(len(d.document) for d in chunk) for chunk in chunks) < 1000 + 700
 
 
 def test_a_place_beyond_the_end_is_in_the_next_epoch(corpus: Path) -> None:

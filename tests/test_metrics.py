@@ -88,6 +88,8 @@ def test_lines_that_are_no_rows_are_passed_over(tmp_path: Path) -> None:
     path.write_bytes("\n".join([*lines, "[" * 100_000, "9" * 5000, sample]).encode() + b"\n\xff\xfe\n")
     sample_row = {"step": 2, "sample/prompt": "\ufffd a", "sample/text": "b \ufffd"}  # which UTF-8 can hold
     assert read_metrics(path) == [{"step": 1, "train/loss": 2.0}, sample_row]
+    path.write_text('{"step": 1, "sample/prompt": [{"type": "text"}], "sample/text": "b"}\n', encoding="utf-8")
+    assert read_metrics(path)[0]["sample/prompt"] == '[{"type": "text"}]'  # as samples of parts were once written
 
 
 def test_only_rank_0_writes_metrics(tmp_path: Path) -> None:

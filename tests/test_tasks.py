@@ -311,6 +311,7 @@ def test_custom_conversations(tmp_path: Path) -> None:
     [("{", "line 2, is not JSON"), ("{}", "conversation 2 is not a list"),
      ('[{"role": "user"}, {}]', "without role and content"),
      ('[{"role": "assistant", "content": ""}, {"role": "user", "content": ""}]', "message 1 is from 'assistant'"),
+     (json.dumps([{"role": r, "content": ""} for r in ("system", "user", "user")]), "message 3 is from 'user'"),
      ('[{"role": "system", "content": ""}, {"role": "user", "content": ""}]', "conversation 2 has no answer of the assistant"),
      ("[" * 100_000, "line 2, is no row of this task")],
 )  # fmt: skip
