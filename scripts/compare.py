@@ -225,13 +225,14 @@ def draw_scores(runs: list[Run]) -> list[Section]:
         ("Chat: right answers", "accuracy", lambda run: run.results.get("tasks", {})),
     ):
         bars = []
-        for label in dict.fromkeys(label for run in runs for label in tasks_of(run)):
+        for name in dict.fromkeys(name for run in runs for name in tasks_of(run)):
+            label = name  # of a task's first bar alone
             for color, run in enumerate(runs):
-                if task := tasks_of(run).get(label):
+                if task := tasks_of(run).get(name):
                     base = task["baseline"] if value == "centered" else 0.0
                     low, high = (centered(task[side], base) for side in ("low", "high"))
                     bars.append(Bar(label, task[value], low, high, color=color))
-                    label = ""  # of the first bar of a task alone
+                    label = ""
         if bars:
             figure = draw_bars("with 95% intervals", bars, percent=value == "accuracy", names=[run.name for run in runs])
             sections.append(Section(title, pictures=[Picture(title, title, to_svg(figure, title), wide=True)]))

@@ -119,5 +119,7 @@ def test_pictures_are_over_minutes_and_intervals_are_centred(monkeypatch: pytest
     compare.draw_curves([Run(name, {}, of, {}) for name, of in rows.items()], "time")
     assert [list(curve.x) for curve in panels[0].curves] == [[1, 2], [5, 10]]
     task = {"centered": 0.2, "low": 0.4, "high": 0.7, "baseline": 0.25}
-    compare.draw_scores([Run("a", {}, [], {"core": {"tasks": {"t": task}}})])
+    names = ("t", "u")
+    compare.draw_scores([Run(run, {}, [], {"core": {"tasks": dict.fromkeys(names, task)}}) for run in "ab"])
     assert (bars[0].low, bars[0].high) == pytest.approx((0.2, 0.6))
+    assert [(bar.label, bar.color) for bar in bars] == [("t", 0), ("", 1), ("u", 0), ("", 1)]
