@@ -12,13 +12,14 @@ import json
 import logging
 import os
 import secrets
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import psutil
@@ -67,7 +68,7 @@ def as_unicode(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Of what an error says, or its name, where it says nothing."""
+    """The first line of an error's message, or its class where that is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -159,35 +160,56 @@ def run_command(main: Callable[[list[str] | None], int]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
     try:
-        return main(argv)
+        code = main(argv)
     except KeyboardInterrupt:
         complain("interrupted")
-        return 130
+        code = 130
     except BrokenPipeError:  # the reader of our output (head, less) went away: nothing to say and nobody to hear it
         sys.stderr.close()
-        return 141
+        code = 141
     except Exception as error:
         if debug:
             traceback.print_exc()
         sentence = describe_error(error)
         complain(f"error: {sentence or describe_unexpected(error)}")
-        return 1 if sentence else EX_SOFTWARE
-    finally:
-        compute_cleanup()
+        code = 1 if sentence else EX_SOFTWARE
+    if code and in_process_group() and dist.get_world_size() > 1:
+        _leave_at_once(code)
+    compute_cleanup()
+    return code
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    """End a rank that failed; torchrun then ends the others.
+
+    To leave NCCL's process group in order means to wait for what is under way, in which the others wait for this rank.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or without a reader
+            stream.flush()
+    os._exit(code)
 
 
 _is_command = False  # this process runs one of our commands, and has from its start
 
 
 def seconds_since_start() -> float:
-    """Since the command was given; 0 where a script's `main` is called from elsewhere."""
+    """Seconds since this command was started; 0 where a script's `main` is called from elsewhere."""
     return time.time() - psutil.Process().create_time() if _is_command else 0.0
 
 
 def is_lost_connection(error: Exception) -> bool:
-    """What gloo and NCCL raise where the other side has left; gloo without a class of its own."""
-    signs = ("gloo", "Connection closed by peer", "Connection reset by peer", "Socket Timeout")
-    return isinstance(error, dist.DistError) or (dist.is_initialized() and any(sign in str(error) for sign in signs))
+    """What gloo and NCCL raise where the other side has left. Gloo has no class of its own for it, NCCL one for all errors."""
+    signs = ["Connection closed by peer", "Connection reset by peer", "Socket Timeout"]
+    if isinstance(error, dist.DistBackendError):
+        signs += ["remote process exited", "ncclRemoteError", "Broken pipe", "imeout", "aborted"]
+    elif isinstance(error, dist.DistError):
+        return True
+    elif dist.is_initialized():
+        signs.append("gloo")
+    else:
+        return False
+    return any(sign in str(error) for sign in signs)
 
 
 def describe_error(error: BaseException) -> str | None:
@@ -201,6 +223,9 @@ def describe_error(error: BaseException) -> str | None:
         return f"the device ran out of memory: choose a smaller --device-batch-size or --max-seq-len ({text})"
     if isinstance(error, RuntimeError) and is_lost_connection(error):
         return f"another process of this job has gone: {RESTART}"
+    if isinstance(error, dist.DistBackendError):
+        reason = str(error).strip().rpartition("Last error:")[2].strip().partition("\n")[0]
+        return f"the GPUs of this job cannot talk to each other ({reason}): NCCL_DEBUG=INFO tells more"
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
         return "this machine ran out of memory: choose a smaller --device-batch-size, --max-seq-len or --depth"
     if isinstance(error, ModuleNotFoundError) and (error.name or "nanochat").partition(".")[0] not in OURS:
@@ -271,18 +296,26 @@ def compute_init(device_type: str = "", seed: int = 42) -> tuple[bool, int, int,
 
     Returns (ddp, rank, local_rank, world_size, device). Raises NanochatError if `device_type` is not to be had.
     """
-    device_type = device_type or autodetect_device_type()
+    ddp, rank, local_rank, world_size = get_dist_info()
+    if not device_type:
+        device_type = autodetect_device_type()
+        if device_type == "cpu" and has_nvidia_gpu():
+            sentence = f"PyTorch {torch.__version__} cannot use this machine's NVIDIA GPU (nanochat doctor tells more)"
+            if ddp:
+                raise NanochatError(f"{sentence}: mend that, or go on without it by --device-type=cpu")
+            complain(f"warning: {sentence}: going on without it")
     if device_type not in ("cuda", "mps", "cpu"):
         raise NanochatError(f"unknown device type {device_type!r}: choose cuda, mps or cpu")
     available: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if device_type != "cpu" and not available[device_type]():
         raise NanochatError(f"PyTorch sees no {device_type} device here: use --device-type=cpu")
+    if device_type == "cuda":
+        _check_gpu(local_rank)
 
     if not -(2**63) <= seed < 2**63:
         raise NanochatError(f"--seed {seed} is out of range: choose a whole number of at most 18 digits")
     torch.manual_seed(seed)
     torch.set_float32_matmul_precision("high")  # tf32 where CUDA has it; no effect on CPU
-    ddp, rank, local_rank, world_size = get_dist_info()
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
     if device_type == "cuda":
         torch.cuda.manual_seed(seed)
@@ -298,6 +331,33 @@ def compute_init(device_type: str = "", seed: int = 42) -> tuple[bool, int, int,
         if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
     return ddp, rank, local_rank, world_size, device
+
+
+def has_nvidia_gpu() -> bool:
+    """Whether the driver knows a GPU that this process may use, of which PyTorch may know nothing."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    try:
+        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=5).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+
+
+def _check_gpu(index: int) -> None:
+    """Raise NanochatError unless there are so many GPUs, and this PyTorch has kernels for that one."""
+    if index >= torch.cuda.device_count():
+        raise NanochatError(
+            f"there is no GPU for process {index} of this machine, where PyTorch sees {torch.cuda.device_count()}: start one "
+            "process for each (--nproc_per_node; for recipes NPROC)"
+        )
+    major, minor = torch.cuda.get_device_capability(index)
+    built_for = [int(arch.partition("_")[2]) for arch in torch.cuda.get_arch_list() if arch.partition("_")[2].isdigit()]
+    if built_for and 10 * major + minor < min(built_for):
+        name, least = torch.cuda.get_device_name(index), min(built_for) / 10
+        raise NanochatError(
+            f"{name} has compute capability {major}.{minor}, and PyTorch {torch.__version__} is built for {least} and later: "
+            "install a build for older GPUs, or use --device-type=cpu"
+        )
 
 
 def compute_cleanup() -> None:
@@ -396,7 +456,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def complain(text: str) -> None:
-    """To stderr, if anybody is there to read it: work that goes on ends no sooner for lack of a reader."""
+    """Print to stderr, or nothing if nobody reads it any more: work that goes on does not end for that."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr)
 

@@ -1,4 +1,7 @@
-"""What this machine's compiler and arithmetic can do. Used wherever something compiles."""
+"""What this machine can compile, and how fast it multiplies and reads.
+
+Used by trainer, pace, runner, doctor and the benchmarks.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from nanochat.common import synchronize
+from nanochat.common import first_line, synchronize
 
 T = TypeVar("T")
 
@@ -27,11 +30,7 @@ def can_compile(device: torch.device) -> str | None:
     if device.type == "cuda":
         if torch.cuda.get_device_capability(device) < (7, 0):
             return "Triton needs a GPU of compute capability 7.0 or later"
-        try:
-            import triton  # noqa: F401
-        except ImportError:
-            return "Triton is not installed"
-        return None
+        return _why_no_triton()
     if device.type == "cpu":
         compilers = [os.environ.get("CXX"), "g++", "clang++", "cl" if sys.platform == "win32" else None]
         if any(name and shutil.which(name) for name in compilers):
@@ -41,6 +40,20 @@ def can_compile(device: torch.device) -> str | None:
             return None
         return "no C++ compiler is installed (g++ or clang++)"
     return f"not supported on {device.type}"
+
+
+@functools.lru_cache
+def _why_no_triton() -> str | None:
+    """None where Triton runs; it builds a small library for its driver first."""
+    try:
+        from triton.runtime import driver
+
+        driver.active.get_current_target()
+        return None
+    except ImportError:
+        return "Triton is not installed"
+    except Exception as error:  # of its own, or the compiler's
+        return f"Triton cannot build its driver ({first_line(error)[:200]}): install gcc and Python's headers (python3-dev)"
 
 
 @functools.lru_cache
@@ -70,7 +83,7 @@ def measure_memory_rate(device: torch.device, seconds: float = 0.5) -> float:
 
 
 def _fastest(work: Callable[[], Any], device: torch.device, seconds: float) -> float:
-    """What some work takes at best, of rounds for so many seconds, at least one."""
+    """Seconds of the fastest of the rounds that `seconds` allow, at least one."""
     synchronize(device)
     deadline = time.perf_counter() + seconds
     fastest = seconds_of(work, device)
@@ -80,7 +93,7 @@ def _fastest(work: Callable[[], Any], device: torch.device, seconds: float) -> f
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
-    """What a device takes for some work, to its very end."""
+    """Seconds that some work takes, until the device is done with it."""
     started = time.perf_counter()
     work()
     synchronize(device)

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -31,6 +30,7 @@ from nanochat.common import (
     describe_error,
     get_base_dir,
     get_compute_dtype,
+    has_nvidia_gpu,
     run_command,
 )
 from nanochat.compilation import can_compile, expected_mfu, measure_matmul_rate, measure_memory_rate
@@ -79,18 +79,11 @@ def examine_machine(device_type: str) -> Iterator[Finding]:
     if device_type == "mps":
         yield Finding("machine", "GPU", "Apple's, which shares the memory")
     if device_type == "cpu":
-        if _has_nvidia_gpu():
+        if has_nvidia_gpu():
             way_out = "install the CUDA build with bash runs/setup.sh, and a driver that is new enough for it"
             yield Finding("machine", "GPU", f"an NVIDIA GPU that PyTorch {torch.__version__} cannot use", way_out)
         else:
             yield Finding("machine", "GPU", "none")
-
-
-def _has_nvidia_gpu() -> bool:
-    try:
-        return subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=5).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        return False
 
 
 def examine_software() -> Iterator[Finding]:

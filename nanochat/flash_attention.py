@@ -4,8 +4,8 @@
 that it needs; `plan.attend(q, k, v, plan)` is then all that runs in the hot path. The backends:
 
 - "fa4": FlashAttention 4, where `flash_attn.cute` is installed (the package flash-attn-4)
-- "flex": FlexAttention compiled to a Triton kernel (CUDA with a working compiler); skips the masked blocks. On Hopper and
-  later, layers that see everything go to cuDNN
+- "flex": FlexAttention compiled to a Triton kernel (compiled models on CUDA); skips the masked blocks. On Hopper and later,
+  layers that see everything go to cuDNN
 - "fa3": FlashAttention 3, where `flash_attn_interface` is installed and the others do not run: gradients that are the same
   each time take it twice as long as FlashAttention 4 where there is a window (dev/LOG.md, "A fourth time on an H200")
 - "plain": matrix products of blocks of queries with the blocks of keys that they can see, so that causality and windows
@@ -64,24 +64,26 @@ def plan_attention(
     costs a dictionary look-up. compiled: for a model whose blocks are compiled (see GPT.compile); head_dim: D, which not
     every backend takes.
     """
-    compiled = compiled and device.type == "cpu" and dtype != torch.float16
     return _plan(T, min(window, T), device, dtype, compiled, head_dim)
 
 
 @functools.lru_cache(maxsize=256)
 def _plan(T: int, window: int, device: torch.device, dtype: torch.dtype, compiled: bool, head_dim: int) -> AttentionPlan:
-    attend, make_mask = choose_backend(device, dtype, head_dim)
-    return AttentionPlan(attend, window, make_mask(T, window, device), compiled)
+    attend, make_mask = choose_backend(device, dtype, head_dim, compiled)
+    own_kernels = compiled and device.type == "cpu" and dtype != torch.float16
+    return AttentionPlan(attend, window, make_mask(T, window, device), own_kernels)
 
 
 Backend = tuple[Callable[..., torch.Tensor], Callable[[int, int, torch.device], Any]]
 
 
 @functools.lru_cache
-def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int) -> Backend:
+def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, compiled: bool) -> Backend:
     """(attend, make_mask) of the first backend whose probe launch, forward and backward, succeeds on this device."""
     candidates: list[tuple[str, Backend]] = []
-    if device.type == "cuda":
+    # What is not compiled, evaluations and RL, meets texts of ever other shapes. FlexAttention would be compiled for each of
+    # the first eight, and then write all scores to memory.
+    if device.type == "cuda" and compiled:
         candidates.append(("flex", (attend_flex, flex_mask)))
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         # They bring kernels of their own. Told here, since it imports the compiler, which would take each command a second.

@@ -51,10 +51,11 @@ def training_bytes(config: GPTConfig, rows: int = 1, layout: Layout = Layout()) 
     if layout.fsdp:
         blocks = sum(parameter.numel() for parameter in model.blocks[0].parameters())
         root = model.wte.weight.numel() + model.lm_head.weight.numel()
-        tables = [*model.value_embeds.values(), *([model.bigrams] if model.bigrams else [])]  # gathered each by itself
-        table = max((table.weight.numel() for table in tables), default=0)
-        # Whole at a time: a block and the next in bfloat16, a block's gradient, and what is not in blocks.
-        weights = weights // layout.world_size + (2 * 2 + 4) * blocks + 8 * (root + table)
+        tables = [*model.value_embeds.values(), *([model.bigrams] if model.bigrams else [])]
+        # Whole at a time: a block and the next in bfloat16, a block's gradient, and what is not in blocks. That goes for all
+        # tables, since FSDP2 cuts what has no differentiable input, as look-ups, again only at the end of the backward pass.
+        whole = root + sum(table.weight.numel() for table in tables)
+        weights = weights // layout.world_size + (2 * 2 + 4) * blocks + 8 * whole
         matrices = [count // layout.world_size for count in matrices]
     step = 4 * sum(matrices) + 18 * max(matrices) // (1 if layout.fsdp else layout.world_size)
     return weights + state + max(activation_bytes(config, rows, layout.recompute) + loss_bytes(config, rows), step)

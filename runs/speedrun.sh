@@ -7,10 +7,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 depth="${DEPTH:-24}"
-nproc="${NPROC:-${NPROC_PER_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c "^GPU " || true)}}"
 tag="${MODEL_TAG:-d$depth}"
 run="${WANDB_RUN:-dummy}"
-if [ "$nproc" -lt 1 ]; then
+nproc="${NPROC:-${NPROC_PER_NODE:-}}"
+if [ -z "$nproc" ] && ! nvidia-smi --list-gpus 2>/dev/null | grep -q "^GPU "; then
     echo "error: no GPU is seen by nvidia-smi: use runs/runcpu.sh, or set NPROC" >&2
     exit 1
 fi
@@ -19,6 +19,12 @@ extras=()
 bash runs/setup.sh ${extras[@]+"${extras[@]}"}
 source .venv/bin/activate
 export OMP_NUM_THREADS=1
+# By PyTorch, which an old driver or CUDA_VISIBLE_DEVICES lets see fewer GPUs than nvidia-smi.
+: "${nproc:=$(python -c 'import torch; print(torch.cuda.device_count())')}"
+if [ "$nproc" -lt 1 ]; then
+    echo "error: PyTorch cannot use the GPU that nvidia-smi sees: nanochat doctor tells more" >&2
+    exit 1
+fi
 # A stopped run has five minutes to finish its step and save it; torchrun alone would leave it 30 seconds.
 launch() { torchrun --standalone --nproc_per_node="$nproc" --shutdown-timeout=300 -m -- "$@"; }
 

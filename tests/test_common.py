@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from nanochat import common
 from nanochat.common import NanochatError, atomic_write, compute_init, describe_error, get_base_dir, run_command
 
 
@@ -78,3 +80,44 @@ def test_without_a_home_a_command_ends_with_one_sentence(
     assert run_command(fail) == 70
     said = capsys.readouterr().err
     assert said.startswith("error: unexpected ValueError (unforeseen): run again with --debug") and "home" not in said
+
+
+def test_a_gpu_that_cannot_be_used_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Many ranks would train on the processor for ever; one, on a laptop, goes on."""
+    monkeypatch.setattr(common, "autodetect_device_type", lambda: "cpu")
+    monkeypatch.setattr(common, "has_nvidia_gpu", lambda: True)
+    assert compute_init()[4].type == "cpu"
+    assert "cannot use this machine's NVIDIA GPU" in capsys.readouterr().err
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(NanochatError, match="cannot use this machine's NVIDIA GPU .*--device-type=cpu"):
+        compute_init()
+
+
+@pytest.mark.parametrize(
+    ("rank", "capability", "message"),
+    [("2", (9, 0), "no GPU for process 2 .* sees 2"), ("0", (7, 0), "7.0, and .* for 7.5 and later")],
+)
+def test_a_gpu_that_is_missing_or_too_old_is_named(
+    monkeypatch: pytest.MonkeyPatch, rank: str, capability: tuple[int, int], message: str
+) -> None:
+    stand_ins = {
+        "is_available": True, "device_count": 2, "get_device_capability": capability, "get_device_name": "a GPU",
+        "get_arch_list": ["sm_75", "sm_90", "compute_120"],
+    }  # fmt: skip
+    for name, value in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(NanochatError, match=message):
+        compute_init()
+
+
+def test_errors_of_nccl_are_lost_ranks_only_where_it_says_so() -> None:
+    head = "NCCL error in: NCCLUtils.cpp:94, {}, NCCL version 2.27\n{}: Call to {} failed.\nLast error:\n{}"
+    lost = torch.distributed.DistBackendError(head.format("remote process exited", "ncclRemoteError", "x", "socket closed"))
+    local = torch.distributed.DistBackendError(
+        head.format("unhandled cuda error", "ncclUnhandledCudaError", "x", "no /dev/shm")
+    )
+    assert "another process of this job has gone" in str(describe_error(lost))
+    assert "(no /dev/shm): NCCL_DEBUG=INFO" in str(describe_error(local))

@@ -33,7 +33,7 @@ def test_attention_kernels_that_cannot_launch_are_passed_over(broken: str, chose
             raise error
 
     monkeypatch.setattr(flash_attention, "_probe", probe)
-    attend, _ = flash_attention.choose_backend.__wrapped__(torch.device("cuda", 0), torch.bfloat16, 128)
+    attend, _ = flash_attention.choose_backend.__wrapped__(torch.device("cuda", 0), torch.bfloat16, 128, True)
     assert attend.__name__ == f"attend_{chosen}"
 
 

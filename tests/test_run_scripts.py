@@ -28,7 +28,7 @@ class Checkout:
         self.add(".venv/bin/activate", "")
         for name in ("python", "torchrun"):
             self.add(f".venv/bin/{name}", NOTE)
-            self.add(f"programs/{name}", NOTE)
+            self.add(f"programs/{name}", f'case "$2" in *device_count*) echo "${{GPUS:-2}}"; exit ;; esac\n{NOTE}')
         self.add("programs/nvidia-smi", "echo 'GPU 0: one'; echo 'GPU 1: another'\n")
 
     def add(self, name: str, body: str) -> None:
@@ -94,11 +94,18 @@ def test_a_machine_without_a_gpu_is_told_so(checkout: Checkout, smi: str | None)
         checkout.add("programs/nvidia-smi", smi)
     cluster = {name: "1" for name in ("NNODES", "NODE_RANK", "RDZV_ENDPOINT", "RDZV_ID")}
     for script, code in (("speedrun.sh", 1), ("cluster/train.sh", 2)):
-        env = {"NPROC": None, **cluster, **({"PATH": path} if path else {})}
+        env = {"NPROC": None, "GPUS": "0", **cluster, **({"PATH": path} if path else {})}
         done = checkout.run(script, **env)
         assert done.returncode == code
-        assert done.stderr.startswith("error: ") and "set NPROC" in done.stderr
+        assert "error: " in done.stderr and "set NPROC" in done.stderr
         assert not checkout.called("torchrun")
+
+
+def test_a_gpu_that_pytorch_cannot_use_is_not_counted(checkout: Checkout) -> None:
+    """As with an old driver: its eight ranks would train on the processor."""
+    done = checkout.run("speedrun.sh", NPROC=None, GPUS="0")
+    assert done.returncode == 1 and "PyTorch cannot use the GPU" in done.stderr
+    assert not checkout.called("nanochat.dataset")
 
 
 @pytest.mark.parametrize("script", ["runcpu.sh", "miniseries.sh", "scaling_laws.sh"])

@@ -20,13 +20,13 @@ done
 depth="${DEPTH:-24}"
 tag="${MODEL_TAG:-d$depth}"
 data="${DATA:-climbmix}"
-nproc="${NPROC:-${NPROC_PER_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c "^GPU " || true)}}"
-if [ "$nproc" -lt 1 ]; then
-    echo "error: nvidia-smi sees no GPU on $(hostname): set NPROC" >&2
-    exit 2
-fi
 # shellcheck source=/dev/null
 [ -n "${VIRTUAL_ENV:-}" ] || [ ! -f .venv/bin/activate ] || source .venv/bin/activate
+nproc="${NPROC:-${NPROC_PER_NODE:-$(python -c 'import torch; print(torch.cuda.device_count())' || echo 0)}}"
+if [ "$nproc" -lt 1 ]; then
+    echo "error: PyTorch sees no GPU on $(hostname): nanochat doctor tells more; or set NPROC" >&2
+    exit 2
+fi
 export NANOCHAT_BASE_DIR OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 # Bash runs a trap only between commands, or while it waits: so each command runs in the background and is waited for.
