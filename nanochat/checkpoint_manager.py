@@ -42,12 +42,8 @@ STAGES = ("base", "sft", "rl")
 LATEST = 1e11  # seconds since 1970: a checkpoint that claims to be later does not say when it was made
 BEST_FILE, SETTINGS_FILE = "best.json", "settings.json"
 SHARDED_DIR = "sharded"
-MODEL_FILE, OPTIMIZER_FILE, META_FILE, MANIFEST_FILE = (
-    "model.safetensors",
-    "optim.safetensors",
-    "meta.json",
-    "manifest.json",
-)
+MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optim.safetensors"
+META_FILE, MANIFEST_FILE = "meta.json", "manifest.json"
 
 
 class CheckpointError(NanochatError):
@@ -61,9 +57,13 @@ def get_runs_dir() -> Path:
     return get_base_dir() / "runs"
 
 
+def is_tag(name: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None
+
+
 def get_run_dir(tag: str) -> Path:
     """The directory of a run. Raises NanochatError for a tag that is not a plain name."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", tag):
+    if not is_tag(tag):
         raise NanochatError(f"model tag {tag!r} is not a plain name: use letters, digits, '.', '_' and '-'")
     return get_runs_dir() / tag
 
@@ -458,7 +458,7 @@ def open_checkpoint(
 
 
 def hash_of_weights(stage_dir: Path, step: int) -> str:
-    """By which results of other weights can be told. Raises CheckpointError if the manifest does not say."""
+    """A hash of a step's weights, by which results of others are told. Raises CheckpointError if the manifest has none."""
     directory = step_dir(stage_dir, step)
     found: str = list_files(directory).get(MODEL_FILE, {}).get("sha256") or _read_json(directory / MANIFEST_FILE)["digest"]
     return found

@@ -1,17 +1,18 @@
 """What the runs page shows, as JSON: the runs of the base directory, their curves, samples and evaluations.
 
-Read anew for each request, so a run that is training is followed live. Used by server.py.
+Read anew whenever it has changed, so a run that is training is followed live. Used by server.py.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 
-from nanochat.checkpoint_manager import SETTINGS_FILE, STAGES, get_run_dir, get_runs_dir, list_steps
+from nanochat.checkpoint_manager import SETTINGS_FILE, STAGES, get_run_dir, get_runs_dir, is_tag, list_steps
 from nanochat.common import NanochatError
 from nanochat.metrics import read_metrics, smooth, thinned
 from nanochat.openai_api import RequestError
@@ -25,7 +26,7 @@ def add_run_routes(app: FastAPI) -> None:
     def runs() -> list[dict[str, Any]]:
         """All runs, the newest first."""
         folder = get_runs_dir()
-        found = [describe_run(path) for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+        found = [describe_run(path) for path in folder.iterdir() if is_tag(path.name)] if folder.is_dir() else []
         return sorted((run for run in found if run["stages"]), key=lambda run: -run["updated"])
 
     @app.get("/api/runs/{tag}")
@@ -36,7 +37,8 @@ def add_run_routes(app: FastAPI) -> None:
         except NanochatError as error:
             raise RequestError(str(error), param="tag") from None
         try:  # os.path, since Path.is_dir fails on a name that is too long for a file
-            stages = {stage: describe_stage(run_dir / stage) for stage in STAGES if os.path.isdir(run_dir / stage)}
+            found = [run_dir / stage for stage in STAGES if os.path.isdir(run_dir / stage)]
+            stages = {stage_dir.name: describe_stage(stage_dir, _stamp(stage_dir)) for stage_dir in found}
         except NanochatError as error:
             raise RequestError(str(error), status=500) from None
         if not stages:
@@ -54,7 +56,15 @@ def describe_run(run_dir: Path) -> dict[str, Any]:
     return {"tag": run_dir.name, "stages": stages, "updated": updated}
 
 
-def describe_stage(stage_dir: Path) -> dict[str, Any]:
+def _stamp(stage_dir: Path) -> tuple[tuple[int, int], ...]:
+    """(time of the last change, size) of what tells of a stage; of the directory itself, as checkpoints come and go."""
+    paths = [stage_dir, *(stage_dir / name for name in ("metrics.jsonl", SETTINGS_FILE, "eval.json"))]
+    return tuple((info.st_mtime_ns, info.st_size) for info in (path.stat() for path in paths if path.exists()))
+
+
+@functools.lru_cache(maxsize=64)
+def describe_stage(stage_dir: Path, stamp: tuple[tuple[int, int], ...]) -> dict[str, Any]:
+    """What a stage has done; read once for each `stamp`, since long runs take a second."""
     rows = read_metrics(stage_dir / "metrics.jsonl")
     train = [row for row in rows if row.get("train/loss") is not None]
     curves = {"train/loss": _points(train, "train/loss", smoothed=True)}

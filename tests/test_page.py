@@ -16,7 +16,7 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.engine import Engine
 from nanochat.server import create_app
 from nanochat.service import ChatDefaults
-from tests.helpers import serve
+from tests.helpers import serve, wait_for
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -298,6 +298,45 @@ def test_a_question_is_kept_before_it_is_answered(page: playwright.Page) -> None
     page.locator("#log[aria-busy]").wait_for()
     page.reload()
     assert page.locator(".message.user .content").inner_text() == "a long question"
+    page.unroute_all()
+    page.get_by_text("Try again").click()
+    page.locator(".message.assistant").wait_for()
+    _settle(page)
+    assert page.get_by_text("Try again").count() == 0
+
+
+def test_a_half_written_answer_outlives_a_reload(page: playwright.Page) -> None:
+    page.evaluate("""() => { window.fetch = async () => new Response(new ReadableStream({ start(c) {
+        c.enqueue(new TextEncoder().encode('data: {"token": "half of it", "part": "text"}\\n\\n'));
+    } }), { headers: { "Content-Type": "text/event-stream" } }); }""")
+    page.fill("#text", "tell me")
+    page.keyboard.press("Enter")
+    page.get_by_text("half of it").wait_for()
+    page.reload()
+    assert "half of it" in page.locator(".message.assistant").inner_text()
+    assert "stopped" in page.locator(".message.assistant").inner_text()
+
+
+def test_a_reader_who_went_up_stays_there(page: playwright.Page) -> None:
+    for i in range(6):
+        _pretend(page, {"token": f"line {i}\n\n" * 20, "part": "text"})
+        _ask(page, f"question {i}")
+    place = "document.getElementById('log').scrollTop"
+    page.evaluate(f"{place} = 300")
+    page.get_by_text("Look inside").click()
+    assert abs(page.evaluate(place) - 300) < 20  # but for what has become longer above
+    _ask(page, "another")
+    assert page.evaluate(place) > 300  # who asks wants to see the answer
+
+
+def test_answers_can_be_copied_from_another_machine(page: playwright.Page) -> None:
+    """Over plain HTTP browsers give pages no clipboard."""
+    page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
+    page.evaluate("document.addEventListener('copy', () => { window.copied = document.activeElement.value; })")
+    _ask(page, "a question")
+    page.locator(".message.user").get_by_text("Copy").click()
+    page.get_by_text("Copied").wait_for()
+    assert page.evaluate("window.copied") == "a question"
 
 
 def test_a_question_that_failed_is_not_read_with_the_next(page: playwright.Page) -> None:
@@ -417,6 +456,15 @@ def test_a_phone_has_room_for_everything(url: str, browser: playwright.Browser) 
     page.locator("#new").wait_for()
     page.locator("#new").tap()
     page.locator("#sidebar").wait_for(state="hidden")
+    page.get_by_label("Show conversations").tap()
+    page.keyboard.press("Escape")
+    page.locator("#sidebar").wait_for(state="hidden")
+    assert _focused(page) == "open-sidebar"
+    page.locator("#text").tap()
+    page.keyboard.type("one")
+    page.keyboard.press("Enter")  # phones have no Shift+Enter
+    page.keyboard.type("two")
+    assert page.locator("#text").input_value() == "one\ntwo"
     for name in ("#text", "#send", "#inside", "#open-settings"):
         box = page.locator(name).bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 360
@@ -435,3 +483,16 @@ def test_the_runs_page_draws_the_curves(url: str, page: playwright.Page) -> None
     )
     assert {points > 1 for points, _ in widths} == {True, False}
     assert all((width > 5) == (points == 1) for points, width in widths)  # a single point is to be seen
+
+
+def test_the_runs_page_leaves_the_reader_where_they_are(url: str, page: playwright.Page, tiny_run: Path) -> None:
+    page.goto(f"{url}/runs")
+    page.locator("summary").first.focus()
+    page.evaluate("window.before = document.querySelector('summary')")
+    with page.expect_response("**/api/runs/tiny", timeout=10_000):
+        pass
+    assert page.evaluate("document.querySelector('summary') === window.before")  # nothing is new
+    with open(tiny_run / "base" / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 7, "time_s": 1.0, "val/bpb": 1.5}\n')
+    wait_for(lambda: page.evaluate("document.querySelector('summary') !== window.before"), "the new curve")
+    assert page.evaluate("document.activeElement === document.querySelector('summary')")

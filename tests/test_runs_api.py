@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,8 @@ def test_a_damaged_file_is_named(client: TestClient, tiny_run: Path, name: str, 
     with pytest.raises(RequestError, match=f"{name} cannot be read .*: restore or remove it") as raised:
         client.get("/api/runs/tiny")
     assert raised.value.status == 500
+
+
+def test_only_runs_that_can_be_asked_for_are_listed(client: TestClient, tiny_run: Path) -> None:
+    shutil.copytree(tiny_run, tiny_run.with_name("tiny - Copy"))
+    assert [run["tag"] for run in client.get("/api/runs").json()] == ["tiny"]

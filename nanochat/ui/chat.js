@@ -12,11 +12,13 @@ let running = null;  // {controller, node, ended} of the answer that is being wr
 const edits = new WeakMap();  // of a message: its open edit, which every redraw puts back
 let inside = false;
 // Enter that sends: not Shift's, nor an input method's that ends a word (which Safari tells by its key code alone).
-const sends = (event) => event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229;
+// On a phone, whose keys know no Shift+Enter, it begins a line.
+const sends = (event) => event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229 && !matchMedia("(pointer: coarse)").matches;
 
 // ---------------------------------------------------------------------------- showing
 
 function show(conversation, ...notices) {
+  const place = conversation === current && !isAtEnd() ? log.scrollTop : Infinity;  // of a reader who went up
   current = conversation;
   $("title").textContent = conversation.title;
   const nodes = store.path(conversation);
@@ -25,10 +27,11 @@ function show(conversation, ...notices) {
     if (inside && nodes.length) log.append(readingView(nodes));
     log.append(...notices);
     showList();
-    log.scrollTop = log.scrollHeight;
+    log.scrollTop = Math.min(place, log.scrollHeight);
   });
 }
 
+const isAtEnd = () => log.scrollHeight - log.scrollTop - log.clientHeight < 60;
 const nameOf = (control) => control.title || control.getAttribute("aria-label") || control.textContent;
 const controlOf = (item, name) => [...item.querySelectorAll("button, summary, [tabindex]")].find((control) => nameOf(control) === name);
 
@@ -87,8 +90,12 @@ function showMessage(node) {
     actions.append(arrow("‹", "Previous version", -1), `${at + 1}/${siblings.length}`, arrow("›", "Next version", 1));
   }
   actions.append(button("Copy", (event) => copy(plainText(node.content), event.target)));
-  if (node.role === "user") actions.append(button("Edit", () => edit(box, node)));
-  else if (!running || running.node !== node) actions.append(button("Regenerate", () => regenerate(node)));
+  if (node.role === "user") {
+    actions.append(button("Edit", () => edit(box, node)));
+    if (!node.children.length && !running) actions.append(button("Try again", () => respond(node)));  // it was never answered
+  } else if (running?.node !== node) {
+    actions.append(button("Regenerate", () => regenerate(node)));
+  }
   if (node.note) actions.append(element("span", { class: "note" }, node.note));
   box.append(actions);
   return box;
@@ -165,6 +172,7 @@ async function ask(content, parent = null) {
   parent ??= store.path(current).findLast((node) => node.role === "assistant") ?? current.nodes.root;
   const node = store.add(current, parent, "user", content);
   store.save(current);  // at once: an answer may take minutes
+  log.scrollTop = log.scrollHeight;
   respond(node);
 }
 
@@ -174,7 +182,8 @@ function regenerate(node) {
 
 function respond(question) {
   const controller = new AbortController();
-  running = { controller, node: store.add(current, question, "assistant", []) };
+  const chosen = question.chosen;
+  running = { controller, conversation: current, node: store.add(current, question, "assistant", []), chosen };
   running.ended = receive(current, question, running.node, controller.signal);
 }
 
@@ -201,18 +210,18 @@ async function receive(conversation, question, node, signal) {
     if (error.name === "AbortError") node.note = "stopped";
     else failure = error;
   }
+  const { chosen } = running;
   running = null;
   send.textContent = "Send";
   log.removeAttribute("aria-busy");
-  if (!node.content.length && !node.note) store.removeNode(conversation, node);
+  if (!node.content.length && !node.note) store.removeNode(conversation, node, chosen);
   if (!store.save(conversation)) node.note ??= "this browser's storage is full: the conversation will not be there after a reload";
-  if (current === conversation) show(conversation, ...(failure ? [failureNotice(failure, question)] : []));
+  if (current === conversation) show(conversation, ...(failure ? [failureNotice(failure)] : []));
   status.textContent = failure ? "The answer failed." : `The answer: ${plainText(node.content).slice(0, 500)}`;
 }
 
-function failureNotice(failure, question) {
-  const again = element("button", { onclick: () => respond(question) }, "Try again");
-  return element("article", { class: "message error", role: "alert" }, element("div", { class: "content" }, failure.message), element("div", { class: "actions" }, again));
+function failureNotice(failure) {
+  return element("article", { class: "message error", role: "alert" }, element("div", { class: "content" }, failure.message));
 }
 
 // The answer that is being written, once for each frame however many tokens came.
@@ -225,11 +234,17 @@ function redraw() {
     if (!running) return;
     const box = [...log.querySelectorAll(".message.assistant")].at(-1);
     if (!box) return;
-    const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+    const atEnd = isAtEnd();
     fill(box.querySelector(".content"), running.node);
     if (atEnd) log.scrollTop = log.scrollHeight;  // unless the reader went up to read
   });
 }
+
+addEventListener("pagehide", () => {  // a reload: what is written so far is kept
+  if (!running?.node.content.length) return;
+  running.node.note = "stopped";
+  store.save(running.conversation);
+});
 
 // The promise is kept when the answer that was being written has ended.
 function stop() {
@@ -253,7 +268,8 @@ text.addEventListener("keydown", (event) => {
 });
 text.addEventListener("input", () => { text.style.height = ""; text.style.height = `${text.scrollHeight}px`; });
 document.addEventListener("keydown", (event) => {
-  if (event.key === "Escape" && running && !$("settings").open) stop();
+  if (event.key === "Escape" && $("sidebar").classList.contains("shown")) closeSidebar();
+  else if (event.key === "Escape" && running && !$("settings").open) stop();
   if (event.key.toLowerCase() === "o" && event.ctrlKey && event.shiftKey) { event.preventDefault(); begin(); }
 });
 
@@ -265,10 +281,16 @@ function begin() {
 }
 $("new").addEventListener("click", begin);
 
-const closeSidebar = () => $("sidebar").classList.remove("shown");
-$("open-sidebar").addEventListener("click", () => { $("sidebar").classList.add("shown"); $("close-sidebar").focus(); });
+function showSidebar(shown) {  // on a phone, where it covers the rest
+  $("sidebar").classList.toggle("shown", shown);
+  $("column").inert = shown;
+  $("open-sidebar").setAttribute("aria-expanded", String(shown));
+  $(shown ? "close-sidebar" : "open-sidebar").focus();
+}
+const closeSidebar = () => { if ($("sidebar").classList.contains("shown")) showSidebar(false); };
+$("open-sidebar").addEventListener("click", () => showSidebar(true));
 $("close-sidebar").addEventListener("click", closeSidebar);
-$("column").addEventListener("click", (event) => { if (event.target.id !== "open-sidebar") closeSidebar(); });
+document.addEventListener("click", (event) => { if (!event.composedPath().some((node) => ["sidebar", "open-sidebar"].includes(node.id))) closeSidebar(); });
 
 $("inside").addEventListener("click", () => {
   inside = !inside;

@@ -37,11 +37,24 @@ export function markdown(text) {
 
 export async function copy(text, button) {
   try {
-    await navigator.clipboard.writeText(text);
+    if (navigator.clipboard) await navigator.clipboard.writeText(text);
+    else if (!copyFromField(text, button)) throw new Error("refused");
     flash(button, "Copied");
   } catch {
     flash(button, "Not allowed");
   }
+}
+
+// Over plain HTTP from another machine browsers have no clipboard, but still this.
+function copyFromField(text, button) {
+  const field = element("textarea", { class: "hidden-text", "aria-hidden": "true" });
+  field.value = text;
+  button.after(field);
+  field.select();
+  const done = document.execCommand("copy");
+  field.remove();
+  button.focus();
+  return done;
 }
 
 function flash(button, text) {

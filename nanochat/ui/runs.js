@@ -53,10 +53,13 @@ function showStage(name, stage, open) {
   return element("section", {}, ...parts);
 }
 
+let shown = "";  // the run as it was drawn
+
 async function refresh() {
   try {
     const runs = await get("/api/runs");
     if (!runs.length) {
+      shown = "";
       main.replaceChildren(element("p", {}, "No run yet: train one with bash runs/demo.sh."));
       return;
     }
@@ -66,15 +69,25 @@ async function refresh() {
     }
     choice.value = chosen;
     const run = await get(`/api/runs/${encodeURIComponent(chosen)}`);
-    const open = new Set([...main.querySelectorAll("details[open]")].map((box) => box.dataset.key));
-    main.replaceChildren(...Object.entries(run.stages).map(([name, stage]) => showStage(name, stage, open)));
     const newest = Math.max(...Object.values(run.stages).map((stage) => stage.updated));
     const training = Date.now() / 1000 - newest < LIVE_S;
-    live.textContent = training ? "● training" : "";
-    live.className = training ? "live" : "";
+    say(training ? "● training" : "", training ? "live" : "");
+    const news = JSON.stringify(run);
+    if (news === shown) return;  // what is being read, or has the focus, stays
+    shown = news;
+    const open = new Set([...main.querySelectorAll("details[open]")].map((box) => box.dataset.key));
+    const focused = document.activeElement.closest("details")?.dataset.key;
+    main.replaceChildren(...Object.entries(run.stages).map(([name, stage]) => showStage(name, stage, open)));
+    if (focused) main.querySelector(`details[data-key="${CSS.escape(focused)}"] summary`)?.focus();
   } catch (error) {
-    live.textContent = error.message;
+    say(error.message, "");
   }
+}
+
+function say(text, className) {
+  if (live.textContent === text) return;  // a screen reader says it once
+  live.textContent = text;
+  live.className = className;
 }
 
 choice.addEventListener("change", refresh);

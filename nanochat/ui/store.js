@@ -101,14 +101,15 @@ export function add(conversation, parent, role, content) {
   const node = { id: newId(), parent: parent.id, role, content, children: [], chosen: 0 };
   conversation.nodes[node.id] = node;
   parent.chosen = parent.children.push(node.id) - 1;
-  if (parent.id === "root" && role === "user" && conversation.title === "New chat") conversation.title = content.slice(0, 60);
+  if (parent.id === "root" && role === "user" && conversation.title === "New chat") conversation.title = [...content].slice(0, 60).join("");
   return node;
 }
 
-export function removeNode(conversation, node) {
+// Take a message away again; `chosen`: which of its siblings was shown before it came.
+export function removeNode(conversation, node, chosen) {
   const parent = conversation.nodes[node.parent];
   parent.children = parent.children.filter((id) => id !== node.id);
-  parent.chosen = Math.max(0, parent.children.length - 1);
+  parent.chosen = chosen;
   delete conversation.nodes[node.id];
 }
 
