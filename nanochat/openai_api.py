@@ -91,18 +91,24 @@ class Extension(BaseModel):
 
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, Field(max_length=MAX_CHARS)] | Annotated[list[Part], Field(max_length=MAX_MESSAGES)]
+    content: Annotated[str, Field(max_length=MAX_CHARS)] | Annotated[list[Part], Field(max_length=MAX_MESSAGES)] | None
     nanochat: Extension | None = None  # of an answer that is sent back as it came
 
+    @model_validator(mode="after")
+    def _refuse_silence(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise ValueError("content is null, which only an answer of the assistant may be")
+        return self
+
     def parts(self) -> list[dict[str, str]]:
-        content: str | list[Part] = self.content
+        content: str | list[Part] = self.content or ""
         if self.role == "assistant" and self.nanochat is not None:
             content = self.nanochat.parts or content
         return [{"type": "text", "text": content}] if isinstance(content, str) else [part.model_dump() for part in content]
 
 
 class StreamOptions(BaseModel):
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class SamplingRequest(BaseModel):
@@ -112,7 +118,7 @@ class SamplingRequest(BaseModel):
 
     model: str | None = Field(None, max_length=500)
     temperature: float | None = Field(None, ge=0, le=100)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=MAX_TOKENS)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
@@ -144,7 +150,7 @@ class SamplingRequest(BaseModel):
         return SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=max(0, self.top_k or 0),
-            top_p=1.0 if self.top_p is None else self.top_p,
+            top_p=1.0 if self.top_p is None else max(self.top_p, 1e-6),  # of 0 the likeliest token is left, too
             min_p=self.min_p or 0.0,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             seed=seed + choice,
@@ -164,11 +170,12 @@ class ChatRequest(SamplingRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[Any] | None = None
+    functions: list[Any] | None = None  # as tools were once called
     response_format: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _refuse_tools(self) -> ChatRequest:
-        if self.tools:
+        if self.tools or self.functions:
             raise ValueError("tools are not supported: the model has its own calculator and no others")
         if self.response_format and self.response_format.get("type") != "text":
             raise ValueError("response_format can only be text")
@@ -366,7 +373,7 @@ class TextOffsets:
         self._decoder, self._end = IncrementalDecoder(tokenizer), start
 
     def of(self, tokens: list[int]) -> list[int]:
-        """The places of the next tokens."""
+        """Where each of the next tokens begins in the text, in characters."""
         places = []
         for token in tokens:
             places.append(self._end)

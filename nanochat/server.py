@@ -1,16 +1,14 @@
 """The HTTP server: OpenAI's API, the public guide's chat stream, the pages, health and metrics. Used by scripts/chat_web.py.
 
 The event loop only passes text on; models run in the threads of service.py. To add an endpoint, write a route in
-one of the functions `_add_..._routes`; to add a limit, see `service.Limits`.
+one of the functions `_add_..._routes`; to add a limit, see `service.Limits`; guard.py is what every request passes first.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
-import re
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from importlib.resources import files
@@ -25,10 +23,10 @@ from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nanochat.common import NanochatError
 from nanochat.engine import Engine, trim_conversation
+from nanochat.guard import Guard
 from nanochat.openai_api import (
     MAX_CHARS,
     MAX_MESSAGES,
@@ -53,13 +51,12 @@ from nanochat.runs_api import add_run_routes
 from nanochat.scheduler import Sequence, TokenLogprob
 from nanochat.service import ChatDefaults, Limits, Service, Ticket
 
-OPEN_PATHS = ("/", "/health", "/metrics", "/docs", "/openapi.json", "/runs", "/favicon.ico")  # need no API key
-OPEN_PREFIXES = ("/ui/", "/static-offline-docs/")
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; style-src 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
 }
 
 
@@ -104,9 +101,10 @@ def create_app(
     _add_error_handlers(app)
     _add_pages(app)
     add_run_routes(app)
+    usual = asdict(defaults or ChatDefaults())
     _add_openai_routes(app, service)
-    for add_routes in (_add_chat_routes, _add_status_routes):
-        add_routes(app, service, asdict(defaults or ChatDefaults()))
+    _add_chat_routes(app, service, usual)
+    _add_status_routes(app, service, usual)
     return app
 
 
@@ -192,6 +190,7 @@ def _add_status_routes(app: FastAPI, service: Service, defaults: dict[str, Any])
         """What lm-eval's remote tokenizer asks for (vLLM's name and form)."""
         return {"bos_token": "<|bos|>", "eos_token": "<|assistant_end|>", "vocab_size": service.tokenizer.get_vocab_size()}
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> JSONResponse:
         status = "failed" if not service.is_healthy else "ok" if service.is_ready else "compiling"
@@ -392,15 +391,24 @@ async def _guide_events(service: Service, ticket: Ticket, dropped: int) -> Async
             yield f"data: {json.dumps(done)}\n\n"
 
 
-# ----------------------------------------------------------------------------- pages, errors, guard
+# ----------------------------------------------------------------------------- pages and errors
+
+
+class FreshFiles(StaticFiles):
+    """Asks browsers to look each time whether a file has changed, so that no page meets scripts of another version."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
 
 
 def _add_pages(app: FastAPI) -> None:
     folder = files("nanochat").joinpath("ui")
-    app.mount("/ui", StaticFiles(directory=str(folder)), name="ui")
+    app.mount("/ui", FreshFiles(directory=str(folder)), name="ui")
 
     def page(path: str, name: str) -> None:
-        @app.get(path, response_class=FileResponse, include_in_schema=False)
+        @app.api_route(path, methods=["GET", "HEAD"], response_class=FileResponse, include_in_schema=False)
         async def show() -> FileResponse:
             return FileResponse(str(folder.joinpath(name)), media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 
@@ -432,69 +440,3 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:  # starlette logs it with its trace
         return JSONResponse(RequestError("the server failed: see its log", status=500).body(), status_code=500)
-
-
-class Guard:
-    """Refuses, before anything is parsed: requests without the API key or by another name, bodies too large or too slow."""
-
-    def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None, hosts: list[str] | None) -> None:
-        self.app, self.limits, self.api_key, self.hosts = app, limits, api_key, hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        try:
-            self._check_host(headers)
-            self._check_key(scope["path"], scope["method"], headers)
-            receive = await self._body(headers, receive)
-        except RequestError as error:
-            close = {"Connection": "close"} if error.status in (408, 413) else None
-            await JSONResponse(error.body(), status_code=error.status, headers=close)(scope, receive, send)
-        else:
-            await self.app(scope, receive, send)
-
-    def _check_host(self, headers: dict[bytes, bytes]) -> None:
-        """A page of the internet whose name suddenly means this machine (DNS rebinding) still asks by that name."""
-        host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).lower()
-        if self.hosts is not None and host and host not in self.hosts:
-            raise RequestError(f"this server is not {host[:100]!r}: ask it as {self.hosts[0]} or start it with --api-key", 403)
-
-    def _check_key(self, path: str, method: str, headers: dict[bytes, bytes]) -> None:
-        if self.api_key is None or method == "OPTIONS" or path in OPEN_PATHS or path.startswith(OPEN_PREFIXES):
-            return
-        given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-        if not hmac.compare_digest(given, self.api_key.encode("utf-8")):
-            raise RequestError("this server needs an API key: send Authorization: Bearer KEY", 401, code="invalid_api_key")
-
-    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
-        """Read the whole body, within its limits; what the app receives afterwards."""
-        limit = self.limits.max_body_bytes
-        too_large = RequestError(f"the body is larger than {limit:,} bytes: send less", status=413)
-        length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > limit:
-            raise too_large
-        body, more, gone = bytearray(), True, False
-
-        async def read() -> None:
-            nonlocal more, gone
-            while more:
-                message = await receive()
-                gone = message["type"] == "http.disconnect"
-                body.extend(message.get("body", b""))
-                more = message.get("more_body", False) and not gone
-                if len(body) > limit:
-                    raise too_large
-
-        try:
-            await asyncio.wait_for(read(), self.limits.body_timeout_s)
-        except asyncio.TimeoutError:
-            seconds = self.limits.body_timeout_s
-            raise RequestError(f"the request did not arrive within {seconds:g} s", status=408) from None
-        waiting: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
-
-        async def replay() -> Message:
-            return waiting.pop() if waiting else ({"type": "http.disconnect"} if gone else await receive())
-
-        return replay

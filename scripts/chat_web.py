@@ -19,6 +19,7 @@ from nanochat.checkpoint_manager import STAGES, load_model
 from nanochat.common import NanochatError, compute_init, run_command
 from nanochat.compilation import in_own_thread, keep_freed_memory
 from nanochat.engine import Engine
+from nanochat.guard import CarefulProtocol
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
 from nanochat.server import create_app
@@ -54,6 +55,8 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     network = parser.add_argument_group("network")
     network.add_argument("-p", "--port", type=int, default=8000, help="of http://HOST:PORT")
     network.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
+    network.add_argument("--allow-host", action="append", default=[], metavar="NAME",
+                         help="answer to this name alone (default: without a key, at 127.0.0.1, this machine's)")  # fmt: skip
     network.add_argument("--api-key", default=os.environ.get("NANOCHAT_API_KEY"), help="asked for (default: NANOCHAT_API_KEY)")
     network.add_argument("--cors-origin", action="append", metavar="URL", help="let pages from there call the API")
     network.add_argument("--max-waiting", type=int, default=Limits.max_waiting, help="texts in the queue; more get 429")
@@ -69,15 +72,18 @@ def main(argv: list[str] | None = None) -> int:
         raise NanochatError("--num-gpus, --max-rows and --max-waiting must be at least 1")
     SamplingParams(args.temperature, args.top_k, max_tokens=args.max_tokens)  # raises if a default has no meaning
     defaults = ChatDefaults(args.temperature, args.top_k, args.max_tokens)
-    if args.api_key == "":
-        raise NanochatError("the API key is empty, which would let nobody in or all: set one, or leave out --api-key")
+    args.require_between(0, 86400, "grace", "request_timeout")
+    if args.api_key is not None:
+        args.api_key = args.api_key.strip()  # of the line end that a secret from a file has
+        if not args.api_key or not args.api_key.isascii() or not args.api_key.isprintable():
+            raise NanochatError("the API key is empty or has characters that no client sends: set one, or leave out --api-key")
     check_port(args.host, args.port)
     origins = [check_origin(origin) for origin in args.cors_origin or ()]
     *_, device = compute_init(args.device_type)
     keep_freed_memory()
     engines, meta = in_own_thread(lambda: load_engines(args, choose_devices(device, args.num_gpus)))
     limits = Limits(max_waiting=args.max_waiting, request_timeout_s=args.request_timeout, grace_s=args.grace)
-    hosts = allowed_hosts(args.host, args.api_key)
+    hosts = [host.lower() for host in args.allow_host] or allowed_hosts(args.host, args.api_key)
     app = create_app(engines, meta["tag"], limits, args.api_key, origins, args.compile, hosts, defaults)
     url = f"http://{in_url(args.host)}:{args.port}"
     others = "; --host 0.0.0.0 lets other machines in" if is_local(args.host) else ""
@@ -89,8 +95,9 @@ def main(argv: list[str] | None = None) -> int:
             "the first answers wait about half a minute for the compiler; --no-compile starts at once, and slower", flush=True
         )
     config = uvicorn.Config(
-        app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=int(args.grace) + 5
-    )
+        app, host=args.host, port=args.port, http=CarefulProtocol, log_level="warning",
+        timeout_graceful_shutdown=int(args.grace) + 5,
+    )  # fmt: skip
     with contextlib.suppress(KeyboardInterrupt):  # how one stops a server
         Server(config, app.state.service).run()
     if not app.state.service.is_stopped:

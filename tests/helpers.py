@@ -16,6 +16,7 @@ import uvicorn
 
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.guard import CarefulProtocol
 from nanochat.metrics import MetricsLog
 from nanochat.passes import Batch
 from nanochat.sampling import SamplingParams
@@ -106,7 +107,8 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 90.0) -> 
 @contextlib.contextmanager
 def serve(app: Any) -> Iterator[int]:
     """Run an app on a free port of this machine, as scripts/chat_web does; yields the port."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1))
+    config = uvicorn.Config(app, port=0, http=CarefulProtocol, log_level="warning", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
@@ -20,6 +21,7 @@ import torch
 from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
+from nanochat import guard
 from nanochat.engine import Engine
 from nanochat.openai_api import CompletionRequest, token_text
 from nanochat.sampling import SamplingParams
@@ -190,9 +192,11 @@ def test_conversations_as_clients_send_them(client: TestClient) -> None:
     """Several system messages, neighbours of one role, text parts, fields that we do not know."""
     messages = [
         {"role": "system", "content": "Be kind."}, {"role": "developer", "content": "Be short."},
+        {"role": "user", "content": "zero"}, {"role": "assistant", "content": None},
         {"role": "user", "content": [{"type": "text", "text": "one"}]}, {"role": "user", "content": "two", "name": "x"},
     ]  # fmt: skip
-    response = client.post(CHAT, json={**HELLO, "messages": messages, "user": "someone", "store": True})
+    ours = {"user": "someone", "store": True, "top_p": 0, "stream_options": {"include_usage": None}, "functions": []}
+    response = client.post(CHAT, json={**HELLO, "messages": messages, **ours})
     assert response.status_code == 200
     text = "".join(client.post("/tokenize", json={"messages": messages}).json()["token_strs"])
     assert "Be kind.\n\nBe short." in text and "one\n\ntwo" in text
@@ -208,7 +212,8 @@ def test_conversations_as_clients_send_them(client: TestClient) -> None:
      ({"messages": "hello"}, "messages"), ({"messages": [{"role": "robot", "content": "x"}]}, "role"),
      ({"messages": [{"role": "assistant", "content": "x"}]}, "last message"), ({"presence_penalty": 1}, "presence_penalty"),
      ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
-     ({"tools": [{}]}, "tools"), ({"messages": [{"role": "user", "content": "word " * 2000}]}, "does not fit"),
+     ({"tools": [{}]}, "tools"), ({"functions": [{}]}, "tools"), ({"messages": [{"role": "user", "content": None}]}, "null"),
+     ({"messages": [{"role": "user", "content": "word " * 2000}]}, "does not fit"),
      ({"top_logprobs": 99}, "top_logprobs"), ({"seed": 1.5}, "seed"), ({"logit_bias": {"5": 1}}, "logit_bias"),
      ({"frequency_penalty": 1}, "frequency_penalty"), ({"response_format": {"type": "json_object"}}, "response_format")],
 )  # fmt: skip
@@ -306,7 +311,8 @@ def test_an_api_key_is_asked_for(engine: Engine) -> None:
         assert client.post(CHAT, json=HELLO).status_code == 401
         assert client.post(CHAT, json=HELLO, headers={"Authorization": "Bearer wrong"}).status_code == 401
         assert client.get("/api/runs").status_code == 401
-        assert client.post(CHAT, json=HELLO, headers={"Authorization": "Bearer secret"}).status_code == 200
+        for scheme in ("Bearer", "bearer"):
+            assert client.post(CHAT, json=HELLO, headers={"Authorization": f"{scheme} secret"}).status_code == 200
         assert client.get("/").status_code == client.get("/health").status_code == client.get("/docs").status_code == 200
 
 
@@ -330,6 +336,10 @@ def test_pages_work_without_the_internet(client: TestClient) -> None:
             assert not place.startswith(("http:", "https:", "//")), place
             if place.endswith((".js", ".css")) and place.startswith("/"):
                 assert client.get(place).status_code == 200
+    for path in ("/", "/health"):
+        assert client.head(path).status_code == 200
+    for path in ("/", "/ui/chat.js"):  # else a new page meets old scripts
+        assert client.get(path).headers["cache-control"] == "no-cache"
     assert "script-src" in (policy := client.get("/").headers["content-security-policy"]) or "default-src 'self'" in policy
 
 
@@ -404,6 +414,24 @@ def test_slow_and_broken_clients_do_not_stop_the_others(engine: Engine) -> None:
         while b"[DONE]" not in received:
             received += crowd[2].recv(1)
         for connection in crowd:
+            connection.close()
+
+
+def test_headers_have_an_end_and_come_in_time(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "HEAD_TIMEOUT_S", 0.5)
+    with serve(create_app([engine], "tiny", api_key="secret")) as port:
+        silent, slow, endless = (socket.create_connection(("127.0.0.1", port)) for _ in range(3))
+        slow.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\nGET /health HTT")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(64):
+                endless.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 2**16)
+        for connection, end in ((silent, b""), (slow, b"}"), (endless, b"Connection: close\r\n\r\n")):
+            connection.settimeout(10)
+            received = b""
+            with contextlib.suppress(ConnectionError):
+                while more := connection.recv(2**16):
+                    received += more
+            assert received.endswith(end) and received.count(b"200 OK") == (connection is slow)
             connection.close()
 
 

@@ -1,0 +1,127 @@
+"""What a request must be before anything looks into it. Used by server.py and, for the connection, scripts/chat_web.py."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import re
+from typing import Any
+
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from nanochat.openai_api import RequestError
+from nanochat.service import Limits
+
+OPEN_PATHS = ("/", "/health", "/metrics", "/docs", "/openapi.json", "/runs", "/favicon.ico")  # need no API key
+OPEN_PREFIXES = ("/ui/", "/static-offline-docs/")
+MAX_HEAD_BYTES = 1 << 19  # of a request before its body; what is read at a time, 256 kB, may hold some of that
+HEAD_TIMEOUT_S = 30.0
+
+
+class CarefulProtocol(HttpToolsProtocol):
+    """uvicorn's HTTP, but a connection whose next request's headers have no end, or do not come, is closed."""
+
+    _head_bytes = 0
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        if self._deadline is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\n\r\n")
+                self.transport.close()
+                return
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._await_head()
+
+    def on_headers_complete(self) -> None:
+        self._stop_waiting()
+        super().on_headers_complete()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(error)
+
+    def _await_head(self) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline, self._head_bytes = None, 0
+
+
+class Guard:
+    """Refuses, before anything is parsed: requests without the API key or by another name, bodies too large or too slow."""
+
+    def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None, hosts: list[str] | None) -> None:
+        self.app, self.limits, self.api_key, self.hosts = app, limits, api_key, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        try:
+            self._check_host(headers)
+            self._check_key(scope["path"], scope["method"], headers)
+            receive = await self._body(headers, receive)
+        except RequestError as error:
+            close = {"Connection": "close"} if error.status in (408, 413) else None
+            await JSONResponse(error.body(), status_code=error.status, headers=close)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
+
+    def _check_host(self, headers: dict[bytes, bytes]) -> None:
+        """A page of the internet whose name suddenly means this machine (DNS rebinding) still asks by that name."""
+        host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).lower()
+        if self.hosts is not None and host and host not in self.hosts:
+            raise RequestError(f"this server is not {host[:100]!r}: ask it as {self.hosts[0]} or start it with --api-key", 403)
+
+    def _check_key(self, path: str, method: str, headers: dict[bytes, bytes]) -> None:
+        if self.api_key is None or method == "OPTIONS" or path in OPEN_PATHS or path.startswith(OPEN_PREFIXES):
+            return
+        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self.api_key.encode("utf-8")):
+            raise RequestError("this server needs an API key: send Authorization: Bearer KEY", 401, code="invalid_api_key")
+
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
+        """Read the whole body, within its limits; what the app receives afterwards."""
+        limit = self.limits.max_body_bytes
+        too_large = RequestError(f"the body is larger than {limit:,} bytes: send less", status=413)
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > limit:
+            raise too_large
+        body, more, gone = bytearray(), True, False
+
+        async def read() -> None:
+            nonlocal more, gone
+            while more:
+                message = await receive()
+                gone = message["type"] == "http.disconnect"
+                body.extend(message.get("body", b""))
+                more = message.get("more_body", False) and not gone
+                if len(body) > limit:
+                    raise too_large
+
+        try:
+            await asyncio.wait_for(read(), self.limits.body_timeout_s)
+        except asyncio.TimeoutError:
+            seconds = self.limits.body_timeout_s
+            raise RequestError(f"the request did not arrive within {seconds:g} s", status=408) from None
+        waiting: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+        async def replay() -> Message:
+            return waiting.pop() if waiting else ({"type": "http.disconnect"} if gone else await receive())
+
+        return replay
