@@ -1,4 +1,4 @@
-"""How well a chat model does a task. Used by scripts/chat_eval and, while training, by scripts/chat_rl.
+"""How well a chat model does a task. Used by scripts/chat_eval and, while training, by chat_sft and chat_rl.
 
 Generative tasks are answered by the batched engine and judged by the task; categorical ones by the likeliest letter.
 ChatCORE is the mean of the centred accuracies of six tasks.

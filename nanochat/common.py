@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, cast
 
 import numpy as np
 import psutil
@@ -154,7 +154,7 @@ def run_command(main: Callable[[list[str] | None], int]) -> int:
     _is_command = True
     debug = "--debug" in sys.argv or os.environ.get("NANOCHAT_DEBUG") == "1"
     argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a Windows pipe's code page lacks most of what a model may write
             stream.reconfigure(errors="replace")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -383,6 +383,20 @@ def from_rank0(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def on_rank0(work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, on every rank (a collective call); the NanochatError that it raises, as well."""
+    outcome: tuple[T | None, NanochatError | None] = (None, None)
+    if get_dist_info()[1] == 0:
+        try:
+            outcome = (work(), None)
+        except NanochatError as error:
+            outcome = (None, error)
+    result, failure = from_rank0(outcome)
+    if failure is not None:
+        raise failure
+    return cast("T", result)
 
 
 def any_rank(flag: bool) -> bool:

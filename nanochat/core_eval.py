@@ -173,10 +173,12 @@ def read_items(task: CoreTask) -> list[dict[str, Any]]:
                 if options is not None and not 0 <= item["gold"] < len(options):
                     raise ValueError(f"gold {item['gold']} is none of {len(options)} choices")
             except (ValueError, TypeError, KeyError) as error:
-                raise NanochatError(f"{task.path}:{number}: not a {task.kind} question: {error}") from error
+                raise NanochatError(
+                    f"{task.path}:{number}: not a {task.kind} question ({error}): restore the bundle"
+                ) from error
             items.append(item)
     if not items:
-        raise NanochatError(f"{task.path} is empty")
+        raise NanochatError(f"{task.path} is empty: restore the bundle, or give another with --eval-bundle")
     return items
 
 
@@ -399,7 +401,7 @@ def evaluate_core(
     if num_kept:
         print0(f"{num_kept} of {len(results['tasks'])} tasks are an earlier run's: remove {folder} to measure them again")
     if not results["tasks"]:
-        raise NanochatError(f"{bundle} holds the data of none of its {len(tasks)} tasks")
+        raise NanochatError(f"{bundle} holds the data of none of its {len(tasks)} tasks: give another with --eval-bundle")
     name = "core_metric" if len(results["tasks"]) == NUM_TASKS else "core_partial"
     results[name], results["low"], results["high"] = centered_mean(results["tasks"].values())
     return results
@@ -438,7 +440,7 @@ def _judge(task: CoreTask, question: Question, scores: list[tuple[float, bool]])
 
 
 def _rows_name(task: CoreTask, max_per_task: int) -> str:
-    """Of the file with a task's outcomes: other questions, or these asked in another way, have another."""
+    """The name of the file with a task's outcomes: other questions, or these asked in another way, have another."""
     asked = hashlib.sha256(repr((task.kind, task.num_fewshot, task.delimiter)).encode("utf-8"))
     asked.update(task.path.read_bytes())
     return f"{task.label}{f'_{max_per_task}' if max_per_task > 0 else ''}_{asked.hexdigest()[:12]}.jsonl"

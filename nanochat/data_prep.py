@@ -185,7 +185,7 @@ class ScatterDocuments(PipelineStep):
 
 
 class _LowestKeys:
-    """The so many lowest distinct ones of the keys that were added."""
+    """The lowest distinct keys of those that were added, a given number of them."""
 
     def __init__(self, number: int) -> None:
         self._keys: set[bytes] = set()

@@ -6,6 +6,7 @@ broken. Rates are measured; times are computed from them and from a share of the
 
 from __future__ import annotations
 
+import http.client
 import importlib.metadata
 import importlib.util
 import json
@@ -191,7 +192,7 @@ def examine_hub() -> Finding:
         request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
         with urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S):
             return Finding("used", name, f"{constants.ENDPOINT} answers")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         return Finding("used", name, f"{constants.ENDPOINT} cannot be reached ({reason})", without)
 

@@ -287,7 +287,9 @@ def trim_conversation(conversation: dict[str, Any], tokenizer: Tokenizer, max_to
     dropped = 0 if length(0) <= max_tokens else bisect.bisect_left(range(most), True, key=lambda n: length(n) <= max_tokens)
     if length(dropped) > max_tokens:
         tokens = length(dropped)
-        raise NanochatError(f"a message of {tokens} tokens does not fit the {max_tokens} that the context leaves for it")
+        raise NanochatError(
+            f"a message of {tokens} tokens does not fit the {max_tokens} that the context leaves for it: shorten it"
+        )
     return kept(dropped), dropped
 
 

@@ -131,7 +131,7 @@ class Sandbox:
                 raise NanochatError("this sandbox is closed: make another one")
             self._wanted.release()  # the next one starts while this one works
             if isinstance(process, OSError):
-                raise NanochatError(f"no process could be started for a program ({process})") from process
+                raise NanochatError(f"no process for a program ({process}): end others, or raise that limit") from process
             try:
                 return process.run(code, timeout_s, self.maximum_memory_bytes)
             finally:
@@ -203,7 +203,10 @@ class _Process:
         if not began or self._report.read(1) != b"+":
             self._kill()
             reason = self._process.stderr.read(4096).decode("utf-8", "replace").strip().splitlines()
-            raise NanochatError(reason[-1] if reason else f"no sign of life in {START_TIMEOUT_S:g} s")
+            what = reason[-1] if reason else f"no sign of life in {START_TIMEOUT_S:g} s"
+            raise NanochatError(
+                f"the process for a program did not start ({what}): nanochat doctor says what isolates it here"
+            )
 
     def _gather(self, output: list[bytearray], key: bytes, deadline: float) -> str | None:
         """Gather output until the verdict, the end or the deadline; "timeout", or which limit was overstepped."""
@@ -245,7 +248,7 @@ class _Process:
         return process.wait()
 
     def close(self) -> None:
-        """Leave nothing of it."""
+        """Kill the process and remove what it leaves: pipes, its folder."""
         self._kill()
         for pipe in (self._process.stdin, self._process.stdout, self._process.stderr, self._report):
             with contextlib.suppress(BrokenPipeError):  # part of a request was left to write

@@ -268,7 +268,7 @@ def score_gradient(weights: torch.Tensor, grad: torch.Tensor, shift: torch.Tenso
 
 @functools.lru_cache
 def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """One kernel for blocks of all sizes."""
+    """The kernel, compiled once for blocks of every size."""
     return torch.compile(kernel, dynamic=True)
 
 

@@ -124,7 +124,7 @@ class CausalSelfAttention(nn.Module):
         return q, k, v
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: AttentionPlan | KVCache) -> torch.Tensor:
-        """What each query finds, (B, T, H, D)."""
+        """What attention gives to each token, (B, T, H, D), before c_proj."""
         if isinstance(attention, AttentionPlan):
             return attention.attend(q, k, v, attention)
         return attention.attend(self.layer, q, k, v, self.window)
@@ -181,7 +181,7 @@ class Block(nn.Module):
         return x, *self.attn.project(norm(x), value_embedding, rotary)
 
     def after_attention(self, x: torch.Tensor, y: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
-        """The stream (B, T, n_embd) with what attention found, y (B, T, H, D), and with the MLP's answer."""
+        """The residual stream (B, T, n_embd) plus attention's output, c_proj of y (B, T, H, D), plus the MLP's."""
         x = x + self.attn.c_proj(y.flatten(2))
         if places is not None:
             x = x.flatten(0, 1)[places]

@@ -44,7 +44,9 @@ class HuggingFaceScorer:
         special = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
         self.first = next((token for token in special if token is not None), None)
         if self.first is None:
-            raise NanochatError(f"the tokenizer of {path!r} has no token to begin a text with")
+            raise NanochatError(
+                f"the tokenizer of {path!r} has no token to begin a text with: give it a bos, eos or pad token"
+            )
 
     def encode(self, text: str) -> list[int]:
         return [self.first, *self.tokenizer.encode(text, add_special_tokens=False)]

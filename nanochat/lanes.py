@@ -20,7 +20,7 @@ LANES = 16
 
 
 def count_lanes(world_size: int) -> int:
-    """As many lanes as usual, or so many more that the ranks divide them."""
+    """How many lanes there are: LANES, or the next number that the ranks divide."""
     return math.lcm(LANES, world_size)
 
 

@@ -1,4 +1,7 @@
-"""What blocks are made of: tables that are looked up, matrices that multiply, norms, rotary positions."""
+"""What blocks are made of: tables that are looked up, matrices that multiply, norms, rotary positions.
+
+Used by gpt.py and runner.py.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,7 @@ class Linear(nn.Linear):
         self.fp8 = False  # trained with products in 8 bits (fp8.py)
 
     def reset_parameters(self) -> None:
-        """As for Embedding."""
+        """Does nothing; see Embedding.reset_parameters."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (..., in_features) by this matrix."""

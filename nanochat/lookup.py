@@ -1,4 +1,4 @@
-"""Looking up the rows of a table on a GPU, with a gradient that is fast and the same each time. Used by layers.py.
+"""Looking up the rows of a table on a GPU, with a gradient that is fast and the same each time. Used by layers.py and gpt.py.
 
 The gradient of a row is the sum over the places that looked it up. Places are sorted by row once for all tables that are
 read with the same ids; then every program adds up one chunk of them, by a product with a matrix of zeros and ones, whatever

@@ -64,7 +64,7 @@ def _sum_up(
 def _in_step(
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """The same, and then batches without a target while other ranks have some: a sharded model computes on all or none."""
+    """The batches, then empty ones while other ranks still have some: a sharded model computes on all ranks or on none."""
     iterator = iter(batches)
     nothing = torch.zeros(1, 8, dtype=torch.long, device=device)
     while any_rank((batch := all_or_none(lambda: next(iterator, None))) is not None):

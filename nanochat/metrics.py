@@ -91,7 +91,7 @@ def _name(run: str, stage_dir: Path) -> str:
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    """What of a row can be drawn; nothing of a sample's."""
+    """The numbers of a row, for loggers; none of a sample's."""
     if "sample/text" in row:
         return {}
     return {k: v for k, v in row.items() if isinstance(v, int | float) and k not in ("step", "timestamp")}

@@ -136,7 +136,7 @@ def _block(name: str, shape: torch.Size, head_dim: int) -> tuple[int, int]:
 
 
 class MuonAdamW:
-    """The optimizer. `step()` expects gradients that are to be summed over ranks, or of a sharded model, that are so."""
+    """The optimizer. `step()` sums gradients over the ranks; those of a sharded model are summed already."""
 
     def __init__(self, groups: list[Group], sharded: bool = False) -> None:
         self.groups, self.sharded = groups, sharded

@@ -1,4 +1,7 @@
-"""How much a device can take at a time, and what it does in a second: measured before a run, to plan it. Used by scripts/."""
+"""How much a device can take at a time, and what it does in a second: measured before a run, to plan it.
+
+Used by scripts/base_train and chat_sft.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ def batch_worth_an_update(model: GPT) -> int:
 
 
 def _idle_optimizer(model: GPT) -> MuonAdamW:
-    """One whose steps take their time and change nothing."""
+    """An optimizer with all rates 0: its steps take their time and change nothing."""
     return model.setup_optimizer(matrix_lr=0, embedding_lr=0, unembedding_lr=0, scalar_lr=0, weight_decay=0)
 
 

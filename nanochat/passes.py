@@ -92,9 +92,10 @@ class Passes:
 
     def _record(self, batch: Batch, count: torch.Tensor) -> None:
         """Record a pass of a new shape: at once if the number of idle blocks is new too, else when it comes twice in a row."""
-        shape, before = self._shape_of(batch), self._newest
-        self._newest = shape
-        if shape == self._tried or (self._tried and shape[0] == self._tried[0] and shape != before):
+        shape = self._shape_of(batch)
+        comes_again, self._newest = shape == self._newest, shape
+        new_blocks = self._tried is None or shape[0] != self._tried[0]
+        if shape == self._tried or not (new_blocks or comes_again):
             return
         self._tried, self._recording = shape, None  # first of all: the memory of the old one is needed
         try:
@@ -152,7 +153,7 @@ class _Recording:
             parameter.grad = gradient
 
     def replay(self, batch: Batch, count: torch.Tensor) -> torch.Tensor:
-        """The loss, good until the next replay."""
+        """The loss of a batch, by replaying the graph with it; overwritten by the next replay."""
         for mine, tensor in zip((*self.batch, self.count), (*batch, count), strict=True):
             mine.copy_(tensor)
         self.graph.replay()

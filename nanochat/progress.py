@@ -1,4 +1,7 @@
-"""Live progress of long work: a bar on a terminal, a line now and then elsewhere. Used by trainer, evaluations, recipes."""
+"""Live progress of long work: a bar on a terminal, a line now and then elsewhere.
+
+Used by trainer, evaluations, downloads, data_prep and tok_train.
+"""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def merge_eval(stage_dir: Path, step: int, results: dict[str, Any]) -> None:
 
 
 def _set_damaged_aside(path: Path) -> None:
-    """What took minutes to measure is not lost for an old file that cannot be read."""
+    """Rename an eval.json that cannot be read, so that new results, minutes of work, can be stored."""
     try:
         is_whole = type(read_json(path).get("step", 0)) is int
     except NanochatError:
@@ -200,7 +200,7 @@ def render(template: str, path: Path, context: dict[str, Any]) -> Path:
 
 
 def as_cell(text: Any) -> str:
-    """For a table or a list of Markdown."""
+    """A text whose pipes and line ends do not break a table or a list of Markdown."""
     return str(text).replace("|", "\\|").replace("\n", " ")
 
 

@@ -1,4 +1,6 @@
-"""Logits to tokens: what a request may ask of sampling, and drawing for many requests at once. Used by scheduler.py.
+"""Logits to tokens: what a request may ask of sampling, and drawing for many requests at once.
+
+Used by scheduler.py; its settings by engine.py, openai_api.py and chat_web.
 
 A row's token depends on its own logits, settings and random numbers alone, whoever else is in the batch: every
 restriction (top-k, top-p, min-p) becomes one threshold on the row's logits, which does not depend on how equal logits
@@ -33,18 +35,18 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         limits = {
-            "temperature": self.temperature >= 0,
-            "top_k": self.top_k >= 0,
-            "top_p": 0 < self.top_p <= 1,
-            "min_p": 0 <= self.min_p <= 1,
-            "repetition_penalty": 0.01 <= self.repetition_penalty <= 100,
-            "max_tokens": self.max_tokens is None or self.max_tokens >= 0,
-            "stop": all(self.stop),
-            "logprobs": self.logprobs is None or self.logprobs >= 0,
+            "temperature": (self.temperature >= 0, "0 or more"),
+            "top_k": (self.top_k >= 0, "0 or more"),
+            "top_p": (0 < self.top_p <= 1, "more than 0 and at most 1"),
+            "min_p": (0 <= self.min_p <= 1, "0 to 1"),
+            "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "0.01 to 100"),
+            "max_tokens": (self.max_tokens is None or self.max_tokens >= 0, "0 or more"),
+            "stop": (all(self.stop), "texts of at least one character"),
+            "logprobs": (self.logprobs is None or self.logprobs >= 0, "0 or more"),
         }
-        for name, fine in limits.items():
+        for name, (fine, allowed) in limits.items():
             if not fine:
-                raise NanochatError(f"{name} cannot be {getattr(self, name)!r}: see SamplingParams for its range")
+                raise NanochatError(f"{name} cannot be {getattr(self, name)!r}: choose {allowed}")
 
     @property
     def greedy(self) -> bool:

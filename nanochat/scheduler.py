@@ -128,7 +128,7 @@ class Scheduler:
             raise NanochatError("an empty prompt cannot be continued: begin it with <|bos|>")
         if len(sequence.prompt) >= self.limit:
             n = len(sequence.prompt)
-            raise NanochatError(f"a prompt of {n} tokens leaves no room in a context of {self.limit}")
+            raise NanochatError(f"a prompt of {n} tokens leaves no room in a context of {self.limit}: shorten it")
         self.post(lambda: self._enqueue(sequence))
         self._submitted += 1
 

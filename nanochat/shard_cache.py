@@ -182,7 +182,7 @@ class ShardCache:
                     yield path, status, int(declared[1]) if declared else status.st_size
 
     def _remove_leftovers(self) -> None:
-        """Of downloads that were killed: the lock of such a one is free. What has no lock goes when it is a day old."""
+        """Remove files of downloads that were killed: their lock is free. What has no lock goes when it is a day old."""
         for path, status, _ in list(self._files()):
             if path.suffix != ".tmp":
                 continue

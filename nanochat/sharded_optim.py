@@ -34,7 +34,7 @@ def local_rows(values: Tensor, like: DTensor) -> Tensor:
 
 
 def as_sharded(rows: Tensor, like: DTensor) -> DTensor:
-    """The inverse: all ranks' rows as one tensor."""
+    """The inverse of `local_rows`: all ranks' rows as one tensor."""
     return DTensor.from_local(rows, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
 
@@ -54,7 +54,7 @@ class ShardedAdamWUnit:
         return {kind: torch.zeros_like(rows) for kind in ("exp_avg", "exp_avg_sq")}
 
     def start_reduce(self) -> None:
-        """Gradients came summed."""
+        """Does nothing: fully_shard has summed the gradients."""
 
     def update(self, step: int) -> None:
         rows = self.param.to_local()
@@ -62,7 +62,7 @@ class ShardedAdamWUnit:
             adamw_update(rows, local_grad(self.param), self.state["exp_avg"], self.state["exp_avg_sq"], self.group, step)
 
     def finish_gather(self) -> None:
-        """Parameters stay cut."""
+        """Does nothing: each rank keeps its rows alone."""
 
     def gather_state(self) -> dict[str, Tensor]:
         return {f"{self.name}/{kind}": as_sharded(rows, self.param) for kind, rows in self.state.items()}

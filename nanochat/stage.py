@@ -46,10 +46,10 @@ from nanochat.common import (
     NanochatError,
     all_or_none,
     atomic_write,
-    from_rank0,
     gather_objects,
     get_compute_dtype,
     get_dist_info,
+    on_rank0,
     print0,
     read_json_object,
 )
@@ -218,19 +218,10 @@ def open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Sta
     that was done since would be done again. Rank 0 decides for all.
     """
     if resume not in ("auto", "none") and not resume.isdigit():
-        raise NanochatError(f"--resume {resume!r} is neither auto nor none nor a step")
+        raise NanochatError(f"--resume {resume!r} is neither auto nor none nor a step: give one of these")
     if resume == "none" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         raise NanochatError("torchrun started this job again, but it may not go on from a checkpoint: add --resume auto")
-    outcome: Stage | NanochatError | None = None
-    if get_dist_info()[1] == 0:
-        try:
-            outcome = _open_stage(name, tag, default_tag, resume)
-        except NanochatError as error:
-            outcome = error
-    outcome = from_rank0(outcome)
-    if not isinstance(outcome, Stage):
-        raise outcome or NanochatError("rank 0 found no stage to work on")
-    return outcome
+    return on_rank0(lambda: _open_stage(name, tag, default_tag, resume))
 
 
 def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Stage:
@@ -279,7 +270,7 @@ def _newest_untagged(name: str, default_tag: str) -> str:
 
 
 def _way_to_begin_anew(directory: Path) -> str:
-    """Another run has no model for a later stage to start from."""
+    """The end of a sentence: how to begin a stage anew. A later stage cannot take another run, which has no model for it."""
     return "choose another --model-tag" if directory.name == STAGES[0] else f"remove {directory} to do it anew"
 
 

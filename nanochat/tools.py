@@ -1,4 +1,4 @@
-"""The calculator that the model may call. Used by engine.py.
+"""The calculator that the model may call. Used by engine.py and tasks/arithmetic.py.
 
 It parses an expression and walks the tree: nothing is ever evaluated as code, and every operand is bounded before an
 operation, so that no input takes long or much memory. It needs no signals and may be used from any thread.

@@ -185,16 +185,17 @@ class Trainer:
         if self.model.is_sharded:
             self._save_sharded(optimizer_state, meta, wait)
             return
-        failure = None
-        if self.rank == 0:
-            write = self._writer.write if wait else self._writer.start
-            try:
-                write(self.step, self.model.state_dict(), optimizer_state, meta, self.best.get("step"))
-            except OSError as error:
-                failure = error
+
+        def write() -> None:
+            if self.rank == 0:
+                begin = self._writer.write if wait else self._writer.start
+                begin(self.step, self.model.state_dict(), optimizer_state, meta, self.best.get("step"))
+
         self._saved_step = self.step
-        if wait and any_rank(failure is not None):
-            raise failure or NanochatError("rank 0 could not write the checkpoint: its reason stands above")
+        if wait:
+            all_or_none(write)
+        else:
+            write()
 
     def _save_sharded(self, optimizer_state: dict[str, torch.Tensor], meta: dict[str, Any], wait: bool) -> None:
         """Each rank writes its part while all wait: there is no room for a second copy of such a model."""
@@ -302,8 +303,7 @@ class Trainer:
         self.model.train()
         self.matmul_rate = measure_matmul_rate(self.device, self.model.get_compute_dtype()) * self.world_size
         if self.config.compile and (reason := can_compile(self.device)) is not None:
-            if self.rank == 0:
-                print(f"training without torch.compile: {reason}")
+            self.progress.print(f"training without torch.compile: {reason}")
             self.config = replace(self.config, compile=False)
 
     def _compile(self) -> None:

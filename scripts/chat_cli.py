@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from typing import Any
 
@@ -15,6 +16,8 @@ from nanochat.tokenizer import IncrementalDecoder
 
 HELP = "Type a message; 'clear' begins anew, 'quit' or Ctrl-D leaves, Ctrl-C stops an answer."
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
+# What a model writes is shown, not obeyed: some terminals set their clipboard by such characters.
+CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")})
 
 
 def parse_arguments(argv: list[str] | None) -> Arguments:
@@ -79,12 +82,12 @@ class Chat:
         self.engine, self.args, self.tokenizer = engine, args, engine.tokenizer
         self.messages: list[dict[str, Any]] = []
         self.name = "nanochat: " if args.prompt is None else ""
-        self.color = sys.stdout.isatty()
-        dim, plain = (DIM, PLAIN) if self.color else ("", "")
+        has_color = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        dim, self.plain = (DIM, PLAIN) if has_color else ("", "")
         special = self.tokenizer.encode_special
         self.marks = {  # a call of the calculator reads [23+58][= 81]
-            special("<|python_start|>"): dim + "[", special("<|python_end|>"): "]" + plain,
-            special("<|output_start|>"): dim + "[= ", special("<|output_end|>"): "]" + plain + " ",
+            special("<|python_start|>"): dim + "[", special("<|python_end|>"): "]" + self.plain,
+            special("<|output_start|>"): dim + "[= ", special("<|output_end|>"): "]" + self.plain + " ",
         }  # fmt: skip
 
     def take(self, text: str) -> None:
@@ -128,10 +131,13 @@ class Chat:
                 if token in self.engine.stop_ids:
                     break
                 tokens.append(token)
-                print(self.marks.get(token, "") + decoder.feed(token), end="", flush=True)
+                print(self.marks.get(token, "") + decoder.feed(token).translate(CONTROLS), end="", flush=True)
         except KeyboardInterrupt:
-            print(" (stopped)", end="")
-        print(decoder.flush() + (PLAIN if self.color else ""), flush=True)
+            print(" (stopped)" + self.plain, flush=True)
+            if self.args.prompt is not None:
+                raise
+            return tokens
+        print(decoder.flush().translate(CONTROLS) + (self.plain if decoder.part != "text" else ""), flush=True)
         return tokens
 
 

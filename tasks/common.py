@@ -248,7 +248,7 @@ def _download_split(repo_id: str, subset: str, split: str) -> list[Path]:
             "give a local folder with --task-data"
         ) from error
     if not (paths := sorted(Path(folder).glob(pattern))):
-        raise NanochatError(f"{repo_id} has no {pattern}")
+        raise NanochatError(f"{repo_id} has no {pattern}: its files have moved; give a local folder with --task-data")
     of = re.search(r"-of-(\d+)\.parquet$", paths[0].name)
     if of and len(paths) < int(of[1]):  # what was begun with a network goes on with one
         raise NanochatError(f"of {int(of[1])} files of {repo_id} only {len(paths)} are here: check the network, and try again")

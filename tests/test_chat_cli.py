@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,34 @@ def test_lines_that_are_pasted_are_one_message(tiny_run: Path) -> None:
         finally:
             chat.kill()
             os.close(ours)
+
+
+def test_an_answer_that_is_stopped_is_told_to_the_shell(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop over questions ends, too."""
+
+    def stopped(*_: Any, **__: Any) -> Iterator[Any]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(chat_cli.Engine, "generate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        chat_cli.main(["--model-tag=tiny", "--device-type=cpu", "-p", "hello"])
+
+
+def test_what_a_model_writes_is_shown_and_not_obeyed(
+    tiny_run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate(engine: Any, *_: Any, **__: Any) -> Iterator[Any]:
+        for token in engine.tokenizer.encode("a\x1b]52;c;eA==\x07b\x9bc\n\td"):
+            yield [token], [1]
+
+    monkeypatch.setattr(chat_cli.Engine, "generate", generate)
+    assert chat_cli.main(["--model-tag=tiny", "--device-type=cpu", "-p", "hello"]) == 0
+    assert capsys.readouterr().out == "a]52;c;eA==bc\n\td\n"
+
+
+def test_a_line_that_is_not_utf8_is_read(tiny_run: Path) -> None:
+    command = [sys.executable, "-m", "scripts.chat_cli", "--model-tag=tiny", "--device-type=cpu", "-m", "2"]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(command, input=b"caf\xe9?\n", cwd=ROOT, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -118,9 +118,10 @@ def test_the_hub_is_not_asked_when_offline(monkeypatch: pytest.MonkeyPatch) -> N
     assert "HF_HUB_OFFLINE" in doctor.examine_hub().text
     monkeypatch.undo()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
-    finding = doctor.examine_hub()
-    assert "cannot be reached" in finding.text and finding.way_out and not finding.essential
+    for endpoint in ("http://127.0.0.1:1", "http://127.0.0.1:abc"):
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        finding = doctor.examine_hub()
+        assert "cannot be reached" in finding.text and finding.way_out and not finding.essential
 
 
 def test_a_sandbox_that_is_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -274,9 +274,11 @@ def test_a_resumed_run_keeps_the_batch_that_was_chosen_for_it(corpus: Path) -> N
 
 def test_sft_fits_the_batch_of_its_base_to_another_context(tiny_run: Path) -> None:
     shutil.copytree(tiny_run, tiny_run.parent / "odd", ignore=shutil.ignore_patterns("sft"))
-    flags = ["--tasks=Arithmetic:60,Identity:40", "--num-iterations=1", "--no-compile", "--device-type=cpu"]
-    assert chat_sft.main([*flags, "--model-tag=odd", "--max-seq-len=100"]) == 0
-    assert read_meta(tiny_run.parent / "odd" / "sft", 1)["settings"]["total_batch_size"] == 400
+    flags = ["--num-iterations=1", "--no-compile", "--device-type=cpu", "--model-tag=odd", "--max-seq-len=100"]
+    for tasks, batch in (("Arithmetic:2000", 400), ("Arithmetic:60,Identity:40", 100)):  # of few conversations a row
+        assert chat_sft.main([*flags, f"--tasks={tasks}"]) == 0
+        assert read_meta(tiny_run.parent / "odd" / "sft", 1)["settings"]["total_batch_size"] == batch
+        shutil.rmtree(tiny_run.parent / "odd" / "sft")
 
 
 def test_a_resumed_run_reads_the_text_that_it_began_with(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from nanochat.checkpoint_manager import (
     read_meta,
     save_checkpoint,
 )
-from nanochat.common import NanochatError, first_line, from_rank0, get_dist_info, print0, read_json_object
+from nanochat.common import NanochatError, first_line, on_rank0, print0, read_json_object
 from nanochat.gpt import GPT
 from nanochat.hf.tokenizer_json import GUARD, from_tokenizer_json
 from nanochat.hf.weights import CUSTOM_TYPE, NATIVE_TYPE, from_custom, from_native
@@ -38,7 +38,7 @@ SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"
 ROWS_IN_A_BATCH = 32  # of fine-tuning, unless --total-batch-size says otherwise
 
 
-def load_hf(name: str, device: torch.device | str, phase: str = "eval") -> tuple[GPT, Tokenizer, dict[str, Any]]:
+def load_hf(name: str, device: torch.device | str) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """(model, tokenizer, meta) from a directory or a repository of the hub, as checkpoint_manager.load_model gives them.
 
     Raises NanochatError, one sentence, if there is no model that nanochat can compute.
@@ -62,7 +62,7 @@ def load_hf(name: str, device: torch.device | str, phase: str = "eval") -> tuple
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise NanochatError(f"{name} is damaged ({first_line(error)}): fetch or export the model anew") from error
     model = build_model(asdict(config), {key: tensor.float() for key, tensor in state.items()}, device)
-    model.train(phase == "train")
+    model.eval()
     tag = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name.rstrip("/\\")).resolve().name if Path(name).is_dir() else name)
     return model, tokenizer, {"tag": tag.strip("-._") or "model", "step": 0, "model_config": asdict(config)}
 
@@ -162,16 +162,7 @@ def import_run(name: str, tag: str | None) -> str:
 
     The run that was made of the same model before is used again. Raises NanochatError if the tag is another model's.
     """
-    outcome: str | NanochatError = ""
-    if get_dist_info()[1] == 0:
-        try:
-            outcome = _import_run(name, tag)
-        except NanochatError as error:
-            outcome = error
-    outcome = from_rank0(outcome)
-    if isinstance(outcome, NanochatError):
-        raise outcome
-    return outcome
+    return on_rank0(lambda: _import_run(name, tag))
 
 
 def _import_run(name: str, tag: str | None) -> str:
