@@ -35,6 +35,7 @@ from nanochat.document_files import (
 )
 from nanochat.progress import Progress
 from nanochat.settings import SettingsParser
+from nanochat.tokenizer import Tokenizer
 
 VAL_SHARE = 0.02  # of the documents, by hash, where no file is named for validation
 FILES_AHEAD = 2  # that are fetched, if they are far, while one is read
@@ -80,6 +81,20 @@ class Source:
             raise NanochatError(f"the shards of {self.name} hold tokens, and this command needs text: give it the text")
         for _, text in self.numbered(split):
             yield str(text)
+
+    def holds(self, num_tokens: float, tokenizer: Tokenizer) -> bool:
+        """Whether the documents to train on have about so many tokens. Read only as far as it takes to know."""
+        first = [document for _, document in itertools.islice(self.numbered("train"), 100)]
+        sample = "".join(text for text in first if isinstance(text, str))[:1_000_000]
+        bytes_per_token = len(sample.encode()) / len(tokenizer.encode(sample)) if sample else 4.0
+        if sum(file.size for file in self.train_files) >= num_tokens * bytes_per_token:  # compressed, most of them
+            return True
+        tokens = 0.0
+        for _, document in self.numbered("train"):
+            tokens += len(document.encode()) / bytes_per_token if isinstance(document, str) else len(document)
+            if tokens >= num_tokens:
+                return True
+        return False
 
     def tokenizer_fingerprint(self) -> str | None:
         """The fingerprint of the tokenizer that made this source's tokens; None if it holds text. Raises NanochatError."""

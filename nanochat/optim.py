@@ -192,7 +192,12 @@ class MuonAdamW:
 
 
 class _Unit:
-    """Tensors that are reduced, updated and gathered together: one flat buffer, cut into equal shares, one a rank."""
+    """Parameters that are reduced, updated and gathered together, as a table (rows, ...) of which each rank owns a share.
+
+    A row is what one rank may update alone: of AdamW a single number, of an embedding a row, of Muon a whole matrix. A new
+    kind says how parameters become rows, what is kept for each, and how they are updated; an entry in UNITS, one in
+    SHARDED_UNITS (sharded_optim.py) and its bytes in memory.py make it known.
+    """
 
     def __init__(self, group: Group, names: list[str], params: list[nn.Parameter], rank: int, world_size: int) -> None:
         self.group, self.names, self.params = group, names, params
@@ -206,15 +211,16 @@ class _Unit:
         self._work: dist.Work | None = None
         self._buffers: tuple[Tensor, ...] = ()  # kept until the collective that uses them is done
 
-    # A unit is a table: AdamW's rows are the single numbers of a parameter, Muon's are whole matrices.
     def _count_rows(self) -> int:
+        """Rows of all parameters together."""
         raise NotImplementedError
 
     def _as_rows(self, tensors: list[Tensor]) -> Tensor:
+        """Tensors like the parameters as a table (rows, ...)."""
         raise NotImplementedError
 
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What the state keeps for each row."""
+        """The shape of each tensor of state for one row, by name."""
         raise NotImplementedError
 
     def start_reduce(self) -> None:
@@ -230,6 +236,7 @@ class _Unit:
         self._buffers = (share, rows)
 
     def update(self, step: int) -> None:
+        """Update this rank's rows, and begin to tell the other ranks of them; step: from 1, for Adam's bias correction."""
         if self._work is not None:
             self._work.wait()
         if self.world_size == 1:
@@ -241,6 +248,7 @@ class _Unit:
         self._start_gather()
 
     def _update_rows(self, grad: Tensor, step: int) -> None:
+        """Move this rank's rows by their gradient (own rows, ...) float32, which may be overwritten."""
         raise NotImplementedError
 
     def _start_gather(self) -> None:
@@ -252,6 +260,7 @@ class _Unit:
         self._buffers = (whole, share)
 
     def finish_gather(self) -> None:
+        """Wait for the other ranks' rows and write them into the parameters."""
         if self._work is None:
             return
         self._work.wait()
@@ -259,6 +268,7 @@ class _Unit:
         self._buffers, self._work = (), None
 
     def _write_rows(self, rows: Tensor) -> None:
+        """The inverse of `_as_rows`, into the parameters."""
         raise NotImplementedError
 
     def _padded(self, rows: Tensor, length: int | None = None) -> Tensor:
@@ -269,6 +279,7 @@ class _Unit:
         return torch.cat([rows, rows.new_zeros((length - rows.size(0), *rows.shape[1:]))])
 
     def gather_state(self) -> dict[str, Tensor]:
+        """The state of all rows by the names of the parameters, on rank 0; {} on others (a collective call)."""
         result = {}
         for name, share in self.state.items():
             if self.world_size > 1:
@@ -282,9 +293,11 @@ class _Unit:
         return result
 
     def _split_state(self, name: str, rows: Tensor) -> dict[str, Tensor]:
+        """A tensor of state of all rows, cut up as "PARAMETER/NAME"."""
         raise NotImplementedError
 
     def scatter_state(self, state: dict[str, Tensor]) -> None:
+        """Take this rank's rows of what `gather_state` gave."""
         raise NotImplementedError
 
 

@@ -10,6 +10,7 @@ import itertools
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,15 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import batches_to_validate, evaluate_bpb
 from nanochat.optim import OptimizerSettings
 from nanochat.pace import batch_worth_an_update, choose_device_batch_size, flops_in, steps_in
-from nanochat.scaling import TOKENS_PER_PARAM, Horizon, accumulation_steps, expansion_share, model_config, plan_horizon
+from nanochat.scaling import (
+    MOST_PASSES,
+    TOKENS_PER_PARAM,
+    Horizon,
+    accumulation_steps,
+    expansion_share,
+    model_config,
+    plan_horizon,
+)
 from nanochat.scores import core_name
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import (
@@ -117,8 +126,11 @@ class Plan(NamedTuple):
     target_flops: float  # by which config.toml plans the same run
 
 
-def plan(args: Arguments, stage: Stage, model: GPT, world_size: int) -> Plan:
-    """How long to train and in what batches, by the flags and, of a resumed run, by what it was begun with."""
+def plan(args: Arguments, stage: Stage, model: GPT, world_size: int, holds: Callable[[float], bool]) -> Plan:
+    """How long to train and in what batches, by the flags and, of a resumed run, by what it was begun with.
+
+    holds: whether there are so many tokens of text.
+    """
     recorded = stage.recorded_settings()
     target_flops, batch_size, least_batch = args.target_flops, args.total_batch_size, 0
     if batch_size <= 0:  # a resumed run keeps its own, whatever number of ranks that was made for
@@ -127,9 +139,8 @@ def plan(args: Arguments, stage: Stage, model: GPT, world_size: int) -> Plan:
     if by_time:
         target_flops = flops_in(model, args.target_minutes)
         least_batch = batch_worth_an_update(model) if batch_size <= 0 else 0
-    expand_at = choose_expansion(args, recorded, model, target_flops if by_time else 0)
-    one_block, all_blocks = (model.estimate_flops(idle_blocks) for idle_blocks in (model.config.n_layer - 1, 0))
-    flops_per_token = expand_at * one_block + (1 - expand_at) * all_blocks
+    expand_at = choose_expansion(args, recorded, model, target_flops if by_time else 0, holds)
+    flops_per_token = mean_flops(model, expand_at)
     horizon = plan_horizon(
         model.config, flops_per_token, args.num_iterations, target_flops, args.target_param_data_ratio, batch_size,
         least_batch, batch_multiple=args.max_seq_len * world_size * max(1, args.device_batch_size),
@@ -145,7 +156,9 @@ def plan(args: Arguments, stage: Stage, model: GPT, world_size: int) -> Plan:
     return Plan(horizon, rows, expand_at, args.target_flops)
 
 
-def choose_expansion(args: Arguments, recorded: dict[str, Any], model: GPT, flops_in_time: float) -> float:
+def choose_expansion(
+    args: Arguments, recorded: dict[str, Any], model: GPT, flops_in_time: float, holds: Callable[[float], bool]
+) -> float:
     """The share of the updates in which the last block learns alone. Raises NanochatError if others would never learn.
 
     flops_in_time: what --target-minutes allow, or 0. Models that --target-flops compares are all trained in one way.
@@ -158,7 +171,15 @@ def choose_expansion(args: Arguments, recorded: dict[str, Any], model: GPT, flop
         return recorded.get("expand_at", 0.0)
     if flops_in_time <= 0:
         return 0.0
-    return expansion_share(flops_in_time / model.estimate_flops() / model.num_scaling_params()["scaling"])
+    share = expansion_share(flops_in_time / model.estimate_flops() / model.num_scaling_params()["scaling"])
+    tokens = flops_in_time / mean_flops(model, share)
+    return share if share == 0 or holds(tokens / MOST_PASSES) else 0.0
+
+
+def mean_flops(model: GPT, expand_at: float) -> float:
+    """Floating-point operations for a token, over a run whose last block learns alone for a share of it."""
+    one_block, all_blocks = (model.estimate_flops(idle_blocks) for idle_blocks in (model.config.n_layer - 1, 0))
+    return expand_at * one_block + (1 - expand_at) * all_blocks
 
 
 def peak_weight_decay(args: Arguments, horizon: Horizon) -> float:
@@ -194,7 +215,8 @@ def main(argv: list[str] | None = None) -> int:
     shape = {name: vars(args)[name] for name in SHAPE}
     check_settings(stage, {**shape, "tokenizer_fingerprint": tokenizer.fingerprint()}, args)
     model = make_model(asdict(config), device, args, stage.start)
-    horizon, rows, expand_at, target_flops = plan(args, stage, model, world_size)
+    holds = functools.partial(source.holds, tokenizer=tokenizer)
+    horizon, rows, expand_at, target_flops = plan(args, stage, model, world_size, holds)
     bundle = find_bundle(args.eval_bundle) if args.core_metric_every > 0 else None
     decided = {
         "eval_bundle": bundle, "num_iterations": horizon.num_iterations, "total_batch_size": horizon.total_batch_size,

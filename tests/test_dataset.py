@@ -19,6 +19,7 @@ from nanochat.builtin_corpus import clean, first_sentence
 from nanochat.common import NanochatError
 from nanochat.dataset import HubRepository, get_source
 from nanochat.document_files import DocumentFile
+from nanochat.tokenizer import Tokenizer
 from scripts.data_prep import list_inputs
 from tests.helpers import make_document
 
@@ -112,6 +113,15 @@ def test_text_without_blank_lines_becomes_documents(tmp_path: Path, text: str) -
     whole = next(DocumentFile(tmp_path / "book.txt").batches())[1]
     assert "".join(whole) == text
     assert all(d.endswith(("\n", " ", "字")) for d in whole[:-1])
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".txt"])
+def test_how_much_text_there_is_is_known(tmp_path: Path, tokenizer: Tokenizer, suffix: str) -> None:
+    _write(tmp_path / f"a{suffix}", DOCUMENTS)
+    source = get_source(str(tmp_path))
+    tokens = sum(len(tokenizer.encode(text)) for _, text in source.numbered("train"))
+    assert source.holds(0.8 * tokens, tokenizer)
+    assert not source.holds(1.5 * tokens, tokenizer)
 
 
 def test_what_is_hidden_is_no_text(tmp_path: Path) -> None:
