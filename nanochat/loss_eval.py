@@ -12,18 +12,17 @@ import torch.distributed as dist
 from nanochat.common import NanochatError, all_or_none, any_rank, in_process_group
 from nanochat.gpt import GPT
 
-LEAST_TOKENS, MOST_TOKENS = 2**16, 2**22  # of an evaluation, unless it is told how many
+VAL_TOKENS = {"cpu": 2**18, "cuda": 2**22}  # of an evaluation while training, unless it is told how many
 
 
-def batches_to_validate(asked: int | None, run_tokens: int, batch_tokens: int) -> int | None:
+def batches_to_validate(asked: int | None, device: torch.device, batch_tokens: int) -> int | None:
     """How many batches of validation data an evaluation while training takes, at least one; None for all.
 
-    asked: tokens, -1 for all. None: at most a sixteenth of the run's, so that evaluating takes little of its time, and a
-    power of two within LEAST_TOKENS and MOST_TOKENS, so that runs of about the same length are measured on the same.
+    asked: tokens, -1 for all, None for VAL_TOKENS: few beside those that are trained on between two evaluations, and the
+    same for all runs on such devices, which may then be compared.
     """
-    if asked is None:
-        asked = min(MOST_TOKENS, max(LEAST_TOKENS, 2 ** int(math.log2(max(1, run_tokens // 16)))))
-    return None if asked < 0 else max(1, asked // batch_tokens)
+    tokens = VAL_TOKENS.get(device.type, VAL_TOKENS["cpu"]) if asked is None else asked
+    return None if tokens < 0 else max(1, tokens // batch_tokens)
 
 
 @torch.no_grad()

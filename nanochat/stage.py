@@ -109,7 +109,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, eval_every: int = 25
     run.add_argument("--eval-every", type=int, default=eval_every, metavar="STEPS", help="validate (-1: at the end)")
     if not generates:
         run.add_argument("--eval-tokens", type=int, default=None, metavar="N",
-                         help="validation tokens to use (default: a sixteenth of the run's at most, -1: all)")  # fmt: skip
+                         help="validation tokens to use (default: 2^18, on a GPU 2^22; -1: all)")  # fmt: skip
         run.add_argument("--target-minutes", type=float, default=-1.0, help="end the training about so long after the start")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")

@@ -236,8 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     optimizer = setup_optimizer(model, args, horizon.lr_scale, peak_weight_decay(args, horizon), **optimizer_switches)
     loader = TokenLoader(source, tokenizer, rows, args.max_seq_len, "train", rank, world_size, device)
     token_bytes = tokenizer.get_token_bytes()
-    run_tokens = horizon.num_iterations * horizon.total_batch_size
-    val_batches = batches_to_validate(args.eval_tokens, run_tokens, rows * args.max_seq_len * world_size)
+    val_batches = batches_to_validate(args.eval_tokens, device, rows * args.max_seq_len * world_size)
 
     def evaluate() -> dict[str, float]:
         batches = TokenLoader(source, tokenizer, rows, args.max_seq_len, "val", rank, world_size, device, loop=False)

@@ -17,6 +17,7 @@ from nanochat.compilation import keep_freed_memory
 from nanochat.conversation_loader import ConversationLoader, check_answers, check_mixture, estimate_tokens
 from nanochat.engine import Engine
 from nanochat.loss_eval import batches_to_validate, evaluate_bpb
+from nanochat.model_config import read_config
 from nanochat.pace import choose_device_batch_size, steps_in
 from nanochat.scaling import accumulation_steps, fit_batch, learning_rate_scale
 from nanochat.settings import Arguments, SettingsParser
@@ -109,7 +110,11 @@ def main(argv: list[str] | None = None) -> int:
     start_dir, tokenizer, meta, base_step = open_start(stage, "base", args.model_step)
     model_config = meta["model_config"]
     if args.max_seq_len > 0:
+        before = read_config(model_config).windows()
         model_config["sequence_len"] = args.max_seq_len
+        after = read_config(model_config).windows()
+        if after != before:
+            print0(f"layers see {min(after)} to {max(after)} tokens back, in the base model {min(before)} to {max(before)}")
     sequence_len = model_config["sequence_len"]
     args.tasks = from_rank0(args.tasks or stage.recorded_settings().get("tasks") or default_tasks())
     train_task = build_mixture(args.tasks, "train", args.task_data)
@@ -147,8 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         load_optimizer(optimizer, start_dir, base_step)
     loader = ConversationLoader(train_task, tokenizer, rows, sequence_len, rank, world_size, device, seed=args.seed)
     token_bytes = tokenizer.get_token_bytes()
-    run_tokens = num_iterations * total_batch_size
-    val_batches = batches_to_validate(args.eval_tokens, run_tokens, rows * sequence_len * world_size)
+    val_batches = batches_to_validate(args.eval_tokens, device, rows * sequence_len * world_size)
 
     def evaluate() -> dict[str, float]:
         batches = ConversationLoader(val_task, tokenizer, rows, sequence_len, rank, world_size, device, loop=False)
