@@ -30,4 +30,5 @@ EXPOSE 8000
 HEALTHCHECK --start-period=2m CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/health')"]
 # Serves the newest fine-tuned model of the volume; other commands can stand in its place (docs/getting-started.md).
 # Behind a port of the machine it runs on, without a key, it answers to that machine's names alone.
-CMD ["python", "-m", "scripts.chat_web", "--host", "0.0.0.0", "--allow-host", "127.0.0.1", "--allow-host", "localhost"]
+CMD ["python", "-m", "scripts.chat_web", "--host", "0.0.0.0", "--allow-host", "127.0.0.1", "--allow-host", "localhost", \
+     "--allow-host", "[::1]", "--allow-host", "host.docker.internal"]

@@ -224,7 +224,7 @@ def describe_error(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and is_lost_connection(error):
         return f"another process of this job has gone: {RESTART}"
     if isinstance(error, dist.DistBackendError):
-        reason = str(error).strip().rpartition("Last error:")[2].strip().partition("\n")[0]
+        reason = str(error).strip().rpartition("Last error:")[2].strip().partition("\n")[0] or first_line(error)
         return f"the GPUs of this job cannot talk to each other ({reason}): NCCL_DEBUG=INFO tells more"
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
         return "this machine ran out of memory: choose a smaller --device-batch-size, --max-seq-len or --depth"

@@ -79,19 +79,18 @@ class ConversationLoader:
 
     def _refill(self, lane: _Lane) -> None:
         """Read conversations until the lane has enough to choose from or the data ends."""
-        unusable = 0
+        unusable: set[int] = set()
         while len(lane.buffer) < LANE_CONVERSATIONS and (index := self._index(lane.cursor)) is not None:
             lane.cursor += self.num_lanes
             ids, mask = self._render(index)
             if not mask[1 : self.row_len].any():
                 self.counts["skipped"] += 1
-                unusable += 1
-                if unusable > len(self.task):
+                unusable.add(index)
+                if len(unusable) == len(self.task):
                     raise NanochatError(
                         f"no conversation has an assistant's token within {self.row_len - 1} tokens: raise --max-seq-len"
                     )
                 continue
-            unusable = 0
             lane.buffer.append((index, ids, mask))
 
     # ------------------------------------------------------------------------- packing

@@ -330,9 +330,10 @@ def _walk(folder: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(folder, followlinks=True):
         for name in sorted(folders):
             real = os.path.realpath(os.path.join(parent, name))
-            if real in visited or name.startswith("."):
+            if name.startswith(".") or real in visited:
                 folders.remove(name)
-            visited.add(real)
+            else:
+                visited.add(real)
         folders.sort()
         yield from (Path(parent, name) for name in names if not name.startswith("."))
 
@@ -346,7 +347,12 @@ def without_strangers(paths: list[PurePath]) -> list[PurePath]:
     """The files less what data sets keep beside those to learn from: a test split, a README.md. Says so."""
     has_train = any(is_of_split("train", path) for path in paths)
     has_rows = any(path.suffix.lower() not in (".md", ".txt") for path in paths)
-    left_out = [p for p in paths if (has_train and is_of_split("test", p)) or (has_rows and p.name.lower() == "readme.md")]
+    left_out = [
+        p
+        for p in paths
+        if (has_train and is_of_split("test", p) and not is_of_split("train", p))
+        or (has_rows and p.name.lower() == "readme.md")
+    ]
     if left_out:
         more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
         print0(f"not read, as no text to learn from: {', '.join(path.name for path in left_out[:3])}{more}")
@@ -387,7 +393,7 @@ def _list_filesystem(filesystem: AbstractFileSystem, path: str) -> dict[str, dic
         found = filesystem.glob(path, detail=True)
     elif (is_web and path.endswith("/")) or (info := filesystem.info(path))["type"] == "directory":
         below = filesystem.find(path, detail=True).items()
-        found = {name: info for name, info in below if "/." not in name.removeprefix(path)}  # nothing hidden
+        found = {name: info for name, info in below if "/." not in f"/{name.removeprefix(path)}"}  # nothing hidden
     else:
         found = {info["name"]: info}
     return {name: info for name, info in found.items() if info["type"] == "file"}

@@ -4,7 +4,7 @@
 that it needs; `plan.attend(q, k, v, plan)` is then all that runs in the hot path. The backends:
 
 - "fa4": FlashAttention 4, where `flash_attn.cute` is installed (the package flash-attn-4)
-- "flex": FlexAttention compiled to a Triton kernel (compiled models on CUDA); skips the masked blocks. On Hopper and later,
+- "flex": FlexAttention compiled to a Triton kernel (CUDA, texts of one shape); skips the masked blocks. On Hopper and later,
   layers that see everything go to cuDNN
 - "fa3": FlashAttention 3, where `flash_attn_interface` is installed and the others do not run: gradients that are the same
   each time take it twice as long as FlashAttention 4 where there is a window (dev/LOG.md, "A fourth time on an H200")
@@ -55,21 +55,29 @@ class AttentionPlan(NamedTuple):
 
 
 def plan_attention(
-    T: int, window: int, device: torch.device, dtype: torch.dtype, compiled: bool = False, head_dim: int = 128
+    T: int,
+    window: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    compiled: bool = False,
+    head_dim: int = 128,
+    fixed_shape: bool = False,
 ) -> AttentionPlan:
     """The plan for causal attention over T tokens, each seeing itself and the `window` tokens before it.
 
     Its `attend(q, k, v, plan)` takes q: (B, T, H, D) and k, v: (B, T, KV, D) with H a multiple of KV, queries and keys
     of length at most QK_SCALE * sqrt(D) each, and returns (B, T, H, D) in q's dtype. Plans are cached: asking for one
     costs a dictionary look-up. compiled: for a model whose blocks are compiled (see GPT.compile); head_dim: D, which not
-    every backend takes.
+    every backend takes; fixed_shape: for texts that are always as many and as long, to which a kernel may be fitted.
     """
-    return _plan(T, min(window, T), device, dtype, compiled, head_dim)
+    return _plan(T, min(window, T), device, dtype, compiled, head_dim, compiled or fixed_shape)
 
 
 @functools.lru_cache(maxsize=256)
-def _plan(T: int, window: int, device: torch.device, dtype: torch.dtype, compiled: bool, head_dim: int) -> AttentionPlan:
-    attend, make_mask = choose_backend(device, dtype, head_dim, compiled)
+def _plan(
+    T: int, window: int, device: torch.device, dtype: torch.dtype, compiled: bool, head_dim: int, fixed_shape: bool
+) -> AttentionPlan:
+    attend, make_mask = choose_backend(device, dtype, head_dim, fixed_shape)
     own_kernels = compiled and device.type == "cpu" and dtype != torch.float16
     return AttentionPlan(attend, window, make_mask(T, window, device), own_kernels)
 
@@ -78,12 +86,12 @@ Backend = tuple[Callable[..., torch.Tensor], Callable[[int, int, torch.device], 
 
 
 @functools.lru_cache
-def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, compiled: bool) -> Backend:
+def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, fixed_shape: bool) -> Backend:
     """(attend, make_mask) of the first backend whose probe launch, forward and backward, succeeds on this device."""
     candidates: list[tuple[str, Backend]] = []
-    # What is not compiled, evaluations and RL, meets texts of ever other shapes. FlexAttention would be compiled for each of
-    # the first eight, and then write all scores to memory.
-    if device.type == "cuda" and compiled:
+    # Evaluations and RL meet texts of ever other shapes. FlexAttention would be compiled for each of the first eight, and
+    # then write all scores to memory.
+    if device.type == "cuda" and fixed_shape:
         candidates.append(("flex", (attend_flex, flex_mask)))
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         # They bring kernels of their own. Told here, since it imports the compiler, which would take each command a second.

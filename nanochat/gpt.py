@@ -224,6 +224,7 @@ class GPT(nn.Module):
         self._chunk_loss: ChunkLoss | None = None
         self.recompute_blocks = False  # in the backward pass, instead of keeping what is inside them
         self.idle_blocks = 0  # the first so many, passed over while they do not learn yet (scaling.expansion_share)
+        self.fixed_shape = True  # of the batches that it is trained on
         self.is_sharded = False  # by sharding.py: each rank holds some rows of every parameter
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -424,7 +425,8 @@ class GPT(nn.Module):
 
     def constants(self, T: int) -> tuple[tuple[torch.Tensor, torch.Tensor], list[AttentionPlan]]:
         """What all texts of T tokens share: `rotary` of their positions, and how each layer attends."""
-        how = (self.get_device(), self.get_compute_dtype(), self.is_compiled, self.config.head_dim)
+        fixed_shape = self.training and self.fixed_shape
+        how = (self.get_device(), self.get_compute_dtype(), self.is_compiled, self.config.head_dim, fixed_shape)
         return self.rotary(None, T), [plan_attention(T, window, *how) for window in self.config.windows()]
 
     def run_block(self, block: Block, *inputs: Any) -> torch.Tensor:

@@ -34,7 +34,8 @@ class CarefulProtocol(HttpToolsProtocol):
         if self._deadline is not None:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
-                self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\n\r\n")
+                if not self._is_answering():
+                    self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\n\r\n")
                 self.transport.close()
                 return
         super().data_received(data)
@@ -53,7 +54,18 @@ class CarefulProtocol(HttpToolsProtocol):
 
     def _await_head(self) -> None:
         if self._deadline is None:
-            self._deadline = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
+            self._deadline = self.loop.call_later(HEAD_TIMEOUT_S, self._give_up)
+
+    def _give_up(self) -> None:
+        """Unless the request before is still being answered, behind which this one waits in any case."""
+        self._deadline = None
+        if self._is_answering():
+            self._await_head()
+        else:
+            self.transport.close()
+
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
 
     def _stop_waiting(self) -> None:
         if self._deadline is not None:

@@ -62,7 +62,7 @@ def _stamp(stage_dir: Path) -> tuple[tuple[int, int], ...]:
     return tuple((info.st_mtime_ns, info.st_size) for info in (path.stat() for path in paths if path.exists()))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)
 def describe_stage(stage_dir: Path, stamp: tuple[tuple[int, int], ...]) -> dict[str, Any]:
     """What a stage has done; read once for each `stamp`, since long runs take a second."""
     rows = read_metrics(stage_dir / "metrics.jsonl")

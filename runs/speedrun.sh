@@ -10,7 +10,7 @@ depth="${DEPTH:-24}"
 tag="${MODEL_TAG:-d$depth}"
 run="${WANDB_RUN:-dummy}"
 nproc="${NPROC:-${NPROC_PER_NODE:-}}"
-if [ -z "$nproc" ] && ! nvidia-smi --list-gpus 2>/dev/null | grep -q "^GPU "; then
+if [ -z "$nproc" ] && ! nvidia-smi --list-gpus 2>/dev/null | grep "^GPU " >/dev/null; then
     echo "error: no GPU is seen by nvidia-smi: use runs/runcpu.sh, or set NPROC" >&2
     exit 1
 fi
@@ -20,7 +20,7 @@ bash runs/setup.sh ${extras[@]+"${extras[@]}"}
 source .venv/bin/activate
 export OMP_NUM_THREADS=1
 # By PyTorch, which an old driver or CUDA_VISIBLE_DEVICES lets see fewer GPUs than nvidia-smi.
-: "${nproc:=$(python -c 'import torch; print(torch.cuda.device_count())')}"
+: "${nproc:=$(python -c 'import torch; print(torch.cuda.device_count())' || echo 0)}"
 if [ "$nproc" -lt 1 ]; then
     echo "error: PyTorch cannot use the GPU that nvidia-smi sees: nanochat doctor tells more" >&2
     exit 1

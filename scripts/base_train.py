@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from nanochat.common import NanochatError, compute_init, print0, run_command
+from nanochat.common import NanochatError, compute_init, on_rank0, print0, run_command
 from nanochat.compilation import keep_freed_memory
 from nanochat.core_eval import NanochatScorer, evaluate_core, find_bundle
 from nanochat.dataloader import TokenLoader
@@ -215,7 +215,10 @@ def main(argv: list[str] | None = None) -> int:
     shape = {name: vars(args)[name] for name in SHAPE}
     check_settings(stage, {**shape, "tokenizer_fingerprint": tokenizer.fingerprint()}, args)
     model = make_model(asdict(config), device, args, stage.start)
-    holds = functools.partial(source.holds, tokenizer=tokenizer)
+
+    def holds(tokens: float) -> bool:
+        return on_rank0(lambda: source.holds(tokens, tokenizer))
+
     horizon, rows, expand_at, target_flops = plan(args, stage, model, world_size, holds)
     bundle = find_bundle(args.eval_bundle) if args.core_metric_every > 0 else None
     decided = {

@@ -115,6 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     if num_iterations <= 0:
         num_iterations = max(1, args.num_epochs * len(train_task) // args.examples_per_step)
     model = make_model(model_config, device, args, (start_dir, meta["step"]))
+    model.fixed_shape = False  # answers are of any length
     begun = stage.resume_step is not None
     parent = meta["parent"] if begun else {"stage": args.source, "step": parent_step, "weights": meta["weights"]}
     reference = load_reference(parent, stage, device) if args.kl_weight > 0 else None

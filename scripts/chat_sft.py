@@ -131,10 +131,11 @@ def main(argv: list[str] | None = None) -> int:
         total_batch_size = stage.recorded_settings().get("total_batch_size", chosen)
     model = make_model(model_config, device, args, (start_dir, meta["step"]))
     rows = choose_device_batch_size(model, args.device_batch_size, total_batch_size, world_size)
-    num_iterations = args.num_iterations if args.num_iterations > 0 else max(1, round(tokens_in_pass / total_batch_size))
+    num_iterations, recorded = args.num_iterations, stage.recorded_settings().get("num_iterations")
+    if num_iterations <= 0:  # a resumed stage keeps its schedules
+        num_iterations = recorded or max(1, round(tokens_in_pass / total_batch_size))
     if args.target_minutes > 0:  # stop sooner if the time is up
-        steps = stage.recorded_settings().get("num_iterations")  # a resumed stage keeps its schedules
-        steps = steps or steps_in(model, args.target_minutes, rows, total_batch_size, args.compile)
+        steps = recorded or steps_in(model, args.target_minutes, rows, total_batch_size, args.compile)
         num_iterations = min(num_iterations, steps)
     decided = {
         **mixture, "num_iterations": num_iterations, "total_batch_size": total_batch_size, "device_batch_size": rows,

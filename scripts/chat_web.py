@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
@@ -56,7 +57,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     network.add_argument("-p", "--port", type=int, default=8000, help="of http://HOST:PORT")
     network.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     network.add_argument("--allow-host", action="append", default=[], metavar="NAME",
-                         help="answer to this name alone (default: without a key, at 127.0.0.1, this machine's)")  # fmt: skip
+                         help="without a key, answer to such names alone (default: at 127.0.0.1 this machine's)")  # fmt: skip
     network.add_argument("--api-key", default=os.environ.get("NANOCHAT_API_KEY"), help="asked for (default: NANOCHAT_API_KEY)")
     network.add_argument("--cors-origin", action="append", metavar="URL", help="let pages from there call the API")
     network.add_argument("--max-waiting", type=int, default=Limits.max_waiting, help="texts in the queue; more get 429")
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     engines, meta = in_own_thread(lambda: load_engines(args, choose_devices(device, args.num_gpus)))
     limits = Limits(max_waiting=args.max_waiting, request_timeout_s=args.request_timeout, grace_s=args.grace)
-    hosts = [host.lower() for host in args.allow_host] or allowed_hosts(args.host, args.api_key)
+    hosts = allowed_hosts(args.host, args.api_key, args.allow_host)
     app = create_app(engines, meta["tag"], limits, args.api_key, origins, args.compile, hosts, defaults)
     url = f"http://{in_url(args.host)}:{args.port}"
     others = "; --host 0.0.0.0 lets other machines in" if is_local(args.host) else ""
@@ -162,9 +163,11 @@ def is_local(host: str) -> bool:
     return host.startswith("127.") or in_url(host) in LOCAL_HOSTS
 
 
-def allowed_hosts(host: str, api_key: str | None) -> list[str] | None:
-    """The names by which a server of this machine alone may be asked where no key keeps others out; None: by any."""
-    return [*LOCAL_HOSTS, in_url(host)] if is_local(host) and not api_key else None
+def allowed_hosts(host: str, api_key: str | None, named: Sequence[str] = ()) -> list[str] | None:
+    """The names by which a server that no key protects may be asked; None: by any. named: by --allow-host."""
+    if api_key:
+        return None
+    return [name.lower() for name in named] or ([*LOCAL_HOSTS, in_url(host)] if is_local(host) else None)
 
 
 def check_origin(origin: str) -> str:

@@ -129,6 +129,9 @@ def test_what_is_hidden_is_no_text(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl", ".venv/lib/c.jsonl"):
         _write(tmp_path / ".mine" / name, DOCUMENTS)
     (tmp_path / ".mine" / "._a.jsonl").write_bytes(b"\x00\x05\x16\x07\xff")
+    (tmp_path / ".mine" / "linked").symlink_to(tmp_path / ".mine" / ".venv")  # by a name that says it is meant
+    assert "linked/lib/c.jsonl" in get_source(str(tmp_path / ".mine")).describe()["files"]
+    (tmp_path / ".mine" / "linked").unlink()
     for address in (str(tmp_path / ".mine"), f"memory://{tmp_path.name}/.mine"):
         if "memory" in address:
             filesystem = fsspec.filesystem("memory")
@@ -147,6 +150,8 @@ def test_what_lies_beside_a_data_set_is_left_out_aloud(tmp_path: Path, capsys: p
     said = capsys.readouterr().out
     assert "README.md" in said and "test-00000-of-00001.parquet" in said
     assert [Path(path).name[:5] for path in list_inputs(str(tmp_path))] == ["train", "train", "valid"]
+    _write(tmp_path / "both" / "train_test_split.jsonl", DOCUMENTS)
+    assert len(get_source(str(tmp_path / "both")).train_files) == 1
     notes = tmp_path / "notes"
     for name in ("README.md", "how to test.md", "test.txt"):
         _write(notes / name, DOCUMENTS)

@@ -229,6 +229,11 @@ def test_which_servers_answer_to_some_names_alone(host: str, key: str | None, na
     assert allowed is None if names is None else set(names) <= set(allowed or ())
 
 
+def test_a_server_may_be_given_names_that_a_key_makes_needless() -> None:
+    assert allowed_hosts("0.0.0.0", None, ["My.Example"]) == ["my.example"]
+    assert allowed_hosts("0.0.0.0", "secret", ["my.example"]) is None
+
+
 def test_origins_are_written_as_browsers_send_them() -> None:
     assert check_origin("http://localhost:3000/") == check_origin("http://LOCALHOST:3000") == "http://localhost:3000"
     assert check_origin("*") == "*"
