@@ -268,7 +268,7 @@ def test_conversations_longer_than_a_row_are_counted(tokenizer: Tokenizer) -> No
     assert loader.stats()["truncated"] > 0
     assert all(len(targets[targets >= 0]) for _, targets in batches)
     with pytest.raises(NanochatError, match="raise --max-seq-len"):
-        next(ConversationLoader(_mixture(), tokenizer, 2, 8))
+        next(ConversationLoader(_mixture(), tokenizer, 2, 4))
 
 
 def test_conversation_ranks_share_an_epoch(tokenizer: Tokenizer) -> None:
@@ -289,7 +289,7 @@ class _Letters(Task):
         return self.size
 
     def get_example(self, index: int) -> dict:
-        question = "?" if index % 10 < self.usable else "? " * 2000
+        question = "?" if index * 7 // 3 % 10 < self.usable else "? " * 2000
         answer = "qj" * (self.length // 2)
         return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 

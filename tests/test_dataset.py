@@ -152,6 +152,7 @@ def test_what_lies_beside_a_data_set_is_left_out_aloud(tmp_path: Path, capsys: p
     assert [Path(path).name[:5] for path in list_inputs(str(tmp_path))] == ["train", "train", "valid"]
     _write(tmp_path / "both" / "train_test_split.jsonl", DOCUMENTS)
     assert len(get_source(str(tmp_path / "both")).train_files) == 1
+    capsys.readouterr()
     notes = tmp_path / "notes"
     for name in ("README.md", "how to test.md", "test.txt"):
         _write(notes / name, DOCUMENTS)
