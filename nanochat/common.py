@@ -156,7 +156,8 @@ def run_command(main: Callable[[list[str] | None], int]) -> int:
     argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a Windows pipe's code page lacks most of what a model may write
-            stream.reconfigure(errors="replace")
+            with contextlib.suppress(io.UnsupportedOperation):  # what was read from already stays as it is
+                stream.reconfigure(errors="replace")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
     try:

@@ -137,9 +137,10 @@ class Source:
         """Documents with a lower hash are for validation; a small source gives at least its lowest one."""
         documents = itertools.chain.from_iterable(batch for _, batch in self._batches(self.train_files, 0))
         hashes = {_hash(document) for document in itertools.islice(filter(_has_content, documents), 1000)}
-        if len(hashes) < 2:  # also if it is there a thousand times
-            single = "a single document: add a file whose name says val for validation"
-            raise NanochatError(f"{self.name} holds {single if hashes else 'no text: give other files'}")
+        if not hashes:
+            raise NanochatError(f"{self.name} holds no text: give other files")
+        if len(hashes) == 1:  # also if it is there a thousand times
+            raise NanochatError(f"{self.name} holds a single document: add a file whose name says val for validation")
         return max(int(VAL_SHARE * 2**32), min(hashes) + 1)
 
     def describe(self) -> dict[str, Any]:

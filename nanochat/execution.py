@@ -203,10 +203,7 @@ class _Process:
         if not began or self._report.read(1) != b"+":
             self._kill()
             reason = self._process.stderr.read(4096).decode("utf-8", "replace").strip().splitlines()
-            what = reason[-1] if reason else f"no sign of life in {START_TIMEOUT_S:g} s"
-            raise NanochatError(
-                f"the process for a program did not start ({what}): nanochat doctor says what isolates it here"
-            )
+            raise NanochatError(reason[-1] if reason else f"no sign of life in {START_TIMEOUT_S:g} s")
 
     def _gather(self, output: list[bytearray], key: bytes, deadline: float) -> str | None:
         """Gather output until the verdict, the end or the deadline; "timeout", or which limit was overstepped."""

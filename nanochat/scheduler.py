@@ -9,6 +9,7 @@ their own: only the text that called one waits.
 from __future__ import annotations
 
 import queue
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -116,6 +117,7 @@ class Scheduler:
         self.prefilling: Sequence | None = None
         self.calling: set[Sequence] = set()
         self._submitted = self._enqueued = 0
+        self._counting = threading.Lock()  # of what several threads may submit
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tools: ThreadPoolExecutor | None = None
         self.preemptions = self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
@@ -129,8 +131,9 @@ class Scheduler:
         if len(sequence.prompt) >= self.limit:
             n = len(sequence.prompt)
             raise NanochatError(f"a prompt of {n} tokens leaves no room in a context of {self.limit}: shorten it")
+        with self._counting:
+            self._submitted += 1
         self.post(lambda: self._enqueue(sequence))
-        self._submitted += 1
 
     def cancel(self, sequence: Sequence) -> None:
         """Stop a text before the next step and free what it holds."""

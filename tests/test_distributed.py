@@ -114,7 +114,7 @@ def test_sharded_models_are_compiled_tuned_and_read_whole(corpus: Path, base_dir
 def test_tuning_and_reinforcing_are_the_same_on_any_number_of_ranks(corpus: Path, base_dir: Path) -> None:
     train(1, corpus, WHOLE, "--num-iterations=4")
     machine = ["--device-type=cpu", "--no-compile"]
-    sft = ["--tasks=Arithmetic:100,Identity:60", "--num-iterations=6", "--eval-tokens=512", *machine]
+    sft = ["--tasks=Arithmetic:100,Identity:60", "--num-iterations=6", "--total-batch-size=512", "--eval-tokens=512", *machine]
     rl = ["--task=Arithmetic", "--num-iterations=2", "--examples-per-step=4", "--num-samples=4", "--max-new-tokens=8"]
     rl += ["--eval-examples=4", "--eval-samples=2", "--objective=grpo", "--kl-weight=0.1", *machine]
     runs = base_dir / "runs"

@@ -252,8 +252,8 @@ def test_base_eval_measures_and_shows(tiny_run: Path, capsys: pytest.CaptureFixt
 
 
 def test_chat_eval_counts_and_gives_intervals(tiny_run: Path, capsys: pytest.CaptureFixture) -> None:
-    flags = ["--model-tag=tiny", "-a", "Arithmetic,Identity", "-x", "5", "-m", "8", "-n", "2", "--device-type=cpu"]
-    assert chat_eval.main(flags) == chat_eval.main([*flags, "--temperature=1"]) == 0  # two results, side by side
+    flags = ["--model-tag=tiny", "-a", "Arithmetic,Identity", "-x", "5", "-m", "8", "--device-type=cpu"]
+    assert chat_eval.main(flags) == chat_eval.main([*flags, "-n", "2", "--temperature=1"]) == 0  # two results, side by side
     tasks = json.loads((tiny_run / "sft" / "eval.json").read_text(encoding="utf-8"))["tasks"]
     assert set(tasks) == {"Arithmetic", "Identity", "Arithmetic, 2 drawn at 1", "Identity, 2 drawn at 1"}
     assert all(task["n"] == 5 and 0 <= task["low"] <= task["accuracy"] <= task["high"] <= 1 for task in tasks.values())
