@@ -27,7 +27,7 @@ REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19
 TOKENS_PER_PARAM = 12.0  # training tokens for each scaling parameter
 FEW_TOKENS_PER_PARAM, EXPAND_AT = 2.0, 0.85  # with fewer than these, the last block learns alone so long
-MOST_PASSES = 2.0  # over its text, with which that still gains
+MOST_PASSES = 2.0  # over its text: a run that would read it more often that way learns it by heart
 BATCH_EXPONENT, SMALL_BATCH_EXPONENT = 0.383, 0.79  # above and below the reference
 LR_BATCH_EXPONENT = 1 / 10
 

@@ -123,19 +123,18 @@ def main(argv: list[str] | None = None) -> int:
     if mixture is None:
         return 0
     check_answers(val_task, tokenizer, sequence_len)
-    tokens_in_pass = estimate_tokens(train_task, tokenizer, sequence_len)
-    total_batch_size = args.total_batch_size
-    if total_batch_size <= 0:
+    recorded = stage.recorded_settings()  # of a resumed stage, which keeps its batches and schedules
+    total_batch_size = args.total_batch_size if args.total_batch_size > 0 else recorded.get("total_batch_size", 0)
+    num_iterations = args.num_iterations if args.num_iterations > 0 else recorded.get("num_iterations", 0)
+    if not (total_batch_size and num_iterations):
+        tokens_in_pass = estimate_tokens(train_task, tokenizer, sequence_len)
         together = sequence_len * world_size * max(1, args.device_batch_size)
-        chosen = choose_batch(meta["settings"]["total_batch_size"], together, tokens_in_pass)
-        total_batch_size = stage.recorded_settings().get("total_batch_size", chosen)
+        total_batch_size = total_batch_size or choose_batch(meta["settings"]["total_batch_size"], together, tokens_in_pass)
+        num_iterations = num_iterations or max(1, round(tokens_in_pass / total_batch_size))
     model = make_model(model_config, device, args, (start_dir, meta["step"]))
     rows = choose_device_batch_size(model, args.device_batch_size, total_batch_size, world_size)
-    num_iterations, recorded = args.num_iterations, stage.recorded_settings().get("num_iterations")
-    if num_iterations <= 0:  # a resumed stage keeps its schedules
-        num_iterations = recorded or max(1, round(tokens_in_pass / total_batch_size))
     if args.target_minutes > 0:  # stop sooner if the time is up
-        steps = recorded or steps_in(model, args.target_minutes, rows, total_batch_size, args.compile)
+        steps = recorded.get("num_iterations") or steps_in(model, args.target_minutes, rows, total_batch_size, args.compile)
         num_iterations = min(num_iterations, steps)
     decided = {
         **mixture, "num_iterations": num_iterations, "total_batch_size": total_batch_size, "device_batch_size": rows,

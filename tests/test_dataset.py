@@ -8,7 +8,6 @@ import json
 import threading
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,8 +17,6 @@ from nanochat import dataset
 from nanochat.builtin_corpus import clean, first_sentence
 from nanochat.common import NanochatError
 from nanochat.dataset import HubRepository, get_source
-from nanochat.document_files import DocumentFile
-from nanochat.tokenizer import Tokenizer
 from scripts.data_prep import list_inputs
 from tests.helpers import make_document
 
@@ -92,72 +89,6 @@ def test_a_mark_at_the_beginning_of_a_file_is_no_text(tmp_path: Path) -> None:
         (tmp_path / name).write_text(content, encoding="utf-8-sig")
     found = {*get_source(str(tmp_path)).documents("train"), *get_source(str(tmp_path)).documents("val")}
     assert found == {"one text", "another"}
-
-
-def test_text_files_become_documents(tmp_path: Path) -> None:
-    _write(tmp_path / "book.txt", DOCUMENTS)
-    source = get_source(str(tmp_path / "book.txt"))
-    documents = [*source.documents("train"), *source.documents("val")]
-    assert 5 < len(documents) < 100
-    assert sum(len(d.split()) for d in documents) == sum(len(d.split()) for d in DOCUMENTS)
-
-
-@pytest.mark.parametrize(
-    "text", ["a name\n" * 30_000, "words of one line " * 9000, "字" * 90_000], ids=["lines", "words", "none"]
-)
-def test_text_without_blank_lines_becomes_documents(tmp_path: Path, text: str) -> None:
-    (tmp_path / "book.txt").write_text(text, encoding="utf-8")
-    source = get_source(str(tmp_path / "book.txt"))
-    documents = [text for _, text in sorted([*source.numbered("train"), *source.numbered("val")])]
-    assert {len(d) for d in documents[:-1]} <= set(range(15_900, 16_100))
-    whole = next(DocumentFile(tmp_path / "book.txt").batches())[1]
-    assert "".join(whole) == text
-    assert all(d.endswith(("\n", " ", "字")) for d in whole[:-1])
-
-
-@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".txt"])
-def test_how_much_text_there_is_is_known(tmp_path: Path, tokenizer: Tokenizer, suffix: str) -> None:
-    _write(tmp_path / f"a{suffix}", DOCUMENTS)
-    source = get_source(str(tmp_path))
-    tokens = sum(len(tokenizer.encode(text)) for _, text in source.numbered("train"))
-    assert source.holds(0.8 * tokens, tokenizer)
-    assert not source.holds(1.5 * tokens, tokenizer)
-
-
-def test_what_is_hidden_is_no_text(tmp_path: Path) -> None:
-    """macOS writes ._a.jsonl beside a.jsonl on foreign disks, and notebooks keep copies."""
-    for name in ("a.jsonl", "b.jsonl", ".venv/lib/c.jsonl"):
-        _write(tmp_path / ".mine" / name, DOCUMENTS)
-    (tmp_path / ".mine" / "._a.jsonl").write_bytes(b"\x00\x05\x16\x07\xff")
-    (tmp_path / ".mine" / "linked").symlink_to(tmp_path / ".mine" / ".venv")  # by a name that says it is meant
-    assert "linked/lib/c.jsonl" in get_source(str(tmp_path / ".mine")).describe()["files"]
-    (tmp_path / ".mine" / "linked").unlink()
-    for address in (str(tmp_path / ".mine"), f"memory://{tmp_path.name}/.mine"):
-        if "memory" in address:
-            filesystem = fsspec.filesystem("memory")
-            for path in (tmp_path / ".mine").rglob("*.jsonl"):
-                filesystem.pipe(f"/{path.relative_to(tmp_path.parent)}", path.read_bytes())
-        assert [Path(name).name for name in get_source(address).describe()["files"]] == ["a.jsonl", "b.jsonl"]
-        assert [Path(name).name for name in list_inputs(address)] == ["a.jsonl", "b.jsonl"]
-
-
-def test_what_lies_beside_a_data_set_is_left_out_aloud(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    for name in ("train-00000-of-00002", "train-00001-of-00002", "validation", "test-00000-of-00001"):
-        _write(tmp_path / f"{name}.parquet", DOCUMENTS)
-    (tmp_path / "README.md").write_text("# A data set", encoding="utf-8")
-    source = get_source(str(tmp_path))
-    assert [file.name[:5] for file in source.train_files] == ["train"] * 2 and len(source.val_files) == 1
-    said = capsys.readouterr().out
-    assert "README.md" in said and "test-00000-of-00001.parquet" in said
-    assert [Path(path).name[:5] for path in list_inputs(str(tmp_path))] == ["train", "train", "valid"]
-    _write(tmp_path / "both" / "train_test_split.jsonl", DOCUMENTS)
-    assert len(get_source(str(tmp_path / "both")).train_files) == 1
-    capsys.readouterr()
-    notes = tmp_path / "notes"
-    for name in ("README.md", "how to test.md", "test.txt"):
-        _write(notes / name, DOCUMENTS)
-    assert len(get_source(str(notes)).train_files) == 3  # these are texts of one's own
-    assert not capsys.readouterr().out
 
 
 FINGERPRINT = "0123abcd"

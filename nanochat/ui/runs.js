@@ -76,7 +76,7 @@ async function refresh() {
     if (news === shown) return;  // what is being read, or has the focus, stays
     shown = news;
     const open = new Set([...main.querySelectorAll("details[open]")].map((box) => box.dataset.key));
-    const focused = document.activeElement.closest("details")?.dataset.key;
+    const focused = document.activeElement?.closest("details")?.dataset.key;
     main.replaceChildren(...Object.entries(run.stages).map(([name, stage]) => showStage(name, stage, open)));
     if (focused) main.querySelector(`details[data-key="${CSS.escape(focused)}"] summary`)?.focus();
   } catch (error) {
