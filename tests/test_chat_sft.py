@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from nanochat.checkpoint_manager import list_steps
 from nanochat.common import NanochatError
+from nanochat.loss_eval import batches_to_validate
 from scripts import chat_sft
 
 FLAGS = ["--model-tag=tiny", "--no-compile", "--device-type=cpu", "--eval-tokens=256", "--num-iterations=2", "--save-every=1"]
@@ -41,3 +43,28 @@ def test_a_file_that_comes_later_changes_no_run(tiny_run: Path, base_dir: Path, 
     flags = ["--model-tag=tiny", "--resume=auto", "--num-iterations=4", "--no-compile", "--device-type=cpu"]
     assert chat_sft.main(flags) == 0
     assert "is complete" in capsys.readouterr().out
+
+
+def test_a_resumed_stage_keeps_its_updates_and_asks_nothing_anew(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many a newer nanochat would make of a pass over the same conversations."""
+    settings = json.loads((tiny_run / "sft" / "settings.json").read_text(encoding="utf-8"))
+    step = list_steps(tiny_run / "sft")[-1]
+    shutil.rmtree(tiny_run / "sft" / f"step_{step:06d}")
+    monkeypatch.setattr(chat_sft, "estimate_tokens", None)
+    assert chat_sft.main(["--model-tag=tiny", "--resume=auto", "--no-compile", "--device-type=cpu", "--eval-tokens=256"]) == 0
+    assert list_steps(tiny_run / "sft")[-1] == step == settings["num_iterations"]
+
+
+def test_the_sooner_of_updates_and_minutes_ends_a_stage(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(tiny_run / "sft")
+    monkeypatch.setattr(chat_sft, "steps_in", lambda *_: 2)
+    flags = ["--model-tag=tiny", "--tasks=Arithmetic:60", "--no-compile", "--device-type=cpu", "--eval-tokens=256"]
+    assert chat_sft.main([*flags, "--num-iterations=5", "--target-minutes=1"]) == 0
+    assert list_steps(tiny_run / "sft") == [2]
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "batches"), [(None, "cpu", 256), (None, "cuda", 4096), (-1, "cpu", None), (5, "cpu", 1)]
+)
+def test_evaluations_of_all_runs_take_equally_many_tokens(asked: int | None, device: str, batches: int | None) -> None:
+    assert batches_to_validate(asked, torch.device(device), 1024) == batches

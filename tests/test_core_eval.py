@@ -425,3 +425,8 @@ def test_an_answer_longer_than_the_context_keeps_something_to_judge(scorer: Nano
 
 def test_delimiters_are_those_of_the_bundle(bundle: Path) -> None:
     assert [task.delimiter for task in read_tasks(bundle)][:3] == ["\nAnswer: ", " ", " "]
+
+
+def test_of_a_hugging_face_model_core_alone_is_measured() -> None:
+    with pytest.raises(NanochatError, match="--eval bpb: .* CORE alone"):
+        base_eval.main(["--hf-path=somewhere", "--eval=bpb", "--device-type=cpu"])
