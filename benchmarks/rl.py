@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.common import describe_machine, print_result, run_module
 from nanochat.common import compute_init, run_command
-from nanochat.metrics import read_metrics, smooth
+from nanochat.metrics import METRICS_FILE, read_metrics, smooth
 
 BASE = "--depth=4 --aspect-ratio=48 --head-dim=64 --max-seq-len=512 --total-batch-size=2048 --num-iterations=900"
 BASE += " --warmup-steps=10 --eval-every=-1 --eval-tokens=32768 --sample-every=-1"
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
         run_module("scripts.tok_train", *source, "--vocab-size=4096", base_dir=base_dir)
         run_module("scripts.base_train", *source, "--model-tag=weak", "--resume=auto", *BASE.split(), base_dir=base_dir)
         run_module("scripts.chat_sft", "--model-tag=weak", "--resume=auto", *SFT.split(), base_dir=base_dir)
-        curves = {seed: read_metrics(train(base_dir, seed) / "metrics.jsonl") for seed in map(int, args.seeds.split(","))}
+        curves = {seed: read_metrics(train(base_dir, seed) / METRICS_FILE) for seed in map(int, args.seeds.split(","))}
         plot(curves, base_dir / "rl.png")
         passed = {seed: [row["val/pass@1"] for row in rows if "val/pass@1" in row] for seed, rows in curves.items()}
         rewards = {seed: [row["rl/reward"] for row in rows if "rl/reward" in row] for seed, rows in curves.items()}

@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.common import describe_machine, print_result, real_data, run_module
 from nanochat.common import compute_init, run_command
-from nanochat.metrics import read_metrics
+from nanochat.metrics import METRICS_FILE, read_metrics
 
 MODEL = ("--depth=4", "--head-dim=64", "--max-seq-len=512")
 
@@ -75,7 +75,7 @@ def run_seed(seed: int, budget: float, flags: list[str], folder: Path) -> list[d
         TORCHINDUCTOR_CACHE_DIR=str(folder / f"cache{seed}"),
     )  # fmt: skip
     stage_dir = folder / "runs" / f"seed{seed}" / "base"
-    rows = read_metrics(stage_dir / "metrics.jsonl")
+    rows = read_metrics(stage_dir / METRICS_FILE)
     train = [row for row in rows if "train/loss" in row]
     before_training = train[0]["timestamp"] - train[0]["time_s"] - started
     rates = [row["train/mfu"] for row in train]

@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.common import describe_machine, print_result, real_data, run_module
 from nanochat.common import compute_init, run_command
-from nanochat.metrics import read_metrics
+from nanochat.metrics import METRICS_FILE, read_metrics
 
 MODEL = ("--depth=4", "--head-dim=64", "--max-seq-len=512", "--total-batch-size=8192")
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             seconds = time.time() - started
             stage_dir = base_dir / "runs" / tag / "base"
             settings = json.loads((stage_dir / "settings.json").read_text(encoding="utf-8"))
-            return started, seconds, read_metrics(stage_dir / "metrics.jsonl"), settings
+            return started, seconds, read_metrics(stage_dir / METRICS_FILE), settings
 
         started, seconds, rows, settings = train("bench", args.steps)
         after = describe_machine(device)

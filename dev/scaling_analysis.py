@@ -20,7 +20,7 @@ import numpy as np
 
 from nanochat.checkpoint_manager import get_runs_dir
 from nanochat.common import NanochatError, run_command
-from nanochat.metrics import read_metrics
+from nanochat.metrics import METRICS_FILE, read_metrics
 
 COLUMNS = ("run", "depth", "size", "tokens", "flops", "tokens_per_param", "bpb")
 
@@ -28,10 +28,10 @@ COLUMNS = ("run", "depth", "size", "tokens", "flops", "tokens_per_param", "bpb")
 def read_run(folder: Path) -> dict[str, Any] | None:
     """A row of the table; None for a run without a validation result. size: parameters as scaling laws count them."""
     stage_dir = folder / "base"
-    if not (stage_dir / "settings.json").exists() or not (stage_dir / "metrics.jsonl").exists():
+    if not (stage_dir / "settings.json").exists() or not (stage_dir / METRICS_FILE).exists():
         return None
     settings = json.loads((stage_dir / "settings.json").read_text(encoding="utf-8"))
-    rows = read_metrics(stage_dir / "metrics.jsonl")
+    rows = read_metrics(stage_dir / METRICS_FILE)
     measured = [row["val/bpb"] for row in rows if "val/bpb" in row]
     if not measured:
         return None

@@ -1,4 +1,4 @@
-"""How well a chat model does a task. Used by scripts/chat_eval and, while training, by chat_sft and chat_rl.
+"""How well a chat model does a task. Used by scripts/chat_eval and, while training, by chat_rl.
 
 Generative tasks are answered by the batched engine and judged by the task; categorical ones by the likeliest letter.
 ChatCORE is the mean of the centred accuracies of six tasks.
@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 
 from nanochat.common import all_or_none, append_json_lines, gather_objects, get_dist_info, print0, read_json_lines
-from nanochat.engine import Engine, trim_prompt
+from nanochat.engine import Engine
 from nanochat.scores import centered_mean, pass_at_k, wilson_interval
 from nanochat.tokenizer import as_text
+from nanochat.trimming import trim_prompt
 
 if TYPE_CHECKING:
     from tasks.common import Conversation, Task
@@ -190,21 +191,6 @@ def choose_letters(engine: Engine, prompts: list[list[int]], problems: list[Conv
         tokens = [engine.tokenizer.encode(letter)[0] for letter in letters]
         chosen.append(letters[int(row[tokens].argmax())])
     return chosen
-
-
-def sample_answers(engine: Engine, task: Task, count: int = 4, max_tokens: int = 64) -> list[dict[str, str]]:
-    """The first questions of a task, of a mixture one of each kind, as [{"prompt", "text"}] with the likeliest answers."""
-    kinds = getattr(task, "tasks", [task])
-    examples = (kind[i] for i in range(count) for kind in kinds if i < len(kind))
-    chosen = itertools.islice(examples, max(count, len(kinds)))
-    openings = [list(itertools.takewhile(lambda message: message["role"] != "assistant", e["messages"])) for e in chosen]
-    most = max(1, engine.model.config.sequence_len - max_tokens)
-    prompts = [trim_prompt(engine.tokenizer.render_for_completion({"messages": opening}), most) for opening in openings]
-    rows = engine.complete(prompts, max_tokens=max_tokens, temperature=0)
-    return [
-        {"prompt": as_text(opening[-1]["content"]), "text": engine.tokenizer.decode(row.tokens)}
-        for opening, row in zip(openings, rows, strict=True)
-    ]
 
 
 def _summarize(task: Task, problems: list[Conversation], rows: list[dict[str, Any]]) -> TaskResult:

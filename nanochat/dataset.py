@@ -100,6 +100,15 @@ class Source:
         """The fingerprint of the tokenizer that made this source's tokens; None if it holds text. Raises NanochatError."""
         return self._fingerprint
 
+    def check_tokens(self, tokenizer: Tokenizer) -> None:
+        """Raise NanochatError if the files hold tokens of another tokenizer."""
+        found = self.tokenizer_fingerprint()
+        if found is not None and found != tokenizer.fingerprint():
+            raise NanochatError(
+                f"{self.name} holds tokens of another tokenizer ({found[:12]}, not {tokenizer.fingerprint()[:12]}): give "
+                "the tokenizer that made them, or the text itself"
+            )
+
     @functools.cached_property
     def _fingerprint(self) -> str | None:
         fingerprint = self.train_files[0].footer().tokenizer

@@ -6,9 +6,6 @@ their own texts are done; a server gives the thread to `EngineThread` and only s
 
 from __future__ import annotations
 
-import bisect
-import functools
-import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +13,7 @@ from typing import Any
 
 import torch
 
-from nanochat.common import NanochatError, logger
-from nanochat.dataset import Source
+from nanochat.common import logger
 from nanochat.gpt import GPT
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Scheduler, Sequence
@@ -261,50 +257,3 @@ def _at(sequence: Sequence, n: int) -> tuple[int, int]:
     if sequence.stop_token is not None:
         return sequence.stop_token, 1
     return (sequence.tokens[-1], sequence.masks[-1]) if sequence.tokens else (0, 0)
-
-
-def trim_prompt(tokens: list[int], most: int) -> list[int]:
-    """At most so many tokens: too long a prompt loses its oldest ones but for the first, as its end matters most."""
-    return tokens if len(tokens) <= most else [tokens[0], *tokens[len(tokens) - most + 1 :]]
-
-
-def trim_conversation(conversation: dict[str, Any], tokenizer: Tokenizer, max_tokens: int) -> tuple[dict[str, Any], int]:
-    """(conversation, turns dropped): the oldest turns removed until the rest, ready for an answer, fits max_tokens.
-
-    A system message stays. Raises NanochatError if the last message alone is too long.
-    """
-    messages = list(conversation["messages"])
-    system = [messages.pop(0)] if messages and messages[0]["role"] == "system" else []
-
-    def kept(dropped: int) -> dict[str, Any]:
-        return {"messages": system + messages[2 * dropped :]}
-
-    @functools.cache
-    def length(dropped: int) -> int:
-        return len(tokenizer.render_for_completion(kept(dropped)))
-
-    most = max(0, len(messages) - 1) // 2
-    dropped = 0 if length(0) <= max_tokens else bisect.bisect_left(range(most), True, key=lambda n: length(n) <= max_tokens)
-    if length(dropped) > max_tokens:
-        tokens = length(dropped)
-        raise NanochatError(
-            f"a message of {tokens} tokens does not fit the {max_tokens} that the context leaves for it: shorten it"
-        )
-    return kept(dropped), dropped
-
-
-def continue_openings(
-    engine: Engine, source: Source, num_samples: int = 4, max_tokens: int = 48, temperature: float = 0.0
-) -> list[dict[str, str]]:
-    """The first words of a few validation documents, of text or of tokens, and how the model goes on."""
-    tokenizer = engine.tokenizer
-    documents = (document for _, document in itertools.islice(source.numbered("val"), num_samples))
-    texts = (document if isinstance(document, str) else tokenizer.decode(document[:64].tolist()) for document in documents)
-    openings = [tokenizer.encode(" ".join(text.split()[:6])) for text in texts]
-    most = min(64, engine.model.config.sequence_len // 2)  # where no spaces part words, six are whole paragraphs
-    prompts = [[tokenizer.get_bos_token_id(), *opening[:most]] for opening in openings]
-    rows = engine.complete(prompts, max_tokens=max_tokens, temperature=temperature)
-    return [
-        {"prompt": tokenizer.decode(prompt[1:]), "text": tokenizer.decode(row.tokens)}
-        for prompt, row in zip(prompts, rows, strict=True)
-    ]

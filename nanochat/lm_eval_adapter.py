@@ -18,9 +18,10 @@ import torch.distributed as dist
 from nanochat.checkpoint_manager import STAGES, load_model
 from nanochat.common import NanochatError, compute_init, logger, run_command
 from nanochat.core_eval import Candidate, NanochatScorer, Question
-from nanochat.engine import Engine, trim_prompt
+from nanochat.engine import Engine
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Sequence
+from nanochat.trimming import trim_prompt
 
 try:
     from lm_eval.__main__ import cli_evaluate

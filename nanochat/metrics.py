@@ -21,6 +21,7 @@ from nanochat.common import NanochatError, as_unicode, complain, read_json_lines
 from nanochat.loggers import LOGGERS, BackgroundLogger, LoggedRun, check_installed
 from nanochat.settings import SettingsParser
 
+METRICS_FILE = "metrics.jsonl"
 SAMPLE = ("sample/prompt", "sample/text")
 
 
@@ -48,7 +49,7 @@ class MetricsLog:
         for name in names:
             check_installed(name)
         stage_dir.mkdir(parents=True, exist_ok=True)
-        path = stage_dir / "metrics.jsonl"
+        path = stage_dir / METRICS_FILE
         torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open for the life of the run
         # A crash may have cut the last line short: what follows must not be glued to it.
@@ -160,7 +161,7 @@ def smooth_for_picture(values: list[float]) -> list[float]:
 def replay(stage_dir: Path, to: str, run: str = "dummy") -> int:
     """Send what a stage has logged so far to a logger, as a run of its own; returns the number of rows."""
     settings = read_json_object(stage_dir / SETTINGS_FILE)
-    rows = [(row["step"], _numbers(row)) for row in read_metrics(stage_dir / "metrics.jsonl")]
+    rows = [(row["step"], _numbers(row)) for row in read_metrics(stage_dir / METRICS_FILE)]
     purge_all = -1 if to == "tensorboard" else None  # its directory has room for one: what it holds is replaced
     logger = LOGGERS[to](LoggedRun(stage_dir, _name(run, stage_dir), settings, purge_all))
     for step, numbers in rows:

@@ -20,10 +20,6 @@ from rich.progress import Progress as RichProgress
 T = TypeVar("T")
 REFRESH_S = 0.2  # on a terminal
 LINE_S = 10.0  # elsewhere: seconds between lines, and at least a twentieth of the work
-FORMATS = {
-    "loss": ".4f", "bpb": ".4f", "tok_per_s": ",.0f", "mfu": ".0%", "reward": ".3f", "pass@1": ".1%", "characters": ",.0f",
-}  # fmt: skip
-LABELS = {"tok_per_s": "tok/s", "mfu": "MFU"}
 
 
 class _Console(Console):
@@ -44,7 +40,7 @@ class _Console(Console):
 
 
 class Progress:
-    """Shows stage, steps done, the given numbers and the time left; a context manager. Silent but on rank 0.
+    """Shows stage, steps done, what else it is told and the time left; a context manager. Silent but on rank 0.
 
     total: None where nobody knows. start: steps done before, by an earlier sitting. work: what so many steps take, in any
     unit, where some take longer than others. The environment's NANOCHAT_STAGE ("2/6") goes before the stage.
@@ -60,7 +56,7 @@ class Progress:
         self._console = _Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._bar: RichProgress | None = None
         self._shown_at, self._shown_step = 0.0, start
-        self._last: tuple[int, dict[str, float]] = (start, {})
+        self._last: tuple[int, tuple[str, ...]] = (start, ())
 
     def __enter__(self) -> Progress:
         self._began = time.perf_counter()
@@ -68,10 +64,10 @@ class Progress:
             count = "{task.completed:,} " + f"{self.unit}s"
             done: ProgressColumn = TextColumn(count) if self.total is None else MofNCompleteColumn()
             self._bar = RichProgress(
-                TextColumn("{task.description}"), BarColumn(None), done, TextColumn("{task.fields[numbers]}"),
+                TextColumn("{task.description}"), BarColumn(None), done, TextColumn("{task.fields[news]}"),
                 console=self._console, auto_refresh=False, expand=True,
             )  # fmt: skip
-            self._task = self._bar.add_task(self.stage, total=self.total, completed=self.start, numbers="starting")
+            self._task = self._bar.add_task(self.stage, total=self.total, completed=self.start, news="starting")
             with self._console.unharmed():
                 self._bar.start()
                 self._bar.refresh()
@@ -79,31 +75,31 @@ class Progress:
 
     def __exit__(self, *exception: object) -> None:
         if self._bar is not None:
-            step, numbers = self._last
+            step, parts = self._last
             with self._console.unharmed():
-                self._bar.update(self._task, completed=step, numbers=self._describe(step, time.perf_counter(), numbers))
+                self._bar.update(self._task, completed=step, news=self._describe(step, time.perf_counter(), parts))
                 self._bar.refresh()
                 self._bar.stop()
 
-    def update(self, step: int, **numbers: float) -> None:
-        """Report that `step` of the total are done; cheap enough to call at every step."""
+    def update(self, step: int, *parts: str) -> None:
+        """Report that `step` of the total are done, and what else to show ("loss 2.5"); cheap enough for every step."""
         if not self.active:
             return
-        self._last = step, numbers
+        self._last = step, parts
         now = time.perf_counter()
         ended = self.total is not None and step >= self.total
         if self._bar is not None:
             if ended or now - self._shown_at >= REFRESH_S:
                 self._shown_at = now
                 with self._console.unharmed():
-                    self._bar.update(self._task, completed=step, numbers=self._describe(step, now, numbers))
+                    self._bar.update(self._task, completed=step, news=self._describe(step, now, parts))
                     self._bar.refresh()
             return
         far = step - self._shown_step >= (self.total or 0) / 20 and now - max(self._shown_at, self._began) >= LINE_S
         if ended or far or (step == self.start + 1 and self.total is not None):
             self._shown_at, self._shown_step = now, step
             done = f"{step}/{self.total}" if self.total is not None else f"{step}"
-            self.print(f"{self.stage}: {self.unit} {done}  {self._describe(step, now, numbers)}")
+            self.print(f"{self.stage}: {self.unit} {done}  {self._describe(step, now, parts)}")
 
     def watch(self, items: Iterable[T]) -> Iterator[T]:
         """The items, each a step that is done when the next is asked for."""
@@ -117,8 +113,7 @@ class Progress:
             with self._console.unharmed():
                 self._console.print(text, markup=False)
 
-    def _describe(self, step: int, now: float, numbers: dict[str, float]) -> str:
-        parts = [f"{LABELS.get(name, name)} {value:{FORMATS.get(name, '.4g')}}" for name, value in numbers.items()]
+    def _describe(self, step: int, now: float, parts: tuple[str, ...]) -> str:
         elapsed, done = now - self._began, self.work(step) - self.work(self.start)
         if self.total is None:
             return "  ".join([*parts, format_seconds(elapsed)])

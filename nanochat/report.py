@@ -6,7 +6,6 @@ unfinished run has a report as well. The page is one file: styles and pictures a
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -30,16 +29,17 @@ from nanochat.checkpoint_manager import (
     STAGES,
     get_run_dir,
     get_runs_dir,
-    hash_of_weights,
     list_steps,
     step_dir,
 )
-from nanochat.common import NanochatError, atomic_write, complain, read_json_object, run_command
+from nanochat.common import NanochatError, atomic_write, run_command
+from nanochat.eval_results import read_eval, read_json
 from nanochat.gpt import GPT
-from nanochat.metrics import read_metrics, series, smooth_for_picture
+from nanochat.metrics import METRICS_FILE, read_metrics, series, smooth_for_picture
 from nanochat.model_config import read_config
 from nanochat.plots import Bar, Curve, Panel, Shares, draw_bars, draw_panel, draw_shares, save_png, to_svg
 from nanochat.progress import format_seconds
+from nanochat.quantities import QUANTITIES, kind_of, quantity
 from nanochat.scores import centered, core_name, describe_pass_at
 from nanochat.settings import SettingsParser
 
@@ -47,14 +47,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STAGE_TITLES = {"base": "Pretraining", "sft": "Supervised fine-tuning", "rl": "Reinforcement learning"}
-TITLES = {
-    "train/loss": "training loss, nats per token", "train/lrm": "learning rate, share of its peak",
-    "train/tok_per_s": "tokens per second", "train/peak_memory_mb": "most memory held, GB",
-    "val/bpb": "validation bits per byte", "val/core": "CORE", "val/pass@": "held-out problems solved",
-    "rl/reward": "reward of the sampled answers", "rl/mixed_groups": "groups with right and wrong answers",
-    "rl/answer_tokens": "tokens in an answer", "rl/unfinished": "answers cut off",
-    "rl/rollout_tok_per_s": "tokens sampled per second",
-}  # fmt: skip
 ON_AXES = {"train/tokens", "train/flops", "train/mfu"}  # what is logged and needs no curve of its own
 SHOWN_SETTINGS = (
     "depth", "data", "tasks", "max_seq_len", "window_pattern", "num_iterations", "total_batch_size", "expand_at",
@@ -86,70 +78,6 @@ class Section:
     note: str = ""
 
 
-# ----------------------------------------------------------------------------- reading a run
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file, {} if there is none. Raises NanochatError if it is damaged."""
-    try:
-        return read_json_object(path) if path.exists() else {}
-    except NanochatError as error:
-        raise NanochatError(f"{error}: restore or remove it") from error
-
-
-def merge_eval(stage_dir: Path, step: int, results: dict[str, Any]) -> None:
-    """Add results to the stage's eval.json; those of an earlier step, or of other weights, are dropped.
-
-    A step before the one that eval.json is of gets a file of its own, which no report reads.
-    """
-    stamp = {"step": step, **_weights(stage_dir, step)}
-    path = stage_dir / "eval.json"
-    _set_damaged_aside(path)
-    if read_eval(stage_dir).get("step", step) > step:
-        path = stage_dir / f"eval_step_{step:06d}.json"
-        _set_damaged_aside(path)
-    old = read_json(path)
-    merged: dict[str, Any] = {**old, **stamp} if _agrees(old, stamp) else stamp
-    for key, value in results.items():
-        joins = key != "core" and isinstance(value, dict) and isinstance(merged.get(key), dict)  # CORE: a mean over tasks
-        merged[key] = {**merged[key], **value} if joins else value
-    atomic_write(path, json.dumps(merged, indent=2))
-
-
-def _set_damaged_aside(path: Path) -> None:
-    """Rename an eval.json that cannot be read, so that new results, minutes of work, can be stored."""
-    try:
-        is_whole = type(read_json(path).get("step", 0)) is int
-    except NanochatError:
-        is_whole = False
-    if not is_whole:
-        aside = path.with_name(f"{path.name}.damaged")
-        os.replace(path, aside)
-        complain(f"{path} is damaged: it is now {aside.name}, and the new results begin another")
-
-
-def read_eval(stage_dir: Path) -> dict[str, Any]:
-    """The stage's eval.json; {} if the weights that it is of are no longer there, but others are."""
-    results = read_json(stage_dir / "eval.json")
-    if not results or not (steps := list_steps(stage_dir)):
-        return results
-    step = results.get("step")
-    current = step in steps and _agrees(results, _weights(stage_dir, step))
-    return results if current else {}
-
-
-def _agrees(results: dict[str, Any], stamp: dict[str, Any]) -> bool:
-    """Whether results are of that step and those weights, so far as they say; older ones do not name weights."""
-    return all(results.get(name, value) == value for name, value in stamp.items())
-
-
-def _weights(stage_dir: Path, step: int) -> dict[str, str]:
-    try:
-        return {"weights": hash_of_weights(stage_dir, step)} if step in list_steps(stage_dir) else {}
-    except (NanochatError, KeyError):  # a damaged manifest is a reason not to load those weights, not to hide results
-        return {}
-
-
 # ----------------------------------------------------------------------------- making the report
 
 
@@ -168,7 +96,7 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
         settings = read_json(stage_dir / SETTINGS_FILE)
         if not settings:
             continue
-        rows = read_metrics(stage_dir / "metrics.jsonl")
+        rows = read_metrics(stage_dir / METRICS_FILE)
         results = read_eval(stage_dir)
         overview.rows.append(_overview_row(stage, rows))
         if "num_params" in settings:
@@ -316,29 +244,22 @@ def make_panels(rows: list[dict[str, Any]]) -> dict[str, Panel]:
     happened = {name for row in rows for name, value in row.items() if value and "/" in name}
     names = [name for name in counts if counts[name] > 1 and name in happened - ON_AXES]
     measured = [name for name in names if name.startswith("val/")]
-    order = ["rl/reward", "train/loss", *measured, *(name for name in TITLES if not name.startswith("val/")), *names]
+    order = ["rl/reward", "train/loss", *measured, *(name for name in QUANTITIES if not name.startswith("val/")), *names]
     kinds: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for name in order if name in names):
         kinds.setdefault(kind_of(name), []).append(name)
     return {kind: _make_panel(kind, members, rows) for kind, members in kinds.items()}
 
 
-def kind_of(name: str) -> str:
-    """The key of TITLES that a series belongs to, else its own name."""
-    return next((prefix for prefix in TITLES if name.startswith(prefix)), name)
-
-
 def _make_panel(kind: str, names: Sequence[str], rows: list[dict[str, Any]]) -> Panel:
-    noisy = kind in ("train/loss", "train/tok_per_s") or kind.startswith("rl/")
-    curves = []
+    shown, curves = quantity(kind), []
     for name in names:
         steps, values = series(rows, name)
-        if name == "train/peak_memory_mb":
-            values = [value / 1e3 for value in values]
+        values = [value * shown.scale for value in values]
         label = f"{name.partition('/')[2]} {values[-1]:.3f}"
-        smoothed = smooth_for_picture(values) if noisy else values
-        curves.append(Curve(label, steps, smoothed, values if noisy else None, dots=kind.startswith("val/")))
-    title = TITLES.get(kind, kind.partition("/")[2])
+        smoothed = smooth_for_picture(values) if shown.noisy else values
+        curves.append(Curve(label, steps, smoothed, values if shown.noisy else None, dots=kind.startswith("val/")))
+    title = shown.title
     if kind.startswith("val/") and len(curves) == 1:
         title += f": {curves[0].y[-1]:.4f}"
     from_zero = not kind.startswith("val/") and kind != "train/loss"

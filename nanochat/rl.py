@@ -24,10 +24,11 @@ import torch.distributed as dist
 
 from nanochat.common import NanochatError, all_or_none
 from nanochat.cross_entropy import token_losses
-from nanochat.engine import Engine, trim_prompt
+from nanochat.engine import Engine
 from nanochat.gpt import GPT, LOGIT_CAP
 from nanochat.lanes import epoch_order
 from nanochat.scheduler import Sequence as Answer
+from nanochat.trimming import trim_prompt
 
 if TYPE_CHECKING:
     from tasks.common import Task

@@ -14,9 +14,11 @@ from fastapi import FastAPI
 
 from nanochat.checkpoint_manager import SETTINGS_FILE, STAGES, get_run_dir, get_runs_dir, is_tag, list_steps
 from nanochat.common import NanochatError
-from nanochat.metrics import read_metrics, smooth, thinned
+from nanochat.eval_results import EVAL_FILE, read_eval, read_json
+from nanochat.metrics import METRICS_FILE, read_metrics, series, smooth, thinned
 from nanochat.openai_api import RequestError
-from nanochat.report import read_eval, read_json
+from nanochat.quantities import QUANTITIES, kind_of, quantity
+from nanochat.report import STAGE_TITLES
 
 MAX_POINTS = 600  # of a curve: more than a screen shows
 
@@ -49,7 +51,7 @@ def add_run_routes(app: FastAPI) -> None:
 def describe_run(run_dir: Path) -> dict[str, Any]:
     stages, updated = [], 0.0
     for stage in STAGES:
-        metrics = run_dir / stage / "metrics.jsonl"
+        metrics = run_dir / stage / METRICS_FILE
         if metrics.exists():
             stages.append({"name": stage, "checkpoints": list_steps(run_dir / stage)})
             updated = max(updated, metrics.stat().st_mtime)
@@ -58,35 +60,36 @@ def describe_run(run_dir: Path) -> dict[str, Any]:
 
 def _stamp(stage_dir: Path) -> tuple[tuple[int, int], ...]:
     """(time of the last change, size) of what tells of a stage; of the directory itself, as checkpoints come and go."""
-    paths = [stage_dir, *(stage_dir / name for name in ("metrics.jsonl", SETTINGS_FILE, "eval.json"))]
+    paths = [stage_dir, *(stage_dir / name for name in (METRICS_FILE, SETTINGS_FILE, EVAL_FILE))]
     return tuple((info.st_mtime_ns, info.st_size) for info in (path.stat() for path in paths if path.exists()))
 
 
 @functools.lru_cache(maxsize=8)
 def describe_stage(stage_dir: Path, stamp: tuple[tuple[int, int], ...]) -> dict[str, Any]:
     """What a stage has done; read once for each `stamp`, since long runs take a second."""
-    rows = read_metrics(stage_dir / "metrics.jsonl")
-    train = [row for row in rows if row.get("train/loss") is not None]
-    curves = {"train/loss": _points(train, "train/loss", smoothed=True)}
+    rows = read_metrics(stage_dir / METRICS_FILE)
     names = {name for row in rows for name, value in row.items() if isinstance(value, int | float)}
-    for name in sorted(names - {"step", "time_s", "timestamp", "train/loss", "train/tokens", "train/flops"}):
-        curves[name] = _points([row for row in rows if row.get(name) is not None], name)
+    names -= {"step", "time_s", "timestamp", "train/tokens", "train/flops"}
+    order = list(QUANTITIES)
+    ranked = sorted(names, key=lambda name: (order.index(kind) if (kind := kind_of(name)) in order else len(order), name))
     sampled = [row for row in rows if "sample/text" in row][-40:]
     return {
+        "title": STAGE_TITLES[stage_dir.name],
         "settings": read_json(stage_dir / SETTINGS_FILE),
         "step": max((row["step"] for row in rows), default=0),
         "time_s": rows[-1].get("time_s", 0.0) if rows else 0.0,
         "updated": rows[-1].get("timestamp", 0.0) if rows else 0.0,
         "checkpoints": list_steps(stage_dir),
-        "curves": curves,
+        "curves": [_curve(rows, name) for name in ranked],
         "samples": [{"step": r["step"], "prompt": r["sample/prompt"], "text": r["sample/text"]} for r in sampled],
         "evaluation": read_eval(stage_dir),
     }
 
 
-def _points(rows: list[dict[str, Any]], name: str, smoothed: bool = False) -> list[list[float]]:
-    """[[step, value], ...], thinned to what a screen shows; the last point is always there."""
-    values = [row[name] for row in rows]
-    if smoothed:
-        values = smooth(values, decay=0.9)
-    return [[rows[i]["step"], values[i]] for i in thinned(len(rows), MAX_POINTS)]
+def _curve(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """A series with its title and [[step, value], ...], thinned to what a screen shows; the last point is always there."""
+    shown, (steps, values) = quantity(name), series(rows, name)
+    values = [value * shown.scale for value in (smooth(values, decay=0.9) if shown.noisy else values)]
+    title = shown.title + (f", {name.partition('/')[2]}" if kind_of(name).endswith("@") else "")
+    points = [[steps[i], values[i]] for i in thinned(len(steps), MAX_POINTS)]
+    return {"name": name, "title": f"{title} (smoothed)" if shown.noisy else title, "points": points}

@@ -1,6 +1,6 @@
 """What `--depth` implies: width, heads, horizon, batch size, learning rates, weight decay.
 
-Used by scripts/base_train and chat_sft, trainer.py, pace.py, memory.py and doctor.py. The rules are anchored at a depth
+Used by scripts/base_train and chat_sft, pace.py, memory.py and doctor.py. The rules are anchored at a depth
 of 12 with a batch of 2^19 tokens, where the peak learning rates of optim.OptimizerSettings were tuned, and carried to
 other sizes by
 
@@ -155,36 +155,3 @@ def default_device_batch_size(total_batch_size: int, sequence_len: int, world_si
     rows = total_batch_size // (sequence_len * world_size)
     fitting = [n for n in range(1, rows + 1) if rows % n == 0 and n * sequence_len <= most_tokens]
     return max(fitting, default=1)
-
-
-def learning_rate_factor(
-    step: int, num_iterations: int, warmup_steps: int, warmdown_ratio: float, final_fraction: float
-) -> float:
-    """The share of the peak learning rate at a step: linear warm-up, constant, linear warm-down to final_fraction.
-
-    Step 0 of a warm-up of n has 1/n; the step after the last would be the first with final_fraction. Where a short run has
-    both at once, the lower counts.
-    """
-    warmup_steps = min(warmup_steps, num_iterations // 2)
-    warmdown_steps = round(warmdown_ratio * num_iterations)
-    up = (step + 1) / warmup_steps if step < warmup_steps else 1.0
-    progress = (num_iterations - step) / warmdown_steps if num_iterations - step < warmdown_steps else 1.0
-    return min(up, progress + (1 - progress) * final_fraction)
-
-
-def weight_decay_factor(step: int, num_iterations: int) -> float:
-    """The share of the weight decay at a step: half a wave of a cosine, from 1 to 0."""
-    return 0.5 * (1 + math.cos(math.pi * step / num_iterations))
-
-
-def expansion_step(num_iterations: int, expand_at: float) -> int:
-    """The first step of a run at which all blocks learn, if that is to be after a share `expand_at` of it."""
-    return min(round(expand_at * num_iterations), max(1, num_iterations - 1))  # one at least is for all, if there are two
-
-
-def muon_momentum(step: int, num_iterations: int, warmdown_ratio: float, peak: float = 0.95) -> float:
-    """Muon's momentum: from 0.85 up to its peak over 300 steps (or a quarter of the run), less in the warm-down."""
-    ramp = min(step / max(1, min(300, num_iterations // 4)), 1)
-    warmdown_steps = round(warmdown_ratio * num_iterations)
-    cooling = max(0.0, 1 - (num_iterations - step) / warmdown_steps) if warmdown_steps else 0.0
-    return min(0.85 + ramp * (peak - 0.85), peak - cooling * (peak - 0.85) / 2)

@@ -25,7 +25,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
 from nanochat.common import NanochatError
-from nanochat.engine import Engine, trim_conversation
+from nanochat.engine import Engine
 from nanochat.guard import Guard
 from nanochat.openai_api import (
     MAX_CHARS,
@@ -50,6 +50,7 @@ from nanochat.openai_api import Message as ChatMessage
 from nanochat.runs_api import add_run_routes
 from nanochat.scheduler import Sequence, TokenLogprob
 from nanochat.service import ChatDefaults, Limits, Service, Ticket
+from nanochat.trimming import trim_conversation
 
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 PAGE_HEADERS = {

@@ -1,19 +1,17 @@
-"""Opening a stage of a run: which directory it writes to, and whether it goes on or starts anew.
+"""Opening a stage of a run: which directory it writes to, whether it goes on or starts anew, and with which model.
 
-Used by the training scripts, whose common flags stand here too.
+Used by the training scripts.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
-import difflib
 import json
 import os
 import re
-from dataclasses import dataclass, field, fields
-from pathlib import Path, PurePath
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,7 +44,6 @@ from nanochat.common import (
     NanochatError,
     all_or_none,
     atomic_write,
-    gather_objects,
     get_compute_dtype,
     get_dist_info,
     on_rank0,
@@ -56,127 +53,15 @@ from nanochat.common import (
 from nanochat.dataset import Source
 from nanochat.fp8 import enable_fp8
 from nanochat.gpt import GPT
-from nanochat.loggers import LOGGERS, check_installed
-from nanochat.metrics import MetricsLog, read_metrics
+from nanochat.loggers import check_installed
+from nanochat.metrics import METRICS_FILE, MetricsLog, read_metrics
 from nanochat.model_config import read_config
-from nanochat.optim import MuonAdamW, OptimizerSettings
+from nanochat.optim import MuonAdamW
+from nanochat.same_run import check_data, check_settings, compare_ranks, way_to_begin_anew
 from nanochat.settings import CONFIG_FILE, Arguments
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import Trainer
-
-RATES = {"matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr"}
-OF_FLAGS = {*RATES, "weight_decay"}  # fields of OptimizerSettings that --set does not take
-# What may differ between a run and its resumption: it changes how the work is done, not what is computed; and rates, since
-# lower ones are the way out of a divergence.
-FREE_SETTINGS = {
-    "resume", "resume_from_step", "run", "log_to", "tensorboard",
-    "device", "dtype", "fp8", "world_size", "fsdp", "activation_checkpointing", "device_batch_size",
-    "compile", "eval_every", "eval_tokens", "sample_every", "save_every", "keep_last",
-    "data", "tokenizer", "from_hf", "model_tag", "tag", "model_step",  # what these mean is compared, not where it lies
-    "device_type", *RATES,
-    "core_metric_every", "core_metric_max_per_task", "eval_bundle", "max_rows", "eval_examples", "eval_samples",
-}  # fmt: skip
-
-
-def add_training_arguments(parser: argparse.ArgumentParser, eval_every: int = 250, generates: bool = False) -> None:
-    """Flags that every training script has. generates: the stage writes what it learns from, which takes a whole model."""
-    run = parser.add_argument_group("run")
-    run.add_argument(
-        "--run",
-        default="dummy",
-        metavar="NAME",
-        help="what loggers call the run; without --log-to it goes to Weights & Biases, 'dummy' to none",
-    )
-    run.add_argument(
-        "--log-to",
-        nargs="+",
-        action="extend",
-        default=[],
-        choices=LOGGERS,
-        metavar="LOGGER",
-        help=f"loggers beside metrics.jsonl: {', '.join(LOGGERS)} (WANDB_MODE=offline keeps the first one's on disk)",
-    )
-    run.add_argument("--tensorboard", action="store_true", help="the same as --log-to tensorboard")
-    run.add_argument("--model-tag", default=None, metavar="TAG", help="the run's name (base_train: d and the depth)")
-    run.add_argument(
-        "--resume",
-        default="none",
-        metavar="auto|none|STEP",
-        help="go on from the newest checkpoint, from none, from STEP",
-    )
-    run.add_argument("--save-every", type=int, default=-1, metavar="STEPS", help="save every so often (-1: at the end)")
-    run.add_argument("--keep-last", type=int, default=3, metavar="K", help="checkpoints to keep, and the best (-1: all)")
-    run.add_argument("--eval-every", type=int, default=eval_every, metavar="STEPS", help="validate (-1: at the end)")
-    if not generates:
-        run.add_argument("--eval-tokens", type=int, default=None, metavar="N",
-                         help="validation tokens to use (default: 2^18, on a GPU 2^22; -1: all)")  # fmt: skip
-        run.add_argument("--target-minutes", type=float, default=-1.0, help="end the training about so long after the start")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
-    machine.add_argument("--device-batch-size", type=int, default=-1, metavar="ROWS", help="rows at a time (-1: as fit)")
-    if generates:
-        parser.set_defaults(fsdp=False)
-    else:
-        machine.add_argument("--fsdp", action="store_true", help="cut the model over all ranks: for models beyond one GPU")
-    machine.add_argument("--activation-checkpointing", action="store_true",
-                         help="compute blocks again in the backward pass: slower by a third, for less memory")  # fmt: skip
-    machine.add_argument("--fp8", action="store_true", help="multiply in 8 bits: on GPUs that do (Ada, Hopper and later)")
-    machine.add_argument("--no-compile", dest="compile", action="store_false", help="run eagerly")
-
-
-def open_metrics(stage: Stage, settings: dict[str, Any], args: argparse.Namespace) -> MetricsLog:
-    """The log of a stage, and of the loggers that its flags name."""
-    return MetricsLog(stage.directory, settings, args.run, _loggers(args), get_dist_info()[1], stage.resume_step)
-
-
-def _loggers(args: argparse.Namespace) -> list[str]:
-    """What its flags name; a --run of its own alone means wandb."""
-    named = [*args.log_to, *(["tensorboard"] if args.tensorboard else [])]
-    return named or (["wandb"] if args.run != "dummy" else [])
-
-
-def add_rate_arguments(group: argparse._ArgumentGroup) -> None:
-    """Peak learning rates, which `setup_optimizer` reads."""
-    for name, text in (
-        ("embedding_lr", "peak learning rate of embeddings"), ("unembedding_lr", "of the head"),
-        ("matrix_lr", "of matrices, which Muon updates"), ("scalar_lr", "of single numbers"),
-    ):  # fmt: skip
-        flag = "--" + name.replace("_", "-")
-        group.add_argument(flag, type=float, default=getattr(OptimizerSettings, name), help=text)
-
-
-def setup_optimizer(model: GPT, args: argparse.Namespace, scale: float, weight_decay: float, **settings: Any) -> MuonAdamW:
-    """The model's optimizer with the rates that were asked for, all times `scale`; settings: of OptimizerSettings."""
-    rates = {name: getattr(args, name) * scale for name in RATES}
-    return model.setup_optimizer(**rates, weight_decay=weight_decay, **settings)
-
-
-def parse_switches(pairs: list[str], *settings: type) -> list[dict[str, Any]]:
-    """NAME=VALUE pairs as keyword arguments, those of each dataclass in `settings` for itself.
-
-    Raises NanochatError for a name that none of them has, or that has a flag of its own, or a value that does not suit it.
-    """
-    parsed: list[dict[str, Any]] = [{} for _ in settings]
-    known: dict[str, tuple[dict[str, Any], Any]] = {
-        f.name: (target, f.default) for target, cls in zip(parsed, settings, strict=True) for f in fields(cls)
-    }
-    for pair in pairs:
-        name, _, text = pair.partition("=")
-        if name in OF_FLAGS:  # whose values are scaled for the run, which --set would undo
-            raise NanochatError(f"--set {pair}: {name} has a flag of its own: give --{name.replace('_', '-')} {text}")
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(sorted(known))}"
-            raise NanochatError(f"--set {pair}: there is no switch {name!r}; {hint}")
-        target, default = known[name]
-        try:
-            if isinstance(default, bool):
-                target[name] = {"true": True, "false": False}[text.lower()]
-            else:
-                target[name] = text if isinstance(default, str) else type(default)(ast.literal_eval(text))
-        except (ValueError, SyntaxError, TypeError, KeyError):
-            raise NanochatError(f"--set {pair}: the value must be like {default!r}") from None
-    return parsed
+from nanochat.training_flags import RATES, chosen_loggers
 
 
 @dataclass(frozen=True)
@@ -194,7 +79,7 @@ class Stage:
         """True if the last step was saved and evaluated, so that nothing is left to do (loss or pass@1 is measured last)."""
         if self.resume_step is None or self.resume_step < num_iterations:
             return False
-        rows = [row for row in read_metrics(self.directory / "metrics.jsonl") if row["step"] == num_iterations]
+        rows = [row for row in read_metrics(self.directory / METRICS_FILE) if row["step"] == num_iterations]
         return any("val/bpb" in row or "val/pass@1" in row for row in rows)
 
     @property
@@ -234,7 +119,7 @@ def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> St
         elif steps := list_steps(get_stage_dir(tag, name)):
             raise NanochatError(
                 f"run {tag!r} already has {name} checkpoints up to step {steps[-1]}: add --resume auto to go on, or "
-                f"{_way_to_begin_anew(get_stage_dir(tag, name))}"
+                f"{way_to_begin_anew(get_stage_dir(tag, name))}"
             )
         step = None
     else:
@@ -269,11 +154,6 @@ def _newest_untagged(name: str, default_tag: str) -> str:
     return newest
 
 
-def _way_to_begin_anew(directory: Path) -> str:
-    """The end of a sentence: how to begin a stage anew. A later stage cannot take another run, which has no model for it."""
-    return "choose another --model-tag" if directory.name == STAGES[0] else f"remove {directory} to do it anew"
-
-
 def _is_second_start(directory: Path, resume: str) -> bool:
     """Whether torchrun or Slurm repeats a command that has gone on from step `resume` already."""
     if not any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")):
@@ -303,7 +183,7 @@ def open_start(stage: Stage, source: str, step: int | None) -> tuple[Path, Token
         raise NanochatError(
             f"run {stage.tag!r} was started from {parent['stage']} step {parent['step']}, not {source}"
             f"{'' if step is None else f' step {step}'}: use the same settings to go on, or "
-            f"{_way_to_begin_anew(stage.directory)}"
+            f"{way_to_begin_anew(stage.directory)}"
         )
     return directory, tokenizer, meta, parent["step"]
 
@@ -338,80 +218,11 @@ def begin(
     return settings
 
 
-def compare_ranks(seen: dict[str, Any]) -> None:
-    """Raise NanochatError on every rank if they do not see the same, by its names (a collective call)."""
-    first, *others = gather_objects(seen)
-    for rank, other in enumerate(others, 1):
-        for name in first | other:
-            here, there = (str(values.get(name, "absent")) for values in (first, other))
-            if here != there:
-                raise NanochatError(
-                    f"{name} is {here} on rank 0, but {there} on rank {rank}: give all machines the same files and flags"
-                )
-
-
-def check_settings(stage: Stage, new: dict[str, Any], args: Arguments) -> None:
-    """Raise NanochatError if a stage that is to go on was started with other settings."""
-    if stage.resume_step is None:
-        return
-    old, anew = stage.recorded_settings(), _way_to_begin_anew(stage.directory)
-    fingerprint = new["tokenizer_fingerprint"]
-    if old.get("tokenizer_fingerprint", fingerprint) != fingerprint:
-        raise NanochatError(
-            f"the tokenizer is not the one that run {stage.tag!r} was started with: give the copy that the run keeps, "
-            f"--tokenizer={get_run_dir(stage.tag)}, or {anew}"
-        )
-    for key, value in json.loads(json.dumps(new)).items():
-        flag = "--set" if key == "switches" else "--" + key.replace("_", "-")
-        before = old.get(key, value)
-        if key not in old and key in args.defaults and vars(args)[key] != args.defaults[key]:  # a flag newer than the run
-            before = args.defaults[key]
-        if key in RATES and before != value:
-            print0(f"going on with {flag} {value}: until here it was {before}")
-        if key not in FREE_SETTINGS and before != value:
-            raise NanochatError(
-                f"run {stage.tag!r} was started with {flag} {before}, not {value}: use the same settings to go on, or {anew}"
-            )
-
-
-def check_tokens(source: Source, tokenizer: Tokenizer) -> None:
-    """Raise NanochatError if the source holds tokens of another tokenizer."""
-    found = source.tokenizer_fingerprint()
-    if found is not None and found != tokenizer.fingerprint():
-        raise NanochatError(
-            f"{source.name} holds tokens of another tokenizer ({found[:12]}, not {tokenizer.fingerprint()[:12]}): give "
-            "the tokenizer that made them, or the text itself"
-        )
-
-
-def check_data(stage: Stage, source: Source) -> None:
-    """Raise NanochatError if files that a stage read are gone, changed or elsewhere in order. New ones go behind them."""
-    if stage.resume_step is None:
-        return
-    now = source.describe()["files"]
-    before = read_meta(stage.directory, stage.resume_step)["data"]["files"]
-    plain: dict[str, Any] = {}  # by names alone, as files below folders were once recorded, if they tell
-    if len({PurePath(name).name for name in now}) == len(now) and not any("/" in name for name in before):
-        plain = {PurePath(name).name: size for name, size in now.items()}
-    for name, size in before.items():
-        if now.get(name, plain.get(name)) != size:
-            what = "is gone" if name not in now else "has changed"
-            raise NanochatError(f"{name} of {source.name} {what} since run {stage.tag!r} read it: restore it to go on")
-    for files in (source.train_files, source.val_files):
-        known = [file.name in before or (bool(plain) and PurePath(file.name).name in before) for file in files]
-        if known != sorted(known, reverse=True):
-            new = files[known.index(False)].name
-            raise NanochatError(
-                f"{new} of {source.name} is new and sorts before files that run {stage.tag!r} read: give it a name that sorts "
-                "behind them to go on"
-            )
-
-
 def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, Any], args: Arguments, rank: int) -> None:
     """Write what the stage is (settings.json, config.toml, the tokenizer) before it starts."""
     if rank != 0:
         return
-    for name in _loggers(args):
+    for name in chosen_loggers(args):
         check_installed(name)
     stage.lock.enter_context(lock_stage(stage.directory))  # as long as the stage lives; the trainer takes it once more
     if list_steps(stage.directory) != stage.steps:
@@ -419,7 +230,7 @@ def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, An
     if stage.resume_step is not None:
         print0(f"going on from step {stage.resume_step} of {stage.directory}")
     else:
-        (stage.directory / "metrics.jsonl").unlink(missing_ok=True)  # of a start that never reached a checkpoint
+        (stage.directory / METRICS_FILE).unlink(missing_ok=True)  # of a start that never reached a checkpoint
         if stage.name == "base":
             tokenizer.save(get_run_dir(stage.tag))
     text = json.dumps(settings, indent=2, ensure_ascii=False)  # recipes look for the path of the data as it is
@@ -452,6 +263,17 @@ def make_model(
     return model
 
 
+def open_metrics(stage: Stage, settings: dict[str, Any], args: argparse.Namespace) -> MetricsLog:
+    """The log of a stage, and of the loggers that its flags name."""
+    return MetricsLog(stage.directory, settings, args.run, chosen_loggers(args), get_dist_info()[1], stage.resume_step)
+
+
+def setup_optimizer(model: GPT, args: argparse.Namespace, scale: float, weight_decay: float, **settings: Any) -> MuonAdamW:
+    """The model's optimizer with the rates that were asked for, all times `scale`; settings: of OptimizerSettings."""
+    rates = {name: getattr(args, name) * scale for name in RATES}
+    return model.setup_optimizer(**rates, weight_decay=weight_decay, **settings)
+
+
 def load_optimizer(optimizer: MuonAdamW, stage_dir: Path, step: int, way_out: str = "add --load-optimizer 0") -> None:
     """Give an optimizer the state of a step. Raises CheckpointError if that was saved without, or by another optimizer."""
     directory = step_dir(stage_dir, step)
@@ -473,7 +295,7 @@ def load_optimizer(optimizer: MuonAdamW, stage_dir: Path, step: int, way_out: st
 def go_on(trainer: Trainer, stage: Stage) -> None:
     """Put a resumed stage's trainer where it was; set aside, when nothing can be refused any more, what came after."""
     if stage.resume_step is not None:
-        way_out = f"its weights can be used, but not trained on here: {_way_to_begin_anew(stage.directory)}"
+        way_out = f"its weights can be used, but not trained on here: {way_to_begin_anew(stage.directory)}"
         load_optimizer(trainer.optimizer, stage.directory, stage.resume_step, way_out)
         trainer.load_state_dict(read_meta(stage.directory, stage.resume_step)["trainer"])
         if trainer.rank == 0 and (later := set_aside(stage.directory, stage.resume_step)):

@@ -49,11 +49,11 @@ from nanochat.metrics import MetricsLog
 from nanochat.optim import MuonAdamW
 from nanochat.passes import Batch, Passes, summed_loss
 from nanochat.progress import Progress
-from nanochat.scaling import expansion_step, learning_rate_factor, muon_momentum, weight_decay_factor
+from nanochat.quantities import describe_line
+from nanochat.schedules import Schedule
 from nanochat.stopping import StopRequest, frozen_garbage
 
 Evaluation = Callable[[], dict[str, float]]
-SHOWN = ("loss", "reward", "tok_per_s", "mfu", "bpb", "pass@1")  # on the progress line, where there are such numbers
 NOT_SAVED = "warning: a checkpoint could not be written; training goes on."
 
 
@@ -66,20 +66,15 @@ class Loader(Protocol):
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None: ...  # of all ranks there were
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """What the loop itself needs to know. Periods are in steps; 0 or less means never (but for the last step)."""
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Schedule):
+    """A schedule, and what else the loop needs to know. Periods are in steps; 0 or less: never (but for the last step)."""
 
-    num_iterations: int
     total_batch_size: int  # tokens in an update, over all ranks; 0: it varies, and speed is not counted in tokens
     grad_accum_steps: int = 1
-    warmup_steps: int = 40
-    warmdown_ratio: float = 0.65
-    final_lr_frac: float = 0.05
-    expand_at: float = 0.0  # the share of the updates in which the last block learns alone
     eval_every: int = 250
     eval_first: bool = False  # also before the first update
-    sample_every: int = 2000
+    sample_every: int = 2000  # below 0: not at the last step either
     save_every: int = -1
     keep_last: int = -1  # checkpoints, besides the best; 0 or less keeps all
     compare_every: int = 100  # make sure that all ranks still hold the same parameters
@@ -279,7 +274,7 @@ class Trainer:
             for period, evaluate in self.evaluations:
                 if last or self._due(period) or (config.eval_first and self.step == 0):
                     self._evaluate(evaluate)
-            if last or self._due(config.sample_every):
+            if (last and config.sample_every >= 0) or self._due(config.sample_every):
                 self._sample()
             if last:
                 if any_rank(self._stop.asked):
@@ -294,7 +289,7 @@ class Trainer:
     def _choose_blocks(self) -> None:
         """Let the last block learn alone, or all."""
         idle_before = self.model.idle_blocks
-        expanded = self.step >= expansion_step(self.config.num_iterations, self.config.expand_at)
+        expanded = self.step >= self.config.expansion_step
         self.model.idle_blocks = 0 if expanded else self.model.config.n_layer - 1
         if idle_before and expanded:
             self.progress.print(f"step {self.step}: all blocks learn from here on, and updates take longer")
@@ -370,15 +365,11 @@ class Trainer:
 
     def _set_schedules(self) -> float:
         """Move learning rates, momentum and weight decay to this step; returns the learning rate's factor."""
-        config = self.config
-        factor = learning_rate_factor(
-            self.step, config.num_iterations, config.warmup_steps, config.warmdown_ratio, config.final_lr_frac
-        )
-        decay_factor = weight_decay_factor(self.step, config.num_iterations)
+        factor, decay_factor = self.config.learning_rate_factor(self.step), self.config.weight_decay_factor(self.step)
         for group in self.optimizer.groups:
             group.lr = group.initial_lr * factor
             group.weight_decay = group.initial_weight_decay * decay_factor
-            group.momentum = muon_momentum(self.step, config.num_iterations, config.warmdown_ratio, group.initial_momentum)
+            group.momentum = self.config.muon_momentum(self.step, group.initial_momentum)
         return factor
 
     def _log(self, factor: float, started: float) -> None:
@@ -405,12 +396,11 @@ class Trainer:
         row["train/peak_memory_mb"] = round(peak_memory_bytes(self.device) / 1e6)
         row |= self.step_metrics()
         self.metrics.log(row)
-        shown = {name.rpartition("/")[2]: value for name, value in (row | self.results).items()}
-        self.progress.update(self.step, **{name: shown[name] for name in SHOWN if name in shown})
+        self.progress.update(self.step, *describe_line(row | self.results))
 
     def _work(self, steps: int) -> int:
         """Floating-point operations of the first `steps` updates for each token of an update."""
-        alone = min(steps, expansion_step(self.config.num_iterations, self.config.expand_at))
+        alone = min(steps, self.config.expansion_step)
         one_block, all_blocks = self._flops_per_token
         return alone * one_block + (steps - alone) * all_blocks
 

@@ -16,14 +16,14 @@ from nanochat.common import NanochatError, compute_init, from_rank0, get_base_di
 from nanochat.core_eval import NUM_TASKS, NanochatScorer, Scorer, evaluate_core, find_bundle
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import get_source
-from nanochat.engine import Engine, continue_openings
+from nanochat.engine import Engine
+from nanochat.eval_results import merge_eval
 from nanochat.hf_scorer import HuggingFaceScorer
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.progress import Progress
-from nanochat.report import merge_eval
+from nanochat.samples import continue_openings
 from nanochat.scores import core_name
 from nanochat.settings import Arguments, SettingsParser
-from nanochat.stage import check_tokens
 
 KINDS = ("core", "bpb", "sample")
 WORTH_COMPILING = 100  # questions of each CORE task: with fewer, the compiler takes longer than it saves
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         if data is None:
             raise NanochatError(f"run {meta['tag']!r} was not pretrained here, so its text is not known: name one with --data")
         source = get_source(data)
-        check_tokens(source, tokenizer)
+        source.check_tokens(tokenizer)
     T = model.config.sequence_len
     rows = args.device_batch_size if args.device_batch_size > 0 else max(1, 8192 // T)
     most = max(1, (args.split_tokens if args.split_tokens > 0 else 2**20) // (rows * T * world_size))

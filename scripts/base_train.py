@@ -22,11 +22,13 @@ from nanochat.compilation import keep_freed_memory
 from nanochat.core_eval import NanochatScorer, evaluate_core, find_bundle
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import default_source_name, get_source
-from nanochat.engine import Engine, continue_openings
+from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import batches_to_validate, evaluate_bpb
 from nanochat.optim import OptimizerSettings
 from nanochat.pace import batch_worth_an_update, choose_device_batch_size, flops_in, steps_in
+from nanochat.same_run import check_settings
+from nanochat.samples import continue_openings
 from nanochat.scaling import (
     MOST_PASSES,
     TOKENS_PER_PARAM,
@@ -38,23 +40,10 @@ from nanochat.scaling import (
 )
 from nanochat.scores import core_name
 from nanochat.settings import Arguments, SettingsParser
-from nanochat.stage import (
-    RATES,
-    Stage,
-    add_rate_arguments,
-    add_training_arguments,
-    begin,
-    check_settings,
-    check_tokens,
-    go_on,
-    make_model,
-    open_metrics,
-    open_stage,
-    parse_switches,
-    setup_optimizer,
-)
+from nanochat.stage import Stage, begin, go_on, make_model, open_metrics, open_stage, setup_optimizer
 from nanochat.tokenizer import FILE_NAME, get_tokenizer, get_tokenizer_dir
 from nanochat.trainer import TrainConfig, Trainer
+from nanochat.training_flags import RATES, add_rate_arguments, add_training_arguments, parse_switches
 from scripts import tok_train
 
 # Flags that decide which weights fit, besides the tokenizer.
@@ -107,7 +96,6 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     measuring.add_argument("--core-metric-every", type=int, default=-1, metavar="STEPS", help="CORE (-1: never)")
     measuring.add_argument("--core-metric-max-per-task", type=int, default=500, help="questions of each CORE task (-1: all)")
     measuring.add_argument("--eval-bundle", type=Path, default=None, metavar="DIR", help="CORE's data (default: downloaded)")
-    measuring.add_argument("--sample-every", type=int, default=2000, help="show samples (-1: never)")
     measuring.add_argument("--resume-from-step", type=int, default=-1, help="the same as --resume STEP")
     add_training_arguments(parser)
     args = parser.parse_args(argv)
@@ -205,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     source = get_source(args.data)
     make_default_tokenizer(args.tokenizer, args.data, rank)
     tokenizer = get_tokenizer(args.tokenizer)
-    check_tokens(source, tokenizer)
+    source.check_tokens(tokenizer)
     model_switches, optimizer_switches = parse_switches(args.switches, GPTConfig, OptimizerSettings)
     config = model_config(
         args.depth, tokenizer.get_vocab_size(), args.max_seq_len, args.aspect_ratio, args.head_dim, args.window_pattern,
@@ -272,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
         },
         evaluate=evaluate,
         evaluations=[(args.core_metric_every, functools.partial(evaluate_core_metric, bundle))] if bundle else [],
-        sample=sample if args.sample_every > 0 and not args.fsdp else None,  # which takes a whole model
+        sample=None if args.fsdp else sample,  # which takes a whole model
     )  # fmt: skip
     go_on(trainer, stage)
     trainer.train()

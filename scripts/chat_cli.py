@@ -9,10 +9,11 @@ from typing import Any
 
 from nanochat.checkpoint_manager import STAGES, load_model
 from nanochat.common import NanochatError, compute_init, run_command
-from nanochat.engine import Engine, trim_conversation
+from nanochat.engine import Engine
 from nanochat.runner import prepare_for_inference
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.tokenizer import IncrementalDecoder
+from nanochat.trimming import trim_conversation
 
 HELP = "Type a message; 'clear' begins anew, 'quit' or Ctrl-D leaves, Ctrl-C stops an answer."
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"

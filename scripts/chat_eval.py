@@ -17,8 +17,8 @@ from nanochat.chat_eval import CHATCORE_TASKS, Answering, TaskResult, chatcore, 
 from nanochat.checkpoint_manager import STAGES, get_stage_dir, load_model
 from nanochat.common import NanochatError, compute_init, run_command
 from nanochat.engine import Engine
+from nanochat.eval_results import merge_eval, read_eval
 from nanochat.progress import Progress
-from nanochat.report import merge_eval, read_eval
 from nanochat.scores import describe_pass_at
 from nanochat.settings import Arguments, SettingsParser
 from tasks import TASKS, build_judged_task, task_name

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nanochat.chat_eval import Answering, evaluate_task, sample_answers
+from nanochat.chat_eval import Answering, evaluate_task
 from nanochat.checkpoint_manager import find_run, load_model
 from nanochat.common import NanochatError, compute_init, print0, run_command
 from nanochat.compilation import keep_freed_memory
@@ -20,21 +20,11 @@ from nanochat.conversation_loader import check_mixture
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.rl import OBJECTIVES, RolloutLoader, RolloutSettings, make_policy_loss
+from nanochat.samples import sample_answers
 from nanochat.settings import Arguments, SettingsParser
-from nanochat.stage import (
-    RATES,
-    Stage,
-    add_rate_arguments,
-    add_training_arguments,
-    begin,
-    go_on,
-    make_model,
-    open_metrics,
-    open_stage,
-    open_start,
-    setup_optimizer,
-)
+from nanochat.stage import Stage, begin, go_on, make_model, open_metrics, open_stage, open_start, setup_optimizer
 from nanochat.trainer import TrainConfig, Trainer
+from nanochat.training_flags import RATES, add_rate_arguments, add_training_arguments
 from tasks import build_judged_task
 
 
@@ -67,8 +57,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     measuring = parser.add_argument_group("measuring")
     measuring.add_argument("--eval-examples", type=int, default=400, help="problems of the part held out")
     measuring.add_argument("--eval-samples", type=int, default=8, help="answers to each: pass@1 and pass@8")
-    measuring.add_argument("--sample-every", type=int, default=-1, help="show answers (-1: at the end only)")
-    add_training_arguments(parser, eval_every=60, generates=True)
+    add_training_arguments(parser, eval_every=60, sample_every=0, generates=True)
     args = parser.parse_args(argv)
     args.require_positive("examples_per_step", "num_samples", "max_new_tokens", "max_rows", "eval_examples", "eval_samples")
     args.require_between(0, math.inf, *sorted(RATES), "weight_decay", "init_lr_frac", "kl_weight")

@@ -10,7 +10,6 @@ import math
 import sys
 from pathlib import Path
 
-from nanochat.chat_eval import sample_answers
 from nanochat.checkpoint_manager import find_run
 from nanochat.common import compute_init, from_rank0, get_base_dir, print0, run_command
 from nanochat.compilation import keep_freed_memory
@@ -19,22 +18,12 @@ from nanochat.engine import Engine
 from nanochat.loss_eval import batches_to_validate, evaluate_bpb
 from nanochat.model_config import read_config
 from nanochat.pace import choose_device_batch_size, steps_in
+from nanochat.samples import sample_answers
 from nanochat.scaling import accumulation_steps, fit_batch, learning_rate_scale
 from nanochat.settings import Arguments, SettingsParser
-from nanochat.stage import (
-    RATES,
-    add_rate_arguments,
-    add_training_arguments,
-    begin,
-    go_on,
-    load_optimizer,
-    make_model,
-    open_metrics,
-    open_stage,
-    open_start,
-    setup_optimizer,
-)
+from nanochat.stage import begin, go_on, load_optimizer, make_model, open_metrics, open_stage, open_start, setup_optimizer
 from nanochat.trainer import TrainConfig, Trainer
+from nanochat.training_flags import RATES, add_rate_arguments, add_training_arguments
 from tasks import build_mixture
 
 DEFAULT_TASKS = "SmolTalk,MMLU*3,GSM8K*4,Identity*2,SimpleSpelling,SpellingBee"
@@ -66,8 +55,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     optimization.add_argument("--final-lr-frac", type=float, default=0.0, help="share of the peak at the last step")
     optimization.add_argument("--load-optimizer", type=int, choices=(0, 1), default=1, help="keep the base's momenta")
     optimization.add_argument("--seed", type=int, default=42, help="of the order of the conversations")
-    optimization.add_argument("--sample-every", type=int, default=-1, help="show answers (-1: at the end only)")
-    add_training_arguments(parser)
+    add_training_arguments(parser, sample_every=0)
     args = parser.parse_args(argv)
     args.require_between(0, math.inf, *sorted(RATES), "weight_decay", "init_lr_frac")
     args.require_between(0, 1, "warmdown_ratio", "final_lr_frac")

@@ -22,16 +22,18 @@ from rich.table import Table
 
 from nanochat.checkpoint_manager import SETTINGS_FILE, STAGES, get_runs_dir
 from nanochat.common import NanochatError, run_command
-from nanochat.metrics import read_metrics, series, smooth_for_picture
+from nanochat.eval_results import read_eval, read_json
+from nanochat.metrics import METRICS_FILE, read_metrics, series, smooth_for_picture
 from nanochat.plots import Bar, Curve, Panel, draw_bars, draw_panel, to_svg
 from nanochat.progress import format_seconds
-from nanochat.report import STAGE_TITLES, TITLES, Picture, Section, format_value, kind_of, read_eval, read_json, render
+from nanochat.quantities import kind_of, quantity
+from nanochat.report import STAGE_TITLES, Picture, Section, format_value, render
+from nanochat.same_run import FREE_SETTINGS
 from nanochat.scores import centered
 from nanochat.settings import Arguments, SettingsParser
-from nanochat.stage import FREE_SETTINGS, RATES
+from nanochat.training_flags import RATES
 
 AXES = {"steps": "step", "tokens": "tokens trained on", "time": "minutes of training", "flops": "FLOPs of training"}
-SMOOTHED = ("train/loss", "train/tok_per_s", "rl/reward")
 # Settings that say nothing of training, or nothing to a reader.
 NAMES = {"tag", "mixture", "model_tag", "run", "log_to", "resume", "resume_from_step", "stage"}
 # Settings that a run may change on its way, though the result depends on them.
@@ -113,7 +115,7 @@ def read_run(directory: Path, stage: str, name: str) -> Run:
     if not (stage_dir / SETTINGS_FILE).exists():
         stages = [s for s in STAGES if (directory / s / SETTINGS_FILE).exists()]
         raise NanochatError(f"run {name!r} has no stage {stage}: choose --stage {' or '.join(stages)}, or leave it out")
-    rows = read_metrics(stage_dir / "metrics.jsonl")
+    rows = read_metrics(stage_dir / METRICS_FILE)
     return Run(name, read_json(stage_dir / SETTINGS_FILE), rows, read_eval(stage_dir))
 
 
@@ -189,17 +191,17 @@ def draw_curves(runs: list[Run], x: str) -> list[Picture]:
         kinds.setdefault(kind_of(name), []).append(name)
     pictures = []
     for kind, members in kinds.items():
-        curves = []
+        shown, curves = quantity(kind), []
         for color, run in enumerate(runs):
             for name in members:
                 steps, values = series(run.rows, name)
                 if values:
                     label = run.name if len(members) == 1 else f"{run.name} {name.partition('/')[2]}"
-                    y = smooth_for_picture(values) if name in SMOOTHED else values
-                    curves.append(Curve(label, over(x, run, steps), y, dots=name not in SMOOTHED, color=color))
+                    y = smooth_for_picture(values) if shown.noisy else values
+                    curves.append(Curve(label, over(x, run, steps), y, dots=not shown.noisy, color=color))
         if not curves:
             continue
-        panel = Panel(TITLES.get(kind, kind), curves, AXES[x], from_zero=kind == "train/tok_per_s")
+        panel = Panel(shown.title, curves, AXES[x], from_zero=kind == "train/tok_per_s")
         pictures.append(Picture(kind, panel.title, to_svg(draw_panel(panel), panel.title), wide=False))
     return pictures
 

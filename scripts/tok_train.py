@@ -92,7 +92,7 @@ def _texts(source: Source, max_chars: int, doc_cap: int, counts: dict[str, int],
         text = text[:doc_cap]
         counts["documents"] += 1
         counts["characters"] += len(text)
-        progress.update(counts["documents"], characters=counts["characters"])
+        progress.update(counts["documents"], f"characters {counts['characters']:,}")
         yield text
         if counts["characters"] >= max_chars:
             break

@@ -62,8 +62,8 @@ def build_mixture(spec: str, split: str, data_dir: Path | None = None) -> TaskMi
     """Tasks interleaved: "NAME[*TIMES][:MOST],..." sees NAME that many times, and at most its first MOST conversations."""
     tasks: list[Task] = []
     for entry in filter(None, (part.strip() for part in spec.split(","))):
-        # C:\... is a path on Windows.
-        parsed = re.fullmatch(r"([A-Za-z]:[\\/][^*:]*|[^*:]*)(?:\*(\d{0,3}))?(?::(\d{0,18}))?", entry)
+        # A path may hold * and :, as in C:\..., but no comma.
+        parsed = re.fullmatch(r"(.*\.jsonl|[^*:]*)(?:\*(\d{0,3}))?(?::(\d{0,18}))?", entry)
         if parsed is None:
             forms = "NAME, NAME*TIMES or NAME*TIMES:MOST, with TIMES below 1000"
             raise NanochatError(f"{entry[:100]!r} is no entry of a mixture: write {forms}")

@@ -15,6 +15,7 @@ from nanochat import chat_eval as chat_eval_module
 from nanochat.chat_eval import CHATCORE_TASKS, Answering, chatcore, evaluate_task
 from nanochat.common import NanochatError, read_json_lines
 from nanochat.engine import Engine
+from nanochat.samples import sample_answers
 from nanochat.scores import centered_mean, pass_at_k, wilson_interval
 from nanochat.tokenizer import Tokenizer
 from scripts import chat_eval
@@ -212,7 +213,7 @@ def test_kept_answers_are_judged_anew_and_counted_up_to_the_limit(engine: Engine
 
 def test_samples_are_as_many_as_a_small_mixture_has(engine: Engine) -> None:
     mixture = TaskMixture([LongAnswers(stop=1), LongAnswers(stop=2)])
-    assert len(chat_eval_module.sample_answers(engine, mixture, 4, 4)) == 3
+    assert len(sample_answers(engine, mixture, 4, 4)) == 3
 
 
 def test_questions_in_parts_are_shown_as_text(engine: Engine) -> None:
@@ -221,7 +222,7 @@ def test_questions_in_parts_are_shown_as_text(engine: Engine) -> None:
             parts = [{"type": "text", "text": "Who "}, {"type": "text", "text": "are you?"}]
             return {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "Me."}]}
 
-    assert chat_eval_module.sample_answers(engine, InParts(), 1, 4)[0]["prompt"] == "Who are you?"
+    assert sample_answers(engine, InParts(), 1, 4)[0]["prompt"] == "Who are you?"
     assert evaluate_task(engine, InParts(), 1, answering=Answering(max_tokens=2)).examples[0]["question"] == "Who are you?"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nanochat.common import NanochatError
-from nanochat.report import merge_eval
+from nanochat.eval_results import merge_eval
 from scripts import compare
 from scripts.compare import Run, differing_settings, final_numbers, over
 

@@ -25,9 +25,7 @@ from nanochat.scaling import (
     count_params,
     default_device_batch_size,
     expansion_share,
-    learning_rate_factor,
     model_config,
-    muon_momentum,
     plan_horizon,
 )
 from nanochat.sharded_optim import SHARDED_UNITS
@@ -269,30 +267,6 @@ def test_an_optimizer_that_has_done_nothing_yet_has_a_state() -> None:
 
 
 # ----------------------------------------------------------------------------- schedules and scaling
-
-
-@pytest.mark.parametrize(
-    ("steps", "warmup", "warmdown"), [(100, 10, 0.5), (400, 40, 0.65), (3, 40, 0.5), (1, 0, 1.0), (50, 0, 0.0), (40, 40, 0.65)]
-)
-def test_learning_rate_schedule(steps: int, warmup: int, warmdown: float) -> None:
-    factors = [learning_rate_factor(step, steps, warmup, warmdown, 0.1) for step in range(steps + 1)]
-    assert all(0 < f <= 1 for f in factors)
-    warmup_steps, warmdown_steps = min(warmup, steps // 2), round(warmdown * steps)
-    assert max(factors) == 1 or warmup_steps + warmdown_steps > steps
-    if warmup and steps > 2:
-        assert factors[0] == pytest.approx(1 / warmup_steps)
-    peak = max(i for i, f in enumerate(factors) if f == max(factors))
-    steepest = max(1 / max(1, warmup_steps), 1 / max(1, warmdown_steps))
-    assert all(abs(a - b) <= steepest + 1e-9 for a, b in zip(factors, factors[1:], strict=False)), "it jumps"
-    assert all(a >= b for a, b in zip(factors[peak:], factors[peak + 1 :], strict=False)), "warmdown rises"
-    assert factors[steps] == pytest.approx(0.1 if warmdown else 1)
-
-
-def test_momentum_schedule() -> None:
-    values = [muon_momentum(step, 1000, 0.5) for step in range(1001)]
-    assert values[0] == pytest.approx(0.85)
-    assert max(values) == pytest.approx(0.95)
-    assert values[-1] == pytest.approx(0.90)
 
 
 @pytest.mark.parametrize("depth", range(1, 27))

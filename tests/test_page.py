@@ -476,7 +476,7 @@ def test_the_runs_page_draws_the_curves(url: str, page: playwright.Page) -> None
     page.get_by_text("Pretraining").wait_for()
     page.get_by_text("Fine-tuning").wait_for()
     titles = page.locator("figcaption span").all_inner_texts()
-    assert "validation bits per byte" in titles and "training loss (smoothed)" in titles
+    assert "validation bits per byte" in titles and "training loss, nats per token (smoothed)" in titles
     assert len(page.locator("polyline").first.get_attribute("points").split()) == 6
     widths = page.locator("polyline").evaluate_all(
         "all => all.map(l => [new Set(l.getAttribute('points').split(' ')).size, parseFloat(getComputedStyle(l).strokeWidth)])"

@@ -14,10 +14,12 @@ import pytest
 
 from nanochat import report
 from nanochat.common import NanochatError
+from nanochat.eval_results import merge_eval, read_eval
 from nanochat.metrics import read_metrics
 from nanochat.plots import Curve, Panel, draw_panel, to_svg
 from nanochat.progress import Progress, _Console, format_seconds
-from nanochat.report import count_parts, make_panels, merge_eval, read_eval, write_report
+from nanochat.quantities import describe_line
+from nanochat.report import count_parts, make_panels, write_report
 from tests.helpers import make_model
 
 
@@ -235,7 +237,7 @@ def test_progress_says_stage_numbers_and_time_left(capsys: pytest.CaptureFixture
     monkeypatch.setenv("NANOCHAT_STAGE", "2/6")
     with Progress("pretraining", total=10, start=4) as progress:
         for step in range(5, 11):
-            progress.update(step, loss=2.5, tok_per_s=12345.6)
+            progress.update(step, *describe_line({"step": step, "train/tok_per_s": 12345.6, "train/loss": 2.5}))
         progress.print("[bold]not markup[/bold]")
     first, *_, last, said = capsys.readouterr().out.splitlines()
     assert first.startswith("[2/6] pretraining: step 5/10  loss 2.5000  tok/s 12,346")
@@ -260,7 +262,7 @@ def test_progress_is_one_live_line_on_a_terminal() -> None:
     progress._console = _Console(file=screen, force_terminal=True, width=100)
     with progress:
         for step in (1, 2, 3):
-            progress.update(step, loss=1.0)
+            progress.update(step, "loss 1.0000")
     assert "3/3" in screen.getvalue()
     assert "loss 1.0000" in screen.getvalue()
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.chat_eval import sample_answers
 from nanochat.dataset import get_source
-from nanochat.engine import Engine, continue_openings
+from nanochat.engine import Engine
+from nanochat.samples import continue_openings, sample_answers
 from nanochat.tokenizer import Tokenizer
 from tasks import build_task
 from tasks.common import TaskMixture

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from nanochat.memory import optimizer_bytes
-from nanochat.scaling import default_device_batch_size, expansion_step, fit_batch, model_config, plan_horizon
+from nanochat.scaling import default_device_batch_size, fit_batch, model_config, plan_horizon
 from scripts.base_train import peak_weight_decay
 from tests.helpers import make_model
 
@@ -51,6 +51,5 @@ def test_the_optimizers_memory_is_counted_as_it_is() -> None:
 
 
 def test_the_smallest_plans() -> None:
-    assert expansion_step(2, 0.85) == 1  # all blocks learn once at least
     assert model_config(4, 200_000).bigrams == 2
     assert plan_horizon(model_config(4, 512), 1e6, target_flops=1.0).num_iterations == 1

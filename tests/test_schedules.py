@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from nanochat.schedules import Schedule
 from nanochat.trainer import Trainer
 from tests.helpers import make_trainer
 
@@ -69,3 +70,26 @@ def test_a_resumed_run_takes_the_schedules_up_where_they_were(tmp_path: Path) ->
     resumed.load_state_dict({**whole.state_dict(), "step": 12})
     resumed.train()
     assert seen == expected[12:]
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "warmdown"), [(100, 10, 0.5), (400, 40, 0.65), (3, 40, 0.5), (1, 0, 1.0), (50, 0, 0.0), (40, 40, 0.65)]
+)
+def test_learning_rate_schedule(steps: int, warmup: int, warmdown: float) -> None:
+    schedule = Schedule(steps, warmup, warmdown, final_lr_frac=0.1)
+    factors = [schedule.learning_rate_factor(step) for step in range(steps + 1)]
+    assert all(0 < f <= 1 for f in factors)
+    warmup_steps, warmdown_steps = min(warmup, steps // 2), round(warmdown * steps)
+    assert max(factors) == 1 or warmup_steps + warmdown_steps > steps
+    if warmup and steps > 2:
+        assert factors[0] == pytest.approx(1 / warmup_steps)
+    peak = max(i for i, f in enumerate(factors) if f == max(factors))
+    steepest = max(1 / max(1, warmup_steps), 1 / max(1, warmdown_steps))
+    assert all(abs(a - b) <= steepest + 1e-9 for a, b in zip(factors, factors[1:], strict=False)), "it jumps"
+    assert all(a >= b for a, b in zip(factors[peak:], factors[peak + 1 :], strict=False)), "warmdown rises"
+    assert factors[steps] == pytest.approx(0.1 if warmdown else 1)
+
+
+@pytest.mark.parametrize(("steps", "expand_at", "first"), [(100, 0.0, 0), (100, 0.85, 85), (2, 0.85, 1), (1, 0.85, 1)])
+def test_all_blocks_learn_in_the_end(steps: int, expand_at: float, first: int) -> None:
+    assert Schedule(steps, expand_at=expand_at).expansion_step == first

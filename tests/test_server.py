@@ -345,8 +345,9 @@ def test_health_metrics_and_runs(client: TestClient) -> None:
     assert [run["tag"] for run in runs] == ["tiny"]
     stages = client.get("/api/runs/tiny").json()["stages"]
     assert set(stages) == {"base", "sft"}
-    assert len(stages["base"]["curves"]["train/loss"]) == 6
-    assert all(math.isfinite(value) for _, value in stages["base"]["curves"]["val/bpb"])
+    points = {curve["name"]: curve["points"] for curve in stages["base"]["curves"]}
+    assert len(points["train/loss"]) == 6
+    assert all(math.isfinite(value) for _, value in points["val/bpb"])
 
 
 # ----------------------------------------------------------------------------- over a real socket

@@ -14,8 +14,10 @@ from nanochat import stage
 from nanochat.checkpoint_manager import get_stage_dir, list_steps, save_checkpoint, set_aside
 from nanochat.common import NanochatError
 from nanochat.optim import OptimizerSettings
+from nanochat.same_run import check_settings, compare_ranks
 from nanochat.settings import Arguments, SettingsParser
-from nanochat.stage import add_rate_arguments, check_settings, compare_ranks, open_stage, parse_switches
+from nanochat.stage import open_stage
+from nanochat.training_flags import add_rate_arguments, parse_switches
 
 STATE = {"a": torch.ones(2)}
 STARTS = [("TORCHELASTIC_RESTART_COUNT", "resume"), ("SLURM_RESTART_COUNT", "resume_from_step")]

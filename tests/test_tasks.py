@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -304,6 +305,9 @@ def test_custom_conversations(tmp_path: Path) -> None:
     assert (len(train), len(val)) == (57, 3)
     assert train[0] == {"messages": talk}
     assert len(build_mixture(f"{path}*2", "train")) == 114
+    if os.name != "nt":  # whose paths hold neither
+        path = path.rename(tmp_path / "our*2:7 chats.jsonl")
+        assert len(build_mixture(f"{path}*2:8", "train")) == 16
 
 
 @pytest.mark.parametrize(

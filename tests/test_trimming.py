@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from nanochat.common import NanochatError
-from nanochat.engine import trim_conversation
 from nanochat.tokenizer import Tokenizer
+from nanochat.trimming import trim_conversation
 
 
 def test_conversations_are_trimmed_at_turns(tokenizer: Tokenizer) -> None:

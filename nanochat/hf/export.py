@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 
 from nanochat.checkpoint_manager import SETTINGS_FILE, get_stage_dir, list_steps, read_meta
 from nanochat.common import NanochatError
+from nanochat.eval_results import read_eval, read_json
 from nanochat.gpt import GPT
 from nanochat.hf.tokenizer_json import to_tokenizer_json
 from nanochat.hf.weights import native_obstacles, to_custom, to_native
-from nanochat.metrics import read_metrics
-from nanochat.report import STAGE_TITLES, as_cell, evaluation_table, read_eval, read_json, settings_table
+from nanochat.metrics import METRICS_FILE, read_metrics
+from nanochat.report import STAGE_TITLES, as_cell, evaluation_table, settings_table
 from nanochat.scores import core_name
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
@@ -164,7 +165,7 @@ def _measured(tag: str, stage: str, step: int) -> list[list[str]]:
     results = read_eval(stage_dir)
     if results.get("step") != step:
         results = {}
-    logged = [row["val/bpb"] for row in read_metrics(stage_dir / "metrics.jsonl") if row["step"] == step and "val/bpb" in row]
+    logged = [row["val/bpb"] for row in read_metrics(stage_dir / METRICS_FILE) if row["step"] == step and "val/bpb" in row]
     if logged and "bpb" not in results:
         results["bpb"] = {"val": logged[-1]}
     rows = evaluation_table(results)

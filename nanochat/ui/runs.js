@@ -6,14 +6,12 @@ import { settings } from "./store.js";
 
 const PERIOD_MS = 3000;
 const LIVE_S = 60;  // a run that wrote within so many seconds is training
-const STAGES = { base: "Pretraining", sft: "Fine-tuning", rl: "Reinforcement" };
-const TITLES = { "train/loss": "training loss (smoothed)", "val/bpb": "validation bits per byte", "train/tok_per_s": "tokens per second", "train/mfu": "MFU", "train/peak_memory_mb": "peak memory, MB", "train/lrm": "learning rate factor", "rl/reward": "reward", "rl/mixed_groups": "groups that teach", "rl/answer_tokens": "tokens of an answer", "rl/unfinished": "answers cut short", "rl/shortened_prompts": "prompts cut short", "rl/rollout_tok_per_s": "tokens sampled per second", "val/pass@1": "pass@1, held out", "val/pass@8": "pass@8, held out" };
 const [choice, live, main] = ["run", "live", "stages"].map((id) => document.getElementById(id));
 if (settings.theme) document.documentElement.dataset.theme = settings.theme;
 
 const number = (value) => (Math.abs(value) >= 1000 ? Math.round(value).toLocaleString("en") : String(Number(value.toPrecision(4))));
 
-function curve(name, points) {
+function drawCurve({ title, points }) {
   const svgTag = (tag, attributes, ...children) => {
     const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
     for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
@@ -25,8 +23,7 @@ function curve(name, points) {
   const place = ([x, y]) => `${(300 * (x - x0)) / (x1 - x0 || 1)},${100 - (100 * (y - y0)) / (y1 - y0 || 1)}`;
   const line = svgTag("polyline", { points: points.length > 1 ? points.map(place).join(" ") : "150,50 150,50" });
   if (points.length === 1) line.style.strokeWidth = 8;
-  const drawing = svgTag("svg", { viewBox: "0 0 300 100", preserveAspectRatio: "none", role: "img", "aria-label": `${name}, from ${number(ys[0])} to ${number(ys.at(-1))}` }, line);
-  const title = TITLES[name] ?? name;
+  const drawing = svgTag("svg", { viewBox: "0 0 300 100", preserveAspectRatio: "none", role: "img", "aria-label": `${title}, from ${number(ys[0])} to ${number(ys.at(-1))}` }, line);
   const range = element("div", { class: "note" }, `${number(y0)} to ${number(y1)}, steps ${x0} to ${x1}`);
   return element("figure", {}, element("figcaption", {}, element("span", {}, title), element("strong", {}, number(ys.at(-1)))), drawing, range);
 }
@@ -39,14 +36,13 @@ function table(object) {
 function showStage(name, stage, open) {
   const total = stage.settings.num_iterations;
   const facts = `step ${stage.step}${total ? ` of ${total}` : ""}, ${Math.round(stage.time_s)} s of training, ${stage.checkpoints.length} checkpoint${stage.checkpoints.length === 1 ? "" : "s"}`;
-  const curves = Object.entries(stage.curves).filter(([, points]) => points.length).map(([key, points]) => curve(key, points));
   const details = (title, content) => {
     const box = element("details", { "data-key": `${name}/${title}` }, element("summary", {}, title), content);
     box.open = open.has(`${name}/${title}`);
     return box;
   };
   const samples = stage.samples.slice().reverse().map((s) => element("blockquote", {}, element("b", {}, `step ${s.step}: ${s.prompt}`), s.text));
-  const parts = [element("h2", {}, STAGES[name] ?? name), element("p", { class: "note" }, facts), element("div", { class: "grid" }, ...curves)];
+  const parts = [element("h2", {}, stage.title), element("p", { class: "note" }, facts), element("div", { class: "grid" }, ...stage.curves.map(drawCurve))];
   if (samples.length) parts.push(details("Samples", element("div", {}, ...samples)));
   if (Object.keys(stage.evaluation).length) parts.push(details("Evaluation", table(stage.evaluation)));
   parts.push(details("Settings", table(stage.settings)));
@@ -91,5 +87,9 @@ function say(text, className) {
 }
 
 choice.addEventListener("change", refresh);
-await refresh();
-setInterval(() => { if (!document.hidden) refresh(); }, PERIOD_MS);
+for (;;) {
+  const began = performance.now();
+  if (!document.hidden) await refresh();
+  const rest = Math.max(PERIOD_MS, 20 * (performance.now() - began));  // a long run takes half a second to read
+  await new Promise((resume) => setTimeout(resume, rest));
+}

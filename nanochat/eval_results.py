@@ -1,0 +1,74 @@
+"""A stage's eval.json: what its newest checkpoint was measured at. Written by base_eval and chat_eval, read by reports."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from nanochat.checkpoint_manager import hash_of_weights, list_steps
+from nanochat.common import NanochatError, atomic_write, complain, read_json_object
+
+EVAL_FILE = "eval.json"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file, {} if there is none. Raises NanochatError if it is damaged."""
+    try:
+        return read_json_object(path) if path.exists() else {}
+    except NanochatError as error:
+        raise NanochatError(f"{error}: restore or remove it") from error
+
+
+def merge_eval(stage_dir: Path, step: int, results: dict[str, Any]) -> None:
+    """Add results to the stage's eval.json; those of an earlier step, or of other weights, are dropped.
+
+    A step before the one that eval.json is of gets a file of its own, which no report reads.
+    """
+    stamp = {"step": step, **_weights(stage_dir, step)}
+    path = stage_dir / EVAL_FILE
+    _set_damaged_aside(path)
+    if read_eval(stage_dir).get("step", step) > step:
+        path = stage_dir / f"eval_step_{step:06d}.json"
+        _set_damaged_aside(path)
+    old = read_json(path)
+    merged: dict[str, Any] = {**old, **stamp} if _agrees(old, stamp) else stamp
+    for key, value in results.items():
+        joins = key != "core" and isinstance(value, dict) and isinstance(merged.get(key), dict)  # CORE: a mean over tasks
+        merged[key] = {**merged[key], **value} if joins else value
+    atomic_write(path, json.dumps(merged, indent=2))
+
+
+def _set_damaged_aside(path: Path) -> None:
+    """Rename an eval.json that cannot be read, so that new results, minutes of work, can be stored."""
+    try:
+        is_whole = type(read_json(path).get("step", 0)) is int
+    except NanochatError:
+        is_whole = False
+    if not is_whole:
+        aside = path.with_name(f"{path.name}.damaged")
+        os.replace(path, aside)
+        complain(f"{path} is damaged: it is now {aside.name}, and the new results begin another")
+
+
+def read_eval(stage_dir: Path) -> dict[str, Any]:
+    """The stage's eval.json; {} if the weights that it is of are no longer there, but others are."""
+    results = read_json(stage_dir / EVAL_FILE)
+    if not results or not (steps := list_steps(stage_dir)):
+        return results
+    step = results.get("step")
+    current = step in steps and _agrees(results, _weights(stage_dir, step))
+    return results if current else {}
+
+
+def _agrees(results: dict[str, Any], stamp: dict[str, Any]) -> bool:
+    """Whether results are of that step and those weights, so far as they say; older ones do not name weights."""
+    return all(results.get(name, value) == value for name, value in stamp.items())
+
+
+def _weights(stage_dir: Path, step: int) -> dict[str, str]:
+    try:
+        return {"weights": hash_of_weights(stage_dir, step)} if step in list_steps(stage_dir) else {}
+    except (NanochatError, KeyError):  # a damaged manifest is a reason not to load those weights, not to hide results
+        return {}

@@ -1,0 +1,57 @@
+"""The numbers that a run logs: what they are called, how they are written and drawn. A line for each.
+
+Used by trainer.py, report.py, runs_api.py and scripts/compare.py. A number that has no line here goes by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """title: of its curve. noisy: that is smoothed. scale: times the value, what the title speaks of.
+
+    line: how the progress line has it, with {name} (after the slash) and {value}; "": not at all.
+    """
+
+    title: str
+    noisy: bool = False
+    scale: float = 1
+    line: str = ""
+
+
+# By the name in metrics.jsonl, or what that begins with; on the progress line in this order.
+QUANTITIES = {
+    "train/loss": Quantity("training loss, nats per token", noisy=True, line="loss {value:.4f}"),
+    "rl/reward": Quantity("reward of the sampled answers", noisy=True, line="reward {value:.3f}"),
+    "train/tok_per_s": Quantity("tokens per second", noisy=True, line="tok/s {value:,.0f}"),
+    "train/mfu": Quantity("share of the machine's matmul rate (MFU)", noisy=True, line="MFU {value:.0%}"),
+    "val/bpb": Quantity("validation bits per byte", line="bpb {value:.4f}"),
+    "val/core": Quantity("CORE"),
+    "val/pass@": Quantity("held-out problems solved", line="{name} {value:.1%}"),
+    "train/lrm": Quantity("learning rate, share of its peak"),
+    "train/peak_memory_mb": Quantity("most memory held, GB", scale=1e-3),
+    "rl/mixed_groups": Quantity("groups with right and wrong answers", noisy=True),
+    "rl/answer_tokens": Quantity("tokens in an answer", noisy=True),
+    "rl/unfinished": Quantity("answers cut off", noisy=True),
+    "rl/shortened_prompts": Quantity("problems cut short to fit", noisy=True),
+    "rl/rollout_tok_per_s": Quantity("tokens sampled per second", noisy=True),
+}
+
+
+def kind_of(name: str) -> str:
+    """The key of QUANTITIES that a number belongs to, else its own name."""
+    return next((key for key in QUANTITIES if name.startswith(key)), name)
+
+
+def quantity(name: str) -> Quantity:
+    return QUANTITIES.get(kind_of(name), Quantity(name.partition("/")[2] or name))
+
+
+def describe_line(numbers: Mapping[str, float]) -> list[str]:
+    """What a progress line says of these numbers, by their names in metrics.jsonl."""
+    shown = [(kind_of(name), name, value) for name, value in numbers.items() if quantity(name).line]
+    shown.sort(key=lambda item: list(QUANTITIES).index(item[0]))
+    return [QUANTITIES[kind].line.format(name=name.partition("/")[2], value=value) for kind, name, value in shown]

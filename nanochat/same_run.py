@@ -1,0 +1,91 @@
+"""Whether a run that goes on is still the run that was begun, and whether all ranks run the same. Used by stage.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
+
+from nanochat.checkpoint_manager import STAGES, get_run_dir, read_meta
+from nanochat.common import NanochatError, gather_objects, print0
+from nanochat.training_flags import RATES
+
+if TYPE_CHECKING:
+    from nanochat.dataset import Source
+    from nanochat.settings import Arguments
+    from nanochat.stage import Stage
+
+# What may differ between a run and its resumption: it changes how the work is done, not what is computed; and rates, since
+# lower ones are the way out of a divergence.
+FREE_SETTINGS = {
+    "resume", "resume_from_step", "run", "log_to", "tensorboard",
+    "device", "dtype", "fp8", "world_size", "fsdp", "activation_checkpointing", "device_batch_size",
+    "compile", "eval_every", "eval_tokens", "sample_every", "save_every", "keep_last",
+    "data", "tokenizer", "from_hf", "model_tag", "tag", "model_step",  # what these mean is compared, not where it lies
+    "device_type", *RATES,
+    "core_metric_every", "core_metric_max_per_task", "eval_bundle", "max_rows", "eval_examples", "eval_samples",
+}  # fmt: skip
+
+
+def compare_ranks(seen: dict[str, Any]) -> None:
+    """Raise NanochatError on every rank if they do not see the same, by its names (a collective call)."""
+    first, *others = gather_objects(seen)
+    for rank, other in enumerate(others, 1):
+        for name in first | other:
+            here, there = (str(values.get(name, "absent")) for values in (first, other))
+            if here != there:
+                raise NanochatError(
+                    f"{name} is {here} on rank 0, but {there} on rank {rank}: give all machines the same files and flags"
+                )
+
+
+def check_settings(stage: Stage, new: dict[str, Any], args: Arguments) -> None:
+    """Raise NanochatError if a stage that is to go on was started with other settings."""
+    if stage.resume_step is None:
+        return
+    old, anew = stage.recorded_settings(), way_to_begin_anew(stage.directory)
+    fingerprint = new["tokenizer_fingerprint"]
+    if old.get("tokenizer_fingerprint", fingerprint) != fingerprint:
+        raise NanochatError(
+            f"the tokenizer is not the one that run {stage.tag!r} was started with: give the copy that the run keeps, "
+            f"--tokenizer={get_run_dir(stage.tag)}, or {anew}"
+        )
+    for key, value in json.loads(json.dumps(new)).items():
+        flag = "--set" if key == "switches" else "--" + key.replace("_", "-")
+        before = old.get(key, value)
+        if key not in old and key in args.defaults and vars(args)[key] != args.defaults[key]:  # a flag newer than the run
+            before = args.defaults[key]
+        if key in RATES and before != value:
+            print0(f"going on with {flag} {value}: until here it was {before}")
+        if key not in FREE_SETTINGS and before != value:
+            raise NanochatError(
+                f"run {stage.tag!r} was started with {flag} {before}, not {value}: use the same settings to go on, or {anew}"
+            )
+
+
+def check_data(stage: Stage, source: Source) -> None:
+    """Raise NanochatError if files that a stage read are gone, changed or elsewhere in order. New ones go behind them."""
+    if stage.resume_step is None:
+        return
+    now = source.describe()["files"]
+    before = read_meta(stage.directory, stage.resume_step)["data"]["files"]
+    plain: dict[str, Any] = {}  # by names alone, as files below folders were once recorded, if they tell
+    if len({PurePath(name).name for name in now}) == len(now) and not any("/" in name for name in before):
+        plain = {PurePath(name).name: size for name, size in now.items()}
+    for name, size in before.items():
+        if now.get(name, plain.get(name)) != size:
+            what = "is gone" if name not in now else "has changed"
+            raise NanochatError(f"{name} of {source.name} {what} since run {stage.tag!r} read it: restore it to go on")
+    for files in (source.train_files, source.val_files):
+        known = [file.name in before or (bool(plain) and PurePath(file.name).name in before) for file in files]
+        if known != sorted(known, reverse=True):
+            new = files[known.index(False)].name
+            raise NanochatError(
+                f"{new} of {source.name} is new and sorts before files that run {stage.tag!r} read: give it a name that sorts "
+                "behind them to go on"
+            )
+
+
+def way_to_begin_anew(directory: Path) -> str:
+    """The end of a sentence: how to begin a stage anew. A later stage cannot take another run, which has no model for it."""
+    return "choose another --model-tag" if directory.name == STAGES[0] else f"remove {directory} to do it anew"

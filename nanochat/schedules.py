@@ -1,0 +1,51 @@
+"""What moves over a run, by the step: learning rates, weight decay, Muon's momentum, which blocks learn.
+
+Used by trainer.py, whose TrainConfig is a Schedule and more.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The course of a run of `num_iterations` updates. A step is the number of updates done, from 0."""
+
+    num_iterations: int
+    warmup_steps: int = 40
+    warmdown_ratio: float = 0.65  # the share of the updates in which the rates fall
+    final_lr_frac: float = 0.05
+    expand_at: float = 0.0  # the share of the updates in which the last block learns alone
+
+    @property
+    def warmdown_steps(self) -> int:
+        return round(self.warmdown_ratio * self.num_iterations)
+
+    @property
+    def expansion_step(self) -> int:
+        """The first step at which all blocks learn; in a run of two updates or more, one at least is for all."""
+        return min(round(self.expand_at * self.num_iterations), max(1, self.num_iterations - 1))
+
+    def learning_rate_factor(self, step: int) -> float:
+        """The share of the peak learning rate: linear warm-up, constant, linear warm-down to final_lr_frac.
+
+        Step 0 of a warm-up of n has 1/n; the step after the last would be the first with final_lr_frac. Where a short run
+        has both at once, the lower counts.
+        """
+        warmup_steps = min(self.warmup_steps, self.num_iterations // 2)
+        up = (step + 1) / warmup_steps if step < warmup_steps else 1.0
+        left = self.num_iterations - step
+        progress = left / self.warmdown_steps if left < self.warmdown_steps else 1.0
+        return min(up, progress + (1 - progress) * self.final_lr_frac)
+
+    def weight_decay_factor(self, step: int) -> float:
+        """The share of the weight decay: half a wave of a cosine, from 1 to 0."""
+        return 0.5 * (1 + math.cos(math.pi * step / self.num_iterations))
+
+    def muon_momentum(self, step: int, peak: float = 0.95) -> float:
+        """Muon's momentum: from 0.85 up to its peak over 300 steps (or a quarter of the run), less in the warm-down."""
+        ramp = min(step / max(1, min(300, self.num_iterations // 4)), 1)
+        cooling = max(0.0, 1 - (self.num_iterations - step) / self.warmdown_steps) if self.warmdown_steps else 0.0
+        return min(0.85 + ramp * (peak - 0.85), peak - cooling * (peak - 0.85) / 2)

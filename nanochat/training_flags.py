@@ -1,0 +1,110 @@
+"""Flags that the training scripts share, and what is made of their values. What only one of them has stands there."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+from dataclasses import fields
+from typing import Any
+
+from nanochat.common import NanochatError
+from nanochat.loggers import LOGGERS
+from nanochat.optim import OptimizerSettings
+
+RATES = {"matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr"}
+OF_FLAGS = {*RATES, "weight_decay"}  # fields of OptimizerSettings that --set does not take
+
+
+def add_training_arguments(
+    parser: argparse.ArgumentParser, eval_every: int = 250, sample_every: int = 2000, generates: bool = False
+) -> None:
+    """Flags that every training script has. generates: the stage writes what it learns from, which takes a whole model."""
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--run",
+        default="dummy",
+        metavar="NAME",
+        help="what loggers call the run; without --log-to it goes to Weights & Biases, 'dummy' to none",
+    )
+    run.add_argument(
+        "--log-to",
+        nargs="+",
+        action="extend",
+        default=[],
+        choices=LOGGERS,
+        metavar="LOGGER",
+        help=f"loggers beside metrics.jsonl: {', '.join(LOGGERS)} (WANDB_MODE=offline keeps the first one's on disk)",
+    )
+    run.add_argument("--tensorboard", action="store_true", help="the same as --log-to tensorboard")
+    run.add_argument("--model-tag", default=None, metavar="TAG", help="the run's name (base_train: d and the depth)")
+    run.add_argument(
+        "--resume",
+        default="none",
+        metavar="auto|none|STEP",
+        help="go on from the newest checkpoint, from none, from STEP",
+    )
+    run.add_argument("--save-every", type=int, default=-1, metavar="STEPS", help="save every so often (-1: at the end)")
+    run.add_argument("--keep-last", type=int, default=3, metavar="K", help="checkpoints to keep, and the best (-1: all)")
+    run.add_argument("--eval-every", type=int, default=eval_every, metavar="STEPS", help="validate (-1: at the end)")
+    run.add_argument("--sample-every", type=int, default=sample_every, metavar="STEPS",
+                     help="show what the model writes (0: at the end, -1: never)")  # fmt: skip
+    if not generates:
+        run.add_argument("--eval-tokens", type=int, default=None, metavar="N",
+                         help="validation tokens to use (default: 2^18, on a GPU 2^22; -1: all)")  # fmt: skip
+        run.add_argument("--target-minutes", type=float, default=-1.0, help="end the training about so long after the start")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
+    machine.add_argument("--device-batch-size", type=int, default=-1, metavar="ROWS", help="rows at a time (-1: as fit)")
+    if generates:
+        parser.set_defaults(fsdp=False)
+    else:
+        machine.add_argument("--fsdp", action="store_true", help="cut the model over all ranks: for models beyond one GPU")
+    machine.add_argument("--activation-checkpointing", action="store_true",
+                         help="compute blocks again in the backward pass: slower by a third, for less memory")  # fmt: skip
+    machine.add_argument("--fp8", action="store_true", help="multiply in 8 bits: on GPUs that do (Ada, Hopper and later)")
+    machine.add_argument("--no-compile", dest="compile", action="store_false", help="run eagerly")
+
+
+def chosen_loggers(args: argparse.Namespace) -> list[str]:
+    """What its flags name; a --run of its own alone means wandb."""
+    named = [*args.log_to, *(["tensorboard"] if args.tensorboard else [])]
+    return named or (["wandb"] if args.run != "dummy" else [])
+
+
+def add_rate_arguments(group: argparse._ArgumentGroup) -> None:
+    """Peak learning rates, which `setup_optimizer` reads."""
+    for name, text in (
+        ("embedding_lr", "peak learning rate of embeddings"), ("unembedding_lr", "of the head"),
+        ("matrix_lr", "of matrices, which Muon updates"), ("scalar_lr", "of single numbers"),
+    ):  # fmt: skip
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(flag, type=float, default=getattr(OptimizerSettings, name), help=text)
+
+
+def parse_switches(pairs: list[str], *settings: type) -> list[dict[str, Any]]:
+    """NAME=VALUE pairs as keyword arguments, those of each dataclass in `settings` for itself.
+
+    Raises NanochatError for a name that none of them has, or that has a flag of its own, or a value that does not suit it.
+    """
+    parsed: list[dict[str, Any]] = [{} for _ in settings]
+    known: dict[str, tuple[dict[str, Any], Any]] = {
+        f.name: (target, f.default) for target, cls in zip(parsed, settings, strict=True) for f in fields(cls)
+    }
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        if name in OF_FLAGS:  # whose values are scaled for the run, which --set would undo
+            raise NanochatError(f"--set {pair}: {name} has a flag of its own: give --{name.replace('_', '-')} {text}")
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(sorted(known))}"
+            raise NanochatError(f"--set {pair}: there is no switch {name!r}; {hint}")
+        target, default = known[name]
+        try:
+            if isinstance(default, bool):
+                target[name] = {"true": True, "false": False}[text.lower()]
+            else:
+                target[name] = text if isinstance(default, str) else type(default)(ast.literal_eval(text))
+        except (ValueError, SyntaxError, TypeError, KeyError):
+            raise NanochatError(f"--set {pair}: the value must be like {default!r}") from None
+    return parsed

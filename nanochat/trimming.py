@@ -1,0 +1,40 @@
+"""Making what is too long for a context fit it: prompts of tokens, conversations of messages."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+from typing import Any
+
+from nanochat.common import NanochatError
+from nanochat.tokenizer import Tokenizer
+
+
+def trim_prompt(tokens: list[int], most: int) -> list[int]:
+    """At most so many tokens: too long a prompt loses its oldest ones but for the first, as its end matters most."""
+    return tokens if len(tokens) <= most else [tokens[0], *tokens[len(tokens) - most + 1 :]]
+
+
+def trim_conversation(conversation: dict[str, Any], tokenizer: Tokenizer, max_tokens: int) -> tuple[dict[str, Any], int]:
+    """(conversation, turns dropped): the oldest turns removed until the rest, ready for an answer, fits max_tokens.
+
+    A system message stays. Raises NanochatError if the last message alone is too long.
+    """
+    messages = list(conversation["messages"])
+    system = [messages.pop(0)] if messages and messages[0]["role"] == "system" else []
+
+    def kept(dropped: int) -> dict[str, Any]:
+        return {"messages": system + messages[2 * dropped :]}
+
+    @functools.cache
+    def length(dropped: int) -> int:
+        return len(tokenizer.render_for_completion(kept(dropped)))
+
+    most = max(0, len(messages) - 1) // 2
+    dropped = 0 if length(0) <= max_tokens else bisect.bisect_left(range(most), True, key=lambda n: length(n) <= max_tokens)
+    if length(dropped) > max_tokens:
+        tokens = length(dropped)
+        raise NanochatError(
+            f"a message of {tokens} tokens does not fit the {max_tokens} that the context leaves for it: shorten it"
+        )
+    return kept(dropped), dropped
