@@ -386,7 +386,7 @@ async def generate(endpoint: Endpoint, conversations: Conversations, args: argpa
                 messages = await ask(endpoint, conversations.facts, plan)
                 if len(conversations.rows) < args.number:  # others may have filled it meanwhile
                     conversations.keep(messages, plan)
-                    progress.update(len(conversations.rows), rejected=conversations.rejected.total())
+                    progress.update(len(conversations.rows), f"rejected {conversations.rejected.total():,}")
                 failures = 0
             except RejectedError as error:
                 conversations.rejected[str(error)] += 1
