@@ -26,6 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import NanochatError, atomic_write
+from nanochat.cpu import usable_cores
 
 HARVEST_VERSION = 1  # part of the manifest: a change to the rules below makes the corpus anew
 VAL_SHARE = 0.02
@@ -100,7 +101,7 @@ def _collect() -> tuple[list[str], list[tuple[str, str]]]:
     # Workers only parse text, so forking is safe, and saves each of them the import of torch; but macOS ends forked processes
     # that touch its frameworks.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(usable_cores(), mp_context=context) as pool:
         for found, pairs in pool.map(_parse_files, chunks):
             documents += found
             summaries += pairs

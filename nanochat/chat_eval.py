@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.common import all_or_none, append_json_lines, gather_objects, get_dist_info, print0, read_json_lines
+from nanochat.cpu import usable_cores
 from nanochat.engine import Engine
 from nanochat.scores import centered_mean, pass_at_k, wilson_interval
 from nanochat.tokenizer import as_text
@@ -156,7 +156,7 @@ def _answer(
 
 def _judge(task: Task, answered: list[tuple[Conversation, list[str]]]) -> list[list[float]]:
     """Scores, 0 to 1, of each problem's answers. That may mean to run programs: side by side, as far as there are cores."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(usable_cores()) as pool:
         pairs = [(problem, text) for problem, texts in answered for text in texts]
         scores = iter(list(pool.map(lambda pair: float(task.evaluate(*pair)), pairs)))
     return [[next(scores) for _ in texts] for _, texts in answered]

@@ -108,6 +108,8 @@ def newest_of_runs(stage: str) -> list[tuple[float, str]]:
     """(when its newest checkpoint was made, tag) of each run with this stage ("*": any); unreadable ones left out."""
     found = []
     for stage_dir in get_runs_dir().glob(f"*/{stage}"):
+        if not is_tag(stage_dir.parent.name):
+            continue  # "d4 copy", as a file manager names it
         for step in reversed(list_steps(stage_dir)):
             with contextlib.suppress(CheckpointError):
                 manifest = _read_json(step_dir(stage_dir, step) / MANIFEST_FILE)
@@ -334,14 +336,14 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{error}: choose another step with --step") from error
 
 
-def verify_checkpoint(directory: Path) -> None:
-    """Raise CheckpointError unless every file is there, whole and unchanged since it was written."""
-    for name, expected in list_files(directory).items():
+def verify_checkpoint(directory: Path, but_for: str = "") -> None:
+    """Raise CheckpointError unless every file, but for that one, is there, whole and unchanged since it was written."""
+    for name, expected in list_files(directory, but_for).items():
         if _sha256(directory / name) != expected["sha256"]:
             raise _damage(directory / name)
 
 
-def list_files(directory: Path) -> dict[str, dict[str, Any]]:
+def list_files(directory: Path, but_for: str = "") -> dict[str, dict[str, Any]]:
     """{name: {"sha256", "bytes"}} by the manifest. Raises CheckpointError unless they are there in their sizes; reads none."""
     manifest = _read_json(directory / MANIFEST_FILE)
     version = manifest.get("version")
@@ -351,6 +353,7 @@ def list_files(directory: Path) -> dict[str, dict[str, Any]]:
     whole = isinstance(files, dict) and all(isinstance(f, dict) and {"sha256", "bytes"} <= set(f) for f in files.values())
     if not whole or (version != 1 and manifest.get("digest") != _digest(manifest)):
         raise _damage(directory / MANIFEST_FILE)
+    files = {name: expected for name, expected in files.items() if name != but_for}
     for name, expected in files.items():
         path = directory / name
         if not path.is_file() or path.stat().st_size != expected["bytes"]:
@@ -372,7 +375,7 @@ def load_checkpoint(
     directory = step_dir(stage_dir, step)
     if step not in list_steps(stage_dir):
         raise no_such_step(stage_dir, step)
-    verify_checkpoint(directory)
+    verify_checkpoint(directory, but_for="" if load_optimizer else OPTIMIZER_FILE)
     model_state = read_tensors(directory, MODEL_FILE)
     model_state = {name: tensor.to(device) for name, tensor in model_state.items()}
     optimizer_state = None
@@ -460,8 +463,9 @@ def open_checkpoint(
 def hash_of_weights(stage_dir: Path, step: int) -> str:
     """A hash of a step's weights, by which results of others are told. Raises CheckpointError if the manifest has none."""
     directory = step_dir(stage_dir, step)
-    found: str = list_files(directory).get(MODEL_FILE, {}).get("sha256") or _read_json(directory / MANIFEST_FILE)["digest"]
-    return found
+    model_file = list_files(directory, but_for=OPTIMIZER_FILE).get(MODEL_FILE, {})
+    digest: str = model_file.get("sha256") or _read_json(directory / MANIFEST_FILE)["digest"]
+    return digest
 
 
 def load_model(

@@ -1,6 +1,6 @@
 """Ground floor of the house: device, compute dtype, process group, paths, errors, logging.
 
-Everything else imports from here; this module imports nothing of nanochat's but the heartbeat.
+Everything else imports from here; this module imports nothing of nanochat's but cpu and heartbeat.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from nanochat.cpu import multiplies_bfloat16, usable_cores
 from nanochat.heartbeat import RESTART, Heartbeat, fresh_store
 
 T = TypeVar("T")
@@ -330,7 +331,7 @@ def compute_init(device_type: str = "", seed: int = 42) -> tuple[bool, int, int,
         if world_size > 1:
             _heartbeats.append(Heartbeat(store, rank, world_size))
         if device_type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // world_size))
+            torch.set_num_threads(usable_cores())
     return ddp, rank, local_rank, world_size, device
 
 
@@ -449,14 +450,8 @@ def get_compute_dtype(device: torch.device | str) -> torch.dtype:
     if device_type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
     if device_type == "cpu":
-        return torch.bfloat16 if cpu_multiplies_bfloat16() else torch.float32
+        return torch.bfloat16 if multiplies_bfloat16() else torch.float32
     return torch.float32
-
-
-def cpu_multiplies_bfloat16() -> bool:
-    """True if the CPU has bfloat16 dot products (AVX512-BF16 or AMX); elsewhere bfloat16 is emulated and slow."""
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name)() for name in checks if hasattr(torch.cpu, name))
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from nanochat.common import first_line, synchronize
+from nanochat.cpu import has_instructions
 
 T = TypeVar("T")
 
@@ -105,8 +106,7 @@ def expected_mfu(device: torch.device, dtype: torch.dtype) -> float:
 
     dev/LOG.md: 54 to 71% on CPUs without AMX. With it, 17 to 28%: products are faster there than memory can feed them.
     """
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", bool)  # older PyTorch cannot tell
-    if device.type == "cpu" and dtype == torch.bfloat16 and has_amx():
+    if device.type == "cpu" and dtype == torch.bfloat16 and has_instructions("AMX"):
         return 0.25
     return {"cpu": 0.5, "cuda": 0.4, "mps": 0.3}[device.type]
 

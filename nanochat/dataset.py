@@ -12,10 +12,11 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -37,6 +38,7 @@ from nanochat.progress import Progress
 from nanochat.settings import SettingsParser
 from nanochat.tokenizer import Tokenizer
 
+FOR_DATA_PREP = (".json", ".gz", ".zst")  # kinds of files that often hold text, and that training passes over
 VAL_SHARE = 0.02  # of the documents, by hash, where no file is named for validation
 FILES_AHEAD = 2  # that are fetched, if they are far, while one is read
 FOOTERS_AT_A_TIME = 16
@@ -61,7 +63,7 @@ class Source:
         if split not in ("train", "val"):
             raise ValueError(f"split must be train or val, not {split!r}")
         files = self._files(split)
-        limit = None if self.val_files else self._hash_limit
+        limit = self.hash_limit
         for first, documents in self._batches(files, start):
             for number, document in enumerate(documents, first):
                 if _has_content(document) and (limit is None or (_hash(document) < limit) == (split == "val")):
@@ -142,8 +144,10 @@ class Source:
         return len(files), first
 
     @functools.cached_property
-    def _hash_limit(self) -> int:
-        """Documents with a lower hash are for validation; a small source gives at least its lowest one."""
+    def hash_limit(self) -> int | None:
+        """Documents with a lower hash are for validation, at least one; None where files are."""
+        if self.val_files:
+            return None
         documents = itertools.chain.from_iterable(batch for _, batch in self._batches(self.train_files, 0))
         hashes = {_hash(document) for document in itertools.islice(filter(_has_content, documents), 1000)}
         if not hashes:
@@ -153,8 +157,9 @@ class Source:
         return max(int(VAL_SHARE * 2**32), min(hashes) + 1)
 
     def describe(self) -> dict[str, Any]:
-        """What was read, for the record of a run: names and sizes of the files, as they were listed."""
-        return {"source": self.name, "files": {file.name: file.size for file in (*self.train_files, *self.val_files)}}
+        """What is read, for the record of a run: names and sizes of the files, as they were listed, and how they are split."""
+        files = {file.name: file.size for file in (*self.train_files, *self.val_files)}
+        return {"source": self.name, "files": files, "hash_limit": self.hash_limit}
 
 
 def _has_content(document: Document) -> bool:
@@ -181,19 +186,33 @@ class FileSource(Source):
     """
 
     def __init__(self, path: str) -> None:
-        self.name = path
+        self.name = path if is_remote(path) else _absolute(path)
         found = list_remote(path) if is_remote(path) else list_local(path)
         if not found:
             raise NanochatError(f"--data {path} is neither {', '.join(SOURCES)} nor an existing file, folder or glob")
         names = [name for name in sorted(found) if name.suffix.lower() in READERS]
-        files = [found[name]() for name in without_strangers(names)]
+        files = {name: found[name]() for name in without_strangers(names)}
         if not files:
             raise NanochatError(f"--data {path} holds no {', '.join(READERS)} file")
-        empty = [file for file in files if file.size == 0]
-        if empty:
-            raise NanochatError(f"{empty[0].address} is empty: remove it or fill it")
-        val = [file for file in files if is_of_split("val(id|idation)?", PurePath(file.name))]
-        super().__init__([file for file in files if file not in val] or val, val if len(val) < len(files) else [])
+        if others := [name.as_posix() for name in sorted(found) if name.suffix.lower() in FOR_DATA_PREP]:
+            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+            print0(f"not read: {others[0]}{more}; scripts.data_prep makes what training reads of it")
+        for file in files.values():
+            if file.size == 0:
+                raise NanochatError(f"{file.address} is empty: remove it or fill it")
+        val = [file for name, file in files.items() if is_of_split("val(id|idation)?", name)]
+        train = [file for file in files.values() if file not in val]
+        super().__init__(train or val, val if train else [])
+
+
+def _absolute(path: str) -> str:
+    """A path as it is recorded, which names the same files wherever a later command is given. Raises NanochatError."""
+    path = os.path.join(os.getcwd(), os.path.expanduser(path.removeprefix("file://")))
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise NanochatError(f"--data {path!r} has bytes in its name that are no text: rename it") from error
+    return path
 
 
 class BuiltinSource(Source):
@@ -208,7 +227,7 @@ class BuiltinSource(Source):
 
     def describe(self) -> dict[str, Any]:
         manifest = json.loads((self.directory / "manifest.json").read_text(encoding="utf-8"))
-        return {"source": self.name, "files": manifest["files"]}
+        return {"source": self.name, "files": manifest["files"], "hash_limit": None}
 
 
 @dataclass(frozen=True)

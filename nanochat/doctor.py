@@ -35,10 +35,10 @@ from nanochat.common import (
     run_command,
 )
 from nanochat.compilation import can_compile, expected_mfu, measure_matmul_rate, measure_memory_rate
+from nanochat.cpu import INSTRUCTIONS, cpu_name, has_instructions, usable_cores
 from nanochat.dataset import hub_files
 from nanochat.gpt import GPT
 from nanochat.memory import RESERVED, Layout, largest_depth
-from nanochat.report import cpu_name
 from nanochat.scaling import TOKENS_PER_PARAM, model_config, plan_horizon
 from nanochat.settings import SettingsParser
 
@@ -46,10 +46,6 @@ DEPTHS = {"cpu": (4, 8, 12), "cuda": (12, 20, 24), "mps": (4, 8, 12)}
 VOCAB_SIZE, SEQUENCE_LEN = 2**15, 2048  # the defaults of tok_train and base_train
 LEAST_DISK, MODEST_DISK = 1e9, 20e9  # bytes
 HUB_TIMEOUT_S, SANDBOX_TIMEOUT_S = 2.0, 4.0
-INSTRUCTIONS = {
-    "AVX2": "_is_avx2_supported", "AVX-512": "_is_avx512_supported", "AVX512-BF16": "_is_avx512_bf16_supported",
-    "AMX": "_is_amx_tile_supported",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -67,8 +63,9 @@ class Finding:
 
 
 def examine_machine(device_type: str) -> Iterator[Finding]:
-    has = [name for name, check in INSTRUCTIONS.items() if getattr(torch.cpu, check, bool)()]
-    cores = f"{os.cpu_count()} cores" + (f", {', '.join(has)}" if has else "")
+    usable, count = usable_cores(), os.cpu_count() or 1
+    cores = f"{count} cores" + (f" ({usable} of them for this process)" if usable < count else "")
+    cores += "".join(f", {name}" for name in INSTRUCTIONS if has_instructions(name))
     yield Finding("machine", "processor", f"{cpu_name()}: {cores}")
     memory = psutil.virtual_memory()
     yield Finding("machine", "memory", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free")

@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO, TextIO
 
 import numpy as np
@@ -303,7 +303,7 @@ READERS: dict[str, Callable[[BinaryIO, str, int], Batches]] = {
 
 # ----------------------------------------------------------------------------- listing
 
-Listing = dict[PurePath, Callable[[], DocumentFile]]  # what was found, and how to get it, if it is of interest
+Listing = dict[PurePath, Callable[[], DocumentFile]]  # by its way from the folder that was given; how to get it, if wanted
 
 
 def is_remote(address: str) -> bool:
@@ -318,10 +318,19 @@ def list_local(path: str) -> Listing:
     elif expanded.exists():  # whatever its name looks like
         root, found = expanded.parent, iter([expanded])
     else:
-        root = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), expanded.parts[:-1]))
+        root = Path(*_before_magic(expanded))
         found = map(Path, glob.glob(str(expanded), recursive=True))
-    files = (path for path in found if path.is_file())
-    return {path: functools.partial(DocumentFile, path, path.relative_to(root).as_posix()) for path in files}
+    once: dict[str, Path] = {}  # each file by one of its names, its own where that is found as well
+    for path_found in sorted(found, key=lambda file: (file.is_symlink(), file)):
+        if path_found.is_file():
+            once.setdefault(os.path.realpath(path_found), path_found)
+    names = {file.relative_to(root): file for file in once.values()}
+    return {name: functools.partial(DocumentFile, file, name.as_posix()) for name, file in names.items()}
+
+
+def _before_magic(path: PurePath) -> Iterator[str]:
+    """The parts of a glob's folder."""
+    return itertools.takewhile(lambda part: not glob.has_magic(part), path.parts[:-1])
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -339,12 +348,13 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def is_of_split(split: str, path: PurePath) -> bool:
-    """Whether the file's name says that it is of a split, a regular expression."""
-    return re.search(rf"(^|[^a-z]){split}([^a-z]|$)", path.stem.lower()) is not None
+    """Whether the name of a file, or of a folder that it was found in, says that it is of a split, a regular expression."""
+    names = (*path.parent.parts, path.stem)
+    return any(re.search(rf"(^|[^a-z]){split}([^a-z]|$)", name.lower()) for name in names)
 
 
 def without_strangers(paths: list[PurePath]) -> list[PurePath]:
-    """The files less what data sets keep beside those to learn from: a test split, a README.md. Says so."""
+    """The files, by their way below a folder, less what is nothing to learn from: a test split, a README.md. Says so."""
     has_train = any(is_of_split("train", path) for path in paths)
     has_rows = any(path.suffix.lower() not in (".md", ".txt") for path in paths)
     left_out = [
@@ -367,8 +377,12 @@ def list_remote(address: str) -> Listing:
     except Exception as error:
         raise remote_error(address, error) from error
     chained = "".join(address.partition("::")[1:])  # zip://a.parquet::s3://bucket/file.zip: the path does not tell which zip
-    shards = (Shard(filesystem.unstrip_protocol(n) + chained, filesystem, n, **_properties(info)) for n, info in infos.items())
-    return {shard.name: functools.partial(_remote_file, shard) for shard in shards}
+    shards = [Shard(filesystem.unstrip_protocol(n) + chained, filesystem, n, **_properties(info)) for n, info in infos.items()]
+    root = PurePosixPath(path)
+    if list(infos) == [path] or glob.has_magic(path):
+        root = PurePosixPath(*_before_magic(root))
+    below = {shard: shard.name.relative_to(root) if shard.name.is_relative_to(root) else shard.name for shard in shards}
+    return {name: functools.partial(_remote_file, shard) for shard, name in below.items()}
 
 
 def _filesystem_options(address: str) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from nanochat.checkpoint_manager import hash_of_weights, list_steps
 from nanochat.common import NanochatError, atomic_write, complain, read_json_object
 
@@ -28,16 +30,18 @@ def merge_eval(stage_dir: Path, step: int, results: dict[str, Any]) -> None:
     """
     stamp = {"step": step, **_weights(stage_dir, step)}
     path = stage_dir / EVAL_FILE
-    _set_damaged_aside(path)
-    if read_eval(stage_dir).get("step", step) > step:
-        path = stage_dir / f"eval_step_{step:06d}.json"
+    stage_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(stage_dir / f".{EVAL_FILE}.lock"):  # two commands may measure at once
         _set_damaged_aside(path)
-    old = read_json(path)
-    merged: dict[str, Any] = {**old, **stamp} if _agrees(old, stamp) else stamp
-    for key, value in results.items():
-        joins = key != "core" and isinstance(value, dict) and isinstance(merged.get(key), dict)  # CORE: a mean over tasks
-        merged[key] = {**merged[key], **value} if joins else value
-    atomic_write(path, json.dumps(merged, indent=2))
+        if read_eval(stage_dir).get("step", step) > step:
+            path = stage_dir / f"eval_step_{step:06d}.json"
+            _set_damaged_aside(path)
+        old = read_json(path)
+        merged: dict[str, Any] = {**old, **stamp} if _agrees(old, stamp) else stamp
+        for key, value in results.items():
+            joins = key != "core" and isinstance(value, dict) and isinstance(merged.get(key), dict)  # CORE: a mean over tasks
+            merged[key] = {**merged[key], **value} if joins else value
+        atomic_write(path, json.dumps(merged, indent=2))
 
 
 def _set_damaged_aside(path: Path) -> None:

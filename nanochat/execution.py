@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.common import NanochatError
+from nanochat.cpu import usable_cores
 
 DEFAULT_MEMORY_BYTES = 256 * 1024**2  # address space, the interpreter's 30 MiB included
 MAX_OUTPUT_BYTES = 64 * 1024  # of stdout, of stderr, and of what a program writes to the report pipe
@@ -97,7 +98,7 @@ class Sandbox:
     def __init__(
         self, size: int | None = None, maximum_memory_bytes: int = DEFAULT_MEMORY_BYTES, unsafe: bool | None = None
     ) -> None:
-        size = size or os.cpu_count() or 1
+        size = size or usable_cores()  # more at once would run out of time
         self.maximum_memory_bytes = maximum_memory_bytes
         self._launcher = choose_launcher(unsafe)
         self._slots = threading.Semaphore(size)  # programs that may start

@@ -29,10 +29,12 @@ from nanochat.checkpoint_manager import (
     STAGES,
     get_run_dir,
     get_runs_dir,
+    is_tag,
     list_steps,
     step_dir,
 )
 from nanochat.common import NanochatError, atomic_write, run_command
+from nanochat.cpu import cpu_name
 from nanochat.eval_results import read_eval, read_json
 from nanochat.gpt import GPT
 from nanochat.metrics import METRICS_FILE, read_metrics, series, smooth_for_picture
@@ -168,16 +170,6 @@ def _system_section() -> Section:
     if commit := _git_commit():
         rows.append(["Code", commit])
     return Section("The machine that wrote this", ["", ""], rows)
-
-
-def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass  # not Linux
-    return platform.processor() or "unknown"
 
 
 def _git_commit() -> str | None:
@@ -385,7 +377,8 @@ def _samples(results: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[s
 
 def find_newest_run() -> str:
     """The run that was written to last. Raises NanochatError if there is none."""
-    runs = [path for path in get_runs_dir().glob("*") if any((path / stage / SETTINGS_FILE).exists() for stage in STAGES)]
+    found = (path for path in get_runs_dir().glob("*") if is_tag(path.name))
+    runs = [path for path in found if any((path / stage / SETTINGS_FILE).exists() for stage in STAGES)]
     if not runs:
         raise NanochatError(f"no run in {get_runs_dir()}: make one with python -m scripts.base_train")
     stamps = {run: max(p.stat().st_mtime for stage in STAGES for p in run.glob(f"{stage}/*.json*")) for run in runs}

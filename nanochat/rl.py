@@ -11,7 +11,6 @@ or answers count.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat.common import NanochatError, all_or_none
+from nanochat.cpu import usable_cores
 from nanochat.cross_entropy import token_losses
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, LOGIT_CAP
@@ -156,7 +156,7 @@ class RolloutLoader:
             temperature=settings.temperature, top_k=settings.top_k, seed=seeds, policy_logprobs=True,
         )  # fmt: skip
         engine.model.train()
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # judging may mean to run a program
+        with ThreadPoolExecutor(usable_cores()) as pool:  # judging may mean to run a program
             texts = [engine.tokenizer.decode(answer.tokens) for answer in answers]
             pairs = zip([problem for problem in problems for _ in range(n)], texts, strict=True)
             rewards = list(pool.map(lambda pair: float(self.task.reward(*pair)), pairs))

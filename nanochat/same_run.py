@@ -21,8 +21,8 @@ FREE_SETTINGS = {
     "resume", "resume_from_step", "run", "log_to", "tensorboard",
     "device", "dtype", "fp8", "world_size", "fsdp", "activation_checkpointing", "device_batch_size",
     "compile", "eval_every", "eval_tokens", "sample_every", "save_every", "keep_last",
-    "data", "tokenizer", "from_hf", "model_tag", "tag", "model_step",  # what these mean is compared, not where it lies
     "device_type", *RATES,
+    "data", "task_data", "tokenizer", "from_hf", "model_tag", "tag", "model_step",  # what they mean is compared, not where
     "core_metric_every", "core_metric_max_per_task", "eval_bundle", "max_rows", "eval_examples", "eval_samples",
 }  # fmt: skip
 
@@ -64,11 +64,22 @@ def check_settings(stage: Stage, new: dict[str, Any], args: Arguments) -> None:
 
 
 def check_data(stage: Stage, source: Source) -> None:
-    """Raise NanochatError if files that a stage read are gone, changed or elsewhere in order. New ones go behind them."""
+    """Raise NanochatError if files that a stage read are gone, changed or elsewhere in order. New ones go behind them.
+
+    What is held out for validation stays so.
+    """
     if stage.resume_step is None:
         return
-    now = source.describe()["files"]
-    before = read_meta(stage.directory, stage.resume_step)["data"]["files"]
+    now, recorded = source.describe()["files"], read_meta(stage.directory, stage.resume_step)["data"]
+    before = recorded["files"]
+    if "hash_limit" in recorded:
+        if (recorded["hash_limit"] is None) != bool(source.val_files):
+            what = "no file of its own any more" if not source.val_files else f"files of its own ({source.val_files[0].name})"
+            raise NanochatError(
+                f"validation has {what} in {source.name}, unlike when run {stage.tag!r} was begun: what it was held out from "
+                "would be trained on; put things back to go on"
+            )
+        source.hash_limit = recorded["hash_limit"]
     plain: dict[str, Any] = {}  # by names alone, as files below folders were once recorded, if they tell
     if len({PurePath(name).name for name in now}) == len(now) and not any("/" in name for name in before):
         plain = {PurePath(name).name: size for name, size in now.items()}

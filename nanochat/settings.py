@@ -112,6 +112,9 @@ class SettingsParser(argparse.ArgumentParser):
             given = getattr(arguments, action.dest)
             if isinstance(action, argparse._AppendAction) and len(given) > len(value):
                 setattr(arguments, action.dest, given[len(value) :])
+        for action in self._actions:
+            if action.type is Path and isinstance(path := getattr(arguments, action.dest), Path):
+                setattr(arguments, action.dest, Path(os.path.expanduser(path)))  # as a shell does in --flag PATH alone
         for name in ("config", "debug"):
             vars(arguments).pop(name, None)
         arguments._parser, arguments.defaults = self, defaults

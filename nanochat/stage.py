@@ -130,6 +130,11 @@ def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> St
                 clean_up(directory)
         if resume == "auto" or _is_second_start(directory, resume):
             step, skipped = newest_valid_step(directory)
+            if step is None and skipped:  # to begin anew would write over what may still be mended
+                raise NanochatError(
+                    f"no checkpoint in {directory} is whole ({skipped[0].partition(':')[0]}): restore its files, or "
+                    f"{way_to_begin_anew(directory)}"
+                )
             for sentence in skipped:
                 print0(f"passed over: {sentence}")
         else:
@@ -281,6 +286,7 @@ def load_optimizer(optimizer: MuonAdamW, stage_dir: Path, step: int, way_out: st
         state = optimizer.state_dict()
         load_into(directory, OPTIMIZER_FILE, state)
     else:
+        verify_checkpoint(directory, but_for=MODEL_FILE)  # which was when it was loaded
         state = read_tensors(directory, OPTIMIZER_FILE)
     if not state:
         raise CheckpointError(f"{directory} was saved without optimizer state: {way_out}")

@@ -42,6 +42,7 @@ if [ ! -e "$tokenizer/tokenizer.json" ]; then
     python -m scripts.tok_eval --tokenizer="$tokenizer"
 fi
 wait "$download" || { echo "error: the download failed; run this again to go on with it" >&2; exit 1; }
+trap - EXIT
 
 launch scripts.base_train --depth="$depth" --model-tag="$tag" --tokenizer="$tokenizer" --resume=auto --save-every=1000 --run="$run"
 launch scripts.base_eval --model-tag="$tag" --eval core,bpb,sample

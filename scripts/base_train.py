@@ -191,6 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     # What to train, for how long, in what portions
     args.data = args.data or stage.recorded_settings().get("data") or default_source_name()
     source = get_source(args.data)
+    args.data = source.name  # as a path that holds wherever the next command is given
     make_default_tokenizer(args.tokenizer, args.data, rank)
     tokenizer = get_tokenizer(args.tokenizer)
     source.check_tokens(tokenizer)

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from nanochat.common import NanochatError, atomic_write, run_command
+from nanochat.cpu import usable_cores
 from nanochat.document_files import RemoteFile, is_remote, list_local, list_remote, without_strangers
 from nanochat.raw_files import kind_of, read_texts
 from nanochat.settings import Arguments, SettingsParser
@@ -246,7 +247,7 @@ def _run_here(args: Arguments, stages: list[Stage], layout: Layout) -> None:
     for stage in stages:
         options: dict[str, Any] = {"pipeline": stage.steps, "tasks": stage.tasks, "logging_dir": str(layout.log(stage.name))}
         if args.executor == "local":
-            executor = LocalExecutor(**options, workers=args.workers or _num_cores())
+            executor = LocalExecutor(**options, workers=args.workers or usable_cores())
         else:
             from datatrove.executor import RayPipelineExecutor
 
@@ -261,10 +262,6 @@ def _run_here(args: Arguments, stages: list[Stage], layout: Layout) -> None:
             raise NanochatError(f"{len(failed)} of {stage.tasks} tasks of {stage.name} failed: {logs} say why")
     seconds = time.perf_counter() - started
     print(f"{layout.output}: {_describe(layout)}; {seconds:.1f} s")
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _submit(args: Arguments, stages: list[Stage], layout: Layout) -> None:

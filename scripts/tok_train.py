@@ -76,11 +76,11 @@ def _is_done(directory: Path, args: Arguments, source: Source) -> bool:
     if not path.exists() or not (directory / FILE_NAME).exists():
         return False
     try:
-        Tokenizer.load(directory)
+        tokenizer = Tokenizer.load(directory)
         meta = read_json_object(path)
         recipe = meta["recipe"]
         num_files = len(recipe["files"]) if meta["characters"] >= args.max_chars else len(source.train_files)
-        return recipe == _recipe(args, source, num_files)
+        return recipe == _recipe(args, source, num_files) and meta["fingerprint"] == tokenizer.fingerprint()
     except (NanochatError, LookupError, TypeError):
         print(f"what is in {directory} is damaged, or of an older version: training anew")
         return False

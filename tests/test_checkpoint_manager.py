@@ -31,6 +31,7 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.common import NanochatError, atomic_write
 from nanochat.gpt import GPTConfig
+from nanochat.report import find_newest_run
 from nanochat.tokenizer import Tokenizer
 
 STATE = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
@@ -324,6 +325,19 @@ def test_a_lock_that_outlived_its_process_is_named(stage_dir: Path, monkeypatch:
     stale.unlink()
     with checkpoint_manager.lock_stage(stage_dir):
         assert stale.exists()
+
+
+def test_weights_alone_are_enough_to_generate(tiny_run: Path) -> None:
+    """As in a copy without the optimizer's state, which is twice their size; to train on, it is missed."""
+    (step_dir(tiny_run / "base", 6) / "optim.safetensors").unlink()
+    assert load_model("base", "cpu", "eval", "tiny")[2]["step"] == 6
+    with pytest.raises(CheckpointError, match=r"optim.safetensors is damaged \(missing"):
+        load_checkpoint(tiny_run / "base", 6, load_optimizer=True)
+
+
+def test_a_copy_that_a_file_manager_named_is_no_run(tiny_run: Path) -> None:
+    shutil.copytree(tiny_run, tiny_run.with_name("tiny copy"))
+    assert find_run("base") == find_newest_run() == "tiny"
 
 
 def test_a_newer_format_is_refused(stage_dir: Path) -> None:

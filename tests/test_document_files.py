@@ -52,6 +52,32 @@ def test_what_is_hidden_is_no_text(tmp_path: Path) -> None:
         assert [Path(name).name for name in list_inputs(address)] == ["a.jsonl", "b.jsonl"]
 
 
+@pytest.mark.parametrize("remote", [False, True])
+def test_folders_may_be_named_for_splits(tmp_path: Path, remote: bool, capsys: pytest.CaptureFixture) -> None:
+    """But not those in which the data set itself lies."""
+    root, address = tmp_path / "test" / "val", str(tmp_path / "test" / "val")
+    for split in ("train", "validation", "test"):
+        _write(root / split / "part-0.jsonl", DOCUMENTS)
+    if remote:
+        address = f"memory://{tmp_path.name}/test/val"
+        for path in root.rglob("*.jsonl"):
+            fsspec.filesystem("memory").pipe(f"/{tmp_path.name}/{path.relative_to(tmp_path).as_posix()}", path.read_bytes())
+    for found in (address, f"{address}/**/*.jsonl"):
+        source = get_source(found)
+        assert [Path(file.name).parent.name for file in source.train_files] == ["train"]
+        assert [Path(file.name).parent.name for file in source.val_files] == ["validation"]
+    assert [Path(path).parent.name for path in list_inputs(address)] == ["train", "validation"]
+    assert "not read, as no text to learn from: part-0.jsonl" in capsys.readouterr().out
+
+
+def test_a_file_is_read_once_and_what_is_not_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    _write(tmp_path / "part-1.jsonl", DOCUMENTS)
+    (tmp_path / "latest.jsonl").symlink_to("part-1.jsonl")
+    (tmp_path / "part-2.jsonl.gz").write_bytes(b"x")
+    assert [file.name for file in get_source(str(tmp_path)).train_files] == ["part-1.jsonl"]
+    assert "not read: part-2.jsonl.gz; scripts.data_prep makes what training reads of it" in capsys.readouterr().out
+
+
 def test_what_lies_beside_a_data_set_is_left_out_aloud(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for name in ("train-00000-of-00002", "train-00001-of-00002", "validation", "test-00000-of-00001"):
         _write(tmp_path / f"{name}.parquet", DOCUMENTS)

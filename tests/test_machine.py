@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanochat import compilation, flash_attention, pace
+from nanochat import compilation, cpu, flash_attention, pace
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError, get_base_dir, get_compute_dtype
 from nanochat.engine import Engine
@@ -200,6 +200,19 @@ def test_dear_updates_ask_for_larger_batches(monkeypatch: pytest.MonkeyPatch) ->
     assert batches[0] > 0
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_cores_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Within a container's quota, and a share of them where several ranks run on this machine."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.setattr(cpu, "CGROUP_QUOTA", tmp_path / "cpu.max")
+    assert cpu.usable_cores() == 8
+    for quota, cores in (("max 100000", 8), ("250000 100000", 3), ("1000 100000", 1)):
+        cpu.CGROUP_QUOTA.write_text(f"{quota}\n", encoding="ascii")
+        assert cpu.usable_cores() == cores
+    cpu.CGROUP_QUOTA.unlink()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert cpu.usable_cores() == 2
 
 
 @pytest.mark.parametrize(

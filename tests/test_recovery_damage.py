@@ -17,6 +17,7 @@ import torch
 from nanochat import dataloader
 from nanochat.checkpoint_manager import find_run, list_steps, load_checkpoint, newest_valid_step, save_checkpoint, step_dir
 from nanochat.common import NanochatError
+from scripts import base_train
 from tests.helpers import make_document
 from tests.recovery_helpers import (
     FILES,
@@ -73,14 +74,19 @@ def test_damaged_checkpoints_are_passed_over_and_replaced(
         shutil.rmtree(stage_dir)
 
 
-def test_when_all_are_damaged_it_starts_anew(nursery: Nursery, base_flags: list[str], whole: Path, base_dir: Path) -> None:
-    """Every damaged step is named, and the run ends alike."""
+def test_when_none_is_whole_nothing_is_written_over(base_flags: list[str], whole: Path, base_dir: Path) -> None:
+    """As of a run that was copied without the optimizer's state, whose weights are still good."""
     stage_dir = interrupted_copy(whole, base_dir)
     for step in list_steps(stage_dir):
-        path = step_dir(stage_dir, step) / "optim.safetensors"
-        path.write_bytes(path.read_bytes()[:-1])
-    assert nursery.run(base_dir, base_flags).count("passed over: ") == 4
-    assert_ended_alike(stage_dir, whole)
+        (step_dir(stage_dir, step) / "optim.safetensors").unlink()
+
+    def contents() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in stage_dir.rglob("[a-z]*") if path.is_file()}
+
+    before = contents()
+    with pytest.raises(NanochatError, match="no checkpoint in .* is whole .*: restore its files, or choose another"):
+        base_train.main(base_flags)
+    assert contents() == before
 
 
 def test_a_flip_anywhere_is_found(whole: Path, base_dir: Path) -> None:

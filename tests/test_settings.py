@@ -49,7 +49,7 @@ def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
 
 def test_a_file_may_give_what_a_command_requires(tmp_path: Path) -> None:
     assert parse(data_prep, 'input = "raw"\noutput = "prepared"', tmp_path)["input"] == "raw"
-    assert parse(chat_eval, 'task_data = "~/x"', tmp_path)["task_data"] == Path("~/x")
+    assert parse(chat_eval, 'task_data = "~/x"', tmp_path)["task_data"] == Path("~/x").expanduser()
 
 
 @pytest.mark.parametrize(

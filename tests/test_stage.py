@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat import stage
+from nanochat import same_run, training_flags
 from nanochat.checkpoint_manager import get_stage_dir, list_steps, save_checkpoint, set_aside
 from nanochat.common import NanochatError
 from nanochat.optim import OptimizerSettings
@@ -81,7 +81,7 @@ def test_set_leaves_to_flags_what_they_scale() -> None:
     for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay"):
         with pytest.raises(NanochatError, match=f"--set {name}=0.1: .* give --{name.replace('_', '-')} 0.1$"):
             parse_switches([f"{name}=0.1"], OptimizerSettings)
-    others = [f.name for f in fields(OptimizerSettings) if f.name not in stage.OF_FLAGS]
+    others = [f.name for f in fields(OptimizerSettings) if f.name not in training_flags.OF_FLAGS]
     (found,) = parse_switches([f"{name}={getattr(OptimizerSettings, name)}" for name in others], OptimizerSettings)
     assert replace(OptimizerSettings(), **found) == OptimizerSettings() and set(found) == set(others)
 
@@ -137,8 +137,8 @@ def test_a_run_that_is_older_than_a_flag_was_made_with_its_default(base_dir: Pat
      ({"a": 1, "b": 2, "c": 4}, "c is absent on rank 0, but 4 on rank 1")],
 )  # fmt: skip
 def test_ranks_that_see_different_things_are_told_apart(second: dict, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage, "gather_objects", lambda mine: [mine, mine])
+    monkeypatch.setattr(same_run, "gather_objects", lambda mine: [mine, mine])
     compare_ranks({"a": 1, "b": 2})
-    monkeypatch.setattr(stage, "gather_objects", lambda mine: [mine, second])
+    monkeypatch.setattr(same_run, "gather_objects", lambda mine: [mine, second])
     with pytest.raises(NanochatError, match=found):
         compare_ranks({"a": 1, "b": 2})

@@ -1,0 +1,44 @@
+"""This machine's processor: what it is, what it multiplies natively, how much of it this process may use."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of processor time, of so many on the clock
+INSTRUCTIONS = {  # as PyTorch asks for them; older versions cannot ask for all
+    "AVX2": "_is_avx2_supported", "AVX-512": "_is_avx512_supported", "AVX512-BF16": "_is_avx512_bf16_supported",
+    "AMX": "_is_amx_tile_supported",
+}  # fmt: skip
+
+
+def has_instructions(name: str) -> bool:
+    """Whether the processor has instructions of that name in INSTRUCTIONS."""
+    return bool(getattr(torch.cpu, INSTRUCTIONS[name], bool)())
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether it has dot products of bfloat16; elsewhere they are emulated and slow."""
+    return has_instructions("AVX512-BF16") or has_instructions("AMX")
+
+
+def cpu_name() -> str:
+    with contextlib.suppress(OSError):  # not Linux
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown"
+
+
+def usable_cores() -> int:
+    """Cores that this process may compute on: by its affinity and its container's quota, shared by this machine's ranks."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no container, or "max"
+        quota, period = CGROUP_QUOTA.read_text(encoding="ascii").split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

@@ -1,0 +1,75 @@
+"""A run that goes on is the run that was begun: what is held out for validation stays so, wherever the text lies."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from nanochat.checkpoint_manager import read_meta
+from nanochat.common import NanochatError
+from nanochat.dataset import get_source
+from nanochat.same_run import check_data
+from nanochat.stage import Stage
+from scripts import base_train
+from tests.conftest import TINY_TRAINING
+from tests.helpers import make_document
+
+pytestmark = pytest.mark.usefixtures("tokenizer_in_place")
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Few documents, of which a hash holds at least one out."""
+    (tmp_path / "texts").mkdir()
+    _write(tmp_path / "texts" / "a.jsonl", range(12))
+    return tmp_path / "texts"
+
+
+def _write(path: Path, seeds: range) -> None:
+    path.write_text("".join(json.dumps({"text": make_document(seed)}) + "\n" for seed in seeds), encoding="utf-8")
+
+
+def _train(texts: Path | str, *flags: str) -> None:
+    assert base_train.main([*TINY_TRAINING, "--data", str(texts), "--model-tag=r", "--save-every=3", *flags]) == 0
+
+
+def test_what_a_hash_holds_out_is_never_learned_from(texts: Path, base_dir: Path) -> None:
+    _train(texts)
+    stage_dir = base_dir / "runs" / "r" / "base"
+    held_out = list(get_source(str(texts)).documents("val"))
+    moved = []
+    for seeds in (range(100 * n, 100 * n + 300) for n in range(1, 8)):  # some of these have a lower hash
+        _write(texts / "b.jsonl", seeds)
+        alone, resumed = get_source(str(texts)), get_source(str(texts))
+        check_data(Stage("r", "base", stage_dir, 3, [3, 6]), resumed)
+        moved.append(not set(held_out) <= set(alone.documents("val")))
+        assert set(held_out) <= set(resumed.documents("val"))
+        assert not set(held_out) & set(resumed.documents("train"))
+    assert any(moved)  # without the run's own limit
+
+
+def test_validation_files_that_come_later_are_refused(texts: Path, base_dir: Path) -> None:
+    _train(texts)
+    _write(texts / "val.jsonl", range(12, 20))
+    with pytest.raises(NanochatError, match=r"validation has files of its own \(val.jsonl\) in .*: what it was held out from"):
+        _train(texts, "--resume=3")
+
+
+def test_a_text_is_found_again_from_elsewhere(
+    texts: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(texts.parent)
+    _train("texts")
+    stage_dir = base_dir / "runs" / "r" / "base"
+    assert read_meta(stage_dir, 6)["settings"]["data"] == os.path.join(os.getcwd(), "texts")
+    monkeypatch.chdir(base_dir)
+    assert base_train.main([*TINY_TRAINING, "--model-tag=r", "--save-every=3", "--resume=3"]) == 0
+    monkeypatch.chdir(texts.parent)
+    if os.name != "nt":
+        undecodable = os.fsdecode(b"caf\xe9")
+        texts.rename(undecodable)
+        with pytest.raises(NanochatError, match="has bytes in its name that are no text: rename it"):
+            get_source(undecodable)
