@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import platform
 import re
+import secrets
 import sys
 import sysconfig
 import warnings
@@ -59,7 +60,7 @@ def harvest(directory: Path) -> Path:
     for text in documents:
         splits["val" if _is_val(text) else "train"].append(text)
     for split, texts in splits.items():
-        temporary = directory / f".{split}.{os.getpid()}.tmp"
+        temporary = directory / f".{split}.{secrets.token_hex(8)}.tmp"  # several machines may share the folder
         pq.write_table(pa.table({"text": texts}), temporary, row_group_size=1024)
         os.replace(temporary, directory / f"{split}.parquet")
     atomic_write(directory / "summaries.jsonl", "".join(json.dumps(pair) + "\n" for pair in summaries))

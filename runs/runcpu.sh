@@ -1,11 +1,8 @@
 #!/usr/bin/env bash
 # Half an hour on a laptop: a larger model than the demo's, on your own text if you like: bash runs/runcpu.sh [NAME|PATH]
 set -euo pipefail
-data="${1:-builtin}"
-case "$data" in  # a path counts from where the caller is
-    builtin | climbmix | fineweb-edu | /*) ;;
-    *) if [ -e "$data" ] || compgen -G "$data" >/dev/null; then data="$PWD/$data"; fi ;;
-esac
+source "$(dirname "$0")/absolute.sh"
+data="$(absolute "${1:-builtin}")"
 cd "$(dirname "$0")/.."
 
 bash runs/setup.sh

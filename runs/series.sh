@@ -1,10 +1,7 @@
 # What the two series share; sourced by them, with their arguments: [NAME|PATH] [flags of base_train]
 set -euo pipefail
-data="${1:-builtin}"
-case "$data" in  # a path counts from where the caller is
-    builtin | climbmix | fineweb-edu | /*) ;;
-    *) if [ -e "$data" ] || compgen -G "$data" >/dev/null; then data="$PWD/$data"; fi ;;
-esac
+source "$(dirname "${BASH_SOURCE[0]}")/absolute.sh"
+data="$(absolute "${1:-builtin}")"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash runs/setup.sh

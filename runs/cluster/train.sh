@@ -12,6 +12,8 @@
 # SIGTERM or SIGUSR1 stops the run: the step at hand is finished and saved, and the exit code is 143. The same command again
 # goes on from there. A process that fails is started again with all the others, three times, from the newest checkpoint.
 set -euo pipefail
+source "$(dirname "$0")/../absolute.sh"
+data="$(absolute "${DATA:-climbmix}")"
 cd "$(dirname "$0")/../.."
 
 for name in NNODES NODE_RANK RDZV_ENDPOINT RDZV_ID NANOCHAT_BASE_DIR; do
@@ -19,7 +21,6 @@ for name in NNODES NODE_RANK RDZV_ENDPOINT RDZV_ID NANOCHAT_BASE_DIR; do
 done
 depth="${DEPTH:-24}"
 tag="${MODEL_TAG:-d$depth}"
-data="${DATA:-climbmix}"
 # shellcheck source=/dev/null
 [ -n "${VIRTUAL_ENV:-}" ] || [ ! -f .venv/bin/activate ] || source .venv/bin/activate
 nproc="${NPROC:-${NPROC_PER_NODE:-$(python -c 'import torch; print(torch.cuda.device_count())' || echo 0)}}"

@@ -1,0 +1,9 @@
+# absolute NAME|PATH|ADDRESS: what --data takes, with a path counted from where the caller is; sourced by recipes
+
+absolute() {
+    case "$1" in
+        builtin | climbmix | fineweb-edu | /*) ;;
+        *) if [ -e "$1" ] || compgen -G "$1" >/dev/null; then printf '%s\n' "$PWD/$1"; return; fi ;;
+    esac
+    printf '%s\n' "$1"
+}
