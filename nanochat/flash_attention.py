@@ -79,7 +79,8 @@ def _plan(
 ) -> AttentionPlan:
     attend, make_mask = choose_backend(device, dtype, head_dim, fixed_shape)
     own_kernels = compiled and device.type == "cpu" and dtype != torch.float16
-    return AttentionPlan(attend, window, make_mask(T, window, device), own_kernels)
+    with torch.inference_mode(False):  # what is made while generating serves training as well
+        return AttentionPlan(attend, window, make_mask(T, window, device), own_kernels)
 
 
 Backend = tuple[Callable[..., torch.Tensor], Callable[[int, int, torch.device], Any]]

@@ -273,8 +273,11 @@ class GPT(nn.Module):
         return self.compute_dtype or get_compute_dtype(self.get_device())
 
     def rotary(self, positions: torch.Tensor | None, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), each (B or 1, T, 1, head_dim) float32, for positions (B, T), or 0..T-1 if None; see apply_rotary."""
-        needed = T if positions is None else self.config.sequence_len
+        """(cos, sin), each (B or 1, T, 1, head_dim) float32, for positions (B, T), or 0..T-1 if None; see apply_rotary.
+
+        positions: below T, or within the context.
+        """
+        needed = max(T, self.config.sequence_len)
         if self._rotary is None or self._rotary[0].size(0) < needed or self._rotary[0].device != self.get_device():
             self._rotary = self._make_rotary(max(needed, self.config.sequence_len))
         cos, sin = self._rotary
@@ -282,6 +285,7 @@ class GPT(nn.Module):
             return cos[None, :T, None], sin[None, :T, None]
         return cos[positions][:, :, None], sin[positions][:, :, None]
 
+    @torch.inference_mode(False)  # what is made while generating serves training as well
     def _make_rotary(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         channels = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=self.get_device())
         frequencies = self.config.rotary_base ** (-channels / self.config.head_dim)
@@ -411,7 +415,7 @@ class GPT(nn.Module):
         """What the head reads: (B, T, n_embd) in the compute dtype. With a cache, idx (B, T) goes on from it."""
         T = idx.size(1)
         if kv_cache is not None:
-            rotary, caches = self.rotary(kv_cache.positions(T), T), [kv_cache] * self.config.n_layer
+            rotary, caches = self.rotary(kv_cache.positions(T), kv_cache.length + T), [kv_cache] * self.config.n_layer
             x = self.trunk(idx, rotary, caches, previous=kv_cache.remember(idx))
             kv_cache.advance(T)
             return x

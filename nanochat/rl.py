@@ -69,15 +69,16 @@ class RolloutSettings:
 def compute_advantages(rewards: torch.Tensor, objective: str, baseline: float) -> torch.Tensor:
     """How much better than expected each answer is; (problems, answers) float32 like the rewards.
 
-    dapo: than the mean of its group; grpo: the same in units of the group's standard deviation, 0 in a group that all
+    dapo: than the mean of its group; grpo: the same in units of the group's standard deviation; both 0 in a group that all
     earned the same; reinforce: than `baseline`, the mean reward of the whole step.
     """
     if objective == "reinforce":
         return rewards - baseline
     relative = rewards - rewards.mean(dim=1, keepdim=True)
     if objective == "grpo":
-        return relative / rewards.std(dim=1, keepdim=True, correction=0).clamp(min=1e-6)
-    return relative
+        relative = relative / rewards.std(dim=1, keepdim=True, correction=0).clamp(min=1e-6)
+    same = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # whose mean may be another number, by rounding
+    return relative.masked_fill(same, 0.0)
 
 
 class RolloutLoader:

@@ -335,9 +335,11 @@ class Trainer:
         started = time.perf_counter()
         batches, count = self._fetch()
         scale = self._loss_scale.factor
-        loss = self._passes.run(batches, count / scale) / scale
+        loss = self._passes.run(batches, count.clamp(min=1) / scale) / scale
         factor = self._set_schedules()
-        if self._loss_scale.unscale(self.model.parameters()):
+        # Answers that all earned the same (in RL, whose batches vary) teach nothing; momentum alone would move the model on.
+        learns = config.total_batch_size > 0 or bool(count)
+        if learns and self._loss_scale.unscale(self.model.parameters()):
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -348,7 +350,7 @@ class Trainer:
             self.time_s += time.perf_counter() - started
 
     def _fetch(self) -> tuple[list[Batch], torch.Tensor]:
-        """This update's batches, and what its loss is divided by, over all ranks; a batch with nothing to learn has loss 0.
+        """This update's batches, and what its loss is divided by, over all ranks; 0 if there is nothing to learn in it.
 
         If the data fails on any rank, all save the state before this update and leave.
         """
@@ -361,7 +363,7 @@ class Trainer:
         count = torch.stack([self.count_fn(batch) for batch in batches]).sum()
         if self.ddp:
             dist.all_reduce(count)
-        return batches, count.clamp(min=1)
+        return batches, count
 
     def _set_schedules(self) -> float:
         """Move learning rates, momentum and weight decay to this step; returns the learning rate's factor."""

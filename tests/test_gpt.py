@@ -282,6 +282,35 @@ def test_loss_in_float16_has_gradients_where_sums_leave_its_range() -> None:
         assert (mine - naive).float().norm() < 2e-3 * naive.float().norm()
 
 
+def test_the_little_that_is_left_to_learn_is_not_rounded_away() -> None:
+    """In bfloat16 the gradient at a target that is all but certain is the difference of two numbers nearly alike."""
+    generator = torch.Generator().manual_seed(0)
+    weight, targets = torch.randn(500, 64, generator=generator) / 8, torch.randint(500, (100,), generator=generator)
+    x = (20 * weight[targets]).bfloat16().requires_grad_()
+    exact = x.detach().double().requires_grad_()
+    naive = _naive(exact, weight.bfloat16().double(), targets, "mean")
+    (found,) = torch.autograd.grad(softcapped_cross_entropy(x, weight, targets, LOGIT_CAP), x)
+    (expected,) = torch.autograd.grad(naive, exact)
+    assert naive < 0.05
+    assert (found - expected).norm() < 0.03 * expected.norm()  # a tenth of it was lost
+
+
+def test_generating_is_no_obstacle_to_training() -> None:
+    """What a model keeps of its positions and masks serves both."""
+    model = make_model()
+    list(model.generate([1, 2, 3], 3))
+    model.train()
+    model(torch.ones(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.long)).backward()
+    assert model.wte.weight.grad.any()
+
+
+def test_a_cache_may_be_longer_than_the_context() -> None:
+    model, idx = make_model(sequence_len=64), torch.randint(300, (1, 100), generator=torch.Generator().manual_seed(0))
+    cache = KVCache.for_model(model, 1, seq_len=128)
+    cached = torch.cat([model(part, kv_cache=cache) for part in idx.split(10, dim=1)], dim=1)
+    torch.testing.assert_close(cached, model(idx), atol=1e-4, rtol=1e-3)
+
+
 def test_loss_of_nothing_supervised_is_zero() -> None:
     x, weight = torch.randn(8, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
     loss = softcapped_cross_entropy(x, weight, torch.full((8,), -1), LOGIT_CAP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -187,18 +188,21 @@ def test_what_sampling_saw_otherwise_counts_less_and_at_most_twice(engine: Engin
         torch.testing.assert_close(found, (factor * loss, factor * gradient), atol=1e-5, rtol=1e-4)
 
 
-def test_nothing_to_learn_gives_no_gradient(engine: Engine) -> None:
+@pytest.mark.parametrize("objective", ["dapo", "grpo"])
+@pytest.mark.parametrize("reward", [1.0, 0.3])  # three times the second is not what they are together, in float32
+def test_nothing_to_learn_gives_no_gradient(engine: Engine, objective: str, reward: float) -> None:
     class Fair(Vowels):
         def reward(self, conversation: Conversation, completion: str) -> float:
-            return 1.0
+            return reward
 
-    loss_fn, count_fn = make_policy_loss(_settings())
-    loader = RolloutLoader(engine, Fair(), _settings(), micro_batches=2)
+    settings = _settings(objective=objective, num_samples=6)
+    loss_fn, count_fn = make_policy_loss(settings)
+    loader = RolloutLoader(engine, Fair(), settings, micro_batches=2)
     for batch in (next(loader), next(loader)):
         assert int(count_fn(batch)) == 0
         loss_fn(engine.model, batch).backward()
     assert all(p.grad is None or not p.grad.any() for p in engine.model.parameters())
-    assert loader.metrics()["rl/reward"] == 1 and loader.metrics()["rl/mixed_groups"] == 0
+    assert loader.metrics()["rl/reward"] == pytest.approx(reward) and loader.metrics()["rl/mixed_groups"] == 0
 
 
 def test_ranks_share_an_update_and_epochs_see_every_problem_once(engine: Engine) -> None:
@@ -326,6 +330,18 @@ def test_updates_without_anything_to_learn_change_nothing(tiny_run: Path, monkey
     assert [(row["train/loss"], row["rl/mixed_groups"]) for row in rows] == [(0, 0)] * 2
     start = load_checkpoint(get_stage_dir("tiny", "sft"), 4)[0]
     assert all(torch.equal(tensor, start[name]) for name, tensor in _final_weights("tiny").items())
+
+
+def test_momentum_alone_moves_nothing(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an update that taught something, others that teach nothing."""
+    calls = itertools.count()
+    answers = 3 * 4  # of an update
+    monkeypatch.setattr("tasks.arithmetic.Arithmetic.reward", lambda self, *_: n % 2 if (n := next(calls)) < answers else 0.3)
+    assert chat_rl.main([*FLAGS, "--num-iterations=3", "--save-every=1", "--keep-last=-1", "--eval-every=-1"]) == 0
+    start, *after = (load_checkpoint(*place)[0] for place in (
+        (tiny_run / "sft", 4), (tiny_run / "rl", 1), (tiny_run / "rl", 2), (tiny_run / "rl", 3)))  # fmt: skip
+    assert not torch.equal(start["lm_head.weight"], after[0]["lm_head.weight"])
+    assert all(torch.equal(state[name], tensor) for state in after[1:] for name, tensor in after[0].items())
 
 
 def test_the_best_checkpoint_has_solved_the_most(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

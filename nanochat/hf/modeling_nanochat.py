@@ -229,6 +229,7 @@ class NanochatModel(NanochatPreTrainedModel):
             previous_ids = torch.where(follows_text, previous_ids, input_ids)
         if cache is not None:
             cache.last_ids = input_ids[:, -1:]
+        previous_ids = previous_ids.long()  # the product leaves the range of 32 bits
         return x + self.bigrams((previous_ids * self.config.pair_factor + input_ids) % self.config.bigram_rows)
 
 
