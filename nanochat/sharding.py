@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import errno
 import functools
+import pickle
 import warnings
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.serialization import _get_layout
 
-from nanochat.common import NanochatError, get_compute_dtype
+from nanochat.common import NanochatError, first_line, get_compute_dtype
 from nanochat.gpt import GPT
 
 
@@ -83,16 +86,47 @@ def _errno(reason: BaseException) -> int | None:
     return reason.errno if isinstance(reason, OSError) else None
 
 
+class _MetadataUnpickler(pickle.Unpickler):
+    """Makes of a pickle what PyTorch writes into a checkpoint's .metadata, and refuses all else, above all functions."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name)
+        is_record = (
+            isinstance(found, type) and found.__module__ == module and module == "torch.distributed.checkpoint.metadata"
+        )
+        is_path = isinstance(found, type) and issubclass(found, PurePath)
+        if is_record or is_path or isinstance(found, torch.dtype) or found in (torch.Size, _StorageInfo, _get_layout):
+            return found
+        raise pickle.UnpicklingError(f"{module}.{name} is nothing that PyTorch writes there")
+
+
+class _Reader(dcp.FileSystemReader):
+    """PyTorch's, but no code of a checkpoint's author runs when its metadata, a pickle, are read."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
+        path = Path(self.path) / ".metadata"
+        try:
+            with open(path, "rb") as file:
+                _MetadataUnpickler(file).load()
+        except (pickle.UnpicklingError, AttributeError, ImportError, EOFError) as error:
+            raise NanochatError(
+                f"{path} is not read ({first_line(error)}): take the checkpoint from whoever trained it"
+            ) from error
+        return super().read_metadata()  # of this file, never of one for a single rank
+
+
 def read_sharded(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Fill tensors, whole or in parts, with those of their names. Reads what is needed; no communication."""
+    reader = _Reader(directory)
+    reader.read_metadata()  # here, since what is raised within `load` comes out as a trace of its own
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it may be: that is the point
-        dcp.load(dict(tensors), checkpoint_id=directory, no_dist=True)
+        dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
 
 
 def read_whole(directory: Path, prefix: str) -> dict[str, torch.Tensor]:
     """All tensors whose names begin with the prefix, which is left out, whole and on the CPU."""
-    entries: dict[str, Any] = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    entries: dict[str, Any] = _Reader(directory).read_metadata().state_dict_metadata
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype)
                for name, entry in entries.items() if name.startswith(prefix)}  # fmt: skip
     read_sharded(directory, tensors)
