@@ -20,7 +20,7 @@ from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Sequence, TokenLogprob, next_piece
 from nanochat.tokenizer import IncrementalDecoder, Tokenizer
 
-MAX_MESSAGES = 500
+MAX_MESSAGES = 2000
 MAX_CHARS = 200_000  # of a message, a prompt or a whole conversation
 MAX_TOKENS = 1 << 20
 MAX_CHOICES = 64  # texts that one request may ask for
@@ -91,13 +91,13 @@ class Extension(BaseModel):
 
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, Field(max_length=MAX_CHARS)] | Annotated[list[Part], Field(max_length=MAX_MESSAGES)] | None
+    content: Annotated[str, Field(max_length=MAX_CHARS)] | Annotated[list[Part], Field(max_length=MAX_MESSAGES)] | None = None
     nanochat: Extension | None = None  # of an answer that is sent back as it came
 
     @model_validator(mode="after")
     def _refuse_silence(self) -> Message:
         if self.content is None and self.role != "assistant":
-            raise ValueError("content is null, which only an answer of the assistant may be")
+            raise ValueError("content is required, and may be null in an answer of the assistant alone")
         return self
 
     def parts(self) -> list[dict[str, str]]:
@@ -192,7 +192,8 @@ class ChatRequest(SamplingRequest):
     def conversation(self) -> dict[str, Any]:
         """What the tokenizer renders: roles alternate, neighbours of one role are joined, system text comes first.
 
-        Raises RequestError for messages that make no conversation.
+        A greeting of the assistant's is left out, as the model knows conversations that the user begins; system text alone is
+        the user's. Raises RequestError for messages that make no conversation.
         """
         if sum(len(part["text"]) for message in self.messages for part in message.parts()) > MAX_CHARS:
             raise RequestError(f"the conversation is longer than {MAX_CHARS:,} characters: begin a new one", param="messages")
@@ -203,12 +204,12 @@ class ChatRequest(SamplingRequest):
                 system.append("".join(part["text"] for part in message.parts()))
             elif turns and turns[-1]["role"] == message.role:
                 turns[-1]["content"] += [{"type": "text", "text": "\n\n"}, *message.parts()]
-            else:
+            elif turns or message.role == "user":
                 turns.append({"role": message.role, "content": message.parts()})
+        if system and all(message.role in ("system", "developer") for message in self.messages):
+            turns, system = [{"role": "user", "content": [{"type": "text", "text": "\n\n".join(system)}]}], []
         if not turns or turns[-1]["role"] != "user":
             raise RequestError("the last message must be the user's", param="messages")
-        if turns[0]["role"] == "assistant":
-            raise RequestError("the first message must be the system's or the user's", param="messages")
         for turn in turns:
             if turn["role"] == "user":
                 turn["content"] = "".join(part["text"] for part in turn["content"])

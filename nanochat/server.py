@@ -327,6 +327,13 @@ class Reader:
         self.sampled += sum(masks)
         return News(pieces, tokens, logprobs, last)
 
+    def with_stop_token(self, news: News) -> tuple[list[int], list[TokenLogprob | None]]:
+        """(tokens, log-probabilities) of a completion, whose last news have those of the token that ended it, too."""
+        stop_token = self.sequence.stop_token
+        if not news.last or stop_token is None:
+            return news.tokens, news.logprobs
+        return [*news.tokens, stop_token], [*news.logprobs, *aligned(self.sequence.logprobs[self.sampled :], [1])]
+
 
 async def _chat_chunks(service: Service, ticket: Ticket, reply: Reply) -> AsyncIterator[str]:
     readers = [Reader(sequence) for sequence in ticket.sequences]
@@ -356,7 +363,8 @@ async def _completion_chunks(service: Service, ticket: Ticket, reply: Reply, pro
                 continue
             text, content = spoken(news.pieces), None
             if reader.sequence.params.logprobs is not None:
-                content = reply.completion_logprobs(news.logprobs, news.tokens, places.of(news.tokens))
+                tokens, logprobs = reader.with_stop_token(news)
+                content = reply.completion_logprobs(logprobs, tokens, places.of(tokens))
             if text or news.last or (content and content["tokens"]):
                 reason = finish_reason(reader.sequence) if news.last else None
                 yield reply.chunk([{"index": i, "text": text, "logprobs": content, "finish_reason": reason}])

@@ -19,7 +19,7 @@ from nanochat.tokenizer import Tokenizer
 from tests.helpers import make_document, write_corpus
 from tests.many_ranks import ROOT, stop_all
 
-pytest_plugins = ["tests.recovery_helpers"]  # its fixtures, for several files
+pytest_plugins = ["tests.recovery_helpers", "tests.page_helpers"]  # their fixtures, for several files
 
 # What a loaded machine takes long for is no error. The rest stays as it is, here or, repeatable, in continuous integration.
 hypothesis.settings.register_profile("without deadline", deadline=None)

@@ -6,8 +6,6 @@ Skipped, saying so, where Playwright or Chromium is not installed.
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,79 +15,22 @@ from nanochat.engine import Engine
 from nanochat.server import create_app
 from nanochat.service import ChatDefaults
 from tests.helpers import serve, wait_for
+from tests.page_helpers import CHROMIUM, ask, never_silent, pretend, settle
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium"),
 ]
 
 
-@pytest.fixture
-def url(tiny_run: Path) -> Iterator[str]:
-    model, tokenizer, _ = load_model("sft", "cpu", "eval", "tiny")
-    with serve(create_app([Engine(model, tokenizer)], "tiny")) as port:
-        yield f"http://127.0.0.1:{port}"
-
-
-@pytest.fixture
-def browser() -> Iterator[playwright.Browser]:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(url: str, browser: playwright.Browser) -> Iterator[playwright.Page]:
-    """The chat page, with short answers; whatever is wrong in its console fails the test."""
-    context = browser.new_context(viewport={"width": 1000, "height": 700})
-    context.add_init_script(
-        'localStorage.getItem("nanochat.settings") || localStorage.setItem("nanochat.settings", \'{"max_tokens": 16}\')'
-    )
-    page = context.new_page()
-    complaints: list[str] = []
-    page.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("request", lambda request: complaints.append(request.url) if not request.url.startswith((url, "data:")) else None)
-    page.route("**/chat/completions", _never_silent)
-    page.goto(url)
-    yield page
-    # That hostile styles are refused is told in the console while they are being removed.
-    assert [text for text in complaints if "Content Security Policy" not in text] == []
-
-
-def _never_silent(route: playwright.Route) -> None:
-    """A model of a few steps often has nothing to say; here it must."""
-    route.continue_(post_data=json.dumps({**route.request.post_data_json, "ignore_eos": True}))
-
-
-def _ask(page: playwright.Page, text: str) -> None:
-    before = page.locator(".message.assistant").count()
-    page.fill("#text", text)
-    page.keyboard.press("Enter")
-    page.locator(".message.assistant").nth(before).wait_for()
-    _settle(page)
-
-
-def _settle(page: playwright.Page) -> None:
-    page.locator("#log:not([aria-busy])").wait_for()
-
-
-def _pretend(page: playwright.Page, *events: dict) -> None:
-    """Answer in the server's place."""
-    body = "".join(f"data: {json.dumps(event)}\n\n" for event in (*events, {"done": True, "finish_reason": "stop"}))
-    page.route("**/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))
-
-
 def test_a_conversation_with_its_branches_is_kept(page: playwright.Page) -> None:
-    _ask(page, "first question")
-    _ask(page, "second question")
+    ask(page, "first question")
+    ask(page, "second question")
     assert page.locator(".message").count() == 4
     page.locator(".message.assistant").last.get_by_text("Regenerate").click()
     page.get_by_text("2/2").wait_for()
-    _settle(page)
+    settle(page)
     page.get_by_label("Previous version").last.click()
     assert "1/2" in page.locator(".message.assistant").last.inner_text()
     page.locator(".message.user").first.get_by_text("Edit").click()
@@ -97,7 +38,7 @@ def test_a_conversation_with_its_branches_is_kept(page: playwright.Page) -> None
     page.keyboard.press("Enter")
     page.locator(".message.user", has_text="another question").wait_for()
     page.locator(".message.assistant").wait_for()
-    _settle(page)
+    settle(page)
     assert page.locator(".message").count() == 2
     page.reload()
     assert page.locator(".message.user .content").inner_text() == "another question"
@@ -114,7 +55,7 @@ def test_a_conversation_with_its_branches_is_kept(page: playwright.Page) -> None
 
 def test_looking_inside(page: playwright.Page) -> None:
     page.get_by_text("Look inside").click()
-    _ask(page, "the cat sees")
+    ask(page, "the cat sees")
     page.locator(".message.user .tokens span").first.wait_for()
     token = page.locator(".message.assistant .tokens span[tabindex]").first
     token.focus()
@@ -130,12 +71,12 @@ def test_a_calculator_call_is_shown_and_sent_back(page: playwright.Page) -> None
         {"token": "5", "part": "python_output"},
         {"token": "It is **5**.", "part": "text"},
     )
-    _pretend(page, *call)
-    _ask(page, "2+3?")
+    pretend(page, *call)
+    ask(page, "2+3?")
     assert page.locator(".tool").all_inner_texts() == ["2+3", "5"]
     assert page.locator(".message.assistant strong").inner_text() == "5"
     with page.expect_request("**/chat/completions") as sent:
-        _ask(page, "and?")
+        ask(page, "and?")
     assert [part["type"] for part in sent.value.post_data_json["messages"][1]["content"]] == [
         "python",
         "python_output",
@@ -155,10 +96,10 @@ HOSTILE = """<script>document.title = "owned"</script><img src=x onerror="docume
 
 
 def test_hostile_output_stays_text(page: playwright.Page) -> None:
-    _pretend(
+    pretend(
         page, {"token": HOSTILE, "part": "text"}, {"token": "<img src=x onerror=document.title='owned'>", "part": "python"}
     )
-    _ask(page, "<img src=x onerror=document.title='owned'>")
+    ask(page, "<img src=x onerror=document.title='owned'>")
     answer = page.locator(".message.assistant .content")
     for tag in ("script", "img", "iframe", "svg", "form", "input", "style", "object"):
         assert page.locator(f".message {tag}").count() == 0, tag
@@ -173,8 +114,8 @@ def test_hostile_output_stays_text(page: playwright.Page) -> None:
 
 @pytest.mark.parametrize("nested", [">" * 2000 + " deep <b>", "- " * 3000 + "deep <b>", "**a " * 5000 + "deep <b>"])
 def test_markdown_that_is_nested_too_deep_is_shown_as_text(page: playwright.Page, nested: str) -> None:
-    _pretend(page, {"token": nested[:1000], "part": "text"}, {"token": nested[1000:], "part": "text"})
-    _ask(page, "how deep?")
+    pretend(page, {"token": nested[:1000], "part": "text"}, {"token": nested[1000:], "part": "text"})
+    ask(page, "how deep?")
     for _ in range(2):  # as it comes, and from the store
         assert "deep" in page.locator(".message.assistant .content").inner_text()
         assert page.locator(".message").count() == 2
@@ -190,10 +131,10 @@ def test_failures_are_told_and_can_be_tried_again(page: playwright.Page) -> None
     page.keyboard.press("Enter")
     page.get_by_role("alert").wait_for()
     assert "too many requests" in page.get_by_role("alert").inner_text()
-    page.route("**/chat/completions", _never_silent)
+    page.route("**/chat/completions", never_silent)
     page.get_by_text("Try again").click()
     page.locator(".message.assistant").wait_for()
-    _settle(page)
+    settle(page)
     assert page.get_by_role("alert").count() == 0
 
 
@@ -206,11 +147,11 @@ def test_an_answer_can_be_stopped(page: playwright.Page) -> None:
         page.locator("#log[aria-busy]").wait_for()
         assert page.locator("#send").inner_text() == "Stop"
         stop()
-        _settle(page)
+        settle(page)
         assert "stopped" in page.locator(".message.assistant").last.inner_text()
         assert page.locator("#send").inner_text() == "Send"
-    page.route("**/chat/completions", _never_silent)
-    _ask(page, "hello again")
+    page.route("**/chat/completions", never_silent)
+    ask(page, "hello again")
     assert page.locator(".message").count() == 6
 
 
@@ -228,7 +169,7 @@ def test_an_edit_outlives_the_answer(page: playwright.Page) -> None:
     page.get_by_text("Edit").click()
     page.get_by_label("Edit the message").fill("half")
     held[-1].fulfill(body='data: {"token": "ok", "part": "text"}\n\n', content_type="text/event-stream")
-    _settle(page)
+    settle(page)
     assert page.locator(".message.assistant .content").inner_text() == "ok"
     page.keyboard.type(" written")
     assert page.get_by_label("Edit the message").input_value() == "half written"
@@ -238,16 +179,16 @@ def test_an_edit_outlives_the_answer(page: playwright.Page) -> None:
 
 def test_tabs_keep_each_others_messages(page: playwright.Page) -> None:
     ok = {"token": "ok", "part": "text"}
-    _pretend(page, ok)
-    _ask(page, "of both")
+    pretend(page, ok)
+    ask(page, "of both")
     other = page.context.new_page()
     other.goto(page.url)
-    _pretend(other, ok)
+    pretend(other, ok)
     for tab in (page, other):
-        _ask(tab, "and then?")
+        ask(tab, "and then?")
     for tab, question in ((page, "of one"), (other, "of the other")):
         tab.locator("#new").click()
-        _ask(tab, question)
+        ask(tab, question)
     page.reload()
     titles = page.locator("#conversations .open")
     assert titles.all_inner_texts() == ["of the other", "of one", "of both"]
@@ -255,7 +196,7 @@ def test_tabs_keep_each_others_messages(page: playwright.Page) -> None:
     page.get_by_text("1/2").wait_for()
     page.get_by_label("Delete of both").click()
     other.get_by_text("of both").click()
-    _ask(other, "is it deleted?")
+    ask(other, "is it deleted?")
     page.reload()
     assert titles.all_inner_texts() == ["of the other", "of one"]
 
@@ -271,7 +212,7 @@ def test_a_full_storage_forgets_the_oldest_first(page: playwright.Page) -> None:
     old[0]["nodes"]["a"]["tokens"] = [{"text": "t" * size}]
     page.evaluate("([key, old]) => localStorage.setItem(key, JSON.stringify(old))", [store, old])
     page.reload()
-    _pretend(page, {"token": "ok", "part": "text"})
+    pretend(page, {"token": "ok", "part": "text"})
     fill = """() => {
         const put = (size) => localStorage.setItem("rest", "x".repeat(size));
         const fits = (size) => { try { put(size); return true; } catch { return false; } };
@@ -282,12 +223,12 @@ def test_a_full_storage_forgets_the_oldest_first(page: playwright.Page) -> None:
     for question, left in (("new", ["new", "a", "b"]), ("n" * 1000, ["n" * 60, "new", "a"])):
         page.evaluate(fill)
         page.locator("#new").click()
-        _ask(page, question)
+        ask(page, question)
         kept = page.evaluate("(key) => localStorage.getItem(key)", store)
         assert [conversation["title"] for conversation in json.loads(kept)] == left
         assert "tokens" not in kept
     page.locator("#new").click()
-    _ask(page, "z" * 20000)
+    ask(page, "z" * 20000)
     page.get_by_text("this browser's storage is full").wait_for()
 
 
@@ -301,7 +242,7 @@ def test_a_question_is_kept_before_it_is_answered(page: playwright.Page) -> None
     page.unroute_all()
     page.get_by_text("Try again").click()
     page.locator(".message.assistant").wait_for()
-    _settle(page)
+    settle(page)
     assert page.get_by_text("Try again").count() == 0
 
 
@@ -319,13 +260,13 @@ def test_a_half_written_answer_outlives_a_reload(page: playwright.Page) -> None:
 
 def test_a_reader_who_went_up_stays_there(page: playwright.Page) -> None:
     for i in range(6):
-        _pretend(page, {"token": f"line {i}\n\n" * 20, "part": "text"})
-        _ask(page, f"question {i}")
+        pretend(page, {"token": f"line {i}\n\n" * 20, "part": "text"})
+        ask(page, f"question {i}")
     place = "document.getElementById('log').scrollTop"
     page.evaluate(f"{place} = 300")
     page.get_by_text("Look inside").click()
     assert abs(page.evaluate(place) - 300) < 20  # but for what has become longer above
-    _ask(page, "another")
+    ask(page, "another")
     assert page.evaluate(place) > 300  # who asks wants to see the answer
 
 
@@ -333,23 +274,23 @@ def test_answers_can_be_copied_from_another_machine(page: playwright.Page) -> No
     """Over plain HTTP browsers give pages no clipboard."""
     page.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined })")
     page.evaluate("document.addEventListener('copy', () => { window.copied = document.activeElement.value; })")
-    _ask(page, "a question")
+    ask(page, "a question")
     page.locator(".message.user").get_by_text("Copy").click()
     page.get_by_text("Copied").wait_for()
     assert page.evaluate("window.copied") == "a question"
 
 
 def test_a_question_that_failed_is_not_read_with_the_next(page: playwright.Page) -> None:
-    _pretend(page, {"token": "ok", "part": "text"})
-    _ask(page, "first")
+    pretend(page, {"token": "ok", "part": "text"})
+    ask(page, "first")
     failure = 'data: {"error": {"message": "too long"}}\n\n'
     page.route("**/chat/completions", lambda route: route.fulfill(body=failure, content_type="text/event-stream"))
     page.fill("#text", "word " * 3000)
     page.keyboard.press("Enter")
     page.get_by_role("alert").wait_for()
-    _pretend(page, {"token": "ok", "part": "text"})
+    pretend(page, {"token": "ok", "part": "text"})
     with page.expect_request("**/chat/completions") as sent:
-        _ask(page, "second")
+        ask(page, "second")
     assert [message["content"] for message in sent.value.post_data_json["messages"] if message["role"] == "user"] == [
         "first",
         "second",
@@ -368,11 +309,11 @@ def test_the_keyboards_place_is_kept(page: playwright.Page) -> None:
     """What is pressed is drawn anew: the focus goes to what took its place, and never to the top of the page."""
     for question in ("first", "second"):
         page.locator("#new").click()
-        _ask(page, question)
+        ask(page, question)
     page.locator(".message.assistant").get_by_text("Regenerate").focus()
     page.keyboard.press("Enter")
     page.get_by_text("2/2").wait_for()
-    _settle(page)
+    settle(page)
     assert _focused(page) == "log"
     for name, version in (("Previous version", "1/2"), ("Next version", "2/2")):
         page.get_by_label(name).focus()
@@ -406,12 +347,12 @@ def test_an_input_methods_enter_sends_nothing(page: playwright.Page) -> None:
 
 
 def test_calls_that_follow_each_other_at_once_are_shown_and_sent_back_apart(page: playwright.Page) -> None:
-    _pretend(page, {"token": "1/0", "part": "python", "begins": True}, {"token": "2+", "part": "python", "begins": True},
+    pretend(page, {"token": "1/0", "part": "python", "begins": True}, {"token": "2+", "part": "python", "begins": True},
              {"token": "2", "part": "python"}, {"token": "4", "part": "python_output", "begins": True})  # fmt: skip
-    _ask(page, "2+2?")
+    ask(page, "2+2?")
     assert page.locator(".tool").all_inner_texts() == ["1/0", "2+2", "4"]
     with page.expect_request("**/chat/completions") as sent:
-        _ask(page, "and?")
+        ask(page, "and?")
     assert [part["text"] for part in sent.value.post_data_json["messages"][1]["content"]] == ["1/0", "2+2", "4"]
 
 
@@ -424,7 +365,7 @@ def test_settings_are_kept_and_used(page: playwright.Page) -> None:
     page.reload()
     assert page.locator("html").get_attribute("data-theme") == "dark"
     with page.expect_request("**/chat/completions") as sent:
-        _ask(page, "hello")
+        ask(page, "hello")
     assert sent.value.post_data_json["max_tokens"] == 3
     assert sent.value.post_data_json["messages"][0] == {"role": "system", "content": "Be kind."}
 
@@ -439,7 +380,7 @@ def test_settings_that_nobody_chose_are_the_servers(tiny_run: Path, browser: pla
         with page.expect_response("**/health"):
             page.goto(f"http://127.0.0.1:{port}")
         with page.expect_request("**/chat/completions") as sent:
-            _ask(page, "hello")
+            ask(page, "hello")
         asked = [sent.value.post_data_json[name] for name in ("temperature", "top_k", "max_tokens")]
         assert asked == [0.35, 7, 4]
         page.locator("#open-settings").click()

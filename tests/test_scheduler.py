@@ -28,6 +28,25 @@ def test_a_forced_answer_ends_with_the_limit(engine: Engine, tokenizer: Tokenize
     assert len(row.tokens) == len(said) + 2 and row.finish_reason == "length"
 
 
+def test_waiting_for_a_tool_takes_no_steps(engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where other texts wait for the row of the one that called it."""
+    answered = threading.Event()
+    engine = Engine(engine.model, tokenizer, lambda expression: "1" if answered.wait(60) else None, max_rows=1)
+    make_it_say(engine, monkeypatch, calculator_call(tokenizer, "x"))
+    texts = [Sequence([1, 2], SamplingParams(seed=1000, max_tokens=40)) for _ in range(2)]
+    for text in texts:
+        engine.scheduler.submit(text)
+    while not engine.scheduler.is_idle:
+        engine.scheduler.step()
+    assert engine.scheduler.calling == {texts[0]} and list(engine.scheduler.waiting) == [texts[1]]
+    answered.set()
+    engine.scheduler.wait()
+    assert not engine.scheduler.is_idle
+    while any(text.finish_reason is None for text in texts):
+        engine.scheduler.wait() if engine.scheduler.is_idle else engine.scheduler.step()
+    assert all(text.tokens for text in texts)
+
+
 def test_logprobs_are_of_the_model_whatever_is_penalized(engine: Engine, tokenizer: Tokenizer) -> None:
     prompt = tokenizer.encode("the cat", prepend="<|bos|>")
     params = SamplingParams(0, repetition_penalty=5, max_tokens=8, logprobs=0, ignore_eos=True)

@@ -238,7 +238,7 @@ def test_completions_that_are_refused(client: TestClient, change: dict[str, Any]
      (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text", "required"),
      (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "messages.0.content.0.text", "string"),
      (CHAT, {"messages": [{"role": "user", "content": {}}]}, "messages.0.content", "string"),
-     (CHAT, {"messages": [{"role": "user"}]}, "messages.0.content", "required"),
+     (CHAT, {"messages": [{"role": "user"}]}, "messages.0", "required"),
      (CHAT, {"stop": ["x"] * 17}, "stop", "at most 16"), (CHAT, {"stop": ["x", ""]}, "stop.1", "at least 1"),
      (CHAT, {"stop": [5]}, "stop.0", "string"), (CHAT, {"stop": 5}, "stop", "string"),
      (TEXT, {"prompt": ["x"] * 65}, "prompt", "at most 64"), (TEXT, {"prompt": [[1, 2], [3, "x"]]}, "prompt.1.1", "integer"),

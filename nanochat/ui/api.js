@@ -21,7 +21,7 @@ async function post(path, body, signal) {
   return response;
 }
 
-// The events of an answer: {token, part}, {tokens}, {dropped_turns}, {done}.
+// The events of an answer: {token, part}, {tokens}, {dropped_turns}, {done}. Throws if the stream ends without the last.
 export async function* stream(messages, inside, signal) {
   const body = { messages };
   for (const name of ["temperature", "top_k", "top_p", "max_tokens", "seed"]) {
@@ -30,9 +30,10 @@ export async function* stream(messages, inside, signal) {
   if (inside) Object.assign(body, { logprobs: true, top_logprobs: 5 });
   const response = await post("/chat/completions", body, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let buffer = "";
+  let buffer = "", ended = false;
   for (;;) {
     const { done, value } = await reader.read();
+    if (done && !ended) throw new ServerError("The connection ended before the answer did.");
     if (done) return;
     buffer += value;
     const events = buffer.split("\n\n");
@@ -40,6 +41,7 @@ export async function* stream(messages, inside, signal) {
     for (const event of events) {
       const content = JSON.parse(event.slice(6));
       if (content.error) throw new ServerError(content.error.message);
+      ended ||= Boolean(content.done);
       yield content;
     }
   }

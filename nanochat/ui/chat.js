@@ -1,7 +1,7 @@
 // The chat page: what is shown, and what its buttons do.
 
 import * as api from "./api.js";
-import { answer, copy, element, plainText, tokenView } from "./render.js";
+import { answer, copy, element, hideThought, plainText, tokenView } from "./render.js";
 import * as store from "./store.js";
 
 const $ = (id) => document.getElementById(id);
@@ -10,6 +10,7 @@ const settings = store.settings;
 let current = null;  // the conversation that is shown
 let running = null;  // {controller, node, ended} of the answer that is being written; ended: a promise
 const edits = new WeakMap();  // of a message: its open edit, which every redraw puts back
+const MOST_MESSAGES = 1000, MOST_CHARS = 150000;  // of a conversation that is sent
 let inside = false;
 // Enter that sends: not Shift's, nor an input method's that ends a word (which Safari tells by its key code alone).
 // On a phone, whose keys know no Shift+Enter, it begins a line.
@@ -20,6 +21,7 @@ const sends = (event) => event.key === "Enter" && !event.shiftKey && !event.isCo
 function show(conversation, ...notices) {
   const place = conversation === current && !isAtEnd() ? log.scrollTop : Infinity;  // of a reader who went up
   current = conversation;
+  hideThought();
   $("title").textContent = conversation.title;
   const nodes = store.path(conversation);
   keepFocus(() => {
@@ -161,9 +163,14 @@ function edit(box, node) {
 
 // ---------------------------------------------------------------------------- asking
 
+// The newest turns, no more than the server takes: it has less room for them anyway, and says what it left out.
 function toMessages(nodes) {
   const system = settings.system.trim() ? [{ role: "system", content: settings.system }] : [];
-  return [...system, ...nodes.map(({ role, content }) => ({ role, content }))];
+  let first = nodes.length, chars = 0;
+  while (first > 0 && nodes.length - first < MOST_MESSAGES && (chars += JSON.stringify(nodes[first - 1].content).length) < MOST_CHARS) first--;
+  while (first < nodes.length - 1 && nodes[first].role !== "user") first++;
+  const kept = nodes.slice(Math.min(first, nodes.length - 1));
+  return [...system, ...kept.map(({ role, content }) => ({ role, content }))];
 }
 
 async function ask(content, parent = null) {
@@ -214,6 +221,7 @@ async function receive(conversation, question, node, signal) {
   running = null;
   send.textContent = "Send";
   log.removeAttribute("aria-busy");
+  if (failure && node.content.length) node.note = "cut off";
   if (!node.content.length && !node.note) store.removeNode(conversation, node, chosen);
   if (!store.save(conversation)) node.note ??= "this browser's storage is full: the conversation will not be there after a reload";
   if (current === conversation) show(conversation, ...(failure ? [failureNotice(failure)] : []));
@@ -235,11 +243,13 @@ function redraw() {
     const box = [...log.querySelectorAll(".message.assistant")].at(-1);
     if (!box) return;
     const atEnd = isAtEnd();
+    hideThought();
     fill(box.querySelector(".content"), running.node);
     if (atEnd) log.scrollTop = log.scrollHeight;  // unless the reader went up to read
   });
 }
 
+log.addEventListener("scroll", hideThought);
 addEventListener("pagehide", () => {  // a reload: what is written so far is kept
   if (!running?.node.content.length) return;
   running.node.note = "stopped";
@@ -268,6 +278,7 @@ text.addEventListener("keydown", (event) => {
 });
 text.addEventListener("input", () => { text.style.height = ""; text.style.height = `${text.scrollHeight}px`; });
 document.addEventListener("keydown", (event) => {
+  if (event.key === "Escape") hideThought();
   if (event.key === "Escape" && $("sidebar").classList.contains("shown")) closeSidebar();
   else if (event.key === "Escape" && running && !$("settings").open) stop();
   if (event.key.toLowerCase() === "o" && event.ctrlKey && event.shiftKey) { event.preventDefault(); begin(); }

@@ -17,13 +17,20 @@ export function element(tag, attributes = {}, ...children) {
   return node;
 }
 
-export function markdown(text) {
+// What looks like HTML is text, since models write List<String> and x<y; and an asterisk after a letter or digit multiplies.
+globalThis.marked?.use({ tokenizer: { html() {}, tag() {}, emStrong: (source, masked, before) => (/[\w)*]/.test(before) ? undefined : false) } });
+
+// tools: elements that take the places of their numbers, which stand in the text between two characters of nobody's use.
+export function markdown(text, tools = []) {
   const box = element("div", { class: "markdown" });
   try {
     box.innerHTML = DOMPurify.sanitize(marked.parse(text, { gfm: true, breaks: true, async: false }), ALLOWED);
   } catch {  // nested deeper than the parser can follow: shown as it was written
     box.replaceChildren(element("pre", {}, text));
   }
+  const texts = document.createTreeWalker(box, NodeFilter.SHOW_TEXT), nodes = [];
+  while (tools.length && texts.nextNode()) nodes.push(texts.currentNode);
+  for (const node of nodes) node.replaceWith(...node.data.split(/\uE000(\d+)\uE001/).map((piece, i) => (i % 2 ? tools[piece] : piece)));
   for (const link of box.querySelectorAll("a")) {
     link.target = "_blank";
     link.rel = "noopener noreferrer nofollow";
@@ -66,13 +73,15 @@ function flash(button, text) {
 export const plainText = (content) =>
   typeof content === "string" ? content : content.filter((part) => part.type === "text").map((part) => part.text).join("");
 
-// An answer: Markdown, with each call of the calculator and its result where it happened.
+// An answer: one piece of Markdown, with each call of the calculator and its result where it happened.
 export function answer(content) {
-  const parts = typeof content === "string" ? [{ type: "text", text: content }] : content;
-  return parts.map((part) => {
-    if (part.type === "text") return markdown(part.text);
-    return element("span", { class: part.type === "python" ? "tool" : "tool output" }, part.text);
+  if (typeof content === "string") return [markdown(content)];
+  const tools = [];
+  const text = content.map((part) => {
+    if (part.type === "text") return part.text.replace(/[\uE000\uE001]/g, "\uFFFD");
+    return `\uE000${tools.push(element("span", { class: part.type === "python" ? "tool" : "tool output" }, part.text)) - 1}\uE001`;
   });
+  return [markdown(text.join(""), tools)];
 }
 
 // ---------------------------------------------------------------------------- look inside
@@ -80,6 +89,10 @@ export function answer(content) {
 const bubble = document.getElementById("thought");
 const percent = (logprob) => `${(100 * Math.exp(logprob)).toFixed(logprob > Math.log(0.1) ? 0 : 2)}%`;
 const visible = (text) => text.replaceAll("\n", "↵\n").replaceAll("\t", "⇥");
+
+export function hideThought() {  // also where its token is drawn anew or scrolled away, of which the token does not tell
+  bubble.hidden = true;
+}
 
 // tokens: [{text, logprob, top: [[text, logprob], ...]}]; logprob is null where the token was not chosen by the model.
 export function tokenView(tokens) {
@@ -94,7 +107,7 @@ export function tokenView(tokens) {
       span.tabIndex = 0;
       span.setAttribute("aria-label", `${token.text}, ${percent(token.logprob)}`);
       for (const name of ["mouseenter", "focus"]) span.addEventListener(name, () => think(span, token));
-      for (const name of ["mouseleave", "blur"]) span.addEventListener(name, () => { bubble.hidden = true; });
+      for (const name of ["mouseleave", "blur"]) span.addEventListener(name, hideThought);
     }
     box.append(span);
   }

@@ -1,0 +1,70 @@
+"""What OpenAI's clients and the programs built on them send, and what they count on in a reply."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from nanochat.engine import Engine
+from nanochat.openai_api import ChatRequest
+from nanochat.server import create_app
+from nanochat.tokenizer import Tokenizer
+from tests.helpers import make_model
+
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+GREETING, QUESTION = {"role": "assistant", "content": "How can I help?"}, {"role": "user", "content": "Hi"}
+RULES = {"role": "system", "content": "Be kind."}
+
+
+@pytest.fixture
+def client(tokenizer: Tokenizer) -> Iterator[TestClient]:
+    engine = Engine(make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=512), tokenizer)
+    with TestClient(create_app([engine], "tiny")) as client:
+        yield client
+
+
+@pytest.mark.parametrize(
+    ("messages", "read"),
+    [
+        ([GREETING, QUESTION], ["user"]), ([RULES, GREETING, QUESTION], ["system", "user"]), ([RULES], ["user"]),
+        ([QUESTION, GREETING, QUESTION], ["user", "assistant", "user"]),
+        ([QUESTION, {"role": "assistant"}, QUESTION], ["user", "assistant", "user"]),
+        ([QUESTION, {**RULES, "role": "developer"}], ["system", "user"]),
+    ],
+)  # fmt: skip
+def test_conversations_as_programs_keep_them(client: TestClient, messages: list[dict], read: list[str]) -> None:
+    """With the greeting that their page shows first, with rules alone, with an answer of no text."""
+    turns = ChatRequest.model_validate({"messages": messages}).conversation()["messages"]
+    assert [turn["role"] for turn in turns] == read
+    assert client.post(CHAT, json={"messages": messages, "max_tokens": 2}).status_code == 200
+
+
+@pytest.mark.parametrize("messages", [[GREETING], [QUESTION, GREETING], [RULES, GREETING]])
+def test_there_must_be_something_to_answer(client: TestClient, messages: list[dict]) -> None:
+    error = client.post(CHAT, json={"messages": messages}).json()["error"]
+    assert error["message"] == "the last message must be the user's" and error["param"] == "messages"
+
+
+def test_a_long_conversation_goes_on(client: TestClient) -> None:
+    reply = client.post(CHAT, json={"messages": [QUESTION, GREETING] * 900 + [QUESTION], "max_tokens": 2})
+    assert reply.status_code == 200 and reply.json()["nanochat"]["dropped_turns"] > 800
+
+
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_a_completions_logprobs_are_the_same_streamed_and_whole(client: TestClient, ignore_eos: bool) -> None:
+    """With that of the token that ended it."""
+    ended = 0
+    for seed in range(12):
+        body: dict[str, Any] = {"prompt": "the", "seed": seed, "temperature": 2, "logprobs": 1, "max_tokens": 40,
+                                "ignore_eos": ignore_eos}  # fmt: skip
+        (whole,) = client.post(TEXT, json=body).json()["choices"]
+        lines = client.post(TEXT, json={**body, "stream": True}).text.split("\n\n")
+        chunks = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+        for name, values in whole["logprobs"].items():
+            assert [value for chunk in chunks if chunk["logprobs"] for value in chunk["logprobs"][name]] == values, name
+        ended += whole["finish_reason"] == "stop"
+    assert ignore_eos or ended

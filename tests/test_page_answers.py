@@ -1,0 +1,102 @@
+"""How answers look on the chat page: whatever they hold is there to be read, and what was cut off says so."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from tests.page_helpers import CHROMIUM, ask, pretend
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium"),
+]
+TEXT, CALL, RESULT = "text", "python", "python_output"
+
+
+def _answer(page: playwright.Page, *parts: tuple[str, str]) -> playwright.Locator:
+    """The content of an answer that is made of these (type, text)."""
+    page.unroute("**/chat/completions")
+    pretend(page, *({"token": text, "part": kind} for kind, text in parts))
+    ask(page, "?")
+    return page.locator(".message.assistant .content").last
+
+
+def _fulfill(body: str) -> Callable[[playwright.Route], None]:
+    return lambda route: route.fulfill(body=body, content_type="text/event-stream")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Use std::vector<int> here, not List<String>.", "if x<y and y>z then stop", "Dear <name>,", "2*3*4 = 24",
+        "a <form> tag and a <script> tag, then go on", "2**3**4 and (1+2)*3*(4)", "<!-- a comment --> is seen", "3*x*2",
+    ],
+)  # fmt: skip
+def test_what_looks_like_something_else_is_shown(page: playwright.Page, text: str) -> None:
+    assert _answer(page, (TEXT, text)).inner_text() == text
+
+
+def test_markdown_is_still_markdown(page: playwright.Page) -> None:
+    content = _answer(page, (TEXT, "*a* **b** `x<y` <https://example.com> (*c*)\n\n- one\n- two\n\n1. **3 apples**"))
+    assert content.inner_text().split() == ["a", "b", "x<y", "https://example.com", "(c)", "one", "two", "3", "apples"]
+    for selector, count in (("em", 2), ("strong", 2), ("code", 1), ("a", 1), ("ul li", 2), ("ol li", 1)):
+        assert content.locator(selector).count() == count, selector
+
+
+def test_text_around_the_calculator_is_one_text(page: playwright.Page) -> None:
+    """What comes after a result begins no list, and a list goes on after one."""
+    content = _answer(page, (CALL, "16-3"), (RESULT, "13"), (TEXT, " - 4 are left.\n\n1. It is "), (CALL, "9*2"),
+                      (RESULT, "18"), (TEXT, "\n2. so \ue0000\ue001 **she**"))  # fmt: skip
+    assert content.locator("ul").count() == 0
+    assert content.locator("ol li").count() == 2
+    assert content.locator(".tool").all_inner_texts() == ["16-3", "13", "9*2", "18"]
+    assert "- 4 are left." in content.inner_text() and content.locator("strong").inner_text() == "she"
+
+
+def test_an_answer_that_was_cut_off_says_so(page: playwright.Page) -> None:
+    for end, reason in (("", "The connection ended before"), ('data: {"error": {"message": "gone"}}\n\n', "gone")):
+        page.unroute("**/chat/completions")
+        body = f'data: {{"token": "Half of it", "part": "text"}}\n\n{end}'
+        page.route("**/chat/completions", _fulfill(body))
+        ask(page, "?")
+        assert reason in page.locator(".error").inner_text()
+        assert "cut off" in page.locator(".message.assistant").last.inner_text()
+    page.reload()
+    assert page.get_by_text("cut off").count() == 2
+
+
+def test_a_thought_leaves_with_its_token(page: playwright.Page) -> None:
+    page.click("#inside")
+    page.unroute("**/chat/completions")
+    pretend(page, {"token": "Hi", "part": "text"}, {"tokens": [{"text": "Hi", "logprob": -0.1, "top": [["Hi", -0.1]]}]})
+    ask(page, "?")
+    for leave in ("Escape", "Control+Shift+O"):
+        page.locator(".tokens [tabindex]").last.hover()
+        page.locator("#thought:not([hidden])").wait_for()
+        page.keyboard.press(leave)
+        page.locator("#thought").wait_for(state="hidden")
+        page.mouse.move(0, 0)
+
+
+def test_a_conversation_without_end_goes_on(page: playwright.Page) -> None:
+    """The server takes so many messages; what is sent are the newest, from a question on."""
+    page.unroute("**/chat/completions")
+    pretend(page, {"token": "Hi", "part": "text"})
+    ask(page, "first")
+    page.evaluate("""async () => {
+        const store = await import("/ui/store.js");
+        const conversation = store.all()[0];
+        let node = store.path(conversation).at(-1);
+        for (let i = 0; i < 1500; i++) node = store.add(conversation, node, i % 2 ? "assistant" : "user", `m${i}`);
+        store.save(conversation);
+    }""")
+    page.reload()
+    with page.expect_request("**/chat/completions") as sent:
+        ask(page, "last")
+    messages = json.loads(sent.value.post_data)["messages"]
+    assert 900 < len(messages) <= 1000
+    assert messages[0]["role"] == "user" and messages[-1] == {"role": "user", "content": "last"}
