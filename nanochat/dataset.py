@@ -1,4 +1,4 @@
-"""Where documents come from. Every command that reads text takes `--data NAME|PATH|ADDRESS` and asks `get_source`.
+"""Where documents come from. Training and measuring take `--data NAME|PATH|ADDRESS` and ask `get_source`.
 
 To add a source by name, write a subclass of Source that hands it its files, and list it in SOURCES; a data set on the hub is
 a line in HUB_REPOSITORIES.

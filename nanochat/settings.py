@@ -1,4 +1,4 @@
-"""The flags of a command, on its command line and in a TOML file. Every command parses its arguments with this.
+"""The flags of a command, on its command line and in a TOML file. scripts/ and nanochat/ parse with this.
 
 `--config FILE` takes any flag by its long name, with _ or -: `depth = 12`, `no_compile = true`, `set = ["bigrams=8"]`.
 Tables are headings: they group keys as the reader likes, and their names mean nothing. The command line wins over the
@@ -28,6 +28,7 @@ else:
 
 CONFIG_FILE = "config.toml"
 NOT_IN_FILES = ("help", "config", "debug")
+RENAMED = {"warmup-ratio": "--warmup-steps, which counts steps"}  # of the public nanochat, where the nearest name misleads
 # By the type of a flag:
 METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
 WANTED: dict[Any, str] = {int: "a whole number", float: "a number"}
@@ -208,7 +209,7 @@ def _flatten(table: dict[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, 1)
+    nearest = [RENAMED[bare]] if (bare := name.lstrip("-")) in RENAMED else difflib.get_close_matches(name, known, 1)
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 

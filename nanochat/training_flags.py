@@ -13,19 +13,30 @@ from nanochat.loggers import LOGGERS
 from nanochat.optim import OptimizerSettings
 
 RATES = {"matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr"}
-OF_FLAGS = {*RATES, "weight_decay"}  # fields of OptimizerSettings that --set does not take
+# Fields of GPTConfig and OptimizerSettings that --set does not take, since their flags do more than to set them.
+OF_FLAGS = {name: "--" + name.replace("_", "-") for name in (*sorted(RATES), "weight_decay", "window_pattern")} | {
+    "sequence_len": "--max-seq-len",
+    "vocab_size": "--tokenizer",
+}
 
 
 def add_training_arguments(
-    parser: argparse.ArgumentParser, eval_every: int = 250, sample_every: int = 2000, generates: bool = False
-) -> None:
-    """Flags that every training script has. generates: the stage writes what it learns from, which takes a whole model."""
+    parser: argparse.ArgumentParser,
+    eval_every: int = 250,
+    sample_every: int = 2000,
+    generates: bool = False,
+    model_tag: str = "the run to start from, and to write into (default: the newest)",
+) -> argparse._ArgumentGroup:
+    """Flags that every training script has; returns the group of those that say how a run goes, for more of them.
+
+    generates: the stage writes what it learns from, which takes a whole model. model_tag: what the run is called.
+    """
     run = parser.add_argument_group("run")
     run.add_argument(
         "--run",
         default="dummy",
         metavar="NAME",
-        help="what loggers call the run; without --log-to it goes to Weights & Biases, 'dummy' to none",
+        help="the run's name in loggers; alone it implies --log-to wandb ('dummy': no logger)",
     )
     run.add_argument(
         "--log-to",
@@ -37,7 +48,7 @@ def add_training_arguments(
         help=f"loggers beside metrics.jsonl: {', '.join(LOGGERS)} (WANDB_MODE=offline keeps the first one's on disk)",
     )
     run.add_argument("--tensorboard", action="store_true", help="the same as --log-to tensorboard")
-    run.add_argument("--model-tag", default=None, metavar="TAG", help="the run's name (base_train: d and the depth)")
+    run.add_argument("--model-tag", default=None, metavar="TAG", help=model_tag)
     run.add_argument(
         "--resume",
         default="none",
@@ -52,10 +63,10 @@ def add_training_arguments(
     if not generates:
         run.add_argument("--eval-tokens", type=int, default=None, metavar="N",
                          help="validation tokens to use (default: 2^18, on a GPU 2^22; -1: all)")  # fmt: skip
-        run.add_argument("--target-minutes", type=float, default=-1.0, help="end the training about so long after the start")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
-    machine.add_argument("--device-batch-size", type=int, default=-1, metavar="ROWS", help="rows at a time (-1: as fit)")
+    machine.add_argument("--device-batch-size", type=int, default=-1, metavar="ROWS",
+                         help=f"rows at a time (-1: {'32' if generates else 'as fit'})")  # fmt: skip
     if generates:
         parser.set_defaults(fsdp=False)
     else:
@@ -64,6 +75,7 @@ def add_training_arguments(
                          help="compute blocks again in the backward pass: slower by a third, for less memory")  # fmt: skip
     machine.add_argument("--fp8", action="store_true", help="multiply in 8 bits: on GPUs that do (Ada, Hopper and later)")
     machine.add_argument("--no-compile", dest="compile", action="store_false", help="run eagerly")
+    return run
 
 
 def chosen_loggers(args: argparse.Namespace) -> list[str]:
@@ -93,8 +105,8 @@ def parse_switches(pairs: list[str], *settings: type) -> list[dict[str, Any]]:
     }
     for pair in pairs:
         name, _, text = pair.partition("=")
-        if name in OF_FLAGS:  # whose values are scaled for the run, which --set would undo
-            raise NanochatError(f"--set {pair}: {name} has a flag of its own: give --{name.replace('_', '-')} {text}")
+        if name in OF_FLAGS and name in known:
+            raise NanochatError(f"--set {pair}: {name} has a flag of its own: use {OF_FLAGS[name]}")
         if name not in known:
             nearest = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"there are {', '.join(sorted(known))}"

@@ -1,7 +1,8 @@
 # What the two series share; sourced by them, with their arguments: [NAME|PATH] [flags of base_train]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/absolute.sh"
-data="$(absolute "${1:-builtin}")"
+data=()  # none given: climbmix where it was downloaded, else the builtin text
+[ -z "${1:-}" ] || data=(--data="$(absolute "$1")")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash runs/setup.sh
@@ -13,5 +14,5 @@ nproc="${NPROC:-${NPROC_PER_NODE:-1}}"
 
 # train TAG FLAGS...: one run of a series, gone on with where it was
 train() {
-    "${launch[@]}" scripts.base_train --data="$data" --model-tag="$1" --resume=auto --sample-every=-1 "${@:2}" ${flags[@]+"${flags[@]}"}
+    "${launch[@]}" scripts.base_train ${data[@]+"${data[@]}"} --model-tag="$1" --resume=auto --sample-every=-1 "${@:2}" ${flags[@]+"${flags[@]}"}
 }

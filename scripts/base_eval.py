@@ -50,7 +50,9 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     measures.add_argument("--max-per-task", type=int, default=-1, help="questions of each CORE task (-1: all)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
-    machine.add_argument("--device-batch-size", type=int, default=-1, metavar="ROWS", help="rows at a time (-1: as fit)")
+    machine.add_argument(
+        "--device-batch-size", type=int, default=-1, metavar="ROWS", help="rows at a time for bits per byte (-1: 8,192 tokens)"
+    )
     machine.add_argument("--no-compile", dest="compile", action="store_false", help="run CORE eagerly")
     return parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""Pretrain a base model: python -m scripts.base_train --depth=12, or torchrun --nproc_per_node=8 -m scripts.base_train.
+"""Pretrain a base model: python -m scripts.base_train --depth=12, or torchrun --nproc_per_node=8 -m -- scripts.base_train.
 
 `--depth` is the one dial; everything else follows from it (nanochat/scaling.py) and can be overridden.
 """
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from nanochat.checkpoint_manager import get_run_dir
 from nanochat.common import NanochatError, compute_init, on_rank0, print0, run_command
 from nanochat.compilation import keep_freed_memory
 from nanochat.core_eval import NanochatScorer, evaluate_core, find_bundle
@@ -62,7 +63,12 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     data = parser.add_argument_group("data")
     data.add_argument("--data", default=None, metavar="NAME|PATH",
                       help="builtin, climbmix, fineweb-edu or a path (climbmix if downloaded, else builtin)")  # fmt: skip
-    data.add_argument("--tokenizer", default="default", metavar="NAME|PATH", help="as trained by scripts.tok_train")
+    data.add_argument(
+        "--tokenizer",
+        default="default",
+        metavar="NAME|PATH",
+        help="as trained by scripts.tok_train; a resumed run keeps its own",
+    )
     model = parser.add_argument_group("model")
     model.add_argument("--depth", type=int, default=20, help="layers; the one dial")
     model.add_argument("--aspect-ratio", type=int, default=64, help="width = depth * aspect ratio")
@@ -71,8 +77,9 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     model.add_argument("--max-seq-len", type=int, default=2048, help="context length")
     model.add_argument("--window-pattern", default="SSSL", metavar="LETTERS",
                        help="L whole context, S a quarter; repeated over the layers")  # fmt: skip
-    horizon = parser.add_argument_group("horizon (the first that is above 0; --target-minutes comes second)")
+    horizon = parser.add_argument_group("horizon (the first that is above 0)")
     horizon.add_argument("--num-iterations", type=int, default=-1, help="updates")
+    horizon.add_argument("--target-minutes", type=float, default=-1.0, help="end the training about so long after the start")
     horizon.add_argument("--target-flops", type=float, default=-1.0, help="of the whole training, for example 1e18")
     horizon.add_argument("--target-param-data-ratio", type=float, default=TOKENS_PER_PARAM,
                          help="tokens per parameter of blocks and head")  # fmt: skip
@@ -88,7 +95,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     optimization.add_argument("--final-lr-frac", type=float, default=TrainConfig.final_lr_frac,
                               help="share of the peak at the last step")  # fmt: skip
     optimization.add_argument("--expand-at", type=float, default=-1.0, metavar="SHARE",
-                              help="of the updates, when the last block learns alone (-1: by --target-minutes)")  # fmt: skip
+                              help="of the updates, for the last block alone (0: none; -1: by --target-minutes)")  # fmt: skip
     optimization.add_argument("--seed", type=int, default=42, help="of the weights at the start")
     optimization.add_argument("--set", dest="switches", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
                               help="for experiments: fields of GPTConfig and OptimizerSettings that have no flag")  # fmt: skip
@@ -96,8 +103,8 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     measuring.add_argument("--core-metric-every", type=int, default=-1, metavar="STEPS", help="CORE (-1: never)")
     measuring.add_argument("--core-metric-max-per-task", type=int, default=500, help="questions of each CORE task (-1: all)")
     measuring.add_argument("--eval-bundle", type=Path, default=None, metavar="DIR", help="CORE's data (default: downloaded)")
-    measuring.add_argument("--resume-from-step", type=int, default=-1, help="the same as --resume STEP")
-    add_training_arguments(parser)
+    run = add_training_arguments(parser, model_tag="the run's name (default: d and the depth)")
+    run.add_argument("--resume-from-step", type=int, default=-1, help="the same as --resume STEP")
     args = parser.parse_args(argv)
     args.require_positive("depth", "aspect_ratio", "max_seq_len", "num_kv_heads")
     args.require_between(0, math.inf, *sorted(RATES), "weight_decay")
@@ -192,6 +199,8 @@ def main(argv: list[str] | None = None) -> int:
     args.data = args.data or stage.recorded_settings().get("data") or default_source_name()
     source = get_source(args.data)
     args.data = source.name  # as a path that holds wherever the next command is given
+    if stage.resume_step is not None and args.tokenizer == args.defaults["tokenizer"]:
+        args.tokenizer = str(get_run_dir(stage.tag))  # the copy that the run keeps: another may have been trained since
     make_default_tokenizer(args.tokenizer, args.data, rank)
     tokenizer = get_tokenizer(args.tokenizer)
     source.check_tokens(tokenizer)

@@ -45,6 +45,9 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--num-iterations", type=int, default=-1, help="updates (-1: one pass over the mixture)")
     optimization.add_argument(
+        "--target-minutes", type=float, default=-1.0, help="end about so long after the start, if sooner"
+    )
+    optimization.add_argument(
         "--total-batch-size", type=int, default=-1, help="tokens in an update (-1: the base's, fewer where a pass is short)"
     )
     add_rate_arguments(optimization)

@@ -26,6 +26,7 @@ TASKS: dict[str, tuple[str, str, dict[str, object]]] = {
     "SmolTalk": ("smoltalk", "SmolTalk", {}),
     "SpellingBee": ("spellingbee", "SpellingBee", {}),
 }
+TEACHING = {"DocQA", "SmolTalk"}  # without answers to judge
 
 
 def task_name(name: str) -> str:

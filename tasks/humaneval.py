@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.common import NanochatError
-from nanochat.execution import Sandbox
+from nanochat.execution import Sandbox, choose_launcher
 from tasks.common import Conversation, RowTask, load_rows
 
 FENCED = re.compile(r"```[ \t]*\w*[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL)
@@ -19,12 +19,16 @@ _LOCK = threading.Lock()
 
 
 class HumanEval(RowTask):
-    """164 problems, for measuring only: there is no training split. Answers are run in isolation (execution.py)."""
+    """164 problems, for measuring only: there is no training split. Answers are run in isolation (execution.py).
+
+    Raises NanochatError where nothing isolates programs: before other tasks are measured, and data fetched.
+    """
 
     def __init__(self, split: str, data_dir: Path | None = None, **slicing: int) -> None:
         super().__init__(**slicing)
         if split != "test":
             raise NanochatError("HumanEval has no training split: leave it out of --tasks, measure it with chat_eval")
+        choose_launcher(None)
         local = ["HumanEval.jsonl", "humaneval/test.jsonl"]
         self.rows = load_rows(data_dir, local, "openai/openai_humaneval", "openai_humaneval", "test", self.convert)
 
@@ -37,10 +41,7 @@ class HumanEval(RowTask):
         return {"messages": messages, "entry_point": row["entry_point"], "test": row["test"], "prompt": row["prompt"]}
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the program of a completion passes the tests; may be called from many threads.
-
-        Raises NanochatError where nothing isolates programs (execution.py).
-        """
+        """Whether the program of a completion passes the tests; may be called from many threads."""
         return _shared_sandbox().run(build_program(conversation, completion), TIMEOUT_S).success
 
 

@@ -125,6 +125,13 @@ def test_a_path_counts_from_where_the_caller_is(checkout: Checkout, tmp_path: Pa
         assert [f" --data={data} " in call for call in calls if "base_train" in call] == [True], given
 
 
+@pytest.mark.parametrize("script", ["miniseries.sh", "scaling_laws.sh"])
+def test_series_read_what_commands_read_by_themselves(checkout: Checkout, script: str) -> None:
+    assert checkout.run(script, DEPTHS="2", BUDGETS="1e13", NPROC=None).returncode == 0
+    (training,) = checkout.called("scripts.base_train")
+    assert "" not in training and not any(word.startswith("--data") for word in training)
+
+
 def test_a_run_on_a_laptop_keeps_its_tokenizer(checkout: Checkout, base_dir: Path, tmp_path: Path) -> None:
     """On the same text, which may have got new files; on another one it is trained, and base_train sees the difference."""
     run, trained = base_dir / "runs" / "cpu", base_dir / "tokenizers" / "cpu"

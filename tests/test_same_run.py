@@ -13,6 +13,7 @@ from nanochat.common import NanochatError
 from nanochat.dataset import get_source
 from nanochat.same_run import check_data
 from nanochat.stage import Stage
+from nanochat.tokenizer import Tokenizer
 from scripts import base_train
 from tests.conftest import TINY_TRAINING
 from tests.helpers import make_document
@@ -56,6 +57,17 @@ def test_validation_files_that_come_later_are_refused(texts: Path, base_dir: Pat
     _write(texts / "val.jsonl", range(12, 20))
     with pytest.raises(NanochatError, match=r"validation has files of its own \(val.jsonl\) in .*: what it was held out from"):
         _train(texts, "--resume=3")
+
+
+def test_a_resumed_run_keeps_its_tokenizer(texts: Path, base_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    """Though another default one was trained since; but not if another is asked for."""
+    _train(texts)
+    other = Tokenizer.train((make_document(seed) for seed in range(500, 600)), 300)
+    other.save(base_dir / "tokenizers" / "default")
+    other.save(base_dir / "tokenizers" / "other")
+    _train(texts, "--resume=3")
+    with pytest.raises(NanochatError, match="the tokenizer is not the one that run 'r' was started with"):
+        _train(texts, "--resume=3", "--tokenizer=other")
 
 
 def test_a_text_is_found_again_from_elsewhere(

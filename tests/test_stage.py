@@ -13,11 +13,13 @@ import torch
 from nanochat import same_run, training_flags
 from nanochat.checkpoint_manager import get_stage_dir, list_steps, save_checkpoint, set_aside
 from nanochat.common import NanochatError
+from nanochat.gpt import GPTConfig
 from nanochat.optim import OptimizerSettings
 from nanochat.same_run import check_settings, compare_ranks
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import open_stage
 from nanochat.training_flags import add_rate_arguments, parse_switches
+from scripts import base_train
 
 STATE = {"a": torch.ones(2)}
 STARTS = [("TORCHELASTIC_RESTART_COUNT", "resume"), ("SLURM_RESTART_COUNT", "resume_from_step")]
@@ -77,10 +79,13 @@ def test_the_optimizers_own_rates_are_the_flags_defaults(monkeypatch: pytest.Mon
     assert vars(parser.parse_args([])) == rates
 
 
-def test_set_leaves_to_flags_what_they_scale() -> None:
-    for name in ("matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr", "weight_decay"):
-        with pytest.raises(NanochatError, match=f"--set {name}=0.1: .* give --{name.replace('_', '-')} 0.1$"):
-            parse_switches([f"{name}=0.1"], OptimizerSettings)
+def test_set_leaves_to_flags_what_is_theirs() -> None:
+    """The flags that the sentence names exist."""
+    flags = {flag for action in base_train.parse_arguments([])._parser._actions for flag in action.option_strings}
+    for name, flag in training_flags.OF_FLAGS.items():
+        with pytest.raises(NanochatError, match=f"--set {name}=1: .* use {flag}$"):
+            parse_switches([f"{name}=1"], GPTConfig, OptimizerSettings)
+        assert flag in flags
     others = [f.name for f in fields(OptimizerSettings) if f.name not in training_flags.OF_FLAGS]
     (found,) = parse_switches([f"{name}={getattr(OptimizerSettings, name)}" for name in others], OptimizerSettings)
     assert replace(OptimizerSettings(), **found) == OptimizerSettings() and set(found) == set(others)

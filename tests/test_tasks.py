@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 from nanochat.common import NanochatError, get_base_dir
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import use_calculator
-from tasks import TASKS, build_mixture, build_task, task_name
+from tasks import TASKS, TEACHING, build_mixture, build_task, task_name
 from tasks.arithmetic import Arithmetic
 from tasks.common import Task, TaskMixture, TaskSequence, evaluate_letter, load_rows, multiple_choice, render_mc
 from tasks.customjson import CustomJSON
@@ -261,6 +262,12 @@ def test_missing_task_data_names_the_file(tmp_path: Path) -> None:
     for spec in ("", "Arithmetic*x", "Arithmetic:y"):
         with pytest.raises(NanochatError):
             build_mixture(spec, "train")
+
+
+def test_tasks_that_only_teach_are_known() -> None:
+    """As the help of chat_eval leaves them out."""
+    classes = {name: getattr(importlib.import_module(f"tasks.{module}"), cls) for name, (module, cls, _) in TASKS.items()}
+    assert {name for name, cls in classes.items() if cls.evaluate is Task.evaluate} == TEACHING
 
 
 def test_a_task_has_one_name() -> None:
