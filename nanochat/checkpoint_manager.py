@@ -39,7 +39,7 @@ from nanochat.tokenizer import Tokenizer
 
 FORMAT_VERSION = 2  # 1: the manifest had no digest of its own
 STAGES = ("base", "sft", "rl")
-LATEST = 1e11  # seconds since 1970: a checkpoint that claims to be later does not say when it was made
+MAX_TIMESTAMP = 1e11  # seconds since 1970: a manifest that claims to be later is damaged
 BEST_FILE, SETTINGS_FILE = "best.json", "settings.json"
 SHARDED_DIR = "sharded"
 MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optim.safetensors"
@@ -115,7 +115,7 @@ def newest_of_runs(stage: str) -> list[tuple[float, str]]:
                 manifest = _read_json(step_dir(stage_dir, step) / MANIFEST_FILE)
                 is_whole = manifest.get("version") == 1 or manifest.get("digest") == _digest(manifest)
                 created = manifest.get("created")
-                if is_whole and isinstance(created, int | float) and abs(created) < LATEST:
+                if is_whole and isinstance(created, int | float) and abs(created) < MAX_TIMESTAMP:
                     found.append((created, stage_dir.parent.name))
                     break
     return found

@@ -23,10 +23,11 @@ from nanochat.lanes import count_lanes, rank_lanes, rows_of_rank
 from nanochat.read_ahead import ReadAhead
 from nanochat.tokenizer import Tokenizer
 
-LANE_DOCUMENTS = 32  # that a lane chooses from when it fills a row,
-LANE_ROWS = 32  # or as many as make so many rows, if they are long
-CHUNK_DOCUMENTS = 128  # tokenized at a time,
-CHUNK_SIZE = 1_000_000  # or of so many characters or ids together
+LANE_DOCUMENTS, LANE_ROWS = (
+    32,
+    32,
+)  # a lane chooses from so many documents, or from so many rows of long ones
+CHUNK_DOCUMENTS, CHUNK_SIZE = 128, 1_000_000  # tokenized at a time: documents, or characters or ids if that is less
 CHUNKS_AHEAD = 4
 BATCHES_AHEAD = 4
 

@@ -247,9 +247,8 @@ def divide_by_sums(y: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
 
 
 def output_gradient(grad_y: torch.Tensor, y: torch.Tensor, sums: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """From the gradient of y, like it (B, blocks, size, H, D), what all score gradients need.
-
-    That gradient over the sums, (blocks, B, H, size, D), and for each query its product with y, (..., 1) float32.
+    """(grad_y / sums, (blocks, B, H, size, D); grad_y . y / sums for each query, (..., 1) float32) of grad_y and y, both
+    (B, blocks, size, H, D): the second is what a softmax's backward pass subtracts from every score's gradient.
     """
     grad_y, y = grad_y.permute(1, 0, 3, 2, 4), y.permute(1, 0, 3, 2, 4)
     grad = (grad_y.float() / sums).to(grad_y.dtype).contiguous()

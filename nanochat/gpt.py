@@ -135,12 +135,19 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
-        self.fused: Callable[..., torch.Tensor] | None = None  # what trains in one piece on some GPUs: see GPT.compile
+        self.fused: Callable[..., torch.Tensor] | None = None  # see use_kernels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.fused and torch.is_grad_enabled() and x.dtype == torch.bfloat16 and not self.c_fc.fp8:
             return self.fused(x, self.c_fc.weight.to(x.dtype), self.c_proj.weight.to(x.dtype))
         return self.c_proj(F.relu(self.c_fc(x)).square())
+
+    def use_kernels(self) -> None:
+        """Train by our own kernels of what `forward` computes, where they run: who changes the one changes the other."""
+        from nanochat import relu_squared
+
+        if relu_squared.works(self.c_fc.weight.device):
+            self.fused = relu_squared.mlp
 
 
 class Block(nn.Module):
@@ -163,7 +170,7 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         """x: the stream, x0: the first embedding, value_embedding: this layer's, or None; each (B, T, n_embd).
 
-        places: (N,) int64, of the B * T tokens those that are wanted, as (N, n_embd); the others only serve as keys.
+        places: (N,) int64, flat indices b * T + t of the tokens whose output is wanted, (N, n_embd); the others serve as keys.
         """
         x, q, k, v = self.before_attention(x, x0, lambdas, value_embedding, rotary)
         return self.after_attention(x, self.attn.attend(q, k, v, attention), places)
@@ -223,8 +230,8 @@ class GPT(nn.Module):
         self._compiled_norm: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._chunk_loss: ChunkLoss | None = None
         self.recompute_blocks = False  # in the backward pass, instead of keeping what is inside them
-        self.idle_blocks = 0  # the first so many, passed over while they do not learn yet (scaling.expansion_share)
-        self.fixed_shape = True  # of the batches that it is trained on
+        self.idle_blocks = 0  # blocks[:idle_blocks] are skipped: they do not learn yet (scaling.expansion_share)
+        self.fixed_shape = True  # training batches have one shape; False keeps FlexAttention from compiling for each length
         self.is_sharded = False  # by sharding.py: each rank holds some rows of every parameter
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -307,13 +314,12 @@ class GPT(nn.Module):
         if self.is_compiled:
             return
         if self.get_device().type != "cpu":
-            from nanochat import loss_kernel, relu_squared
+            from nanochat import loss_kernel
 
             self._chunk_loss = loss_kernel.chunk_loss
             self._compiled_block = torch.compile(Block.forward, dynamic=False)
-            if relu_squared.works(self.get_device()):
-                for block in self.blocks:
-                    block.mlp.fused = relu_squared.mlp
+            for block in self.blocks:
+                block.mlp.use_kernels()
             return
         self._chunk_loss = functools.partial(chunk_loss, gradient_of=torch.compile(softmax_gradient, dynamic=False))
         self._compiled_norm = torch.compile(norm, dynamic=False)
@@ -352,7 +358,7 @@ class GPT(nn.Module):
         dtype, order = self.get_compute_dtype(), self.sort_ids(idx, self.config.padded_vocab_size)
         x0 = norm(self.embed(idx, previous, order))
         x = x0.view_as(x0)  # another tensor object: the compiler gives a block whose x is x0 a graph of its own
-        if self.idle_blocks:  # their projections are still zero: they only multiply what they are given
+        if self.idle_blocks:  # while its c_proj are zero a block maps x to a x + b x0, and x is still a multiple of x0
             factor = torch.ones((), device=idx.device)
             for i in range(self.idle_blocks):
                 factor = self.resid_lambdas[i] * factor + self.x0_lambdas[i]

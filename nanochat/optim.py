@@ -359,7 +359,8 @@ class _MuonUnit(_Unit):
 
     def _update_rows(self, grad: Tensor, step: int) -> None:
         group = self.group
-        learning = slice(self.end - self.begin - grad.size(0), None)  # without those of idle blocks, which come first
+        # Idle blocks are the first and have no gradients: these are of the last grad.size(0) matrices.
+        learning = slice(self.end - self.begin - grad.size(0), None)
         mine = self.params[self.begin : self.end][learning]
         momentum, second_moment = (self.state[name][learning] for name in ("momentum", "second_moment"))
         momentum.lerp_(grad, 1 - group.momentum)

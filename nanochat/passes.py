@@ -19,7 +19,8 @@ from nanochat.gpt import GPT
 
 logger = logging.getLogger(__name__)
 
-Batch = tuple[torch.Tensor, ...]  # (inputs, targets, ...): targets (B, T) int64, -1 where there is nothing to predict
+# (inputs, targets, ...), each of B rows, between which a pass may part it; targets (B, T) int64, -1: nothing to predict there.
+Batch = tuple[torch.Tensor, ...]
 Shape = tuple[int, tuple[torch.Size, ...]]  # of a pass: how many blocks are idle, and what goes in
 PIECE_TOKENS = 1024  # of a pass that is not compiled, on a CPU
 STEP_BYTES = 8  # for each parameter, what an update needs besides gradients and the optimizer's state, at most
@@ -32,7 +33,7 @@ def summed_loss(model: GPT, batch: Batch) -> torch.Tensor:
 
 
 class Passes:
-    """Makes a model's gradients of loss_fn: (model, batch) -> summed loss. Only the default one is ever recorded."""
+    """Makes a model's gradients of loss_fn: (model, batch) -> loss, a sum over rows. Only the default is ever recorded."""
 
     def __init__(self, model: GPT, loss_fn: Callable[[GPT, Batch], torch.Tensor] = summed_loss) -> None:
         self.model, self.loss_fn = model, loss_fn

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 
 @dataclass(frozen=True)
@@ -22,15 +23,15 @@ class Quantity:
     line: str = ""
 
 
-# By the name in metrics.jsonl, or what that begins with; on the progress line in this order.
+# By the name in metrics.jsonl, or what that begins with, before *; on the progress line in this order.
 QUANTITIES = {
     "train/loss": Quantity("training loss, nats per token", noisy=True, line="loss {value:.4f}"),
     "rl/reward": Quantity("reward of the sampled answers", noisy=True, line="reward {value:.3f}"),
     "train/tok_per_s": Quantity("tokens per second", noisy=True, line="tok/s {value:,.0f}"),
     "train/mfu": Quantity("share of the machine's matmul rate (MFU)", noisy=True, line="MFU {value:.0%}"),
     "val/bpb": Quantity("validation bits per byte", line="bpb {value:.4f}"),
-    "val/core": Quantity("CORE"),
-    "val/pass@": Quantity("held-out problems solved", line="{name} {value:.1%}"),
+    "val/core*": Quantity("CORE"),
+    "val/pass@*": Quantity("held-out problems solved", line="{name} {value:.1%}"),
     "train/lrm": Quantity("learning rate, share of its peak"),
     "train/peak_memory_mb": Quantity("most memory held, GB", scale=1e-3),
     "rl/mixed_groups": Quantity("groups with right and wrong answers", noisy=True),
@@ -43,7 +44,7 @@ QUANTITIES = {
 
 def kind_of(name: str) -> str:
     """The key of QUANTITIES that a number belongs to, else its own name."""
-    return next((key for key in QUANTITIES if name.startswith(key)), name)
+    return next((key for key in QUANTITIES if fnmatchcase(name, key)), name)
 
 
 def quantity(name: str) -> Quantity:

@@ -98,19 +98,19 @@ def _weights(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor
 
 def _thresholds(scaled: torch.Tensor, top: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
     """(B, 1): the smallest scaled logit that may be drawn in each row; ties with it may be as well."""
-    vocab_size, narrows = scaled.size(-1), any(p.top_p < 1 for p in params)
+    vocab_size, any_top_p = scaled.size(-1), any(p.top_p < 1 for p in params)
     threshold = torch.full_like(top, float("-inf"))
     if any(p.min_p > 0 for p in params):
         threshold = torch.maximum(threshold, top + _column([p.min_p for p in params], top).log())
-    largest_k = vocab_size if narrows else max(min(p.top_k, vocab_size) for p in params)
+    largest_k = vocab_size if any_top_p else max(min(p.top_k, vocab_size) for p in params)
     if not largest_k:
         return threshold
     likeliest = scaled.topk(largest_k, dim=-1).values  # (B, largest_k), descending
-    ks = torch.tensor([min(p.top_k, vocab_size) or largest_k for p in params], device=scaled.device)[:, None]
-    limited = torch.tensor([p.top_k > 0 for p in params], device=scaled.device)[:, None]
-    kth = likeliest.gather(1, ks - 1)
-    threshold = torch.maximum(threshold, kth.masked_fill(~limited, float("-inf")))
-    if narrows:
+    k_of_row = torch.tensor([min(p.top_k, vocab_size) or largest_k for p in params], device=scaled.device)[:, None]
+    has_top_k = torch.tensor([p.top_k > 0 for p in params], device=scaled.device)[:, None]
+    kth = likeliest.gather(1, k_of_row - 1)
+    threshold = torch.maximum(threshold, kth.masked_fill(~has_top_k, float("-inf")))
+    if any_top_p:
         inside = likeliest >= threshold  # top-p counts what top-k and min-p leave
         probabilities = (likeliest - top).exp() * inside
         before = probabilities.cumsum(dim=-1) - probabilities

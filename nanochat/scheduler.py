@@ -116,7 +116,7 @@ class Scheduler:
         self.rows: list[Sequence] = []  # in the decoding batch, by row
         self.prefilling: Sequence | None = None
         self.calling: set[Sequence] = set()
-        self._only_tools = False  # can change anything: nothing runs, and what waits finds no room
+        self._waits_for_tools = False  # nothing runs, and nothing that waits finds room until a tool answers
         self._submitted = self._enqueued = 0
         self._counting = threading.Lock()  # of what several threads may submit
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -154,7 +154,7 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         """True if a step would do nothing: all is done, or waits for tools."""
-        return self._inbox.empty() and not (self.rows or self.prefilling) and (self._only_tools or not self.waiting)
+        return self._inbox.empty() and not (self.rows or self.prefilling) and (self._waits_for_tools or not self.waiting)
 
     @property
     def num_running(self) -> int:
@@ -166,7 +166,7 @@ class Scheduler:
             message = self._inbox.get(timeout=timeout_s)
         except queue.Empty:
             return
-        self._only_tools = False
+        self._waits_for_tools = False
         message()
 
     def step(self) -> None:
@@ -178,7 +178,7 @@ class Scheduler:
     def take_messages(self) -> None:
         """Do what other threads asked for since the last step."""
         while not self._inbox.empty():
-            self._only_tools = False
+            self._waits_for_tools = False
             self._inbox.get()()
 
     def end_all(self, reason: str, error: str | None = None) -> None:
@@ -215,7 +215,7 @@ class Scheduler:
         while budget > 0:
             sequence = self.prefilling or self._admit()
             if sequence is None:
-                self._only_tools = not self.rows
+                self._waits_for_tools = not self.rows
                 return
             # A text's chunks end at multiples of the chunk's size, whatever else is computed: its numbers do not depend
             # on its company. On what was answered before they do: keys and values that a step of decoding left in

@@ -99,8 +99,8 @@ def open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Sta
 
     resume "none": a run of a given tag must be new; without a tag the first free of d4, d4-2, d4-3 ... is taken.
     "auto": from the newest intact checkpoint, or anew if there is none; without a tag, of the newest of those runs. A
-    number: from that step; where a scheduler has started this again after a start that did so, from the newest, or all
-    that was done since would be done again. Rank 0 decides for all.
+    number: from that step; but where torchrun or Slurm repeats a command that did so, from the newest, or the work since
+    would be done again. Rank 0 decides for all.
     """
     if resume not in ("auto", "none") and not resume.isdigit():
         raise NanochatError(f"--resume {resume!r} is neither auto nor none nor a step: give one of these")
@@ -218,7 +218,8 @@ def begin(
     if source is not None:
         check_data(stage, source)
     all_or_none(lambda: prepare_directory(stage, tokenizer, settings, args, rank))
-    if 0 < args.save_every * args.keep_last < settings["num_iterations"] and args.keep_last == args.defaults["keep_last"]:
+    saves = args.save_every > 0 and args.keep_last == args.defaults["keep_last"]  # which nobody chose
+    if saves and args.save_every * args.keep_last < settings["num_iterations"]:
         print0(f"the newest {args.keep_last} checkpoints are kept, and the best (--keep-last)")
     return settings
 

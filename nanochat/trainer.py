@@ -94,7 +94,8 @@ class Trainer:
 
     evaluate: () -> {"val/bpb": ...}, called with the model in eval mode every config.eval_every steps; evaluations: more of
     these, each with a period of its own, made before it; sample: () -> [{"prompt": ..., "text": ...}];
-    loss_fn: (model, batch) -> summed loss, which the trainer divides by the whole step's sum of count_fn(batch);
+    loss_fn: (model, batch) -> loss, a sum over rows, since a pass may take few of a batch's rows at a time (passes.py); the
+    trainer divides it by the whole step's sum of count_fn(batch);
     step_metrics: () -> what else the newest step's row says.
     meta: what else a checkpoint must say (model_config, tokenizer, settings, lineage), JSON.
     """

@@ -21,7 +21,7 @@ from nanochat.eval_results import merge_eval, read_eval
 from nanochat.progress import Progress
 from nanochat.scores import describe_pass_at
 from nanochat.settings import Arguments, SettingsParser
-from tasks import TASKS, TEACHING, build_judged_task, task_name
+from tasks import build_judged_task, judged_tasks, task_name
 from tasks.common import Task
 
 
@@ -35,9 +35,8 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     model.add_argument("-g", "--model-tag", default=None, metavar="TAG", help="run (default: the newest with that stage)")
     model.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
     tasks = parser.add_argument_group("tasks")
-    judged = ", ".join(name for name in TASKS if name not in TEACHING)
     tasks.add_argument("-a", "--task-name", default=None, metavar="NAME|...",
-                       help=f"of {judged} (default: those of ChatCORE that can be measured here)")  # fmt: skip
+                       help=f"of {', '.join(judged_tasks())} (default: those of ChatCORE that can be had)")  # fmt: skip
     tasks.add_argument("-x", "--max-problems", type=int, default=-1, help="of each task (-1: all)")
     tasks.add_argument("--task-data", type=Path, default=None, metavar="DIR", help="local folder instead of the hub")
     tasks.add_argument("--unsafe-execution", action="store_true", help="run programs of the model without isolation")

@@ -6,6 +6,7 @@ import importlib
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from nanochat.common import NanochatError
 from tasks.common import Task, TaskMixture
@@ -26,7 +27,6 @@ TASKS: dict[str, tuple[str, str, dict[str, object]]] = {
     "SmolTalk": ("smoltalk", "SmolTalk", {}),
     "SpellingBee": ("spellingbee", "SpellingBee", {}),
 }
-TEACHING = {"DocQA", "SmolTalk"}  # without answers to judge
 
 
 def task_name(name: str) -> str:
@@ -46,9 +46,18 @@ def build_task(name: str, split: str, data_dir: Path | None = None, stop: int | 
         from tasks.customjson import CustomJSON
 
         return CustomJSON(Path(os.path.expanduser(name)), split, **slicing)  # no shell does it behind a comma
-    module, class_name, defaults = TASKS[name]
-    task_class = getattr(importlib.import_module(f"tasks.{module}"), class_name)
-    return task_class(split, data_dir=data_dir, **defaults, **slicing)
+    task: Task = _task_class(name)(split, data_dir=data_dir, **TASKS[name][2], **slicing)
+    return task
+
+
+def _task_class(name: str) -> Any:
+    module, class_name, _ = TASKS[name]
+    return getattr(importlib.import_module(f"tasks.{module}"), class_name)
+
+
+def judged_tasks() -> list[str]:
+    """The names of those whose answers can be judged; the others only teach."""
+    return [name for name in TASKS if _task_class(name).evaluate is not Task.evaluate]
 
 
 def build_judged_task(name: str, split: str, data_dir: Path | None = None) -> Task:

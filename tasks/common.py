@@ -48,7 +48,10 @@ class Task(ABC):
         """A conversation of the whole data set; always the same for the same index."""
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool | float:
-        """Whether (or how far) a completion answers the conversation; a task that only teaches leaves it undefined."""
+        """Whether (or how far) a completion answers the conversation; a task that only teaches leaves it undefined.
+
+        completion: the whole answer as text, special tokens such as <|python_start|> spelled out.
+        """
         raise NotImplementedError
 
     def reward(self, conversation: Conversation, completion: str) -> float:
