@@ -102,7 +102,8 @@ def _collect() -> tuple[list[str], list[tuple[str, str]]]:
     # Workers only parse text, so forking is safe, and saves each of them the import of torch; but macOS ends forked processes
     # that touch its frameworks.
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with concurrent.futures.ProcessPoolExecutor(usable_cores(), mp_context=context) as pool:
+    workers = usable_cores() if sys.platform == "linux" else min(4, usable_cores())  # a spawned one imports torch: gigabytes
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
         for found, pairs in pool.map(_parse_files, chunks):
             documents += found
             summaries += pairs

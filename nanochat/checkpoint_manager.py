@@ -277,7 +277,8 @@ def prune(stage_dir: Path, step: int, keep_last: int, best: int | None) -> None:
             kept += _seems_whole(step_dir(stage_dir, n))
         elif n != best:
             shutil.rmtree(_temporary(stage_dir, n), ignore_errors=True)
-            os.rename(step_dir(stage_dir, n), _temporary(stage_dir, n))  # at once: no part of it is ever seen
+            with contextlib.suppress(PermissionError):  # on Windows, while another process reads it: the next save tries again
+                os.rename(step_dir(stage_dir, n), _temporary(stage_dir, n))  # at once: no part of it is ever seen
             shutil.rmtree(_temporary(stage_dir, n), ignore_errors=True)
 
 
@@ -308,6 +309,9 @@ def _flush_to_disk(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(fd)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EIO, errno.ENOTSUP):  # as network folders answer
+            raise
     finally:
         os.close(fd)
 
@@ -377,7 +381,7 @@ def load_checkpoint(
         raise no_such_step(stage_dir, step)
     verify_checkpoint(directory, but_for="" if load_optimizer else OPTIMIZER_FILE)
     model_state = read_tensors(directory, MODEL_FILE)
-    model_state = {name: tensor.to(device) for name, tensor in model_state.items()}
+    model_state = {name: tensor.to(device, copy=True) for name, tensor in model_state.items()}  # the file is free again
     optimizer_state = None
     if load_optimizer:
         optimizer_state = read_tensors(directory, OPTIMIZER_FILE)

@@ -11,6 +11,7 @@ import io
 import json
 import logging
 import os
+import platform
 import secrets
 import subprocess
 import sys
@@ -108,10 +109,19 @@ def atomic_write(path: Path | str, content: bytes | str) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def replace(source: Path, target: Path) -> None:
+    """os.replace, which on Windows waits half a second for a reader or a virus scanner to let go of a file."""
+    for _ in range(10 if os.name == "nt" else 0):
+        with contextlib.suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(0.05)
+    os.replace(source, target)
 
 
 def remove_leftovers(path: Path) -> None:
@@ -221,7 +231,7 @@ def describe_error(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         return _describe_os_error(error)
     text = str(error).strip().partition("\n")[0]
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, torch.OutOfMemoryError) or text.startswith("MPS backend out of memory"):
         return f"the device ran out of memory: choose a smaller --device-batch-size or --max-seq-len ({text})"
     if isinstance(error, RuntimeError) and is_lost_connection(error):
         return f"another process of this job has gone: {RESTART}"
@@ -288,8 +298,11 @@ def autodetect_device_type() -> str:
     """ "cuda", "mps" or "cpu", the best that works here."""
     if torch.cuda.is_available():
         return "cuda"
-    if torch.backends.mps.is_available():
-        return "mps"
+    # MPS has no collectives; in virtual machines it says that it is there, and gives no memory.
+    if torch.backends.mps.is_available() and not is_ddp_requested():
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device="mps")
+            return "mps"
     return "cpu"
 
 
@@ -311,6 +324,8 @@ def compute_init(device_type: str = "", seed: int = 42) -> tuple[bool, int, int,
     available: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
     if device_type != "cpu" and not available[device_type]():
         raise NanochatError(f"PyTorch sees no {device_type} device here: use --device-type=cpu")
+    if ddp and device_type == "mps":
+        raise NanochatError("processes cannot work together on mps: start one without torchrun, or use --device-type=cpu")
     if device_type == "cuda":
         _check_gpu(local_rank)
 
@@ -322,6 +337,7 @@ def compute_init(device_type: str = "", seed: int = 42) -> tuple[bool, int, int,
     if device_type == "cuda":
         torch.cuda.manual_seed(seed)
         torch.cuda.set_device(device)
+        _stay_in_gpu_memory(device)
     if ddp and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"  # gloo too, for what the host decides
         device_id = device if device_type == "cuda" else None
@@ -360,6 +376,13 @@ def _check_gpu(index: int) -> None:
             f"{name} has compute capability {major}.{minor}, and PyTorch {torch.__version__} is built for {least} and later: "
             "install a build for older GPUs, or use --device-type=cpu"
         )
+
+
+def _stay_in_gpu_memory(device: torch.device) -> None:
+    """Have PyTorch say when a GPU's memory is full, where the driver (of Windows) would go on in the host's, far slower."""
+    if sys.platform == "win32" or "microsoft" in platform.release().lower():  # the latter: WSL
+        free, total = torch.cuda.mem_get_info(device)
+        torch.cuda.set_per_process_memory_fraction(0.95 * free / total, device)
 
 
 def compute_cleanup() -> None:

@@ -33,14 +33,30 @@ def can_compile(device: torch.device) -> str | None:
             return "Triton needs a GPU of compute capability 7.0 or later"
         return _why_no_triton()
     if device.type == "cpu":
-        compilers = [os.environ.get("CXX"), "g++", "clang++", "cl" if sys.platform == "win32" else None]
-        if any(name and shutil.which(name) for name in compilers):
-            if sys.platform == "linux":
-                # What can build PyTorch's kernels at all knows AVX2 and AVX512: to try it takes 4 s at first, 0.7 s later
-                os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
-            return None
-        return "no C++ compiler is installed (g++ or clang++)"
+        compiler = os.environ.get("CXX") or {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")  # PyTorch's choice
+        if not shutil.which(compiler):
+            return f"no C++ compiler is installed ({compiler})"
+        if sys.platform == "linux":
+            # What can build PyTorch's kernels at all knows AVX2 and AVX512: to try it takes 4 s at first, 0.7 s later
+            os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+        return None
     return f"not supported on {device.type}"
+
+
+def try_to_compile(device: torch.device) -> str | None:
+    """As `can_compile`, but on a CPU a small kernel is built as well: a compiler may be there and lack what it needs."""
+    return can_compile(device) or (_why_no_kernel() if device.type == "cpu" else None)
+
+
+@functools.lru_cache
+def _why_no_kernel() -> str | None:
+    """None where the compiler builds a kernel that loads. What this takes, a second at first, the next kernel need not."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(64))
+        return None
+    except Exception as error:  # of the compiler's, the loader's or Python's
+        reason = next((line for line in str(error).splitlines() if "error:" in line), first_line(error)).strip()[:200]
+        return f"the C++ compiler builds no kernel ({reason}): on Linux it needs g++ and Python's headers (python3-dev)"
 
 
 @functools.lru_cache

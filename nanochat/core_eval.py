@@ -40,7 +40,7 @@ from nanochat.common import (
     get_dist_info,
     print0,
 )
-from nanochat.compilation import can_compile
+from nanochat.compilation import try_to_compile
 from nanochat.flash_attention import AttentionPlan, attend_masked
 from nanochat.gpt import GPT, Block
 from nanochat.scores import centered, centered_mean, wilson_interval
@@ -271,7 +271,7 @@ class NanochatScorer:
 
     def compile(self) -> str | None:
         """Compile for rows of any number and length, which pays from a few thousand questions on; returns why not."""
-        reason = can_compile(self.model.get_device())
+        reason = try_to_compile(self.model.get_device())
         if reason is None:
             self._run_block = torch.compile(Block.forward, dynamic=True)
             with torch.inference_mode():  # now, on sizes that mean nothing elsewhere, which the compiler might fix otherwise

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 from nanochat.common import NanochatError, first_line, get_base_dir, print0, run_command
 from nanochat.document_files import (
     READERS,
+    VAL,
     Batches,
     Document,
     DocumentFile,
@@ -38,7 +39,7 @@ from nanochat.progress import Progress
 from nanochat.settings import SettingsParser
 from nanochat.tokenizer import Tokenizer
 
-FOR_DATA_PREP = (".json", ".gz", ".zst")  # kinds of files that often hold text, and that training passes over
+FOR_DATA_PREP = (".gz", ".zst")  # kinds of files that often hold text, and that training passes over
 VAL_SHARE = 0.02  # of the documents, by hash, where no file is named for validation
 FILES_AHEAD = 2  # that are fetched, if they are far, while one is read
 FOOTERS_AT_A_TIME = 16
@@ -200,7 +201,7 @@ class FileSource(Source):
         for file in files.values():
             if file.size == 0:
                 raise NanochatError(f"{file.address} is empty: remove it or fill it")
-        val = [file for name, file in files.items() if is_of_split("val(id|idation)?", name)]
+        val = [file for name, file in files.items() if is_of_split(VAL, name)]
         train = [file for file in files.values() if file not in val]
         super().__init__(train or val, val if train else [])
 

@@ -347,6 +347,9 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in names if not name.startswith("."))
 
 
+VAL = "val(id|idation)?"  # how validation is named
+
+
 def is_of_split(split: str, path: PurePath) -> bool:
     """Whether the name of a file, or of a folder that it was found in, says that it is of a split, a regular expression."""
     names = (*path.parent.parts, path.stem)
@@ -365,7 +368,7 @@ def without_strangers(paths: list[PurePath]) -> list[PurePath]:
     ]
     if left_out:
         more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-        print0(f"not read, as no text to learn from: {', '.join(path.name for path in left_out[:3])}{more}")
+        print0(f"not read, as no text to learn from: {', '.join(path.as_posix() for path in left_out[:3])}{more}")
     return [path for path in paths if path not in left_out]
 
 

@@ -92,7 +92,8 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, fixe
     candidates: list[tuple[str, Backend]] = []
     # Evaluations and RL meet texts of ever other shapes. FlexAttention would be compiled for each of the first eight, and
     # then write all scores to memory.
-    if device.type == "cuda" and fixed_shape:
+    # Before Ampere, Triton multiplies without tensor cores.
+    if device.type == "cuda" and fixed_shape and torch.cuda.get_device_capability(device) >= (8, 0):
         candidates.append(("flex", (attend_flex, flex_mask)))
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         # They bring kernels of their own. Told here, since it imports the compiler, which would take each command a second.

@@ -286,7 +286,7 @@ class GPT(nn.Module):
         """
         needed = max(T, self.config.sequence_len)
         if self._rotary is None or self._rotary[0].size(0) < needed or self._rotary[0].device != self.get_device():
-            self._rotary = self._make_rotary(max(needed, self.config.sequence_len))
+            self._rotary = self._make_rotary(needed)
         cos, sin = self._rotary
         if positions is None:
             return cos[None, :T, None], sin[None, :T, None]
@@ -387,10 +387,10 @@ class GPT(nn.Module):
     def sort_ids(self, idx: torch.Tensor, rows: int) -> Order | None:
         """The order in which gradients of tables of so many rows are added up; None: PyTorch's own.
 
-        Ours is for 16 bits where Triton compiles for a GPU: in 32 its kernel wants more shared memory than old cards have.
+        Ours is for 16 bits (32 take more shared memory than some cards have), from Ampere on, whose tensor cores Triton knows.
         """
         learning = self.is_compiled and idx.device.type == "cuda" and torch.is_grad_enabled()
-        if not learning or self.get_compute_dtype() == torch.float32:
+        if not learning or self.get_compute_dtype() == torch.float32 or torch.cuda.get_device_capability(idx.device) < (8, 0):
             return None
         from nanochat.lookup import sort_ids
 

@@ -20,7 +20,7 @@ from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Sequence, TokenLogprob, next_piece
 from nanochat.tokenizer import IncrementalDecoder, Tokenizer
 
-MAX_MESSAGES = 2000
+MAX_MESSAGES, MAX_PARTS = 2000, 500  # of a conversation; of a message
 MAX_CHARS = 200_000  # of a message, a prompt or a whole conversation
 MAX_TOKENS = 1 << 20
 MAX_CHOICES = 64  # texts that one request may ask for
@@ -86,12 +86,12 @@ class Part(BaseModel):
 class Extension(BaseModel):
     """What is ours alone of an answer: all its parts, of which `content` has the text."""
 
-    parts: list[Part] = Field(max_length=MAX_MESSAGES)
+    parts: list[Part] = Field(max_length=MAX_PARTS)
 
 
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, Field(max_length=MAX_CHARS)] | Annotated[list[Part], Field(max_length=MAX_MESSAGES)] | None = None
+    content: Annotated[str, Field(max_length=MAX_CHARS)] | Annotated[list[Part], Field(max_length=MAX_PARTS)] | None = None
     nanochat: Extension | None = None  # of an answer that is sent back as it came
 
     @model_validator(mode="after")

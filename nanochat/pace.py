@@ -18,7 +18,7 @@ from nanochat.common import (
     print0,
     seconds_since_start,
 )
-from nanochat.compilation import can_compile, expected_mfu, measure_matmul_rate, seconds_of
+from nanochat.compilation import expected_mfu, measure_matmul_rate, seconds_of, try_to_compile
 from nanochat.gpt import GPT
 from nanochat.memory import optimizer_bytes
 from nanochat.optim import MuonAdamW
@@ -61,7 +61,7 @@ def steps_in(model: GPT, minutes: float, rows: int, total_batch_size: int, compi
     NanochatError if no time is left.
     """
     T, device = model.config.sequence_len, model.get_device()
-    if compile and can_compile(device) is None:
+    if compile and try_to_compile(device) is None:
         print0("compiling, and measuring how fast this machine trains")
         model.compile()
     generator = torch.Generator().manual_seed(0)

@@ -209,8 +209,11 @@ def _settings_section(stage: str, settings: dict[str, Any]) -> Section:
 
 
 def settings_table(settings: dict[str, Any]) -> list[list[str]]:
-    """Rows of (name, value): the settings that say what a stage was."""
-    return [[key.replace("_", " "), format_value(settings[key])] for key in SHOWN_SETTINGS if settings.get(key) is not None]
+    """Rows of (name, value): the settings that say what a stage was; of a path its last part, for readers elsewhere."""
+    shown = {key: settings[key] for key in SHOWN_SETTINGS if settings.get(key) is not None}
+    if os.path.isabs(data := str(shown.get("data", ""))):
+        shown["data"] = os.path.basename(data)
+    return [[key.replace("_", " "), format_value(value)] for key, value in shown.items()]
 
 
 def format_value(value: Any) -> str:

@@ -72,8 +72,8 @@ def compute_advantages(rewards: torch.Tensor, objective: str, baseline: float) -
     dapo: than the mean of its group; grpo: the same in units of the group's standard deviation; both 0 in a group that all
     earned the same; reinforce: than `baseline`, the mean reward of the whole step.
     """
-    if objective == "reinforce":
-        return rewards - baseline
+    if objective == "reinforce":  # what is worth as much as the mean, but for its rounding, is worth 0
+        return (rewards - baseline).masked_fill(torch.isclose(rewards, torch.full_like(rewards, baseline), rtol=1e-6), 0.0)
     relative = rewards - rewards.mean(dim=1, keepdim=True)
     if objective == "grpo":
         relative = relative / rewards.std(dim=1, keepdim=True, correction=0).clamp(min=1e-6)

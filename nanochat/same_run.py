@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanochat.checkpoint_manager import STAGES, get_run_dir, read_meta
 from nanochat.common import NanochatError, gather_objects, print0
+from nanochat.document_files import VAL, is_of_split
 from nanochat.training_flags import RATES
 
 if TYPE_CHECKING:
@@ -80,6 +81,12 @@ def check_data(stage: Stage, source: Source) -> None:
                 "would be trained on; put things back to go on"
             )
         source.hash_limit = recorded["hash_limit"]
+    else:  # an older nanochat told the splits apart by the files' own names alone
+        for file in source.val_files:
+            if file.name in before and not is_of_split(VAL, PurePath(PurePath(file.name).name)):
+                raise NanochatError(
+                    f"run {stage.tag!r} trained on {file.name}, which is for validation now: begin another run"
+                )
     plain: dict[str, Any] = {}  # by names alone, as files below folders were once recorded, if they tell
     if len({PurePath(name).name for name in now}) == len(now) and not any("/" in name for name in before):
         plain = {PurePath(name).name: size for name, size in now.items()}

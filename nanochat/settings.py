@@ -209,7 +209,11 @@ def _flatten(table: dict[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    nearest = [RENAMED[bare]] if (bare := name.lstrip("-")) in RENAMED else difflib.get_close_matches(name, known, 1)
+    known = list(known)
+    renamed = RENAMED.get(name.lstrip("-"), "")
+    if renamed.partition(",")[0].lstrip("-") in (flag.lstrip("-") for flag in known):
+        return f"; did you mean {renamed}?"
+    nearest = difflib.get_close_matches(name, known, 1)
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 

@@ -11,21 +11,30 @@ import errno
 import functools
 import pickle
 import warnings
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.serialization import _get_layout
 
 from nanochat.common import NanochatError, first_line, get_compute_dtype
 from nanochat.gpt import GPT
+
+# What the metadata of a checkpoint of tensors are made of, by module.
+RECORDS = {
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta",
+        "_MEM_FORMAT_ENCODING",
+    ),
+}  # fmt: skip
 
 
 def shard(model: GPT, device: torch.device) -> None:
@@ -87,17 +96,17 @@ def _errno(reason: BaseException) -> int | None:
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Makes of a pickle what PyTorch writes into a checkpoint's .metadata, and refuses all else, above all functions."""
+    """Makes of a pickle what PyTorch writes of tensors into a checkpoint's .metadata, and does not even import all else.
+
+    Above all no functions, and no BytesStorageMetadata: what that names, PyTorch would unpickle without any check.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name)
-        is_record = (
-            isinstance(found, type) and found.__module__ == module and module == "torch.distributed.checkpoint.metadata"
-        )
-        is_path = isinstance(found, type) and issubclass(found, PurePath)
-        if is_record or is_path or isinstance(found, torch.dtype) or found in (torch.Size, _StorageInfo, _get_layout):
-            return found
-        raise pickle.UnpicklingError(f"{module}.{name} is nothing that PyTorch writes there")
+        is_path = module in ("pathlib", "pathlib._local") and name in ("PosixPath", "WindowsPath", "PurePosixPath")
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_path or is_dtype or name in RECORDS.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is nothing that PyTorch writes there of tensors")
 
 
 class _Reader(dcp.FileSystemReader):

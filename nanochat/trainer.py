@@ -42,7 +42,7 @@ from nanochat.common import (
     peak_memory_bytes,
     synchronize,
 )
-from nanochat.compilation import can_compile, measure_matmul_rate
+from nanochat.compilation import can_compile, measure_matmul_rate, try_to_compile
 from nanochat.gpt import GPT
 from nanochat.loss_scale import LossScale
 from nanochat.metrics import MetricsLog
@@ -299,8 +299,11 @@ class Trainer:
         self.model.train()
         self.matmul_rate = measure_matmul_rate(self.device, self.model.get_compute_dtype()) * self.world_size
         if self.config.compile and (reason := can_compile(self.device)) is not None:
-            self.progress.print(f"training without torch.compile: {reason}")
-            self.config = replace(self.config, compile=False)
+            self._train_uncompiled(reason)
+
+    def _train_uncompiled(self, reason: str) -> None:
+        self.progress.print(f"training without torch.compile: {reason}")
+        self.config = replace(self.config, compile=False)
 
     def _compile(self) -> None:
         """Compile before the first update, or on a CPU, where it takes half a minute, after the first one of a new run.
@@ -317,7 +320,10 @@ class Trainer:
             return
         if self.device.type == "cpu":
             self.progress.print("compiling; the next step takes up to a minute, later runs find it cached")
-        self.model.compile()
+        if (reason := try_to_compile(self.device)) is not None:
+            self._train_uncompiled(reason)
+        else:
+            self.model.compile()
 
     def _settle(self) -> None:
         """Wait for what a GPU still trains before something else is computed: it belongs to the time of training."""

@@ -42,7 +42,7 @@ from nanochat.scaling import (
 from nanochat.scores import core_name
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import Stage, begin, go_on, make_model, open_metrics, open_stage, setup_optimizer
-from nanochat.tokenizer import FILE_NAME, get_tokenizer, get_tokenizer_dir
+from nanochat.tokenizer import FILE_NAME, Tokenizer, get_tokenizer, get_tokenizer_dir
 from nanochat.trainer import TrainConfig, Trainer
 from nanochat.training_flags import RATES, add_rate_arguments, add_training_arguments, parse_switches
 from scripts import tok_train
@@ -200,9 +200,10 @@ def main(argv: list[str] | None = None) -> int:
     source = get_source(args.data)
     args.data = source.name  # as a path that holds wherever the next command is given
     if stage.resume_step is not None and args.tokenizer == args.defaults["tokenizer"]:
-        args.tokenizer = str(get_run_dir(stage.tag))  # the copy that the run keeps: another may have been trained since
-    make_default_tokenizer(args.tokenizer, args.data, rank)
-    tokenizer = get_tokenizer(args.tokenizer)
+        tokenizer = Tokenizer.load(get_run_dir(stage.tag))  # the copy that the run keeps: another may have been trained since
+    else:
+        make_default_tokenizer(args.tokenizer, args.data, rank)
+        tokenizer = get_tokenizer(args.tokenizer)
     source.check_tokens(tokenizer)
     model_switches, optimizer_switches = parse_switches(args.switches, GPTConfig, OptimizerSettings)
     config = model_config(

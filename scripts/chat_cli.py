@@ -83,6 +83,8 @@ class Chat:
         self.engine, self.args, self.tokenizer = engine, args, engine.tokenizer
         self.messages: list[dict[str, Any]] = []
         self.name = "nanochat: " if args.prompt is None else ""
+        if os.name == "nt":
+            os.system("")  # from here on its older consoles understand colours
         has_color = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         dim, self.plain = (DIM, PLAIN) if has_color else ("", "")
         special = self.tokenizer.encode_special

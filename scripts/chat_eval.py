@@ -15,7 +15,7 @@ from rich.table import Table
 
 from nanochat.chat_eval import CHATCORE_TASKS, Answering, TaskResult, chatcore, evaluate_task
 from nanochat.checkpoint_manager import STAGES, get_stage_dir, load_model
-from nanochat.common import NanochatError, compute_init, run_command
+from nanochat.common import NanochatError, compute_init, from_rank0, run_command
 from nanochat.engine import Engine
 from nanochat.eval_results import merge_eval, read_eval
 from nanochat.progress import Progress
@@ -103,7 +103,11 @@ def collect_tasks(names: str | None, data_dir: Path | None) -> tuple[dict[str, T
             tasks[name] = build_judged_task(name, "test", data_dir)
         except NanochatError as error:
             missing[name] = str(error)
-    return tasks, missing
+    agreed = from_rank0(list(tasks))  # what a slow machine's sandbox lacked alone must not part the ranks
+    for name in agreed:
+        if name in missing:
+            raise NanochatError(f"{name} can be measured on rank 0, and not here: {missing[name]}")
+    return {name: tasks[name] for name in agreed}, missing
 
 
 def show(results: dict[str, TaskResult], mean: dict | None, missing: dict[str, str]) -> None:

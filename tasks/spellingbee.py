@@ -16,10 +16,14 @@ from tasks.common import Conversation, GeneratedTask
 
 NUM_WORDS = 10_000
 QUESTIONS = (
-    "How many {letter} are in {word}?", "How many {letter}s are in {word}?", "How many times does {letter} appear in {word}?",
-    "Count the letter {letter} in {word}.", "How many {letter} are there in the word {word}?", "Count the {letter} in {word}.",
-    'How many "{letter}" does "{word}" have?', "In {word}, how many {letter}?",
+    "How many {letter} are in {word}?", "How many {letter}s are in {word}?", "How many {letter}'s are in {word}?",
+    "How many {letter} in {word}?", "How many {letter} are in the word {word}?", "How many {letter}'s are in the word {word}?",
+    "How many {letter} are there in the word {word}?", "How many letters {letter} are in {word}?",
+    "How many times does {letter} appear in {word}?", "How many times is {letter} in the word {word}?",
+    "How often is {letter} in {word}?", "Count the letter {letter} in {word}.", "Count the {letter} in {word}.",
+    "In {word}, how many {letter}?", 'How many "{letter}" does "{word}" have?', 'How many "{letter}" are in "{word}"?',
 )  # fmt: skip
+INVENTED = 0.3  # of the words to learn from are made of parts of others
 
 
 @functools.lru_cache
@@ -30,6 +34,11 @@ def get_words() -> list[str]:
     return [word for _, word in sorted(frequent)[:NUM_WORDS]]
 
 
+@functools.lru_cache
+def _known() -> frozenset[str]:
+    return frozenset(get_words())
+
+
 def _word(rng: random.Random, split: str) -> str:
     """A word of the split: every twentieth is val's, and as many are test's."""
     words = get_words()
@@ -37,6 +46,20 @@ def _word(rng: random.Random, split: str) -> str:
         index = rng.randrange(len(words))
         if {9: "val", 19: "test"}.get(index % 20, "train") == split:
             return words[index]
+
+
+def _lesson_word(rng: random.Random, split: str) -> str:
+    """A word to be asked about: a real one, but for some of those to learn from."""
+    return _invent(rng) if split == "train" and rng.random() < INVENTED else _word(rng, split)
+
+
+def _invent(rng: random.Random) -> str:
+    """The beginning of one word and the end of another, of 3 to 12 letters: tokens where no real word has them."""
+    while True:
+        first, last = _word(rng, "train"), _word(rng, "train")
+        word = first[: rng.randint(1, len(first))] + last[rng.randrange(len(last)) :]
+        if 3 <= len(word) <= 12 and word not in _known():
+            return word
 
 
 def _spell(word: str) -> str:
@@ -50,7 +73,7 @@ class SpellingBee(GeneratedTask):
 
     def get_example(self, index: int) -> Conversation:
         rng = random.Random(f"spellingbee {self.split} {index}")
-        word = _word(rng, self.split)
+        word = _lesson_word(rng, self.split)
         letter = rng.choice(word) if rng.random() < 0.9 else rng.choice("abcdefghijklmnopqrstuvwxyz")
         count = word.count(letter)
         lines, running = [], 0
@@ -63,7 +86,10 @@ class SpellingBee(GeneratedTask):
             {"type": "python_output", "text": str(count)},
             {"type": "text", "text": f"\n#### {count}"},
         ]
-        question = rng.choice(QUESTIONS).format(letter=letter, word=word)
+        shown = letter.upper() if rng.random() < 0.1 else letter
+        question = rng.choice(QUESTIONS).format(letter=shown, word=word)
+        if rng.random() < 0.2:
+            question = question[0].lower() + question[1:].rstrip("?.")
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": parts}]
         return {"messages": messages, "answer": str(count)}
 
@@ -78,7 +104,7 @@ class SimpleSpelling(GeneratedTask):
     SIZES = {"train": 20_000, "val": 200, "test": 256}
 
     def get_example(self, index: int) -> Conversation:
-        word = _word(random.Random(f"simplespelling {self.split} {index}"), self.split)
+        word = _lesson_word(random.Random(f"simplespelling {self.split} {index}"), self.split)
         messages = [
             {"role": "user", "content": f"Spell the word: {word}"},
             {"role": "assistant", "content": _spell(word)},

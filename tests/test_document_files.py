@@ -67,7 +67,7 @@ def test_folders_may_be_named_for_splits(tmp_path: Path, remote: bool, capsys: p
         assert [Path(file.name).parent.name for file in source.train_files] == ["train"]
         assert [Path(file.name).parent.name for file in source.val_files] == ["validation"]
     assert [Path(path).parent.name for path in list_inputs(address)] == ["train", "validation"]
-    assert "not read, as no text to learn from: part-0.jsonl" in capsys.readouterr().out
+    assert "not read, as no text to learn from: test/part-0.jsonl" in capsys.readouterr().out
 
 
 def test_a_file_is_read_once_and_what_is_not_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

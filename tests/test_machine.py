@@ -28,6 +28,7 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.
 @pytest.mark.parametrize(("broken", "chosen"), [("", "fa4"), ("fa4", "flex"), ("fa4 flex", "fa3"), ("fa3 fa4 flex", "plain")])
 @pytest.mark.parametrize("error", [RuntimeError("no kernel image is available for execution on the device"), AssertionError()])
 def test_attention_kernels_that_cannot_launch_are_passed_over(broken: str, chosen: str, error: Exception, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     def probe(backend, device, dtype, head_dim) -> None:
         if backend[0].__name__.removeprefix("attend_") in broken.split():
             raise error
@@ -76,7 +77,7 @@ def test_a_new_run_on_a_cpu_compiles_after_its_first_step(corpus: Path, tokenize
     tokenizer.save(get_base_dir() / "tokenizers" / "default")
     metrics = get_base_dir() / "runs" / "late" / "base" / "metrics.jsonl"
     steps_done: list[int] = []
-    monkeypatch.setattr("nanochat.trainer.can_compile", lambda device: None)
+    monkeypatch.setattr("nanochat.trainer.try_to_compile", lambda device: None)
     monkeypatch.setattr("nanochat.gpt.GPT.compile", lambda self: steps_done.append(metrics.read_text().count("train/loss")))
     flags = [flag for flag in TINY_TRAINING if flag != "--no-compile"] + ["--data", str(corpus), "--model-tag=late"]
     assert base_train.main([*flags, "--save-every=3"]) == 0

@@ -33,6 +33,7 @@ def _fulfill(body: str) -> Callable[[playwright.Route], None]:
     "text",
     [
         "Use std::vector<int> here, not List<String>.", "if x<y and y>z then stop", "Dear <name>,", "2*3*4 = 24",
+        "![a picture](https://example.com/x.png) of <it>", "[note]: this line is seen",
         "a <form> tag and a <script> tag, then go on", "2**3**4 and (1+2)*3*(4)", "<!-- a comment --> is seen", "3*x*2",
     ],
 )  # fmt: skip
@@ -41,8 +42,8 @@ def test_what_looks_like_something_else_is_shown(page: playwright.Page, text: st
 
 
 def test_markdown_is_still_markdown(page: playwright.Page) -> None:
-    content = _answer(page, (TEXT, "*a* **b** `x<y` <https://example.com> (*c*)\n\n- one\n- two\n\n1. **3 apples**"))
-    assert content.inner_text().split() == ["a", "b", "x<y", "https://example.com", "(c)", "one", "two", "3", "apples"]
+    content = _answer(page, (TEXT, "*a* **b** `x<y` <https://example.com> (*c*)\n\n- one\n- [x] two\n\n1. **3 apples**"))
+    assert content.inner_text().split() == ["a", "b", "x<y", "https://example.com", "(c)", "one", "☑", "two", "3", "apples"]
     for selector, count in (("em", 2), ("strong", 2), ("code", 1), ("a", 1), ("ul li", 2), ("ol li", 1)):
         assert content.locator(selector).count() == count, selector
 
@@ -55,6 +56,12 @@ def test_text_around_the_calculator_is_one_text(page: playwright.Page) -> None:
     assert content.locator("ol li").count() == 2
     assert content.locator(".tool").all_inner_texts() == ["16-3", "13", "9*2", "18"]
     assert "- 4 are left." in content.inner_text() and content.locator("strong").inner_text() == "she"
+
+
+def test_no_call_of_the_calculator_is_lost(page: playwright.Page) -> None:
+    """Not where it stands in a link's address, nor in code."""
+    content = _answer(page, (TEXT, "[see](http://x/"), (CALL, "1+2"), (RESULT, "3"), (TEXT, ") `"), (CALL, "4"), (TEXT, "`"))
+    assert sorted(content.locator(".tool").all_inner_texts()) == ["1+2", "3", "4"]
 
 
 def test_an_answer_that_was_cut_off_says_so(page: playwright.Page) -> None:

@@ -30,6 +30,7 @@ from tests.recovery_helpers import (
     start_command,
 )
 
+HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # which Windows lacks
 pytestmark = pytest.mark.usefixtures("tokenizer_in_place")
 
 # ----------------------------------------------------------------------------- signals
@@ -69,7 +70,7 @@ def test_signals_at_random_moments(nursery: Nursery, base_flags: list[str], whol
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT, signal.SIGTERM], [signal.SIGHUP]])
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGINT, signal.SIGTERM], [HANGUP]])
 def test_a_stopped_command_goes_on(
     nursery: Nursery, base_flags: list[str], whole_long: Path, base_dir: Path, numbers: list[signal.Signals]
 ) -> None:

@@ -28,7 +28,7 @@ from nanochat.common import NanochatError, read_json_lines
 from nanochat.engine import Engine
 from nanochat.kv_cache import BLOCK_SIZE
 from nanochat.lanes import epoch_order
-from nanochat.rl import RolloutLoader, RolloutSettings, compute_advantages, make_policy_loss, policy_logprobs
+from nanochat.rl import OBJECTIVES, RolloutLoader, RolloutSettings, compute_advantages, make_policy_loss, policy_logprobs
 from nanochat.tokenizer import Tokenizer
 from scripts import chat_rl
 from tasks.common import Conversation, Task
@@ -188,7 +188,7 @@ def test_what_sampling_saw_otherwise_counts_less_and_at_most_twice(engine: Engin
         torch.testing.assert_close(found, (factor * loss, factor * gradient), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["dapo", "grpo"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("reward", [1.0, 0.3])  # three times the second is not what they are together, in float32
 def test_nothing_to_learn_gives_no_gradient(engine: Engine, objective: str, reward: float) -> None:
     class Fair(Vowels):

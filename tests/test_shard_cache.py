@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -251,7 +250,7 @@ def test_a_process_that_is_killed_holds_up_nobody(tmp_path: Path) -> None:
     assert process.stdout.readline() == b"here\n"
     cache = ShardCache(tmp_path, 1000)
     assert len(_names(tmp_path)) == 1  # the living keep theirs
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     process.stdout.close()
     assert cache.fetch(far.shards()[0]).read_bytes() == far.files["a.parquet"]

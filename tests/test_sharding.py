@@ -41,13 +41,22 @@ def test_what_was_written_is_read(checkpoint: Path) -> None:
     assert steps["optimizer/steps"].tolist() == [1, 2]
 
 
-@pytest.mark.parametrize("hidden", [False, True])
-def test_no_code_of_a_checkpoint_runs(checkpoint: Path, tmp_path: Path, hidden: bool) -> None:
-    metadata = dcp.FileSystemReader(checkpoint).read_metadata()
-    metadata.planner_data = {"model/a": Harmful(tmp_path / "made")}
-    content = pickle.dumps(metadata if hidden else Harmful(tmp_path / "made"))
+@pytest.mark.parametrize("where", ["alone", "beside", "as a value", "in a module"])
+def test_no_code_of_a_checkpoint_runs(checkpoint: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, metadata = tmp_path / "made", dcp.FileSystemReader(checkpoint).read_metadata()
+    content = pickle.dumps(Harmful(made))
+    if where == "beside":
+        metadata.planner_data = {"model/a": Harmful(made)}
+        content = pickle.dumps(metadata)
+    if where == "as a value":  # which PyTorch unpickles when it is loaded
+        dcp.save({"model/a": Harmful(made)}, checkpoint_id=checkpoint, no_dist=True)
+        content = (checkpoint / ".metadata").read_bytes()
+    if where == "in a module":
+        (tmp_path / "harmful_module.py").write_text(f"import os\nos.mkdir({str(made)!r})\nx = 1", encoding="utf-8")
+        monkeypatch.syspath_prepend(tmp_path)
+        content = b"charmful_module\nx\n."
     (checkpoint / ".metadata").write_bytes(content)
     for read in (lambda: read_whole(checkpoint, "model/"), lambda: read_sharded(checkpoint, dict(TENSORS))):
-        with pytest.raises(NanochatError, match=r"mkdir is nothing that PyTorch writes there"):
+        with pytest.raises(NanochatError, match=r"is nothing that PyTorch writes there of tensors"):
             read()
-    assert not (tmp_path / "made").exists()
+    assert not made.exists()

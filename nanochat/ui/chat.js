@@ -163,7 +163,7 @@ function edit(box, node) {
 
 // ---------------------------------------------------------------------------- asking
 
-// The newest turns, no more than the server takes: it has less room for them anyway, and says what it left out.
+// The newest turns, no more than the server takes: no context has room for so many.
 function toMessages(nodes) {
   const system = settings.system.trim() ? [{ role: "system", content: settings.system }] : [];
   let first = nodes.length, chars = 0;
@@ -249,7 +249,7 @@ function redraw() {
   });
 }
 
-log.addEventListener("scroll", hideThought);
+log.addEventListener("scroll", () => { if (!document.activeElement.closest(".tokens")) hideThought(); });  // the focus scrolls to its token
 addEventListener("pagehide", () => {  // a reload: what is written so far is kept
   if (!running?.node.content.length) return;
   running.node.note = "stopped";

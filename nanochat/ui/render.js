@@ -17,8 +17,18 @@ export function element(tag, attributes = {}, ...children) {
   return node;
 }
 
-// What looks like HTML is text, since models write List<String> and x<y; and an asterisk after a letter or digit multiplies.
-globalThis.marked?.use({ tokenizer: { html() {}, tag() {}, emStrong: (source, masked, before) => (/[\w)*]/.test(before) ? undefined : false) } });
+// What looks like HTML, or defines a link, is text, since models write List<String> and x<y; an asterisk after an English letter, a
+// digit or a bracket multiplies. Pictures and boxes that would be left out are shown as they were written.
+globalThis.marked?.use({
+  tokenizer: {
+    html() {}, tag() {}, def() {},
+    emStrong: (source, masked, before) => (source[0] === "*" && /[\w)*]/.test(before) ? undefined : false),
+  },
+  renderer: {
+    image: ({ raw }) => raw.replaceAll("&", "&amp;").replaceAll("<", "&lt;"),
+    checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
+  },
+});
 
 // tools: elements that take the places of their numbers, which stand in the text between two characters of nobody's use.
 export function markdown(text, tools = []) {
@@ -31,6 +41,7 @@ export function markdown(text, tools = []) {
   const texts = document.createTreeWalker(box, NodeFilter.SHOW_TEXT), nodes = [];
   while (tools.length && texts.nextNode()) nodes.push(texts.currentNode);
   for (const node of nodes) node.replaceWith(...node.data.split(/\uE000(\d+)\uE001/).map((piece, i) => (i % 2 ? tools[piece] : piece)));
+  box.append(...tools.filter((tool) => !tool.parentNode));  // such as stood in a link's address
   for (const link of box.querySelectorAll("a")) {
     link.target = "_blank";
     link.rel = "noopener noreferrer nofollow";
