@@ -1,7 +1,7 @@
 """Spelling words and counting their letters, by hand and with the calculator. Made from the builtin corpus's words.
 
-A word is always written behind a space, as in the question: the tokens are the same then, and to repeat them is all that a
-small model has to do. Without the space " continuity" becomes other tokens, whose spelling it would have to know.
+An answer has a word behind a space, as most questions do: the tokens are the same then, and to repeat them is all that a small
+model has to do. Without the space " continuity" becomes other tokens, whose spelling it would have to know.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ QUESTIONS = (
     "How often is {letter} in {word}?", "Count the letter {letter} in {word}.", "Count the {letter} in {word}.",
     "In {word}, how many {letter}?", 'How many "{letter}" does "{word}" have?', 'How many "{letter}" are in "{word}"?',
 )  # fmt: skip
+SPELLING = ("Spell the word: {word}", "Spell {word}.", "How do you spell {word}?", "Spell the word {word}.", 'Spell "{word}".')
 INVENTED = 0.3  # of the words to learn from are made of parts of others
 
 
@@ -104,9 +105,10 @@ class SimpleSpelling(GeneratedTask):
     SIZES = {"train": 20_000, "val": 200, "test": 256}
 
     def get_example(self, index: int) -> Conversation:
-        word = _lesson_word(random.Random(f"simplespelling {self.split} {index}"), self.split)
+        rng = random.Random(f"simplespelling {self.split} {index}")
+        word = _lesson_word(rng, self.split)
         messages = [
-            {"role": "user", "content": f"Spell the word: {word}"},
+            {"role": "user", "content": rng.choice(SPELLING).format(word=word)},
             {"role": "assistant", "content": _spell(word)},
         ]
         return {"messages": messages}

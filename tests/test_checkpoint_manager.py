@@ -32,6 +32,7 @@ from nanochat.checkpoint_manager import (
 from nanochat.common import NanochatError, atomic_write
 from nanochat.gpt import GPTConfig
 from nanochat.report import find_newest_run
+from nanochat.stage import load_optimizer
 from nanochat.tokenizer import Tokenizer
 
 STATE = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
@@ -333,6 +334,15 @@ def test_weights_alone_are_enough_to_generate(tiny_run: Path) -> None:
     assert load_model("base", "cpu", "eval", "tiny")[2]["step"] == 6
     with pytest.raises(CheckpointError, match=r"optim.safetensors is damaged \(missing"):
         load_checkpoint(tiny_run / "base", 6, load_optimizer=True)
+
+
+def test_a_flipped_bit_of_the_optimizers_state_is_found_where_it_is_read(tiny_run: Path) -> None:
+    optimizer = load_model("base", "cpu", "eval", "tiny")[0].setup_optimizer()
+    load_optimizer(optimizer, tiny_run / "base", 6)
+    path = step_dir(tiny_run / "base", 6) / "optim.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="optim.safetensors is damaged"):
+        load_optimizer(optimizer, tiny_run / "base", 6)
 
 
 def test_a_copy_that_a_file_manager_named_is_no_run(tiny_run: Path) -> None:

@@ -29,6 +29,7 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.
 @pytest.mark.parametrize("error", [RuntimeError("no kernel image is available for execution on the device"), AssertionError()])
 def test_attention_kernels_that_cannot_launch_are_passed_over(broken: str, chosen: str, error: Exception, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
     def probe(backend, device, dtype, head_dim) -> None:
         if backend[0].__name__.removeprefix("attend_") in broken.split():
             raise error

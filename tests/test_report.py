@@ -6,6 +6,7 @@ import io
 import json
 import re
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -289,6 +290,13 @@ def test_progress_is_silent_but_on_rank_0(capsys: pytest.CaptureFixture, monkeyp
         progress.update(1)
         progress.print("hello")
     assert capsys.readouterr().out == ""
+
+
+def test_two_commands_may_store_results_at_once(tmp_path: Path) -> None:
+    names = [f"task {i}" for i in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: merge_eval(tmp_path, 5, {"tasks": {name: {"accuracy": 0.5}}}), names))
+    assert read_eval(tmp_path)["tasks"].keys() == set(names)
 
 
 def test_a_report_shows_the_newest_numbers_and_samples() -> None:

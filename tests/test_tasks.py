@@ -22,6 +22,7 @@ from tasks.customjson import CustomJSON
 from tasks.gsm8k import extract_answer
 from tasks.humaneval import build_program
 from tasks.identity import Identity
+from tasks.spellingbee import get_words
 from tests.hub_server import serve_folder
 
 
@@ -151,6 +152,7 @@ def test_spelling_counts_and_splits() -> None:
         words.add(word)
         answer = spelling[i]["messages"][-1]["content"]
         assert spelling.evaluate(spelling[i], answer)
+    assert 0.2 < len({word.strip() for word in words} - set(get_words())) / 200 < 0.4  # words that there are not
     tested = {spelling[i]["messages"][-1]["content"].split(":")[0].removeprefix("The word") for i in range(256)}
     assert all(word.startswith(" ") for word in tested) and not words & tested
     docs = build_task("DocQA", "train")

@@ -53,7 +53,7 @@ function keepFocus(draw) {
 }
 
 function welcome() {
-  const ideas = ["Who are you?", "What is 23 + 58?", "What is a list in Python?"];
+  const ideas = ["Who are you?", "What is 23 + 58?", "How many r are in strawberry?"];
   const buttons = ideas.map((idea) => element("button", { onclick: () => ask(idea) }, idea));
   return [element("p", { class: "hint" }, "Ask the model something. It is small: be kind."), element("div", { class: "suggestions" }, ...buttons)];
 }
