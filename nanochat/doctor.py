@@ -34,7 +34,7 @@ from nanochat.common import (
     has_nvidia_gpu,
     run_command,
 )
-from nanochat.compilation import can_compile, expected_mfu, measure_matmul_rate, measure_memory_rate
+from nanochat.compilation import expected_mfu, measure_matmul_rate, measure_memory_rate, try_to_compile
 from nanochat.cpu import INSTRUCTIONS, cpu_name, has_instructions, usable_cores
 from nanochat.dataset import hub_files
 from nanochat.gpt import GPT
@@ -142,11 +142,11 @@ def examine_device(device: torch.device) -> Iterator[Finding]:
     why = "NANOCHAT_DTYPE says so" if os.environ.get("NANOCHAT_DTYPE") else natively
     yield Finding("used", "numbers", f"{str(dtype).removeprefix('torch.')}: {why}")
     yield Finding("used", "attention", _describe_attention(device))
-    reason = can_compile(device)
+    reason = try_to_compile(device)
     if reason is None:
         yield Finding("used", "torch.compile", "yes")
     else:
-        way_out = "apt-get install g++ (training runs without, slower)" if "C++" in reason else None
+        way_out = "apt-get install g++ python3-dev (training runs without, slower)" if "C++" in reason else None
         yield Finding("used", "torch.compile", f"no: {reason}", way_out)
 
 

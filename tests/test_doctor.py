@@ -94,7 +94,7 @@ def test_an_unknown_dtype_is_essential(quick: None, monkeypatch: pytest.MonkeyPa
 
 
 def test_without_a_compiler_it_works_and_says_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "can_compile", lambda device: "no C++ compiler is installed (g++ or clang++)")
+    monkeypatch.setattr(doctor, "try_to_compile", lambda device: "no C++ compiler is installed (g++ or clang++)")
     finding = next(f for f in doctor.examine_device(torch.device("cpu")) if f.name == "torch.compile")
     assert "g++" in finding.way_out and not finding.essential
 

@@ -99,6 +99,27 @@ def test_without_a_compiler_training_runs_eagerly_and_says_so(
     assert capsys.readouterr().out.count("training without torch.compile: no C++ compiler") == 1
 
 
+@pytest.mark.parametrize("horizon", ["--num-iterations=2", "--target-minutes=0.02"])
+def test_a_compiler_that_lacks_what_it_needs_ends_no_training(
+    horizon: str, corpus: Path, tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """As g++ without Python's headers."""
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("C++ compile error\n\nx.cpp:2:10: fatal error: Python.h: No such file or directory\n")
+
+    monkeypatch.setattr(compilation.torch, "compile", fail)
+    monkeypatch.setattr(compilation, "can_compile", lambda device: None)
+    monkeypatch.setattr("nanochat.trainer.can_compile", lambda device: None)
+    compilation._why_no_kernel.cache_clear()
+    tokenizer.save(get_base_dir() / "tokenizers" / "default")
+    flags = [flag for flag in TINY_TRAINING if flag not in ("--no-compile", "--num-iterations=6")]
+    assert base_train.main([*flags, "--data", str(corpus), horizon]) == 0
+    said = capsys.readouterr().out
+    assert said.count("training without torch.compile: the C++ compiler builds no kernel") == 1 and "Python.h" in said
+    compilation._why_no_kernel.cache_clear()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch tries its compiler so on Linux")
 @pytest.mark.parametrize(("given", "used"), [(None, True), ("0", False)])
 def test_vector_instructions_are_not_tried_unless_asked(given: str | None, used: bool) -> None:
