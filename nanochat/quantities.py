@@ -28,7 +28,7 @@ QUANTITIES = {
     "train/loss": Quantity("training loss, nats per token", noisy=True, line="loss {value:.4f}"),
     "rl/reward": Quantity("reward of the sampled answers", noisy=True, line="reward {value:.3f}"),
     "train/tok_per_s": Quantity("tokens per second", noisy=True, line="tok/s {value:,.0f}"),
-    "train/mfu": Quantity("share of the machine's matmul rate (MFU)", noisy=True, line="MFU {value:.0%}"),
+    "train/mfu": Quantity("MFU, share of the matmul rate", noisy=True, line="MFU {value:.0%}"),
     "val/bpb": Quantity("validation bits per byte", line="bpb {value:.4f}"),
     "val/core*": Quantity("CORE"),
     "val/pass@*": Quantity("held-out problems solved", line="{name} {value:.1%}"),
