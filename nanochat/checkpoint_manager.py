@@ -285,9 +285,9 @@ def prune(stage_dir: Path, step: int, keep_last: int, best: int | None) -> None:
 def _seems_whole(directory: Path) -> bool:
     try:
         list_files(directory)
+        return True
     except CheckpointError:
         return False
-    return True
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -426,14 +426,13 @@ def read_meta(stage_dir: Path, step: int) -> dict[str, Any]:
 
 def newest_valid_step(stage_dir: Path) -> tuple[int | None, list[str]]:
     """(the newest step whose files are all intact, or None; one sentence for each newer one that was passed over)."""
-    skipped = []
+    skipped: list[str] = []
     for step in reversed(list_steps(stage_dir)):
         try:
             verify_checkpoint(step_dir(stage_dir, step))
+            return step, skipped
         except CheckpointError as error:
             skipped.append(str(error))
-            continue
-        return step, skipped
     return None, skipped
 
 

@@ -60,8 +60,6 @@ def get_base_dir() -> Path:
 
 def as_unicode(text: str) -> str:
     """Half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes U+FFFD, as in the tokenizer."""
-    if text.isascii():
-        return text
     try:
         text.encode()
         return text
@@ -337,7 +335,10 @@ def compute_init(device_type: str = "", seed: int = 42) -> tuple[bool, int, int,
     if device_type == "cuda":
         torch.cuda.manual_seed(seed)
         torch.cuda.set_device(device)
-        _stay_in_gpu_memory(device)
+        if sys.platform == "win32" or "microsoft" in platform.release().lower():  # the latter: WSL
+            # The driver would go on in the host's memory, far slower, where PyTorch is to say that the GPU's is full.
+            free, total = torch.cuda.mem_get_info(device)
+            torch.cuda.set_per_process_memory_fraction(0.95 * free / total, device)
     if ddp and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"  # gloo too, for what the host decides
         device_id = device if device_type == "cuda" else None
@@ -376,13 +377,6 @@ def _check_gpu(index: int) -> None:
             f"{name} has compute capability {major}.{minor}, and PyTorch {torch.__version__} is built for {least} and later: "
             "install a build for older GPUs, or use --device-type=cpu"
         )
-
-
-def _stay_in_gpu_memory(device: torch.device) -> None:
-    """Have PyTorch say when a GPU's memory is full, where the driver (of Windows) would go on in the host's, far slower."""
-    if sys.platform == "win32" or "microsoft" in platform.release().lower():  # the latter: WSL
-        free, total = torch.cuda.mem_get_info(device)
-        torch.cuda.set_per_process_memory_fraction(0.95 * free / total, device)
 
 
 def compute_cleanup() -> None:

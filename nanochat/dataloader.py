@@ -23,10 +23,7 @@ from nanochat.lanes import count_lanes, rank_lanes, rows_of_rank
 from nanochat.read_ahead import ReadAhead
 from nanochat.tokenizer import Tokenizer
 
-LANE_DOCUMENTS, LANE_ROWS = (
-    32,
-    32,
-)  # a lane chooses from so many documents, or from so many rows of long ones
+LANE_DOCUMENTS, LANE_ROWS = 32, 32  # a lane chooses from so many documents, or rows of long ones
 CHUNK_DOCUMENTS, CHUNK_SIZE = 128, 1_000_000  # tokenized at a time: documents, or characters or ids if that is less
 CHUNKS_AHEAD = 4
 BATCHES_AHEAD = 4

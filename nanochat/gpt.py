@@ -214,13 +214,8 @@ class GPT(nn.Module):
         rows = config.bigrams * config.padded_vocab_size
         self.bigrams = Embedding(rows, config.n_embd) if rows else None
         # Any: what a container holds is an Embedding or a Block, which torch's types cannot say.
-        self.value_embeds: Any = nn.ModuleDict(
-            {
-                str(layer): Embedding(config.padded_vocab_size, kv_dim)
-                for layer in range(config.n_layer)
-                if config.has_value_embedding(layer)
-            }
-        )
+        layers = filter(config.has_value_embedding, range(config.n_layer))
+        self.value_embeds: Any = nn.ModuleDict({str(i): Embedding(config.padded_vocab_size, kv_dim) for i in layers})
         self.blocks: Any = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
         self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
@@ -280,10 +275,7 @@ class GPT(nn.Module):
         return self.compute_dtype or get_compute_dtype(self.get_device())
 
     def rotary(self, positions: torch.Tensor | None, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), each (B or 1, T, 1, head_dim) float32, for positions (B, T), or 0..T-1 if None; see apply_rotary.
-
-        positions: below T, or within the context.
-        """
+        """(cos, sin), (B or 1, T, 1, head_dim) float32, for positions (B, T) below T or the context; 0..T-1 if None."""
         needed = max(T, self.config.sequence_len)
         if self._rotary is None or self._rotary[0].size(0) < needed or self._rotary[0].device != self.get_device():
             self._rotary = self._make_rotary(needed)

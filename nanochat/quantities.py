@@ -5,6 +5,7 @@ Used by trainer.py, report.py, runs_api.py and scripts/compare.py. A number that
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -42,6 +43,7 @@ QUANTITIES = {
 }
 
 
+@functools.lru_cache
 def kind_of(name: str) -> str:
     """The key of QUANTITIES that a number belongs to, else its own name."""
     return next((key for key in QUANTITIES if fnmatchcase(name, key)), name)

@@ -28,7 +28,8 @@ else:
 
 CONFIG_FILE = "config.toml"
 NOT_IN_FILES = ("help", "config", "debug")
-RENAMED = {"warmup-ratio": "--warmup-steps, which counts steps"}  # of the public nanochat, where the nearest name misleads
+# Of the public nanochat, where the nearest name misleads.
+RENAMED = {f"{dashes}warmup-ratio": f"{dashes}warmup-steps" for dashes in ("", "--")}
 # By the type of a flag:
 METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
 WANTED: dict[Any, str] = {int: "a whole number", float: "a number"}
@@ -209,11 +210,7 @@ def _flatten(table: dict[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    renamed = RENAMED.get(name.lstrip("-"), "")
-    if renamed.partition(",")[0].lstrip("-") in (flag.lstrip("-") for flag in known):
-        return f"; did you mean {renamed}?"
-    nearest = difflib.get_close_matches(name, known, 1)
+    nearest = difflib.get_close_matches(RENAMED.get(name, name), known, 1)
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 

@@ -121,3 +121,25 @@ def test_errors_of_nccl_are_lost_ranks_only_where_it_says_so() -> None:
     )
     assert "another process of this job has gone" in str(describe_error(lost))
     assert "(no /dev/shm): NCCL_DEBUG=INFO" in str(describe_error(local))
+
+
+@pytest.mark.parametrize(("works", "ranks", "expected"), [(True, False, "mps"), (False, False, "cpu"), (True, True, "cpu")])
+def test_mps_is_taken_where_it_works(works: bool, ranks: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in a virtual machine that gives it no memory, nor by ranks, which it has no collectives for."""
+
+    def zeros(size: int, device: str) -> None:
+        if not works:
+            raise RuntimeError("MPS backend out of memory")
+
+    monkeypatch.setattr(common.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(common.torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(common.torch, "zeros", zeros)
+    monkeypatch.setattr(common, "is_ddp_requested", lambda: ranks)
+    assert common.autodetect_device_type() == expected
+
+
+def test_ranks_may_not_ask_for_mps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common.torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(common, "get_dist_info", lambda: (True, 0, 0, 2))
+    with pytest.raises(NanochatError, match="processes cannot work together on mps: .* use --device-type=cpu"):
+        common.compute_init("mps")
