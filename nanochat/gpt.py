@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from nanochat.common import NanochatError, get_compute_dtype
 from nanochat.cross_entropy import ChunkLoss, chunk_loss, softcap, softcapped_cross_entropy, softmax_gradient
 from nanochat.flash_attention import QK_SCALE, AttentionPlan, lay_out, plan_attention
-from nanochat.layers import Embedding, Linear, apply_rotary, multiply_joined, norm
+from nanochat.layers import Embedding, Linear, in_heads, multiply_joined, norm
 
 if TYPE_CHECKING:
     from nanochat.kv_cache import KVCache
@@ -106,21 +106,22 @@ class CausalSelfAttention(nn.Module):
         self.has_value_embedding = config.has_value_embedding(layer)
         if self.has_value_embedding:
             self.ve_gate = Linear(min(GATE_CHANNELS, config.n_embd), self.n_kv_head)
+        self.fused: Callable[..., tuple[torch.Tensor, ...]] | None = None  # see Block.use_kernels
 
     def project(
         self, x: torch.Tensor, value_embedding: torch.Tensor | None, rotary: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries (B, T, H, D), keys and values (B, T, KV, D)."""
-        B, T, C = x.shape
         matrices = (self.c_q, self.c_k, self.c_v)
-        joined = x.device.type == "cuda" and torch.is_grad_enabled()  # faster there than three products; not on a CPU
-        qkv = multiply_joined(x, matrices) if joined else [matrix(x) for matrix in matrices]
-        q, k, v = (y.view(B, T, -1, self.head_dim) for y in qkv)
+        # Not in float32: where `to` has nothing to convert, PyTorch 2.11's compiler loses the gradient of a function's result.
+        if self.fused and torch.is_grad_enabled() and x.dtype != torch.float32:
+            sizes = [matrix.out_features for matrix in matrices]
+            q, k, v = self.fused(multiply_joined(x, matrices), sizes, self.qk_scale, rotary)
+        else:
+            q, k, v = in_heads([matrix(x) for matrix in matrices], self.qk_scale, rotary)
         if value_embedding is not None:
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., : self.ve_gate.in_features]))  # (B, T, KV), 1 at the start
-            v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, self.n_kv_head, self.head_dim)
-        q = apply_rotary(norm(q) * self.qk_scale, *rotary)  # longer than 1 so that attention can be sharper
-        k = apply_rotary(norm(k) * self.qk_scale, *rotary)
+            v = v + gate.unsqueeze(-1) * value_embedding.view_as(v)
         return q, k, v
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: AttentionPlan | KVCache) -> torch.Tensor:
@@ -135,19 +136,12 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
-        self.fused: Callable[..., torch.Tensor] | None = None  # see use_kernels
+        self.fused: Callable[..., torch.Tensor] | None = None  # see Block.use_kernels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.fused and torch.is_grad_enabled() and x.dtype == torch.bfloat16 and not self.c_fc.fp8:
             return self.fused(x, self.c_fc.weight.to(x.dtype), self.c_proj.weight.to(x.dtype))
         return self.c_proj(F.relu(self.c_fc(x)).square())
-
-    def use_kernels(self) -> None:
-        """Train by our own kernels of what `forward` computes, where they run: who changes the one changes the other."""
-        from nanochat import relu_squared
-
-        if relu_squared.works(self.c_fc.weight.device):
-            self.fused = relu_squared.mlp
 
 
 class Block(nn.Module):
@@ -157,6 +151,14 @@ class Block(nn.Module):
         super().__init__()
         self.attn = CausalSelfAttention(config, layer)
         self.mlp = MLP(config)
+
+    def use_kernels(self) -> None:
+        """Train by our own kernels of what `forward` computes, where they run: who changes the one changes the other."""
+        from nanochat import heads_kernel, relu_squared
+
+        self.attn.fused = heads_kernel.fused_heads
+        if relu_squared.works(self.mlp.c_fc.weight.device):
+            self.mlp.fused = relu_squared.mlp
 
     def forward(
         self,
@@ -311,7 +313,7 @@ class GPT(nn.Module):
             self._chunk_loss = loss_kernel.chunk_loss
             self._compiled_block = torch.compile(Block.forward, dynamic=False)
             for block in self.blocks:
-                block.mlp.use_kernels()
+                block.use_kernels()
             return
         self._chunk_loss = functools.partial(chunk_loss, gradient_of=torch.compile(softmax_gradient, dynamic=False))
         self._compiled_norm = torch.compile(norm, dynamic=False)

@@ -32,6 +32,17 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return (x * cos + swapped * sin).to(x.dtype)
 
 
+def in_heads(
+    parts: Sequence[torch.Tensor], scale: float, rotary: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries (B, T, H, D), keys and values (B, T, KV, D) of what the three matrices made, each (B, T, channels).
+
+    Queries and keys have the length scale * sqrt(D), longer than 1 so that attention can be sharper. rotary: see GPT.rotary.
+    """
+    q, k, v = (x.unflatten(-1, (-1, rotary[0].size(-1))) for x in parts)
+    return apply_rotary(norm(q) * scale, *rotary), apply_rotary(norm(k) * scale, *rotary), v
+
+
 class Embedding(nn.Embedding):
     """A table of one row for each index."""
 
@@ -69,8 +80,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, in_fp8: bool) -> torch.Tensor
     return fp8_linear(x, weight) if in_fp8 else F.linear(x, weight.to(x.dtype))
 
 
-def multiply_joined(x: torch.Tensor, matrices: Sequence[Linear]) -> Sequence[torch.Tensor]:
-    """What each of several matrices makes of x, by one product of all."""
-    weights = [matrix.weight for matrix in matrices]
+def multiply_joined(x: torch.Tensor, matrices: Sequence[Linear]) -> torch.Tensor:
+    """What several matrices make of x, one after the other along the last dimension, by one product of all."""
     in_fp8 = matrices[0].fp8 and matrices[0].training
-    return product(x, torch.cat(weights), in_fp8).split([weight.size(0) for weight in weights], dim=-1)
+    return product(x, torch.cat([matrix.weight for matrix in matrices]), in_fp8)

@@ -5,6 +5,7 @@ Used by scheduler.py; its settings by engine.py, openai_api.py and chat_web.
 A row's token depends on its own logits, settings and random numbers alone, whoever else is in the batch: every
 restriction (top-k, top-p, min-p) becomes one threshold on the row's logits, which does not depend on how equal logits
 were sorted, and the draw inverts the cumulative distribution in the vocabulary's order with one number of the row's own.
+Probabilities are added up as integers, since a GPU adds up the floats of one row in another order than those of several.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 import torch
 
 from nanochat.common import NanochatError
+
+LIKELIEST = 2.0**40  # the weight of the likeliest token: so many of them as there are words still fit into 63 bits
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,18 @@ def sample(logits: torch.Tensor, params: list[SamplingParams], uniform: list[flo
     """
     if all(p.greedy for p in params):
         return logits.argmax(dim=-1)
-    cumulative = _weights(logits, params).cumsum(dim=-1)
-    below_one = _column([min(u, 1 - 2**-23) for u in uniform], logits)  # also rounded, the sum itself is never reached
-    drawn = torch.searchsorted(cumulative, below_one * cumulative[:, -1:], right=True)[:, 0]
+    cumulative = _weights(*_scale(logits, params), params).cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    target = torch.minimum((_column(uniform, logits) * total).long(), total - 1)  # the total itself may be rounded up to
+    drawn = torch.searchsorted(cumulative, target, right=True)[:, 0]
     return torch.where(_greedy(params, logits), logits.argmax(dim=-1), drawn)
 
 
 def policy_logprobs(logits: torch.Tensor, params: list[SamplingParams], drawn: torch.Tensor) -> torch.Tensor:
     """(B,) float32: the logarithms of the probabilities with which `sample` drew the tokens `drawn`, (B,)."""
-    weights = _weights(logits, params)
-    logprobs = (weights.gather(1, drawn[:, None])[:, 0] / weights.sum(dim=-1)).log()
+    scaled, top = _scale(logits, params)
+    total = _weights(scaled, top, params).sum(dim=-1)
+    logprobs = (scaled.gather(1, drawn[:, None]) - top)[:, 0] - (total / LIKELIEST).log()
     return logprobs.masked_fill(_greedy(params, logits), 0.0)
 
 
@@ -86,14 +91,22 @@ def _greedy(params: list[SamplingParams], like: torch.Tensor) -> torch.Tensor:
     return torch.tensor([p.greedy for p in params], device=like.device)
 
 
-def _weights(logits: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    """(B, vocab_size): what each token's probability is proportional to; greedy rows as if at temperature 1."""
+def _scale(logits: torch.Tensor, params: list[SamplingParams]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits over temperatures, greedy rows as if at temperature 1, and each row's highest, (B, 1)."""
     scaled = logits / _column([1.0 if p.greedy else p.temperature for p in params], logits)
-    top = scaled.amax(dim=-1, keepdim=True)
-    weights = (scaled - top).exp_()
+    return scaled, scaled.amax(dim=-1, keepdim=True)
+
+
+def _weights(scaled: torch.Tensor, top: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+    """(B, vocab_size) int64: what each token's probability is proportional to."""
+    weights = _as_integers(scaled, top)
     if any(p.restricts for p in params):
-        weights.masked_fill_(scaled < _thresholds(scaled, top, params), 0.0)
+        weights.masked_fill_(scaled < _thresholds(scaled, top, params), 0)
     return weights
+
+
+def _as_integers(scaled: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    return (scaled - top).exp_().mul_(LIKELIEST).long()
 
 
 def _thresholds(scaled: torch.Tensor, top: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
@@ -112,9 +125,9 @@ def _thresholds(scaled: torch.Tensor, top: torch.Tensor, params: list[SamplingPa
     threshold = torch.maximum(threshold, kth.masked_fill(~has_top_k, float("-inf")))
     if any_top_p:
         inside = likeliest >= threshold  # top-p counts what top-k and min-p leave
-        probabilities = (likeliest - top).exp() * inside
-        before = probabilities.cumsum(dim=-1) - probabilities
-        wanted = _column([p.top_p for p in params], top) * probabilities.sum(dim=-1, keepdim=True)
+        weights = _as_integers(likeliest, top) * inside
+        before = weights.cumsum(dim=-1) - weights
+        wanted = _column([p.top_p for p in params], top) * weights.sum(dim=-1, keepdim=True)
         last = ((before < wanted) & inside).sum(dim=-1, keepdim=True).clamp(min=1) - 1
         whole = torch.tensor([p.top_p == 1 for p in params], device=scaled.device)[:, None]
         cut = likeliest.gather(1, last).masked_fill(whole, float("-inf"))

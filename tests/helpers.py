@@ -16,7 +16,6 @@ import uvicorn
 
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.guard import CarefulProtocol
 from nanochat.metrics import MetricsLog
 from nanochat.passes import Batch
 from nanochat.sampling import SamplingParams
@@ -107,6 +106,8 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = 90.0) -> 
 @contextlib.contextmanager
 def serve(app: Any) -> Iterator[int]:
     """Run an app on a free port of this machine, as scripts/chat_web does; yields the port."""
+    from nanochat.guard import CarefulProtocol  # here, since tests on a GPU need no server
+
     config = uvicorn.Config(app, port=0, http=CarefulProtocol, log_level="warning", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
