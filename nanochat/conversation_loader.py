@@ -1,6 +1,4 @@
-"""Packs whole conversations into rows, supervised on the assistant's tokens. Used by scripts/chat_sft.
-
-`check_mixture` tells whether a stage goes on with the conversations that it began with, of chat_rl too.
+"""Packs whole conversations into rows, supervised on the assistant's tokens. Used by scripts/chat_sft.py.
 
 A row holds as many conversations as fit, best fit first, and is padded; no conversation is cut to fill a row. One that is
 longer than a row is truncated to it and counted; one that then has nothing supervised is left out and counted.
@@ -18,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from nanochat.common import NanochatError, gather_objects, print0, to_device
+from nanochat.common import NanochatError, gather_objects, to_device
 from nanochat.lanes import count_lanes, epoch_order, rank_lanes, rows_of_rank
 from nanochat.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from nanochat.stage import Stage
     from tasks.common import Conversation, Task
 
 LANE_CONVERSATIONS = 16  # to choose from when a row is filled
@@ -202,25 +199,6 @@ def check_answers(task: Task, tokenizer: Tokenizer, sequence_len: int) -> None:
 def fingerprint(task: Task) -> str:
     """A hash of conversations evenly spread over a task: another task has another, one with a few changes may not."""
     return hashlib.sha256(json.dumps(list(_spread(task)), sort_keys=True).encode()).hexdigest()
-
-
-def check_mixture(stage: Stage, task: Task, tasks: str) -> dict[str, Any] | None:
-    """What a stage records of its conversations, those of `tasks`; None if it was completed when these were others.
-
-    Raises NanochatError if it was started with others, and is to go on.
-    """
-    mixture = {"conversations": len(task), "mixture": fingerprint(task)}
-    before = {**mixture, "tasks": tasks, **stage.recorded_settings()}
-    if all(before[name] == now for name, now in mixture.items()):
-        return mixture
-    if before["tasks"] == tasks and stage.is_complete(before["num_iterations"]):
-        print0(f"{stage.directory} is complete: {before['num_iterations']} steps done")
-        return None
-    raise NanochatError(
-        f"the mixture, {len(task):,} conversations, is not the one that run {stage.tag!r} was started with "
-        f"({before['conversations']:,}): it has other files or another choice of tasks, or a newer nanochat makes other "
-        f"conversations; restore them to go on, or remove {stage.directory} to begin this stage anew"
-    )
 
 
 def _spread(task: Task, most: int = 1000) -> Iterator[Conversation]:

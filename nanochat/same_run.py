@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanochat.checkpoint_manager import STAGES, get_run_dir, read_meta
 from nanochat.common import NanochatError, gather_objects, print0
+from nanochat.conversation_loader import fingerprint
 from nanochat.document_files import VAL, is_of_split
 from nanochat.training_flags import RATES
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from nanochat.dataset import Source
     from nanochat.settings import Arguments
     from nanochat.stage import Stage
+    from tasks.common import Task
 
 # What may differ between a run and its resumption: it changes how the work is done, not what is computed; and rates, since
 # lower ones are the way out of a divergence.
@@ -102,6 +104,25 @@ def check_data(stage: Stage, source: Source) -> None:
                 f"{new} of {source.name} is new and sorts before files that run {stage.tag!r} read: give it a name that sorts "
                 "behind them to go on"
             )
+
+
+def check_mixture(stage: Stage, task: Task, tasks: str) -> dict[str, Any] | None:
+    """What a stage records of its conversations, those of `tasks`; None if it was completed when these were others.
+
+    Raises NanochatError if it was started with others, and is to go on.
+    """
+    mixture = {"conversations": len(task), "mixture": fingerprint(task)}
+    before = {**mixture, "tasks": tasks, **stage.recorded_settings()}
+    if all(before[name] == now for name, now in mixture.items()):
+        return mixture
+    if before["tasks"] == tasks and stage.is_complete(before["num_iterations"]):
+        print0(f"{stage.directory} is complete: {before['num_iterations']} steps done")
+        return None
+    raise NanochatError(
+        f"the mixture, {len(task):,} conversations, is not the one that run {stage.tag!r} was started with "
+        f"({before['conversations']:,}): it has other files or another choice of tasks, or a newer nanochat makes other "
+        f"conversations; restore them to go on, or remove {stage.directory} to begin this stage anew"
+    )
 
 
 def way_to_begin_anew(directory: Path) -> str:

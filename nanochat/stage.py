@@ -10,7 +10,8 @@ import contextlib
 import json
 import os
 import re
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.same_run import check_data, check_settings, compare_ranks, way_to_begin_anew
 from nanochat.settings import CONFIG_FILE, Arguments
 from nanochat.tokenizer import Tokenizer
-from nanochat.trainer import Trainer
+from nanochat.trainer import Loader, TrainConfig, Trainer
 from nanochat.training_flags import RATES, chosen_loggers
 
 
@@ -92,6 +93,13 @@ class Stage:
         if self.resume_step is None:
             return {}
         return read_meta(self.directory, self.resume_step)["settings"]
+
+    def adopt(self, args: Arguments, *names: str) -> None:
+        """Where the stage goes on, give those flags that were left to their defaults the values that it was begun with."""
+        recorded = self.recorded_settings()
+        for name in names:
+            if name in recorded and vars(args)[name] == args.defaults[name]:
+                setattr(args, name, recorded[name])
 
 
 def open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Stage:
@@ -299,14 +307,44 @@ def load_optimizer(optimizer: MuonAdamW, stage_dir: Path, step: int, way_out: st
         ) from None
 
 
-def go_on(trainer: Trainer, stage: Stage) -> None:
-    """Put a resumed stage's trainer where it was; set aside, when nothing can be refused any more, what came after."""
+def train_stage(
+    stage: Stage,
+    args: Arguments,
+    settings: dict[str, Any],
+    model: GPT,
+    optimizer: MuonAdamW,
+    loader: Loader,
+    config: dict[str, Any],
+    meta: dict[str, Any],
+    sample: Callable[[], list[dict[str, str]]] | None = None,
+    **callbacks: Any,
+) -> None:
+    """Train a stage to its end, from where it stands.
+
+    settings: of `begin`, by whose names TrainConfig is filled; config: its other fields, and those that are to differ; meta:
+    what checkpoints say besides, the "parent" above all; sample, callbacks: see Trainer.
+    """
+    known = {f.name: settings[f.name] for f in fields(TrainConfig) if f.name in settings}
+    known["log_every"] = 10 if model.get_device().type == "cuda" else 1
+    own = {"model_config": asdict(model.config), "tokenizer": settings["tokenizer_fingerprint"], "settings": settings}
+    if args.fsdp:
+        sample = None  # it takes a whole model
+    trainer = Trainer(
+        model, optimizer, loader, TrainConfig(**{**known, **config}), stage.directory, open_metrics(stage, settings, args),
+        {**own, **meta}, sample=sample, **callbacks,
+    )  # fmt: skip
     if stage.resume_step is not None:
-        way_out = f"its weights can be used, but not trained on here: {way_to_begin_anew(stage.directory)}"
-        load_optimizer(trainer.optimizer, stage.directory, stage.resume_step, way_out)
-        trainer.load_state_dict(read_meta(stage.directory, stage.resume_step)["trainer"])
-        if trainer.rank == 0 and (later := set_aside(stage.directory, stage.resume_step)):
-            print(f"{later[0]} to {later[-1]} of an earlier attempt are set aside there and may be deleted")
+        _go_on(trainer, stage, stage.resume_step)
+    trainer.train()
+
+
+def _go_on(trainer: Trainer, stage: Stage, step: int) -> None:
+    """Put a trainer where it was at a step; set aside, when nothing can be refused any more, what came after."""
+    way_out = f"its weights can be used, but not trained on here: {way_to_begin_anew(stage.directory)}"
+    load_optimizer(trainer.optimizer, stage.directory, step, way_out)
+    trainer.load_state_dict(read_meta(stage.directory, step)["trainer"])
+    if trainer.rank == 0 and (later := set_aside(stage.directory, step)):
+        print(f"{later[0]} to {later[-1]} of an earlier attempt are set aside there and may be deleted")
 
 
 def describe_model(model: GPT) -> dict[str, Any]:

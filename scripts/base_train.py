@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch.distributed as dist
 
@@ -41,9 +41,9 @@ from nanochat.scaling import (
 )
 from nanochat.scores import core_name
 from nanochat.settings import Arguments, SettingsParser
-from nanochat.stage import Stage, begin, go_on, make_model, open_metrics, open_stage, setup_optimizer
+from nanochat.stage import begin, make_model, open_stage, setup_optimizer, train_stage
 from nanochat.tokenizer import FILE_NAME, Tokenizer, get_tokenizer, get_tokenizer_dir
-from nanochat.trainer import TrainConfig, Trainer
+from nanochat.trainer import TrainConfig
 from nanochat.training_flags import RATES, add_rate_arguments, add_training_arguments, parse_switches
 from scripts import tok_train
 
@@ -121,49 +121,38 @@ class Plan(NamedTuple):
     target_flops: float  # by which config.toml plans the same run
 
 
-def plan(args: Arguments, stage: Stage, model: GPT, world_size: int, holds: Callable[[float], bool]) -> Plan:
-    """How long to train and in what batches, by the flags and, of a resumed run, by what it was begun with.
-
-    holds: whether there are so many tokens of text.
-    """
-    recorded = stage.recorded_settings()
-    target_flops, batch_size, least_batch = args.target_flops, args.total_batch_size, 0
-    if batch_size <= 0:  # a resumed run keeps its own, whatever number of ranks that was made for
-        batch_size = recorded.get("total_batch_size", batch_size)
+def plan(args: Arguments, model: GPT, world_size: int, holds: Callable[[float], bool]) -> Plan:
+    """How long to train and in what batches. holds: whether there are so many tokens of text."""
+    target_flops, least_batch = args.target_flops, 0
     by_time = args.target_minutes > 0 and args.num_iterations <= 0
     if by_time:
         target_flops = flops_in(model, args.target_minutes)
-        least_batch = batch_worth_an_update(model) if batch_size <= 0 else 0
-    expand_at = choose_expansion(args, recorded, model, target_flops if by_time else 0, holds)
+        least_batch = batch_worth_an_update(model) if args.total_batch_size <= 0 else 0
+    expand_at = choose_expansion(args.expand_at, model, target_flops if by_time else 0, holds)
     flops_per_token = mean_flops(model, expand_at)
     horizon = plan_horizon(
-        model.config, flops_per_token, args.num_iterations, target_flops, args.target_param_data_ratio, batch_size,
+        model.config, flops_per_token, args.num_iterations, target_flops, args.target_param_data_ratio, args.total_batch_size,
         least_batch, batch_multiple=args.max_seq_len * world_size * max(1, args.device_batch_size),
     )  # fmt: skip
     batch_size = horizon.total_batch_size
     rows = choose_device_batch_size(model, args.device_batch_size, batch_size, world_size)
     if by_time:  # once more, by what a batch of this size really takes
-        steps = recorded.get("num_iterations")  # a resumed run keeps its schedules
-        steps = steps or steps_in(model, args.target_minutes, rows, batch_size, args.compile, expand_at)
-        flops = steps * batch_size * flops_per_token
-        horizon = plan_horizon(model.config, flops_per_token, target_flops=flops, total_batch_size=batch_size)
-        return Plan(horizon, rows, expand_at, recorded.get("target_flops", flops))
-    return Plan(horizon, rows, expand_at, args.target_flops)
+        steps = steps_in(model, args.target_minutes, rows, batch_size, args.compile, expand_at)
+        target_flops = steps * batch_size * flops_per_token
+        horizon = plan_horizon(model.config, flops_per_token, target_flops=target_flops, total_batch_size=batch_size)
+    return Plan(horizon, rows, expand_at, target_flops)
 
 
-def choose_expansion(
-    args: Arguments, recorded: dict[str, Any], model: GPT, flops_in_time: float, holds: Callable[[float], bool]
-) -> float:
+def choose_expansion(asked: float, model: GPT, flops_in_time: float, holds: Callable[[float], bool]) -> float:
     """The share of the updates in which the last block learns alone. Raises NanochatError if others would never learn.
 
-    flops_in_time: what --target-minutes allow, or 0. Models that --target-flops compares are all trained in one way.
+    asked: --expand-at; flops_in_time: what --target-minutes allow, or 0. Models that --target-flops compares are all trained
+    in one way.
     """
-    if args.expand_at >= 1:
-        raise NanochatError(f"--expand-at {args.expand_at:g} leaves no updates for the other blocks: give less than 1")
-    if args.expand_at >= 0:
-        return args.expand_at
-    if recorded:
-        return recorded.get("expand_at", 0.0)
+    if asked >= 1:
+        raise NanochatError(f"--expand-at {asked:g} leaves no updates for the other blocks: give less than 1")
+    if asked >= 0:
+        return asked
     if flops_in_time <= 0:
         return 0.0
     share = expansion_share(flops_in_time / model.estimate_flops() / model.num_scaling_params()["scaling"])
@@ -196,8 +185,8 @@ def main(argv: list[str] | None = None) -> int:
     stage = open_stage("base", args.model_tag, f"d{args.depth}", resume)
 
     # What to train, for how long, in what portions
-    args.data = args.data or stage.recorded_settings().get("data") or default_source_name()
-    source = get_source(args.data)
+    stage.adopt(args, "data", "total_batch_size", "num_iterations", "target_flops", "expand_at")
+    source = get_source(args.data or default_source_name())
     args.data = source.name  # as a path that holds wherever the next command is given
     if stage.resume_step is not None and args.tokenizer == args.defaults["tokenizer"]:
         tokenizer = Tokenizer.load(get_run_dir(stage.tag))  # the copy that the run keeps: another may have been trained since
@@ -218,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     def holds(tokens: float) -> bool:
         return on_rank0(lambda: source.holds(tokens, tokenizer))
 
-    horizon, rows, expand_at, target_flops = plan(args, stage, model, world_size, holds)
+    horizon, rows, expand_at, target_flops = plan(args, model, world_size, holds)
     bundle = find_bundle(args.eval_bundle) if args.core_metric_every > 0 else None
     decided = {
         "eval_bundle": bundle, "num_iterations": horizon.num_iterations, "total_batch_size": horizon.total_batch_size,
@@ -253,28 +242,17 @@ def main(argv: list[str] | None = None) -> int:
     def sample() -> list[dict[str, str]]:
         return continue_openings(Engine(model, tokenizer), source)
 
-    trainer = Trainer(
-        model, optimizer, loader,
-        TrainConfig(
-            num_iterations=horizon.num_iterations, total_batch_size=horizon.total_batch_size,
-            grad_accum_steps=accumulation_steps(horizon.total_batch_size, rows, args.max_seq_len, world_size),
-            warmup_steps=args.warmup_steps, warmdown_ratio=args.warmdown_ratio, final_lr_frac=args.final_lr_frac,
-            expand_at=expand_at, eval_every=args.eval_every, sample_every=args.sample_every, save_every=args.save_every,
-            keep_last=args.keep_last,
-            log_every=10 if device.type == "cuda" else 1, compile=args.compile, stage_name="pretraining",
-        ),
-        stage.directory,
-        open_metrics(stage, settings, args),
+    train_stage(
+        stage, args, settings, model, optimizer, loader,
         {
-            "model_config": asdict(config), "tokenizer": tokenizer.fingerprint(), "settings": settings,
-            "data": source.describe(), "parent": None,
+            "stage_name": "pretraining",
+            "grad_accum_steps": accumulation_steps(horizon.total_batch_size, rows, args.max_seq_len, world_size),
         },
+        {"data": source.describe(), "parent": None},
         evaluate=evaluate,
         evaluations=[(args.core_metric_every, functools.partial(evaluate_core_metric, bundle))] if bundle else [],
-        sample=None if args.fsdp else sample,  # which takes a whole model
+        sample=sample,
     )  # fmt: skip
-    go_on(trainer, stage)
-    trainer.train()
     loader.close()
     return 0
 

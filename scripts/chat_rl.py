@@ -16,14 +16,13 @@ from nanochat.chat_eval import Answering, evaluate_task
 from nanochat.checkpoint_manager import find_run, load_model
 from nanochat.common import NanochatError, compute_init, print0, run_command
 from nanochat.compilation import keep_freed_memory
-from nanochat.conversation_loader import check_mixture
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.rl import OBJECTIVES, RolloutLoader, RolloutSettings, make_policy_loss
+from nanochat.same_run import check_mixture
 from nanochat.samples import sample_answers
 from nanochat.settings import Arguments, SettingsParser
-from nanochat.stage import Stage, begin, go_on, make_model, open_metrics, open_stage, open_start, setup_optimizer
-from nanochat.trainer import TrainConfig, Trainer
+from nanochat.stage import Stage, begin, make_model, open_stage, open_start, setup_optimizer, train_stage
 from nanochat.training_flags import RATES, add_rate_arguments, add_training_arguments
 from tasks import build_judged_task
 
@@ -140,25 +139,16 @@ def main(argv: list[str] | None = None) -> int:
         engine.forget()
         return sample_answers(engine, val_task, max_tokens=args.max_new_tokens)
 
-    trainer = Trainer(
-        model, optimizer, loader,
-        TrainConfig(
-            num_iterations=num_iterations, total_batch_size=0, grad_accum_steps=loader.micro_batches, warmup_steps=0,
-            warmdown_ratio=1.0, final_lr_frac=0.0, eval_every=args.eval_every, eval_first=True,
-            sample_every=args.sample_every, save_every=args.save_every,
-            keep_last=args.keep_last, best_metric="val/pass@1", stage_name="reinforcing",
-            compile=False,  # rows of ever other lengths: the time is in the answering
-        ),
-        stage.directory,
-        open_metrics(stage, settings, args),
+    train_stage(
+        stage, args, settings, model, optimizer, loader,
         {
-            "model_config": model_config, "tokenizer": tokenizer.fingerprint(), "settings": settings,
-            "parent": parent,
+            "stage_name": "reinforcing", "total_batch_size": 0, "grad_accum_steps": loader.micro_batches, "warmup_steps": 0,
+            "warmdown_ratio": 1.0, "final_lr_frac": 0.0, "eval_first": True, "best_metric": "val/pass@1", "log_every": 1,
+            "compile": False,  # rows of ever other lengths: the time is in the answering
         },
+        {"parent": parent},
         evaluate=evaluate, sample=sample, loss_fn=loss_fn, count_fn=count_fn, step_metrics=loader.metrics,
     )  # fmt: skip
-    go_on(trainer, stage)
-    trainer.train()
     return 0
 
 

@@ -13,16 +13,16 @@ from pathlib import Path
 from nanochat.checkpoint_manager import find_run
 from nanochat.common import compute_init, from_rank0, get_base_dir, print0, run_command
 from nanochat.compilation import keep_freed_memory
-from nanochat.conversation_loader import ConversationLoader, check_answers, check_mixture, estimate_tokens
+from nanochat.conversation_loader import ConversationLoader, check_answers, estimate_tokens
 from nanochat.engine import Engine
 from nanochat.loss_eval import batches_to_validate, evaluate_bpb
 from nanochat.model_config import read_config
 from nanochat.pace import choose_device_batch_size, steps_in
+from nanochat.same_run import check_mixture
 from nanochat.samples import sample_answers
 from nanochat.scaling import accumulation_steps, fit_batch, learning_rate_scale
 from nanochat.settings import Arguments, SettingsParser
-from nanochat.stage import begin, go_on, load_optimizer, make_model, open_metrics, open_stage, open_start, setup_optimizer
-from nanochat.trainer import TrainConfig, Trainer
+from nanochat.stage import begin, load_optimizer, make_model, open_stage, open_start, setup_optimizer, train_stage
 from nanochat.training_flags import RATES, add_rate_arguments, add_training_arguments
 from tasks import build_mixture
 
@@ -107,16 +107,15 @@ def main(argv: list[str] | None = None) -> int:
         if after != before:
             print0(f"layers see {min(after)} to {max(after)} tokens back, in the base model {min(before)} to {max(before)}")
     sequence_len = model_config["sequence_len"]
-    args.tasks = from_rank0(args.tasks or stage.recorded_settings().get("tasks") or default_tasks())
+    stage.adopt(args, "tasks", "total_batch_size", "num_iterations")
+    args.tasks = from_rank0(args.tasks or default_tasks())
     train_task = build_mixture(args.tasks, "train", args.task_data)
     val_task = build_mixture(args.tasks, "val", args.task_data)
     mixture = check_mixture(stage, train_task, args.tasks)
     if mixture is None:
         return 0
     check_answers(val_task, tokenizer, sequence_len)
-    recorded = stage.recorded_settings()  # of a resumed stage, which keeps its batches and schedules
-    total_batch_size = args.total_batch_size if args.total_batch_size > 0 else recorded.get("total_batch_size", 0)
-    num_iterations = args.num_iterations if args.num_iterations > 0 else recorded.get("num_iterations", 0)
+    total_batch_size, num_iterations = max(0, args.total_batch_size), max(0, args.num_iterations)
     if not (total_batch_size and num_iterations):
         tokens_in_pass = estimate_tokens(train_task, tokenizer, sequence_len)
         together = sequence_len * world_size * max(1, args.device_batch_size)
@@ -124,8 +123,8 @@ def main(argv: list[str] | None = None) -> int:
         num_iterations = num_iterations or max(1, round(tokens_in_pass / total_batch_size))
     model = make_model(model_config, device, args, (start_dir, meta["step"]))
     rows = choose_device_batch_size(model, args.device_batch_size, total_batch_size, world_size)
-    if args.target_minutes > 0:  # stop sooner if the time is up
-        steps = recorded.get("num_iterations") or steps_in(model, args.target_minutes, rows, total_batch_size, args.compile)
+    if args.target_minutes > 0 and stage.resume_step is None:  # stop sooner if the time is up
+        steps = steps_in(model, args.target_minutes, rows, total_batch_size, args.compile)
         num_iterations = min(num_iterations, steps)
     decided = {
         **mixture, "num_iterations": num_iterations, "total_batch_size": total_batch_size, "device_batch_size": rows,
@@ -152,27 +151,15 @@ def main(argv: list[str] | None = None) -> int:
     def sample() -> list[dict[str, str]]:
         return sample_answers(Engine(model, tokenizer), val_task)  # a mixture: some of each kind
 
-    trainer = Trainer(
-        model, optimizer, loader,
-        TrainConfig(
-            num_iterations=num_iterations, total_batch_size=total_batch_size,
-            grad_accum_steps=accumulation_steps(total_batch_size, rows, sequence_len, world_size),
-            warmup_steps=args.warmup_steps, warmdown_ratio=args.warmdown_ratio, final_lr_frac=args.final_lr_frac,
-            eval_every=args.eval_every, sample_every=args.sample_every, save_every=args.save_every,
-            keep_last=args.keep_last,
-            log_every=10 if device.type == "cuda" else 1, compile=args.compile, stage_name="fine-tuning",
-        ),
-        stage.directory,
-        open_metrics(stage, settings, args),
+    train_stage(
+        stage, args, settings, model, optimizer, loader,
         {
-            "model_config": model_config, "tokenizer": tokenizer.fingerprint(), "settings": settings,
-            "parent": {"stage": "base", "step": base_step},
+            "stage_name": "fine-tuning",
+            "grad_accum_steps": accumulation_steps(total_batch_size, rows, sequence_len, world_size),
         },
-        evaluate=evaluate,
-        sample=None if args.fsdp else sample,  # which takes a whole model
+        {"parent": {"stage": "base", "step": base_step}},
+        evaluate=evaluate, sample=sample,
     )  # fmt: skip
-    go_on(trainer, stage)
-    trainer.train()
     stats = loader.stats()
     print0(
         f"{stats['conversations']:,} conversations read, {stats['truncated']:,} truncated to {sequence_len} tokens, "
