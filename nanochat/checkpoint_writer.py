@@ -6,13 +6,16 @@ thread computes nothing with torch: a second team of OpenMP threads would slow t
 
 from __future__ import annotations
 
+import contextlib
+import json
 import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nanochat.checkpoint_manager import prune, save_checkpoint
+from nanochat.checkpoint_manager import BEST_FILE, prune, save_checkpoint
+from nanochat.common import atomic_write
 
 State = dict[str, torch.Tensor]
 
@@ -67,6 +70,49 @@ class CheckpointWriter:
                 prune(self.stage_dir, step, self.keep_last, best)
         except Exception as error:  # whatever it is, it belongs to whoever waits
             self._error = error
+
+
+class Best:
+    """The saved step that was measured best: what best.json says, and what pruning spares.
+
+    metric: of an evaluation's results, what the best has the most of; with a - before it, the least.
+    """
+
+    def __init__(self, stage_dir: Path, metric: str, is_writer: bool) -> None:
+        self.path, self.is_writer = stage_dir / BEST_FILE, is_writer
+        self.name, self.sign = metric.removeprefix("-"), -1 if metric.startswith("-") else 1
+        self.record: dict[str, Any] = {}  # {"step": ..., "value": ...}, or nothing yet
+        self._before: dict[str, Any] = {}  # the one before it, should its checkpoint fail
+
+    @property
+    def step(self) -> int | None:
+        return self.record.get("step")
+
+    def note(self, step: int, results: dict[str, float]) -> None:
+        """Remember a saved step if its results are better than those before."""
+        value = results.get(self.name)
+        if value is not None and (not self.record or self.sign * value > self.sign * self.record["value"]):
+            self.record, self._before = {"step": step, "value": value}, self.record
+            self._write()
+
+    def load(self, record: dict[str, Any]) -> None:
+        """Go on from this record. What the file says may be of a later step, on another way."""
+        self.record = record
+        self._write()
+
+    def fall_back(self, steps: list[int]) -> None:
+        """Go back to the one before, or to none, if the best is not among the steps that were written."""
+        if self.record and self.step not in steps:
+            self.load(self._before if self._before.get("step") in steps else {})
+
+    def _write(self) -> None:
+        if not self.is_writer:
+            return
+        with contextlib.suppress(OSError):  # a full disk, of which the next checkpoint tells
+            if self.record:
+                atomic_write(self.path, json.dumps({"step": self.record["step"], self.name: self.record["value"]}))
+            else:
+                self.path.unlink(missing_ok=True)
 
 
 def _copy(state: State, buffers: State) -> State:

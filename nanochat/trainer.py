@@ -8,7 +8,6 @@ sample, then train, so that a crash in an evaluation costs nothing.
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,6 @@ import torch
 import torch.distributed as dist
 
 from nanochat.checkpoint_manager import (
-    BEST_FILE,
     MODEL_FILE,
     OPTIMIZER_FILE,
     CheckpointError,
@@ -29,12 +27,11 @@ from nanochat.checkpoint_manager import (
     prune,
     save_sharded,
 )
-from nanochat.checkpoint_writer import CheckpointWriter
+from nanochat.checkpoint_writer import Best, CheckpointWriter
 from nanochat.common import (
     NanochatError,
     all_or_none,
     any_rank,
-    atomic_write,
     describe_error,
     gather_objects,
     get_dist_info,
@@ -131,8 +128,7 @@ class Trainer:
         self.time_s = 0.0  # of training alone, over all sittings
         self._logged_time_s = 0.0  # as it was when the newest row was written
         self.results: dict[str, float] = {}  # of the newest evaluations
-        self.best: dict[str, Any] = {}  # {"step": ..., "value": ...} of the saved step that was measured best
-        self._best_before: dict[str, Any] = {}  # the one before it, should its checkpoint fail
+        self._best = Best(stage_dir, config.best_metric, is_writer=self.rank == 0)
         self._saved_step: int | None = None  # the newest checkpoint is of this state
         self._writer = CheckpointWriter(stage_dir, config.keep_last)
         self._pending: list[torch.Tensor] = []  # losses not yet read from the device
@@ -146,7 +142,7 @@ class Trainer:
         loader_state: this rank's loader's, if not as it is now.
         """
         return {
-            "step": self.step, "time_s": self.time_s, "results": self.results, "best": self.best,
+            "step": self.step, "time_s": self.time_s, "results": self.results, "best": self._best.record,
             "loader": gather_objects(loader_state or self.loader.state_dict()), "loss_scale": self._loss_scale.state_dict(),
         }  # fmt: skip
 
@@ -159,12 +155,10 @@ class Trainer:
             )
         self.step, self.time_s, self.results = state["step"], state["time_s"], state["results"]
         self._logged_time_s = self.time_s
-        self.best = state["best"]
         self._saved_step = self.step
         self._loss_scale.load_state_dict(state.get("loss_scale", {}))
         self.loader.load_state_dict(state["loader"])
-        if self.rank == 0:
-            self._write_best()  # what the file says may be of a later step, on another way
+        self._best.load(state["best"])  # last, since it writes
 
     def save(self, wait: bool = False, loader_state: dict[str, Any] | None = None) -> None:
         """Begin to write a checkpoint of this step; with `wait`, until it is on disk (a collective call).
@@ -185,7 +179,7 @@ class Trainer:
         def write() -> None:
             if self.rank == 0:
                 begin = self._writer.write if wait else self._writer.start
-                begin(self.step, self.model.state_dict(), optimizer_state, meta, self.best.get("step"))
+                begin(self.step, self.model.state_dict(), optimizer_state, meta, self._best.step)
 
         self._saved_step = self.step
         if wait:
@@ -199,7 +193,7 @@ class Trainer:
             states = {MODEL_FILE: self.model.state_dict(), OPTIMIZER_FILE: optimizer_state}
             save_sharded(self.stage_dir, self.step, states, meta)
             if self.rank == 0 and self.config.keep_last > 0:
-                prune(self.stage_dir, self.step, self.config.keep_last, self.best.get("step"))
+                prune(self.stage_dir, self.step, self.config.keep_last, self._best.step)
             self._saved_step = self.step
         except (OSError, NanochatError) as error:
             if wait:
@@ -211,10 +205,7 @@ class Trainer:
             self._writer.wait()
         except OSError as error:
             self.progress.print(f"{NOT_SAVED} {describe_error(error)}")
-            steps = list_steps(self.stage_dir)
-            if self.best and self.best["step"] not in steps:
-                self.best = self._best_before if self._best_before.get("step") in steps else {}
-                self._write_best()
+            self._best.fall_back(list_steps(self.stage_dir))
 
     def _save_before_leaving(self, loader_state: dict[str, Any] | None = None) -> None:
         if self.step > 0 and self.step != self._saved_step:
@@ -440,29 +431,11 @@ class Trainer:
             raise
         self.model.train()
         self.results = {**self.results, **results}
-        self._note_best(results)  # first: once its row is there, an evaluation is not made again
+        if self.step == self._saved_step:
+            self._best.note(self.step, results)  # first: once its row is there, an evaluation is not made again
         self.metrics.log({"step": self.step, "time_s": round(self.time_s, 4), **results})
         text = ", ".join(f"{name} {value:.4f}" for name, value in results.items())
         self.progress.print(f"step {self.step}: {text}")
-
-    def _note_best(self, results: dict[str, float]) -> None:
-        """Remember this step if it is saved and better than those before; best.json says so."""
-        name = self.config.best_metric.removeprefix("-")
-        sign = -1 if self.config.best_metric.startswith("-") else 1
-        if name not in results or self.step != self._saved_step:
-            return
-        if not self.best or sign * results[name] > sign * self.best["value"]:
-            self.best, self._best_before = {"step": self.step, "value": results[name]}, self.best
-            if self.rank == 0:
-                self._write_best()
-
-    def _write_best(self) -> None:
-        with contextlib.suppress(OSError):  # a full disk, of which the next checkpoint tells
-            if self.best:
-                name = self.config.best_metric.removeprefix("-")
-                atomic_write(self.stage_dir / BEST_FILE, json.dumps({"step": self.best["step"], name: self.best["value"]}))
-            else:
-                (self.stage_dir / BEST_FILE).unlink(missing_ok=True)
 
     def _sample(self) -> None:
         """Show what the model writes. Rank 0 alone; the others wait at the next collective."""
