@@ -44,7 +44,7 @@ def plot(curves: dict[int, list[dict]], path: Path) -> None:
     for seed, rows in curves.items():
         rewards = [(row["step"], row["rl/reward"]) for row in rows if "rl/reward" in row]
         passed = [(row["step"], row["val/pass@1"]) for row in rows if "val/pass@1" in row]
-        axes[0].plot([step for step, _ in rewards], smooth([value for _, value in rewards], 0.8), label=f"seed {seed}")
+        axes[0].plot([step for step, _ in rewards], smooth([value for _, value in rewards]), label=f"seed {seed}")
         axes[1].plot(*zip(*passed, strict=True), marker="o", label=f"seed {seed}")
     axes[0].set(title="reward of the update's answers (smoothed)", xlabel="update", ylim=(0, 1))
     axes[1].set(title="pass@1 on problems never seen", xlabel="update")

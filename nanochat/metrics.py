@@ -131,16 +131,7 @@ def series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float
     return [row["step"] for row in chosen], [row[name] for row in chosen]
 
 
-def smooth(values: list[float], decay: float = 0.95) -> list[float]:
-    """An exponential mean of the values so far, without a bias towards the first."""
-    mean, weight, result = 0.0, 0.0, []
-    for value in values:
-        mean, weight = decay * mean + (1 - decay) * value, decay * weight + (1 - decay)
-        result.append(mean / weight)
-    return result
-
-
-def smooth_for_picture(values: list[float]) -> list[float]:
+def smooth(values: list[float]) -> list[float]:
     """The mean around each value, nearer ones counting more: it neither lags behind nor leads, nor sways at the ends."""
     decay = min(0.95, 1 - 8 / (len(values) + 8))
 

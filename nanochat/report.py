@@ -37,7 +37,7 @@ from nanochat.common import NanochatError, atomic_write, run_command
 from nanochat.cpu import cpu_name
 from nanochat.eval_results import read_eval, read_json
 from nanochat.gpt import GPT
-from nanochat.metrics import METRICS_FILE, read_metrics, series, smooth_for_picture
+from nanochat.metrics import METRICS_FILE, read_metrics, series, smooth
 from nanochat.model_config import read_config
 from nanochat.plots import Bar, Curve, Panel, Shares, draw_bars, draw_panel, draw_shares, save_png, to_svg
 from nanochat.progress import format_seconds
@@ -252,7 +252,7 @@ def _make_panel(kind: str, names: Sequence[str], rows: list[dict[str, Any]]) -> 
         steps, values = series(rows, name)
         values = [value * shown.scale for value in values]
         label = f"{name.partition('/')[2]} {values[-1]:.3f}"
-        smoothed = smooth_for_picture(values) if shown.noisy else values
+        smoothed = smooth(values) if shown.noisy else values
         curves.append(Curve(label, steps, smoothed, values if shown.noisy else None, dots=kind.startswith("val/")))
     title = shown.title
     if kind.startswith("val/") and len(curves) == 1:

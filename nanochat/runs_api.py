@@ -89,7 +89,7 @@ def describe_stage(stage_dir: Path, stamp: tuple[tuple[int, int], ...]) -> dict[
 def _curve(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
     """A series with its title and [[step, value], ...], thinned to what a screen shows; the last point is always there."""
     shown, (steps, values) = quantity(name), series(rows, name)
-    values = [value * shown.scale for value in (smooth(values, decay=0.9) if shown.noisy else values)]
+    values = [value * shown.scale for value in (smooth(values) if shown.noisy else values)]
     title = shown.title + (f", {name.partition('/')[2]}" if kind_of(name).endswith("@*") else "")
     points = [[steps[i], values[i]] for i in thinned(len(steps), MAX_POINTS)]
     return {"name": name, "title": f"{title} (smoothed)" if shown.noisy else title, "points": points}

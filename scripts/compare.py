@@ -23,7 +23,7 @@ from rich.table import Table
 from nanochat.checkpoint_manager import SETTINGS_FILE, STAGES, get_runs_dir
 from nanochat.common import NanochatError, run_command
 from nanochat.eval_results import read_eval, read_json
-from nanochat.metrics import METRICS_FILE, read_metrics, series, smooth_for_picture
+from nanochat.metrics import METRICS_FILE, read_metrics, series, smooth
 from nanochat.plots import Bar, Curve, Panel, draw_bars, draw_panel, to_svg
 from nanochat.progress import format_seconds
 from nanochat.quantities import kind_of, quantity
@@ -137,7 +137,7 @@ def final_numbers(runs: list[Run]) -> list[list[str]]:
         "tokens": last("train/tokens", ",.0f"),
         "FLOPs": last("train/flops", ".3g"),
         "time": lambda run: format_seconds(run.rows[-1]["time_s"]),
-        "training loss, smoothed": lambda run: f"{smooth_for_picture(run.values('train/loss'))[-1]:.4f}",
+        "training loss, smoothed": lambda run: f"{smooth(run.values('train/loss'))[-1]:.4f}",
         "validation bits per byte": last("val/bpb", ".4f"),
         "the best of them": lambda run: f"{min(run.values('val/bpb')):.4f}",
         "reward": last("rl/reward", ".3f"),
@@ -197,7 +197,7 @@ def draw_curves(runs: list[Run], x: str) -> list[Picture]:
                 steps, values = series(run.rows, name)
                 if values:
                     label = run.name if len(members) == 1 else f"{run.name} {name.partition('/')[2]}"
-                    y = smooth_for_picture(values) if shown.noisy else values
+                    y = smooth(values) if shown.noisy else values
                     curves.append(Curve(label, over(x, run, steps), y, dots=not shown.noisy, color=color))
         if not curves:
             continue

@@ -16,7 +16,7 @@ import pytest
 from nanochat import loggers, metrics
 from nanochat.common import NanochatError
 from nanochat.loggers import LOGGERS, LoggedRun
-from nanochat.metrics import MetricsLog, read_metrics, smooth, smooth_for_picture
+from nanochat.metrics import MetricsLog, read_metrics, smooth
 from nanochat.stage import Stage, open_metrics
 from scripts.base_train import parse_arguments
 
@@ -99,17 +99,12 @@ def test_only_rank_0_writes_metrics(tmp_path: Path) -> None:
     assert not (tmp_path / "stage").exists()
 
 
-def test_smoothing_has_no_bias_and_keeps_constants() -> None:
-    assert smooth([3.0] * 5) == pytest.approx([3.0] * 5)
-    assert smooth([4.0, 0.0])[0] == 4.0
-    assert smooth([]) == smooth_for_picture([]) == []
-
-
 def test_a_smoothed_picture_neither_lags_nor_leads() -> None:
     values = [math.sin(i) + i / 10 for i in range(200)]
-    smoothed = smooth_for_picture(values)
-    assert smooth_for_picture(values[::-1]) == pytest.approx(smoothed[::-1])
-    assert smooth_for_picture([3.0] * 50) == pytest.approx([3.0] * 50)
+    smoothed = smooth(values)
+    assert smooth(values[::-1]) == pytest.approx(smoothed[::-1])
+    assert smooth([]) == []
+    assert smooth([3.0] * 50) == pytest.approx([3.0] * 50)
     assert smoothed[100] == pytest.approx(10.0, abs=0.2)  # on the line that the values sway about
 
 
