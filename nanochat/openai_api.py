@@ -1,7 +1,7 @@
 """OpenAI's chat and completion API as data: what requests may say, and what replies and errors look like.
 
 Extensions have the names that vLLM gave them (top_k, min_p, repetition_penalty); what is ours alone stands under the key
-"nanochat". Used by server.py, service.py and runs_api.py. Nothing here listens, waits or computes.
+"nanochat". Used by server.py, streams.py, service.py and runs_api.py. Nothing here listens, waits or computes.
 """
 
 from __future__ import annotations
@@ -291,7 +291,7 @@ class Reply:
         """One server-sent event. "usage" is there if it was asked for: null before the last one, as with OpenAI."""
         name = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
         more = {"usage": total} if self.include_usage else {}
-        return f"data: {json.dumps(self._frame(name, choices=choices, **more))}\n\n"
+        return as_event(self._frame(name, choices=choices, **more))
 
     # ------------------------------------------------------------------------- choices
 
@@ -362,6 +362,11 @@ class Reply:
         ]
         values = [None if entry is None else entry.logprob for entry in logprobs]
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": top, "text_offset": offsets}
+
+
+def as_event(content: dict[str, Any]) -> str:
+    """Server-sent, JSON."""
+    return f"data: {json.dumps(content)}\n\n"
 
 
 class TextOffsets:

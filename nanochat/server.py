@@ -1,23 +1,23 @@
 """The HTTP server: OpenAI's API, the public guide's chat stream, the pages, health and metrics. Used by scripts/chat_web.py.
 
-The event loop only passes text on; models run in the threads of service.py. To add an endpoint, write a route in
-one of the functions `_add_..._routes`; to add a limit, see `service.Limits`; guard.py is what every request passes first.
+The event loop only passes text on; models run in the threads of service.py. To add an endpoint, write a route in one of the
+functions `_add_..._routes`, and a generator in streams.py if it streams; to add a limit, see `service.Limits`; guard.py is
+what every request passes first.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -32,27 +32,21 @@ from nanochat.openai_api import (
     MAX_MESSAGES,
     ChatRequest,
     CompletionRequest,
-    Parts,
     Reply,
     RequestError,
-    TextOffsets,
     TokenId,
-    aligned,
     check_prompt,
     check_tokens,
     explain,
-    finish_reason,
-    spoken,
     token_text,
-    usage,
 )
 from nanochat.openai_api import Message as ChatMessage
 from nanochat.runs_api import add_run_routes
-from nanochat.scheduler import Sequence, TokenLogprob
+from nanochat.scheduler import Sequence
 from nanochat.service import ChatDefaults, Limits, Service, Ticket
+from nanochat.streams import chat_chunks, completion_chunks, guide_events, stream
 from nanochat.trimming import trim_conversation
 
-STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; style-src 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -132,8 +126,8 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
             reply.extra = {"dropped_turns": dropped}
             headers["X-Nanochat-Dropped-Turns"] = str(dropped)
         if request.stream:
-            return _stream(ticket, _chat_chunks(service, ticket, reply), headers)
-        await _wait_until_done(ticket, http, service.limits.request_timeout_s)
+            return stream(ticket, chat_chunks(ticket, reply), headers)
+        await _wait_until_done(ticket, http)
         return await _write(lambda: reply.chat(ticket.sequences), headers)
 
     @app.post("/v1/completions", response_model=None)
@@ -151,8 +145,8 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
         ticket = service.submit(sequences)
         reply = Reply("completion", service.model_name, service.tokenizer, request.include_usage)
         if request.stream:
-            return _stream(ticket, _completion_chunks(service, ticket, reply, len(prompts)))
-        await _wait_until_done(ticket, http, service.limits.request_timeout_s)
+            return stream(ticket, completion_chunks(ticket, reply, len(prompts)))
+        await _wait_until_done(ticket, http)
         added_bos = [added for _, added in prompts]
         return await _write(lambda: reply.completions(ticket.sequences, bool(request.echo), added_bos))
 
@@ -165,7 +159,7 @@ def _add_chat_routes(app: FastAPI, service: Service, defaults: dict[str, Any]) -
         request = request.model_copy(update={**given, "n": 1})
         prompt, dropped = await _render(service, request)
         ticket = _submit_chat(service, request, prompt)
-        return _stream(ticket, _guide_events(service, ticket, dropped))
+        return stream(ticket, guide_events(ticket, service.tokenizer, dropped))
 
     @app.post("/tokenize", response_model=None)
     async def tokenize(request: TokenizeRequest) -> Response:
@@ -253,11 +247,11 @@ async def _write(make: Callable[[], dict[str, Any]], headers: dict[str, str] | N
     return await asyncio.to_thread(lambda: JSONResponse(make(), headers=headers))
 
 
-async def _wait_until_done(ticket: Ticket, http: Request, timeout_s: float) -> None:
+async def _wait_until_done(ticket: Ticket, http: Request) -> None:
     """A client that goes away frees its texts at once."""
 
     async def wait() -> None:
-        async for _ in ticket.updates(timeout_s):
+        async for _ in ticket.updates():
             pass
 
     waiting, leaving = asyncio.create_task(wait()), asyncio.create_task(_disconnect(http))
@@ -275,129 +269,6 @@ async def _wait_until_done(ticket: Ticket, http: Request, timeout_s: float) -> N
 async def _disconnect(http: Request) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
-
-
-# ----------------------------------------------------------------------------- streams
-
-
-def _stream(ticket: Ticket, events: AsyncIterator[str], headers: dict[str, str] | None = None) -> StreamingResponse:
-    headers = {**STREAM_HEADERS, **(headers or {})}
-    return StreamingResponse(_until_left(ticket, events), media_type="text/event-stream", headers=headers)
-
-
-async def _until_left(ticket: Ticket, events: AsyncIterator[str]) -> AsyncIterator[str]:
-    """A failure in the middle of a stream becomes its last event; a client that leaves frees its texts."""
-    try:
-        async for event in events:
-            yield event
-    except RequestError as error:
-        yield f"data: {json.dumps(error.body())}\n\n"
-    finally:
-        ticket.cancel()
-
-
-class News(NamedTuple):
-    """What is new in a text."""
-
-    pieces: list[tuple[str, str]]
-    tokens: list[int]
-    logprobs: list[TokenLogprob | None]  # of the tokens: None for those that a tool forced, and where nobody asked
-    last: bool
-
-
-class Reader:
-    """Where a stream stands in one text. Everything new is read at once, so a slow client gets fewer, larger pieces."""
-
-    def __init__(self, sequence: Sequence) -> None:
-        self.sequence, self.parts = sequence, Parts()
-        self.pieces = self.sampled = 0
-        self.ended = False
-
-    def read(self) -> News | None:
-        """None if there is nothing new."""
-        sequence, begin = self.sequence, self.pieces
-        last = sequence.finish_reason not in (None, "error")  # of an error the ticket tells
-        if self.ended or (len(sequence.pieces) == begin and not last):
-            return None
-        self.ended = last
-        pieces = sequence.pieces[begin:]
-        self.pieces += len(pieces)
-        tokens, masks = sequence.tokens[begin : self.pieces], sequence.masks[begin : self.pieces]
-        logprobs = aligned(sequence.logprobs[self.sampled :], masks)
-        self.sampled += sum(masks)
-        return News(pieces, tokens, logprobs, last)
-
-    def with_stop_token(self, news: News) -> tuple[list[int], list[TokenLogprob | None]]:
-        """(tokens, log-probabilities) of a completion, whose last news have those of the token that ended it, too."""
-        stop_token = self.sequence.stop_token
-        if not news.last or stop_token is None:
-            return news.tokens, news.logprobs
-        return [*news.tokens, stop_token], [*news.logprobs, *aligned(self.sequence.logprobs[self.sampled :], [1])]
-
-
-async def _chat_chunks(service: Service, ticket: Ticket, reply: Reply) -> AsyncIterator[str]:
-    readers = [Reader(sequence) for sequence in ticket.sequences]
-    first = {"role": "assistant", "content": ""}
-    for i in range(len(readers)):
-        yield reply.chunk([{"index": i, "delta": first, "logprobs": None, "finish_reason": None}])
-    async for _ in ticket.updates(service.limits.request_timeout_s):
-        for i, reader in enumerate(readers):
-            if (news := reader.read()) is None:
-                continue
-            logprobs = [entry for entry in news.logprobs if entry is not None]
-            if (parts := reader.parts.of(news.pieces)) or logprobs:
-                yield reply.chunk([reply.chat_delta(i, reader.sequence, parts, logprobs, False)])
-            if news.last:
-                yield reply.chunk([reply.chat_delta(i, reader.sequence, [], [], True)])
-    if reply.include_usage:
-        yield reply.chunk([], usage(ticket.sequences, 1))
-    yield "data: [DONE]\n\n"
-
-
-async def _completion_chunks(service: Service, ticket: Ticket, reply: Reply, prompts: int) -> AsyncIterator[str]:
-    readers = [Reader(sequence) for sequence in ticket.sequences]
-    offsets = [TextOffsets(service.tokenizer) for _ in readers]
-    async for _ in ticket.updates(service.limits.request_timeout_s):
-        for i, (reader, places) in enumerate(zip(readers, offsets, strict=True)):
-            if (news := reader.read()) is None:
-                continue
-            text, content = spoken(news.pieces), None
-            if reader.sequence.params.logprobs is not None:
-                tokens, logprobs = reader.with_stop_token(news)
-                content = reply.completion_logprobs(logprobs, tokens, places.of(tokens))
-            if text or news.last or (content and content["tokens"]):
-                reason = finish_reason(reader.sequence) if news.last else None
-                yield reply.chunk([{"index": i, "text": text, "logprobs": content, "finish_reason": reason}])
-    if reply.include_usage:
-        yield reply.chunk([], usage(ticket.sequences, prompts))
-    yield "data: [DONE]\n\n"
-
-
-async def _guide_events(service: Service, ticket: Ticket, dropped: int) -> AsyncIterator[str]:
-    """Text by the type of its part; with logprobs also every token, its probability and the alternatives."""
-    (sequence,) = ticket.sequences
-    reader, tokenizer = Reader(sequence), service.tokenizer
-    if dropped:
-        yield f"data: {json.dumps({'dropped_turns': dropped})}\n\n"
-    async for _ in ticket.updates(service.limits.request_timeout_s):
-        if (news := reader.read()) is None:
-            continue
-        for part in reader.parts.of(news.pieces):
-            yield f"data: {json.dumps({'token': part.pop('text'), 'part': part.pop('type'), **part})}\n\n"
-        if sequence.params.logprobs is not None:
-            tokens = [
-                {
-                    "text": token_text(tokenizer, token),
-                    "logprob": entry and entry.logprob,
-                    "top": [[token_text(tokenizer, other), value] for other, value in entry.top] if entry else [],
-                }
-                for token, entry in zip(news.tokens, news.logprobs, strict=True)
-            ]
-            if tokens:
-                yield f"data: {json.dumps({'tokens': tokens})}\n\n"
-        if news.last:
-            done = {"done": True, "finish_reason": sequence.finish_reason, "usage": usage([sequence], 1)}
-            yield f"data: {json.dumps(done)}\n\n"
 
 
 # ----------------------------------------------------------------------------- pages and errors

@@ -1,7 +1,7 @@
 """What stands between HTTP and the engines: a bounded queue, one model thread for each device, news for the event loop.
 
 A Ticket is one request's texts. Engines write to them in their threads; the event loop is told, at most once a step, that
-there is something to read, whatever the number of texts. Used by server.py.
+there is something to read, whatever the number of texts. Used by server.py and streams.py.
 """
 
 from __future__ import annotations
@@ -105,11 +105,12 @@ class Ticket:
     def done(self) -> bool:
         return all(sequence.finish_reason is not None for sequence in self.sequences)
 
-    async def updates(self, timeout_s: float) -> AsyncIterator[None]:
+    async def updates(self) -> AsyncIterator[None]:
         """Yields whenever there is something new to read, the last time when all is done.
 
-        Raises RequestError if a text fails or takes longer than timeout_s.
+        Raises RequestError if a text fails or takes longer than Limits.request_timeout_s.
         """
+        timeout_s = self._worker.service.limits.request_timeout_s
         deadline = self.loop.time() + timeout_s
         done = False
         while not done:
