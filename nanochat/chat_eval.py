@@ -11,7 +11,7 @@ import itertools
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,8 @@ import torch.distributed as dist
 from nanochat.common import all_or_none, append_json_lines, gather_objects, get_dist_info, print0, read_json_lines
 from nanochat.cpu import usable_cores
 from nanochat.engine import Engine
+from nanochat.sampling import SamplingParams
+from nanochat.scheduler import Sequence
 from nanochat.scores import centered_mean, pass_at_k, wilson_interval
 from nanochat.tokenizer import as_text
 from nanochat.trimming import trim_prompt
@@ -169,10 +171,11 @@ def _digest(problem: Conversation) -> str:
 def _generate(engine: Engine, prompts: list[list[int]], numbers: list[int], answering: Answering) -> list[list[str]]:
     """num_samples answers to each prompt; those to problem i are drawn with seeds of its own."""
     n = answering.num_samples
-    rows = engine.complete(
-        [prompt for prompt in prompts for _ in range(n)], max_tokens=answering.max_tokens,
-        temperature=answering.temperature, top_k=answering.top_k, seed=[n * i + k for i in numbers for k in range(n)],
-    )  # fmt: skip
+    params = SamplingParams(answering.temperature, answering.top_k, max_tokens=answering.max_tokens)
+    rows = [
+        Sequence(prompt, replace(params, seed=n * i + k)) for prompt, i in zip(prompts, numbers, strict=True) for k in range(n)
+    ]
+    engine.run(rows)
     texts = [engine.tokenizer.decode(row.tokens) for row in rows]
     return [texts[i : i + n] for i in range(0, len(texts), n)]
 

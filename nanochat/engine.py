@@ -1,6 +1,6 @@
 """Batched generation with a cache and tools: the facade that CLI, server, evaluation and RL share.
 
-An Engine is a model with a Scheduler. `generate`, `generate_batch` and `complete` run it in the caller's thread until
+An Engine is a model with a Scheduler. `generate`, `generate_batch`, `complete` and `run` work in the caller's thread until
 their own texts are done; a server gives the thread to `EngineThread` and only submits and cancels.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import replace
 
 import torch
 
@@ -69,7 +69,8 @@ class Engine:
         The mask is 0 for tokens that a tool forced. A sample that is done repeats its last token, which is the stop
         token if one ended it. Sample i is drawn with seed + i, whatever the others are.
         """
-        sequences = self._sequences([tokens] * num_samples, max_tokens, temperature, top_k, seed)
+        params = SamplingParams(temperature, top_k or 0, seed=seed, max_tokens=max_tokens)
+        sequences = _sequences([tokens] * num_samples, params)
         shown = 0
         try:
             for _ in self._run(sequences):
@@ -81,26 +82,24 @@ class Engine:
             self._abandon(sequences)
 
     def generate_batch(
-        self, tokens: list[int], num_samples: int = 1, **settings: Any
-    ) -> tuple[list[list[int]], list[list[int]]]:
-        """(results, masks): whole sequences, the prompt included (with mask 0), the stop token left out."""
-        rows = self.complete([tokens] * num_samples, **settings)
-        return [row.prompt + row.tokens for row in rows], [[0] * len(row.prompt) + row.masks for row in rows]
-
-    def complete(
         self,
-        prompts: list[list[int]],
+        tokens: list[int],
+        num_samples: int = 1,
         max_tokens: int | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
-        seed: int | list[int] = 42,
-        policy_logprobs: bool = False,
-    ) -> list[Sequence]:
-        """Continue many prompts, of any number and lengths; prompt i is sampled with seed[i], or seed + i.
+        seed: int = 42,
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """(results, masks): whole sequences, the prompt included (with mask 0), the stop token left out."""
+        params = SamplingParams(temperature, top_k or 0, seed=seed, max_tokens=max_tokens)
+        rows = self.complete([tokens] * num_samples, params)
+        return [row.prompt + row.tokens for row in rows], [[0] * len(row.prompt) + row.masks for row in rows]
 
-        policy_logprobs: see SamplingParams.
-        """
-        sequences = self._sequences(prompts, max_tokens, temperature, top_k, seed, policy_logprobs)
+    # ------------------------------------------------------------------------- running
+
+    def complete(self, prompts: list[list[int]], params: SamplingParams) -> list[Sequence]:
+        """Continue many prompts, of any number and lengths; prompt i is sampled with params.seed + i."""
+        sequences = _sequences(prompts, params)
         self.run(sequences)
         return sequences
 
@@ -111,24 +110,6 @@ class Engine:
                 pass
         finally:
             self._abandon(sequences)
-
-    # ------------------------------------------------------------------------- running
-
-    def _sequences(
-        self,
-        prompts: list[list[int]],
-        max_tokens: int | None,
-        temperature: float,
-        top_k: int | None,
-        seed: int | list[int],
-        policy_logprobs: bool = False,
-    ) -> list[Sequence]:
-        seeds = seed if isinstance(seed, list) else range(seed, seed + len(prompts))
-        params = [
-            SamplingParams(temperature, top_k or 0, seed=own_seed, max_tokens=max_tokens, policy_logprobs=policy_logprobs)
-            for own_seed in seeds
-        ]
-        return [Sequence(prompt, own_params) for prompt, own_params in zip(prompts, params, strict=True)]
 
     def _run(self, sequences: list[Sequence]) -> Iterator[None]:
         """Step until all of these are done; yields after each step."""
@@ -241,6 +222,10 @@ class EngineThread:
     def _tell(self) -> None:
         if self.after_step is not None:
             self.after_step()
+
+
+def _sequences(prompts: list[list[int]], params: SamplingParams) -> list[Sequence]:
+    return [Sequence(prompt, replace(params, seed=params.seed + i)) for i, prompt in enumerate(prompts)]
 
 
 def _columns(sequences: list[Sequence]) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from nanochat.cross_entropy import token_losses
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, LOGIT_CAP
 from nanochat.lanes import epoch_order
+from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Sequence as Answer
 from nanochat.trimming import trim_prompt
 
@@ -150,12 +151,14 @@ class RolloutLoader:
         prompts = [engine.tokenizer.render_for_completion(problem) for problem in problems]
         engine.forget()  # the weights have changed since the last update
         engine.model.eval()
+        params = SamplingParams(settings.temperature, settings.top_k, max_tokens=settings.max_tokens, policy_logprobs=True)
         # One place in the run, one seed: whatever the number of ranks, an answer is drawn with the same numbers.
-        seeds = [(settings.seed << 40) + n * place + k for place, _ in chosen for k in range(n)]
-        answers = engine.complete(
-            [trim_prompt(prompt, most) for prompt in prompts for _ in range(n)], max_tokens=settings.max_tokens,
-            temperature=settings.temperature, top_k=settings.top_k, seed=seeds, policy_logprobs=True,
-        )  # fmt: skip
+        answers = [
+            Answer(trim_prompt(prompt, most), replace(params, seed=(settings.seed << 40) + n * place + k))
+            for (place, _), prompt in zip(chosen, prompts, strict=True)
+            for k in range(n)
+        ]
+        engine.run(answers)
         engine.model.train()
         with ThreadPoolExecutor(usable_cores()) as pool:  # judging may mean to run a program
             texts = [engine.tokenizer.decode(answer.tokens) for answer in answers]

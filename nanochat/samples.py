@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from nanochat.dataset import Source
 from nanochat.engine import Engine
+from nanochat.sampling import SamplingParams
 from nanochat.tokenizer import as_text
 from nanochat.trimming import trim_prompt
 
@@ -24,7 +25,7 @@ def continue_openings(
     openings = [tokenizer.encode(" ".join(text.split()[:6])) for text in texts]
     most = min(64, engine.model.config.sequence_len // 2)  # where no spaces part words, six are whole paragraphs
     prompts = [[tokenizer.get_bos_token_id(), *opening[:most]] for opening in openings]
-    rows = engine.complete(prompts, max_tokens=max_tokens, temperature=temperature)
+    rows = engine.complete(prompts, SamplingParams(temperature, max_tokens=max_tokens))
     return [
         {"prompt": tokenizer.decode(prompt[1:]), "text": tokenizer.decode(row.tokens)}
         for prompt, row in zip(prompts, rows, strict=True)
@@ -39,7 +40,7 @@ def sample_answers(engine: Engine, task: Task, count: int = 4, max_tokens: int =
     openings = [list(itertools.takewhile(lambda message: message["role"] != "assistant", e["messages"])) for e in chosen]
     most = max(1, engine.model.config.sequence_len - max_tokens)
     prompts = [trim_prompt(engine.tokenizer.render_for_completion({"messages": opening}), most) for opening in openings]
-    rows = engine.complete(prompts, max_tokens=max_tokens, temperature=0)
+    rows = engine.complete(prompts, SamplingParams(0, max_tokens=max_tokens))
     return [
         {"prompt": as_text(opening[-1]["content"]), "text": engine.tokenizer.decode(row.tokens)}
         for opening, row in zip(openings, rows, strict=True)

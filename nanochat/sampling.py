@@ -1,6 +1,6 @@
 """Logits to tokens: what a request may ask of sampling, and drawing for many requests at once.
 
-Used by scheduler.py; its settings by engine.py, openai_api.py and chat_web.
+Used by scheduler.py; its settings by all who have texts continued.
 
 A row's token depends on its own logits, settings and random numbers alone, whoever else is in the batch: every
 restriction (top-k, top-p, min-p) becomes one threshold on the row's logits, which does not depend on how equal logits

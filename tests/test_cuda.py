@@ -358,8 +358,8 @@ def test_greedy_equals_plain_generation(engine: Engine, tokenizer: Tokenizer, co
     assert not compiled or engine.compile() is None
     prompts = _prompts(tokenizer)
     expected = [list(engine.model.generate(prompt, 60, temperature=0)) for prompt in prompts]
-    assert [row.tokens for row in engine.complete(prompts, max_tokens=60, temperature=0)] == expected
-    assert [engine.complete([prompt], max_tokens=60, temperature=0)[0].tokens for prompt in prompts] == expected
+    assert [row.tokens for row in engine.complete(prompts, SamplingParams(0, max_tokens=60))] == expected
+    assert [engine.complete([prompt], SamplingParams(0, max_tokens=60))[0].tokens for prompt in prompts] == expected
     assert not compiled or engine.scheduler.runner._graphs
 
 

@@ -106,7 +106,7 @@ def test_streaming_gives_what_the_batch_gives(engine: Engine, tokenizer: Tokeniz
 
 def test_stop_tokens_end_a_row_and_the_rest_go_on(engine: Engine, tokenizer: Tokenizer) -> None:
     engine.scheduler.stop_ids = set(range(0, 400, 7))
-    rows = engine.complete(_prompts(tokenizer) * 3, max_tokens=40, temperature=1.0)
+    rows = engine.complete(_prompts(tokenizer) * 3, SamplingParams(max_tokens=40))
     assert {row.finish_reason for row in rows} >= {"stop"}
     assert len({len(row.tokens) for row in rows}) > 1
     for row in rows:
@@ -117,13 +117,13 @@ def test_stop_tokens_end_a_row_and_the_rest_go_on(engine: Engine, tokenizer: Tok
 def test_generation_ends_with_the_context(engine: Engine, tokenizer: Tokenizer) -> None:
     engine.scheduler.stop_ids = set()
     prompt = [tokenizer.get_bos_token_id()] * 505
-    (row,) = engine.complete([prompt], temperature=0)
+    (row,) = engine.complete([prompt], SamplingParams(0))
     assert row.finish_reason == "context"
     assert len(row.prompt) + len(row.tokens) == 512
     with pytest.raises(NanochatError, match="leaves no room"):
-        engine.complete([prompt * 2])
+        engine.complete([prompt * 2], SamplingParams())
     with pytest.raises(NanochatError, match="empty prompt"):
-        engine.complete([prompt, []])
+        engine.complete([prompt, []], SamplingParams())
     assert engine.scheduler.is_idle and not engine.scheduler.num_waiting  # the first is not left behind
     with pytest.raises(NanochatError, match="top_p cannot be 0"):
         SamplingParams(top_p=0)
@@ -208,7 +208,7 @@ def test_logprobs_of_the_prompt(engine: Engine, tokenizer: Tokenizer) -> None:
     """Over several chunks, also where nothing is generated, and where the prompt's blocks are known already."""
     engine.scheduler.chunk = 16
     prompt = _prompts(tokenizer)[1][:50]
-    engine.complete([prompt], max_tokens=2)
+    engine.complete([prompt], SamplingParams(max_tokens=2))
     with torch.no_grad():
         expected = engine.model(torch.tensor([prompt]))[0].log_softmax(-1)
     for max_tokens in (0, 3):
@@ -235,7 +235,7 @@ def test_shared_prefixes_are_computed_once(engine: Engine, tokenizer: Tokenizer,
     )
     assert engine.generate_batch(second, max_tokens=10, temperature=0) == fresh
     assert computed == [len(second) - 48]  # three blocks of 16 are shared, the fourth is not full
-    (row,) = engine.complete([second], max_tokens=10, temperature=0)
+    (row,) = engine.complete([second], SamplingParams(0, max_tokens=10))
     assert row.cached_tokens == 48
 
 
@@ -253,11 +253,11 @@ def test_the_longest_unused_block_is_reused_first() -> None:
 
 
 def test_a_conversation_goes_on_from_its_last_turn(engine: Engine, tokenizer: Tokenizer) -> None:
-    (turn,) = engine.complete([_prompts(tokenizer)[3]], max_tokens=100, temperature=0)
+    (turn,) = engine.complete([_prompts(tokenizer)[3]], SamplingParams(0, max_tokens=100))
     longer = turn.prompt + turn.tokens + [5, 6, 7]
-    (next_turn,) = engine.complete([longer], max_tokens=5, temperature=0)
+    (next_turn,) = engine.complete([longer], SamplingParams(0, max_tokens=5))
     assert next_turn.cached_tokens >= len(longer) - 3 - 16
-    fresh = Engine(engine.model, tokenizer).complete([longer], max_tokens=5, temperature=0)[0]
+    fresh = Engine(engine.model, tokenizer).complete([longer], SamplingParams(0, max_tokens=5))[0]
     assert next_turn.tokens == fresh.tokens
 
 
@@ -285,7 +285,7 @@ def test_an_engine_leaves_nothing_behind(engine: Engine, tokenizer: Tokenizer) -
     gc.disable()
     try:
         other = Engine(engine.model, tokenizer)
-        other.complete(_prompts(tokenizer), max_tokens=3)
+        other.complete(_prompts(tokenizer), SamplingParams(max_tokens=3))
         keys = weakref.ref(other.scheduler.runner.memory.keys[0])
         del other
         assert keys() is None
@@ -439,10 +439,10 @@ def test_compiled_decoding_gives_the_same_texts(tokenizer: Tokenizer) -> None:
         pytest.skip(f"nothing compiles here: {reason}")
     model = make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=512)
     prompts = [prompt[:n] for prompt in _prompts(tokenizer) for n in range(2, 10)]
-    plain = Engine(model, tokenizer).complete(prompts, max_tokens=40, temperature=0)
+    plain = Engine(model, tokenizer).complete(prompts, SamplingParams(0, max_tokens=40))
     engine = Engine(model, tokenizer)
     assert engine.compile() is None
-    compiled = engine.complete(prompts, max_tokens=40, temperature=0)
+    compiled = engine.complete(prompts, SamplingParams(0, max_tokens=40))
     assert [row.tokens for row in compiled] == [row.tokens for row in plain]
     runner = engine.scheduler.runner
     runner.table[:32] = torch.arange(32)[:, None] + 1
@@ -465,7 +465,7 @@ def test_int8_weights_are_near_the_exact_ones(tokenizer: Tokenizer) -> None:
     assert not torch.equal(a, b)
     matrices = rounded.blocks[0].mlp.c_fc
     assert matrices.weight.dtype == torch.int8
-    (row,) = Engine(rounded, tokenizer).complete([[1, 2, 3]], max_tokens=5, temperature=0)
+    (row,) = Engine(rounded, tokenizer).complete([[1, 2, 3]], SamplingParams(0, max_tokens=5))
     assert row.tokens == list(rounded.generate([1, 2, 3], 5, temperature=0))[: len(row.tokens)]
     with pytest.raises(NanochatError, match="choose auto or int8"):
         prepare_for_inference(exact, "int3")

@@ -19,6 +19,7 @@ from nanochat.checkpoint_manager import get_run_dir, get_stage_dir, save_checkpo
 from nanochat.common import NanochatError
 from nanochat.core_eval import CoreTask, NanochatScorer, build_question, read_items
 from nanochat.engine import Engine
+from nanochat.sampling import SamplingParams
 from nanochat.tokenizer import Tokenizer
 from tests.helpers import make_document, make_model
 
@@ -195,7 +196,7 @@ def test_rolling_judges_each_token_once(lm: Any) -> None:
 def test_answers_end_where_they_should(lm: Any) -> None:
     contexts = [make_document(seed, 2) for seed in range(6)]
     engine = Engine(lm.scorer.model, lm.scorer.tokenizer)
-    greedy = engine.complete([lm.scorer.encode(context) for context in contexts], max_tokens=24, temperature=0)
+    greedy = engine.complete([lm.scorer.encode(context) for context in contexts], SamplingParams(0, max_tokens=24))
     settings = {"until": [], "max_gen_toks": 24}
     texts = lm.generate_until([request(context, settings) for context in contexts])
     assert texts == ["".join(text for text, part in row.pieces if part == "text") for row in greedy]

@@ -16,6 +16,7 @@ from nanochat import compilation, cpu, flash_attention, pace
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError, get_base_dir, get_compute_dtype
 from nanochat.engine import Engine
+from nanochat.sampling import SamplingParams
 from scripts import base_train
 from tests.conftest import TINY_TRAINING
 from tests.helpers import make_model
@@ -160,7 +161,7 @@ def test_generation_never_runs_what_training_compiled(tiny_run: Path) -> None:
         raise AssertionError("the compiled block ran")
 
     model._compiled_block = fail
-    row = Engine(model, tokenizer).complete([tokenizer.encode("the cat", prepend="<|bos|>")], max_tokens=4)[0]
+    row = Engine(model, tokenizer).complete([tokenizer.encode("the cat", prepend="<|bos|>")], SamplingParams(max_tokens=4))[0]
     assert row.tokens
 
 

@@ -29,6 +29,7 @@ from nanochat.engine import Engine
 from nanochat.kv_cache import BLOCK_SIZE
 from nanochat.lanes import epoch_order
 from nanochat.rl import OBJECTIVES, RolloutLoader, RolloutSettings, compute_advantages, make_policy_loss, policy_logprobs
+from nanochat.sampling import SamplingParams
 from nanochat.tokenizer import Tokenizer
 from scripts import chat_rl
 from tasks.common import Conversation, Task
@@ -220,14 +221,14 @@ def test_ranks_share_an_update_and_epochs_see_every_problem_once(engine: Engine)
 
 def test_weights_that_changed_share_nothing_with_the_old(engine: Engine) -> None:
     prompt = list(range(40))
-    before = engine.complete([prompt], max_tokens=8, temperature=0)[0].tokens
+    before = engine.complete([prompt], SamplingParams(0, max_tokens=8))[0].tokens
     with torch.no_grad():
         for parameter in engine.model.parameters():
             parameter.mul_(-0.5)
     engine.forget()
-    after = engine.complete([prompt], max_tokens=8, temperature=0)[0]
+    after = engine.complete([prompt], SamplingParams(0, max_tokens=8))[0]
     assert after.cached_tokens == 0
-    assert after.tokens == Engine(engine.model, engine.tokenizer).complete([prompt], max_tokens=8, temperature=0)[0].tokens
+    assert after.tokens == Engine(engine.model, engine.tokenizer).complete([prompt], SamplingParams(0, max_tokens=8))[0].tokens
     assert after.tokens != before
 
 
@@ -415,8 +416,8 @@ def test_two_ranks_reinforce_and_measure_like_one(tiny_run: Path, base_dir: Path
 
 
 def test_seeds_of_two_runs_share_no_draw(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn, complete = [], engine.complete
-    monkeypatch.setattr(engine, "complete", lambda *args, **kwargs: drawn.append(kwargs["seed"]) or complete(*args, **kwargs))
+    drawn, run = [], engine.run
+    monkeypatch.setattr(engine, "run", lambda answers: drawn.append([a.params.seed for a in answers]) or run(answers))
     for seed in (1, 2):
         next(RolloutLoader(engine, Vowels(), _settings(max_tokens=4, seed=seed), 1))
     assert len({*drawn[0], *drawn[1]}) == 24
