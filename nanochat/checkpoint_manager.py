@@ -37,7 +37,7 @@ from nanochat.model_config import read_config
 from nanochat.tokenizer import FILE_NAME as TOKENIZER_FILE
 from nanochat.tokenizer import Tokenizer
 
-FORMAT_VERSION = 2  # 1: the manifest had no digest of its own
+FORMAT_VERSION = 3  # one more whenever code that reads what a checkpoint says could no longer read those that there are
 STAGES = ("base", "sft", "rl")
 MAX_TIMESTAMP = 1e11  # seconds since 1970: a manifest that claims to be later is damaged
 BEST_FILE, SETTINGS_FILE = "best.json", "settings.json"
@@ -111,10 +111,9 @@ def newest_of_runs(stage: str) -> list[tuple[float, str]]:
         if not is_tag(stage_dir.parent.name):
             continue  # "d4 copy", as a file manager names it
         for step in reversed(list_steps(stage_dir)):
-            with contextlib.suppress(CheckpointError):
-                manifest = _read_json(step_dir(stage_dir, step) / MANIFEST_FILE)
-                is_whole = manifest.get("version") == 1 or manifest.get("digest") == _digest(manifest)
-                created = manifest.get("created")
+            with contextlib.suppress(NanochatError):
+                manifest = read_json_object(step_dir(stage_dir, step) / MANIFEST_FILE)  # one of another format as well
+                is_whole, created = manifest.get("digest") == _digest(manifest), manifest.get("created")
                 if is_whole and isinstance(created, int | float) and abs(created) < MAX_TIMESTAMP:
                     found.append((created, stage_dir.parent.name))
                     break
@@ -334,10 +333,18 @@ def _sha256(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    """The meta or manifest of a step. Raises CheckpointError if it cannot be read, or is of another format than ours."""
     try:
-        return read_json_object(path)
+        content = read_json_object(path)
     except NanochatError as error:
         raise CheckpointError(f"{error}: choose another step with --step") from error
+    version = content.get("version")
+    if type(version) is not int:
+        raise _damage(path)
+    if version != FORMAT_VERSION:
+        way_out = "update it" if version > FORMAT_VERSION else "train it again, or use the nanochat that saved it"
+        raise CheckpointError(f"{path.parent} has format {version}, and this nanochat reads {FORMAT_VERSION} alone: {way_out}")
+    return content
 
 
 def verify_checkpoint(directory: Path, but_for: str = "") -> None:
@@ -350,12 +357,9 @@ def verify_checkpoint(directory: Path, but_for: str = "") -> None:
 def list_files(directory: Path, but_for: str = "") -> dict[str, dict[str, Any]]:
     """{name: {"sha256", "bytes"}} by the manifest. Raises CheckpointError unless they are there in their sizes; reads none."""
     manifest = _read_json(directory / MANIFEST_FILE)
-    version = manifest.get("version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
-        raise CheckpointError(f"{directory} has format {version}, newer than this nanochat reads: update it")
     files: Any = manifest.get("files")
     whole = isinstance(files, dict) and all(isinstance(f, dict) and {"sha256", "bytes"} <= set(f) for f in files.values())
-    if not whole or (version != 1 and manifest.get("digest") != _digest(manifest)):
+    if not whole or manifest.get("digest") != _digest(manifest):
         raise _damage(directory / MANIFEST_FILE)
     files = {name: expected for name, expected in files.items() if name != but_for}
     for name, expected in files.items():
@@ -464,7 +468,7 @@ def open_checkpoint(
 
 
 def hash_of_weights(stage_dir: Path, step: int) -> str:
-    """A hash of a step's weights, by which results of others are told. Raises CheckpointError if the manifest has none."""
+    """A hash of a step's weights, by which results of others are told. Raises CheckpointError if its files are not there."""
     directory = step_dir(stage_dir, step)
     model_file = list_files(directory, but_for=OPTIMIZER_FILE).get(MODEL_FILE, {})
     digest: str = model_file.get("sha256") or _read_json(directory / MANIFEST_FILE)["digest"]

@@ -67,12 +67,12 @@ def read_eval(stage_dir: Path) -> dict[str, Any]:
 
 
 def _agrees(results: dict[str, Any], stamp: dict[str, Any]) -> bool:
-    """Whether results are of that step and those weights, so far as they say; older ones do not name weights."""
-    return all(results.get(name, value) == value for name, value in stamp.items())
+    """Whether results are of that step and, if it is there, of its weights."""
+    return all(results.get(name) == value for name, value in stamp.items())
 
 
 def _weights(stage_dir: Path, step: int) -> dict[str, str]:
     try:
         return {"weights": hash_of_weights(stage_dir, step)} if step in list_steps(stage_dir) else {}
-    except (NanochatError, KeyError):  # a damaged manifest is a reason not to load those weights, not to hide results
+    except NanochatError:  # a damaged manifest is a reason not to load those weights, not to hide results
         return {}

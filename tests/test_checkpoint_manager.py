@@ -26,6 +26,7 @@ from nanochat.checkpoint_manager import (
     load_model,
     newest_valid_step,
     prune,
+    read_meta,
     save_checkpoint,
     step_dir,
 )
@@ -34,8 +35,24 @@ from nanochat.gpt import GPTConfig
 from nanochat.report import find_newest_run
 from nanochat.stage import load_optimizer
 from nanochat.tokenizer import Tokenizer
+from scripts import base_train
 
 STATE = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
+
+
+def change_manifest(directory: Path, **content: object) -> None:
+    """Have the manifest of a checkpoint say something else, as if it had been written so."""
+    path = directory / "manifest.json"
+    manifest = {**json.loads(path.read_text()), **content}
+    path.write_text(json.dumps({**manifest, "digest": checkpoint_manager._digest(manifest)}))
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Put another file into a checkpoint, and into its manifest."""
+    path.write_bytes(content)
+    files = json.loads((path.parent / "manifest.json").read_text())["files"]
+    about = {"sha256": checkpoint_manager._sha256(path), "bytes": len(content)}
+    change_manifest(path.parent, files={**files, path.name: about})
 
 
 @pytest.fixture
@@ -174,15 +191,13 @@ def test_the_newest_run_is_chosen_not_the_largest(tiny_run: Path) -> None:
     shutil.copytree(tiny_run, other)
     assert find_run("base", "tiny") == "tiny"
     for run, created in ((tiny_run, 2.0), (other, 1.0)):
-        manifest = step_dir(run / "base", 6) / "manifest.json"
-        content = {**json.loads(manifest.read_text()), "created": created}
-        manifest.write_text(json.dumps({**content, "digest": checkpoint_manager._digest(content)}))
+        change_manifest(step_dir(run / "base", 6), created=created)
     assert find_run("base") == "tiny"
     assert load_model("base", "cpu", "eval")[2]["tag"] == "tiny"
 
 
-@pytest.mark.parametrize("manifest", ["{}", '{"version": 1}', '{"version": 1, "created": null}', "[" * 100_000,
-                                      '{"version": 1, "created": 1e300}', '{"version": 1, "created": NaN}'])  # fmt: skip
+@pytest.mark.parametrize("manifest", ["{}", '{"version": 3}', '{"version": "3"}', '{"version": 3, "created": null}',
+                                      "[" * 100_000, '{"version": 3, "created": 4e9}'])  # fmt: skip
 def test_a_bad_manifest_in_another_run_hinders_nobody(tiny_run: Path, manifest: str) -> None:
     bad = step_dir(get_run_dir("bad") / "base", 20)
     bad.mkdir(parents=True)
@@ -191,6 +206,14 @@ def test_a_bad_manifest_in_another_run_hinders_nobody(tiny_run: Path, manifest: 
     assert find_run("base") == "tiny"
     with pytest.raises(CheckpointError, match="step_000020|no base checkpoint"):
         load_model("base", "cpu", "eval", "bad")
+
+
+@pytest.mark.parametrize("created", [None, True, "4e9", 1e300, float("nan")])
+def test_a_time_that_is_none_hinders_nobody(tiny_run: Path, created: object) -> None:
+    shutil.copytree(tiny_run, get_run_dir("bad"))
+    for step in list_steps(get_run_dir("bad") / "base"):
+        change_manifest(step_dir(get_run_dir("bad") / "base", step), created=created)
+    assert find_run("base") == "tiny"
 
 
 @pytest.mark.parametrize(
@@ -215,21 +238,18 @@ def test_a_bad_manifest_in_another_run_hinders_nobody(tiny_run: Path, manifest: 
     ],
 )
 def test_json_that_says_something_else_is_named(tiny_run: Path, name: str, change: dict, reason: str | None) -> None:
-    """In a checkpoint whose manifest has no digest, and is made to agree."""
+    """In a checkpoint whose manifest is made to agree."""
     directory = step_dir(tiny_run / "base", 6)
-    content, manifest = (json.loads((directory / file).read_text()) for file in (name, "manifest.json"))
+    content = json.loads((directory / name).read_text())
     for key, value in change.items():
         inner = content if key in content else content["model_config"]
         inner[key] = value
         if value is ...:
             del inner[key]
-    (directory / name).write_text(json.dumps(content))
     if name == "manifest.json":
-        manifest = content
+        change_manifest(directory, **content)
     else:
-        size = (directory / name).stat().st_size
-        manifest["files"][name] = {"sha256": checkpoint_manager._sha256(directory / name), "bytes": size}
-    (directory / "manifest.json").write_text(json.dumps({**manifest, "version": 1}))
+        replace_file(directory / name, json.dumps(content).encode())
     if reason is None:
         assert load_model("base", "cpu", "eval", "tiny")[2]["step"] == 6
         return
@@ -238,12 +258,7 @@ def test_json_that_says_something_else_is_named(tiny_run: Path, name: str, chang
 
 
 def test_weights_that_are_none_are_named(tiny_run: Path) -> None:
-    directory = step_dir(tiny_run / "base", 6)
-    (directory / "model.safetensors").write_bytes(b"")
-    manifest = json.loads((directory / "manifest.json").read_text())
-    empty = {"sha256": checkpoint_manager._sha256(directory / "model.safetensors"), "bytes": 0}
-    manifest["files"]["model.safetensors"] = empty
-    (directory / "manifest.json").write_text(json.dumps({**manifest, "version": 1}))
+    replace_file(step_dir(tiny_run / "base", 6) / "model.safetensors", b"")
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged .* use another step: 3"):
         load_model("base", "cpu", "eval", "tiny")
 
@@ -300,21 +315,6 @@ def test_all_of_a_step_is_on_disk_before_it_is_seen(stage_dir: Path, monkeypatch
     assert os.name == "nt" or stage_dir.stat().st_ino in events[named:]
 
 
-def test_a_checkpoint_of_the_first_format_is_as_good(tiny_run: Path) -> None:
-    """Its manifest has no digest of itself; its files are verified like others."""
-    save_checkpoint(get_run_dir("other") / "base", 1, STATE, None, {})  # later than the tiny run's
-    directory = step_dir(tiny_run / "base", 6)
-    path = directory / "manifest.json"
-    manifest = {**json.loads(path.read_text()), "version": 1, "created": 4e9}
-    del manifest["digest"]
-    path.write_text(json.dumps(manifest))
-    assert find_run("base") == "tiny"  # by what that manifest says
-    assert newest_valid_step(tiny_run / "base") == (6, [])
-    assert load_model("base", "cpu", "eval", "tiny")[2]["step"] == 6
-    _truncate(directory / "meta.json")
-    assert newest_valid_step(tiny_run / "base")[0] == 3
-
-
 def test_a_lock_that_outlived_its_process_is_named(stage_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a file system has no locks, the file alone says that a stage is taken, and a killed process leaves it behind."""
     monkeypatch.setattr(checkpoint_manager, "FileLock", SoftFileLock)
@@ -350,12 +350,28 @@ def test_a_copy_that_a_file_manager_named_is_no_run(tiny_run: Path) -> None:
     assert find_run("base") == find_newest_run() == "tiny"
 
 
-def test_a_newer_format_is_refused(stage_dir: Path) -> None:
-    save_checkpoint(stage_dir, 1, STATE, None, {})
-    manifest = step_dir(stage_dir, 1) / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "version": 99}))
-    with pytest.raises(CheckpointError, match="update it"):
-        load_checkpoint(stage_dir, 1)
+@pytest.mark.parametrize(("version", "way_out"), [(2, "train it again, or use the nanochat that saved it"), (99, "update it")])
+def test_another_format_is_refused_in_a_sentence(tiny_run: Path, version: int, way_out: str) -> None:
+    """Wherever a checkpoint is first looked at; what is newest is told by it as by others."""
+    stage_dir = tiny_run / "base"
+    save_checkpoint(get_run_dir("other") / "base", 1, STATE, None, {})  # later than the tiny run's
+    for directory in (step_dir(stage_dir, step) for step in list_steps(stage_dir)):
+        meta = json.loads((directory / "meta.json").read_text())
+        replace_file(directory / "meta.json", json.dumps({**meta, "version": version}).encode())
+        change_manifest(directory, version=version, created=4e9)
+    assert find_run("base") == "tiny"
+    sentence = f"step_000006 has format {version}, and this nanochat reads 3 alone: {way_out}$"
+    uses: list[Callable[[], object]] = [
+        lambda: load_model("base", "cpu", "eval"),
+        lambda: load_checkpoint(stage_dir, 6),
+        lambda: read_meta(stage_dir, 6),
+        lambda: base_train.main(["--depth=2", "--model-tag=tiny", "--resume=6", "--device-type=cpu"]),
+    ]
+    for use in uses:
+        with pytest.raises(CheckpointError, match=sentence):
+            use()
+    with pytest.raises(NanochatError, match=rf"format {version}, .* or choose another --model-tag$"):
+        base_train.main(["--depth=2", "--model-tag=tiny", "--resume=auto", "--device-type=cpu"])
 
 
 def test_a_new_switch_may_be_off_at_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
