@@ -52,7 +52,7 @@ class GPTConfig:
     n_kv_head: int = 6
     n_embd: int = 768
     window_pattern: str = "SSSL"
-    bigrams: int = 0  # rows of the table of pairs of tokens, in units of the vocabulary; 0: none, as in older checkpoints
+    bigrams: int = 0  # rows of the table of pairs of tokens, in units of the vocabulary; 0: no table
     value_embeddings: bool = True  # this and what follows differ in models that were made elsewhere
     qk_scale: float = QK_SCALE
     rotary_base: float = ROTARY_BASE

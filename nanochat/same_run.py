@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanochat.checkpoint_manager import STAGES, get_run_dir, read_meta
 from nanochat.common import NanochatError, gather_objects, print0
 from nanochat.conversation_loader import fingerprint
-from nanochat.document_files import VAL, is_of_split
 from nanochat.training_flags import RATES
 
 if TYPE_CHECKING:
@@ -74,30 +73,20 @@ def check_data(stage: Stage, source: Source) -> None:
     if stage.resume_step is None:
         return
     now, recorded = source.describe()["files"], read_meta(stage.directory, stage.resume_step)["data"]
+    if (recorded["hash_limit"] is None) != bool(source.val_files):
+        what = "no file of its own any more" if not source.val_files else f"files of its own ({source.val_files[0].name})"
+        raise NanochatError(
+            f"validation has {what} in {source.name}, unlike when run {stage.tag!r} was begun: what it was held out from "
+            "would be trained on; put things back to go on"
+        )
+    source.hash_limit = recorded["hash_limit"]
     before = recorded["files"]
-    if "hash_limit" in recorded:
-        if (recorded["hash_limit"] is None) != bool(source.val_files):
-            what = "no file of its own any more" if not source.val_files else f"files of its own ({source.val_files[0].name})"
-            raise NanochatError(
-                f"validation has {what} in {source.name}, unlike when run {stage.tag!r} was begun: what it was held out from "
-                "would be trained on; put things back to go on"
-            )
-        source.hash_limit = recorded["hash_limit"]
-    else:  # an older nanochat told the splits apart by the files' own names alone
-        for file in source.val_files:
-            if file.name in before and not is_of_split(VAL, PurePath(PurePath(file.name).name)):
-                raise NanochatError(
-                    f"run {stage.tag!r} trained on {file.name}, which is for validation now: begin another run"
-                )
-    plain: dict[str, Any] = {}  # by names alone, as files below folders were once recorded, if they tell
-    if len({PurePath(name).name for name in now}) == len(now) and not any("/" in name for name in before):
-        plain = {PurePath(name).name: size for name, size in now.items()}
     for name, size in before.items():
-        if now.get(name, plain.get(name)) != size:
+        if now.get(name) != size:
             what = "is gone" if name not in now else "has changed"
             raise NanochatError(f"{name} of {source.name} {what} since run {stage.tag!r} read it: restore it to go on")
     for files in (source.train_files, source.val_files):
-        known = [file.name in before or (bool(plain) and PurePath(file.name).name in before) for file in files]
+        known = [file.name in before for file in files]
         if known != sorted(known, reverse=True):
             new = files[known.index(False)].name
             raise NanochatError(

@@ -21,7 +21,6 @@ import torch.distributed as dist
 from nanochat.checkpoint_manager import (
     MODEL_FILE,
     OPTIMIZER_FILE,
-    CheckpointError,
     list_steps,
     lock_stage,
     prune,
@@ -148,15 +147,10 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as the trainer that gave this state would have; it may have had another number of ranks."""
-        if not isinstance(state["loader"], list):
-            raise CheckpointError(
-                f"step {state['step']} of {self.stage_dir} was saved by an older nanochat, whose place in the data cannot be "
-                "taken over: its weights can be used, but training must start anew, in another run or without that folder"
-            )
         self.step, self.time_s, self.results = state["step"], state["time_s"], state["results"]
         self._logged_time_s = self.time_s
         self._saved_step = self.step
-        self._loss_scale.load_state_dict(state.get("loss_scale", {}))
+        self._loss_scale.load_state_dict(state["loss_scale"])
         self.loader.load_state_dict(state["loader"])
         self._best.load(state["best"])  # last, since it writes
 
