@@ -209,8 +209,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        # Who adds a parameter sets it in init_weights, counts it in num_scaling_params, gives it a group in build_optimizer
-        # (matrices of blocks have all that but a value) and a place in hf/; a table also goes to sharding.py and memory.py.
+        # Who adds a parameter sets it in init_weights and gives it a place in hf/, outside of blocks also a name in report.py.
+        # What is neither a table nor a matrix of a block gets a group in build_optimizer.
         kv_dim = config.n_kv_head * config.head_dim
         self.wte = Embedding(config.padded_vocab_size, config.n_embd)
         rows = config.bigrams * config.padded_vocab_size
@@ -275,6 +275,10 @@ class GPT(nn.Module):
 
     def get_compute_dtype(self) -> torch.dtype:
         return self.compute_dtype or get_compute_dtype(self.get_device())
+
+    def tables(self) -> dict[str, Embedding]:
+        """What is looked up and not multiplied, by name."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, Embedding)}
 
     def rotary(self, positions: torch.Tensor | None, T: int) -> tuple[torch.Tensor, torch.Tensor]:
         """(cos, sin), (B or 1, T, 1, head_dim) float32, for positions (B, T) below T or the context; 0..T-1 if None."""
@@ -448,14 +452,9 @@ class GPT(nn.Module):
 
     def num_scaling_params(self) -> dict[str, int]:
         """Parameters by kind, and "total". "scaling" (matrices and head) is what scaling laws are fitted on."""
-        counts = {
-            "wte": self.wte.weight.numel(),
-            "bigrams": self.bigrams.weight.numel() if self.bigrams is not None else 0,
-            "value_embeds": sum(p.numel() for p in self.value_embeds.parameters()),
-            "lm_head": self.lm_head.weight.numel(),
-            "matrices": sum(p.numel() for p in self.blocks.parameters()),
-            "scalars": self.resid_lambdas.numel() + self.x0_lambdas.numel(),
-        }
+        counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
+        counts["matrices"] = counts.pop("blocks")
+        counts["scalars"] = sum(p.numel() for p in self.parameters(recurse=False))
         counts["total"] = sum(counts.values())
         counts["scaling"] = counts["matrices"] + counts["lm_head"]
         return counts

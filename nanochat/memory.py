@@ -43,19 +43,17 @@ def training_bytes(config: GPTConfig, rows: int = 1, layout: Layout = Layout()) 
     """
     with torch.device("meta"):
         model = GPT(config)
-    total = sum(parameter.numel() for parameter in model.parameters())
+    counts = model.num_scaling_params()
     groups = model.setup_optimizer().groups
     state = optimizer_bytes(groups) // layout.world_size
     matrices = [_count(group) for group in groups if group.kind == "muon"]
-    weights = 8 * total  # with their gradients
+    weights = 8 * counts["total"]  # with their gradients
     if layout.fsdp:
-        blocks = sum(parameter.numel() for parameter in model.blocks[0].parameters())
-        root = model.wte.weight.numel() + model.lm_head.weight.numel()
-        tables = [*model.value_embeds.values(), *([model.bigrams] if model.bigrams else [])]
+        block = sum(parameter.numel() for parameter in model.blocks[0].parameters())
         # Whole at a time: a block and the next in bfloat16, a block's gradient, and what is not in blocks. That goes for all
         # tables, since FSDP2 cuts what has no differentiable input, as look-ups, again only at the end of the backward pass.
-        whole = root + sum(table.weight.numel() for table in tables)
-        weights = weights // layout.world_size + (2 * 2 + 4) * blocks + 8 * whole
+        whole = counts["total"] - counts["matrices"]
+        weights = weights // layout.world_size + (2 * 2 + 4) * block + 8 * whole
         matrices = [count // layout.world_size for count in matrices]
     step = 4 * sum(matrices) + 18 * max(matrices) // (1 if layout.fsdp else layout.world_size)
     return weights + state + max(activation_bytes(config, rows, layout.recompute) + loss_bytes(config, rows), step)
@@ -63,7 +61,7 @@ def training_bytes(config: GPTConfig, rows: int = 1, layout: Layout = Layout()) 
 
 def optimizer_bytes(groups: Iterable[Group]) -> int:
     """The state that an optimizer keeps for its groups, of all ranks together."""
-    return int(sum(map(_state_bytes, groups)))
+    return sum(map(_state_bytes, groups))
 
 
 def loss_bytes(config: GPTConfig, rows: int) -> int:
@@ -72,9 +70,11 @@ def loss_bytes(config: GPTConfig, rows: int) -> int:
     return chunk + 4 * config.vocab_size * config.n_embd
 
 
-def _state_bytes(group: Group) -> float:
+def _state_bytes(group: Group) -> int:
     """A momentum for each number of Muon's, a number for each row of an embedding's, two for each of AdamW's."""
-    return {"muon": 4, "adamw": 8, "rows": 4 / group.params[0].size(-1)}[group.kind] * _count(group)
+    if group.kind == "rows":
+        return 4 * sum(table.size(0) for table in group.params)
+    return {"muon": 4, "adamw": 8}[group.kind] * _count(group)
 
 
 def _count(group: Group) -> int:

@@ -86,15 +86,14 @@ def build_optimizer(model: GPT, settings: OptimizerSettings) -> MuonAdamW:
     adam: dict[str, Any] = {"betas": settings.adam_betas, "eps": settings.adam_eps}
     by_name = dict(model.named_parameters())
 
-    def take(prefix: str) -> tuple[list[str], list[nn.Parameter]]:
-        names = [name for name in by_name if name.startswith(prefix)]
+    def take(*prefixes: str) -> tuple[list[str], list[nn.Parameter]]:
+        names = [name for name in by_name if name.startswith(prefixes)]
         return names, [by_name.pop(name) for name in names]
 
-    embedding_lr = settings.embedding_lr * width_scale
-    looked_up = ("wte.", "value_embeds.", "bigrams.")
+    tables = (f"{name}." for name in model.tables())
     others = [
         Group("adamw", *take("lm_head."), settings.unembedding_lr * width_scale, **adam),
-        *(Group("rows", *take(prefix), embedding_lr, betas=settings.adam_betas) for prefix in looked_up),
+        Group("rows", *take(*tables), settings.embedding_lr * width_scale, betas=settings.adam_betas),
         # Each residual factor moves the whole stream: a hundredth of the rate of the factors of the first embedding.
         Group("adamw", *take("resid_lambdas"), settings.scalar_lr * 0.01, betas=settings.adam_betas, eps=settings.scalar_eps),
         Group("adamw", *take("x0_lambdas"), settings.scalar_lr, betas=(0.96, 0.95), eps=settings.scalar_eps),
@@ -119,9 +118,8 @@ def build_optimizer(model: GPT, settings: OptimizerSettings) -> MuonAdamW:
 
 def _choose_sparse_gradients(model: GPT) -> None:
     """Of tables on a CPU, by one process: elsewhere whole tables travel, or cost little."""
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            module.sparse = module.weight.device.type == "cpu" and not in_process_group()
+    for table in model.tables().values():
+        table.sparse = table.weight.device.type == "cpu" and not in_process_group()
 
 
 def _block(name: str, shape: torch.Size, head_dim: int) -> tuple[int, int]:

@@ -298,7 +298,7 @@ def count_parts(model: GPT) -> dict[str, tuple[int, int]]:
     mlp = counts["matrices"] - attention
     parts = {
         "token embedding": (counts["wte"], 0),
-        "pairs of tokens": (counts["bigrams"], 0),
+        "pairs of tokens": (counts.get("bigrams", 0), 0),
         "value embeddings": (counts["value_embeds"], 0),
         "attention matrices": (attention, 6 * attention),
         "MLP matrices": (mlp, 6 * mlp),

@@ -50,8 +50,9 @@ def shard(model: GPT, device: torch.device) -> None:
     for block in model.blocks:
         block.forward = functools.partial(model.run_block, block)  # within the hooks that gather its parameters
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    for embedding in (*model.value_embeds.values(), *([model.bigrams] if model.bigrams else [])):
-        fully_shard(embedding, mesh=mesh)
+    for table in model.tables().values():
+        if table is not model.wte:  # which is gathered at the start, with the head
+            fully_shard(table, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=False)  # the loss reads the head after the forward pass
     for module in model.modules():
         if isinstance(module, FSDPModule):
