@@ -61,21 +61,26 @@ class SamplingParams:
 
 
 def sample(logits: torch.Tensor, params: list[SamplingParams], uniform: list[float]) -> torch.Tensor:
-    """Draw a token for each row: (B,) int64.
+    """Draw a token for each row: (B,) int64; -1 where the logits are no numbers.
 
     logits: (B, vocab_size) float32, penalties applied already; uniform: a number in [0, 1) for each row.
     """
-    if all(p.greedy for p in params):
-        return logits.argmax(dim=-1)
+    tokens = logits.argmax(dim=-1)
+    if not all(p.greedy for p in params):
+        tokens = torch.where(_greedy(params, logits), tokens, _draw(logits, params, uniform))
+    return tokens.masked_fill(~logits.amax(dim=-1).isfinite(), -1)
+
+
+def _draw(logits: torch.Tensor, params: list[SamplingParams], uniform: list[float]) -> torch.Tensor:
     cumulative = _weights(*_scale(logits, params), params).cumsum(dim=-1)
     total = cumulative[:, -1:]
-    target = torch.minimum((_column(uniform, logits) * total).long(), total - 1)  # the total itself may be rounded up to
-    drawn = torch.searchsorted(cumulative, target, right=True)[:, 0]
-    return torch.where(_greedy(params, logits), logits.argmax(dim=-1), drawn)
+    # In float32, of whose 24 bits the product may be rounded up to the total.
+    target = torch.minimum((_column(uniform, logits) * total).long(), total - 1)
+    return torch.searchsorted(cumulative, target, right=True)[:, 0]
 
 
 def policy_logprobs(logits: torch.Tensor, params: list[SamplingParams], drawn: torch.Tensor) -> torch.Tensor:
-    """(B,) float32: the logarithms of the probabilities with which `sample` drew the tokens `drawn`, (B,)."""
+    """(B,) float32: the logarithms of the probabilities with which `sample` drew these tokens, (B,), and no others."""
     scaled, top = _scale(logits, params)
     total = _weights(scaled, top, params).sum(dim=-1)
     logprobs = (scaled.gather(1, drawn[:, None]) - top)[:, 0] - (total / LIKELIEST).log()

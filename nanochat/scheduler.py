@@ -326,6 +326,8 @@ class Scheduler:
         uniform = [0.0 if p.greedy else s.random.random() for s, p in zip(sequences, params, strict=True)]
         chosen = sample(adjusted, params, uniform)
         drawn = chosen.tolist()
+        if min(drawn) < 0:
+            raise NanochatError("the model's logits are no numbers: load another checkpoint of it")
         if any(p.policy_logprobs for p in params):
             for sequence, logprob in zip(sequences, policy_logprobs(adjusted, params, chosen).tolist(), strict=True):
                 sequence.policy_logprobs.append(logprob)

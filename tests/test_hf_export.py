@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nanochat.common import NanochatError
+from nanochat.eval_results import merge_eval
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.hf.export import OUR_FILES, _measured, check_output, export
 from nanochat.hf.weights import from_native, native_obstacles, to_native
@@ -317,10 +318,9 @@ def test_what_transformers_own_class_cannot_say_is_named(tiny_run: Path, tmp_pat
 
 def test_the_card_has_the_numbers_that_were_measured(tiny_run: Path, tmp_path: Path) -> None:
     task = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 100}
-    results = {"step": 4, "bpb": {"val": 1.2345}, "tasks": {"Odd|name": task}}
-    (tiny_run / "sft" / "eval.json").write_text(json.dumps(results), encoding="utf-8")
+    merge_eval(tiny_run / "sft", 4, {"bpb": {"val": 1.2345}, "tasks": {"Odd|name": task}})
     core = {"core_metric": 0.123, "low": 0.1, "high": 0.2, "tasks": {}}
-    (tiny_run / "base" / "eval.json").write_text(json.dumps({"step": 6, "core": core}), encoding="utf-8")
+    merge_eval(tiny_run / "base", 6, {"core": core})
     assert export_hf.main(["--model-tag=tiny", "--output", str(tmp_path / "export")]) == 0
     card = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: transformers\n")
@@ -351,7 +351,7 @@ def test_another_models_folder_is_not_written_over(tmp_path: Path) -> None:
 
 def test_the_card_shows_what_was_measured_of_these_weights(tiny_run: Path) -> None:
     task = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 9}
-    (tiny_run / "sft" / "eval.json").write_text(json.dumps({"step": 4, "tasks": {"A": task}}))
+    merge_eval(tiny_run / "sft", 4, {"tasks": {"A": task}})
     shown = [[any("A" in row[0] and "%" in row[1] for row in _measured("tiny", "sft", step))] for step in (2, 4)]
     assert shown == [[False], [True]]
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.common import NanochatError
-from nanochat.sampling import SamplingParams, penalize_repetition, sample
+from nanochat.sampling import SamplingParams, penalize_repetition, policy_logprobs, sample
 
 LOGITS = torch.tensor([0.0, 1.0, 2.0, -1.0, 1.0])
 
@@ -50,6 +50,28 @@ def test_a_row_does_not_depend_on_the_others(rows: list[SamplingParams], seed: i
     together = sample(logits, rows, uniform)
     for i, params in enumerate(rows):
         assert sample(logits[i : i + 1], [params], uniform[i : i + 1]).item() == together[i].item() < 50
+
+
+def test_a_row_of_many_words_is_added_up_alike_in_any_company() -> None:
+    logits = 3 * torch.randn(5, 131_072, generator=torch.Generator().manual_seed(0))
+    rows = [SamplingParams(temperature=0.8, top_p=(1.0, 0.9)[i % 2], top_k=(0, 50)[i // 2 % 2]) for i in range(5)]
+    uniform = [(i + 0.5) / 5 for i in range(5)]
+    together = sample(logits, rows, uniform)
+    logprobs = policy_logprobs(logits, rows, together)
+    exact = (logits[0].double() / 0.8).log_softmax(-1)[together[0]]
+    assert logprobs[0].item() == pytest.approx(exact.item(), abs=1e-5)
+    for some in (slice(0, 1), slice(1, 3), slice(2, 5)):
+        assert torch.equal(sample(logits[some], rows[some], uniform[some]), together[some])
+        assert torch.equal(policy_logprobs(logits[some], rows[some], together[some]), logprobs[some])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("value", "words"), [("nan", 1), ("inf", 1), ("nan", 5), ("inf", 5), ("-inf", 5)])
+def test_logits_that_are_no_numbers_are_told(value: str, words: int, temperature: float) -> None:
+    logits = LOGITS.expand(3, -1).clone()
+    logits[1, :words] = float(value)
+    drawn = sample(logits, [SamplingParams(temperature=temperature)] * 3, [0.99] * 3)
+    assert [token < 0 for token in drawn.tolist()] == [False, True, False]
 
 
 def test_the_ends_of_the_interval_draw_possible_tokens() -> None:
