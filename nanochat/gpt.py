@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from nanochat.common import NanochatError, get_compute_dtype
 from nanochat.cross_entropy import ChunkLoss, chunk_loss, softcap, softcapped_cross_entropy, softmax_gradient
 from nanochat.flash_attention import QK_SCALE, AttentionPlan, lay_out, plan_attention
-from nanochat.layers import Embedding, Linear, in_heads, multiply_joined, norm
+from nanochat.layers import Embedding, Linear, make_heads, norm
 
 if TYPE_CHECKING:
     from nanochat.kv_cache import KVCache
@@ -106,19 +106,13 @@ class CausalSelfAttention(nn.Module):
         self.has_value_embedding = config.has_value_embedding(layer)
         if self.has_value_embedding:
             self.ve_gate = Linear(min(GATE_CHANNELS, config.n_embd), self.n_kv_head)
-        self.fused: Callable[..., tuple[torch.Tensor, ...]] | None = None  # see Block.use_kernels
+        self.fused: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None  # see Block.use_kernels
 
     def project(
         self, x: torch.Tensor, value_embedding: torch.Tensor | None, rotary: tuple[torch.Tensor, torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries (B, T, H, D), keys and values (B, T, KV, D)."""
-        matrices = (self.c_q, self.c_k, self.c_v)
-        # Not in float32: where `to` has nothing to convert, PyTorch 2.11's compiler loses the gradient of a function's result.
-        if self.fused and torch.is_grad_enabled() and x.dtype != torch.float32:
-            sizes = [matrix.out_features for matrix in matrices]
-            q, k, v = self.fused(multiply_joined(x, matrices), sizes, self.qk_scale, rotary)
-        else:
-            q, k, v = in_heads([matrix(x) for matrix in matrices], self.qk_scale, rotary)
+        q, k, v = make_heads(x, (self.c_q, self.c_k, self.c_v), self.qk_scale, rotary, self.fused)
         if value_embedding is not None:
             gate = 2 * torch.sigmoid(self.ve_gate(x[..., : self.ve_gate.in_features]))  # (B, T, KV), 1 at the start
             v = v + gate.unsqueeze(-1) * value_embedding.view_as(v)
@@ -156,9 +150,9 @@ class Block(nn.Module):
         """Train by our own kernels of what `forward` computes, where they run: who changes the one changes the other."""
         from nanochat import heads_kernel, relu_squared
 
-        self.attn.fused = heads_kernel.fused_heads
-        if relu_squared.works(self.mlp.c_fc.weight.device):
-            self.mlp.fused = relu_squared.mlp
+        device = self.mlp.c_fc.weight.device
+        self.attn.fused = heads_kernel.fused_heads if heads_kernel.works(device) else None
+        self.mlp.fused = relu_squared.mlp if relu_squared.works(device) else None
 
     def forward(
         self,

@@ -9,6 +9,8 @@ Needs Triton, so that it is imported only where the model is compiled for a GPU.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,10 +18,38 @@ import torch
 import triton
 import triton.language as tl
 
+from nanochat.common import first_line
 from nanochat.layers import in_heads
+
+logger = logging.getLogger(__name__)
 
 ROWS = 16  # tokens of a program
 EPSILON = torch.finfo(torch.float32).eps  # which F.rms_norm adds to the mean square, whatever the dtype
+
+
+@functools.lru_cache
+def works(device: torch.device) -> bool:
+    """Whether the kernel runs on this device and gives what PyTorch gives; else PyTorch's own derivative serves."""
+    try:
+        _probe(device)
+    except Exception as error:  # whatever a compiler throws
+        logger.info("the kernel of queries' and keys' gradients is not usable here: %s", first_line(error)[:200])
+        return False
+    return True
+
+
+def _probe(device: torch.device) -> None:
+    generator = torch.Generator(device).manual_seed(0)
+    sizes, angles = (128, 64, 64), torch.rand(20, 32, generator=generator, device=device)
+    rotary = (angles.cos().repeat(1, 2)[None, :, None], torch.cat([angles.sin(), -angles.sin()], dim=1)[None, :, None])
+    with torch.enable_grad():
+        qkv = torch.randn(2, 20, 256, generator=generator, device=device).to(torch.bfloat16).requires_grad_()
+        both = fused_heads(qkv, sizes, 1.2, rotary), in_heads(qkv.split(sizes, dim=-1), 1.2, rotary)
+        grads = [torch.randn(x.shape, generator=generator, device=device).to(x.dtype) for x in both[0]]
+        found, expected = (torch.autograd.grad(heads, qkv, grads)[0] for heads in both)
+    difference = ((found - expected).norm() / expected.norm()).item()
+    if not difference < 0.02:
+        raise RuntimeError(f"its result is off by {difference:.3g}")
 
 
 def fused_heads(
@@ -56,10 +86,11 @@ def _heads_backward(
 ) -> torch.Tensor:
     """The gradient of qkv (B, T, channels) from those of in_heads' results, (B, T, heads, D) each."""
     B, T, H, D = q.shape
+    q, k, v, qkv, cos, sin = (x.contiguous() for x in (q, k, v, qkv, cos, sin))
     out = torch.empty_like(qkv)
     grid = (triton.cdiv(B * T, ROWS),)
     _heads_backward_kernel[grid](
-        q.contiguous(), k.contiguous(), v.contiguous(), qkv, cos, sin, out, B * T, T, scale, EPSILON,
+        q, k, v, qkv, cos, sin, out, B * T, T, scale, EPSILON,
         H, k.size(2), D, triton.next_power_of_2(D // 2), ROWS,
     )  # fmt: skip
     return out

@@ -5,7 +5,7 @@ Used by gpt.py and runner.py.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,6 +38,7 @@ def in_heads(
     """Queries (B, T, H, D), keys and values (B, T, KV, D) of what the three matrices made, each (B, T, channels).
 
     Queries and keys have the length scale * sqrt(D), longer than 1 so that attention can be sharper. rotary: see GPT.rotary.
+    Who changes this, `norm` or `apply_rotary` changes its derivative in heads_kernel.py as well.
     """
     q, k, v = (x.unflatten(-1, (-1, rotary[0].size(-1))) for x in parts)
     return apply_rotary(norm(q) * scale, *rotary), apply_rotary(norm(k) * scale, *rotary), v
@@ -78,6 +79,23 @@ class Linear(nn.Linear):
 def product(x: torch.Tensor, weight: torch.Tensor, in_fp8: bool) -> torch.Tensor:
     """x (..., in_features) by a matrix (out_features, in_features), in the dtype of x or in 8 bits."""
     return fp8_linear(x, weight) if in_fp8 else F.linear(x, weight.to(x.dtype))
+
+
+def make_heads(
+    x: torch.Tensor,
+    matrices: Sequence[Linear],
+    scale: float,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    fused: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`in_heads` of what the matrices of queries, keys and values make of x, (B, T, C). fused: see heads_kernel.py."""
+    if x.device.type != "cuda" or not torch.is_grad_enabled():
+        return in_heads([matrix(x) for matrix in matrices], scale, rotary)
+    qkv, sizes = multiply_joined(x, matrices), [matrix.out_features for matrix in matrices]  # faster there than three products
+    # PyTorch 2.11's compiler loses the fused function's gradient in float32, where its `to` has nothing to convert.
+    if fused and x.dtype != torch.float32:
+        return fused(qkv, sizes, scale, rotary)
+    return in_heads(qkv.split(sizes, dim=-1), scale, rotary)
 
 
 def multiply_joined(x: torch.Tensor, matrices: Sequence[Linear]) -> torch.Tensor:
