@@ -111,9 +111,8 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(dir=args.dir) as temporary:
         stage_dir = Path(temporary) / "runs" / "bench" / "base"
         metrics = MetricsLog(stage_dir, {})
-        meta = {"model_config": asdict(config)}
         loader = RandomTokens(args.rows, device)
-        trainer = TimedTrainer(model, model.setup_optimizer(), loader, train_config, stage_dir, metrics, meta)
+        trainer = TimedTrainer(model, model.setup_optimizer(), loader, train_config, stage_dir, metrics, meta={})
         trainer.train()
         written = sum(path.stat().st_size for path in next(stage_dir.glob("step_*")).iterdir())
 

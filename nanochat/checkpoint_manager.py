@@ -37,7 +37,7 @@ from nanochat.model_config import read_config
 from nanochat.tokenizer import FILE_NAME as TOKENIZER_FILE
 from nanochat.tokenizer import Tokenizer
 
-FORMAT_VERSION = 3  # one more whenever code that reads what a checkpoint says could no longer read those that there are
+FORMAT_VERSION = 2  # one more whenever code that reads what a checkpoint says could no longer read those that there are
 STAGES = ("base", "sft", "rl")
 MAX_TIMESTAMP = 1e11  # seconds since 1970: a manifest that claims to be later is damaged
 BEST_FILE, SETTINGS_FILE = "best.json", "settings.json"

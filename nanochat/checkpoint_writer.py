@@ -1,7 +1,7 @@
-"""Writes a trainer's checkpoints while training goes on, and keeps the newest and the best. Used by trainer.py.
+"""Writes a trainer's checkpoints while training goes on; keeps the newest and the best, and says which that is.
 
-The tensors are copied, which takes as long as reading memory once; a thread writes, flushes and hashes the copy. The
-thread computes nothing with torch: a second team of OpenMP threads would slow the training down.
+Used by trainer.py. The tensors are copied, which takes as long as reading memory once; a thread writes, flushes and hashes the
+copy. The thread computes nothing with torch: a second team of OpenMP threads would slow the training down.
 """
 
 from __future__ import annotations

@@ -127,12 +127,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """(steps, values) of one number."""
-    chosen = [row for row in rows if row.get(name) is not None]
+    chosen = [row for row in rows if row.get(name) is not None and math.isfinite(row[name])]
     return [row["step"] for row in chosen], [row[name] for row in chosen]
 
 
 def smooth(values: list[float]) -> list[float]:
-    """The mean around each value, nearer ones counting more: it neither lags behind nor leads, nor sways at the ends."""
+    """The mean around each value, nearer ones counting more: it neither lags behind nor leads but at the ends."""
     decay = min(0.95, 1 - 8 / (len(values) + 8))
 
     def sums(values: list[float]) -> list[tuple[float, float]]:

@@ -1,4 +1,7 @@
-"""Whether a run that goes on is still the run that was begun, and whether all ranks run the same. Used by stage.py."""
+"""Whether a run that goes on is still the run that was begun, and whether all ranks run the same.
+
+Used by stage.py, scripts/chat_sft.py and scripts/chat_rl.py.
+"""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
 def _add_chat_routes(app: FastAPI, service: Service, defaults: dict[str, Any]) -> None:
     @app.post("/chat/completions", response_model=None)
     async def chat_stream(request: ChatRequest) -> Response:
-        """The public guide's stream: {"token": text, "part": type} again and again, {"done": true} last; see `Parts`."""
+        """The public guide's stream: {"token": text, "part": type} again and again, {"done": true} last."""
         given = {name: value for name, value in defaults.items() if getattr(request, name) is None}
         request = request.model_copy(update={**given, "n": 1})
         prompt, dropped = await _render(service, request)

@@ -49,6 +49,12 @@ class Arguments(argparse.Namespace):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise NanochatError(f"--{name.replace('_', '-')} {value} is too small: choose 1 or more")
 
+    def leave_open(self, *names: str) -> None:
+        """Numbers of which 0 or less means, as their defaults do, that they are for others to choose: make it the default."""
+        for name in names:
+            if getattr(self, name) <= 0:
+                setattr(self, name, self.defaults[name])
+
     def require_between(self, low: float, high: float, *names: str) -> None:
         """Raise NanochatError if one of these numbers is outside low to high (math.inf: any above)."""
         for name in names:

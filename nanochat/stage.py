@@ -1,4 +1,4 @@
-"""Opening a stage of a run: which directory it writes to, whether it goes on or starts anew, and with which model.
+"""A stage of a run: which directory it writes to, whether it goes on or starts anew, with which model, and its training.
 
 Used by the training scripts.
 """
@@ -10,8 +10,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.same_run import check_data, check_settings, compare_ranks, way_to_begin_anew
 from nanochat.settings import CONFIG_FILE, Arguments
 from nanochat.tokenizer import Tokenizer
-from nanochat.trainer import Loader, TrainConfig, Trainer
+from nanochat.trainer import TrainConfig, Trainer
 from nanochat.training_flags import RATES, chosen_loggers
 
 
@@ -307,44 +306,22 @@ def load_optimizer(optimizer: MuonAdamW, stage_dir: Path, step: int, way_out: st
         ) from None
 
 
-def train_stage(
-    stage: Stage,
-    args: Arguments,
-    settings: dict[str, Any],
-    model: GPT,
-    optimizer: MuonAdamW,
-    loader: Loader,
-    config: dict[str, Any],
-    meta: dict[str, Any],
-    sample: Callable[[], list[dict[str, str]]] | None = None,
-    **callbacks: Any,
-) -> None:
-    """Train a stage to its end, from where it stands.
+def train_config(settings: dict[str, Any], device: torch.device, **own: Any) -> TrainConfig:
+    """The loop's settings: those of a stage (see `begin`) by their names, and what is its own or is to differ."""
+    chosen = {f.name: settings[f.name] for f in fields(TrainConfig) if f.name in settings}
+    return TrainConfig(**{**chosen, "log_every": 10 if device.type == "cuda" else 1, **own})
 
-    settings: of `begin`, by whose names TrainConfig is filled; config: its other fields, and those that are to differ; meta:
-    what checkpoints say besides, the "parent" above all; sample, callbacks: see Trainer.
-    """
-    known = {f.name: settings[f.name] for f in fields(TrainConfig) if f.name in settings}
-    known["log_every"] = 10 if model.get_device().type == "cuda" else 1
-    own = {"model_config": asdict(model.config), "tokenizer": settings["tokenizer_fingerprint"], "settings": settings}
-    if args.fsdp:
-        sample = None  # it takes a whole model
-    trainer = Trainer(
-        model, optimizer, loader, TrainConfig(**{**known, **config}), stage.directory, open_metrics(stage, settings, args),
-        {**own, **meta}, sample=sample, **callbacks,
-    )  # fmt: skip
-    if stage.resume_step is not None:
-        _go_on(trainer, stage, stage.resume_step)
+
+def train(trainer: Trainer, stage: Stage) -> None:
+    """Train a stage to its end, from where it stands."""
+    step = stage.resume_step
+    if step is not None:
+        way_out = f"its weights can be used, but not trained on here: {way_to_begin_anew(stage.directory)}"
+        load_optimizer(trainer.optimizer, stage.directory, step, way_out)
+        trainer.load_state_dict(read_meta(stage.directory, step)["trainer"])
+        if trainer.rank == 0 and (later := set_aside(stage.directory, step)):  # when nothing can be refused any more
+            print(f"{later[0]} to {later[-1]} of an earlier attempt are set aside there and may be deleted")
     trainer.train()
-
-
-def _go_on(trainer: Trainer, stage: Stage, step: int) -> None:
-    """Put a trainer where it was at a step; set aside, when nothing can be refused any more, what came after."""
-    way_out = f"its weights can be used, but not trained on here: {way_to_begin_anew(stage.directory)}"
-    load_optimizer(trainer.optimizer, stage.directory, step, way_out)
-    trainer.load_state_dict(read_meta(stage.directory, step)["trainer"])
-    if trainer.rank == 0 and (later := set_aside(stage.directory, step)):
-        print(f"{later[0]} to {later[-1]} of an earlier attempt are set aside there and may be deleted")
 
 
 def describe_model(model: GPT) -> dict[str, Any]:

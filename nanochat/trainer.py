@@ -11,7 +11,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -93,7 +93,7 @@ class Trainer:
     loss_fn: (model, batch) -> loss, a sum over rows, since a pass may take few of a batch's rows at a time (passes.py); the
     trainer divides it by the whole step's sum of count_fn(batch);
     step_metrics: () -> what else the newest step's row says.
-    meta: what else a checkpoint must say (model_config, tokenizer, settings, lineage), JSON.
+    meta: what else a checkpoint must say besides the model's config (tokenizer, settings, lineage), JSON.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class Trainer:
         self._check_finite()
         if self.rank == 0:
             self._report_failed_save()  # which may have been the best one's
-        meta = {**self.meta, "trainer": self.state_dict(loader_state)}
+        meta = {"model_config": asdict(self.model.config), **self.meta, "trainer": self.state_dict(loader_state)}
         optimizer_state = self.optimizer.state_dict()
         if self.model.is_sharded:
             self._save_sharded(optimizer_state, meta, wait)

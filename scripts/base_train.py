@@ -41,9 +41,9 @@ from nanochat.scaling import (
 )
 from nanochat.scores import core_name
 from nanochat.settings import Arguments, SettingsParser
-from nanochat.stage import begin, make_model, open_stage, setup_optimizer, train_stage
+from nanochat.stage import begin, make_model, open_metrics, open_stage, setup_optimizer, train, train_config
 from nanochat.tokenizer import FILE_NAME, Tokenizer, get_tokenizer, get_tokenizer_dir
-from nanochat.trainer import TrainConfig
+from nanochat.trainer import TrainConfig, Trainer
 from nanochat.training_flags import RATES, add_rate_arguments, add_training_arguments, parse_switches
 from scripts import tok_train
 
@@ -109,6 +109,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     args.require_positive("depth", "aspect_ratio", "max_seq_len", "num_kv_heads")
     args.require_between(0, math.inf, *sorted(RATES), "weight_decay")
     args.require_between(0, 1, "warmdown_ratio", "final_lr_frac")
+    args.leave_open("num_iterations", "target_minutes", "target_flops", "total_batch_size")
     return args
 
 
@@ -242,17 +243,19 @@ def main(argv: list[str] | None = None) -> int:
     def sample() -> list[dict[str, str]]:
         return continue_openings(Engine(model, tokenizer), source)
 
-    train_stage(
-        stage, args, settings, model, optimizer, loader,
-        {
-            "stage_name": "pretraining",
-            "grad_accum_steps": accumulation_steps(horizon.total_batch_size, rows, args.max_seq_len, world_size),
-        },
-        {"data": source.describe(), "parent": None},
+    trainer = Trainer(
+        model, optimizer, loader,
+        train_config(
+            settings, device, stage_name="pretraining",
+            grad_accum_steps=accumulation_steps(horizon.total_batch_size, rows, args.max_seq_len, world_size),
+        ),
+        stage.directory, open_metrics(stage, settings, args),
+        {"tokenizer": tokenizer.fingerprint(), "settings": settings, "data": source.describe(), "parent": None},
         evaluate=evaluate,
         evaluations=[(args.core_metric_every, functools.partial(evaluate_core_metric, bundle))] if bundle else [],
-        sample=sample,
+        sample=None if args.fsdp else sample,  # which takes a whole model
     )  # fmt: skip
+    train(trainer, stage)
     loader.close()
     return 0
 

@@ -22,7 +22,8 @@ from nanochat.rl import OBJECTIVES, RolloutLoader, RolloutSettings, make_policy_
 from nanochat.same_run import check_mixture
 from nanochat.samples import sample_answers
 from nanochat.settings import Arguments, SettingsParser
-from nanochat.stage import Stage, begin, make_model, open_stage, open_start, setup_optimizer, train_stage
+from nanochat.stage import Stage, begin, make_model, open_metrics, open_stage, open_start, setup_optimizer, train, train_config
+from nanochat.trainer import Trainer
 from nanochat.training_flags import RATES, add_rate_arguments, add_training_arguments
 from tasks import build_judged_task
 
@@ -60,6 +61,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     args = parser.parse_args(argv)
     args.require_positive("examples_per_step", "num_samples", "max_new_tokens", "max_rows", "eval_examples", "eval_samples")
     args.require_between(0, math.inf, *sorted(RATES), "weight_decay", "init_lr_frac", "kl_weight")
+    args.leave_open("num_iterations")
     return args
 
 
@@ -99,6 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     mixture = check_mixture(stage, train_task, args.task)
     if mixture is None:
         return 0
+    stage.adopt(args, "num_iterations")
     num_iterations = args.num_iterations
     if num_iterations <= 0:
         num_iterations = max(1, args.num_epochs * len(train_task) // args.examples_per_step)
@@ -139,16 +142,18 @@ def main(argv: list[str] | None = None) -> int:
         engine.forget()
         return sample_answers(engine, val_task, max_tokens=args.max_new_tokens)
 
-    train_stage(
-        stage, args, settings, model, optimizer, loader,
-        {
-            "stage_name": "reinforcing", "total_batch_size": 0, "grad_accum_steps": loader.micro_batches, "warmup_steps": 0,
-            "warmdown_ratio": 1.0, "final_lr_frac": 0.0, "eval_first": True, "best_metric": "val/pass@1", "log_every": 1,
-            "compile": False,  # rows of ever other lengths: the time is in the answering
-        },
-        {"parent": parent},
+    trainer = Trainer(
+        model, optimizer, loader,
+        train_config(
+            settings, device, stage_name="reinforcing", total_batch_size=0, grad_accum_steps=loader.micro_batches,
+            warmup_steps=0, warmdown_ratio=1.0, final_lr_frac=0.0, eval_first=True, best_metric="val/pass@1", log_every=1,
+            compile=False,  # rows of ever other lengths: the time is in the answering
+        ),
+        stage.directory, open_metrics(stage, settings, args),
+        {"tokenizer": tokenizer.fingerprint(), "settings": settings, "parent": parent},
         evaluate=evaluate, sample=sample, loss_fn=loss_fn, count_fn=count_fn, step_metrics=loader.metrics,
     )  # fmt: skip
+    train(trainer, stage)
     return 0
 
 

@@ -22,7 +22,18 @@ from nanochat.same_run import check_mixture
 from nanochat.samples import sample_answers
 from nanochat.scaling import accumulation_steps, fit_batch, learning_rate_scale
 from nanochat.settings import Arguments, SettingsParser
-from nanochat.stage import begin, load_optimizer, make_model, open_stage, open_start, setup_optimizer, train_stage
+from nanochat.stage import (
+    begin,
+    load_optimizer,
+    make_model,
+    open_metrics,
+    open_stage,
+    open_start,
+    setup_optimizer,
+    train,
+    train_config,
+)
+from nanochat.trainer import Trainer
 from nanochat.training_flags import RATES, add_rate_arguments, add_training_arguments
 from tasks import build_mixture
 
@@ -62,6 +73,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     args = parser.parse_args(argv)
     args.require_between(0, math.inf, *sorted(RATES), "weight_decay", "init_lr_frac")
     args.require_between(0, 1, "warmdown_ratio", "final_lr_frac")
+    args.leave_open("num_iterations", "target_minutes", "total_batch_size")
     return args
 
 
@@ -123,8 +135,9 @@ def main(argv: list[str] | None = None) -> int:
         num_iterations = num_iterations or max(1, round(tokens_in_pass / total_batch_size))
     model = make_model(model_config, device, args, (start_dir, meta["step"]))
     rows = choose_device_batch_size(model, args.device_batch_size, total_batch_size, world_size)
-    if args.target_minutes > 0 and stage.resume_step is None:  # stop sooner if the time is up
-        steps = steps_in(model, args.target_minutes, rows, total_batch_size, args.compile)
+    if args.target_minutes > 0:  # stop sooner if the time is up, or was when the stage was begun
+        steps = stage.recorded_settings().get("num_iterations")
+        steps = steps or steps_in(model, args.target_minutes, rows, total_batch_size, args.compile)
         num_iterations = min(num_iterations, steps)
     decided = {
         **mixture, "num_iterations": num_iterations, "total_batch_size": total_batch_size, "device_batch_size": rows,
@@ -151,15 +164,18 @@ def main(argv: list[str] | None = None) -> int:
     def sample() -> list[dict[str, str]]:
         return sample_answers(Engine(model, tokenizer), val_task)  # a mixture: some of each kind
 
-    train_stage(
-        stage, args, settings, model, optimizer, loader,
-        {
-            "stage_name": "fine-tuning",
-            "grad_accum_steps": accumulation_steps(total_batch_size, rows, sequence_len, world_size),
-        },
-        {"parent": {"stage": "base", "step": base_step}},
-        evaluate=evaluate, sample=sample,
+    trainer = Trainer(
+        model, optimizer, loader,
+        train_config(
+            settings, device, stage_name="fine-tuning",
+            grad_accum_steps=accumulation_steps(total_batch_size, rows, sequence_len, world_size),
+        ),
+        stage.directory, open_metrics(stage, settings, args),
+        {"tokenizer": tokenizer.fingerprint(), "settings": settings, "parent": {"stage": "base", "step": base_step}},
+        evaluate=evaluate,
+        sample=None if args.fsdp else sample,  # which takes a whole model
     )  # fmt: skip
+    train(trainer, stage)
     stats = loader.stats()
     print0(
         f"{stats['conversations']:,} conversations read, {stats['truncated']:,} truncated to {sequence_len} tokens, "

@@ -196,8 +196,8 @@ def test_the_newest_run_is_chosen_not_the_largest(tiny_run: Path) -> None:
     assert load_model("base", "cpu", "eval")[2]["tag"] == "tiny"
 
 
-@pytest.mark.parametrize("manifest", ["{}", '{"version": 3}', '{"version": "3"}', '{"version": 3, "created": null}',
-                                      "[" * 100_000, '{"version": 3, "created": 4e9}'])  # fmt: skip
+@pytest.mark.parametrize("manifest", ["{}", '{"version": 2}', '{"version": "2"}', '{"version": 2, "created": null}',
+                                      "[" * 100_000, '{"version": 2, "created": 4e9}'])  # fmt: skip
 def test_a_bad_manifest_in_another_run_hinders_nobody(tiny_run: Path, manifest: str) -> None:
     bad = step_dir(get_run_dir("bad") / "base", 20)
     bad.mkdir(parents=True)
@@ -350,7 +350,7 @@ def test_a_copy_that_a_file_manager_named_is_no_run(tiny_run: Path) -> None:
     assert find_run("base") == find_newest_run() == "tiny"
 
 
-@pytest.mark.parametrize(("version", "way_out"), [(2, "train it again, or use the nanochat that saved it"), (99, "update it")])
+@pytest.mark.parametrize(("version", "way_out"), [(1, "train it again, or use the nanochat that saved it"), (99, "update it")])
 def test_another_format_is_refused_in_a_sentence(tiny_run: Path, version: int, way_out: str) -> None:
     """Wherever a checkpoint is first looked at; what is newest is told by it as by others."""
     stage_dir = tiny_run / "base"
@@ -360,7 +360,7 @@ def test_another_format_is_refused_in_a_sentence(tiny_run: Path, version: int, w
         replace_file(directory / "meta.json", json.dumps({**meta, "version": version}).encode())
         change_manifest(directory, version=version, created=4e9)
     assert find_run("base") == "tiny"
-    sentence = f"step_000006 has format {version}, and this nanochat reads 3 alone: {way_out}$"
+    sentence = f"step_000006 has format {version}, and this nanochat reads 2 alone: {way_out}$"
     uses: list[Callable[[], object]] = [
         lambda: load_model("base", "cpu", "eval"),
         lambda: load_checkpoint(stage_dir, 6),

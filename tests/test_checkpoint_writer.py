@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from nanochat.checkpoint_manager import list_steps, load_checkpoint
-from nanochat.checkpoint_writer import CheckpointWriter
+from nanochat.checkpoint_writer import Best, CheckpointWriter
 
 MODEL, OPTIMIZER = {"a": torch.arange(6.0), "b": torch.ones(3)}, {"m": torch.zeros(2), "v": torch.ones(2)}
 
@@ -61,3 +62,24 @@ def test_what_goes_wrong_then_is_for_whoever_waits(tmp_path: Path, monkeypatch: 
     with pytest.raises(NotADirectoryError):
         writer.wait()
     writer.wait()  # it is said once
+
+
+@pytest.mark.parametrize(("metric", "values"), [("-val/bpb", (3.0, 2.0, 2.5, 1.0)), ("val/pass@1", (0.1, 0.2, 0.15, 0.3))])
+def test_the_best_is_known_and_given_up_if_it_was_never_written(tmp_path: Path, metric: str, values: tuple) -> None:
+    name, path = metric.removeprefix("-"), tmp_path / "best.json"
+    best = Best(tmp_path, metric, is_writer=True)
+    for step, value in enumerate(values, 1):
+        best.note(step, {name: value, "val/other": 0.0})
+    best.note(5, {"val/other": 9.0})
+    assert best.step == 4
+    assert json.loads(path.read_text()) == {"step": 4, name: values[3]}
+    best.fall_back([1, 2, 3, 4])
+    assert best.step == 4
+    best.fall_back([1, 2, 3])
+    assert best.step == 2
+    assert json.loads(path.read_text())["step"] == 2
+    best.fall_back([1, 3])
+    assert best.step is None
+    assert not path.exists()
+    Best(tmp_path, metric, is_writer=False).note(1, {name: 1.0})
+    assert not path.exists()

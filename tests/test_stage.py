@@ -17,7 +17,7 @@ from nanochat.gpt import GPTConfig
 from nanochat.optim import OptimizerSettings
 from nanochat.same_run import check_settings, compare_ranks
 from nanochat.settings import Arguments, SettingsParser
-from nanochat.stage import open_stage
+from nanochat.stage import Stage, open_stage
 from nanochat.training_flags import add_rate_arguments, parse_switches
 from scripts import base_train
 
@@ -77,6 +77,22 @@ def test_the_optimizers_own_rates_are_the_flags_defaults(monkeypatch: pytest.Mon
     parser = argparse.ArgumentParser()
     add_rate_arguments(parser.add_argument_group())
     assert vars(parser.parse_args([])) == rates
+
+
+@pytest.mark.parametrize(
+    ("flags", "adopted"),
+    [([], (6, 512, 0.5)), (["--num-iterations=0", "--total-batch-size=0"], (6, 512, 0.5)),
+     (["--num-iterations=7", "--expand-at=0"], (7, 512, 0.0)), (["--num-iterations=-1", "--total-batch-size=8"], (6, 8, 0.5))],
+)  # fmt: skip
+def test_what_flags_leave_open_is_as_the_stage_was_begun(
+    flags: list[str], adopted: tuple, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = {"num_iterations": 6, "total_batch_size": 512, "expand_at": 0.5}
+    monkeypatch.setattr(Stage, "recorded_settings", lambda self: begun)
+    args = base_train.parse_arguments(flags)
+    Stage("r", "base", base_dir, 3, [3]).adopt(args, *begun, "target_flops")  # which that run did not record
+    assert tuple(vars(args)[name] for name in begun) == adopted
+    assert args.target_flops == -1
 
 
 def test_set_leaves_to_flags_what_is_theirs() -> None:

@@ -358,7 +358,7 @@ def test_a_loss_that_is_no_number_stops_the_run(corpus: Path, monkeypatch: pytes
     def loss_fn(model: GPT, batch: Batch) -> torch.Tensor:
         return summed_loss(model, batch) * (math.nan if next(calls) == 4 else 1)
 
-    monkeypatch.setattr("nanochat.stage.Trainer", functools.partial(Trainer, loss_fn=loss_fn))
+    monkeypatch.setattr(base_train, "Trainer", functools.partial(Trainer, loss_fn=loss_fn))
     with pytest.raises(NanochatError, match=r"no longer a number at step 5: the last good checkpoint is step 4"):
         _train(corpus, "nan", "--save-every=2")
     assert list_steps(Path(os.environ["NANOCHAT_BASE_DIR"]) / "runs" / "nan" / "base") == [2, 4]
