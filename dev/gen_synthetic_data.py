@@ -25,7 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from nanochat.common import NanochatError, append_json_lines, atomic_write, run_command
+from nanochat.common import NanochatError, run_command
+from nanochat.files import append_json_lines, atomic_write
 from nanochat.progress import Progress
 from tasks.common import read_jsonl
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from nanochat.checkpoint_manager import get_runs_dir
 from nanochat.common import NanochatError, run_command
 from nanochat.metrics import METRICS_FILE, read_metrics
+from nanochat.runs import get_runs_dir
 
 COLUMNS = ("run", "depth", "size", "tokens", "flops", "tokens_per_param", "bpb")
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
-from nanochat.common import atomic_write
+from nanochat.files import atomic_write
 
 logger = logging.getLogger("mkdocs.hooks.nanochat")
 

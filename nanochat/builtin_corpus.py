@@ -26,8 +26,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import NanochatError, atomic_write
+from nanochat.common import NanochatError
 from nanochat.cpu import usable_cores
+from nanochat.files import atomic_write
 
 HARVEST_VERSION = 1  # part of the manifest: a change to the rules below makes the corpus anew
 VAL_SHARE = 0.02

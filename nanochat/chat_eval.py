@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from nanochat.common import all_or_none, append_json_lines, gather_objects, get_dist_info, print0, read_json_lines
+from nanochat.common import get_dist_info, print0
 from nanochat.cpu import usable_cores
 from nanochat.engine import Engine
+from nanochat.files import append_json_lines, read_json_lines
+from nanochat.ranks import all_or_none, gather_objects
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Sequence
 from nanochat.scores import centered_mean, pass_at_k, wilson_interval

@@ -19,7 +19,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -31,57 +30,38 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from nanochat.common import NanochatError, any_rank, get_base_dir, get_dist_info, read_json_object, remove_leftovers
+from nanochat.common import NanochatError, get_dist_info
+from nanochat.files import read_json_object, remove_leftovers
 from nanochat.gpt import GPT
 from nanochat.model_config import read_config
+from nanochat.ranks import any_rank
+from nanochat.runs import (
+    MANIFEST_FILE,
+    SETTINGS_FILE,
+    STAGES,
+    get_run_dir,
+    get_runs_dir,
+    get_stage_dir,
+    is_tag,
+    list_steps,
+    step_dir,
+)
 from nanochat.tokenizer import FILE_NAME as TOKENIZER_FILE
 from nanochat.tokenizer import Tokenizer
 
 FORMAT_VERSION = 2  # one more whenever code that reads what a checkpoint says could no longer read those that there are
-STAGES = ("base", "sft", "rl")
 MAX_TIMESTAMP = 1e11  # seconds since 1970: a manifest that claims to be later is damaged
-BEST_FILE, SETTINGS_FILE = "best.json", "settings.json"
+BEST_FILE = "best.json"
 SHARDED_DIR = "sharded"
 MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optim.safetensors"
-META_FILE, MANIFEST_FILE = "meta.json", "manifest.json"
+META_FILE = "meta.json"
 
 
 class CheckpointError(NanochatError):
     """A checkpoint that is absent, damaged, or of another model."""
 
 
-# ----------------------------------------------------------------------------- where things are
-
-
-def get_runs_dir() -> Path:
-    return get_base_dir() / "runs"
-
-
-def is_tag(name: str) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None
-
-
-def get_run_dir(tag: str) -> Path:
-    """The directory of a run. Raises NanochatError for a tag that is not a plain name."""
-    if not is_tag(tag):
-        raise NanochatError(f"model tag {tag!r} is not a plain name: use letters, digits, '.', '_' and '-'")
-    return get_runs_dir() / tag
-
-
-def get_stage_dir(tag: str, stage: str) -> Path:
-    if stage not in STAGES:
-        raise NanochatError(f"unknown source {stage!r}: choose one of {', '.join(STAGES)}")
-    return get_run_dir(tag) / stage
-
-
-def step_dir(stage_dir: Path, step: int) -> Path:
-    return stage_dir / f"step_{step:06d}"
-
-
-def list_steps(stage_dir: Path) -> list[int]:
-    """The complete checkpoints of a stage, oldest first."""
-    found = [re.fullmatch(r"step_(\d+)", path.parent.name) for path in stage_dir.glob(f"step_*/{MANIFEST_FILE}")]
-    return sorted(int(match[1]) for match in found if match)
+# ----------------------------------------------------------------------------- which run is meant
 
 
 def find_run(stage: str, model_tag: str | None = None, heir: str | None = None) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from nanochat.checkpoint_manager import BEST_FILE, prune, save_checkpoint
-from nanochat.common import atomic_write
+from nanochat.files import atomic_write
 
 State = dict[str, torch.Tensor]
 

@@ -8,19 +8,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import json
 import logging
 import os
 import platform
-import secrets
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import psutil
@@ -80,74 +78,6 @@ def find_test_data() -> Path | None:
     default = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
     path = Path(os.environ.get("NANOCHAT_TEST_DATA") or default).expanduser()
     return path if path.is_dir() else None
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The content of a JSON file that holds an object. Raises NanochatError where it is missing, cut or something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("not an object")
-        return content
-    except (OSError, ValueError, RecursionError) as error:  # the last: brackets in brackets
-        raise NanochatError(f"{path} cannot be read ({error})") from error
-
-
-def atomic_write(path: Path | str, content: bytes | str) -> None:
-    """Write a file so that a reader, or a crash at any byte, sees the old content or the new, never a part.
-
-    It has the mode of a file that open() makes, so that others may read it where the umask lets them.
-    """
-    path = Path(path)
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def replace(source: Path, target: Path) -> None:
-    """os.replace, which on Windows waits half a second for a reader or a virus scanner to let go of a file."""
-    for _ in range(10 if os.name == "nt" else 0):
-        with contextlib.suppress(PermissionError):
-            return os.replace(source, target)
-        time.sleep(0.05)
-    os.replace(source, target)
-
-
-def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left of writing a file. None may be writing it at the time."""
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
-        left.unlink(missing_ok=True)
-
-
-def read_json_lines(path: Path) -> list[Any]:
-    """The values of a file that is appended to, [] if there is none; a line that a crash cut short is passed over."""
-    values = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else ():
-        try:
-            values.append(json.loads(line))
-        except (ValueError, RecursionError):
-            continue
-    return values
-
-
-def append_json_lines(path: Path, values: Iterable[Any]) -> None:
-    """Add a line for each value, never to one that a crash cut short."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write("".join(json.dumps(value) + "\n" for value in values).encode("utf-8"))
 
 
 # ----------------------------------------------------------------------------- commands
@@ -265,7 +195,8 @@ def describe_unexpected(error: Exception) -> str:
     versions = f"{Path(sys.argv[0]).name}, Python {sys.version.split()[0]}, PyTorch {torch.__version__}"  # no flags: secrets
     try:
         path = get_base_dir() / "logs" / name
-        atomic_write(path, f"{versions}\n\n{trace}")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"{versions}\n\n{trace}", encoding="utf-8")
     except (OSError, NanochatError):  # nowhere to keep it
         return f"{sentence}: run again with --debug and report what it shows\n{trace}"
     return f"{sentence}: a mistake of nanochat's, please report it with {path} (--debug shows the same)"
@@ -393,63 +324,6 @@ _heartbeats: list[Heartbeat] = []  # of the process group this process is in: on
 def in_process_group() -> bool:
     """Whether this process has joined others, so that there is somebody to talk to."""
     return dist.is_available() and dist.is_initialized()
-
-
-def from_rank0(value: T) -> T:
-    """Rank 0's value, on every rank (a collective call): for what must be decided once."""
-    if not in_process_group():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
-
-
-def on_rank0(work: Callable[[], T]) -> T:
-    """What `work` returns on rank 0, on every rank (a collective call); the NanochatError that it raises, as well."""
-    outcome: tuple[T | None, NanochatError | None] = (None, None)
-    if get_dist_info()[1] == 0:
-        try:
-            outcome = (work(), None)
-        except NanochatError as error:
-            outcome = (None, error)
-    result, failure = from_rank0(outcome)
-    if failure is not None:
-        raise failure
-    return cast("T", result)
-
-
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank (a collective call); asks between the hosts, without waiting for a device."""
-    if not in_process_group():
-        return flag
-    flags = torch.tensor(int(flag))
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags)
-
-
-def all_or_none(work: Callable[[], T]) -> T:
-    """This rank's share of something that all ranks do, each alone (a collective call, but `work` has none inside).
-
-    If it fails on any rank it raises on all of them, so that they can save together: its own error where it happened,
-    NanochatError elsewhere.
-    """
-    failure = None
-    try:
-        result = work()
-    except Exception as error:
-        failure = error
-    if any_rank(failure is not None):
-        raise failure or NanochatError("another rank has failed: its reason stands above")
-    return result
-
-
-def gather_objects(value: T) -> list[T]:
-    """The values of all ranks, in their order, on every rank (a collective call)."""
-    if not in_process_group():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def get_compute_dtype(device: torch.device | str) -> torch.dtype:

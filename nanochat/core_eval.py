@@ -30,19 +30,12 @@ import torch.distributed as dist
 import yaml
 from filelock import FileLock
 
-from nanochat.common import (
-    NanochatError,
-    all_or_none,
-    atomic_write,
-    from_rank0,
-    gather_objects,
-    get_base_dir,
-    get_dist_info,
-    print0,
-)
+from nanochat.common import NanochatError, get_base_dir, get_dist_info, print0
 from nanochat.compilation import try_to_compile
+from nanochat.files import atomic_write
 from nanochat.flash_attention import AttentionPlan, attend_masked
 from nanochat.gpt import GPT, Block
+from nanochat.ranks import all_or_none, from_rank0, gather_objects
 from nanochat.scores import centered, centered_mean, wilson_interval
 from nanochat.tokenizer import Tokenizer
 

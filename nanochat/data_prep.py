@@ -38,8 +38,9 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.word_tokenizers import WordTokenizer
 from fsspec.core import url_to_fs
 
-from nanochat.common import NanochatError, atomic_write
+from nanochat.common import NanochatError
 from nanochat.document_files import TOKEN_COLUMN, TOKENIZER_KEY
+from nanochat.files import atomic_write
 from nanochat.progress import Progress
 from nanochat.raw_files import read_texts
 from nanochat.tokenizer import Tokenizer

@@ -9,8 +9,10 @@ from typing import Any
 
 from filelock import FileLock
 
-from nanochat.checkpoint_manager import hash_of_weights, list_steps
-from nanochat.common import NanochatError, atomic_write, complain, read_json_object
+from nanochat.checkpoint_manager import hash_of_weights
+from nanochat.common import NanochatError, complain
+from nanochat.files import atomic_write, read_json_object
+from nanochat.runs import list_steps
 
 EVAL_FILE = "eval.json"
 

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nanochat.checkpoint_manager import STAGES, load_model
+from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError, compute_init, logger, run_command
 from nanochat.core_eval import Candidate, NanochatScorer, Question
 from nanochat.engine import Engine
+from nanochat.runs import STAGES
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Sequence
 from nanochat.trimming import trim_prompt

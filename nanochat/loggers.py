@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from nanochat.common import NanochatError, atomic_write, complain
+from nanochat.common import NanochatError, complain
+from nanochat.files import atomic_write
 
 PROJECT = "nanochat"
 OPEN_S = 10.0  # seconds that the start waits for a logger, so that what it asks or says comes before the progress

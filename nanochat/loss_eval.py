@@ -9,8 +9,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from nanochat.common import NanochatError, all_or_none, any_rank, in_process_group
+from nanochat.common import NanochatError, in_process_group
 from nanochat.gpt import GPT
+from nanochat.ranks import all_or_none, any_rank
 
 VAL_TOKENS = {"cpu": 2**18, "cuda": 2**22}  # of an evaluation while training, unless it is told how many
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from nanochat.common import NanochatError, any_rank
+from nanochat.common import NanochatError
+from nanochat.ranks import any_rank
 
 FIRST_FACTOR = 2.0**16
 GROWTH_STEPS = 2000  # good updates after which the factor is doubled

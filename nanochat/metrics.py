@@ -16,9 +16,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nanochat.checkpoint_manager import SETTINGS_FILE, STAGES, get_run_dir
-from nanochat.common import NanochatError, as_unicode, complain, read_json_lines, read_json_object, run_command
+from nanochat.common import NanochatError, as_unicode, complain, run_command
+from nanochat.files import read_json_lines, read_json_object
 from nanochat.loggers import LOGGERS, BackgroundLogger, LoggedRun, check_installed
+from nanochat.runs import SETTINGS_FILE, STAGES, get_run_dir
 from nanochat.settings import SettingsParser
 
 METRICS_FILE = "metrics.jsonl"

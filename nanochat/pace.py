@@ -9,20 +9,13 @@ import statistics
 
 import torch
 
-from nanochat.common import (
-    NanochatError,
-    any_rank,
-    from_rank0,
-    gather_objects,
-    get_dist_info,
-    print0,
-    seconds_since_start,
-)
+from nanochat.common import NanochatError, get_dist_info, print0, seconds_since_start
 from nanochat.compilation import expected_mfu, measure_matmul_rate, seconds_of, try_to_compile
 from nanochat.gpt import GPT
 from nanochat.memory import optimizer_bytes
 from nanochat.optim import MuonAdamW
 from nanochat.passes import Passes
+from nanochat.ranks import any_rank, from_rank0, gather_objects
 from nanochat.scaling import accumulation_steps, default_device_batch_size
 
 

@@ -23,32 +23,24 @@ import psutil
 import torch
 from markupsafe import Markup, escape
 
-from nanochat.checkpoint_manager import (
-    META_FILE,
-    SETTINGS_FILE,
-    STAGES,
-    get_run_dir,
-    get_runs_dir,
-    is_tag,
-    list_steps,
-    step_dir,
-)
-from nanochat.common import NanochatError, atomic_write, run_command
+from nanochat.checkpoint_manager import META_FILE
+from nanochat.common import NanochatError, run_command
 from nanochat.cpu import cpu_name
 from nanochat.eval_results import read_eval, read_json
+from nanochat.files import atomic_write
 from nanochat.gpt import GPT
 from nanochat.metrics import METRICS_FILE, read_metrics, series, smooth
 from nanochat.model_config import read_config
 from nanochat.plots import Bar, Curve, Panel, Shares, draw_bars, draw_panel, draw_shares, save_png, to_svg
 from nanochat.progress import format_seconds
 from nanochat.quantities import QUANTITIES, kind_of, quantity
+from nanochat.runs import SETTINGS_FILE, STAGE_TITLES, STAGES, get_run_dir, get_runs_dir, is_tag, list_steps, step_dir
 from nanochat.scores import centered, core_name, describe_pass_at
 from nanochat.settings import SettingsParser
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STAGE_TITLES = {"base": "Pretraining", "sft": "Supervised fine-tuning", "rl": "Reinforcement learning"}
 ON_AXES = {"train/tokens", "train/flops", "train/mfu"}  # what is logged and needs no curve of its own
 SHOWN_SETTINGS = (
     "depth", "data", "tasks", "max_seq_len", "window_pattern", "num_iterations", "total_batch_size", "expand_at",

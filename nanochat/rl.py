@@ -21,12 +21,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from nanochat.common import NanochatError, all_or_none
+from nanochat.common import NanochatError
 from nanochat.cpu import usable_cores
 from nanochat.cross_entropy import token_losses
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, LOGIT_CAP
 from nanochat.lanes import epoch_order
+from nanochat.ranks import all_or_none
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Sequence as Answer
 from nanochat.trimming import trim_prompt

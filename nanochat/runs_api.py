@@ -12,13 +12,12 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from nanochat.checkpoint_manager import SETTINGS_FILE, STAGES, get_run_dir, get_runs_dir, is_tag, list_steps
 from nanochat.common import NanochatError
 from nanochat.eval_results import EVAL_FILE, read_eval, read_json
 from nanochat.metrics import METRICS_FILE, read_metrics, series, smooth, thinned
 from nanochat.openai_api import RequestError
 from nanochat.quantities import QUANTITIES, kind_of, quantity
-from nanochat.report import STAGE_TITLES
+from nanochat.runs import SETTINGS_FILE, STAGE_TITLES, STAGES, get_run_dir, get_runs_dir, is_tag, list_steps
 
 MAX_POINTS = 600  # of a curve: more than a screen shows
 

@@ -9,9 +9,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanochat.checkpoint_manager import STAGES, get_run_dir, read_meta
-from nanochat.common import NanochatError, gather_objects, print0
+from nanochat.checkpoint_manager import read_meta
+from nanochat.common import NanochatError, print0
 from nanochat.conversation_loader import fingerprint
+from nanochat.ranks import gather_objects
+from nanochat.runs import STAGES, get_run_dir
 from nanochat.training_flags import RATES
 
 if TYPE_CHECKING:

@@ -19,14 +19,9 @@ import torch
 from nanochat.checkpoint_manager import (
     MODEL_FILE,
     OPTIMIZER_FILE,
-    SETTINGS_FILE,
-    STAGES,
     CheckpointError,
     build_model,
     clean_up,
-    get_run_dir,
-    get_stage_dir,
-    list_steps,
     load_checkpoint,
     load_into,
     lock_stage,
@@ -37,26 +32,19 @@ from nanochat.checkpoint_manager import (
     read_meta,
     read_tensors,
     set_aside,
-    step_dir,
     verify_checkpoint,
 )
-from nanochat.common import (
-    NanochatError,
-    all_or_none,
-    atomic_write,
-    get_compute_dtype,
-    get_dist_info,
-    on_rank0,
-    print0,
-    read_json_object,
-)
+from nanochat.common import NanochatError, get_compute_dtype, get_dist_info, print0
 from nanochat.dataset import Source
+from nanochat.files import atomic_write, read_json_object
 from nanochat.fp8 import enable_fp8
 from nanochat.gpt import GPT
 from nanochat.loggers import check_installed
 from nanochat.metrics import METRICS_FILE, MetricsLog, read_metrics
 from nanochat.model_config import read_config
 from nanochat.optim import MuonAdamW
+from nanochat.ranks import all_or_none, on_rank0
+from nanochat.runs import SETTINGS_FILE, STAGES, get_run_dir, get_stage_dir, list_steps, step_dir
 from nanochat.same_run import check_data, check_settings, compare_ranks, way_to_begin_anew
 from nanochat.settings import CONFIG_FILE, Arguments
 from nanochat.tokenizer import Tokenizer

@@ -22,7 +22,8 @@ from typing import Any, overload
 import numpy as np
 import tiktoken
 
-from nanochat.common import NanochatError, atomic_write, get_base_dir
+from nanochat.common import NanochatError, get_base_dir
+from nanochat.files import atomic_write
 
 SPECIAL_TOKENS = [
     "<|bos|>",  # opens every document and every row

@@ -18,26 +18,9 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from nanochat.checkpoint_manager import (
-    MODEL_FILE,
-    OPTIMIZER_FILE,
-    list_steps,
-    lock_stage,
-    prune,
-    save_sharded,
-)
+from nanochat.checkpoint_manager import MODEL_FILE, OPTIMIZER_FILE, lock_stage, prune, save_sharded
 from nanochat.checkpoint_writer import Best, CheckpointWriter
-from nanochat.common import (
-    NanochatError,
-    all_or_none,
-    any_rank,
-    describe_error,
-    gather_objects,
-    get_dist_info,
-    is_lost_connection,
-    peak_memory_bytes,
-    synchronize,
-)
+from nanochat.common import NanochatError, describe_error, get_dist_info, is_lost_connection, peak_memory_bytes, synchronize
 from nanochat.compilation import can_compile, measure_matmul_rate, try_to_compile
 from nanochat.gpt import GPT
 from nanochat.loss_scale import LossScale
@@ -46,6 +29,8 @@ from nanochat.optim import MuonAdamW
 from nanochat.passes import Batch, Passes, summed_loss
 from nanochat.progress import Progress
 from nanochat.quantities import describe_line
+from nanochat.ranks import all_or_none, any_rank, gather_objects
+from nanochat.runs import list_steps
 from nanochat.schedules import Schedule
 from nanochat.stopping import StopRequest, frozen_garbage
 

@@ -11,8 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from nanochat.checkpoint_manager import get_stage_dir, load_model
-from nanochat.common import NanochatError, compute_init, from_rank0, get_base_dir, print0, run_command
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import NanochatError, compute_init, get_base_dir, print0, run_command
 from nanochat.core_eval import NUM_TASKS, NanochatScorer, Scorer, evaluate_core, find_bundle
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import get_source
@@ -21,6 +21,8 @@ from nanochat.eval_results import merge_eval
 from nanochat.hf_scorer import HuggingFaceScorer
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.progress import Progress
+from nanochat.ranks import from_rank0
+from nanochat.runs import get_stage_dir
 from nanochat.samples import continue_openings
 from nanochat.scores import core_name
 from nanochat.settings import Arguments, SettingsParser

@@ -17,8 +17,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from nanochat.checkpoint_manager import get_run_dir
-from nanochat.common import NanochatError, compute_init, on_rank0, print0, run_command
+from nanochat.common import NanochatError, compute_init, print0, run_command
 from nanochat.compilation import keep_freed_memory
 from nanochat.core_eval import NanochatScorer, evaluate_core, find_bundle
 from nanochat.dataloader import TokenLoader
@@ -28,6 +27,8 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import batches_to_validate, evaluate_bpb
 from nanochat.optim import OptimizerSettings
 from nanochat.pace import batch_worth_an_update, choose_device_batch_size, flops_in, steps_in
+from nanochat.ranks import on_rank0
+from nanochat.runs import get_run_dir
 from nanochat.same_run import check_settings
 from nanochat.samples import continue_openings
 from nanochat.scaling import (

@@ -7,10 +7,11 @@ import os
 import sys
 from typing import Any
 
-from nanochat.checkpoint_manager import STAGES, load_model
+from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError, compute_init, run_command
 from nanochat.engine import Engine
 from nanochat.runner import prepare_for_inference
+from nanochat.runs import STAGES
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.tokenizer import IncrementalDecoder
 from nanochat.trimming import trim_conversation

@@ -14,11 +14,13 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat.chat_eval import CHATCORE_TASKS, Answering, TaskResult, chatcore, evaluate_task
-from nanochat.checkpoint_manager import STAGES, get_stage_dir, load_model
-from nanochat.common import NanochatError, compute_init, from_rank0, run_command
+from nanochat.checkpoint_manager import load_model
+from nanochat.common import NanochatError, compute_init, run_command
 from nanochat.engine import Engine
 from nanochat.eval_results import merge_eval, read_eval
 from nanochat.progress import Progress
+from nanochat.ranks import from_rank0
+from nanochat.runs import STAGES, get_stage_dir
 from nanochat.scores import describe_pass_at
 from nanochat.settings import Arguments, SettingsParser
 from tasks import build_judged_task, judged_tasks, task_name

@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 
 from nanochat.checkpoint_manager import find_run
-from nanochat.common import compute_init, from_rank0, get_base_dir, print0, run_command
+from nanochat.common import compute_init, get_base_dir, print0, run_command
 from nanochat.compilation import keep_freed_memory
 from nanochat.conversation_loader import ConversationLoader, check_answers, estimate_tokens
 from nanochat.engine import Engine
 from nanochat.loss_eval import batches_to_validate, evaluate_bpb
 from nanochat.model_config import read_config
 from nanochat.pace import choose_device_batch_size, steps_in
+from nanochat.ranks import from_rank0
 from nanochat.same_run import check_mixture
 from nanochat.samples import sample_answers
 from nanochat.scaling import accumulation_steps, fit_batch, learning_rate_scale

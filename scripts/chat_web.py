@@ -16,12 +16,13 @@ from urllib.parse import urlsplit
 import torch
 import uvicorn
 
-from nanochat.checkpoint_manager import STAGES, load_model
+from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError, compute_init, run_command
 from nanochat.compilation import in_own_thread, keep_freed_memory
 from nanochat.engine import Engine
 from nanochat.guard import CarefulProtocol
 from nanochat.runner import prepare_for_inference
+from nanochat.runs import STAGES
 from nanochat.sampling import SamplingParams
 from nanochat.server import create_app
 from nanochat.service import ChatDefaults, Limits, Service

@@ -20,14 +20,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from nanochat.checkpoint_manager import SETTINGS_FILE, STAGES, get_runs_dir
 from nanochat.common import NanochatError, run_command
 from nanochat.eval_results import read_eval, read_json
 from nanochat.metrics import METRICS_FILE, read_metrics, series, smooth
 from nanochat.plots import Bar, Curve, Panel, draw_bars, draw_panel, to_svg
 from nanochat.progress import format_seconds
 from nanochat.quantities import kind_of, quantity
-from nanochat.report import STAGE_TITLES, Picture, Section, format_value, render
+from nanochat.report import Picture, Section, format_value, render
+from nanochat.runs import SETTINGS_FILE, STAGE_TITLES, STAGES, get_runs_dir
 from nanochat.same_run import FREE_SETTINGS
 from nanochat.scores import centered
 from nanochat.settings import Arguments, SettingsParser

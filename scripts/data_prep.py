@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from nanochat.common import NanochatError, atomic_write, run_command
+from nanochat.common import NanochatError, run_command
 from nanochat.cpu import usable_cores
 from nanochat.document_files import RemoteFile, is_remote, list_local, list_remote, without_strangers
+from nanochat.files import atomic_write
 from nanochat.raw_files import kind_of, read_texts
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.tokenizer import Tokenizer, get_tokenizer

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from nanochat.checkpoint_manager import STAGES, load_model
+from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError, run_command
 from nanochat.hf.export import FORMATS, check_output, export, push
+from nanochat.runs import STAGES
 from nanochat.settings import Arguments, SettingsParser
 
 

@@ -18,12 +18,13 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nanochat.checkpoint_manager import STAGES, load_model
+from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError, compute_init, run_command, synchronize
 from nanochat.compilation import keep_freed_memory, measure_memory_rate
 from nanochat.engine import Engine
 from nanochat.kv_cache import BLOCK_SIZE, KVBlocks
 from nanochat.runner import prepare_for_inference
+from nanochat.runs import STAGES
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Scheduler, Sequence
 from nanochat.settings import SettingsParser

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import NanochatError, atomic_write, read_json_object, run_command
+from nanochat.common import NanochatError, run_command
 from nanochat.dataset import Source, default_source_name, get_source
+from nanochat.files import atomic_write, read_json_object
 from nanochat.progress import Progress
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.tokenizer import FILE_NAME, Tokenizer, get_tokenizer_dir

@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat.checkpoint_manager import list_steps, step_dir
-from nanochat.common import read_json_lines
+from nanochat.files import read_json_lines
 from nanochat.metrics import read_metrics
+from nanochat.runs import list_steps, step_dir
 from tests.conftest import TINY_TRAINING
 
 ROOT = Path(__file__).parent.parent

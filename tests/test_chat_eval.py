@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from nanochat import chat_eval as chat_eval_module
 from nanochat.chat_eval import CHATCORE_TASKS, Answering, chatcore, evaluate_task
-from nanochat.common import NanochatError, read_json_lines
+from nanochat.common import NanochatError
 from nanochat.engine import Engine
+from nanochat.files import read_json_lines
 from nanochat.samples import sample_answers
 from nanochat.scores import centered_mean, pass_at_k, wilson_interval
 from nanochat.tokenizer import Tokenizer

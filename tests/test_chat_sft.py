@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat.checkpoint_manager import list_steps
 from nanochat.common import NanochatError
 from nanochat.loss_eval import batches_to_validate
+from nanochat.runs import list_steps
 from scripts import chat_sft
 
 FLAGS = ["--model-tag=tiny", "--no-compile", "--device-type=cpu", "--eval-tokens=256", "--num-iterations=2", "--save-every=1"]

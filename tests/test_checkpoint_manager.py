@@ -20,19 +20,18 @@ from nanochat.checkpoint_manager import (
     CheckpointError,
     clean_up,
     find_run,
-    get_run_dir,
-    list_steps,
     load_checkpoint,
     load_model,
     newest_valid_step,
     prune,
     read_meta,
     save_checkpoint,
-    step_dir,
 )
-from nanochat.common import NanochatError, atomic_write
+from nanochat.common import NanochatError
+from nanochat.files import atomic_write
 from nanochat.gpt import GPTConfig
 from nanochat.report import find_newest_run
+from nanochat.runs import get_run_dir, list_steps, step_dir
 from nanochat.stage import load_optimizer
 from nanochat.tokenizer import Tokenizer
 from scripts import base_train

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat.checkpoint_manager import list_steps, load_checkpoint
+from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.checkpoint_writer import Best, CheckpointWriter
+from nanochat.runs import list_steps
 
 MODEL, OPTIMIZER = {"a": torch.arange(6.0), "b": torch.ones(3)}, {"m": torch.zeros(2), "v": torch.ones(2)}
 

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import yaml
 
-from nanochat.checkpoint_manager import list_steps
+from nanochat.runs import list_steps
 from scripts import base_eval, base_train, chat_eval, chat_sft
 from tests.conftest import TINY_TRAINING
 from tests.helpers import wait_for

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from nanochat import common
-from nanochat.common import NanochatError, atomic_write, compute_init, describe_error, get_base_dir, run_command
+from nanochat.common import NanochatError, compute_init, describe_error, get_base_dir, run_command
+from nanochat.files import atomic_write
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")

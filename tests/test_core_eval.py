@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from nanochat import report
-from nanochat.common import NanochatError, read_json_lines
+from nanochat.common import NanochatError
 from nanochat.core_eval import (
     CoreTask,
     NanochatScorer,
@@ -27,6 +27,7 @@ from nanochat.core_eval import (
     read_tasks,
     render,
 )
+from nanochat.files import read_json_lines
 from nanochat.hf_scorer import HuggingFaceScorer
 from nanochat.metrics import read_metrics
 from nanochat.scores import wilson_interval

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat import flash_attention
-from nanochat.checkpoint_manager import list_steps, load_model, read_tensors, step_dir
+from nanochat.checkpoint_manager import load_model, read_tensors
 from nanochat.common import get_base_dir
 from nanochat.compilation import can_compile
 from nanochat.cross_entropy import chunk_loss
@@ -29,6 +29,7 @@ from nanochat.memory import training_bytes
 from nanochat.metrics import read_metrics
 from nanochat.passes import Passes, summed_loss
 from nanochat.runner import prepare_for_inference
+from nanochat.runs import list_steps, step_dir
 from nanochat.sampling import SamplingParams, policy_logprobs, sample
 from nanochat.scheduler import Sequence
 from nanochat.tokenizer import Tokenizer

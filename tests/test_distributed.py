@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from nanochat.checkpoint_manager import list_steps, load_checkpoint, load_model
+from nanochat.checkpoint_manager import load_checkpoint, load_model
 from nanochat.common import describe_error
+from nanochat.runs import list_steps
 from nanochat.sharding import write_sharded
 from scripts import chat_rl, chat_sft
 from tests.helpers import make_model

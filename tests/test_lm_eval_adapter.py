@@ -15,10 +15,11 @@ import pytest
 import torch
 import yaml
 
-from nanochat.checkpoint_manager import get_run_dir, get_stage_dir, save_checkpoint
+from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import NanochatError
 from nanochat.core_eval import CoreTask, NanochatScorer, build_question, read_items
 from nanochat.engine import Engine
+from nanochat.runs import get_run_dir, get_stage_dir
 from nanochat.sampling import SamplingParams
 from nanochat.tokenizer import Tokenizer
 from tests.helpers import make_document, make_model

@@ -18,9 +18,9 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from nanochat.checkpoint_manager import list_steps
 from nanochat.common import NanochatError
 from nanochat.heartbeat import Heartbeat, fresh_store
+from nanochat.runs import list_steps
 from tests.helpers import wait_for
 from tests.many_ranks import ROOT, SMALL, WHOLE, free_port, launch, node_command, start, train, values
 

@@ -24,8 +24,9 @@ import pytest
 import torch
 
 from nanochat import checkpoint_manager
-from nanochat.checkpoint_manager import list_steps, load_checkpoint, newest_valid_step, step_dir
+from nanochat.checkpoint_manager import load_checkpoint, newest_valid_step
 from nanochat.metrics import MetricsLog
+from nanochat.runs import list_steps, step_dir
 from scripts import base_train
 from tests.recovery_helpers import (
     KEEP,

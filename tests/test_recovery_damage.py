@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from nanochat import dataloader
-from nanochat.checkpoint_manager import find_run, list_steps, load_checkpoint, newest_valid_step, save_checkpoint, step_dir
+from nanochat.checkpoint_manager import find_run, load_checkpoint, newest_valid_step, save_checkpoint
 from nanochat.common import NanochatError
+from nanochat.runs import list_steps, step_dir
 from scripts import base_train
 from tests.helpers import make_document
 from tests.recovery_helpers import (

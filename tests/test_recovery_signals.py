@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from nanochat.checkpoint_manager import find_run, newest_valid_step, save_checkpoint, step_dir
+from nanochat.checkpoint_manager import find_run, newest_valid_step, save_checkpoint
 from nanochat.metrics import MetricsLog
+from nanochat.runs import step_dir
 from scripts import base_train
 from tests.recovery_helpers import (
     LAST,

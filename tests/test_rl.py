@@ -16,19 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat.checkpoint_manager import (
-    get_stage_dir,
-    hash_of_weights,
-    list_steps,
-    load_checkpoint,
-    read_meta,
-    save_checkpoint,
-)
-from nanochat.common import NanochatError, read_json_lines
+from nanochat.checkpoint_manager import hash_of_weights, load_checkpoint, read_meta, save_checkpoint
+from nanochat.common import NanochatError
 from nanochat.engine import Engine
+from nanochat.files import read_json_lines
 from nanochat.kv_cache import BLOCK_SIZE
 from nanochat.lanes import epoch_order
 from nanochat.rl import OBJECTIVES, RolloutLoader, RolloutSettings, compute_advantages, make_policy_loss, policy_logprobs
+from nanochat.runs import get_stage_dir, list_steps
 from nanochat.sampling import SamplingParams
 from nanochat.tokenizer import Tokenizer
 from scripts import chat_rl

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.checkpoint_manager import list_steps
 from nanochat.common import NanochatError, describe_error
+from nanochat.runs import list_steps
 from scripts import base_eval, base_train, chat_cli, chat_eval, chat_sft, chat_web, tok_eval, tok_train
 from tests.conftest import TINY_TRAINING
 

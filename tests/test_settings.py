@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from nanochat.common import NanochatError, read_json_lines
+from nanochat.common import NanochatError
+from nanochat.files import read_json_lines
 from nanochat.settings import SettingsParser
 from scripts import base_eval, base_train, chat_cli, chat_eval, chat_rl, chat_sft, chat_web, data_prep
 from tests.conftest import TINY_TRAINING

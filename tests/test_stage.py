@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from nanochat import same_run, training_flags
-from nanochat.checkpoint_manager import get_stage_dir, list_steps, save_checkpoint, set_aside
+from nanochat.checkpoint_manager import save_checkpoint, set_aside
 from nanochat.common import NanochatError
 from nanochat.gpt import GPTConfig
 from nanochat.optim import OptimizerSettings
+from nanochat.runs import get_stage_dir, list_steps
 from nanochat.same_run import check_settings, compare_ranks
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import Stage, open_stage

@@ -23,11 +23,12 @@ import torch
 
 import nanochat.stage
 from nanochat import checkpoint_writer
-from nanochat.checkpoint_manager import list_steps, load_checkpoint, read_meta, read_tensors
+from nanochat.checkpoint_manager import load_checkpoint, read_meta, read_tensors
 from nanochat.common import NanochatError, get_base_dir
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.metrics import read_metrics
+from nanochat.runs import list_steps
 from nanochat.stage import open_stage, prepare_directory
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import Batch, Trainer, summed_loss

@@ -15,14 +15,15 @@ import jinja2
 import torch
 from safetensors.torch import save_file
 
-from nanochat.checkpoint_manager import SETTINGS_FILE, get_stage_dir, list_steps, read_meta
+from nanochat.checkpoint_manager import read_meta
 from nanochat.common import NanochatError
 from nanochat.eval_results import read_eval, read_json
 from nanochat.gpt import GPT
 from nanochat.hf.tokenizer_json import to_tokenizer_json
 from nanochat.hf.weights import native_obstacles, to_custom, to_native
 from nanochat.metrics import METRICS_FILE, read_metrics
-from nanochat.report import STAGE_TITLES, as_cell, evaluation_table, settings_table
+from nanochat.report import as_cell, evaluation_table, settings_table
+from nanochat.runs import SETTINGS_FILE, STAGE_TITLES, get_stage_dir, list_steps
 from nanochat.scores import core_name
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 

@@ -18,20 +18,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from nanochat.checkpoint_manager import (
-    build_model,
-    get_run_dir,
-    get_stage_dir,
-    list_steps,
-    load_checkpoint,
-    lock_stage,
-    read_meta,
-    save_checkpoint,
-)
-from nanochat.common import NanochatError, first_line, on_rank0, print0, read_json_object
+from nanochat.checkpoint_manager import build_model, load_checkpoint, lock_stage, read_meta, save_checkpoint
+from nanochat.common import NanochatError, first_line, print0
+from nanochat.files import read_json_object
 from nanochat.gpt import GPT
 from nanochat.hf.tokenizer_json import GUARD, from_tokenizer_json
 from nanochat.hf.weights import CUSTOM_TYPE, NATIVE_TYPE, from_custom, from_native
+from nanochat.ranks import on_rank0
+from nanochat.runs import get_run_dir, get_stage_dir, list_steps
 from nanochat.tokenizer import Tokenizer
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")

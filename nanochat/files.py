@@ -1,0 +1,82 @@
+"""Files that a crash at any byte leaves whole, and JSON that may be anything. Used by whatever reads and writes files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nanochat.common import NanochatError
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that holds an object. Raises NanochatError where it is missing, cut or something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("not an object")
+        return content
+    except (OSError, ValueError, RecursionError) as error:  # the last: brackets in brackets
+        raise NanochatError(f"{path} cannot be read ({error})") from error
+
+
+def atomic_write(path: Path | str, content: bytes | str) -> None:
+    """Write a file so that a reader, or a crash at any byte, sees the old content or the new, never a part.
+
+    It has the mode of a file that open() makes, so that others may read it where the umask lets them.
+    """
+    path = Path(path)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def replace(source: Path, target: Path) -> None:
+    """os.replace, which on Windows waits half a second for a reader or a virus scanner to let go of a file."""
+    for _ in range(10 if os.name == "nt" else 0):
+        with contextlib.suppress(PermissionError):
+            return os.replace(source, target)
+        time.sleep(0.05)
+    os.replace(source, target)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left of writing a file. None may be writing it at the time."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        left.unlink(missing_ok=True)
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """The values of a file that is appended to, [] if there is none; a line that a crash cut short is passed over."""
+    values = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        try:
+            values.append(json.loads(line))
+        except (ValueError, RecursionError):
+            continue
+    return values
+
+
+def append_json_lines(path: Path, values: Iterable[Any]) -> None:
+    """Add a line for each value, never to one that a crash cut short."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write("".join(json.dumps(value) + "\n" for value in values).encode("utf-8"))

@@ -1,0 +1,73 @@
+"""What the processes of a run do together: tell each other, and fail together. Alone, each is what one process does.
+
+Used by whatever several ranks run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from nanochat.common import NanochatError, get_dist_info, in_process_group
+
+T = TypeVar("T")
+
+
+def from_rank0(value: T) -> T:
+    """Rank 0's value, on every rank (a collective call): for what must be decided once."""
+    if not in_process_group():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def on_rank0(work: Callable[[], T]) -> T:
+    """What `work` returns on rank 0, on every rank (a collective call); the NanochatError that it raises, as well."""
+    outcome: tuple[T | None, NanochatError | None] = (None, None)
+    if get_dist_info()[1] == 0:
+        try:
+            outcome = (work(), None)
+        except NanochatError as error:
+            outcome = (None, error)
+    result, failure = from_rank0(outcome)
+    if failure is not None:
+        raise failure
+    return cast("T", result)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank (a collective call); asks between the hosts, without waiting for a device."""
+    if not in_process_group():
+        return flag
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def all_or_none(work: Callable[[], T]) -> T:
+    """This rank's share of something that all ranks do, each alone (a collective call, but `work` has none inside).
+
+    If it fails on any rank it raises on all of them, so that they can save together: its own error where it happened,
+    NanochatError elsewhere.
+    """
+    failure = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    if any_rank(failure is not None):
+        raise failure or NanochatError("another rank has failed: its reason stands above")
+    return result
+
+
+def gather_objects(value: T) -> list[T]:
+    """The values of all ranks, in their order, on every rank (a collective call)."""
+    if not in_process_group():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,44 @@
+"""Where runs, their stages and checkpoints are. Used by whatever reads or writes a run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from nanochat.common import NanochatError, get_base_dir
+
+STAGE_TITLES = {"base": "Pretraining", "sft": "Supervised fine-tuning", "rl": "Reinforcement learning"}
+STAGES = tuple(STAGE_TITLES)
+SETTINGS_FILE = "settings.json"  # of a stage
+MANIFEST_FILE = "manifest.json"  # of a checkpoint, which is complete when it is there
+
+
+def get_runs_dir() -> Path:
+    return get_base_dir() / "runs"
+
+
+def is_tag(name: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None
+
+
+def get_run_dir(tag: str) -> Path:
+    """The directory of a run. Raises NanochatError for a tag that is not a plain name."""
+    if not is_tag(tag):
+        raise NanochatError(f"model tag {tag!r} is not a plain name: use letters, digits, '.', '_' and '-'")
+    return get_runs_dir() / tag
+
+
+def get_stage_dir(tag: str, stage: str) -> Path:
+    if stage not in STAGES:
+        raise NanochatError(f"unknown source {stage!r}: choose one of {', '.join(STAGES)}")
+    return get_run_dir(tag) / stage
+
+
+def step_dir(stage_dir: Path, step: int) -> Path:
+    return stage_dir / f"step_{step:06d}"
+
+
+def list_steps(stage_dir: Path) -> list[int]:
+    """The complete checkpoints of a stage, oldest first."""
+    found = [re.fullmatch(r"step_(\d+)", path.parent.name) for path in stage_dir.glob(f"step_*/{MANIFEST_FILE}")]
+    return sorted(int(match[1]) for match in found if match)
