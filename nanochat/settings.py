@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 import tomli_w
 
 from nanochat.common import NanochatError
+from nanochat.runs import STAGES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -260,3 +261,10 @@ def _convert_one(action: argparse.Action, what: str, value: Any) -> Any:
 def _example(action: argparse.Action) -> str:
     name = f"{_long_name(action)}".replace("-", "_")
     return f"{name} = {_as_toml(EXAMPLES.get(action.type, 'text'))}"
+
+
+def add_checkpoint_arguments(group: argparse._ActionsContainer) -> None:
+    """Which checkpoint of which run a command uses: what load_model takes."""
+    group.add_argument("-i", "--source", default="sft", choices=STAGES, help="stage of the model")
+    group.add_argument("-g", "--model-tag", default=None, metavar="TAG", help="run (default: the newest with that stage)")
+    group.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")

@@ -11,8 +11,7 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError, compute_init, run_command
 from nanochat.engine import Engine
 from nanochat.runner import prepare_for_inference
-from nanochat.runs import STAGES
-from nanochat.settings import Arguments, SettingsParser
+from nanochat.settings import Arguments, SettingsParser, add_checkpoint_arguments
 from nanochat.tokenizer import IncrementalDecoder
 from nanochat.trimming import trim_conversation
 
@@ -27,9 +26,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         "Talk to a model in the terminal.",
         examples=["%(prog)s", '%(prog)s --model-tag demo --temperature 0 -p "What is 23 + 58?"'],
     )
-    parser.add_argument("-i", "--source", default="sft", choices=STAGES, help="stage of the model")
-    parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest with that stage)")
-    parser.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
+    add_checkpoint_arguments(parser)
     parser.add_argument("--from-hf", default=None, metavar="DIR|NAME", help="a Hugging Face model instead of a run's")
     parser.add_argument("-p", "--prompt", default=None, help="answer this and leave")
     parser.add_argument("-t", "--temperature", type=float, default=0.6, help="0: always the likeliest token")

@@ -20,9 +20,9 @@ from nanochat.engine import Engine
 from nanochat.eval_results import merge_eval, read_eval
 from nanochat.progress import Progress
 from nanochat.ranks import from_rank0
-from nanochat.runs import STAGES, get_stage_dir
+from nanochat.runs import get_stage_dir
 from nanochat.scores import describe_pass_at
-from nanochat.settings import Arguments, SettingsParser
+from nanochat.settings import Arguments, SettingsParser, add_checkpoint_arguments
 from tasks import build_judged_task, judged_tasks, task_name
 from tasks.common import Task
 
@@ -33,9 +33,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         examples=["%(prog)s --model-tag d12", '%(prog)s -i rl -a "GSM8K|HumanEval" -n 8 -t 0.8'],
     )
     model = parser.add_argument_group("model")
-    model.add_argument("-i", "--source", default="sft", choices=STAGES, help="stage of the model")
-    model.add_argument("-g", "--model-tag", default=None, metavar="TAG", help="run (default: the newest with that stage)")
-    model.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
+    add_checkpoint_arguments(model)
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument("-a", "--task-name", default=None, metavar="NAME|...",
                        help=f"of {', '.join(judged_tasks())} (default: those of ChatCORE that can be had)")  # fmt: skip

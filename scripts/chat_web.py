@@ -22,11 +22,10 @@ from nanochat.compilation import in_own_thread, keep_freed_memory
 from nanochat.engine import Engine
 from nanochat.guard import CarefulProtocol
 from nanochat.runner import prepare_for_inference
-from nanochat.runs import STAGES
 from nanochat.sampling import SamplingParams
 from nanochat.server import create_app
 from nanochat.service import ChatDefaults, Limits, Service
-from nanochat.settings import Arguments, SettingsParser
+from nanochat.settings import Arguments, SettingsParser, add_checkpoint_arguments
 
 # The last two are this machine, as containers on it call it.
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]", "host.docker.internal", "host.containers.internal")
@@ -37,9 +36,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         "Serve a model: chat page, runs page, OpenAI's API.",
         examples=["%(prog)s --model-tag demo", "%(prog)s --host 0.0.0.0 --port 8080 --api-key SECRET"],
     )
-    parser.add_argument("-i", "--source", default="sft", choices=STAGES, help="stage of the model")
-    parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest with that stage)")
-    parser.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
+    add_checkpoint_arguments(parser)
     parser.add_argument("--from-hf", default=None, metavar="DIR|NAME", help="a Hugging Face model instead of a run's")
     answers = parser.add_argument_group("answers", "of the page and of /chat/completions, where they do not ask for another")
     usual = ChatDefaults()

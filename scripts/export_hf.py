@@ -8,8 +8,7 @@ from pathlib import Path
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError, run_command
 from nanochat.hf.export import FORMATS, check_output, export, push
-from nanochat.runs import STAGES
-from nanochat.settings import Arguments, SettingsParser
+from nanochat.settings import Arguments, SettingsParser, add_checkpoint_arguments
 
 
 def parse_arguments(argv: list[str] | None) -> Arguments:
@@ -17,9 +16,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         "Write a model in the form that Hugging Face's libraries load.",
         examples=["%(prog)s --output my-model", "%(prog)s --source rl --model-tag d12 --output d12-hf --push-to-hub me/d12"],
     )
-    parser.add_argument("-i", "--source", default="sft", choices=STAGES, help="stage of the model")
-    parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest with that stage)")
-    parser.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
+    add_checkpoint_arguments(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="new directory, or an older export")
     help_format = "nanochat: for transformers' own class; custom: with code of ours; auto: the first where it suffices"
     parser.add_argument("--format", default="auto", choices=FORMATS, help=help_format)

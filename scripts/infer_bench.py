@@ -24,10 +24,9 @@ from nanochat.compilation import keep_freed_memory, measure_memory_rate
 from nanochat.engine import Engine
 from nanochat.kv_cache import BLOCK_SIZE, KVBlocks
 from nanochat.runner import prepare_for_inference
-from nanochat.runs import STAGES
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Scheduler, Sequence
-from nanochat.settings import SettingsParser
+from nanochat.settings import SettingsParser, add_checkpoint_arguments
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -35,9 +34,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "Measure how fast a model answers.",
         examples=["%(prog)s --model-tag d12", "%(prog)s --batch-sizes 1,32 --prompt-tokens 1000 --weights int8"],
     )
-    parser.add_argument("-i", "--source", default="sft", choices=STAGES, help="stage of the model")
-    parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest with that stage)")
-    parser.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
+    add_checkpoint_arguments(parser)
     parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
     add_measurement_arguments(parser)
     return parser.parse_args(argv)
