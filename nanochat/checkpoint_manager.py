@@ -92,8 +92,9 @@ def newest_of_runs(stage: str) -> list[tuple[float, str]]:
             continue  # "d4 copy", as a file manager names it
         for step in reversed(list_steps(stage_dir)):
             with contextlib.suppress(NanochatError):
-                manifest = read_json_object(step_dir(stage_dir, step) / MANIFEST_FILE)  # one of another format as well
-                is_whole, created = manifest.get("digest") == _digest(manifest), manifest.get("created")
+                manifest = read_json_object(step_dir(stage_dir, step) / MANIFEST_FILE)
+                created, is_other = manifest.get("created"), manifest.get("version") != FORMAT_VERSION  # to be told as such
+                is_whole = is_other or manifest.get("digest") == _digest(manifest)
                 if is_whole and isinstance(created, int | float) and abs(created) < MAX_TIMESTAMP:
                     found.append((created, stage_dir.parent.name))
                     break

@@ -69,8 +69,8 @@ def read_eval(stage_dir: Path) -> dict[str, Any]:
 
 
 def _agrees(results: dict[str, Any], stamp: dict[str, Any]) -> bool:
-    """Whether results are of that step and, if it is there, of its weights."""
-    return all(results.get(name) == value for name, value in stamp.items())
+    """Whether results are of that step and those weights, so far as they say."""
+    return all(results.get(name, value) == value for name, value in stamp.items())
 
 
 def _weights(stage_dir: Path, step: int) -> dict[str, str]:

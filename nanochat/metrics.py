@@ -128,7 +128,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """(steps, values) of one number."""
-    chosen = [row for row in rows if row.get(name) is not None and math.isfinite(row[name])]
+    chosen = [row for row in rows if isinstance(row.get(name), int | float) and -math.inf < row[name] < math.inf]
     return [row["step"] for row in chosen], [row[name] for row in chosen]
 
 

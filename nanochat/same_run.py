@@ -1,6 +1,6 @@
 """Whether a run that goes on is still the run that was begun, and whether all ranks run the same.
 
-Used by stage.py, scripts/chat_sft.py and scripts/chat_rl.py.
+Used by stage.py, the training scripts and scripts/compare.py.
 """
 
 from __future__ import annotations
@@ -78,6 +78,11 @@ def check_data(stage: Stage, source: Source) -> None:
     if stage.resume_step is None:
         return
     now, recorded = source.describe()["files"], read_meta(stage.directory, stage.resume_step)["data"]
+    if "hash_limit" not in recorded:
+        raise NanochatError(
+            f"run {stage.tag!r} was begun by a nanochat that did not record what it holds out for validation: its weights can "
+            f"be used, but not trained on here; {way_to_begin_anew(stage.directory)}"
+        )
     if (recorded["hash_limit"] is None) != bool(source.val_files):
         what = "no file of its own any more" if not source.val_files else f"files of its own ({source.val_files[0].name})"
         raise NanochatError(

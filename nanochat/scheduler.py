@@ -316,7 +316,7 @@ class Scheduler:
 
     def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         params = [sequence.params for sequence in sequences]
-        if logits.device.type == "mps":  # where sums of 64-bit integers may be made in fewer (pytorch#87753, #179415)
+        if logits.device.type == "mps":  # where sums of 64-bit integers may be made in fewer (pytorch#90635)
             logits = logits.cpu()
         adjusted = logits
         for i, sequence in enumerate(sequences):
@@ -329,7 +329,7 @@ class Scheduler:
         chosen = sample(adjusted, params, uniform)
         drawn = chosen.tolist()
         if min(drawn) < 0:
-            raise NanochatError("the model's logits are no numbers: load another checkpoint of it")
+            raise NanochatError("the model's logits are no numbers: its weights are damaged, or diverged in training")
         if any(p.policy_logprobs for p in params):
             for sequence, logprob in zip(sequences, policy_logprobs(adjusted, params, chosen).tolist(), strict=True):
                 sequence.policy_logprobs.append(logprob)

@@ -51,7 +51,7 @@ class Arguments(argparse.Namespace):
                 raise NanochatError(f"--{name.replace('_', '-')} {value} is too small: choose 1 or more")
 
     def leave_open(self, *names: str) -> None:
-        """Numbers of which 0 or less means, as their defaults do, that they are for others to choose: make it the default."""
+        """Numbers of which 0 or less means the same as their default, which it becomes: nobody has chosen."""
         for name in names:
             if getattr(self, name) <= 0:
                 setattr(self, name, self.defaults[name])
@@ -171,6 +171,13 @@ class SettingsParser(argparse.ArgumentParser):
         return super().format_help()
 
 
+def add_checkpoint_arguments(group: argparse._ActionsContainer) -> None:
+    """Which checkpoint of which run a command uses: what load_model takes."""
+    group.add_argument("-i", "--source", default="sft", choices=STAGES, help="stage of the model")
+    group.add_argument("-g", "--model-tag", default=None, metavar="TAG", help="run (default: the newest with that stage)")
+    group.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Flags and what they take in one column, what they mean and their defaults in the other."""
 
@@ -261,10 +268,3 @@ def _convert_one(action: argparse.Action, what: str, value: Any) -> Any:
 def _example(action: argparse.Action) -> str:
     name = f"{_long_name(action)}".replace("-", "_")
     return f"{name} = {_as_toml(EXAMPLES.get(action.type, 'text'))}"
-
-
-def add_checkpoint_arguments(group: argparse._ActionsContainer) -> None:
-    """Which checkpoint of which run a command uses: what load_model takes."""
-    group.add_argument("-i", "--source", default="sft", choices=STAGES, help="stage of the model")
-    group.add_argument("-g", "--model-tag", default=None, metavar="TAG", help="run (default: the newest with that stage)")
-    group.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")

@@ -102,7 +102,7 @@ class Trainer:
         self.stage_dir, self.metrics, self.meta = stage_dir, metrics, meta
         self._resume = f"the same command and --model-tag {stage_dir.parent.name} --resume auto"
         self.evaluations = [*evaluations, *([(config.eval_every, evaluate)] if evaluate else [])]
-        self.sample_fn = sample
+        self.sample_fn = None if model.is_sharded else sample  # which takes a whole model
         self.count_fn, self.step_metrics = count_fn, step_metrics
         self._passes, self._loss_scale = Passes(model, loss_fn), LossScale(model.get_compute_dtype())
         self.ddp, self.rank, _, self.world_size = get_dist_info()
@@ -135,7 +135,7 @@ class Trainer:
         self.step, self.time_s, self.results = state["step"], state["time_s"], state["results"]
         self._logged_time_s = self.time_s
         self._saved_step = self.step
-        self._loss_scale.load_state_dict(state["loss_scale"])
+        self._loss_scale.load_state_dict(state.get("loss_scale", {}))
         self.loader.load_state_dict(state["loader"])
         self._best.load(state["best"])  # last, since it writes
 
@@ -384,8 +384,9 @@ class Trainer:
         return alone * one_block + (steps - alone) * all_blocks
 
     def _describe_divergence(self) -> str:
+        goes_on = "resume from it" if list_steps(self.stage_dir) else "begin anew"
         return (
-            f"the loss is no longer a number at step {self.step}: {self._last_good()}; resume from it with a lower learning "
+            f"the loss is no longer a number at step {self.step}: {self._last_good()}; {goes_on} with a lower learning "
             "rate (--matrix-lr, --embedding-lr)"
         )
 

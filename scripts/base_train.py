@@ -48,6 +48,7 @@ from nanochat.trainer import TrainConfig, Trainer
 from nanochat.training_flags import RATES, add_rate_arguments, add_training_arguments, parse_switches
 from scripts import tok_train
 
+HORIZON = ("num_iterations", "target_minutes", "target_flops", "target_param_data_ratio")
 # Flags that decide which weights fit, besides the tokenizer.
 SHAPE = ("depth", "aspect_ratio", "head_dim", "num_kv_heads", "max_seq_len", "window_pattern", "switches")
 
@@ -187,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     stage = open_stage("base", args.model_tag, f"d{args.depth}", resume)
 
     # What to train, for how long, in what portions
-    stage.adopt(args, "data", "total_batch_size", "num_iterations", "target_flops", "expand_at")
+    stage.adopt(args, "data", "total_batch_size", *HORIZON, "expand_at")
     source = get_source(args.data or default_source_name())
     args.data = source.name  # as a path that holds wherever the next command is given
     if stage.resume_step is not None and args.tokenizer == args.defaults["tokenizer"]:
@@ -254,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
         {"tokenizer": tokenizer.fingerprint(), "settings": settings, "data": source.describe(), "parent": None},
         evaluate=evaluate,
         evaluations=[(args.core_metric_every, functools.partial(evaluate_core_metric, bundle))] if bundle else [],
-        sample=None if args.fsdp else sample,  # which takes a whole model
+        sample=sample,
     )  # fmt: skip
     train(trainer, stage)
     loader.close()

@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
         if after != before:
             print0(f"layers see {min(after)} to {max(after)} tokens back, in the base model {min(before)} to {max(before)}")
     sequence_len = model_config["sequence_len"]
-    stage.adopt(args, "tasks", "total_batch_size", "num_iterations")
+    stage.adopt(args, "tasks", "total_batch_size", "num_iterations", "target_minutes")
     args.tasks = from_rank0(args.tasks or default_tasks())
     train_task = build_mixture(args.tasks, "train", args.task_data)
     val_task = build_mixture(args.tasks, "val", args.task_data)
@@ -173,8 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         ),
         stage.directory, open_metrics(stage, settings, args),
         {"tokenizer": tokenizer.fingerprint(), "settings": settings, "parent": {"stage": "base", "step": base_step}},
-        evaluate=evaluate,
-        sample=None if args.fsdp else sample,  # which takes a whole model
+        evaluate=evaluate, sample=sample,
     )  # fmt: skip
     train(trainer, stage)
     stats = loader.stats()

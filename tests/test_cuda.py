@@ -231,6 +231,7 @@ def test_the_fused_mlp(size: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize(("heads", "kv_heads", "D", "T"), [(3, 3, 64, 100), (4, 2, 48, 50), (6, 1, 128, 33)])
 def test_heads_by_one_kernel(heads: int, kv_heads: int, D: int, T: int, compiled: bool) -> None:
     """Queries, keys, values and the gradient of what they are made of, as on a CPU; also where they are next to 0."""
+    assert heads_kernel.works(GPU)
     sizes = [heads * D, kv_heads * D, kv_heads * D]
     qkv, angles = 0.5 * torch.randn(2, T, sum(sizes)), torch.rand(T, D // 2)
     qkv[0, :9] *= 1e-3

@@ -469,3 +469,15 @@ def test_int8_weights_are_near_the_exact_ones(tokenizer: Tokenizer) -> None:
     assert row.tokens == list(rounded.generate([1, 2, 3], 5, temperature=0))[: len(row.tokens)]
     with pytest.raises(NanochatError, match="choose auto or int8"):
         prepare_for_inference(exact, "int3")
+
+
+def test_logits_that_are_no_numbers_end_the_request_and_not_the_engine(engine: Engine, tokenizer: Tokenizer) -> None:
+    prompt, params = tokenizer.encode("the cat", prepend="<|bos|>"), SamplingParams(temperature=0, max_tokens=5)
+    expected = engine.complete([prompt], params)[0].tokens
+    head = engine.model.lm_head.weight.data
+    row = head[0].clone()
+    head[0] = float("nan")
+    with pytest.raises(NanochatError, match="no numbers"):
+        engine.complete([prompt], params)
+    head[0] = row
+    assert engine.complete([prompt], params)[0].tokens == expected

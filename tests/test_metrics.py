@@ -16,7 +16,7 @@ import pytest
 from nanochat import loggers, metrics
 from nanochat.common import NanochatError
 from nanochat.loggers import LOGGERS, LoggedRun
-from nanochat.metrics import MetricsLog, read_metrics, smooth
+from nanochat.metrics import MetricsLog, read_metrics, series, smooth
 from nanochat.stage import Stage, open_metrics
 from scripts.base_train import parse_arguments
 
@@ -97,6 +97,12 @@ def test_only_rank_0_writes_metrics(tmp_path: Path) -> None:
     log.log({"step": 1, "time_s": 0.0})
     log.close()
     assert not (tmp_path / "stage").exists()
+
+
+def test_a_series_is_of_numbers_alone() -> None:
+    values: list = [1, 2.5, math.nan, "3", None, math.inf, 10**400, True]
+    rows = [{"step": step, "x": value} for step, value in enumerate(values)] + [{"step": 9, "y": 1}]
+    assert series(rows, "x") == ([0, 1, 6, 7], [1, 2.5, 10**400, True])
 
 
 def test_a_smoothed_picture_neither_lags_nor_leads() -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from nanochat.same_run import check_settings, compare_ranks
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import Stage, open_stage
 from nanochat.training_flags import add_rate_arguments, parse_switches
-from scripts import base_train
+from scripts import base_train, chat_rl, chat_sft
 
 STATE = {"a": torch.ones(2)}
 STARTS = [("TORCHELASTIC_RESTART_COUNT", "resume"), ("SLURM_RESTART_COUNT", "resume_from_step")]
@@ -94,6 +95,16 @@ def test_what_flags_leave_open_is_as_the_stage_was_begun(
     Stage("r", "base", base_dir, 3, [3]).adopt(args, *begun, "target_flops")  # which that run did not record
     assert tuple(vars(args)[name] for name in begun) == adopted
     assert args.target_flops == -1
+
+
+@pytest.mark.parametrize(
+    ("script", "names"),
+    [(base_train, ("num_iterations", "target_minutes", "target_flops", "total_batch_size")),
+     (chat_sft, ("num_iterations", "target_minutes", "total_batch_size")), (chat_rl, ("num_iterations",))],
+)  # fmt: skip
+def test_zero_leaves_open_what_a_stage_may_adopt(script: Any, names: tuple[str, ...]) -> None:
+    args = script.parse_arguments([f"--{name.replace('_', '-')}=0" for name in names])
+    assert {name: vars(args)[name] for name in names} == {name: args.defaults[name] for name in names}
 
 
 def test_set_leaves_to_flags_what_is_theirs() -> None:
