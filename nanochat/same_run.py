@@ -14,6 +14,7 @@ from nanochat.common import NanochatError, print0
 from nanochat.conversation_loader import fingerprint
 from nanochat.ranks import gather_objects
 from nanochat.runs import STAGES, get_run_dir
+from nanochat.settings import CONFIG_FILE
 from nanochat.training_flags import RATES
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def check_settings(stage: Stage, new: dict[str, Any], args: Arguments) -> None:
             print0(f"going on with {flag} {value}: until here it was {before}")
         if key not in FREE_SETTINGS and before != value:
             raise NanochatError(
-                f"run {stage.tag!r} was started with {flag} {before}, not {value}: use the same settings to go on, or {anew}"
+                f"run {stage.tag!r} was started with {flag} {before}, not {value}: use the same settings to go on "
+                f"(--config {stage.directory / CONFIG_FILE} has them), or {anew}"
             )
 
 

@@ -139,7 +139,9 @@ def test_the_way_to_a_stage_anew(name: str, way_out: str, base_dir: Path) -> Non
     save_checkpoint(get_stage_dir("r", name), 5, STATE, None, {"settings": {"seed": 1}})
     with pytest.raises(NanochatError, match=f"already has {name} checkpoints up to step 5: add --resume .* or {way_out}$"):
         open_stage(name, "r", "r", "none")
-    with pytest.raises(NanochatError, match=f"started with --seed 1, not 2: use the same settings to go on, or {way_out}$"):
+    with pytest.raises(
+        NanochatError, match=rf"started with --seed 1, not 2: use the same settings to go on \(--config .*\), or {way_out}$"
+    ):
         check_settings(open_stage(name, "r", "r", "auto"), {"seed": 2, "tokenizer_fingerprint": "x"}, _arguments([]))
 
 
