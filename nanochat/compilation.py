@@ -12,13 +12,13 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
 
-from nanochat.common import first_line, synchronize
+from nanochat.common import first_line, logger, synchronize
 from nanochat.cpu import has_instructions
 
 T = TypeVar("T")
@@ -125,6 +125,19 @@ def expected_mfu(device: torch.device, dtype: torch.dtype) -> float:
     if device.type == "cpu" and dtype == torch.bfloat16 and has_instructions("AMX"):
         return 0.25
     return {"cpu": 0.5, "cuda": 0.4, "mps": 0.3}[device.type]
+
+
+def is_usable(kernel: str, probe: Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]) -> bool:
+    """Whether a kernel of ours runs here and gives what PyTorch gives; the log says why not. probe: makes pairs of the two."""
+    try:
+        for found, expected in probe():
+            difference = ((found - expected).norm() / expected.norm()).item()
+            if not difference < 0.02:
+                raise RuntimeError(f"its result is off by {difference:.3g}")
+    except Exception as error:  # whatever a compiler throws, PyTorch's own code serves
+        logger.info("%s is not usable here: %s", kernel, first_line(error)[:200])
+        return False
+    return True
 
 
 @contextlib.contextmanager

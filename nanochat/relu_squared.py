@@ -10,7 +10,6 @@ Needs Triton, so that it is imported only where the model is compiled for a GPU.
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
 import torch
@@ -18,9 +17,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from nanochat.common import first_line
-
-logger = logging.getLogger(__name__)
+from nanochat.compilation import is_usable
 
 ROWS, DEPTH, STAGES = 128, 64, 3  # of what a program multiplies at a time
 HOPPER = (9, 0)
@@ -31,15 +28,10 @@ def works(device: torch.device) -> bool:
     """Whether the kernels run on this device, once forward and backward, and give what PyTorch gives."""
     if torch.cuda.get_device_capability(device) != HOPPER:
         return False  # older GPUs lack the copy engine, newer ones were not measured
-    try:
-        _probe(device)
-    except Exception as error:  # whatever a compiler throws, the answer is PyTorch's own product
-        logger.info("fused products are not usable here: %s", first_line(error)[:200])
-        return False
-    return True
+    return is_usable("the kernel of products that square", lambda: _probe(device))
 
 
-def _probe(device: torch.device) -> None:
+def _probe(device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator(device).manual_seed(0)
     with torch.enable_grad():
         inputs = [
@@ -49,10 +41,7 @@ def _probe(device: torch.device) -> None:
         x, up, down = inputs
         found, expected = mlp(x, up, down), F.linear(F.relu(F.linear(x, up)).square(), down)
         gradients = [torch.autograd.grad(y.float().sum(), inputs) for y in (found, expected)]
-    for mine, plain in [(found, expected), *zip(*gradients, strict=True)]:
-        difference = ((mine - plain).norm() / plain.norm()).item()
-        if not difference < 0.02:
-            raise RuntimeError(f"their result is off by {difference:.3g}")
+    return [(found, expected), *zip(*gradients, strict=True)]
 
 
 def mlp(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ Used by scheduler.py; its settings by all who have texts continued.
 A row's token depends on its own logits, settings and random numbers alone, whoever else is in the batch: every
 restriction (top-k, top-p, min-p) becomes one threshold on the row's logits, which does not depend on how equal logits
 were sorted, and the draw inverts the cumulative distribution in the vocabulary's order with one number of the row's own.
-Probabilities are added up as integers, since a GPU adds up the floats of one row in another order than those of several.
+On a GPU probabilities are added up as integers, since there floats of one row are summed in another order than several's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from nanochat.common import NanochatError
 
-LIKELIEST = 2.0**40  # the weight of the likeliest token: so many of them as there are words still fit into 63 bits
+LIKELIEST = 2.0**40  # the weight of the likeliest token: as many of them as there are words still fit into 63 bits
 
 
 @dataclass(frozen=True)
@@ -65,17 +65,16 @@ def sample(logits: torch.Tensor, params: list[SamplingParams], uniform: list[flo
 
     logits: (B, vocab_size) float32, penalties applied already; uniform: a number in [0, 1) for each row.
     """
-    tokens = logits.argmax(dim=-1)
+    highest, tokens = logits.max(dim=-1)
     if not all(p.greedy for p in params):
         tokens = torch.where(_greedy(params, logits), tokens, _draw(logits, params, uniform))
-    return tokens.masked_fill(~logits.amax(dim=-1).isfinite(), -1)
+    return tokens.masked_fill_(highest - highest != 0, -1)  # of what is no number; isfinite is five operations
 
 
 def _draw(logits: torch.Tensor, params: list[SamplingParams], uniform: list[float]) -> torch.Tensor:
     cumulative = _weights(*_scale(logits, params), params).cumsum(dim=-1)
-    total = cumulative[:, -1:]
-    # In float32, of whose 24 bits the product may be rounded up to the total.
-    target = torch.minimum((_column(uniform, logits) * total).long(), total - 1)
+    below_one = _column([min(u, 1 - 2**-23) for u in uniform], logits)  # also rounded, the sum itself is never reached
+    target = (below_one * cumulative[:, -1:]).to(cumulative.dtype)
     return torch.searchsorted(cumulative, target, right=True)[:, 0]
 
 
@@ -103,15 +102,21 @@ def _scale(logits: torch.Tensor, params: list[SamplingParams]) -> tuple[torch.Te
 
 
 def _weights(scaled: torch.Tensor, top: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
-    """(B, vocab_size) int64: what each token's probability is proportional to."""
-    weights = _as_integers(scaled, top)
+    """(B, vocab_size): what each token's probability is proportional to."""
+    weights = _weigh(scaled, top)
     if any(p.restricts for p in params):
         weights.masked_fill_(scaled < _thresholds(scaled, top, params), 0)
     return weights
 
 
-def _as_integers(scaled: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
-    return (scaled - top).exp_().mul_(LIKELIEST).long()
+def _weigh(scaled: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
+    weights = (scaled - top).exp_().mul_(LIKELIEST)
+    return weights.long() if _sums_vary(weights.device) else weights
+
+
+def _sums_vary(device: torch.device) -> bool:
+    """Whether a row's sum of floats depends on its company. On a CPU it does not, and integers take twice as long."""
+    return device.type == "cuda"
 
 
 def _thresholds(scaled: torch.Tensor, top: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
@@ -130,7 +135,7 @@ def _thresholds(scaled: torch.Tensor, top: torch.Tensor, params: list[SamplingPa
     threshold = torch.maximum(threshold, kth.masked_fill(~has_top_k, float("-inf")))
     if any_top_p:
         inside = likeliest >= threshold  # top-p counts what top-k and min-p leave
-        weights = _as_integers(likeliest, top) * inside
+        weights = _weigh(likeliest, top) * inside
         before = weights.cumsum(dim=-1) - weights
         wanted = _column([p.top_p for p in params], top) * weights.sum(dim=-1, keepdim=True)
         last = ((before < wanted) & inside).sum(dim=-1, keepdim=True).clamp(min=1) - 1

@@ -316,8 +316,6 @@ class Scheduler:
 
     def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         params = [sequence.params for sequence in sequences]
-        if logits.device.type == "mps":  # where sums of 64-bit integers may be made in fewer (pytorch#90635)
-            logits = logits.cpu()
         adjusted = logits
         for i, sequence in enumerate(sequences):
             if sequence.params.repetition_penalty != 1:

@@ -88,7 +88,7 @@ class Reader:
         return [*news.tokens, stop_token], [*news.logprobs, *aligned(self.sequence.logprobs[self.sampled :], [1])]
 
 
-async def _read(ticket: Ticket) -> AsyncIterator[tuple[int, Reader, News]]:
+async def _news(ticket: Ticket) -> AsyncIterator[tuple[int, Reader, News]]:
     """What is new in any of a request's texts, with the text's number, until all are done."""
     readers = [Reader(sequence) for sequence in ticket.sequences]
     async for _ in ticket.updates():
@@ -105,7 +105,7 @@ async def chat_chunks(ticket: Ticket, reply: Reply) -> AsyncIterator[str]:
     first = {"role": "assistant", "content": ""}
     for i in range(len(ticket.sequences)):
         yield reply.chunk([{"index": i, "delta": first, "logprobs": None, "finish_reason": None}])
-    async for i, reader, news in _read(ticket):
+    async for i, reader, news in _news(ticket):
         logprobs = [entry for entry in news.logprobs if entry is not None]
         if (parts := reader.parts.of(news.pieces)) or logprobs:
             yield reply.chunk([reply.chat_delta(i, reader.sequence, parts, logprobs, False)])
@@ -119,7 +119,7 @@ async def chat_chunks(ticket: Ticket, reply: Reply) -> AsyncIterator[str]:
 async def completion_chunks(ticket: Ticket, reply: Reply, prompts: int) -> AsyncIterator[str]:
     """The text, a call of the calculator left out. prompts: how many the request has."""
     offsets = [TextOffsets(reply.tokenizer) for _ in ticket.sequences]
-    async for i, reader, news in _read(ticket):
+    async for i, reader, news in _news(ticket):
         text, content = spoken(news.pieces), None
         if reader.sequence.params.logprobs is not None:
             tokens, logprobs = reader.with_stop_token(news)
@@ -137,7 +137,7 @@ async def guide_events(ticket: Ticket, tokenizer: Tokenizer, dropped: int) -> As
     (sequence,) = ticket.sequences
     if dropped:
         yield as_event({"dropped_turns": dropped})
-    async for _, reader, news in _read(ticket):
+    async for _, reader, news in _news(ticket):
         for part in reader.parts.of(news.pieces):
             yield as_event({"token": part.pop("text"), "part": part.pop("type"), **part})
         if news.tokens and sequence.params.logprobs is not None:

@@ -384,9 +384,10 @@ class Trainer:
         return alone * one_block + (steps - alone) * all_blocks
 
     def _describe_divergence(self) -> str:
+        last_good = self._last_good()  # first, since it waits for one that is being written
         goes_on = "resume from it" if list_steps(self.stage_dir) else "begin anew"
         return (
-            f"the loss is no longer a number at step {self.step}: {self._last_good()}; {goes_on} with a lower learning "
+            f"the loss is no longer a number at step {self.step}: {last_good}; {goes_on} with a lower learning "
             "rate (--matrix-lr, --embedding-lr)"
         )
 

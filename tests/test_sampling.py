@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanochat import sampling
 from nanochat.common import NanochatError
 from nanochat.sampling import SamplingParams, penalize_repetition, policy_logprobs, sample
 
@@ -52,7 +53,9 @@ def test_a_row_does_not_depend_on_the_others(rows: list[SamplingParams], seed: i
         assert sample(logits[i : i + 1], [params], uniform[i : i + 1]).item() == together[i].item() < 50
 
 
-def test_a_row_of_many_words_is_added_up_alike_in_any_company() -> None:
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
+def test_a_row_of_many_words_is_added_up_alike_in_any_company(as_on_a_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "_sums_vary", lambda device: as_on_a_gpu)
     logits = 3 * torch.randn(5, 131_072, generator=torch.Generator().manual_seed(0))
     rows = [SamplingParams(temperature=0.8, top_p=(1.0, 0.9)[i % 2], top_k=(0, 50)[i // 2 % 2]) for i in range(5)]
     uniform = [(i + 0.5) / 5 for i in range(5)]
@@ -60,8 +63,9 @@ def test_a_row_of_many_words_is_added_up_alike_in_any_company() -> None:
     logprobs = policy_logprobs(logits, rows, together)
     exact = (logits[0].double() / 0.8).log_softmax(-1)[together[0]]
     assert logprobs[0].item() == pytest.approx(exact.item(), abs=1e-5)
-    order = torch.randperm(131_072, generator=torch.Generator().manual_seed(1))  # sums of floats would depend on it
-    assert torch.equal(policy_logprobs(logits[:, order], rows, order.argsort()[together]), logprobs)
+    if as_on_a_gpu:  # where sums of floats would depend on it
+        order = torch.randperm(131_072, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(policy_logprobs(logits[:, order], rows, order.argsort()[together]), logprobs)
     for some in (slice(0, 1), slice(1, 3), slice(2, 5)):
         assert torch.equal(sample(logits[some], rows[some], uniform[some]), together[some])
         assert torch.equal(policy_logprobs(logits[some], rows[some], together[some]), logprobs[some])

@@ -360,7 +360,9 @@ def test_a_loss_that_is_no_number_stops_the_run(corpus: Path, monkeypatch: pytes
         return summed_loss(model, batch) * (math.nan if next(calls) == 4 else 1)
 
     monkeypatch.setattr(base_train, "Trainer", functools.partial(Trainer, loss_fn=loss_fn))
-    with pytest.raises(NanochatError, match=r"no longer a number at step 5: the last good checkpoint is step 4"):
+    with pytest.raises(
+        NanochatError, match=r"no longer a number at step 5: the last good checkpoint is step 4 .*; resume from it"
+    ):
         _train(corpus, "nan", "--save-every=2")
     assert list_steps(Path(os.environ["NANOCHAT_BASE_DIR"]) / "runs" / "nan" / "base") == [2, 4]
 
@@ -384,6 +386,37 @@ def test_a_loss_that_is_no_number_is_named_though_a_save_has_failed(
         trainer.train()
     assert "a checkpoint could not be written; training goes on. the disk is full" in capsys.readouterr().out
     assert json.loads((tmp_path / "best.json").read_text()) == {"step": 2, "x": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("save_every", "words"), [(-1, "no checkpoint exists yet; begin anew"), (1, "step 1 in .*; resume from it")]
+)
+def test_a_loss_that_is_no_number_says_what_to_do_next(
+    save_every: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begin anew, or resume from the first checkpoint, though that is just being written."""
+    save = checkpoint_writer.save_checkpoint
+
+    def save_slowly(*arguments: Any) -> None:
+        time.sleep(1)
+        save(*arguments)
+
+    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", save_slowly)
+    trainer = make_trainer(tmp_path, save_every=save_every)
+    loss_fn = trainer._passes.loss_fn
+    trainer._passes.loss_fn = lambda model, batch: loss_fn(model, batch) * (math.nan if trainer.step == 1 else 1)
+    with pytest.raises(NanochatError, match=words):
+        trainer.train()
+
+
+def test_a_model_that_is_cut_writes_no_samples(tmp_path: Path) -> None:
+    """Rank 0 alone would wait for the others' rows."""
+    trainer = make_trainer(tmp_path)
+    for trainer.model.is_sharded in (False, True):
+        again = Trainer(
+            trainer.model, trainer.optimizer, trainer.loader, trainer.config, tmp_path, trainer.metrics, {}, sample=list
+        )
+        assert (again.sample_fn is None) == trainer.model.is_sharded
 
 
 def test_weights_that_are_no_numbers_are_not_saved(corpus: Path) -> None:
