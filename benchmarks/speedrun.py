@@ -78,7 +78,7 @@ def run_seed(seed: int, budget: float, flags: list[str], folder: Path) -> list[d
     rows = read_metrics(stage_dir / METRICS_FILE)
     train = [row for row in rows if "train/loss" in row]
     before_training = train[0]["timestamp"] - train[0]["time_s"] - started
-    rates = [row["train/mfu"] for row in train]
+    rates = [row["train/mfu"] for row in train if "train/mfu" in row]
     curve = []
     for row in rows:
         if "val/bpb" in row:

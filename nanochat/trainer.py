@@ -108,6 +108,7 @@ class Trainer:
         self.ddp, self.rank, _, self.world_size = get_dist_info()
         self.device = model.get_device()
         self._flops_per_token = [model.estimate_flops(idle_blocks) for idle_blocks in (model.config.n_layer - 1, 0)]
+        self.matmul_rate: float | None = None  # of all ranks together, FLOP/s; None until it is measured
         self.step = 0
         self.time_s = 0.0  # of training alone, over all sittings
         self._logged_time_s = 0.0  # as it was when the newest row was written
@@ -253,7 +254,7 @@ class Trainer:
                 return
             if self._due(config.compare_every):
                 self._compare_ranks()
-            self._compile()
+            self._get_up_to_speed()
             self._train_step()
             self._check_stop()
 
@@ -267,7 +268,6 @@ class Trainer:
 
     def _prepare(self) -> None:
         self.model.train()
-        self.matmul_rate = measure_matmul_rate(self.device, self.model.get_compute_dtype()) * self.world_size
         if self.config.compile and (reason := can_compile(self.device)) is not None:
             self._train_uncompiled(reason)
 
@@ -275,15 +275,17 @@ class Trainer:
         self.progress.print(f"training without torch.compile: {reason}")
         self.config = replace(self.config, compile=False)
 
-    def _compile(self) -> None:
-        """Compile before the first update, or on a CPU, where it takes half a minute, after the first one of a new run.
+    def _get_up_to_speed(self) -> None:
+        """Measure the device and compile: before the first update, or on a CPU, where it takes half a minute, after it.
 
         So a new run shows within seconds that data, memory and loss are right; a resumed run computes what the
         uninterrupted one did. A GPU's memory may be too small for a batch that is not compiled.
         """
+        waits = self.device.type == "cpu" and self.step == 0 and not self.model.is_compiled
+        if self.matmul_rate is None and not waits:
+            self.matmul_rate = measure_matmul_rate(self.device, self.model.get_compute_dtype()) * self.world_size
         if not self.config.compile or self.model.is_compiled:
             return
-        waits = self.device.type == "cpu" and self.step == 0
         # Uncompiled and not in pieces, blocks would keep several times as much for the backward pass.
         self.model.recompute_blocks = self._recompute_blocks or (waits and not self._passes.in_pieces)
         if waits:
@@ -368,10 +370,11 @@ class Trainer:
             flops = batch_size * self._work(self.step)
             row |= {
                 "train/tok_per_s": round(batch_size * steps / elapsed, 1),
-                "train/mfu": (flops - batch_size * self._work(self.step - steps)) / elapsed / self.matmul_rate,
                 "train/tokens": self.step * batch_size,
                 "train/flops": flops,
             }
+            if self.matmul_rate is not None:
+                row["train/mfu"] = (flops - batch_size * self._work(self.step - steps)) / elapsed / self.matmul_rate
         row["train/peak_memory_mb"] = round(peak_memory_bytes(self.device) / 1e6)
         row |= self.step_metrics()
         self.metrics.log(row)

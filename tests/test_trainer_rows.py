@@ -51,5 +51,8 @@ def test_mfu_is_the_share_of_what_the_machine_could_have_done(
         tokens = 32 * (1 if row["step"] == 7 else log_every)
         elapsed = tokens / row["train/tok_per_s"]
         assert row["train/flops"] == flops
-        assert row["train/mfu"] == pytest.approx((flops - done) / elapsed / RATE, rel=0.01)
+        if row["step"] == 1:  # the machine is measured afterwards, so that a run shows its first step soon
+            assert "train/mfu" not in row
+        else:
+            assert row["train/mfu"] == pytest.approx((flops - done) / elapsed / RATE, rel=0.01)
         done = flops
