@@ -23,7 +23,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,8 @@ from nanochat.ranks import all_or_none, from_rank0, gather_objects
 from nanochat.scores import centered, centered_mean, wilson_interval
 from nanochat.tokenizer import Tokenizer
 
+S = TypeVar("S")
+T = TypeVar("T")
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 NUM_TASKS = 22
 BATCH_TOKENS = {"cpu": 8_192, "cuda": 131_072}  # of a batch, all candidates counted
@@ -280,7 +282,7 @@ class NanochatScorer:
         flat = [row for part in rows for row in part]
         scores: list[list[tuple[float, bool]]] = [[] for _ in flat]
         for batch in batches_by_length([len(row.tokens) for row in flat], self.batch_tokens):
-            for place, found in zip(batch, self._score_batch([flat[i] for i in batch]), strict=True):
+            for place, found in zip(batch, in_halves(self._score_batch, [flat[i] for i in batch]), strict=True):
                 scores[place] = found
         remaining = iter(scores)
         return [[score for _ in part for score in next(remaining)] for part in rows]
@@ -298,10 +300,10 @@ class NanochatScorer:
         model, device = self.model, self.model.get_device()
         if len(rows) == 1:  # compiled code takes any number, but treats one as a special case
             return self._score_batch(rows * 2)[:1]
-        idx = _padded([row.tokens for row in rows], 0, device)
-        previous = _padded([row.previous for row in rows], 0, device)
-        positions = _padded([row.positions for row in rows], 0, device)
-        owners = _padded([row.owners for row in rows], -1, device).to(torch.int32)  # padding sees padding alone
+        idx = padded([row.tokens for row in rows], 0, device)
+        previous = padded([row.previous for row in rows], 0, device)
+        positions = padded([row.positions for row in rows], 0, device)
+        owners = padded([row.owners for row in rows], -1, device).to(torch.int32)  # padding sees padding alone
         small = positions.to(torch.int32)  # of the time, masks should take little
         distance = small[:, :, None] - small[:, None, :]
         visible = (owners[:, None, :] == 0) | (owners[:, :, None] == owners[:, None, :])
@@ -329,6 +331,17 @@ class NanochatScorer:
         return [[next(found) for _ in row.judged] for row in rows]
 
 
+def in_halves(score: Callable[[list[S]], list[T]], texts: list[S]) -> list[T]:
+    """score(texts), or where memory is too short for so many, of each half by itself."""
+    try:
+        return score(texts)
+    except torch.OutOfMemoryError:
+        if len(texts) == 1:
+            raise
+    half = len(texts) // 2  # not in the handler: the error's trace keeps what the attempt has taken
+    return in_halves(score, texts[:half]) + in_halves(score, texts[half:])
+
+
 def batches_by_length(lengths: list[int], most_tokens: int) -> Iterator[list[int]]:
     """Places of texts of like length, together most_tokens at most with their padding, or a single one."""
     batch: list[int] = []
@@ -345,7 +358,7 @@ def _before(tokens: list[int]) -> list[int]:
     return [*tokens[:1], *tokens[:-1]]
 
 
-def _padded(rows: list[list[int]], filler: int, device: torch.device) -> torch.Tensor:
+def padded(rows: list[list[int]], filler: int, device: torch.device) -> torch.Tensor:
     longest = max(map(len, rows))
     return torch.tensor([row + [filler] * (longest - len(row)) for row in rows], device=device)
 

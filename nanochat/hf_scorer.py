@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nanochat.common import NanochatError, first_line, get_compute_dtype
-from nanochat.core_eval import BATCH_TOKENS, Question, batches_by_length
+from nanochat.core_eval import BATCH_TOKENS, Candidate, Question, batches_by_length, in_halves, padded
 
 LOGIT_BYTES = 4 << 30  # of a batch: other models have up to eight times as many words as ours
 LONGEST_CONTEXT = 4096  # also of models that can do more: no CORE question is longer
@@ -42,11 +42,12 @@ class HuggingFaceScorer:
         self.context = min(LONGEST_CONTEXT, getattr(self.model.config, "max_position_embeddings", LONGEST_CONTEXT))
         # What stands before a text that begins a document: the model must see something before its first token.
         special = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
-        self.first = next((token for token in special if token is not None), None)
-        if self.first is None:
+        first = next((token for token in special if token is not None), None)
+        if first is None:
             raise NanochatError(
                 f"the tokenizer of {path!r} has no token to begin a text with: give it a bos, eos or pad token"
             )
+        self.first: int = first
 
     def encode(self, text: str) -> list[int]:
         return [self.first, *self.tokenizer.encode(text, add_special_tokens=False)]
@@ -59,19 +60,22 @@ class HuggingFaceScorer:
         vocab_size = self.model.get_output_embeddings().weight.size(0)
         most_tokens = min(BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"]), LOGIT_BYTES // (4 * vocab_size))
         for batch in batches_by_length([len(candidate.tokens) for candidate in candidates], most_tokens):
-            longest = max(len(candidates[i].tokens) for i in batch)
-            padded = [candidates[i].tokens + [self.first] * (longest - len(candidates[i].tokens)) for i in batch]
-            lengths = torch.tensor([len(candidates[i].tokens) for i in batch], device=self.device)
-            mask = (torch.arange(longest, device=self.device) < lengths[:, None]).long()
-            logits = self.model(torch.tensor(padded, device=self.device), attention_mask=mask).logits
-            for row, i in enumerate(batch):
-                tokens, start = candidates[i].tokens, candidates[i].start
-                judged = logits[row, start - 1 : len(tokens) - 1].float()
-                wanted = torch.tensor(tokens[start:], device=self.device)
-                mean = judged.log_softmax(-1).gather(1, wanted[:, None]).mean().item()
-                scores[i] = (mean, bool((judged.argmax(-1) == wanted).all()))
+            for place, score in zip(batch, in_halves(self._score_batch, [candidates[i] for i in batch]), strict=True):
+                scores[place] = score
         found = iter(scores)
         return [[next(found) for _ in question.candidates] for question in questions]
+
+    def _score_batch(self, candidates: list[Candidate]) -> list[tuple[float, bool]]:
+        lengths = torch.tensor([len(candidate.tokens) for candidate in candidates], device=self.device)
+        idx = padded([candidate.tokens for candidate in candidates], self.first, self.device)
+        mask = (torch.arange(idx.size(1), device=self.device) < lengths[:, None]).long()
+        scores = []
+        for logits, candidate in zip(self.model(idx, attention_mask=mask).logits, candidates, strict=True):
+            judged = logits[candidate.start - 1 : len(candidate.tokens) - 1].float()
+            wanted = torch.tensor(candidate.tokens[candidate.start :], device=self.device)
+            mean = judged.log_softmax(-1).gather(1, wanted[:, None]).mean().item()
+            scores.append((mean, bool((judged.argmax(-1) == wanted).all())))
+        return scores
 
 
 def _identify(path: str) -> tuple[str, str]:

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat import core_eval, hf_scorer
-from nanochat.core_eval import Candidate, Question, batches_by_length, find_bundle
+from nanochat.core_eval import Candidate, NanochatScorer, Question, Row, batches_by_length, find_bundle
+from nanochat.tokenizer import Tokenizer
+from tests.helpers import make_model
 from tests.test_core_eval import save_llama
 
 
@@ -62,3 +64,26 @@ def test_one_of_all_that_need_it_fetches_the_bundle(base_dir: Path, monkeypatch:
     for thread in threads:
         thread.join()
     assert fetched == [base_dir / "eval_bundle"] and find_bundle(None) == fetched[0]
+
+
+def test_batches_beyond_the_memory_are_halved(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same scores; a text that does not fit alone is named as what it is."""
+    scorer = NanochatScorer(make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=256), tokenizer)
+    most, sizes = 3, []
+    texts = [[1, *(5 + (i + j) % 40 for j in range(5 + i))] for i in range(9)]
+    questions = [Question(0, [Candidate(tokens, 2)], 0, False) for tokens in texts]
+    expected, score_batch = scorer.score(questions), scorer._score_batch
+
+    def score_few(rows: list[Row]) -> list[list[tuple[float, bool]]]:
+        if len(rows) > most:
+            raise torch.OutOfMemoryError("no room")
+        sizes.append(len(rows))
+        return score_batch(rows)
+
+    monkeypatch.setattr(scorer, "_score_batch", score_few)
+    found = scorer.score(questions)
+    assert sizes == [2, 2, 2, 3]
+    assert [[mean for mean, _ in scores] for scores in found] == [[pytest.approx(mean) for mean, _ in e] for e in expected]
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        scorer.score(questions)
