@@ -1,6 +1,6 @@
 """How much a device can take at a time, and what it does in a second: measured before a run, to plan it.
 
-Used by scripts/base_train and chat_sft.
+Used by scripts/base_train, chat_sft and chat_rl.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from nanochat.optim import MuonAdamW
 from nanochat.passes import Passes
 from nanochat.ranks import any_rank, from_rank0, gather_objects
 from nanochat.scaling import accumulation_steps, default_device_batch_size
+from nanochat.scheduler import MEMORY_SHARE
+
+ANSWER_ROWS = 32  # in a micro-batch of reinforcement, where they fit
 
 
 def flops_in(model: GPT, minutes: float) -> float:
@@ -100,15 +103,29 @@ def choose_device_batch_size(model: GPT, requested: int, total_batch_size: int, 
     return rows
 
 
-def _fits(model: GPT, rows: int) -> bool:
-    """Whether a pass over that many rows fits in a GPU's memory, beside what the optimizer will need."""
+def choose_answer_rows(model: GPT, requested: int) -> int:
+    """Answers in a micro-batch of reinforcement: as requested, else 32, and on a GPU no more than fit as whole contexts."""
+    if requested > 0:
+        return requested
+    rows = ANSWER_ROWS
+    while model.get_device().type == "cuda" and rows > 1 and any_rank(not _fits(model, rows, engine_share=MEMORY_SHARE)):
+        rows //= 2
+    return rows
+
+
+def _fits(model: GPT, rows: int, engine_share: float = 0.0) -> bool:
+    """Whether a pass over that many rows fits in a GPU's memory, beside what the optimizer will need.
+
+    engine_share: of the memory that is free now, for an engine.
+    """
     device = model.get_device()
     idx = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=device)
     with torch.device("meta"):  # since an optimizer takes its memory when it is made
         groups = GPT(model.config).setup_optimizer().groups
     state_bytes = optimizer_bytes(groups) // get_dist_info()[3]
+    engine_bytes = int(engine_share * torch.cuda.mem_get_info(device)[0]) if engine_share else 0
     try:
-        reserve = torch.empty(state_bytes, dtype=torch.uint8, device=device)
+        reserve = torch.empty(state_bytes + engine_bytes, dtype=torch.uint8, device=device)
         try:
             model(idx, idx).backward()
         except torch.OutOfMemoryError:

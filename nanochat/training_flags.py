@@ -55,7 +55,8 @@ def add_training_arguments(
         metavar="auto|none|STEP",
         help="go on from the newest checkpoint, from none, from STEP",
     )
-    run.add_argument("--save-every", type=int, default=-1, metavar="STEPS", help="save every so often (-1: at the end)")
+    run.add_argument("--save-every", type=int, default=-1, metavar="STEPS",
+                     help="save every so often (0: at the end, -1: before each evaluation)")  # fmt: skip
     run.add_argument("--keep-last", type=int, default=3, metavar="K", help="checkpoints to keep, and the best (-1: all)")
     run.add_argument("--eval-every", type=int, default=eval_every, metavar="STEPS", help="validate (-1: at the end)")
     run.add_argument("--sample-every", type=int, default=sample_every, metavar="STEPS",
@@ -66,7 +67,7 @@ def add_training_arguments(
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
     machine.add_argument("--device-batch-size", type=int, default=-1, metavar="ROWS",
-                         help=f"rows at a time (-1: {'32' if generates else 'as fit'})")  # fmt: skip
+                         help="rows at a time (-1: as fit)")  # fmt: skip
     if generates:
         parser.set_defaults(fsdp=False)
     else:

@@ -18,6 +18,7 @@ from nanochat.common import NanochatError, compute_init, print0, run_command
 from nanochat.compilation import keep_freed_memory
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
+from nanochat.pace import choose_answer_rows
 from nanochat.rl import OBJECTIVES, RolloutLoader, RolloutSettings, make_policy_loss
 from nanochat.same_run import check_mixture
 from nanochat.samples import sample_answers
@@ -110,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     begun = stage.resume_step is not None
     parent = meta["parent"] if begun else {"stage": args.source, "step": parent_step, "weights": meta["weights"]}
     reference = load_reference(parent, stage, device) if args.kl_weight > 0 else None
-    rows = args.device_batch_size if args.device_batch_size > 0 else 32
+    rows = choose_answer_rows(model, args.device_batch_size)
     rows_per_rank = -(-args.examples_per_step // world_size) * args.num_samples
     decided = {
         **mixture,

@@ -245,3 +245,20 @@ def test_cores_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch, tmp_pa
 def test_plans_expect_less_of_amx(has_amx: bool, dtype: str, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx, raising=False)
     assert compilation.expected_mfu(torch.device("cpu"), getattr(torch, dtype)) == expected
+
+
+def test_answers_in_a_batch_are_halved_until_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, beside what the engine takes; a number that was asked for stays."""
+    tried: list[tuple[int, float]] = []
+
+    def fits(model: object, rows: int, engine_share: float) -> bool:
+        tried.append((rows, engine_share))
+        return rows <= 8
+
+    monkeypatch.setattr(pace, "_fits", fits)
+    model = make_model()
+    assert pace.choose_answer_rows(model, -1) == 32 and not tried
+    monkeypatch.setattr(model, "get_device", lambda: torch.device("cuda"))
+    assert pace.choose_answer_rows(model, -1) == 8
+    assert [rows for rows, _ in tried] == [32, 16, 8] and all(share > 0 for _, share in tried)
+    assert pace.choose_answer_rows(model, 64) == 64
