@@ -71,7 +71,7 @@ def run_seed(seed: int, budget: float, flags: list[str], folder: Path) -> list[d
     started = time.time()
     run_module(
         "scripts.base_train", *MODEL, f"--target-minutes={budget / 60}", f"--seed={seed}", f"--model-tag=seed{seed}",
-        "--eval-every=50", "--eval-tokens=-1", "--sample-every=-1", *flags, base_dir=folder,
+        "--eval-every=50", "--eval-tokens=-1", "--sample-every=-1", "--save-every=0", *flags, base_dir=folder,
         TORCHINDUCTOR_CACHE_DIR=str(folder / f"cache{seed}"),
     )  # fmt: skip
     stage_dir = folder / "runs" / f"seed{seed}" / "base"

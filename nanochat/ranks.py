@@ -49,9 +49,10 @@ def any_rank(flag: bool) -> bool:
 
 
 def all_or_none(work: Callable[[], T]) -> T:
-    """This rank's share of something that all ranks do, each alone (a collective call, but `work` has none inside).
+    """This rank's share of something that all ranks do (a collective call).
 
-    If it fails on any rank it raises on all of them, so that they can save together: its own error where it happened,
+    Inside of `work` there may be collectives only where either all ranks come to them or all have raised before. If it fails
+    on any rank it raises on all of them, so that they can save together: its own error where it happened,
     NanochatError elsewhere.
     """
     failure = None

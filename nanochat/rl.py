@@ -116,8 +116,8 @@ class RolloutLoader:
 
     def __next__(self) -> RolloutBatch:
         if not self._batches:
-            answers, rewards, shortened, seconds = all_or_none(self._roll_out)
-            self._metrics = self._count(answers, rewards, shortened, seconds)
+            answers, rewards, sums, seconds = all_or_none(self._roll_out)
+            self._metrics = self._count(sums, seconds)
             self._batches = self._make_batches(answers, rewards, baseline=self._metrics["rl/reward"])
             self.step += 1
         return self._batches.pop(0)
@@ -142,8 +142,8 @@ class RolloutLoader:
             chosen.append((place, int(epoch_order(self.settings.seed, epoch, len(self.task))[at])))
         return chosen
 
-    def _roll_out(self) -> tuple[list[Answer], torch.Tensor, int, float]:
-        """(answers, rewards (problems, num_samples) float32, shortened prompts, seconds) of this rank's problems."""
+    def _roll_out(self) -> tuple[list[Answer], torch.Tensor, torch.Tensor, float]:
+        """(answers, rewards (problems, num_samples) float32, `_sum_up` of them, seconds) of this rank's problems."""
         started = time.perf_counter()
         settings, engine, n = self.settings, self.engine, self.settings.num_samples
         chosen = self._problems()
@@ -166,17 +166,21 @@ class RolloutLoader:
             pairs = zip([problem for problem in problems for _ in range(n)], texts, strict=True)
             rewards = list(pool.map(lambda pair: float(self.task.reward(*pair)), pairs))
         table = torch.tensor(rewards).view(len(problems), n)
-        return answers, table, sum(len(p) > most for p in prompts), time.perf_counter() - started
+        sums = self._sum_up(answers, table, shortened=sum(len(p) > most for p in prompts))
+        return answers, table, sums, time.perf_counter() - started
 
-    def _count(self, answers: list[Answer], rewards: torch.Tensor, shortened: int, seconds: float) -> dict[str, float]:
-        """What this update's answers were, over all ranks."""
+    def _sum_up(self, answers: list[Answer], rewards: torch.Tensor, shortened: int) -> torch.Tensor:
+        """What `_count` tells the ranks' answers by: (7,), on the device."""
         sampled = sum(sum(answer.masks) for answer in answers)
         unfinished = sum(answer.stop_token is None for answer in answers)
         mixed = (rewards != rewards[:, :1]).any(dim=1).sum()
-        sums = torch.tensor(
+        return torch.tensor(
             [rewards.numel(), rewards.sum(), len(rewards), mixed, sampled, unfinished, shortened],
             dtype=torch.float64 if self.device.type != "mps" else torch.float32, device=self.device,
         )  # fmt: skip
+
+    def _count(self, sums: torch.Tensor, seconds: float) -> dict[str, float]:
+        """What this update's answers were, over all ranks, by each one's `_sum_up`."""
         if self.world_size > 1:
             dist.all_reduce(sums)
         count, reward, groups, mixed, sampled, unfinished, shortened = sums.tolist()

@@ -56,7 +56,7 @@ class TrainConfig(Schedule):
     eval_every: int = 250
     eval_first: bool = False  # also before the first update
     sample_every: int = 2000  # below 0: not at the last step either
-    save_every: int = -1
+    save_every: int = -1  # below 0: before each evaluation, which may end the process without a word
     keep_last: int = -1  # checkpoints, besides the best; 0 or less keeps all
     compare_every: int = 100  # make sure that all ranks still hold the same parameters
     best_metric: str = "-val/bpb"  # of an evaluation, what the best checkpoint has the most of; - for the least
@@ -139,6 +139,7 @@ class Trainer:
         self._loss_scale.load_state_dict(state.get("loss_scale", {}))
         self.loader.load_state_dict(state["loader"])
         self._best.load(state["best"])  # last, since it writes
+        self._best.fall_back(list_steps(self.stage_dir))
 
     def save(self, wait: bool = False, loader_state: dict[str, Any] | None = None) -> None:
         """Begin to write a checkpoint of this step; with `wait`, until it is on disk (a collective call).
@@ -180,14 +181,19 @@ class Trainer:
                 raise
             self.progress.print(f"{NOT_SAVED} {describe_error(error)}")
 
-    def _report_failed_save(self) -> None:
+    def _report_failed_save(self) -> bool:
+        """Wait for what is being written; whether that has failed."""
         try:
             self._writer.wait()
+            return False
         except OSError as error:
             self.progress.print(f"{NOT_SAVED} {describe_error(error)}")
             self._best.fall_back(list_steps(self.stage_dir))
+            return True
 
     def _save_before_leaving(self, loader_state: dict[str, Any] | None = None) -> None:
+        if any_rank(self._report_failed_save()):
+            self._saved_step = None
         if self.step > 0 and self.step != self._saved_step:
             self.save(wait=True, loader_state=loader_state)
             self.progress.print(f"step {self.step} is saved; once the cause is mended, go on with {self._resume}")
@@ -241,7 +247,9 @@ class Trainer:
             last = self.step >= config.num_iterations
             self._choose_blocks()
             self._settle()
-            if (last or self._due(config.save_every)) and self.step != self._saved_step:
+            evaluated = any(self._due(period) for period, _ in self.evaluations)
+            saved = self._due(config.save_every) if config.save_every >= 0 else evaluated
+            if (last or saved) and self.step != self._saved_step:
                 self.save(wait=last)
             for period, evaluate in self.evaluations:
                 if last or self._due(period) or (config.eval_first and self.step == 0):
@@ -407,8 +415,8 @@ class Trainer:
             with torch.no_grad():
                 results = evaluate()
         except (Exception, KeyboardInterrupt) as error:
-            # All ranks have come here, see all_or_none; those of a sharded model may still compute together, and a Ctrl-C
-            # need not have met all.
+            # Reached by all ranks together (see all_or_none), unless a sharded model failed while they computed together, or
+            # a Ctrl-C met only some of them.
             together = not isinstance(error, KeyboardInterrupt) and not is_lost_connection(error) and not self.model.is_sharded
             if together or not self.ddp:
                 self._save_before_leaving()
@@ -416,7 +424,7 @@ class Trainer:
         self.model.train()
         self.results = {**self.results, **results}
         if self.step == self._saved_step:
-            self._best.note(self.step, results)  # first: once its row is there, an evaluation is not made again
+            self._best.note(self.step, results)  # first: once the last step's row is there, a run counts as complete
         self.metrics.log({"step": self.step, "time_s": round(self.time_s, 4), **results})
         text = ", ".join(f"{name} {value:.4f}" for name, value in results.items())
         self.progress.print(f"step {self.step}: {text}")

@@ -230,7 +230,7 @@ def test_validation_data_that_fails_costs_no_training(
     shards: Path, base_flags: list[str], base_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also at a step at which no checkpoint was due."""
-    flags = [*base_flags, f"--data={shards}", "--save-every=-1"]
+    flags = [*base_flags, f"--data={shards}", "--save-every=0"]
     with pytest.raises(NanochatError, match="val_39"):
         train_here(flags, {5: lambda: _delete(shards / "val_39.parquet")}, monkeypatch)
     assert newest_valid_step(stage_dir_of(base_dir)) == (5, [])

@@ -139,7 +139,7 @@ def test_a_second_process_is_turned_away(nursery: Nursery, base_flags: list[str]
     """With one sentence; the first one's files stay as they are, and it goes on."""
     flags, stage_dir = [*base_flags, "--num-iterations=100000"], stage_dir_of(base_dir)
     if resume == "none":
-        flags += ["--save-every=-1"]  # with checkpoints there another sentence would come first
+        flags += ["--save-every=0"]  # with checkpoints there another sentence would come first
     first = nursery.start(base_dir, flags)
     try:
         assert first.wait(lambda: count_rows(stage_dir) > 5) is None, first.said()

@@ -136,7 +136,7 @@ def test_the_gradient_is_that_of_the_weighted_likelihood(engine: Engine) -> None
         settings = _settings(objective=objective, kl_weight=kl_weight)
         loader = RolloutLoader(engine, Vowels(), settings, micro_batches=3)
         answers, rewards, *counted = loader._roll_out()
-        metrics = loader._count(answers, rewards, *counted)
+        metrics = loader._count(*counted)
         batches = loader._make_batches(answers, rewards, metrics["rl/reward"])
         loss_fn, count_fn = make_policy_loss(settings, reference if kl_weight else None)
         count = sum(count_fn(batch) for batch in batches)
@@ -442,5 +442,5 @@ def test_shares_of_unfinished_answers_and_mixed_groups(engine: Engine) -> None:
     answers, *_ = loader._roll_out()
     for i, answer in enumerate(answers):
         answer.stop_token = 1 if i < 3 else None
-    found = loader._count(answers, torch.tensor([[1.0, 1, 0, 1], [1, 1, 1, 1]]), 0, 1.0)
+    found = loader._count(loader._sum_up(answers, torch.tensor([[1.0, 1, 0, 1], [1, 1, 1, 1]]), shortened=0), seconds=1.0)
     assert found["rl/unfinished"] == 5 / 8 and found["rl/mixed_groups"] == 0.5

@@ -22,7 +22,6 @@ import pytest
 import torch
 
 import nanochat.stage
-from nanochat import checkpoint_writer
 from nanochat.checkpoint_manager import load_checkpoint, read_meta, read_tensors
 from nanochat.common import NanochatError, get_base_dir
 from nanochat.gpt import GPT, GPTConfig
@@ -263,7 +262,7 @@ def test_a_second_ctrl_c_during_an_evaluation_loses_nothing(corpus: Path, monkey
 
     monkeypatch.setattr(base_train, "evaluate_bpb", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        _train(corpus, "twice", "--eval-every=3", "--save-every=-1", "--num-iterations=6")
+        _train(corpus, "twice", "--eval-every=3", "--save-every=0", "--num-iterations=6")
     assert list_steps(get_base_dir() / "runs" / "twice" / "base") == [3]
 
 
@@ -365,48 +364,6 @@ def test_a_loss_that_is_no_number_stops_the_run(corpus: Path, monkeypatch: pytes
     ):
         _train(corpus, "nan", "--save-every=2")
     assert list_steps(Path(os.environ["NANOCHAT_BASE_DIR"]) / "runs" / "nan" / "base") == [2, 4]
-
-
-def test_a_loss_that_is_no_number_is_named_though_a_save_has_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    """And the step whose checkpoint is not there is no longer called the best."""
-    trainer = make_trainer(tmp_path, save_every=2, eval_every=2, best_metric="x")
-    trainer.evaluations = [(2, lambda: {"x": float(trainer.step)})]
-    save, loss_fn = checkpoint_writer.save_checkpoint, trainer._passes.loss_fn
-
-    def save_once(stage_dir: Path, step: int, *rest: Any) -> None:
-        if step == 4:
-            raise OSError(errno.ENOSPC, "No space left on device", str(stage_dir))
-        save(stage_dir, step, *rest)
-
-    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", save_once)
-    trainer._passes.loss_fn = lambda model, batch: loss_fn(model, batch) * (math.nan if trainer.step == 4 else 1)
-    with pytest.raises(NanochatError, match="no longer a number at step 5: the last good checkpoint is step 2"):
-        trainer.train()
-    assert "a checkpoint could not be written; training goes on. the disk is full" in capsys.readouterr().out
-    assert json.loads((tmp_path / "best.json").read_text()) == {"step": 2, "x": 2.0}
-
-
-@pytest.mark.parametrize(
-    ("save_every", "words"), [(-1, "no checkpoint exists yet; begin anew"), (1, "step 1 in .*; resume from it")]
-)
-def test_a_loss_that_is_no_number_says_what_to_do_next(
-    save_every: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Begin anew, or resume from the first checkpoint, though that is just being written."""
-    save = checkpoint_writer.save_checkpoint
-
-    def save_slowly(*arguments: Any) -> None:
-        time.sleep(1)
-        save(*arguments)
-
-    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", save_slowly)
-    trainer = make_trainer(tmp_path, save_every=save_every)
-    loss_fn = trainer._passes.loss_fn
-    trainer._passes.loss_fn = lambda model, batch: loss_fn(model, batch) * (math.nan if trainer.step == 1 else 1)
-    with pytest.raises(NanochatError, match=words):
-        trainer.train()
 
 
 def test_a_model_that_is_cut_writes_no_samples(tmp_path: Path) -> None:

@@ -1,0 +1,102 @@
+"""When a trainer saves, and what it does if that fails."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanochat import checkpoint_writer
+from nanochat.checkpoint_manager import read_meta
+from nanochat.common import NanochatError
+from nanochat.metrics import read_metrics
+from nanochat.runs import list_steps
+from tests.helpers import make_trainer
+
+
+def test_a_loss_that_is_no_number_is_named_though_a_save_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """And the step whose checkpoint is not there is no longer called the best."""
+    trainer = make_trainer(tmp_path, save_every=2, eval_every=2, best_metric="x")
+    trainer.evaluations = [(2, lambda: {"x": float(trainer.step)})]
+    save, loss_fn = checkpoint_writer.save_checkpoint, trainer._passes.loss_fn
+
+    def save_once(stage_dir: Path, step: int, *rest: Any) -> None:
+        if step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device", str(stage_dir))
+        save(stage_dir, step, *rest)
+
+    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", save_once)
+    trainer._passes.loss_fn = lambda model, batch: loss_fn(model, batch) * (math.nan if trainer.step == 4 else 1)
+    with pytest.raises(NanochatError, match="no longer a number at step 5: the last good checkpoint is step 2"):
+        trainer.train()
+    assert "a checkpoint could not be written; training goes on. the disk is full" in capsys.readouterr().out
+    assert json.loads((tmp_path / "best.json").read_text()) == {"step": 2, "x": 2.0}
+
+
+def test_what_an_evaluation_ends_is_saved_though_a_save_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, save, failures = make_trainer(tmp_path, save_every=2), checkpoint_writer.save_checkpoint, [4]
+
+    def save_but_once(stage_dir: Path, step: int, *rest: Any) -> None:
+        if step in failures:
+            failures.remove(step)
+            raise OSError(errno.EIO, "a moment's trouble", str(stage_dir))
+        save(stage_dir, step, *rest)
+
+    def evaluate() -> dict[str, float]:
+        return {"x": 1 / (4 - trainer.step)}
+
+    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", save_but_once)
+    trainer.evaluations = [(2, evaluate)]
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert list_steps(tmp_path) == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("save_every", "words"), [(0, "no checkpoint exists yet; begin anew"), (1, "step 1 in .*; resume from it")]
+)
+def test_a_loss_that_is_no_number_says_what_to_do_next(
+    save_every: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Begin anew, or resume from the first checkpoint, though that is just being written."""
+    save = checkpoint_writer.save_checkpoint
+
+    def save_slowly(*arguments: Any) -> None:
+        time.sleep(1)
+        save(*arguments)
+
+    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", save_slowly)
+    trainer = make_trainer(tmp_path, save_every=save_every)
+    loss_fn = trainer._passes.loss_fn
+    trainer._passes.loss_fn = lambda model, batch: loss_fn(model, batch) * (math.nan if trainer.step == 1 else 1)
+    with pytest.raises(NanochatError, match=words):
+        trainer.train()
+
+
+def test_each_evaluation_is_of_a_saved_step(tmp_path: Path) -> None:
+    """By default: a machine out of memory ends a process without a word."""
+    trainer = make_trainer(tmp_path)
+    trainer.evaluations = [(2, lambda: {"x": float(trainer.step == trainer._saved_step)}), (-1, dict)]
+    trainer.train()
+    assert [row["x"] for row in read_metrics(tmp_path / "metrics.jsonl") if "x" in row] == [1, 1, 1]
+    assert list_steps(tmp_path) == [2, 4, 6]
+
+
+def test_a_best_step_that_is_gone_is_not_taken_over(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, best_metric="x", keep_last=1)
+    trainer.evaluations = [(2, lambda: {"x": [3.0, 1.0, 2.0][trainer.step // 2 - 1]})]
+    trainer.train()
+    assert (list_steps(tmp_path), json.loads((tmp_path / "best.json").read_text())["step"]) == ([2, 6], 2)
+    shutil.rmtree(tmp_path / "step_000002")
+    again = make_trainer(tmp_path, best_metric="x")
+    again.load_state_dict(read_meta(tmp_path, 6)["trainer"])
+    assert again.state_dict()["best"] == {}
+    assert not (tmp_path / "best.json").exists()
