@@ -1,7 +1,7 @@
 """Causal attention with sliding windows, on whatever this machine has. Used by gpt.py, kv_cache.py, core_eval.py, memory.py.
 
 `plan_attention` chooses, once per device, the fastest backend that a probe launch shows to work, and makes the mask
-that it needs; `plan.attend(q, k, v, plan)` is then all that runs in the hot path. The backends:
+that it needs; `plan.backend(q, k, v, plan)` is then all that runs in the hot path. The backends:
 
 - "fa4": FlashAttention 4, where `flash_attn.cute` is installed (the package flash-attn-4)
 - "flex": FlexAttention compiled to a Triton kernel (CUDA, texts of one shape); skips the masked blocks. On Hopper and later,
@@ -23,7 +23,7 @@ import importlib
 import logging
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,17 +38,32 @@ LONGEST_PLAIN_CONTEXT = 2048  # beyond it the T * T / 2 scores of a whole-contex
 SMALLEST_BLOCK, MOST_BLOCKS = 128, 8  # of a text in `attend_plain`: smaller ones save nothing more
 
 
+class Attention(Protocol):
+    """Where a layer's queries find their keys: in the text itself (AttentionPlan), or in a cache (kv_cache.py)."""
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        """q: (B, T, H, D); k, v: (B, T, KV, D) of the same tokens, each of which sees itself and `window` before it.
+
+        Returns (B, T, H, D).
+        """
+        ...
+
+
 class AttentionPlan(NamedTuple):
     """How sequences of one length attend: a backend, the window, and the mask in that backend's own form."""
 
-    attend: Callable[..., torch.Tensor]
+    backend: Callable[..., torch.Tensor]
     window: int
     mask: Any
     compiled: bool = False  # its kernels, by themselves: a compiled model on a CPU leaves attention outside its graphs
 
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        """As of Attention; the layer's window is the one that this was planned for."""
+        return self.backend(q, k, v, self)
+
     def block_size(self, T: int) -> int | None:
         """Tokens in a block if `attend_plain` takes texts of T tokens cut into blocks (`lay_out`); None: as they are."""
-        if not self.compiled or self.attend is not attend_plain or self.mask is None:
+        if not self.compiled or self.backend is not attend_plain or self.mask is None:
             return None
         size: int = self.mask[0].size(0)
         return size if T % size == 0 else None
@@ -65,7 +80,7 @@ def plan_attention(
 ) -> AttentionPlan:
     """The plan for causal attention over T tokens, each seeing itself and the `window` tokens before it.
 
-    Its `attend(q, k, v, plan)` takes q: (B, T, H, D) and k, v: (B, T, KV, D) with H a multiple of KV, queries and keys
+    Its `backend(q, k, v, plan)` takes q: (B, T, H, D) and k, v: (B, T, KV, D) with H a multiple of KV, queries and keys
     of length at most QK_SCALE * sqrt(D) each, and returns (B, T, H, D) in q's dtype. Plans are cached: asking for one
     costs a dictionary look-up. compiled: for a model whose blocks are compiled (see GPT.compile); head_dim: D, which not
     every backend takes; fixed_shape: for texts that are always as many and as long, to which a kernel may be fitted.

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import NanochatError, get_compute_dtype
 from nanochat.cross_entropy import ChunkLoss, chunk_loss, softcap, softcapped_cross_entropy, softmax_gradient
-from nanochat.flash_attention import QK_SCALE, AttentionPlan, lay_out, plan_attention
+from nanochat.flash_attention import QK_SCALE, Attention, AttentionPlan, lay_out, plan_attention
 from nanochat.layers import Embedding, Linear, make_heads, norm
 
 if TYPE_CHECKING:
@@ -118,10 +118,8 @@ class CausalSelfAttention(nn.Module):
             v = v + gate.unsqueeze(-1) * value_embedding.view_as(v)
         return q, k, v
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: AttentionPlan | KVCache) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention) -> torch.Tensor:
         """What attention gives to each token, (B, T, H, D), before c_proj."""
-        if isinstance(attention, AttentionPlan):
-            return attention.attend(q, k, v, attention)
         return attention.attend(self.layer, q, k, v, self.window)
 
 
@@ -161,7 +159,7 @@ class Block(nn.Module):
         lambdas: tuple[torch.Tensor, torch.Tensor],
         value_embedding: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        attention: AttentionPlan | KVCache,
+        attention: Attention,
         places: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x: the stream, x0: the first embedding, value_embedding: this layer's, or None; each (B, T, n_embd).
@@ -335,7 +333,7 @@ class GPT(nn.Module):
         self,
         idx: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        attention: Sequence[Any],
+        attention: Sequence[Attention],
         run_block: Callable[..., torch.Tensor] = Block.forward,
         places: torch.Tensor | None = None,
         previous: torch.Tensor | None = None,
