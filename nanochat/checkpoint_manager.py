@@ -358,21 +358,16 @@ def _damage(path: Path) -> CheckpointError:
 
 
 def load_checkpoint(
-    stage_dir: Path, step: int, device: torch.device | str = "cpu", load_optimizer: bool = False
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None, dict[str, Any]]:
-    """(model_state, optimizer_state or None, meta) of a step, verified; the optimizer's on the CPU. Raises CheckpointError."""
+    stage_dir: Path, step: int, device: torch.device | str = "cpu"
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(model_state, meta) of a step, verified; the optimizer's state is stage.load_optimizer's. Raises CheckpointError."""
     directory = step_dir(stage_dir, step)
     if step not in list_steps(stage_dir):
         raise no_such_step(stage_dir, step)
-    verify_checkpoint(directory, but_for="" if load_optimizer else OPTIMIZER_FILE)
+    verify_checkpoint(directory, but_for=OPTIMIZER_FILE)
     model_state = read_tensors(directory, MODEL_FILE)
     model_state = {name: tensor.to(device, copy=True) for name, tensor in model_state.items()}  # the file is free again
-    optimizer_state = None
-    if load_optimizer:
-        optimizer_state = read_tensors(directory, OPTIMIZER_FILE)
-        if not optimizer_state:
-            raise CheckpointError(f"{directory} was saved without optimizer state: training cannot go on from it")
-    return model_state, optimizer_state, _read_json(directory / META_FILE)
+    return model_state, _read_json(directory / META_FILE)
 
 
 def no_such_step(stage_dir: Path, step: int) -> CheckpointError:
@@ -463,7 +458,7 @@ def load_model(
     if phase not in ("train", "eval"):
         raise ValueError(f"phase must be train or eval, not {phase!r}")
     stage_dir, tokenizer, meta = open_checkpoint(source, model_tag, step)
-    model_state, _, _ = load_checkpoint(stage_dir, meta["step"], device)
+    model_state, _ = load_checkpoint(stage_dir, meta["step"], device)
     model = build_model(meta["model_config"], model_state, device)
     model.train(phase == "train")
     return model, tokenizer, meta
