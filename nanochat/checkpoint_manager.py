@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from nanochat.common import NanochatError, get_dist_info
-from nanochat.files import read_json_object, remove_leftovers
+from nanochat.files import read_json_object, remove_leftovers, replace_directory, share_mode
 from nanochat.gpt import GPT
 from nanochat.model_config import read_config
 from nanochat.ranks import any_rank
@@ -169,23 +169,14 @@ def finish_checkpoint(temporary: Path, stage_dir: Path, step: int, meta: dict[st
     """Add meta and manifest to the files in a temporary directory, flush all of it, and give it its name."""
     target = step_dir(stage_dir, step)
     _write_json({"version": FORMAT_VERSION, "step": step, **meta}, temporary / META_FILE)
+    share_mode(temporary / META_FILE)
     paths = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
-    for path in paths:  # safetensors makes files that only their owner may read, whatever the umask
-        with contextlib.suppress(OSError):  # a file system that knows no modes
-            shutil.copymode(temporary / META_FILE, path)
     files = {path.relative_to(temporary).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in paths}
     manifest = {"version": FORMAT_VERSION, "step": step, "created": _later_than_all(time.time()), "files": files}
     _write_json({**manifest, "digest": _digest(manifest)}, temporary / MANIFEST_FILE)
     for path in (*temporary.rglob("*"), temporary):
         _flush_to_disk(path)
-    if target.exists():  # the same step again, after a resume: the old one gives way only now
-        old = stage_dir / f".{target.name}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(target, old)
-        os.rename(temporary, target)
-        shutil.rmtree(old)
-    else:
-        os.rename(temporary, target)
+    replace_directory(temporary, target)  # which is there if a resumed run saves the same step again
     _flush_to_disk(stage_dir)
     return target
 
