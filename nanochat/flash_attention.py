@@ -180,7 +180,7 @@ def _attend_by_pytorch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window
     if window is not None:
         distance = torch.arange(q.size(1), device=q.device)[:, None] - torch.arange(q.size(1), device=q.device)
         visible = (distance >= 0) & (distance <= window)
-    q, k, v = (x.transpose(1, 2) for x in (q, repeat_kv(k, q.size(2)), repeat_kv(v, q.size(2))))
+    q, k, v = heads_first(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None).transpose(1, 2)
 
 
@@ -298,11 +298,17 @@ def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 def attend_masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
     """Attention with a mask for each row, (B, 1, T, T) in q's dtype, added to the scores; see `plan_attention`."""
-    q, k, v = (x.transpose(1, 2) for x in (q, repeat_kv(k, q.size(2)), repeat_kv(v, q.size(2))))
+    q, k, v = heads_first(q, k, v)
     if q.device.type == "cpu" and q.size(2) <= LONGEST_PLAIN_CONTEXT // 2:  # few enough scores to write all of them down
         weights, sums = attention_weights(q @ k.mT, plan.mask, q.size(-1) ** -0.5)
         return ((weights @ v) / sums).to(q.dtype).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask).transpose(1, 2)
+
+
+def heads_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q (B, T, H, D) and k, v (B, T, KV, D) as PyTorch's own attention wants them: each (B, H, T, D)."""
+    k, v = repeat_kv(k, q.size(2)), repeat_kv(v, q.size(2))
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def repeat_kv(x: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -345,7 +351,7 @@ def _attend_whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Te
     """Causal attention without a window by the first of these kernels that takes such tensors."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    q, k, v = (x.transpose(1, 2) for x in (q, repeat_kv(k, q.size(2)), repeat_kv(v, q.size(2))))
+    q, k, v = heads_first(q, k, v)
     kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(kernels, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
