@@ -13,7 +13,7 @@ from nanochat.engine import Engine
 from nanochat.runner import prepare_for_inference
 from nanochat.settings import Arguments, SettingsParser, add_checkpoint_arguments
 from nanochat.tokenizer import IncrementalDecoder
-from nanochat.trimming import trim_conversation
+from nanochat.trimming import prompt_room, trim_conversation
 
 HELP = "Type a message; 'clear' begins anew, 'quit' or Ctrl-D leaves, Ctrl-C stops an answer."
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -107,10 +107,9 @@ class Chat:
         if self.args.source == "base":  # knows no turns: it continues the text
             self._stream(self.tokenizer.encode(text, prepend="<|bos|>"))
             return
-        room = self.engine.model.config.sequence_len
-        reserve = min(self.args.max_tokens, room // 4)
+        room = prompt_room(self.engine.model.config.sequence_len, self.args.max_tokens)
         asked = [*self.messages, {"role": "user", "content": text}]
-        conversation, dropped = trim_conversation({"messages": asked}, self.tokenizer, room - reserve)
+        conversation, dropped = trim_conversation({"messages": asked}, self.tokenizer, room)
         if dropped:
             print(f"(the conversation is long: its oldest {dropped} turns are forgotten)")
         tokens = self._stream(self.tokenizer.render_for_completion(conversation))
