@@ -14,6 +14,7 @@ names the step that was measured best.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import hashlib
@@ -453,6 +454,15 @@ def load_model(
     model = build_model(meta["model_config"], model_state, device)
     model.train(phase == "train")
     return model, tokenizer, meta
+
+
+def load_chosen_model(args: argparse.Namespace, device: torch.device | str) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """The model that the flags of settings.add_checkpoint_arguments name, to use it: a run's, or from elsewhere."""
+    if getattr(args, "from_hf", None) is not None:  # which not every command has
+        from nanochat.hf.load import load_hf
+
+        return load_hf(args.from_hf, device)
+    return load_model(args.source, device, "eval", args.model_tag, args.step)
 
 
 def build_model(

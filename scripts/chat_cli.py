@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from nanochat.checkpoint_manager import load_model
+from nanochat.checkpoint_manager import load_chosen_model
 from nanochat.common import NanochatError, compute_init, run_command
 from nanochat.engine import Engine
 from nanochat.runner import prepare_for_inference
@@ -26,8 +26,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         "Talk to a model in the terminal.",
         examples=["%(prog)s", '%(prog)s --model-tag demo --temperature 0 -p "What is 23 + 58?"'],
     )
-    add_checkpoint_arguments(parser)
-    parser.add_argument("--from-hf", default=None, metavar="DIR|NAME", help="a Hugging Face model instead of a run's")
+    add_checkpoint_arguments(parser, from_hf=True)
     parser.add_argument("-p", "--prompt", default=None, help="answer this and leave")
     parser.add_argument("-t", "--temperature", type=float, default=0.6, help="0: always the likeliest token")
     parser.add_argument("-k", "--top-k", type=int, default=50, help="sample from the k likeliest tokens (0: from all)")
@@ -40,12 +39,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     *_, device = compute_init(args.device_type, args.seed)
-    if args.from_hf is not None:
-        from nanochat.hf.load import load_hf
-
-        model, tokenizer, meta = load_hf(args.from_hf, device)
-    else:
-        model, tokenizer, meta = load_model(args.source, device, "eval", args.model_tag, args.step)
+    model, tokenizer, meta = load_chosen_model(args, device)
     chat = Chat(Engine(prepare_for_inference(model), tokenizer), args)
     if args.prompt is not None:
         chat.answer(args.prompt)
