@@ -12,7 +12,7 @@ that it needs; `plan.backend(q, k, v, plan)` is then all that runs in the hot pa
   save time on any device; whole-context layers, on a CPU only beyond LONGEST_PLAIN_CONTEXT, go to PyTorch's
   scaled_dot_product_attention
 
-To add a backend, list a pair in `choose_backend`: `attend_x(q, k, v, plan)`, and what makes its mask. Whole texts attend
+To add a backend, list a pair in `list_backends`: `attend_x(q, k, v, plan)`, and what makes its mask. Whole texts attend
 through it, those of training above all; what is generated attends in kv_cache.py.
 """
 
@@ -101,20 +101,26 @@ def _plan(
 Backend = tuple[Callable[..., torch.Tensor], Callable[[int, int, torch.device], Any]]
 
 
-@functools.lru_cache
-def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, fixed_shape: bool) -> Backend:
-    """(attend, make_mask) of the first backend whose probe launch, forward and backward, succeeds on this device."""
-    candidates: list[tuple[str, Backend]] = []
-    # Evaluations and RL meet texts of ever other shapes. FlexAttention would be compiled for each of the first eight, and
+def list_backends(device: torch.device, dtype: torch.dtype, fixed_shape: bool) -> list[tuple[str, Backend]]:
+    """(name, (attend, make_mask)) of what may be faster than "plain" on such a device, the fastest first; none is tried."""
+    found: list[tuple[str, Backend]] = []
+    # Evaluations and RL meet texts of ever-changing shapes. FlexAttention would be compiled for each of the first eight, and
     # then write all scores to memory.
     # Before Ampere, Triton multiplies without tensor cores.
     if device.type == "cuda" and fixed_shape and torch.cuda.get_device_capability(device) >= (8, 0):
-        candidates.append(("flex", (attend_flex, flex_mask)))
+        found.append(("flex", (attend_flex, flex_mask)))
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        # They bring kernels of their own. Told here, since it imports the compiler, which would take each command a second.
+        # Both packages bring their own kernels. Wrapped here and not at import, since importing the compiler costs every
+        # command a second.
         fa4, fa3 = (torch.compiler.disable(attend) for attend in (attend_fa4, attend_fa3))
-        candidates = [("fa4", (fa4, no_mask)), *candidates, ("fa3", (fa3, no_mask))]
-    for name, backend in candidates:
+        found = [("fa4", (fa4, no_mask)), *found, ("fa3", (fa3, no_mask))]
+    return found
+
+
+@functools.lru_cache
+def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, fixed_shape: bool) -> Backend:
+    """(attend, make_mask) of the first backend whose probe launch, forward and backward, succeeds on this device."""
+    for name, backend in list_backends(device, dtype, fixed_shape):
         try:
             _probe(backend, device, dtype, head_dim)
         except ModuleNotFoundError:
