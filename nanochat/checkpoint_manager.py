@@ -1,5 +1,5 @@
-"""Checkpoints: safetensors and JSON, all of a step visible together or not at all. Used by every script; written by
-trainer.py through checkpoint_writer.py.
+"""Checkpoints: safetensors and JSON, all of a step visible together or not at all. Used by whatever trains or loads
+a model; written by trainer.py through checkpoint_writer.py.
 
 A run is one directory, `<base>/runs/<tag>`, with a directory for each stage: base, sft, rl. A step of a stage:
 

@@ -1,7 +1,4 @@
-"""What this machine can compile, and how fast it multiplies and reads.
-
-Used by trainer, pace, runner, doctor and the benchmarks.
-"""
+"""What this machine can compile, and how fast it multiplies and reads. Used by whatever compiles or measures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Cross-entropy of soft-capped logits without ever holding them all. Used by gpt.py for its loss, by rl.py and memory.py.
+"""Cross-entropy of soft-capped logits without ever holding them all. Used by gpt.py, loss_kernel.py, rl.py
+and memory.py.
 
 The logits of 8,192 tokens over 32,768 words are 1 GB in float32, several times over with their gradients. Here they are
 made, used and forgotten in chunks of tokens; when a gradient is wanted it is computed in the same pass, since the

@@ -1,4 +1,5 @@
-"""Runs model-written programs in isolation. Used by the tasks whose answers are programs (tasks/humaneval.py).
+"""Runs model-written programs in isolation. Used by the tasks whose answers are programs
+(tasks/humaneval.py); doctor.py asks what isolates here.
 
 A program gets a process of its own, in new user, mount, process, network, IPC and UTS namespaces, made by bwrap or, where
 that is missing, by unshare. It sees a read-only root with Python and three devices, one small writable folder in memory,

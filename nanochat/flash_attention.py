@@ -1,7 +1,9 @@
-"""Causal attention with sliding windows, on whatever this machine has. Used by gpt.py, kv_cache.py, core_eval.py, memory.py.
+"""Causal attention with sliding windows, on whatever this machine has. Used by gpt.py, kv_cache.py, core_eval.py, memory.py
+and doctor.py.
 
-`plan_attention` chooses, once per device, the fastest backend that a probe launch shows to work, and makes the mask
-that it needs; `plan.backend(q, k, v, plan)` is then all that runs in the hot path. The backends:
+`plan_attention` chooses, once for each device, dtype and head size, and for texts of one shape or of many, the fastest backend
+that a probe launch shows to work, and makes the mask that it needs; `plan.backend(q, k, v, plan)` is then all that runs in the
+hot path. The backends:
 
 - "fa4": FlashAttention 4, where `flash_attn.cute` is installed (the package flash-attn-4)
 - "flex": FlexAttention compiled to a Triton kernel (CUDA, texts of one shape); skips the masked blocks. On Hopper and later,

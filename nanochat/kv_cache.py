@@ -3,7 +3,7 @@
 `KVCache` is one tensor for a batch of texts of one length: what `GPT.forward(kv_cache=...)` takes, to experiment with.
 What generates is `KVBlocks`, for any number of texts that come and go, in blocks of BLOCK_SIZE tokens: `BlockAllocator`
 says whose block is whose and finds the blocks that texts share; `PrefillView` and `DecodeView` attend through them. Used by
-runner.py and scheduler.py.
+runner.py, scheduler.py and scripts/infer_bench.
 """
 
 from __future__ import annotations

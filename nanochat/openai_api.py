@@ -1,7 +1,7 @@
 """OpenAI's chat and completion API as data: what requests may say, and what replies and errors look like.
 
 Extensions have the names that vLLM gave them (top_k, min_p, repetition_penalty); what is ours alone stands under the key
-"nanochat". Used by server.py, streams.py, service.py and runs_api.py. Nothing here listens, waits or computes.
+"nanochat". Used by server.py, streams.py, service.py, guard.py and runs_api.py. Nothing here listens, waits or computes.
 """
 
 from __future__ import annotations

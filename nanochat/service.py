@@ -1,7 +1,8 @@
 """What stands between HTTP and the engines: a bounded queue, one model thread for each device, news for the event loop.
 
 A Ticket is one request's texts. Engines write to them in their threads; the event loop is told, at most once a step, that
-there is something to read, whatever the number of texts. Used by server.py and streams.py.
+there is something to read, whatever the number of texts. Used by server.py, streams.py, guard.py and
+scripts/chat_web.py.
 """
 
 from __future__ import annotations
