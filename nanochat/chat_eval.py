@@ -159,7 +159,7 @@ def _answer(
 
 
 def _judge(task: Task, answered: list[tuple[Conversation, list[str]]]) -> list[list[float]]:
-    """Scores, 0 to 1, of each problem's answers. That may mean to run programs: side by side, as far as there are cores."""
+    """Scores, 0 to 1, of each problem's answers. That may mean running programs: side by side, as far as there are cores."""
     with ThreadPoolExecutor(usable_cores()) as pool:
         pairs = [(problem, text) for problem, texts in answered for text in texts]
         scores = iter(list(pool.map(lambda pair: float(task.evaluate(*pair)), pairs)))

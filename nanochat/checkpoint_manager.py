@@ -94,7 +94,7 @@ def newest_of_runs(stage: str) -> list[tuple[float, str]]:
         for step in reversed(list_steps(stage_dir)):
             with contextlib.suppress(NanochatError):
                 manifest = read_json_object(step_dir(stage_dir, step) / MANIFEST_FILE)
-                created, is_other = manifest.get("created"), manifest.get("version") != FORMAT_VERSION  # to be told as such
+                created, is_other = manifest.get("created"), manifest.get("version") != FORMAT_VERSION  # to be reported
                 is_whole = is_other or manifest.get("digest") == _digest(manifest)
                 if is_whole and isinstance(created, int | float) and abs(created) < MAX_TIMESTAMP:
                     found.append((created, stage_dir.parent.name))
@@ -241,7 +241,7 @@ def set_aside(stage_dir: Path, step: int) -> list[str]:
 
 def prune(stage_dir: Path, step: int, keep_last: int, best: int | None) -> None:
     """Remove checkpoints up to `step` that are older than the newest keep_last, but for the best. Later ones are of another
-    attempt; damaged ones keep nobody's place, as far as that can be told without reading all of them.
+    attempt; damaged ones do not count among the newest, as far as that can be told without reading all of them.
     """
     kept = 0
     for n in reversed([n for n in list_steps(stage_dir) if n <= step]):

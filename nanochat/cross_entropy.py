@@ -142,7 +142,7 @@ def chunk_loss(
     columns = targets.clamp(min=0)[:, None]
     tanh = torch.tanh(logits.gather(1, columns).float() / cap)
     loss = ((sums.log() + cap - cap * tanh) * supervised).sum()
-    # At the targets made anew: from what is rounded there, the little that a sure token is still to learn could not be told.
+    # Computed anew at the targets: rounding would swallow the little that a token already certain still has to learn.
     # Flat and in place: scatter_ would copy the whole gradient.
     at_target = (1 - tanh * tanh) * ((cap * tanh - cap).exp() - sums)
     flat_index = torch.arange(targets.numel(), device=targets.device) * gradient.size(1) + columns[:, 0]

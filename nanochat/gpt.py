@@ -145,7 +145,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def use_kernels(self) -> None:
-        """Train by our own kernels of what `forward` computes, where they run: who changes the one changes the other."""
+        """Train by our own kernels of what `forward` computes, where they run: keep the two alike."""
         from nanochat import heads_kernel, relu_squared
 
         device = self.mlp.c_fc.weight.device
@@ -201,8 +201,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        # Who adds a parameter sets it in init_weights and gives it a place in hf/, outside of blocks also a name in report.py.
-        # What is neither a table nor a matrix of a block gets a group in build_optimizer.
+        # Whoever adds a parameter sets it in init_weights and gives it a place in hf/, outside of blocks also a name in
+        # report.py. What is neither a table nor a matrix of a block gets a group in build_optimizer.
         kv_dim = config.n_kv_head * config.head_dim
         self.wte = Embedding(config.padded_vocab_size, config.n_embd)
         rows = config.bigrams * config.padded_vocab_size
@@ -402,7 +402,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(x)
         head = self.lm_head.weight
-        if head.size(0) != self.config.vocab_size:  # to cut nothing off would still copy the gradient
+        if head.size(0) != self.config.vocab_size:  # cutting nothing off would still copy the gradient
             head = head[: self.config.vocab_size]
         loss = softcapped_cross_entropy(x.flatten(0, 1), head, targets.flatten(), LOGIT_CAP, loss_reduction, self._chunk_loss)
         return loss.view(idx.shape) if loss_reduction == "none" else loss
