@@ -28,7 +28,7 @@ from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Sequence
 from nanochat.scores import centered_mean, pass_at_k, wilson_interval
 from nanochat.tokenizer import as_text
-from nanochat.trimming import trim_prompt
+from nanochat.trimming import prompt_room, trim_prompt
 
 if TYPE_CHECKING:
     from tasks.common import Conversation, Task
@@ -142,7 +142,7 @@ def _answer(
     Each {"index", "problem" (its hash), "scores" (of each sample, 0 to 1), "answers", "truncated"}.
     """
     limit = engine.model.config.sequence_len
-    most = limit if task.eval_type == "categorical" else limit - min(answering.max_tokens, limit // 4)
+    most = limit if task.eval_type == "categorical" else prompt_room(limit, answering.max_tokens)
     shortened = [trim_prompt(prompts[i], most) for i in chosen]
     if task.eval_type == "categorical":
         answers = []
@@ -159,7 +159,7 @@ def _answer(
 
 
 def _judge(task: Task, answered: list[tuple[Conversation, list[str]]]) -> list[list[float]]:
-    """Scores, 0 to 1, of each problem's answers. That may mean to run programs: side by side, as far as there are cores."""
+    """Scores, 0 to 1, of each problem's answers. That may mean running programs: side by side, as far as there are cores."""
     with ThreadPoolExecutor(usable_cores()) as pool:
         pairs = [(problem, text) for problem, texts in answered for text in texts]
         scores = iter(list(pool.map(lambda pair: float(task.evaluate(*pair)), pairs)))

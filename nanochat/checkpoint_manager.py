@@ -1,5 +1,5 @@
-"""Checkpoints: safetensors and JSON, all of a step visible together or not at all. Used by every script; written by
-trainer.py through checkpoint_writer.py.
+"""Checkpoints: safetensors and JSON, all of a step visible together or not at all. Used by whatever trains or loads
+a model; written by trainer.py through checkpoint_writer.py.
 
 A run is one directory, `<base>/runs/<tag>`, with a directory for each stage: base, sft, rl. A step of a stage:
 
@@ -14,6 +14,7 @@ names the step that was measured best.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
 import hashlib
@@ -31,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from nanochat.common import NanochatError, get_dist_info
-from nanochat.files import read_json_object, remove_leftovers
+from nanochat.files import read_json_object, remove_leftovers, replace_directory, share_mode
 from nanochat.gpt import GPT
 from nanochat.model_config import read_config
 from nanochat.ranks import any_rank
@@ -93,7 +94,7 @@ def newest_of_runs(stage: str) -> list[tuple[float, str]]:
         for step in reversed(list_steps(stage_dir)):
             with contextlib.suppress(NanochatError):
                 manifest = read_json_object(step_dir(stage_dir, step) / MANIFEST_FILE)
-                created, is_other = manifest.get("created"), manifest.get("version") != FORMAT_VERSION  # to be told as such
+                created, is_other = manifest.get("created"), manifest.get("version") != FORMAT_VERSION  # to be reported
                 is_whole = is_other or manifest.get("digest") == _digest(manifest)
                 if is_whole and isinstance(created, int | float) and abs(created) < MAX_TIMESTAMP:
                     found.append((created, stage_dir.parent.name))
@@ -169,23 +170,14 @@ def finish_checkpoint(temporary: Path, stage_dir: Path, step: int, meta: dict[st
     """Add meta and manifest to the files in a temporary directory, flush all of it, and give it its name."""
     target = step_dir(stage_dir, step)
     _write_json({"version": FORMAT_VERSION, "step": step, **meta}, temporary / META_FILE)
+    share_mode(temporary / META_FILE)
     paths = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
-    for path in paths:  # safetensors makes files that only their owner may read, whatever the umask
-        with contextlib.suppress(OSError):  # a file system that knows no modes
-            shutil.copymode(temporary / META_FILE, path)
     files = {path.relative_to(temporary).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in paths}
     manifest = {"version": FORMAT_VERSION, "step": step, "created": _later_than_all(time.time()), "files": files}
     _write_json({**manifest, "digest": _digest(manifest)}, temporary / MANIFEST_FILE)
     for path in (*temporary.rglob("*"), temporary):
         _flush_to_disk(path)
-    if target.exists():  # the same step again, after a resume: the old one gives way only now
-        old = stage_dir / f".{target.name}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(target, old)
-        os.rename(temporary, target)
-        shutil.rmtree(old)
-    else:
-        os.rename(temporary, target)
+    replace_directory(temporary, target)  # which is there if a resumed run saves the same step again
     _flush_to_disk(stage_dir)
     return target
 
@@ -249,7 +241,7 @@ def set_aside(stage_dir: Path, step: int) -> list[str]:
 
 def prune(stage_dir: Path, step: int, keep_last: int, best: int | None) -> None:
     """Remove checkpoints up to `step` that are older than the newest keep_last, but for the best. Later ones are of another
-    attempt; damaged ones keep nobody's place, as far as that can be told without reading all of them.
+    attempt; damaged ones do not count among the newest, as far as that can be told without reading all of them.
     """
     kept = 0
     for n in reversed([n for n in list_steps(stage_dir) if n <= step]):
@@ -358,21 +350,16 @@ def _damage(path: Path) -> CheckpointError:
 
 
 def load_checkpoint(
-    stage_dir: Path, step: int, device: torch.device | str = "cpu", load_optimizer: bool = False
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor] | None, dict[str, Any]]:
-    """(model_state, optimizer_state or None, meta) of a step, verified; the optimizer's on the CPU. Raises CheckpointError."""
+    stage_dir: Path, step: int, device: torch.device | str = "cpu"
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(model_state, meta) of a step, verified; the optimizer's state is stage.load_optimizer's. Raises CheckpointError."""
     directory = step_dir(stage_dir, step)
     if step not in list_steps(stage_dir):
         raise no_such_step(stage_dir, step)
-    verify_checkpoint(directory, but_for="" if load_optimizer else OPTIMIZER_FILE)
+    verify_checkpoint(directory, but_for=OPTIMIZER_FILE)
     model_state = read_tensors(directory, MODEL_FILE)
     model_state = {name: tensor.to(device, copy=True) for name, tensor in model_state.items()}  # the file is free again
-    optimizer_state = None
-    if load_optimizer:
-        optimizer_state = read_tensors(directory, OPTIMIZER_FILE)
-        if not optimizer_state:
-            raise CheckpointError(f"{directory} was saved without optimizer state: training cannot go on from it")
-    return model_state, optimizer_state, _read_json(directory / META_FILE)
+    return model_state, _read_json(directory / META_FILE)
 
 
 def no_such_step(stage_dir: Path, step: int) -> CheckpointError:
@@ -463,10 +450,19 @@ def load_model(
     if phase not in ("train", "eval"):
         raise ValueError(f"phase must be train or eval, not {phase!r}")
     stage_dir, tokenizer, meta = open_checkpoint(source, model_tag, step)
-    model_state, _, _ = load_checkpoint(stage_dir, meta["step"], device)
+    model_state, _ = load_checkpoint(stage_dir, meta["step"], device)
     model = build_model(meta["model_config"], model_state, device)
     model.train(phase == "train")
     return model, tokenizer, meta
+
+
+def load_chosen_model(args: argparse.Namespace, device: torch.device | str) -> tuple[GPT, Tokenizer, dict[str, Any]]:
+    """The model that the flags of settings.add_checkpoint_arguments name, to use it: a run's, or from elsewhere."""
+    if getattr(args, "from_hf", None) is not None:  # which not every command has
+        from nanochat.hf.load import load_hf
+
+        return load_hf(args.from_hf, device)
+    return load_model(args.source, device, "eval", args.model_tag, args.step)
 
 
 def build_model(

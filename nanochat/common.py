@@ -122,7 +122,7 @@ def run_command(main: Callable[[list[str] | None], int]) -> int:
 def _leave_at_once(code: int) -> NoReturn:
     """End a rank that failed; torchrun then ends the others.
 
-    To leave NCCL's process group in order means to wait for what is under way, in which the others wait for this rank.
+    Leaving NCCL's process group in order means waiting for what is under way, in which the others wait for this rank.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # closed, or without a reader

@@ -1,7 +1,4 @@
-"""What this machine can compile, and how fast it multiplies and reads.
-
-Used by trainer, pace, runner, doctor and the benchmarks.
-"""
+"""What this machine can compile, and how fast it multiplies and reads. Used by whatever compiles or measures."""
 
 from __future__ import annotations
 
@@ -37,7 +34,7 @@ def can_compile(device: torch.device) -> str | None:
         if not shutil.which(compiler):
             return f"no C++ compiler is installed ({compiler})"
         if sys.platform == "linux":
-            # What can build PyTorch's kernels at all knows AVX2 and AVX512: to try it takes 4 s at first, 0.7 s later
+            # A compiler that builds PyTorch's kernels at all knows AVX2 and AVX512: trying takes 4 s at first, 0.7 s later
             os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
         return None
     return f"not supported on {device.type}"
@@ -50,7 +47,10 @@ def try_to_compile(device: torch.device) -> str | None:
 
 @functools.lru_cache
 def _why_no_kernel() -> str | None:
-    """None where the compiler builds a kernel that loads. What this takes, a second at first, the next kernel need not."""
+    """None where the compiler builds a kernel that loads.
+
+    It costs a second the first time, which the next kernel is then spared.
+    """
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(64))
         return None
@@ -142,7 +142,7 @@ def is_usable(kernel: str, probe: Callable[[], Iterable[tuple[torch.Tensor, torc
 
 @contextlib.contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
-    """A stream of a GPU's that is not the default one, for what precedes the capture of a CUDA graph."""
+    """A stream of a GPU that is not the default one, for what precedes the capture of a CUDA graph."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):

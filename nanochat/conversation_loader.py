@@ -1,4 +1,5 @@
-"""Packs whole conversations into rows, supervised on the assistant's tokens. Used by scripts/chat_sft.py.
+"""Packs whole conversations into rows, supervised on the assistant's tokens. Used by scripts/chat_sft.py;
+same_run.py takes its fingerprint of conversations.
 
 A row holds as many conversations as fit, best fit first, and is padded; no conversation is cut to fill a row. One that is
 longer than a row is truncated to it and counted; one that then has nothing supervised is left out and counted.

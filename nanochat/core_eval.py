@@ -1,4 +1,5 @@
-"""The CORE metric: 22 tasks of few-shot questions, centred on what guessing gives. Used by scripts/base_eval and base_train.
+"""The CORE metric: 22 tasks of few-shot questions, centred on what guessing gives. Used by scripts/base_eval and
+base_train, hf_scorer.py and lm_eval_adapter.py.
 
 Tasks, prompts and centring: DCLM, arXiv 2406.11794, section 3.5, on the evaluation bundle's data. A question has one or
 more candidate texts, of which the model's likeliest counts; candidates that begin alike are computed once up to where

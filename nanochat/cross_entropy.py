@@ -1,4 +1,5 @@
-"""Cross-entropy of soft-capped logits without ever holding them all. Used by gpt.py for its loss, by rl.py and memory.py.
+"""Cross-entropy of soft-capped logits without ever holding them all. Used by gpt.py, loss_kernel.py, rl.py
+and memory.py.
 
 The logits of 8,192 tokens over 32,768 words are 1 GB in float32, several times over with their gradients. Here they are
 made, used and forgotten in chunks of tokens; when a gradient is wanted it is computed in the same pass, since the
@@ -141,7 +142,7 @@ def chunk_loss(
     columns = targets.clamp(min=0)[:, None]
     tanh = torch.tanh(logits.gather(1, columns).float() / cap)
     loss = ((sums.log() + cap - cap * tanh) * supervised).sum()
-    # At the targets made anew: from what is rounded there, the little that a sure token is still to learn could not be told.
+    # Computed anew at the targets: rounding would swallow the little that a token already certain still has to learn.
     # Flat and in place: scatter_ would copy the whole gradient.
     at_target = (1 - tanh * tanh) * ((cap * tanh - cap).exp() - sums)
     flat_index = torch.arange(targets.numel(), device=targets.device) * gradient.size(1) + columns[:, 0]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import http.client
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -37,6 +36,7 @@ from nanochat.common import (
 from nanochat.compilation import expected_mfu, measure_matmul_rate, measure_memory_rate, try_to_compile
 from nanochat.cpu import INSTRUCTIONS, cpu_name, has_instructions, usable_cores
 from nanochat.dataset import hub_files
+from nanochat.flash_attention import list_backends
 from nanochat.gpt import GPT
 from nanochat.memory import RESERVED, Layout, largest_depth
 from nanochat.scaling import TOKENS_PER_PARAM, model_config, plan_horizon
@@ -44,6 +44,12 @@ from nanochat.settings import SettingsParser
 
 DEPTHS = {"cpu": (4, 8, 12), "cuda": (12, 20, 24), "mps": (4, 8, 12)}
 VOCAB_SIZE, SEQUENCE_LEN = 2**15, 2048  # the defaults of tok_train and base_train
+# Backends of attention by name, and the package that each needs.
+KERNELS = {
+    "fa4": ("FlashAttention 4", "flash-attn-4"),
+    "flex": ("FlexAttention", None),
+    "fa3": ("FlashAttention 3", "flash-attn-3"),
+}
 LEAST_DISK, MODEST_DISK = 1e9, 20e9  # bytes
 HUB_TIMEOUT_S, SANDBOX_TIMEOUT_S = 2.0, 4.0
 
@@ -141,7 +147,7 @@ def examine_device(device: torch.device) -> Iterator[Finding]:
     natively = "multiplied natively here" if dtype != torch.float32 else "bfloat16 would be emulated here"
     why = "NANOCHAT_DTYPE says so" if os.environ.get("NANOCHAT_DTYPE") else natively
     yield Finding("used", "numbers", f"{str(dtype).removeprefix('torch.')}: {why}")
-    yield Finding("used", "attention", _describe_attention(device))
+    yield Finding("used", "attention", _describe_attention(device, dtype))
     reason = try_to_compile(device)
     if reason is None:
         yield Finding("used", "torch.compile", "yes")
@@ -150,13 +156,16 @@ def examine_device(device: torch.device) -> Iterator[Finding]:
         yield Finding("used", "torch.compile", f"no: {reason}", way_out)
 
 
-def _describe_attention(device: torch.device) -> str:
-    """What flash_attention.choose_backend will try first; its probe takes longer than all of this."""
-    if device.type != "cuda":
-        return "matrix products of blocks of queries and keys, so that windows save time"
-    if _what_is_wrong(Requirement("flash-attn-4")) is None:
-        return "FlashAttention 4, if its probe succeeds when a command starts"
-    return "FlexAttention, if its probe succeeds when a command starts (flash-attn-4 is not installed)"
+def _describe_attention(device: torch.device, dtype: torch.dtype) -> str:
+    """What flash_attention.choose_backend will try first to train; its probe takes longer than all of this."""
+    absent: list[str] = []
+    for name, _ in list_backends(device, dtype, fixed_shape=True):
+        title, package = KERNELS[name]
+        if package is None or _what_is_wrong(Requirement(package)) is None:
+            without = f" ({', '.join(absent)} is not installed)" if absent else ""
+            return f"{title}, if its probe succeeds when a command starts{without}"
+        absent.append(package)
+    return "matrix products of blocks of queries and keys, so that windows save time"
 
 
 def examine_base_dir() -> Iterator[Finding]:

@@ -1,4 +1,5 @@
-"""Files of documents: parquet, JSON lines and plain text, read from any row on. Used by dataset.py.
+"""Files of documents: parquet, JSON lines and plain text, read from any row on. Used by dataset.py, data_prep.py
+and raw_files.py.
 
 A document is a text, or, in a parquet file that scripts/data_prep wrote, the token ids of one.
 """

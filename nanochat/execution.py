@@ -1,4 +1,5 @@
-"""Runs model-written programs in isolation. Used by the tasks whose answers are programs (tasks/humaneval.py).
+"""Runs model-written programs in isolation. Used by the tasks whose answers are programs
+(tasks/humaneval.py); doctor.py asks what isolates here.
 
 A program gets a process of its own, in new user, mount, process, network, IPC and UTS namespaces, made by bwrap or, where
 that is missing, by unshare. It sees a read-only root with Python and three devices, one small writable folder in memory,
@@ -115,7 +116,7 @@ class Sandbox:
                 break
             try:
                 self._waiting.put(_Process(self._launcher))
-            except OSError as error:  # too many processes or files: for the one who asks next to see
+            except OSError as error:  # too many processes or files: whoever asks next is told
                 self._waiting.put(error)
         self._waiting.put(None)
         while (process := self._waiting.get()) is not None:
@@ -382,7 +383,7 @@ def bwrap_command() -> list[str]:
         command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
     command += ["--ro-bind", str(WORKER), "/sandbox/worker.py", "--size", str(DISK_BYTES), "--tmpfs", "/scratch"]
     command += ["--remount-ro", "/", "--chdir", "/scratch"]
-    # What bwrap cannot do: to limit the number of files, and to show a device that not even its owner can change.
+    # What bwrap cannot do: limit the number of files, and show a device that not even its owner can change.
     command += "--uid 0 --gid 0 --cap-drop ALL --cap-add CAP_SYS_ADMIN --cap-add CAP_SETPCAP sh -c".split()
     lines = ["set -e", f"mount -t tmpfs -o remount,nr_inodes={DISK_FILES},nosuid,nodev sandbox /scratch"]
     lines += ["for device in /dev/*; do mount -o remount,bind,ro,nosuid $device; done", f"exec {DROP_PRIVILEGES}"]

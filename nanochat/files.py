@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -52,6 +53,26 @@ def replace(source: Path, target: Path) -> None:
             return os.replace(source, target)
         time.sleep(0.05)
     os.replace(source, target)
+
+
+def replace_directory(temporary: Path, target: Path) -> None:
+    """Give a directory its name; the one that has it gives way only now. A crash leaves that as `.NAME.old`, whole."""
+    if not target.exists():
+        os.rename(temporary, target)
+        return
+    old = target.parent / f".{target.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(target, old)
+    os.rename(temporary, target)
+    shutil.rmtree(old)
+
+
+def share_mode(model: Path) -> None:
+    """Give a file's mode to all beside and below it: safetensors makes some that only their owner may read."""
+    for path in model.parent.rglob("*"):
+        if path.is_file():
+            with contextlib.suppress(OSError):  # a file system that knows no modes
+                shutil.copymode(model, path)
 
 
 def remove_leftovers(path: Path) -> None:

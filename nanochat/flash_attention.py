@@ -1,7 +1,9 @@
-"""Causal attention with sliding windows, on whatever this machine has. Used by gpt.py, kv_cache.py, core_eval.py, memory.py.
+"""Causal attention with sliding windows, on whatever this machine has. Used by gpt.py, kv_cache.py, core_eval.py, memory.py
+and doctor.py.
 
-`plan_attention` chooses, once per device, the fastest backend that a probe launch shows to work, and makes the mask
-that it needs; `plan.attend(q, k, v, plan)` is then all that runs in the hot path. The backends:
+`plan_attention` chooses, once for each device, dtype and head size, and for texts of one shape or of many, the fastest backend
+that a probe launch shows to work, and makes the mask that it needs; `plan.backend(q, k, v, plan)` is then all that runs in the
+hot path. The backends:
 
 - "fa4": FlashAttention 4, where `flash_attn.cute` is installed (the package flash-attn-4)
 - "flex": FlexAttention compiled to a Triton kernel (CUDA, texts of one shape); skips the masked blocks. On Hopper and later,
@@ -12,7 +14,7 @@ that it needs; `plan.attend(q, k, v, plan)` is then all that runs in the hot pat
   save time on any device; whole-context layers, on a CPU only beyond LONGEST_PLAIN_CONTEXT, go to PyTorch's
   scaled_dot_product_attention
 
-To add a backend, list a pair in `choose_backend`: `attend_x(q, k, v, plan)`, and what makes its mask. Whole texts attend
+To add a backend, list a pair in `list_backends`: `attend_x(q, k, v, plan)`, and what makes its mask. Whole texts attend
 through it, those of training above all; what is generated attends in kv_cache.py.
 """
 
@@ -23,7 +25,7 @@ import importlib
 import logging
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,17 +40,32 @@ LONGEST_PLAIN_CONTEXT = 2048  # beyond it the T * T / 2 scores of a whole-contex
 SMALLEST_BLOCK, MOST_BLOCKS = 128, 8  # of a text in `attend_plain`: smaller ones save nothing more
 
 
+class Attention(Protocol):
+    """Where a layer's queries find their keys: in the text itself (AttentionPlan), or in a cache (kv_cache.py)."""
+
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        """q: (B, T, H, D); k, v: (B, T, KV, D) of the same tokens, each of which sees itself and `window` before it.
+
+        Returns (B, T, H, D).
+        """
+        ...
+
+
 class AttentionPlan(NamedTuple):
     """How sequences of one length attend: a backend, the window, and the mask in that backend's own form."""
 
-    attend: Callable[..., torch.Tensor]
+    backend: Callable[..., torch.Tensor]
     window: int
     mask: Any
     compiled: bool = False  # its kernels, by themselves: a compiled model on a CPU leaves attention outside its graphs
 
+    def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        """As of Attention; the layer's window is the one that this was planned for."""
+        return self.backend(q, k, v, self)
+
     def block_size(self, T: int) -> int | None:
         """Tokens in a block if `attend_plain` takes texts of T tokens cut into blocks (`lay_out`); None: as they are."""
-        if not self.compiled or self.attend is not attend_plain or self.mask is None:
+        if not self.compiled or self.backend is not attend_plain or self.mask is None:
             return None
         size: int = self.mask[0].size(0)
         return size if T % size == 0 else None
@@ -65,7 +82,7 @@ def plan_attention(
 ) -> AttentionPlan:
     """The plan for causal attention over T tokens, each seeing itself and the `window` tokens before it.
 
-    Its `attend(q, k, v, plan)` takes q: (B, T, H, D) and k, v: (B, T, KV, D) with H a multiple of KV, queries and keys
+    Its `backend(q, k, v, plan)` takes q: (B, T, H, D) and k, v: (B, T, KV, D) with H a multiple of KV, queries and keys
     of length at most QK_SCALE * sqrt(D) each, and returns (B, T, H, D) in q's dtype. Plans are cached: asking for one
     costs a dictionary look-up. compiled: for a model whose blocks are compiled (see GPT.compile); head_dim: D, which not
     every backend takes; fixed_shape: for texts that are always as many and as long, to which a kernel may be fitted.
@@ -86,20 +103,26 @@ def _plan(
 Backend = tuple[Callable[..., torch.Tensor], Callable[[int, int, torch.device], Any]]
 
 
-@functools.lru_cache
-def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, fixed_shape: bool) -> Backend:
-    """(attend, make_mask) of the first backend whose probe launch, forward and backward, succeeds on this device."""
-    candidates: list[tuple[str, Backend]] = []
-    # Evaluations and RL meet texts of ever other shapes. FlexAttention would be compiled for each of the first eight, and
+def list_backends(device: torch.device, dtype: torch.dtype, fixed_shape: bool) -> list[tuple[str, Backend]]:
+    """(name, (attend, make_mask)) of what may be faster than "plain" on such a device, the fastest first; none is tried."""
+    found: list[tuple[str, Backend]] = []
+    # Evaluations and RL meet texts of ever-changing shapes. FlexAttention would be compiled for each of the first eight, and
     # then write all scores to memory.
     # Before Ampere, Triton multiplies without tensor cores.
     if device.type == "cuda" and fixed_shape and torch.cuda.get_device_capability(device) >= (8, 0):
-        candidates.append(("flex", (attend_flex, flex_mask)))
+        found.append(("flex", (attend_flex, flex_mask)))
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        # They bring kernels of their own. Told here, since it imports the compiler, which would take each command a second.
+        # Both packages bring their own kernels. Wrapped here and not at import, since importing the compiler costs every
+        # command a second.
         fa4, fa3 = (torch.compiler.disable(attend) for attend in (attend_fa4, attend_fa3))
-        candidates = [("fa4", (fa4, no_mask)), *candidates, ("fa3", (fa3, no_mask))]
-    for name, backend in candidates:
+        found = [("fa4", (fa4, no_mask)), *found, ("fa3", (fa3, no_mask))]
+    return found
+
+
+@functools.lru_cache
+def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, fixed_shape: bool) -> Backend:
+    """(attend, make_mask) of the first backend whose probe launch, forward and backward, succeeds on this device."""
+    for name, backend in list_backends(device, dtype, fixed_shape):
         try:
             _probe(backend, device, dtype, head_dim)
         except ModuleNotFoundError:
@@ -165,7 +188,7 @@ def _attend_by_pytorch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window
     if window is not None:
         distance = torch.arange(q.size(1), device=q.device)[:, None] - torch.arange(q.size(1), device=q.device)
         visible = (distance >= 0) & (distance <= window)
-    q, k, v = (x.transpose(1, 2) for x in (q, repeat_kv(k, q.size(2)), repeat_kv(v, q.size(2))))
+    q, k, v = heads_first(q, k, v)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=visible is None).transpose(1, 2)
 
 
@@ -283,11 +306,17 @@ def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 def attend_masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
     """Attention with a mask for each row, (B, 1, T, T) in q's dtype, added to the scores; see `plan_attention`."""
-    q, k, v = (x.transpose(1, 2) for x in (q, repeat_kv(k, q.size(2)), repeat_kv(v, q.size(2))))
+    q, k, v = heads_first(q, k, v)
     if q.device.type == "cpu" and q.size(2) <= LONGEST_PLAIN_CONTEXT // 2:  # few enough scores to write all of them down
         weights, sums = attention_weights(q @ k.mT, plan.mask, q.size(-1) ** -0.5)
         return ((weights @ v) / sums).to(q.dtype).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask).transpose(1, 2)
+
+
+def heads_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q (B, T, H, D) and k, v (B, T, KV, D) as PyTorch's own attention wants them: each (B, H, T, D)."""
+    k, v = repeat_kv(k, q.size(2)), repeat_kv(v, q.size(2))
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def repeat_kv(x: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -330,7 +359,7 @@ def _attend_whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Te
     """Causal attention without a window by the first of these kernels that takes such tensors."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    q, k, v = (x.transpose(1, 2) for x in (q, repeat_kv(k, q.size(2)), repeat_kv(v, q.size(2))))
+    q, k, v = heads_first(q, k, v)
     kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(kernels, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)

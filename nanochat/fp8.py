@@ -1,4 +1,5 @@
-"""Matrix products in 8 bits, twice as fast as bfloat16 on Hopper and later. Used by stage.py for `--fp8`.
+"""Matrix products in 8 bits, twice as fast as bfloat16 on Hopper and later. Used by layers.py, where
+stage.py switched it on for `--fp8`.
 
 Every operand is scaled by a number of its own, so that its largest entry is the largest that the format holds. Activations
 and weights are e4m3 (3 bits of mantissa), gradients e5m2 (more range); products are summed in higher precision. The master

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat.common import NanochatError, get_compute_dtype
 from nanochat.cross_entropy import ChunkLoss, chunk_loss, softcap, softcapped_cross_entropy, softmax_gradient
-from nanochat.flash_attention import QK_SCALE, AttentionPlan, lay_out, plan_attention
+from nanochat.flash_attention import QK_SCALE, Attention, AttentionPlan, lay_out, plan_attention
 from nanochat.layers import Embedding, Linear, make_heads, norm
 
 if TYPE_CHECKING:
@@ -118,10 +118,8 @@ class CausalSelfAttention(nn.Module):
             v = v + gate.unsqueeze(-1) * value_embedding.view_as(v)
         return q, k, v
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: AttentionPlan | KVCache) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention) -> torch.Tensor:
         """What attention gives to each token, (B, T, H, D), before c_proj."""
-        if isinstance(attention, AttentionPlan):
-            return attention.attend(q, k, v, attention)
         return attention.attend(self.layer, q, k, v, self.window)
 
 
@@ -147,7 +145,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def use_kernels(self) -> None:
-        """Train by our own kernels of what `forward` computes, where they run: who changes the one changes the other."""
+        """Train by our own kernels of what `forward` computes, where they run: keep the two alike."""
         from nanochat import heads_kernel, relu_squared
 
         device = self.mlp.c_fc.weight.device
@@ -161,7 +159,7 @@ class Block(nn.Module):
         lambdas: tuple[torch.Tensor, torch.Tensor],
         value_embedding: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        attention: AttentionPlan | KVCache,
+        attention: Attention,
         places: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """x: the stream, x0: the first embedding, value_embedding: this layer's, or None; each (B, T, n_embd).
@@ -203,8 +201,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        # Who adds a parameter sets it in init_weights and gives it a place in hf/, outside of blocks also a name in report.py.
-        # What is neither a table nor a matrix of a block gets a group in build_optimizer.
+        # Whoever adds a parameter sets it in init_weights and gives it a place in hf/, outside of blocks also a name in
+        # report.py. What is neither a table nor a matrix of a block gets a group in build_optimizer.
         kv_dim = config.n_kv_head * config.head_dim
         self.wte = Embedding(config.padded_vocab_size, config.n_embd)
         rows = config.bigrams * config.padded_vocab_size
@@ -335,7 +333,7 @@ class GPT(nn.Module):
         self,
         idx: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        attention: Sequence[Any],
+        attention: Sequence[Attention],
         run_block: Callable[..., torch.Tensor] = Block.forward,
         places: torch.Tensor | None = None,
         previous: torch.Tensor | None = None,
@@ -404,7 +402,7 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(x)
         head = self.lm_head.weight
-        if head.size(0) != self.config.vocab_size:  # to cut nothing off would still copy the gradient
+        if head.size(0) != self.config.vocab_size:  # cutting nothing off would still copy the gradient
             head = head[: self.config.vocab_size]
         loss = softcapped_cross_entropy(x.flatten(0, 1), head, targets.flatten(), LOGIT_CAP, loss_reduction, self._chunk_loss)
         return loss.view(idx.shape) if loss_reduction == "none" else loss
@@ -463,7 +461,7 @@ class GPT(nn.Module):
         T = self.config.sequence_len
         counts = self.num_scaling_params()
         windows = self.config.windows()[idle_blocks:]
-        keys_seen = sum(sum(min(t, window) + 1 for t in range(T)) / T for window in windows)
+        keys_seen = sum((window + 1) * (1 - window / (2 * T)) for window in windows)  # the mean of min(t, window) + 1
         idle = sum(p.numel() for block in self.blocks[:idle_blocks] for p in block.parameters())
         return int(6 * (counts["scaling"] - idle) + 12 * self.config.n_embd * keys_seen)
 

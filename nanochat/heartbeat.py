@@ -29,7 +29,7 @@ def fresh_store(store: dist.Store, rank: int, world_size: int, timeout_s: float 
     """A part of the rendezvous store that only the ranks of this very attempt use.
 
     torchrun keeps one store for all attempts of a job. After a restart it still holds the addresses of processes that are
-    dead, and who reads them before they are written anew never connects. So rank 0 draws a name for the attempt and tells
+    dead, and whoever reads them before they are written anew never connects. So rank 0 draws a name for the attempt and tells
     each rank that asks for it with a token of its own, until all have confirmed. Raises TimeoutError.
     """
     token = uuid.uuid4().hex

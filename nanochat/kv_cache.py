@@ -3,7 +3,7 @@
 `KVCache` is one tensor for a batch of texts of one length: what `GPT.forward(kv_cache=...)` takes, to experiment with.
 What generates is `KVBlocks`, for any number of texts that come and go, in blocks of BLOCK_SIZE tokens: `BlockAllocator`
 says whose block is whose and finds the blocks that texts share; `PrefillView` and `DecodeView` attend through them. Used by
-runner.py and scheduler.py.
+runner.py, scheduler.py and scripts/infer_bench.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanochat.flash_attention import repeat_kv
+from nanochat.flash_attention import heads_first
 from nanochat.gpt import GPT, GPTConfig
 
 INITIAL_LENGTH = 128  # of a KVCache, in tokens
@@ -101,15 +101,14 @@ class KVCache:
         q: (B, T, H, D); k, v: (B, T, num_heads, D). A token sees itself and the `window` tokens before it in its row.
         Returns (B, T, H, D).
         """
-        _, T, H, _ = q.shape
+        T = q.size(1)
         end = self.length + T
         self._reserve(end)
         keys, values = self.keys[layer], self.values[layer]
         keys[:, self.length : end] = k
         values[:, self.length : end] = v
         begin = max(0, self.length - window)  # no query reaches back further than the first one
-        keys, values = (repeat_kv(x[:, begin:end].to(q.dtype), H).transpose(1, 2) for x in (keys, values))
-        q = q.transpose(1, 2)
+        q, keys, values = heads_first(q, keys[:, begin:end].to(q.dtype), values[:, begin:end].to(q.dtype))
         if T == 1:  # the window is all there is: nothing to mask
             return F.scaled_dot_product_attention(q, keys, values).transpose(1, 2)
         places = torch.arange(begin, end, device=q.device)
@@ -223,7 +222,7 @@ class PrefillView:
             begin = max(0, self.start - window)  # no query reaches back further than the first one's window
             k, v = keys[self.slots[begin:]][None], values[self.slots[begin:]][None]
         mask = self._mask(window, q)
-        q, k, v = (x.transpose(1, 2) for x in (q, repeat_kv(k, q.size(2)), repeat_kv(v, q.size(2))))
+        q, k, v = heads_first(q, k, v)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
 
     def _mask(self, window: int, q: torch.Tensor) -> torch.Tensor | None:

@@ -1,6 +1,6 @@
 """What blocks are made of: tables that are looked up, matrices that multiply, norms, rotary positions.
 
-Used by gpt.py, runner.py and heads_kernel.py.
+Used by gpt.py, runner.py, fp8.py and heads_kernel.py.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def in_heads(
     """Queries (B, T, H, D), keys and values (B, T, KV, D) of what the three matrices made, each (B, T, channels).
 
     Queries and keys have the length scale * sqrt(D), longer than 1 so that attention can be sharper. rotary: see GPT.rotary.
-    Who changes this, `norm` or `apply_rotary` changes its derivative in heads_kernel.py as well.
+    Whoever changes this, `norm` or `apply_rotary` changes its derivative in heads_kernel.py as well.
     """
     q, k, v = (x.unflatten(-1, (-1, rotary[0].size(-1))) for x in parts)
     return apply_rotary(norm(q) * scale, *rotary), apply_rotary(norm(k) * scale, *rotary), v
@@ -48,7 +48,7 @@ class Embedding(nn.Embedding):
     """A table of one row for each index."""
 
     def reset_parameters(self) -> None:
-        """Values come from GPT.init_weights or a checkpoint; to draw some here cost every command a second."""
+        """Values come from GPT.init_weights or a checkpoint; drawing some here would cost every command a second."""
 
     def forward(  # type: ignore[override]
         self, idx: torch.Tensor, dtype: torch.dtype, order: Order | None = None

@@ -1,4 +1,5 @@
-"""Where a run's numbers go beside metrics.jsonl: Weights & Biases, TensorBoard, trackio. Used by metrics.py and stage.py.
+"""Where a run's numbers go beside metrics.jsonl: Weights & Biases, TensorBoard, trackio. Used by metrics.py,
+stage.py and training_flags.py.
 
 To add one, write a class with the members of Logger and enter it in LOGGERS: flags, help and replaying follow.
 All get the same numbers under the same names, those of metrics.jsonl.

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from nanochat.common import NanochatError, in_process_group
+from nanochat.common import NanochatError
 from nanochat.gpt import GPT
-from nanochat.ranks import all_or_none, any_rank
+from nanochat.ranks import all_or_none, any_rank, sum_over_ranks
 
 VAL_TOKENS = {"cpu": 2**18, "cuda": 2**22}  # of an evaluation while training, unless it is told how many
 
@@ -38,9 +37,8 @@ def evaluate_bpb(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]
         nats, num_bytes = _sum_up(model, _in_step(batches, model.get_device()), token_bytes)
     else:
         nats, num_bytes = all_or_none(lambda: _sum_up(model, batches, token_bytes))
-    if in_process_group():
-        dist.all_reduce(nats)
-        dist.all_reduce(num_bytes)
+    sum_over_ranks(nats)
+    sum_over_ranks(num_bytes)
     if not num_bytes:
         raise NanochatError("there is no text to measure bits per byte on: give more validation data")
     return float(nats) / (math.log(2) * int(num_bytes))

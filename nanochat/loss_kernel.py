@@ -34,7 +34,7 @@ def _chunk_loss(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """One token a program; for the formulas see cross_entropy.softmax_gradient.
 
-    The barriers keep the target's place: read before the loop writes to it, written after. To leave it out of the loop's
+    The barriers keep the target's place: read before the loop writes to it, written after. Leaving it out of the loop's
     stores would make each of them a store of two bytes.
     """
     token = tl.program_id(0).to(tl.int64)

@@ -53,7 +53,7 @@ class LossScale:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """What decides the next scale, JSON; {} but in float16."""
+        """What decides the next scale, JSON; {} in any other dtype than float16."""
         return {"factor": self.factor, "good_steps": self._good_steps} if self.enabled else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

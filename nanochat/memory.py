@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,6 @@ def training_bytes(config: GPTConfig, rows: int = 1, layout: Layout = Layout()) 
     counts = model.num_scaling_params()
     groups = model.setup_optimizer().groups
     state = optimizer_bytes(groups) // layout.world_size
-    matrices = [_count(group) for group in groups if group.kind == "muon"]
     weights = 8 * counts["total"]  # with their gradients
     if layout.fsdp:
         block = sum(parameter.numel() for parameter in model.blocks[0].parameters())
@@ -54,14 +53,28 @@ def training_bytes(config: GPTConfig, rows: int = 1, layout: Layout = Layout()) 
         # tables, since FSDP2 cuts what has no differentiable input, as look-ups, again only at the end of the backward pass.
         whole = counts["total"] - counts["matrices"]
         weights = weights // layout.world_size + (2 * 2 + 4) * block + 8 * whole
-        matrices = [count // layout.world_size for count in matrices]
-    step = 4 * sum(matrices) + 18 * max(matrices) // (1 if layout.fsdp else layout.world_size)
-    return weights + state + max(activation_bytes(config, rows, layout.recompute) + loss_bytes(config, rows), step)
+    passes = activation_bytes(config, rows, layout.recompute) + loss_bytes(config, rows)
+    return weights + state + max(passes, step_bytes(groups, layout))
 
 
 def optimizer_bytes(groups: Iterable[Group]) -> int:
     """The state that an optimizer keeps for its groups, of all ranks together."""
     return sum(map(_state_bytes, groups))
+
+
+def step_bytes(groups: Sequence[Group], layout: Layout) -> int:
+    """About what an update takes on each device, besides weights, gradients and the optimizer's state."""
+    matrices = [_count(group) for group in groups if group.kind == "muon"]
+    others = [p.numel() for group in groups if group.kind != "muon" for p in group.params]
+    n = layout.world_size
+    copies = 4 * sum(matrices)  # of gradients, stacked by their shapes
+    if layout.fsdp:
+        copies = 2 * copies // n  # what goes out and what comes in
+    elif n > 1:
+        copies = 8 * sum(matrices) + 4 * sum(others)  # which all travel at a time, matrices from a stack to a stack
+    # At a time: of the matrices of one shape their updates, a stack of them, and the product of both that weight decay asks
+    # for (optim.apply_update; orthogonalizing takes no more); or the update of a table.
+    return copies + max(12 * max(matrices), 4 * max(others)) // n
 
 
 def loss_bytes(config: GPTConfig, rows: int) -> int:

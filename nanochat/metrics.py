@@ -133,7 +133,7 @@ def series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float
 
 
 def smooth(values: list[float]) -> list[float]:
-    """The mean around each value, nearer ones counting more: it neither lags behind nor leads but at the ends."""
+    """The mean around each value, nearer ones counting more: it neither lags behind nor leads, except at the ends."""
     decay = min(0.95, 1 - 8 / (len(values) + 8))
 
     def sums(values: list[float]) -> list[tuple[float, float]]:

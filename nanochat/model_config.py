@@ -1,6 +1,6 @@
 """Reads the shape of a model from what a file says of it, which may be damaged or of another version.
 
-Used by checkpoint_manager.py, stage.py and report.py.
+Used by checkpoint_manager.py, stage.py, report.py and scripts/chat_sft.py.
 """
 
 from __future__ import annotations

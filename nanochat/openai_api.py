@@ -1,7 +1,7 @@
 """OpenAI's chat and completion API as data: what requests may say, and what replies and errors look like.
 
 Extensions have the names that vLLM gave them (top_k, min_p, repetition_penalty); what is ours alone stands under the key
-"nanochat". Used by server.py, streams.py, service.py and runs_api.py. Nothing here listens, waits or computes.
+"nanochat". Used by server.py, streams.py, service.py, guard.py and runs_api.py. Nothing here listens, waits or computes.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class RequestError(Exception):
 def explain(errors: list[dict[str, Any]], body: Any) -> RequestError:
     """Pydantic's errors of a body as one sentence.
 
-    Where there is a choice of types each has errors of its own, and those tell most which are not of a wrong type, or else
-    lie deepest.
+    Where there is a choice of types each has errors of its own. Those that are not about a wrong type tell most, then those
+    that lie deepest.
     """
     if errors[0]["type"] == "json_invalid":
         return RequestError("the body is not valid JSON")

@@ -33,7 +33,7 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 
-# Older PyTorch knows them by other names alone, newer ones warn of those.
+# Older versions of PyTorch know them only by other names, of which newer ones warn.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -49,7 +49,8 @@ class OptimizerSettings:
     weight_decay: float = 0.2  # of matrices
     adam_betas: tuple[float, float] = (0.8, 0.95)
     adam_eps: float = 1e-10
-    scalar_eps: float = 1e-6  # a norm makes their first gradient 0 but for rounding, of which Adam must not make a step
+    # A norm cancels their first gradient except for rounding error, which Adam would scale up to a full step.
+    scalar_eps: float = 1e-6
     muon_momentum: float = 0.95
     muon_beta2: float = 0.9
     muon_blocks: bool = True  # orthogonalize each head, and as many neurons, for itself; False: whole matrices

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 Batch = tuple[torch.Tensor, ...]
 Shape = tuple[int, tuple[torch.Size, ...]]  # of a pass: how many blocks are idle, and what goes in
 PIECE_TOKENS = 1024  # of a pass that is not compiled, on a CPU
-STEP_BYTES = 8  # for each parameter, what an update needs besides gradients and the optimizer's state, at most
+STEP_BYTES = 8  # for each parameter: what an update of one process takes at most (memory.step_bytes counts it by its parts)
 
 
 def summed_loss(model: GPT, batch: Batch) -> torch.Tensor:

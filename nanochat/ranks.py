@@ -48,6 +48,12 @@ def any_rank(flag: bool) -> bool:
     return bool(flags)
 
 
+def sum_over_ranks(tensor: torch.Tensor) -> None:
+    """Add up, in place, what all ranks have (a collective call)."""
+    if in_process_group():
+        dist.all_reduce(tensor)
+
+
 def all_or_none(work: Callable[[], T]) -> T:
     """This rank's share of something that all ranks do (a collective call).
 

@@ -113,8 +113,8 @@ def _multiply(  # type: ignore[no-untyped-def]
     a, b, out, squares, tiles, tiles_across, K, programs,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Forward a program for each multiprocessor, which fetches the next tile while it finishes one. Backward, where to finish
-    is to read as well, small programs, two on a multiprocessor, each working while the other waits.
+    """Forward a program for each multiprocessor, which fetches the next tile while it finishes one. Backward, where
+    finishing one means reading as well, small programs, two on a multiprocessor, each working while the other waits.
     """
     if BACKWARD:
         _tile(tl.program_id(0), a, b, out, squares, tiles_across, K, ROWS, COLUMNS, DEPTH, BACKWARD)

@@ -1,5 +1,5 @@
 """The model at work for generation: long prompts in chunks, and one token at a time for many texts. Used by scheduler.py
-and, for weights that only generate (`prepare_for_inference`), the chat scripts.
+and, for weights that only generate (`prepare_for_inference`), the scripts that chat and measure.
 
 A decoding step is compiled once, for any number of texts and any length: on a CPU with the weights packed for its matrix
 units, on CUDA as one graph for each size of batch and length, both in powers of two. A step of one text is computed as

@@ -68,7 +68,7 @@ def sample(logits: torch.Tensor, params: list[SamplingParams], uniform: list[flo
     highest, tokens = logits.max(dim=-1)
     if not all(p.greedy for p in params):
         tokens = torch.where(_greedy(params, logits), tokens, _draw(logits, params, uniform))
-    return tokens.masked_fill_(highest - highest != 0, -1)  # of what is no number; isfinite is five operations
+    return tokens.masked_fill_(highest - highest != 0, -1)  # where it is NaN or infinite; isfinite is five operations
 
 
 def _draw(logits: torch.Tensor, params: list[SamplingParams], uniform: list[float]) -> torch.Tensor:

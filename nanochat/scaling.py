@@ -126,8 +126,8 @@ def expansion_share(tokens_per_param: float) -> float:
     """The share of a run's updates in which its last block learns alone, where a budget is what limits the run.
 
     tokens_per_param: how many tokens the budget would give each parameter of the whole model. Where that is less than two,
-    a small model learns more in the time, and the other blocks join late; elsewhere what the first block learned alone
-    stands in their way. Method: arXiv 2511.04981; numbers: dev/LOG.md, "The last block first".
+    a small model learns more in the time, and the other blocks join late; elsewhere what that block learned alone stands
+    in their way. Method: arXiv 2511.04981; numbers: dev/LOG.md, "The last block first".
     """
     return EXPAND_AT if tokens_per_param < FEW_TOKENS_PER_PARAM else 0.0
 

@@ -1,4 +1,5 @@
-"""Who runs in the next step: admits, advances and retires texts one step at a time. Used by engine.py.
+"""Who runs in the next step: admits, advances and retires texts one step at a time. Driven by engine.py; whoever
+wants texts continued makes a Sequence of each.
 
 A step takes up prompts until a chunk's worth of tokens is computed (never two chunks' worth), so that a long one does not
 stall the others, and computes one token of every text whose prompt is done. Texts share the blocks of what they begin with

@@ -1,4 +1,6 @@
-"""What a share of right answers says: its interval, what guessing would give, several tries. Used by the evaluations."""
+"""What a share of right answers says: its interval, what guessing would give, several tries. Used by the
+evaluations and by what shows their results.
+"""
 
 from __future__ import annotations
 

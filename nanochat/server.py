@@ -45,7 +45,7 @@ from nanochat.runs_api import add_run_routes
 from nanochat.scheduler import Sequence
 from nanochat.service import ChatDefaults, Limits, Service, Ticket
 from nanochat.streams import chat_chunks, completion_chunks, guide_events, stream
-from nanochat.trimming import trim_conversation
+from nanochat.trimming import prompt_room, trim_conversation
 
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; style-src 'self'; frame-ancestors 'none'",
@@ -224,11 +224,10 @@ def _check_model(service: Service, name: str | None) -> None:
 async def _render(service: Service, request: ChatRequest) -> tuple[list[int], int]:
     """(prompt, turns dropped): the conversation's tokens, trimmed at turns so that an answer fits into the context."""
     _check_model(service, request.model)
-    room = service.context
-    reserve = max(1, min(room // 4 if request.limit is None else request.limit, room // 4))
+    room = prompt_room(service.context, request.limit)
 
     def render() -> tuple[list[int], int]:
-        kept, dropped = trim_conversation(request.conversation(), service.tokenizer, room - reserve)
+        kept, dropped = trim_conversation(request.conversation(), service.tokenizer, room)
         return service.tokenizer.render_for_completion(kept), dropped
 
     try:

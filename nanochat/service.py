@@ -1,7 +1,8 @@
 """What stands between HTTP and the engines: a bounded queue, one model thread for each device, news for the event loop.
 
 A Ticket is one request's texts. Engines write to them in their threads; the event loop is told, at most once a step, that
-there is something to read, whatever the number of texts. Used by server.py and streams.py.
+there is something to read, whatever the number of texts. Used by server.py, streams.py, guard.py and
+scripts/chat_web.py.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ class Metrics:
 
 
 MAX_FAILURES = 3  # steps that fail one after the other: then it is not the requests' fault
-REST_S = 30  # that a copy of the model which failed so often counts as sick, and others are preferred
+REST_S = 30  # for which a copy of the model that failed so often is avoided, where there are others
 STREAM_INTERVAL_S = 0.015  # between pieces of a stream after its first: faster than eyes, and a fraction of the work
 
 

@@ -171,11 +171,13 @@ class SettingsParser(argparse.ArgumentParser):
         return super().format_help()
 
 
-def add_checkpoint_arguments(group: argparse._ActionsContainer) -> None:
-    """Which checkpoint of which run a command uses: what load_model takes."""
+def add_checkpoint_arguments(group: argparse._ActionsContainer, from_hf: bool = False) -> None:
+    """Which checkpoint of which run a command uses, or which model from elsewhere: what load_chosen_model reads."""
     group.add_argument("-i", "--source", default="sft", choices=STAGES, help="stage of the model")
     group.add_argument("-g", "--model-tag", default=None, metavar="TAG", help="run (default: the newest with that stage)")
     group.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
+    if from_hf:
+        group.add_argument("--from-hf", default=None, metavar="DIR|NAME", help="a Hugging Face model instead of a run's")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

@@ -34,8 +34,9 @@ def local_rows(values: Tensor, like: DTensor) -> Tensor:
 
 
 def as_sharded(rows: Tensor, like: DTensor) -> DTensor:
-    """The inverse of `local_rows`: all ranks' rows as one tensor."""
-    return DTensor.from_local(rows, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
+    """The inverse of `local_rows`: all ranks' rows as one tensor, or what is kept of each row in place of its numbers."""
+    shape = torch.Size((like.size(0), *rows.shape[1:]))
+    return DTensor.from_local(rows, like.device_mesh, like.placements, shape=shape, stride=rows.stride())
 
 
 def local_grad(param: DTensor) -> Tensor:
@@ -82,12 +83,6 @@ class ShardedRowsUnit(ShardedAdamWUnit):
         rows = self.param.to_local()
         if rows.numel():
             rows_update(rows, local_grad(self.param), self.state["mean_square"], self.group)
-
-    def gather_state(self) -> dict[str, Tensor]:
-        whole = DTensor.from_local(
-            self.state["mean_square"], self.param.device_mesh, self.param.placements, shape=self.param.shape[:1], stride=(1,)
-        )
-        return {f"{self.name}/mean_square": whole}
 
 
 class ShardedMuonUnit:

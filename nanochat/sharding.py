@@ -38,7 +38,7 @@ RECORDS = {
 
 
 def shard(model: GPT, device: torch.device) -> None:
-    """Cut the parameters of a model, best one that is still on the meta device, over all ranks.
+    """Cut the parameters of a model, preferably one still on the meta device, over all ranks.
 
     Blocks are sent in the compute dtype; embeddings, head and scalars in float32. Raises NanochatError
     outside torchrun.

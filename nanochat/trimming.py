@@ -10,6 +10,11 @@ from nanochat.common import NanochatError
 from nanochat.tokenizer import Tokenizer
 
 
+def prompt_room(context: int, answer: int | None = None) -> int:
+    """Tokens of a context that a prompt may take: an answer, at most so many tokens long, claims a quarter at most."""
+    return context - max(1, min(context if answer is None else answer, context // 4))
+
+
 def trim_prompt(tokens: list[int], most: int) -> list[int]:
     """At most so many tokens: too long a prompt loses its oldest ones but for the first, as its end matters most."""
     return tokens if len(tokens) <= most else [tokens[0], *tokens[len(tokens) - most + 1 :]]

@@ -7,13 +7,13 @@ import os
 import sys
 from typing import Any
 
-from nanochat.checkpoint_manager import load_model
+from nanochat.checkpoint_manager import load_chosen_model
 from nanochat.common import NanochatError, compute_init, run_command
 from nanochat.engine import Engine
 from nanochat.runner import prepare_for_inference
 from nanochat.settings import Arguments, SettingsParser, add_checkpoint_arguments
 from nanochat.tokenizer import IncrementalDecoder
-from nanochat.trimming import trim_conversation
+from nanochat.trimming import prompt_room, trim_conversation
 
 HELP = "Type a message; 'clear' begins anew, 'quit' or Ctrl-D leaves, Ctrl-C stops an answer."
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
@@ -26,8 +26,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         "Talk to a model in the terminal.",
         examples=["%(prog)s", '%(prog)s --model-tag demo --temperature 0 -p "What is 23 + 58?"'],
     )
-    add_checkpoint_arguments(parser)
-    parser.add_argument("--from-hf", default=None, metavar="DIR|NAME", help="a Hugging Face model instead of a run's")
+    add_checkpoint_arguments(parser, from_hf=True)
     parser.add_argument("-p", "--prompt", default=None, help="answer this and leave")
     parser.add_argument("-t", "--temperature", type=float, default=0.6, help="0: always the likeliest token")
     parser.add_argument("-k", "--top-k", type=int, default=50, help="sample from the k likeliest tokens (0: from all)")
@@ -40,12 +39,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     *_, device = compute_init(args.device_type, args.seed)
-    if args.from_hf is not None:
-        from nanochat.hf.load import load_hf
-
-        model, tokenizer, meta = load_hf(args.from_hf, device)
-    else:
-        model, tokenizer, meta = load_model(args.source, device, "eval", args.model_tag, args.step)
+    model, tokenizer, meta = load_chosen_model(args, device)
     chat = Chat(Engine(prepare_for_inference(model), tokenizer), args)
     if args.prompt is not None:
         chat.answer(args.prompt)
@@ -107,10 +101,9 @@ class Chat:
         if self.args.source == "base":  # knows no turns: it continues the text
             self._stream(self.tokenizer.encode(text, prepend="<|bos|>"))
             return
-        room = self.engine.model.config.sequence_len
-        reserve = min(self.args.max_tokens, room // 4)
+        room = prompt_room(self.engine.model.config.sequence_len, self.args.max_tokens)
         asked = [*self.messages, {"role": "user", "content": text}]
-        conversation, dropped = trim_conversation({"messages": asked}, self.tokenizer, room - reserve)
+        conversation, dropped = trim_conversation({"messages": asked}, self.tokenizer, room)
         if dropped:
             print(f"(the conversation is long: its oldest {dropped} turns are forgotten)")
         tokens = self._stream(self.tokenizer.render_for_completion(conversation))

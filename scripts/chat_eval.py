@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat.chat_eval import CHATCORE_TASKS, Answering, TaskResult, chatcore, evaluate_task
-from nanochat.checkpoint_manager import load_model
+from nanochat.checkpoint_manager import load_chosen_model
 from nanochat.common import NanochatError, compute_init, run_command
 from nanochat.engine import Engine
 from nanochat.eval_results import merge_eval, read_eval
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.unsafe_execution:
         os.environ["NANOCHAT_UNSAFE_EXECUTION"] = "1"
     _, rank, _, _, device = compute_init(args.device_type)
-    model, tokenizer, meta = load_model(args.source, device, "eval", args.model_tag, args.step)
+    model, tokenizer, meta = load_chosen_model(args, device)
     tasks, missing = collect_tasks(args.task_name, args.task_data)
     engine = Engine(model, tokenizer, max_rows=args.batch_size)
     answering = Answering(args.num_samples, args.max_new_tokens, args.temperature, args.top_k)

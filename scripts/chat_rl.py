@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         train_config(
             settings, device, stage_name="reinforcing", total_batch_size=0, grad_accum_steps=loader.micro_batches,
             warmup_steps=0, warmdown_ratio=1.0, final_lr_frac=0.0, eval_first=True, best_metric="val/pass@1", log_every=1,
-            compile=False,  # rows of ever other lengths: the time is in the answering
+            compile=False,  # rows of ever-changing lengths: the time is in the answering
         ),
         stage.directory, open_metrics(stage, settings, args),
         {"tokenizer": tokenizer.fingerprint(), "settings": settings, "parent": parent},

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import torch
 import uvicorn
 
-from nanochat.checkpoint_manager import load_model
+from nanochat.checkpoint_manager import load_chosen_model
 from nanochat.common import NanochatError, compute_init, run_command
 from nanochat.compilation import in_own_thread, keep_freed_memory
 from nanochat.engine import Engine
@@ -36,8 +36,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         "Serve a model: chat page, runs page, OpenAI's API.",
         examples=["%(prog)s --model-tag demo", "%(prog)s --host 0.0.0.0 --port 8080 --api-key SECRET"],
     )
-    add_checkpoint_arguments(parser)
-    parser.add_argument("--from-hf", default=None, metavar="DIR|NAME", help="a Hugging Face model instead of a run's")
+    add_checkpoint_arguments(parser, from_hf=True)
     answers = parser.add_argument_group("answers", "of the page and of /chat/completions, where they do not ask for another")
     usual = ChatDefaults()
     answers.add_argument("-t", "--temperature", type=float, default=usual.temperature, help="0: always the likeliest token")
@@ -111,12 +110,7 @@ def load_engines(args: Arguments, devices: list[torch.device]) -> tuple[list[Eng
     """(an engine on each device, what the checkpoint says of itself)."""
     engines = []
     for device in devices:
-        if args.from_hf is not None:
-            from nanochat.hf.load import load_hf
-
-            model, tokenizer, meta = load_hf(args.from_hf, device)
-        else:
-            model, tokenizer, meta = load_model(args.source, device, "eval", args.model_tag, args.step)
+        model, tokenizer, meta = load_chosen_model(args, device)
         prepare_for_inference(model, args.weights)
         engines.append(Engine(model, tokenizer, max_rows=args.max_rows, kv_tokens=args.kv_tokens))
     return engines, meta

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from nanochat.checkpoint_manager import load_model
+from nanochat.checkpoint_manager import load_chosen_model
 from nanochat.common import NanochatError, run_command
 from nanochat.hf.export import FORMATS, check_output, export, push
 from nanochat.settings import Arguments, SettingsParser, add_checkpoint_arguments
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.private and args.push_to_hub is None:
         raise NanochatError("--private is for what is sent to the hub: add --push-to-hub USER/NAME")
     check_output(args.output)  # before anything is loaded
-    model, tokenizer, meta = load_model(args.source, "cpu", "eval", args.model_tag, args.step)
+    model, tokenizer, meta = load_chosen_model(args, "cpu")
     form = export(model, tokenizer, meta, args.output, args.format, args.push_to_hub)
     print(f"{meta['tag']} ({args.source}, step {meta['step']}) is in {args.output}, in the form {form!r}")
     if args.push_to_hub is not None:

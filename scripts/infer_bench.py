@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nanochat.checkpoint_manager import load_model
+from nanochat.checkpoint_manager import load_chosen_model
 from nanochat.common import NanochatError, compute_init, run_command, synchronize
 from nanochat.compilation import keep_freed_memory, measure_memory_rate
 from nanochat.engine import Engine
@@ -53,7 +53,7 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     *_, device = compute_init(args.device_type)
-    model, tokenizer, meta = load_model(args.source, device, "eval", args.model_tag, args.step)
+    model, tokenizer, meta = load_chosen_model(args, device)
     report = {"model": f"{meta['tag']} ({args.source}, step {meta['step']})"}
     return run(model, tokenizer, args, report)
 

@@ -14,10 +14,12 @@ import pytest
 import torch
 import uvicorn
 
+from nanochat.checkpoint_manager import OPTIMIZER_FILE, load_checkpoint, read_tensors, verify_checkpoint
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.metrics import MetricsLog
 from nanochat.passes import Batch
+from nanochat.runs import step_dir
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Sequence as Text
 from nanochat.tokenizer import Tokenizer
@@ -46,6 +48,14 @@ def write_corpus(folder: Path, documents: int = 200) -> Path:
         lines = [json.dumps({"text": make_document(seed)}) for seed in seeds]
         (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     return folder
+
+
+def load_all(stage_dir: Path, step: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
+    """(weights, the optimizer's state, meta) of a step, each of its files verified."""
+    weights, meta = load_checkpoint(stage_dir, step)
+    directory = step_dir(stage_dir, step)
+    verify_checkpoint(directory)
+    return weights, read_tensors(directory, OPTIMIZER_FILE), meta
 
 
 def make_model(seed: int = 0, **config: object) -> GPT:

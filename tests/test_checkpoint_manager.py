@@ -35,6 +35,7 @@ from nanochat.runs import get_run_dir, list_steps, step_dir
 from nanochat.stage import load_optimizer
 from nanochat.tokenizer import Tokenizer
 from scripts import base_train
+from tests.helpers import load_all
 
 STATE = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)}
 
@@ -61,11 +62,10 @@ def stage_dir(base_dir: Path) -> Path:
 
 def test_what_is_saved_is_loaded(stage_dir: Path) -> None:
     save_checkpoint(stage_dir, 5, STATE, {"m": torch.zeros(2)}, {"note": "x"})
-    model, optimizer, meta = load_checkpoint(stage_dir, 5, load_optimizer=True)
+    model, optimizer, meta = load_all(stage_dir, 5)
     assert all(torch.equal(model[name], tensor) for name, tensor in STATE.items())
     assert torch.equal(optimizer["m"], torch.zeros(2))
     assert (meta["note"], meta["step"]) == ("x", 5)
-    assert load_checkpoint(stage_dir, 5)[1] is None
 
 
 def test_its_files_are_as_readable_as_others(stage_dir: Path) -> None:
@@ -88,7 +88,7 @@ def test_damage_is_found_and_the_step_before_is_used(stage_dir: Path, name: str,
         content[len(content) // 2] ^= 1
         path.write_bytes(content if damage == "flip" else content[: len(content) // 2])
     with pytest.raises(CheckpointError):
-        load_checkpoint(stage_dir, 2, load_optimizer=True)
+        load_all(stage_dir, 2)
     step, skipped = newest_valid_step(stage_dir)
     assert step == 1
     assert len(skipped) == (0 if name == "manifest.json" and damage == "remove" else 1)
@@ -107,7 +107,7 @@ def test_a_failure_at_any_stage_leaves_what_was_there(stage_dir: Path, failing: 
             save_checkpoint(stage_dir, step, STATE, None, {"note": "new"})
     monkeypatch.undo()
     assert list_steps(stage_dir) == [1]
-    assert load_checkpoint(stage_dir, 1)[2]["note"] == "old"
+    assert load_checkpoint(stage_dir, 1)[1]["note"] == "old"
     assert [path.name for path in stage_dir.iterdir()] == ["step_000001"]
 
 
@@ -123,7 +123,7 @@ def test_a_full_disk_is_an_oserror(stage_dir: Path) -> None:
 def test_saving_a_step_again_replaces_it(stage_dir: Path) -> None:
     for note in ("one", "two"):
         save_checkpoint(stage_dir, 1, STATE, None, {"note": note})
-    assert load_checkpoint(stage_dir, 1)[2]["note"] == "two"
+    assert load_checkpoint(stage_dir, 1)[1]["note"] == "two"
     assert [path.name for path in stage_dir.iterdir()] == ["step_000001"]
 
 
@@ -282,13 +282,13 @@ def test_a_changed_tokenizer_is_noticed(tiny_run: Path) -> None:
 
 
 def test_weights_of_another_shape_are_refused(tiny_run: Path) -> None:
-    _, _, meta = load_checkpoint(tiny_run / "base", 6)
+    _, meta = load_checkpoint(tiny_run / "base", 6)
     with pytest.raises(CheckpointError, match="do not fit"):
         checkpoint_manager.build_model(meta["model_config"], STATE, "cpu")
 
 
 def test_lineage_is_stored(tiny_run: Path) -> None:
-    meta = load_checkpoint(tiny_run / "sft", 4)[2]
+    meta = load_checkpoint(tiny_run / "sft", 4)[1]
     assert meta["parent"] == {"stage": "base", "step": 6}
 
 
@@ -332,7 +332,7 @@ def test_weights_alone_are_enough_to_generate(tiny_run: Path) -> None:
     (step_dir(tiny_run / "base", 6) / "optim.safetensors").unlink()
     assert load_model("base", "cpu", "eval", "tiny")[2]["step"] == 6
     with pytest.raises(CheckpointError, match=r"optim.safetensors is damaged \(missing"):
-        load_checkpoint(tiny_run / "base", 6, load_optimizer=True)
+        load_all(tiny_run / "base", 6)
 
 
 def test_a_flipped_bit_of_the_optimizers_state_is_found_where_it_is_read(tiny_run: Path) -> None:

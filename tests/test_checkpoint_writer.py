@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.checkpoint_writer import Best, CheckpointWriter
 from nanochat.runs import list_steps
+from tests.helpers import load_all
 
 MODEL, OPTIMIZER = {"a": torch.arange(6.0), "b": torch.ones(3)}, {"m": torch.zeros(2), "v": torch.ones(2)}
 
 
 def _assert_saved(stage_dir: Path, step: int) -> None:
-    model, optimizer, meta = load_checkpoint(stage_dir, step, load_optimizer=True)
+    model, optimizer, meta = load_all(stage_dir, step)
     assert meta["note"] == step
     for found, saved in ((model, MODEL), (optimizer, OPTIMIZER)):
         assert {name: tensor.tolist() for name, tensor in found.items()} == {n: t.tolist() for n, t in saved.items()}

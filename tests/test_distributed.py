@@ -11,12 +11,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from nanochat.checkpoint_manager import load_checkpoint, load_model
+from nanochat.checkpoint_manager import load_model
 from nanochat.common import describe_error
 from nanochat.runs import list_steps
 from nanochat.sharding import write_sharded
 from scripts import chat_rl, chat_sft
-from tests.helpers import make_model
+from tests.helpers import load_all, make_model
 from tests.many_ranks import SMALL, WHOLE, launch, run, train, values
 
 HANDED_OVER = "handed-over"
@@ -84,8 +84,8 @@ def test_checkpoints_move_to_other_numbers_of_ranks(corpus: Path) -> None:
         _forget(stage_dir, steps)
     _forget(stage_dir, 12)  # which 4 ranks wrote in parts: one process goes on from it
     assert values(train(1, corpus, HANDED_OVER, *flags, "--resume=auto")) == pytest.approx(expected, abs=1e-4)
-    whole = load_checkpoint(stage_dir.parent.parent / WHOLE / "base", 16, load_optimizer=True)
-    found = load_checkpoint(stage_dir, 16, load_optimizer=True)
+    whole = load_all(stage_dir.parent.parent / WHOLE / "base", 16)
+    found = load_all(stage_dir, 16)
     for mine, theirs in zip(whole[:2], found[:2], strict=True):
         assert set(mine) == set(theirs)
         for name, tensor in mine.items():

@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 from nanochat import doctor
 from nanochat.common import NanochatError
 from nanochat.doctor import Finding
+from nanochat.flash_attention import list_backends
 
 
 @pytest.fixture
@@ -148,14 +149,33 @@ def test_durations_are_in_a_unit_that_one_can_imagine(seconds: float, text: str)
     assert doctor.describe_duration(seconds) == text
 
 
-@pytest.mark.parametrize(("package", "kernel"), [("flash-attn-4", "FlashAttention 4"), ("flash-attn", "FlexAttention")])
-def test_it_names_the_attention_of_a_gpu(package: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("capability", "dtype", "packages", "kernel", "absent"),
+    [
+        ((9, 0), torch.bfloat16, ["flash-attn-4", "flash-attn-3"], "FlashAttention 4", None),
+        ((9, 0), torch.bfloat16, ["flash-attn"], "FlexAttention", "flash-attn-4"),
+        ((9, 0), torch.float32, ["flash-attn-4"], "FlexAttention", None),
+        ((7, 5), torch.float16, ["flash-attn-3"], "FlashAttention 3", "flash-attn-4"),
+        ((7, 5), torch.float16, [], "matrix products", None),
+    ],
+)
+def test_it_names_the_attention_of_a_gpu(
+    capability: tuple[int, int], dtype: torch.dtype, packages: list[str], kernel: str, absent: str | None, monkeypatch
+) -> None:
     """Without importing a package that may be broken; FlashAttention 2 is not ours."""
 
     def version(name: str) -> str:
-        if name == package:
+        if name in packages:
             return "1.0"
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert doctor._describe_attention(torch.device("cuda")).startswith(kernel)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    text = doctor._describe_attention(torch.device("cuda"), dtype)
+    assert text.startswith(kernel)
+    assert text.endswith(f"({absent} is not installed)") if absent else "not installed" not in text
+
+
+def test_every_kernel_of_attention_has_a_title(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert {name for name, _ in list_backends(torch.device("cuda"), torch.bfloat16, True)} == set(doctor.KERNELS)

@@ -75,7 +75,7 @@ def test_causal_and_windowed() -> None:
     q, k, v = _attention_inputs(T=400)
     moved = v.clone()
     moved[:, 200] += 1
-    difference = (plan.attend(q, k, v, plan) - plan.attend(q, k, moved, plan)).abs().amax(dim=(0, 2, 3))
+    difference = (plan.backend(q, k, v, plan) - plan.backend(q, k, moved, plan)).abs().amax(dim=(0, 2, 3))
     assert difference[:200].max() == 0
     assert difference[200:329].min() > 0
     assert difference[329:].max() == 0
@@ -94,7 +94,7 @@ def _attention_inputs(T: int, kv_heads: int = 2, D: int = 16) -> tuple[torch.Ten
 def test_attention_equals_naive_masked_softmax(T: int, window: int, kv_heads: int) -> None:
     inputs = _attention_inputs(T, kv_heads)
     plan = plan_attention(T, window, torch.device("cpu"), torch.float32)
-    result = plan.attend(*inputs, plan)
+    result = plan.backend(*inputs, plan)
     grad = torch.randn(result.shape, generator=torch.Generator().manual_seed(1))
     grads = torch.autograd.grad(result, inputs, grad)
 
@@ -120,8 +120,8 @@ def test_attention_in_float16_is_as_exact_as_its_numbers(window: int, D: int) ->
     rows = torch.where(visible, 0.0, float("-inf")).half().expand(2, 1, 256, 256)
     grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     naive = torch.autograd.grad(expected, inputs, grad)
-    for plan in (plain, plain._replace(attend=flash_attention.attend_masked, mask=rows)):
-        result = plan.attend(*half, plan)
+    for plan in (plain, plain._replace(backend=flash_attention.attend_masked, mask=rows)):
+        result = plan.backend(*half, plan)
         error = (result.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
         assert result.dtype == torch.float16 and error.max() < 5e-3
         for mine, wanted in zip(torch.autograd.grad(result, half, grad.half()), naive, strict=True):
@@ -132,7 +132,7 @@ def test_only_our_own_attention_is_given_blocks() -> None:
     """On a CPU that compiles another backend's mask may be a tensor, which says nothing of blocks."""
     plan = plan_attention(256, 100, torch.device("cpu"), torch.float32, compiled=True)
     assert plan.block_size(256) == 128 and plan.block_size(200) is None
-    assert plan._replace(attend=flash_attention.attend_masked, mask=torch.zeros(2, 1, 256, 256)).block_size(256) is None
+    assert plan._replace(backend=flash_attention.attend_masked, mask=torch.zeros(2, 1, 256, 256)).block_size(256) is None
 
 
 def test_a_backend_of_any_device_can_be_probed() -> None:
@@ -269,7 +269,7 @@ def test_matrices_joined_multiply_as_alone(fp8: bool) -> None:
 def test_attention_without_a_window_by_pytorchs_kernels() -> None:
     q, k, v = _attention_inputs(100, kv_heads=1)
     plan = plan_attention(100, 100, torch.device("cpu"), torch.float32)
-    torch.testing.assert_close(_attend_whole(q, k, v), plan.attend(q, k, v, plan), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(_attend_whole(q, k, v), plan.backend(q, k, v, plan), atol=1e-5, rtol=1e-4)
 
 
 def test_loss_in_float16_has_gradients_where_sums_leave_its_range() -> None:

@@ -99,7 +99,7 @@ def test_training_in_float16_follows_float32(corpus: Path, tokenizer, base_dir: 
     whole = train(corpus, "large")
     assert whole[-1] < whole[0] - 0.1
     stage_dir = base_dir / "runs" / "large" / "base"
-    weights, _, meta = load_checkpoint(stage_dir, 6)
+    weights, meta = load_checkpoint(stage_dir, 6)
     assert meta["trainer"]["loss_scale"]["factor"] < 2.0**24
     monkeypatch.setattr(loss_scale, "FIRST_FACTOR", FIRST_FACTOR)
     assert train(corpus, "large", "--resume=3") == whole

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from nanochat.memory import Layout, activation_bytes, largest_depth, loss_bytes, main, training_bytes
+from nanochat.memory import Layout, activation_bytes, largest_depth, loss_bytes, main, step_bytes, training_bytes
 from nanochat.scaling import model_config
 from tests.helpers import make_model
 
@@ -20,6 +26,51 @@ def test_weights_and_optimizer_are_counted_as_they_are() -> None:
     real += sum(tensor.nbytes for tensor in optimizer.state_dict().values())
     counted = training_bytes(model.config) - activation_bytes(model.config, 1) - loss_bytes(model.config, 1)
     assert counted == pytest.approx(real, rel=0.02)  # but for the small second moments
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made meanwhile take at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in before | self.known:
+                storage = tensor.untyped_storage()
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
+        return result
+
+    def _forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize("bigrams", [2, 40])  # whose table is the smaller or the larger part of the work
+def test_a_step_takes_about_what_is_counted(world_size: int, bigrams: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somewhat less on a CPU, which updates matrices one at a time."""
+    monkeypatch.setenv("NANOCHAT_DTYPE", "bfloat16")
+    if world_size > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+    try:
+        model = make_model(n_layer=4, n_embd=128, bigrams=bigrams)
+        optimizer = model.setup_optimizer()
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        with Peak() as peak:
+            optimizer.step()
+        assert 0.7 < peak.most / step_bytes(optimizer.groups, Layout(world_size)) < 1.1
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
 
 
 def test_activations_grow_with_rows_and_layers() -> None:

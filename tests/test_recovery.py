@@ -24,10 +24,11 @@ import pytest
 import torch
 
 from nanochat import checkpoint_manager
-from nanochat.checkpoint_manager import load_checkpoint, newest_valid_step
+from nanochat.checkpoint_manager import newest_valid_step
 from nanochat.metrics import MetricsLog
 from nanochat.runs import list_steps, step_dir
 from scripts import base_train
+from tests.helpers import load_all
 from tests.recovery_helpers import (
     KEEP,
     LAST,
@@ -65,7 +66,7 @@ class Witness:
     def look(self) -> None:
         steps = list_steps(self.stage_dir)
         for step in steps:
-            load_checkpoint(self.stage_dir, step, load_optimizer=True)
+            load_all(self.stage_dir, step)
             assert content_of(self.stage_dir, step) == content_of(self.whole, step)
         assert newest_valid_step(self.stage_dir) == (max(steps, default=None), [])
         assert max(steps, default=0) >= max(self.steps, default=0)

@@ -19,7 +19,7 @@ from nanochat.checkpoint_manager import find_run, load_checkpoint, newest_valid_
 from nanochat.common import NanochatError
 from nanochat.runs import list_steps, step_dir
 from scripts import base_train
-from tests.helpers import make_document
+from tests.helpers import load_all, make_document
 from tests.recovery_helpers import (
     FILES,
     LAST,
@@ -123,7 +123,7 @@ def test_a_flip_in_the_manifest_is_found_or_harmless(base_dir: Path) -> None:
         assert (step, len(skipped)) in ((1, 1), (2, 0)), content
         found += step == 1
         if step == 2:
-            model, optimizer, meta = load_checkpoint(stage_dir, 2, load_optimizer=True)
+            model, optimizer, meta = load_all(stage_dir, 2)
             assert torch.equal(model["a"], STATE["a"]) and torch.equal(optimizer["a"], STATE["a"]) and meta["note"] == 2
     assert found > 500
 

@@ -28,7 +28,7 @@ from nanochat.sampling import SamplingParams
 from nanochat.tokenizer import Tokenizer
 from scripts import chat_rl
 from tasks.common import Conversation, Task
-from tests.helpers import make_document, make_model
+from tests.helpers import load_all, make_document, make_model
 
 FLAGS = [
     "--model-tag=tiny", "--task=Arithmetic", "--examples-per-step=3", "--num-samples=4", "--max-new-tokens=12",
@@ -295,7 +295,7 @@ def test_a_resumed_run_compares_with_the_model_that_it_began_from(tiny_run: Path
     flags = [*FLAGS, "--num-iterations=2", "--save-every=1", "--kl-weight=0.1"]
     assert chat_rl.main(flags) == 0
     step_dir, rl = tiny_run / "sft" / "step_000004", tiny_run / "rl"
-    weights, optimizer, meta = load_checkpoint(tiny_run / "sft", 4, load_optimizer=True)
+    weights, optimizer, meta = load_all(tiny_run / "sft", 4)
     shutil.copytree(step_dir, step_dir.parent / "before")
     save_checkpoint(tiny_run / "sft", 4, {name: value * 1.01 for name, value in weights.items()}, optimizer, meta)
     with pytest.raises(NanochatError, match="sft step 4 of run 'tiny' has other weights than when .* was begun from it"):

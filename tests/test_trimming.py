@@ -6,7 +6,12 @@ import pytest
 
 from nanochat.common import NanochatError
 from nanochat.tokenizer import Tokenizer
-from nanochat.trimming import trim_conversation
+from nanochat.trimming import prompt_room, trim_conversation
+
+
+def test_an_answer_claims_what_it_may_be_long_but_a_quarter_of_the_context_at_most() -> None:
+    assert [prompt_room(1000, answer) for answer in (0, 1, 100, 250, 900, None)] == [999, 999, 900, 750, 750, 750]
+    assert prompt_room(2, 1) == prompt_room(2) == 1
 
 
 def test_conversations_are_trimmed_at_turns(tokenizer: Tokenizer) -> None:

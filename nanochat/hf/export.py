@@ -5,7 +5,6 @@ scripts/export_hf.py.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from importlib import resources
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from nanochat.checkpoint_manager import read_meta
 from nanochat.common import NanochatError
 from nanochat.eval_results import read_eval, read_json
+from nanochat.files import replace_directory, share_mode
 from nanochat.gpt import GPT
 from nanochat.hf.tokenizer_json import to_tokenizer_json
 from nanochat.hf.weights import native_obstacles, to_custom, to_native
@@ -68,9 +68,8 @@ def export(
         for name in CODE_FILES if form == "custom" else ():
             (temporary / name).write_text(read_resource("hf", name), encoding="utf-8")
         _save_weights(state, temporary / WEIGHTS_FILE)
-        for path in temporary.iterdir():
-            shutil.copymode(temporary / CONFIG_FILE, path)  # safetensors makes files that only their owner may read
-        _replace(output, temporary)
+        share_mode(temporary / CONFIG_FILE)
+        replace_directory(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return form
@@ -86,18 +85,6 @@ def check_output(output: Path) -> None:
     ours = ORIGIN_KEY in read_json(output / CONFIG_FILE) if CONFIG_FILE in found else not found
     if strangers := found if not ours else found - OUR_FILES:
         raise NanochatError(f"--output {output} holds {min(strangers)}, which is no export of ours: name another directory")
-
-
-def _replace(output: Path, temporary: Path) -> None:
-    """Give the new directory its name; the old one gives way only now."""
-    if not output.exists():
-        os.rename(temporary, output)
-        return
-    old = output.parent / f".{output.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    os.rename(output, old)
-    os.rename(temporary, output)
-    shutil.rmtree(old)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
