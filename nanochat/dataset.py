@@ -11,7 +11,6 @@ import concurrent.futures
 import functools
 import hashlib
 import itertools
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -35,6 +34,7 @@ from nanochat.document_files import (
     list_remote,
     without_strangers,
 )
+from nanochat.files import read_json_object
 from nanochat.progress import Progress
 from nanochat.settings import SettingsParser
 from nanochat.tokenizer import Tokenizer
@@ -227,7 +227,7 @@ class BuiltinSource(Source):
         super().__init__(*([DocumentFile(self.directory / f"{split}.parquet")] for split in ("train", "val")))
 
     def describe(self) -> dict[str, Any]:
-        manifest = json.loads((self.directory / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_json_object(self.directory / "manifest.json")
         return {"source": self.name, "files": manifest["files"], "hash_limit": None}
 
 
