@@ -15,9 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch.distributed as dist
-
-from nanochat.common import NanochatError, compute_init, print0, run_command
+from nanochat.common import NanochatError, compute_init, in_process_group, print0, run_command
 from nanochat.compilation import keep_freed_memory
 from nanochat.core_eval import NanochatScorer, evaluate_core, find_bundle
 from nanochat.dataloader import TokenLoader
@@ -194,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     if stage.resume_step is not None and args.tokenizer == args.defaults["tokenizer"]:
         tokenizer = Tokenizer.load(get_run_dir(stage.tag))  # the copy that the run keeps: another may have been trained since
     else:
-        make_default_tokenizer(args.tokenizer, args.data, rank)
+        on_rank0(lambda: make_default_tokenizer(args.tokenizer, args.data))
         tokenizer = get_tokenizer(args.tokenizer)
     source.check_tokens(tokenizer)
     model_switches, optimizer_switches = parse_switches(args.switches, GPTConfig, OptimizerSettings)
@@ -262,16 +260,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def make_default_tokenizer(name: str, data: str, rank: int) -> None:
+def make_default_tokenizer(name: str, data: str) -> None:
     """Train the default tokenizer on the same text if nobody has yet, so that the first command works alone."""
-    if rank == 0 and name == "default" and not (get_tokenizer_dir(name) / FILE_NAME).exists():
-        print("no tokenizer was trained yet: training one")
-        if not dist.is_initialized():
-            tok_train.main(["--data", data])
-        else:  # in a process of its own: no other thread runs meanwhile, so to the other ranks this one would seem dead
-            subprocess.run([sys.executable, "-m", "scripts.tok_train", "--data", data], check=False)
-    if dist.is_initialized():
-        dist.barrier()
+    if name != "default" or (get_tokenizer_dir(name) / FILE_NAME).exists():
+        return
+    print("no tokenizer was trained yet: training one")
+    if not in_process_group():
+        tok_train.main(["--data", data])
+    else:  # in a process of its own: no other thread runs meanwhile, so to the other ranks this one would seem dead
+        subprocess.run([sys.executable, "-m", "scripts.tok_train", "--data", data], check=False)
 
 
 if __name__ == "__main__":
