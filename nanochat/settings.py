@@ -56,6 +56,13 @@ class Arguments(argparse.Namespace):
             if getattr(self, name) <= 0:
                 setattr(self, name, self.defaults[name])
 
+    def adopt(self, values: dict[str, Any]) -> None:
+        """Give those of these flags that were left to their defaults their values of another run's settings.json."""
+        paths = {action.dest for action in self._parser._actions if action.type is Path}
+        for name, value in values.items():
+            if getattr(self, name) == self.defaults[name]:
+                setattr(self, name, Path(value) if name in paths and value is not None else value)
+
     def require_between(self, low: float, high: float, *names: str) -> None:
         """Raise NanochatError if one of these numbers is outside low to high (math.inf: any above)."""
         for name in names:

@@ -83,10 +83,7 @@ class Stage:
 
     def adopt(self, args: Arguments, *names: str) -> None:
         """Where the stage goes on, give those flags that were left to their defaults the values that it was begun with."""
-        recorded = self.recorded_settings()
-        for name in names:
-            if name in recorded and vars(args)[name] == args.defaults[name]:
-                setattr(args, name, recorded[name])
+        args.adopt({name: value for name, value in self.recorded_settings().items() if name in names})
 
 
 def open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Stage:
@@ -202,7 +199,8 @@ def begin(
         **vars(args), **describe_model(model), **decided, "device": str(device), "dtype": str(get_compute_dtype(device)),
         "world_size": world_size, "tag": stage.tag, "stage": stage.name, "tokenizer_fingerprint": tokenizer.fingerprint(),
     }  # fmt: skip
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    # Paths as text, and so that they hold wherever the next command is given:
+    settings = {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in settings.items()}
     check_settings(stage, settings, args)
     if stage.is_complete(settings["num_iterations"]):
         print0(f"{stage.directory} is complete: {settings['num_iterations']} steps done")

@@ -48,6 +48,15 @@ def write_corpus(folder: Path, documents: int = 200) -> Path:
     return folder
 
 
+def write_gsm8k(folder: Path, questions: int) -> None:
+    """A folder for --task-data, with questions of GSM8K's form to learn from."""
+    import json
+
+    rows = [{"question": f"How much is {i} and 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"} for i in range(questions)]
+    (folder / "gsm8k").mkdir(parents=True)
+    (folder / "gsm8k" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+
 def make_model(seed: int = 0, **config: object) -> GPT:
     """A float32 model whose every matrix matters (a fresh one has zeros in its projections)."""
     settings = {
