@@ -22,6 +22,7 @@ from nanochat.checkpoint_manager import (
     CheckpointError,
     build_model,
     clean_up,
+    list_files,
     load_checkpoint,
     load_into,
     lock_stage,
@@ -255,7 +256,12 @@ def make_model(
             model.init_weights(args.seed)
         else:
             verify_checkpoint(step_dir(*start))
-            load_into(step_dir(*start), MODEL_FILE, dict(model.named_parameters()))
+            try:
+                load_into(step_dir(*start), MODEL_FILE, dict(model.named_parameters()))
+            except KeyError as error:
+                raise CheckpointError(
+                    f"these weights do not fit the model they claim to be (they have no {error}): train it again"
+                ) from None
     model.recompute_blocks = args.activation_checkpointing
     if args.fp8:
         enable_fp8(model, device)
@@ -276,15 +282,16 @@ def setup_optimizer(model: GPT, args: argparse.Namespace, scale: float, weight_d
 def load_optimizer(optimizer: MuonAdamW, stage_dir: Path, step: int, way_out: str = "add --load-optimizer 0") -> None:
     """Give an optimizer the state of a step. Raises CheckpointError if that was saved without, or by another optimizer."""
     directory = step_dir(stage_dir, step)
-    if optimizer.sharded:
-        state = optimizer.state_dict()
-        load_into(directory, OPTIMIZER_FILE, state)
-    else:
-        verify_checkpoint(directory, but_for=MODEL_FILE)  # which was when it was loaded
-        state = read_tensors(directory, OPTIMIZER_FILE)
-    if not state:
+    files = list_files(directory)
+    if OPTIMIZER_FILE not in files and MODEL_FILE in files:  # instead of which ranks write parts, of both
         raise CheckpointError(f"{directory} was saved without optimizer state: {way_out}")
     try:
+        if optimizer.sharded:
+            state = optimizer.state_dict()
+            load_into(directory, OPTIMIZER_FILE, state)
+        else:
+            verify_checkpoint(directory, but_for=MODEL_FILE)  # which was when it was loaded
+            state = read_tensors(directory, OPTIMIZER_FILE)
         optimizer.load_state_dict(state)
     except KeyError as error:
         raise CheckpointError(
