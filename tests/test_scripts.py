@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from nanochat.common import NanochatError, describe_error
 from nanochat.runs import list_steps
@@ -89,6 +90,13 @@ def test_a_mistake_of_ours_is_one_sentence_and_keeps_its_trace(base_dir: Path, t
 def test_what_may_happen_to_anyone_has_a_way_out(error: Exception, sentence: str) -> None:
     assert sentence in describe_error(error)
     assert "\n" not in describe_error(error)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")])
+def test_the_way_out_of_too_little_memory_is_open_to_every_command(error: Exception) -> None:
+    """Some have --device-batch-size, some --batch-size, some --max-rows, and chat_cli has none."""
+    sentence = describe_error(error)
+    assert sentence and "fewer rows at a time" in sentence and "--" not in sentence
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("x"), ModuleNotFoundError("x", name="nanochat.x")])
