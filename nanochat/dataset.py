@@ -274,10 +274,10 @@ class HubSource(Source):
         val = [path for path in files if path.name == repository.val_file]
         train = [path for path in files if path.name != repository.val_file]
         if not val or not train:
-            way_out = f"run python -m nanochat.dataset --data {name} -n 8"
+            there = f"{directory}: run python -m nanochat.dataset --data {name} -n 8"
             if not train:
-                raise NanochatError(f"no training shard is in {directory}: {way_out}")
-            raise NanochatError(f"the validation shard {repository.val_file} is missing in {directory}: {way_out}")
+                raise NanochatError(f"no training shard is in {there}")
+            raise NanochatError(f"the validation shard {repository.val_file} is missing in {there}")
         super().__init__(map(DocumentFile, train), map(DocumentFile, val))
 
 

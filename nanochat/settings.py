@@ -50,6 +50,12 @@ class Arguments(argparse.Namespace):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise NanochatError(f"--{name.replace('_', '-')} {value} is too small: choose 1 or more")
 
+    def require_some(self, *names: str) -> None:
+        """Raise NanochatError if one of these numbers of what is asked, of which -1 means all, is 0."""
+        for name in names:
+            if getattr(self, name) == 0:
+                raise NanochatError(f"--{name.replace('_', '-')} 0 asks nothing: choose 1 or more, or -1 for all")
+
     def leave_open(self, *names: str) -> None:
         """Numbers of which 0 or less means the same as their default, which it becomes: nobody has chosen."""
         for name in names:
@@ -129,8 +135,11 @@ class SettingsParser(argparse.ArgumentParser):
             if isinstance(action, argparse._AppendAction) and len(given) > len(value):
                 setattr(arguments, action.dest, given[len(value) :])
         for action in self._actions:
-            if action.type is Path and isinstance(path := getattr(arguments, action.dest), Path):
-                setattr(arguments, action.dest, Path(os.path.expanduser(path)))  # as a shell does in --flag PATH alone
+            value = getattr(arguments, action.dest, None)
+            if action.type is Path and isinstance(value, Path):
+                setattr(arguments, action.dest, Path(os.path.expanduser(value)))  # as a shell does in --flag PATH alone
+            if any(number != number for number in (value if isinstance(value, list) else [value])):  # NaN alone is none
+                raise NanochatError(f"--{_long_name(action)} nan is no number: give one")
         for name in ("config", "debug"):
             vars(arguments).pop(name, None)
         arguments._parser, arguments.defaults = self, defaults

@@ -107,8 +107,9 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     run.add_argument("--resume-from-step", type=int, default=-1, help="the same as --resume STEP")
     args = parser.parse_args(argv)
     args.require_positive("depth", "aspect_ratio", "max_seq_len", "num_kv_heads")
-    args.require_between(0, math.inf, *sorted(RATES), "weight_decay")
-    args.require_between(0, 1, "warmdown_ratio", "final_lr_frac")
+    args.require_between(0, math.inf, *sorted(RATES), "weight_decay", "warmup_steps")
+    args.require_between(0, 1, "warmdown_ratio", "final_lr_frac", *(["expand_at"] if args.expand_at != -1 else []))
+    args.require_some("core_metric_max_per_task")
     args.leave_open("num_iterations", "target_minutes", "target_flops", "total_batch_size")
     return args
 
@@ -201,6 +202,7 @@ def main(argv: list[str] | None = None) -> int:
         args.num_kv_heads,
     )  # fmt: skip
     config = replace(config, **model_switches)
+    OptimizerSettings(**optimizer_switches)  # which refuses what means nothing before anything is written
     shape = {name: vars(args)[name] for name in SHAPE}
     check_settings(stage, {**shape, "tokenizer_fingerprint": tokenizer.fingerprint()}, args)
     model = make_model(asdict(config), device, args, stage.start)

@@ -267,6 +267,8 @@ def test_questions_in_parts_are_shown_as_text(engine: Engine) -> None:
     [
         (["-a", "Arithmetic", "-n", "8"], "at temperature 0 .*: give --temperature"),
         (["-a", "DocQA"], "only teaches"),
+        (["-a", ""], "--task-name names no task: give at least one"),
+        (["-a", "|,"], "--task-name names no task: give at least one"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_the_work(flags: list[str], message: str, tiny_run: Path) -> None:

@@ -301,10 +301,14 @@ def test_switches_reach_the_model_and_the_optimizer(tiny_run: Path, corpus: Path
     flags = [*TINY_TRAINING, "--data", str(corpus), "--model-tag=switched", "--num-iterations=1"]
     for pair, sentence in (
         ("n_layers=1", "did you mean n_layer"), ("n_layer=one", "must be like"), ("x=1", "no switch 'x'"),
-        ("muon_blocks=2", "must be like True"),
+        ("muon_blocks=2", "must be like True"), ("muon_beta2=2", "muon_beta2 cannot be 2"),
+        ("adam_betas=(0.9,1)", r"adam_betas cannot be \(0.9, 1\): choose 0 or more, and less than 1"),
+        ("adam_betas=(0.9,)", "give two numbers"), ("muon_momentum=-1", "muon_momentum cannot be -1"),
+        ("adam_eps=-1", "adam_eps cannot be -1"),
     ):  # fmt: skip
         with pytest.raises(NanochatError, match=sentence):
             base_train.main([*flags, "--set", pair])
+    assert not (tiny_run.parent / "switched").exists()
     assert base_train.main([*flags, "--set", "n_layer=1", "muon_beta2=0.5", "value_embeddings=false"]) == 0
     meta = json.loads((tiny_run.parent / "switched" / "base" / "step_000001" / "meta.json").read_text(encoding="utf-8"))
     assert meta["model_config"]["n_layer"] == 1
