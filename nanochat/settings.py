@@ -138,8 +138,9 @@ class SettingsParser(argparse.ArgumentParser):
             value = getattr(arguments, action.dest, None)
             if action.type is Path and isinstance(value, Path):
                 setattr(arguments, action.dest, Path(os.path.expanduser(value)))  # as a shell does in --flag PATH alone
-            if any(number != number for number in (value if isinstance(value, list) else [value])):  # NaN alone is none
-                raise NanochatError(f"--{_long_name(action)} nan is no number: give one")
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise NanochatError(f"--{_long_name(action)} {number} is no finite number: give one")
         for name in ("config", "debug"):
             vars(arguments).pop(name, None)
         arguments._parser, arguments.defaults = self, defaults
