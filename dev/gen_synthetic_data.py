@@ -8,7 +8,6 @@ Writes a JSONL that tasks/customjson.py reads; started again, it goes on. Needs 
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import itertools
 import json
@@ -28,6 +27,7 @@ import numpy as np
 from nanochat.common import NanochatError, run_command
 from nanochat.files import append_json_lines, atomic_write
 from nanochat.progress import Progress
+from nanochat.settings import Arguments, SettingsParser
 from tasks.common import read_jsonl
 
 Messages = list[dict[str, str]]
@@ -174,7 +174,7 @@ ASK = (
 class Endpoint:
     """A model behind OpenAI's API. Requests that get 408, 409, 429 or 5xx, or no reply, are repeated, ever later."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: Arguments) -> None:
         import openai
 
         key = args.api_key or os.environ.get("OPENAI_API_KEY") or "none"  # a local server asks for none
@@ -372,7 +372,7 @@ def _distinct(values: list[Any]) -> str:
 # ----------------------------------------------------------------------------- the command
 
 
-async def generate(endpoint: Endpoint, conversations: Conversations, args: argparse.Namespace) -> None:
+async def generate(endpoint: Endpoint, conversations: Conversations, args: Arguments) -> None:
     """Ask until the file holds `args.number` conversations. Raises NanochatError if too many in a row are rejected."""
     ask = ask_by_turns if args.by_turns else ask_whole
     done = conversations.numbers(args.seed)
@@ -409,19 +409,22 @@ async def generate(endpoint: Endpoint, conversations: Conversations, args: argpa
             await endpoint.client.close()
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Conversations about the model itself, written by another model.")
+def parse_arguments(argv: list[str] | None) -> Arguments:
+    parser = SettingsParser(
+        "Conversations about the model itself, written by another model.", examples=["%(prog)s --facts facts.toml -n 500"]
+    )
     parser.add_argument("--facts", type=Path, required=True, help="what is true of the model: a text, or a .toml file")
-    parser.add_argument("--output", type=Path, default=Path("identity.jsonl"), help="appended to (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("identity.jsonl"), help="appended to")
     parser.add_argument("-n", "--number", type=int, default=1000, help="conversations in the file at the end")
     parser.add_argument("--seed", type=int, default=0, help="of the plans")
     parser.add_argument("--by-turns", action="store_true", help="a request for each message; for models that write no JSON")
     parser.add_argument("--max-similarity", type=float, default=0.6, help="drop what shares more of its text with another")
     endpoint = parser.add_argument_group("endpoint")
-    endpoint.add_argument("--base-url", default=os.environ.get("OPENAI_BASE_URL") or "http://127.0.0.1:8000/v1")
+    endpoint.add_argument("--base-url", default=os.environ.get("OPENAI_BASE_URL") or "http://127.0.0.1:8000/v1",
+                          metavar="URL", help="of its API")  # fmt: skip
     endpoint.add_argument("--api-key", default=None, help="else the environment's OPENAI_API_KEY")
     endpoint.add_argument("--model", default=None, help="its name there (default: the first that the endpoint lists)")
-    endpoint.add_argument("--temperature", type=float, default=1.0)
+    endpoint.add_argument("--temperature", type=float, default=1.0, help="of its sampling")
     endpoint.add_argument("--max-tokens", type=int, default=0, help="of a reply (default: as the endpoint likes)")
     endpoint.add_argument("--concurrency", type=int, default=8, help="requests at once")
     endpoint.add_argument("--retries", type=int, default=6, help="of a request that gets 429, 5xx or no reply")

@@ -8,7 +8,6 @@ of arXiv 2203.15556); over budgets, the exponents of the best size and of the be
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import sys
@@ -21,6 +20,7 @@ import numpy as np
 from nanochat.common import NanochatError, run_command
 from nanochat.metrics import METRICS_FILE, read_metrics
 from nanochat.runs import get_runs_dir
+from nanochat.settings import SettingsParser
 
 COLUMNS = ("run", "depth", "size", "tokens", "flops", "tokens_per_param", "bpb")
 
@@ -93,7 +93,7 @@ def draw(rows: list[dict[str, Any]], optima: list[dict[str, float]], path: Path)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Table, fit and plot of a series of runs.")
+    parser = SettingsParser("Table, fit and plot of a series of runs.")
     parser.add_argument("--runs", default="*", metavar="PATTERN", help="names of runs, with * and ?")
     args = parser.parse_args(argv)
     found = [read_run(folder) for folder in sorted(get_runs_dir().glob(args.runs))]

@@ -28,9 +28,10 @@ import pyarrow.parquet as pq
 
 from nanochat.common import NanochatError
 from nanochat.cpu import usable_cores
-from nanochat.files import atomic_write
+from nanochat.files import atomic_write, read_json_object
 
 HARVEST_VERSION = 1  # part of the manifest: a change to the rules below makes the corpus anew
+MANIFEST_FILE, FILES = "manifest.json", ("train.parquet", "val.parquet", "summaries.jsonl")
 VAL_SHARE = 0.02
 MIN_CHARS = 120  # shorter documents teach little
 MAX_CHARS = 20_000_000  # a demo needs no more
@@ -47,12 +48,8 @@ def harvest(directory: Path) -> Path:
     The manifest records the versions harvested from. Whatever is installed later, a corpus stays as it is, since runs read
     it; without its folder it is made anew. Returns the directory. Takes about 10 s on two cores.
     """
-    manifest_path = directory / "manifest.json"
-    if manifest_path.exists():
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
-        intact = all(_sha256(directory / name) == digest for name, digest in manifest["files"].items())
-        if intact and manifest["harvest_version"] == HARVEST_VERSION:
-            return directory
+    if _is_intact(directory):
+        return directory
     documents, summaries = _collect()
     if not documents:
         raise NanochatError("no prose was found in this Python installation: give your own text with --data PATH")
@@ -65,15 +62,14 @@ def harvest(directory: Path) -> Path:
         pq.write_table(pa.table({"text": texts}), temporary, row_group_size=1024)
         os.replace(temporary, directory / f"{split}.parquet")
     atomic_write(directory / "summaries.jsonl", "".join(json.dumps(pair) + "\n" for pair in summaries))
-    names = ["train.parquet", "val.parquet", "summaries.jsonl"]
     manifest = {
         "harvest_version": HARVEST_VERSION,
         "versions": installed_versions(),
         "documents": {split: len(texts) for split, texts in splits.items()},
         "characters": {split: sum(map(len, texts)) for split, texts in splits.items()},
-        "files": {name: _sha256(directory / name) for name in names},
+        "files": {name: _sha256(directory / name) for name in FILES},
     }
-    atomic_write(manifest_path, json.dumps(manifest, indent=2))
+    atomic_write(directory / MANIFEST_FILE, json.dumps(manifest, indent=2))
     return directory
 
 
@@ -81,6 +77,16 @@ def installed_versions() -> dict[str, str]:
     """The versions of Python and of every installed package."""
     found = {dist.metadata["Name"] or "?": dist.version for dist in importlib.metadata.distributions()}
     return {"python": platform.python_version(), **dict(sorted(found.items()))}
+
+
+def _is_intact(directory: Path) -> bool:
+    """Whether a harvest by these rules is there, as it was written: its manifest too may be damaged."""
+    try:
+        manifest = read_json_object(directory / MANIFEST_FILE)
+    except NanochatError:
+        return False
+    intact = manifest.get("files") == {name: _sha256(directory / name) for name in FILES}
+    return intact and manifest.get("harvest_version") == HARVEST_VERSION
 
 
 def _sha256(path: Path) -> str:

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from nanochat.common import get_dist_info, print0
 from nanochat.cpu import usable_cores
 from nanochat.engine import Engine
 from nanochat.files import append_json_lines, read_json_lines
-from nanochat.ranks import all_or_none, gather_objects
+from nanochat.ranks import all_or_none, gather_objects, on_rank0
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Sequence
 from nanochat.scores import centered_mean, pass_at_k, wilson_interval
@@ -97,21 +96,17 @@ def evaluate_task(
     are done. A problem's answers depend on its own number alone, whatever is answered beside it.
     """
     answering = answering or Answering()
-    ddp, rank, _, world_size = get_dist_info()
+    _, rank, _, world_size = get_dist_info()
     count = len(task) if max_problems < 0 else min(max_problems, len(task))
     problems = [task[i] for i in range(count)]
     prompts = [engine.tokenizer.render_for_completion(problem) for problem in problems]
-    known = read_json_lines(path) if path is not None else []
-    digests = [_digest(problem) for problem in problems]
-    rows = {row["index"]: row for row in known if row["index"] < count and row.get("problem") == digests[row["index"]]}
+    rows = on_rank0(lambda: _read_outcomes(path, problems))
     if rows:
         print0(f"{len(rows)} of {count} answers are an earlier run's: remove {path} to have them anew")
         judge = partial(_judge, task, [(problems[i], rows[i]["answers"]) for i in list(rows)[rank::world_size]])
         for r, judged in enumerate(gather_objects(all_or_none(judge))):  # by this version's judge
             for i, scores in zip(list(rows)[r::world_size], judged, strict=True):
                 rows[i] = {**rows[i], "scores": scores}
-    if ddp:
-        dist.barrier()  # all have read before the first writes
     # Problems of like length together: less padding, and a batch ends together.
     waiting = sorted((i for i in range(count) if i not in rows), key=lambda i: len(prompts[i]))
     report(len(rows))
@@ -121,11 +116,23 @@ def evaluate_task(
         mine = chosen[rank::world_size]
         answer_mine = partial(_answer, engine, task, problems, prompts, mine, batch_size, answering)
         new = list(itertools.chain.from_iterable(gather_objects(all_or_none(answer_mine))))
-        if path is not None and rank == 0:
-            append_json_lines(path, new)
+        if path is not None:
+            on_rank0(partial(append_json_lines, path, new))
         rows.update((row["index"], row) for row in new)
         report(len(rows))
     return _summarize(task, problems, [rows[i] for i in range(count)])
+
+
+def _read_outcomes(path: Path | None, problems: list[Conversation]) -> dict[int, dict[str, Any]]:
+    """By their numbers, the outcomes in a file that are of these problems; whatever else stands there is passed over."""
+    rows = {}
+    for row in read_json_lines(path) if path is not None else ():
+        match row:
+            case {"index": int(i), "problem": str(problem), "answers": [_, *_] as answers, "truncated": bool()}:
+                is_ours = 0 <= i < len(problems) and problem == _digest(problems[i])
+                if is_ours and all(isinstance(answer, str) for answer in answers):
+                    rows[i] = row
+    return rows
 
 
 def _answer(

@@ -118,9 +118,9 @@ def save_checkpoint(
     """
     temporary = begin_checkpoint(stage_dir, step)
     try:
-        _save_tensors(model_state, temporary / MODEL_FILE)
+        save_tensors(model_state, temporary / MODEL_FILE)
         if optimizer_state is not None:
-            _save_tensors(optimizer_state, temporary / OPTIMIZER_FILE)
+            save_tensors(optimizer_state, temporary / OPTIMIZER_FILE)
         return finish_checkpoint(temporary, stage_dir, step, meta)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -262,10 +262,11 @@ def _seems_whole(directory: Path) -> bool:
         return False
 
 
-def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a file of safetensors. Raises OSError."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
     except SafetensorError as error:  # its own class for what is an OSError, a full disk most often
         number = errno.ENOSPC if "No space" in str(error) else errno.EIO
         raise OSError(number, f"cannot write {path}: {error}", str(path)) from error
@@ -380,15 +381,24 @@ def read_tensors(directory: Path, file_name: str) -> dict[str, torch.Tensor]:
 
 
 def load_into(directory: Path, file_name: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Fill tensors, of which this rank may hold some rows only, with those of a checkpoint; reads no more than it must."""
+    """Fill tensors, of which this rank may hold some rows only, with those of a checkpoint; reads no more than it must.
+
+    Raises CheckpointError for a file that is absent or damaged, KeyError for a tensor that the checkpoint lacks.
+    """
     from nanochat.sharding import fill, read_sharded
 
     if (directory / SHARDED_DIR).exists():
         read_sharded(directory / SHARDED_DIR, {f"{file_name}/{name}": tensor for name, tensor in tensors.items()})
         return
-    with safe_open(directory / file_name, "pt") as file:
-        for name, tensor in tensors.items():
-            fill(tensor, file.get_tensor(name))
+    try:
+        with safe_open(directory / file_name, "pt") as file:
+            known = set(file.keys())
+            for name, tensor in tensors.items():
+                if name not in known:
+                    raise KeyError(name)
+                fill(tensor, file.get_tensor(name))
+    except (FileNotFoundError, SafetensorError) as error:
+        raise _damage(directory / file_name) from error
 
 
 def read_meta(stage_dir: Path, step: int) -> dict[str, Any]:

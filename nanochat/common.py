@@ -32,6 +32,9 @@ T = TypeVar("T")
 logger = logging.getLogger("nanochat")
 EX_SOFTWARE = 70  # sysexits.h: a mistake of the program's own
 DEFAULT_BASE_DIR = "~/.cache/nanochat"
+LESS_MEMORY = (  # whatever flags a command has
+    "choose fewer rows at a time, a shorter context or a smaller model; python -m nanochat.memory says what training needs"
+)
 OURS = ("nanochat", "scripts", "tasks")  # packages
 
 
@@ -160,14 +163,14 @@ def describe_error(error: BaseException) -> str | None:
         return _describe_os_error(error)
     text = str(error).strip().partition("\n")[0]
     if isinstance(error, torch.OutOfMemoryError) or text.startswith("MPS backend out of memory"):
-        return f"the device ran out of memory: choose a smaller --device-batch-size or --max-seq-len ({text})"
+        return f"the device ran out of memory: {LESS_MEMORY} ({text})"
     if isinstance(error, RuntimeError) and is_lost_connection(error):
         return f"another process of this job has gone: {RESTART}"
     if isinstance(error, dist.DistBackendError):
         reason = str(error).strip().rpartition("Last error:")[2].strip().partition("\n")[0] or first_line(error)
         return f"the GPUs of this job cannot talk to each other ({reason}): NCCL_DEBUG=INFO tells more"
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
-        return "this machine ran out of memory: choose a smaller --device-batch-size, --max-seq-len or --depth"
+        return f"this machine ran out of memory: {LESS_MEMORY}"
     if isinstance(error, ModuleNotFoundError) and (error.name or "nanochat").partition(".")[0] not in OURS:
         return f"the package {error.name} is not installed: run bash runs/setup.sh, with the name of its extra"
     return None

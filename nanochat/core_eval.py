@@ -23,11 +23,11 @@ import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-import torch.distributed as dist
 import yaml
 from filelock import FileLock
 
@@ -36,7 +36,7 @@ from nanochat.compilation import try_to_compile
 from nanochat.files import atomic_write
 from nanochat.flash_attention import AttentionPlan, attend_masked
 from nanochat.gpt import GPT, Block
-from nanochat.ranks import all_or_none, from_rank0, gather_objects
+from nanochat.ranks import all_or_none, gather_objects, on_rank0
 from nanochat.scores import centered, centered_mean, wilson_interval
 from nanochat.tokenizer import Tokenizer
 
@@ -45,6 +45,7 @@ T = TypeVar("T")
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 NUM_TASKS = 22
 BATCH_TOKENS = {"cpu": 8_192, "cuda": 131_072}  # of a batch, all candidates counted
+JUDGED = ("correct", "truncated")  # what of a question's outcome is summed up
 LOGIT_ROWS = 2048  # positions whose logits exist at a time
 
 
@@ -388,10 +389,12 @@ def evaluate_core(
             results["missing"].append(task.label)
             continue
         path = folder / _rows_name(task, max_per_task) if folder is not None else None
-        rows = from_rank0(_finished_rows(path))
+        rows = on_rank0(partial(_finished_rows, path))
         if rows is None:
             rows = _evaluate_task(scorer, task, max_per_task, report)
-            _write_rows(path, rows)
+            if path is not None:
+                lines = "".join(json.dumps(row) + "\n" for row in rows)
+                on_rank0(partial(atomic_write, path, lines))
         else:
             num_kept += 1
         n, correct = len(rows), sum(row["correct"] for row in rows)
@@ -454,14 +457,12 @@ def _rows_name(task: CoreTask, max_per_task: int) -> str:
 
 
 def _finished_rows(path: Path | None) -> list[dict[str, Any]] | None:
+    """The outcomes that an earlier run wrote; None if there are none, or the file holds anything else."""
     if path is None or not path.exists():
         return None
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _write_rows(path: Path | None, rows: list[dict[str, Any]]) -> None:
-    ddp, rank, _, _ = get_dist_info()
-    if path is not None and rank == 0:
-        atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
-    if ddp:
-        dist.barrier()
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, RecursionError):
+        return None
+    is_whole = all(isinstance(row, dict) and {type(row.get(name)) for name in JUDGED} == {bool} for row in rows)
+    return rows if rows and is_whole else None

@@ -11,7 +11,6 @@ import concurrent.futures
 import functools
 import hashlib
 import itertools
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -35,6 +34,7 @@ from nanochat.document_files import (
     list_remote,
     without_strangers,
 )
+from nanochat.files import read_json_object
 from nanochat.progress import Progress
 from nanochat.settings import SettingsParser
 from nanochat.tokenizer import Tokenizer
@@ -227,7 +227,7 @@ class BuiltinSource(Source):
         super().__init__(*([DocumentFile(self.directory / f"{split}.parquet")] for split in ("train", "val")))
 
     def describe(self) -> dict[str, Any]:
-        manifest = json.loads((self.directory / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_json_object(self.directory / "manifest.json")
         return {"source": self.name, "files": manifest["files"], "hash_limit": None}
 
 
@@ -274,10 +274,10 @@ class HubSource(Source):
         val = [path for path in files if path.name == repository.val_file]
         train = [path for path in files if path.name != repository.val_file]
         if not val or not train:
-            what = "the validation shard " + repository.val_file if train else "no training shard"
-            raise NanochatError(
-                f"{what} {'is missing' if train else 'is'} in {directory}: run python -m nanochat.dataset --data {name} -n 8"
-            )
+            there = f"{directory}: run python -m nanochat.dataset --data {name} -n 8"
+            if not train:
+                raise NanochatError(f"no training shard is in {there}")
+            raise NanochatError(f"the validation shard {repository.val_file} is missing in {there}")
         super().__init__(map(DocumentFile, train), map(DocumentFile, val))
 
 

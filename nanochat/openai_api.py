@@ -66,7 +66,9 @@ def _place(error: dict[str, Any], body: Any) -> list[str | int]:
     """Where in the body an error is: pydantic's path, without its names for the types that there were to choose from."""
     value, place = {"body": body}, []
     for step in error["loc"]:
-        if step in value if isinstance(value, dict) else isinstance(value, list) and isinstance(step, int):
+        is_key = isinstance(value, dict) and step in value
+        is_index = isinstance(value, list) and isinstance(step, int)
+        if is_key or is_index:
             value = value[step]
             place.append(step)
     missing = error["loc"][-1:] if error["type"] == "missing" and body is not None else ()

@@ -10,6 +10,7 @@ Methods: Muon (kellerjordan.github.io/posts/muon), in blocks (arXiv 2510.16981),
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nanochat.common import get_compute_dtype, in_process_group
+from nanochat.common import NanochatError, get_compute_dtype, in_process_group
 
 if TYPE_CHECKING:
     from nanochat.gpt import GPT
@@ -54,6 +55,19 @@ class OptimizerSettings:
     muon_momentum: float = 0.95
     muon_beta2: float = 0.9
     muon_blocks: bool = True  # orthogonalize each head, and as many neurons, for itself; False: whole matrices
+
+    def __post_init__(self) -> None:
+        """Raises NanochatError for values that mean nothing, by the names that --set has."""
+        pair = tuple(self.adam_betas)
+        shares = {"adam_betas": pair, "muon_momentum": (self.muon_momentum,), "muon_beta2": (self.muon_beta2,)}
+        for name, values in shares.items():
+            if not all(isinstance(value, int | float) and 0 <= value < 1 for value in values):
+                raise NanochatError(f"{name} cannot be {getattr(self, name)}: choose 0 or more, and less than 1")
+        if len(pair) != 2:
+            raise NanochatError(f"adam_betas cannot be {pair}: give two numbers, as (0.8,0.95)")
+        for name in ("adam_eps", "scalar_eps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise NanochatError(f"{name} cannot be {getattr(self, name)}: choose 0 or more")
 
 
 @dataclass

@@ -66,6 +66,11 @@ class RolloutSettings:
             raise NanochatError(f"--temperature {self.temperature} explores nothing: choose 0.01 or more")
         if self.kl_weight > 0 and self.top_k > 0:
             raise NanochatError("--kl-weight compares whole distributions: leave --top-k at 0 with it")
+        self.sampling()
+
+    def sampling(self) -> SamplingParams:
+        """How each answer is drawn, but for its seed. Raises NanochatError."""
+        return SamplingParams(self.temperature, self.top_k, max_tokens=self.max_tokens, policy_logprobs=True)
 
 
 def compute_advantages(rewards: torch.Tensor, objective: str, baseline: float) -> torch.Tensor:
@@ -152,7 +157,7 @@ class RolloutLoader:
         prompts = [engine.tokenizer.render_for_completion(problem) for problem in problems]
         engine.forget()  # the weights have changed since the last update
         engine.model.eval()
-        params = SamplingParams(settings.temperature, settings.top_k, max_tokens=settings.max_tokens, policy_logprobs=True)
+        params = settings.sampling()
         # One place in the run, one seed: whatever the number of ranks, an answer is drawn with the same numbers.
         answers = [
             Answer(trim_prompt(prompt, most), replace(params, seed=(settings.seed << 40) + n * place + k))

@@ -30,6 +30,7 @@ from nanochat.guard import Guard
 from nanochat.openai_api import (
     MAX_CHARS,
     MAX_MESSAGES,
+    MAX_TOKENS,
     ChatRequest,
     CompletionRequest,
     Reply,
@@ -56,7 +57,7 @@ PAGE_HEADERS = {
 
 
 class DetokenizeRequest(BaseModel):
-    tokens: list[TokenId] = Field(max_length=MAX_CHARS, fail_fast=True)
+    tokens: list[TokenId] = Field(max_length=MAX_TOKENS, fail_fast=True)
 
 
 class TokenizeRequest(BaseModel):
@@ -121,10 +122,7 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
         prompt, dropped = await _render(service, request)
         ticket = _submit_chat(service, request, prompt)
         reply = Reply("chat", service.model_name, service.tokenizer, request.include_usage)
-        headers = {}
-        if dropped:
-            reply.extra = {"dropped_turns": dropped}
-            headers["X-Nanochat-Dropped-Turns"] = str(dropped)
+        reply.extra, headers = _tell(dropped)
         if request.stream:
             return stream(ticket, chat_chunks(ticket, reply), headers)
         await _wait_until_done(ticket, http)
@@ -166,17 +164,22 @@ def _add_chat_routes(app: FastAPI, service: Service, defaults: dict[str, Any]) -
         """The tokens of a text, or of a conversation as the model reads it (vLLM's name and form)."""
         if (request.prompt is None) == (request.messages is None):
             raise RequestError("give either prompt or messages")
+        dropped = 0
         if request.prompt is not None:
             tokens = await asyncio.to_thread(service.tokenizer.encode, request.prompt)
         else:
-            tokens, _ = await _render(service, ChatRequest.model_validate({"messages": request.messages}))
+            tokens, dropped = await _render(service, ChatRequest.model_validate({"messages": request.messages}))
+        extra, headers = _tell(dropped)
         known = {"count": len(tokens), "max_model_len": service.context, "tokens": tokens}
-        return await _write(lambda: {**known, "token_strs": [token_text(service.tokenizer, token) for token in tokens]})
+        known |= {"nanochat": extra} if extra else {}
+        return await _write(
+            lambda: {**known, "token_strs": [token_text(service.tokenizer, token) for token in tokens]}, headers
+        )
 
-    @app.post("/detokenize")
-    async def detokenize(request: DetokenizeRequest) -> dict[str, str]:
+    @app.post("/detokenize", response_model=None)
+    async def detokenize(request: DetokenizeRequest) -> Response:
         check_tokens(request.tokens, service.tokenizer)
-        return {"prompt": service.tokenizer.decode(request.tokens)}
+        return await _write(lambda: {"prompt": service.tokenizer.decode(request.tokens)})
 
 
 def _add_status_routes(app: FastAPI, service: Service, defaults: dict[str, Any]) -> None:
@@ -234,6 +237,11 @@ async def _render(service: Service, request: ChatRequest) -> tuple[list[int], in
         return await asyncio.to_thread(render)
     except NanochatError as error:
         raise RequestError(str(error), param="messages", code="context_length_exceeded") from None
+
+
+def _tell(dropped: int) -> tuple[dict[str, int], dict[str, str]]:
+    """What a reply says of turns that no longer fit: under the key "nanochat", and in its headers."""
+    return ({"dropped_turns": dropped}, {"X-Nanochat-Dropped-Turns": str(dropped)}) if dropped else ({}, {})
 
 
 def _submit_chat(service: Service, request: ChatRequest, prompt: list[int]) -> Ticket:

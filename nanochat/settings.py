@@ -50,11 +50,24 @@ class Arguments(argparse.Namespace):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise NanochatError(f"--{name.replace('_', '-')} {value} is too small: choose 1 or more")
 
+    def require_some(self, *names: str) -> None:
+        """Raise NanochatError if one of these numbers of what is asked, of which -1 means all, is 0."""
+        for name in names:
+            if getattr(self, name) == 0:
+                raise NanochatError(f"--{name.replace('_', '-')} 0 asks nothing: choose 1 or more, or -1 for all")
+
     def leave_open(self, *names: str) -> None:
         """Numbers of which 0 or less means the same as their default, which it becomes: nobody has chosen."""
         for name in names:
             if getattr(self, name) <= 0:
                 setattr(self, name, self.defaults[name])
+
+    def adopt(self, values: dict[str, Any]) -> None:
+        """Give those of these flags that were left to their defaults their values of another run's settings.json."""
+        paths = {action.dest for action in self._parser._actions if action.type is Path}
+        for name, value in values.items():
+            if getattr(self, name) == self.defaults[name]:
+                setattr(self, name, Path(value) if name in paths and value is not None else value)
 
     def require_between(self, low: float, high: float, *names: str) -> None:
         """Raise NanochatError if one of these numbers is outside low to high (math.inf: any above)."""
@@ -122,8 +135,12 @@ class SettingsParser(argparse.ArgumentParser):
             if isinstance(action, argparse._AppendAction) and len(given) > len(value):
                 setattr(arguments, action.dest, given[len(value) :])
         for action in self._actions:
-            if action.type is Path and isinstance(path := getattr(arguments, action.dest), Path):
-                setattr(arguments, action.dest, Path(os.path.expanduser(path)))  # as a shell does in --flag PATH alone
+            value = getattr(arguments, action.dest, None)
+            if action.type is Path and isinstance(value, Path):
+                setattr(arguments, action.dest, Path(os.path.expanduser(value)))  # as a shell does in --flag PATH alone
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, float) and not math.isfinite(number):
+                    raise NanochatError(f"--{_long_name(action)} {number} is no finite number: give one")
         for name in ("config", "debug"):
             vars(arguments).pop(name, None)
         arguments._parser, arguments.defaults = self, defaults

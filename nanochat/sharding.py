@@ -126,9 +126,14 @@ class _Reader(dcp.FileSystemReader):
 
 
 def read_sharded(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Fill tensors, whole or in parts, with those of their names. Reads what is needed; no communication."""
+    """Fill tensors, whole or in parts, with those of their names. Reads what is needed; no communication.
+
+    Raises KeyError for a tensor that is not there.
+    """
     reader = _Reader(directory)
-    reader.read_metadata()  # here, since what is raised within `load` comes out as a trace of its own
+    known = reader.read_metadata().state_dict_metadata  # here: what is raised within `load` comes out as a trace of its own
+    if absent := next((name for name in tensors if name not in known), None):
+        raise KeyError(absent)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it may be: that is the point
         dcp.load(dict(tensors), storage_reader=reader, no_dist=True)

@@ -22,6 +22,7 @@ from nanochat.checkpoint_manager import (
     CheckpointError,
     build_model,
     clean_up,
+    list_files,
     load_checkpoint,
     load_into,
     lock_stage,
@@ -83,10 +84,7 @@ class Stage:
 
     def adopt(self, args: Arguments, *names: str) -> None:
         """Where the stage goes on, give those flags that were left to their defaults the values that it was begun with."""
-        recorded = self.recorded_settings()
-        for name in names:
-            if name in recorded and vars(args)[name] == args.defaults[name]:
-                setattr(args, name, recorded[name])
+        args.adopt({name: value for name, value in self.recorded_settings().items() if name in names})
 
 
 def open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Stage:
@@ -202,7 +200,8 @@ def begin(
         **vars(args), **describe_model(model), **decided, "device": str(device), "dtype": str(get_compute_dtype(device)),
         "world_size": world_size, "tag": stage.tag, "stage": stage.name, "tokenizer_fingerprint": tokenizer.fingerprint(),
     }  # fmt: skip
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
+    # Paths as text, and so that they hold wherever the next command is given:
+    settings = {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in settings.items()}
     check_settings(stage, settings, args)
     if stage.is_complete(settings["num_iterations"]):
         print0(f"{stage.directory} is complete: {settings['num_iterations']} steps done")
@@ -258,7 +257,12 @@ def make_model(
             model.init_weights(args.seed)
         else:
             verify_checkpoint(step_dir(*start))
-            load_into(step_dir(*start), MODEL_FILE, dict(model.named_parameters()))
+            try:
+                load_into(step_dir(*start), MODEL_FILE, dict(model.named_parameters()))
+            except KeyError as error:
+                raise CheckpointError(
+                    f"these weights do not fit the model they claim to be (they have no {error}): train it again"
+                ) from None
     model.recompute_blocks = args.activation_checkpointing
     if args.fp8:
         enable_fp8(model, device)
@@ -279,15 +283,16 @@ def setup_optimizer(model: GPT, args: argparse.Namespace, scale: float, weight_d
 def load_optimizer(optimizer: MuonAdamW, stage_dir: Path, step: int, way_out: str = "add --load-optimizer 0") -> None:
     """Give an optimizer the state of a step. Raises CheckpointError if that was saved without, or by another optimizer."""
     directory = step_dir(stage_dir, step)
-    if optimizer.sharded:
-        state = optimizer.state_dict()
-        load_into(directory, OPTIMIZER_FILE, state)
-    else:
-        verify_checkpoint(directory, but_for=MODEL_FILE)  # which was when it was loaded
-        state = read_tensors(directory, OPTIMIZER_FILE)
-    if not state:
+    files = list_files(directory)
+    if OPTIMIZER_FILE not in files and MODEL_FILE in files:  # instead of which ranks write parts, of both
         raise CheckpointError(f"{directory} was saved without optimizer state: {way_out}")
     try:
+        if optimizer.sharded:
+            state = optimizer.state_dict()
+            load_into(directory, OPTIMIZER_FILE, state)
+        else:
+            verify_checkpoint(directory, but_for=MODEL_FILE)  # which was when it was loaded
+            state = read_tensors(directory, OPTIMIZER_FILE)
         optimizer.load_state_dict(state)
     except KeyError as error:
         raise CheckpointError(

@@ -56,7 +56,9 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         "--device-batch-size", type=int, default=-1, metavar="ROWS", help="rows at a time for bits per byte (-1: 8,192 tokens)"
     )
     machine.add_argument("--no-compile", dest="compile", action="store_false", help="run CORE eagerly")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.require_some("max_per_task")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

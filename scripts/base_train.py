@@ -15,9 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch.distributed as dist
-
-from nanochat.common import NanochatError, compute_init, print0, run_command
+from nanochat.common import NanochatError, compute_init, in_process_group, print0, run_command
 from nanochat.compilation import keep_freed_memory
 from nanochat.core_eval import NanochatScorer, evaluate_core, find_bundle
 from nanochat.dataloader import TokenLoader
@@ -109,8 +107,9 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     run.add_argument("--resume-from-step", type=int, default=-1, help="the same as --resume STEP")
     args = parser.parse_args(argv)
     args.require_positive("depth", "aspect_ratio", "max_seq_len", "num_kv_heads")
-    args.require_between(0, math.inf, *sorted(RATES), "weight_decay")
-    args.require_between(0, 1, "warmdown_ratio", "final_lr_frac")
+    args.require_between(0, math.inf, *sorted(RATES), "weight_decay", "warmup_steps")
+    args.require_between(0, 1, "warmdown_ratio", "final_lr_frac", *(["expand_at"] if args.expand_at != -1 else []))
+    args.require_some("core_metric_max_per_task")
     args.leave_open("num_iterations", "target_minutes", "target_flops", "total_batch_size")
     return args
 
@@ -194,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     if stage.resume_step is not None and args.tokenizer == args.defaults["tokenizer"]:
         tokenizer = Tokenizer.load(get_run_dir(stage.tag))  # the copy that the run keeps: another may have been trained since
     else:
-        make_default_tokenizer(args.tokenizer, args.data, rank)
+        on_rank0(lambda: make_default_tokenizer(args.tokenizer, args.data))
         tokenizer = get_tokenizer(args.tokenizer)
     source.check_tokens(tokenizer)
     model_switches, optimizer_switches = parse_switches(args.switches, GPTConfig, OptimizerSettings)
@@ -203,6 +202,7 @@ def main(argv: list[str] | None = None) -> int:
         args.num_kv_heads,
     )  # fmt: skip
     config = replace(config, **model_switches)
+    OptimizerSettings(**optimizer_switches)  # which refuses what means nothing before anything is written
     shape = {name: vars(args)[name] for name in SHAPE}
     check_settings(stage, {**shape, "tokenizer_fingerprint": tokenizer.fingerprint()}, args)
     model = make_model(asdict(config), device, args, stage.start)
@@ -262,16 +262,15 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def make_default_tokenizer(name: str, data: str, rank: int) -> None:
+def make_default_tokenizer(name: str, data: str) -> None:
     """Train the default tokenizer on the same text if nobody has yet, so that the first command works alone."""
-    if rank == 0 and name == "default" and not (get_tokenizer_dir(name) / FILE_NAME).exists():
-        print("no tokenizer was trained yet: training one")
-        if not dist.is_initialized():
-            tok_train.main(["--data", data])
-        else:  # in a process of its own: no other thread runs meanwhile, so to the other ranks this one would seem dead
-            subprocess.run([sys.executable, "-m", "scripts.tok_train", "--data", data], check=False)
-    if dist.is_initialized():
-        dist.barrier()
+    if name != "default" or (get_tokenizer_dir(name) / FILE_NAME).exists():
+        return
+    print("no tokenizer was trained yet: training one")
+    if not in_process_group():
+        tok_train.main(["--data", data])
+    else:  # in a process of its own: no other thread runs meanwhile, so to the other ranks this one would seem dead
+        subprocess.run([sys.executable, "-m", "scripts.tok_train", "--data", data], check=False)
 
 
 if __name__ == "__main__":

@@ -55,8 +55,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         raise NanochatError(
             f"--num-samples {n} at temperature 0 is the same answer {n} times: give --temperature, such as 0.8"
         )
-    if args.max_problems == 0:
-        raise NanochatError("--max-problems 0 asks nothing: choose 1 or more, or -1 for all")
+    args.require_some("max_problems")
     return args
 
 
@@ -95,7 +94,9 @@ def main(argv: list[str] | None = None) -> int:
 def collect_tasks(names: str | None, data_dir: Path | None) -> tuple[dict[str, Task], dict[str, str]]:
     """The tasks by name, and those of ChatCORE that cannot be had with the reason. One that was asked for must be there."""
     if names is not None:
-        asked = map(task_name, filter(None, re.split(r"[|,]", names)))
+        asked = [task_name(name) for name in re.split(r"[|,]", names) if name]
+        if not asked:
+            raise NanochatError("--task-name names no task: give at least one, or leave it out for those of ChatCORE")
         return {name: build_judged_task(name, "test", data_dir) for name in asked}, {}
     tasks, missing = {}, {}
     for name in CHATCORE_TASKS:

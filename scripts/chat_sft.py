@@ -72,9 +72,9 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     optimization.add_argument("--seed", type=int, default=42, help="of the order of the conversations")
     add_training_arguments(parser, sample_every=0)
     args = parser.parse_args(argv)
-    args.require_between(0, math.inf, *sorted(RATES), "weight_decay", "init_lr_frac")
+    args.require_between(0, math.inf, *sorted(RATES), "weight_decay", "init_lr_frac", "warmup_steps")
     args.require_between(0, 1, "warmdown_ratio", "final_lr_frac")
-    args.leave_open("num_iterations", "target_minutes", "total_batch_size")
+    args.leave_open("max_seq_len", "num_iterations", "target_minutes", "total_batch_size")
     return args
 
 
@@ -109,6 +109,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         base_tag = find_run("base", args.model_tag, heir="sft" if args.resume != "none" else None)
     stage = open_stage("sft", base_tag, base_tag, args.resume)
+    stage.adopt(args, "tasks", "task_data", "max_seq_len", "total_batch_size", "num_iterations", "target_minutes")
 
     # Where it starts: the base model, its tokenizer, its settings
     start_dir, tokenizer, meta, base_step = open_start(stage, "base", args.model_step)
@@ -120,7 +121,6 @@ def main(argv: list[str] | None = None) -> int:
         if after != before:
             print0(f"layers see {min(after)} to {max(after)} tokens back, in the base model {min(before)} to {max(before)}")
     sequence_len = model_config["sequence_len"]
-    stage.adopt(args, "tasks", "total_batch_size", "num_iterations", "target_minutes")
     args.tasks = from_rank0(args.tasks or default_tasks())
     train_task = build_mixture(args.tasks, "train", args.task_data)
     val_task = build_mixture(args.tasks, "val", args.task_data)

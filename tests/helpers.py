@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import random
 import threading
 import time
@@ -41,8 +42,6 @@ def make_document(seed: int, sentences: int | None = None) -> str:
 
 def write_corpus(folder: Path, documents: int = 200) -> Path:
     """A folder with train.jsonl and val.jsonl."""
-    import json
-
     folder.mkdir(parents=True, exist_ok=True)
     for name, seeds in (("train", range(documents)), ("val", range(10_000, 10_000 + documents // 10))):
         lines = [json.dumps({"text": make_document(seed)}) for seed in seeds]
@@ -56,6 +55,13 @@ def load_all(stage_dir: Path, step: int) -> tuple[dict[str, torch.Tensor], dict[
     directory = step_dir(stage_dir, step)
     verify_checkpoint(directory)
     return weights, read_tensors(directory, OPTIMIZER_FILE), meta
+
+
+def write_gsm8k(folder: Path, questions: int) -> None:
+    """A folder for --task-data, with questions of GSM8K's form to learn from."""
+    rows = [{"question": f"How much is {i} and 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"} for i in range(questions)]
+    (folder / "gsm8k").mkdir(parents=True)
+    (folder / "gsm8k" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
 
 def make_model(seed: int = 0, **config: object) -> GPT:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,14 @@ from nanochat import chat_eval as chat_eval_module
 from nanochat.chat_eval import CHATCORE_TASKS, Answering, chatcore, evaluate_task
 from nanochat.common import NanochatError
 from nanochat.engine import Engine
-from nanochat.files import read_json_lines
+from nanochat.files import append_json_lines, read_json_lines
 from nanochat.samples import sample_answers
 from nanochat.scores import centered_mean, pass_at_k, wilson_interval
 from nanochat.tokenizer import Tokenizer
 from scripts import chat_eval
 from tasks.common import Conversation, Task, TaskMixture, multiple_choice
 from tests.helpers import make_document, make_model
+from tests.many_ranks import run
 
 
 class LongAnswers(Task):
@@ -133,6 +135,39 @@ def test_answers_to_other_problems_are_not_used(engine: Engine, tmp_path: Path) 
         assert len(read_json_lines(path)) == rows
 
 
+@pytest.mark.parametrize("task", [LongAnswers(), Letters()])
+def test_lines_that_are_no_outcomes_are_passed_over(engine: Engine, task: Task, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    whole = evaluate_task(engine, task, 3, path=path)
+    rows = read_json_lines(path)
+    foreign = [7, [1], {"index": "x"}, {"index": 1}, {**rows[0], "index": -1}, {**rows[0], "index": 1}]
+    foreign += [{**rows[1], name: value} for name in ("answers", "truncated", "problem") for value in (None, [], [1], {})]
+    append_json_lines(path, foreign)
+    assert evaluate_task(engine, task, 3, path=path) == whole
+
+
+WITH_ITS_OWN_FOLDER = """
+import os, sys
+os.environ["NANOCHAT_BASE_DIR"] += os.environ["RANK"]
+from nanochat.common import run_command
+from scripts import chat_eval
+sys.exit(run_command(chat_eval.main))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("many_ranks")
+def test_outcomes_are_read_by_one_rank(tiny_run: Path, base_dir: Path, tmp_path: Path) -> None:
+    """Where machines have folders of their own, the others see none, and all go on with those of rank 0."""
+    flags = ["--model-tag=tiny", "-a", "Arithmetic", "-m", "4", "--device-type=cpu"]
+    for rank, problems in enumerate((4, 2)):
+        assert chat_eval.main([*flags, "-x", str(problems)]) == 0
+        shutil.move(shutil.copytree(base_dir, tmp_path / "copy"), f"{base_dir}{rank}")
+        shutil.rmtree(tiny_run / "sft" / "chat_eval")
+    (tmp_path / "ranks.py").write_text(WITH_ITS_OWN_FOLDER, encoding="utf-8")
+    assert "4 of 6 answers are an earlier run's" in run(2, str(tmp_path / "ranks.py"), *flags, "-x", "6")
+
+
 def test_pass_at_k_grows_and_starts_at_the_accuracy(engine: Engine) -> None:
     result = evaluate_task(engine, LongAnswers(), -1, 8, Answering(6, 8, 1.0))
     assert list(result.pass_at) == [1, 2, 4, 6]
@@ -232,6 +267,8 @@ def test_questions_in_parts_are_shown_as_text(engine: Engine) -> None:
     [
         (["-a", "Arithmetic", "-n", "8"], "at temperature 0 .*: give --temperature"),
         (["-a", "DocQA"], "only teaches"),
+        (["-a", ""], "--task-name names no task: give at least one"),
+        (["-a", "|,"], "--task-name names no task: give at least one"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_the_work(flags: list[str], message: str, tiny_run: Path) -> None:

@@ -13,6 +13,7 @@ from nanochat.common import NanochatError
 from nanochat.loss_eval import batches_to_validate
 from nanochat.runs import list_steps
 from scripts import chat_sft
+from tests.helpers import write_gsm8k
 
 FLAGS = ["--model-tag=tiny", "--no-compile", "--device-type=cpu", "--eval-tokens=256", "--num-iterations=2", "--save-every=1"]
 
@@ -53,6 +54,24 @@ def test_a_resumed_stage_keeps_its_updates_and_asks_nothing_anew(tiny_run: Path,
     monkeypatch.setattr(chat_sft, "estimate_tokens", None)
     assert chat_sft.main(["--model-tag=tiny", "--resume=auto", "--no-compile", "--device-type=cpu", "--eval-tokens=256"]) == 0
     assert list_steps(tiny_run / "sft")[-1] == step == settings["num_iterations"]
+
+
+def test_a_resumed_stage_knows_its_tasks_files_and_its_rows(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However they were named, and wherever it goes on."""
+    shutil.rmtree(tiny_run / "sft")
+    write_gsm8k(tmp_path / "questions", 100)
+    monkeypatch.chdir(tmp_path)
+    flags = [*FLAGS, "--tasks=GSM8K:60", "--task-data=questions", "--max-seq-len=64"]
+    assert chat_sft.main(flags) == 0
+    for resumed in (FLAGS, [*FLAGS, "--max-seq-len=-1"]):
+        shutil.rmtree(tiny_run / "sft" / "step_000002")
+        monkeypatch.chdir("/")
+        assert chat_sft.main([*resumed, "--resume=auto"]) == 0
+        assert list_steps(tiny_run / "sft") == [1, 2]
+    with pytest.raises(NanochatError, match="was started with --max-seq-len 64, not 32"):
+        chat_sft.main([*FLAGS, "--max-seq-len=32", "--resume=1"])
 
 
 def test_the_sooner_of_updates_and_minutes_ends_a_stage(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

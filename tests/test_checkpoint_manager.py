@@ -21,11 +21,13 @@ from nanochat.checkpoint_manager import (
     clean_up,
     find_run,
     load_checkpoint,
+    load_into,
     load_model,
     newest_valid_step,
     prune,
     read_meta,
     save_checkpoint,
+    save_sharded,
 )
 from nanochat.common import NanochatError
 from nanochat.files import atomic_write
@@ -94,7 +96,7 @@ def test_damage_is_found_and_the_step_before_is_used(stage_dir: Path, name: str,
     assert len(skipped) == (0 if name == "manifest.json" and damage == "remove" else 1)
 
 
-@pytest.mark.parametrize("failing", ["_save_tensors", "_write_json", "_sha256", "_flush_to_disk"])
+@pytest.mark.parametrize("failing", ["save_tensors", "_write_json", "_sha256", "_flush_to_disk"])
 def test_a_failure_at_any_stage_leaves_what_was_there(stage_dir: Path, failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     save_checkpoint(stage_dir, 1, STATE, None, {"note": "old"})
 
@@ -116,7 +118,7 @@ def test_a_full_disk_is_an_oserror(stage_dir: Path) -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
     with pytest.raises(OSError) as error:
-        checkpoint_manager._save_tensors(STATE, Path("/dev/full/x"))
+        checkpoint_manager.save_tensors(STATE, Path("/dev/full/x"))
     assert error.value.errno
 
 
@@ -342,6 +344,38 @@ def test_a_flipped_bit_of_the_optimizers_state_is_found_where_it_is_read(tiny_ru
     path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
     with pytest.raises(CheckpointError, match="optim.safetensors is damaged"):
         load_optimizer(optimizer, tiny_run / "base", 6)
+
+
+@dataclass
+class ShardedOptimizer:
+    """As with --fsdp, whose state is read in parts by its names."""
+
+    names: tuple[str, ...]
+    sharded: bool = True
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {name: torch.zeros(4) for name in self.names}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        assert all(bool(tensor.any()) for tensor in state.values())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_state_that_is_read_in_parts_and_is_not_there_is_named(stage_dir: Path, in_parts: bool) -> None:
+    states = {"model.safetensors": STATE, "optim.safetensors": {"b": STATE["b"].float()}}
+    if in_parts:
+        save_sharded(stage_dir, 1, states, {})
+    else:
+        save_checkpoint(stage_dir, 1, *states.values(), {})
+    load_optimizer(ShardedOptimizer(("b",)), stage_dir, 1)
+    with pytest.raises(CheckpointError, match=r"whose optimizer was another \(it has no '.*c'\): add --load-optimizer 0"):
+        load_optimizer(ShardedOptimizer(("b", "c")), stage_dir, 1)
+    save_checkpoint(stage_dir, 1, STATE, None, {})
+    with pytest.raises(CheckpointError, match="was saved without optimizer state: add --load-optimizer 0"):
+        load_optimizer(ShardedOptimizer(("b",)), stage_dir, 1)
+    with pytest.raises(CheckpointError, match=r"optim\.safetensors is damaged \(missing"):
+        load_into(step_dir(stage_dir, 1), "optim.safetensors", {"b": torch.zeros(4)})
 
 
 def test_a_copy_that_a_file_manager_named_is_no_run(tiny_run: Path) -> None:

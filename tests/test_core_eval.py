@@ -191,6 +191,18 @@ def test_finished_tasks_are_not_computed_again(
     assert capsys.readouterr().out == f"2 of 3 tasks are an earlier run's: remove {tmp_path / 'out'} to measure them again\n"
 
 
+@pytest.mark.parametrize("content", ["", "{", "[1]", "{}", '{"correct": "yes", "truncated": false}', "\udcff"])
+def test_outcomes_that_cannot_be_read_are_computed_again(
+    content: str, scorer: NanochatScorer, bundle: Path, tmp_path: Path
+) -> None:
+    first = evaluate_core(scorer, bundle, folder=tmp_path / "out")
+    path = next((tmp_path / "out").glob("winograd_*"))
+    whole = path.read_bytes()
+    path.write_bytes(whole + content.encode("utf-8", "surrogateescape") if content else b"")
+    assert evaluate_watched(scorer, bundle, tmp_path / "out") == (first, {"winograd"})
+    assert path.read_bytes() == whole
+
+
 def test_outcomes_of_other_questions_are_not_used(scorer: NanochatScorer, bundle: Path, tmp_path: Path) -> None:
     first = evaluate_core(scorer, bundle, folder=tmp_path / "out")
     path, tasks = bundle / "eval_data" / "arc_easy.jsonl", bundle / "core.yaml"

@@ -87,6 +87,12 @@ def make(facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     yield run
 
 
+def test_its_flags_may_stand_in_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('facts = "~/facts.txt"\nnumber = 7\nby_turns = true', encoding="utf-8")
+    args = gen_synthetic_data.parse_arguments([f"--config={tmp_path / 'mine.toml'}", "--seed=3"])
+    assert (args.facts, args.number, args.by_turns, args.seed) == (Path("~/facts.txt").expanduser(), 7, True, 3)
+
+
 def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import random
 from dataclasses import asdict, dataclass, replace
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from nanochat import checkpoint_manager
 from nanochat.common import NanochatError
 from nanochat.eval_results import merge_eval
 from nanochat.gpt import GPT, GPTConfig
@@ -302,6 +305,16 @@ def test_the_command_writes_all_files_and_replaces_only_its_own(
     with pytest.raises(NanochatError, match=r"notes\.txt"):
         export_hf.main(["--model-tag=tiny", "--output", str(output)])
     assert (output / "notes.txt").exists()
+
+
+def test_a_full_disk_is_said_to_be_one(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> None:
+        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint_manager, "save_file", fail)
+    with pytest.raises(OSError, match="No space left") as failure:
+        export_hf.main(["--model-tag=tiny", "--output", str(tmp_path / "export")])
+    assert failure.value.errno == errno.ENOSPC and not list(tmp_path.glob("*export*"))
 
 
 def test_another_model_is_not_written_over(tiny_run: Path, tmp_path: Path) -> None:

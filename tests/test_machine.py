@@ -23,7 +23,7 @@ from tests.helpers import make_model
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("nanochat", "scripts", "tasks", "dev", "benchmarks")
-SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
+SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
 @pytest.mark.parametrize(("broken", "chosen"), [("", "fa4"), ("fa4", "flex"), ("fa4 flex", "fa3"), ("fa3 fa4 flex", "plain")])
@@ -192,10 +192,10 @@ def test_sources_run_on_every_system(path: Path) -> None:
     """UTF-8 is named wherever text is read or written, and nothing that only Unix has is imported or used."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
+        if isinstance(node, ast.Import | ast.ImportFrom):
             optional = {"resource"} if path.name in ("execution_worker.py", "common.py") else set()  # done without on Windows
-            names = {alias.name for alias in node.names} - optional
-            assert not names & {"fcntl", "resource", "pwd", "grp", "termios"}, node.lineno
+            names = {alias.name for alias in node.names} if isinstance(node, ast.Import) else {node.module}
+            assert not (names - optional) & {"fcntl", "resource", "pwd", "grp", "termios"}, node.lineno
         if isinstance(node, ast.Attribute):
             assert node.attr not in ("SIGALRM", "alarm", "fork"), node.lineno
             if not path.name.startswith("execution"):  # which refuses to run on Windows

@@ -272,14 +272,14 @@ def test_the_best_checkpoint_is_one_that_there_is(
     first: float, best: int, base_flags: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step that was measured best but could not be written does not take the place of the best that was."""
-    save_tensors, values = checkpoint_manager._save_tensors, iter((first, 1.0, 2.0, 2.5, 2.6, 2.7))
+    save_tensors, values = checkpoint_manager.save_tensors, iter((first, 1.0, 2.0, 2.5, 2.6, 2.7))
 
     def fail_once(tensors: dict[str, torch.Tensor], path: Path) -> None:
         if "step_000004" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         save_tensors(tensors, path)
 
-    monkeypatch.setattr(checkpoint_manager, "_save_tensors", fail_once)
+    monkeypatch.setattr(checkpoint_manager, "save_tensors", fail_once)
     monkeypatch.setattr(base_train, "evaluate_bpb", lambda *arguments: next(values))
     assert base_train.main([*base_flags, "--eval-every=2"]) == 0
     stage_dir = stage_dir_of(Path(os.environ["NANOCHAT_BASE_DIR"]))

@@ -28,7 +28,7 @@ from nanochat.sampling import SamplingParams
 from nanochat.tokenizer import Tokenizer
 from scripts import chat_rl
 from tasks.common import Conversation, Task
-from tests.helpers import load_all, make_document, make_model
+from tests.helpers import load_all, make_document, make_model, write_gsm8k
 
 FLAGS = [
     "--model-tag=tiny", "--task=Arithmetic", "--examples-per-step=3", "--num-samples=4", "--max-new-tokens=12",
@@ -253,7 +253,8 @@ def test_an_update_is_answered_by_the_weights_as_they_are(engine: Engine) -> Non
 @pytest.mark.parametrize(
     ("settings", "words"),
     [({"objective": "ppo"}, "ppo"), ({"num_samples": 1}, "num-samples 1"), ({"temperature": 0.0}, "temperature 0"),
-     ({"kl_weight": 0.1, "top_k": 5}, "top-k")],
+     ({"kl_weight": 0.1, "top_k": 5}, "top-k"), ({"top_k": -1}, "top_k cannot be -1"),
+     ({"temperature": math.nan}, "temperature cannot be nan")],
 )  # fmt: skip
 def test_settings_that_cannot_learn_are_refused(settings: dict, words: str) -> None:
     with pytest.raises(NanochatError, match=words):
@@ -315,6 +316,15 @@ def test_a_resumed_run_goes_on_with_the_problems_that_it_began_with(tiny_run: Pa
     monkeypatch.setattr("tasks.arithmetic.Arithmetic.__len__", lambda self: 7)
     with pytest.raises(NanochatError, match=r"the mixture, 7 conversations, is not the one that run 'tiny' was started with"):
         chat_rl.main([*flags, "--resume=1"])
+    assert chat_rl.main([*flags, "--resume=auto"]) == 0
+    assert list_steps(tiny_run / "rl") == [1, 2]
+
+
+def test_a_resumed_run_knows_where_its_problems_are(tiny_run: Path, tmp_path: Path) -> None:
+    write_gsm8k(tmp_path, 40)
+    flags = [flag for flag in FLAGS if not flag.startswith("--task=")]
+    assert chat_rl.main([*flags, "--task=GSM8K", f"--task-data={tmp_path}", "--num-iterations=2", "--save-every=1"]) == 0
+    shutil.rmtree(tiny_run / "rl" / "step_000002")
     assert chat_rl.main([*flags, "--resume=auto"]) == 0
     assert list_steps(tiny_run / "rl") == [1, 2]
 

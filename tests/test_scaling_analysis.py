@@ -40,5 +40,6 @@ def test_runs_are_read_as_they_were_left(tiny_run: Path, capsys: pytest.CaptureF
     with open(tiny_run.parent / "scaling.csv", encoding="utf-8") as file:
         assert [row["run"] for row in csv.DictReader(file)] == ["tiny", "tiny-2"]
     assert (tiny_run.parent / "scaling.png").stat().st_size > 1000
-    with pytest.raises(NanochatError, match=r"runs/miniseries\.sh"):
-        scaling_analysis.main(["--runs=none-*"])
+    (tiny_run / "mine.toml").write_text('runs = "none-*"', encoding="utf-8")
+    with pytest.raises(NanochatError, match=r"no run 'none-\*' .* runs/miniseries\.sh"):
+        scaling_analysis.main([f"--config={tiny_run / 'mine.toml'}"])

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from nanochat.common import NanochatError, describe_error
 from nanochat.runs import list_steps
@@ -89,6 +90,13 @@ def test_a_mistake_of_ours_is_one_sentence_and_keeps_its_trace(base_dir: Path, t
 def test_what_may_happen_to_anyone_has_a_way_out(error: Exception, sentence: str) -> None:
     assert sentence in describe_error(error)
     assert "\n" not in describe_error(error)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")])
+def test_the_way_out_of_too_little_memory_is_open_to_every_command(error: Exception) -> None:
+    """Some have --device-batch-size, some --batch-size, some --max-rows, and chat_cli has none."""
+    sentence = describe_error(error)
+    assert sentence and "fewer rows at a time" in sentence and "--" not in sentence
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), RuntimeError("x"), ModuleNotFoundError("x", name="nanochat.x")])
@@ -293,10 +301,14 @@ def test_switches_reach_the_model_and_the_optimizer(tiny_run: Path, corpus: Path
     flags = [*TINY_TRAINING, "--data", str(corpus), "--model-tag=switched", "--num-iterations=1"]
     for pair, sentence in (
         ("n_layers=1", "did you mean n_layer"), ("n_layer=one", "must be like"), ("x=1", "no switch 'x'"),
-        ("muon_blocks=2", "must be like True"),
+        ("muon_blocks=2", "must be like True"), ("muon_beta2=2", "muon_beta2 cannot be 2"),
+        ("adam_betas=(0.9,1)", r"adam_betas cannot be \(0.9, 1\): choose 0 or more, and less than 1"),
+        ("adam_betas=(0.9,)", "give two numbers"), ("muon_momentum=-1", "muon_momentum cannot be -1"),
+        ("adam_eps=-1", "adam_eps cannot be -1"),
     ):  # fmt: skip
         with pytest.raises(NanochatError, match=sentence):
             base_train.main([*flags, "--set", pair])
+    assert not (tiny_run.parent / "switched").exists()
     assert base_train.main([*flags, "--set", "n_layer=1", "muon_beta2=0.5", "value_embeddings=false"]) == 0
     meta = json.loads((tiny_run.parent / "switched" / "base" / "step_000001" / "meta.json").read_text(encoding="utf-8"))
     assert meta["model_config"]["n_layer"] == 1

@@ -21,10 +21,10 @@ from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
 from nanochat.engine import Engine
-from nanochat.openai_api import CompletionRequest, token_text
+from nanochat.openai_api import MAX_CHARS, MAX_MESSAGES, MAX_PARTS, MAX_TOKENS, CompletionRequest, token_text
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Scheduler, Sequence
-from nanochat.server import create_app
+from nanochat.server import DetokenizeRequest, create_app
 from nanochat.service import Limits
 from tests.helpers import serve, wait_for
 
@@ -184,6 +184,9 @@ def test_long_conversations_are_trimmed_and_the_reply_says_so(client: TestClient
     response = client.post(CHAT, json=body)
     assert response.json()["nanochat"]["dropped_turns"] == int(response.headers["x-nanochat-dropped-turns"]) > 0
     assert _events(client.post("/chat/completions", json=body).text)[0]["dropped_turns"] > 0
+    response = client.post("/tokenize", json={"messages": body["messages"]})
+    assert response.json()["nanochat"]["dropped_turns"] == int(response.headers["x-nanochat-dropped-turns"]) > 0
+    assert "nanochat" not in client.post("/tokenize", json={"messages": HELLO["messages"]}).json()
 
 
 def test_conversations_as_clients_send_them(client: TestClient) -> None:
@@ -221,6 +224,24 @@ def test_bad_requests_get_one_clear_sentence(client: TestClient, path: str, chan
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert words in error["message"] and error["type"] == "invalid_request_error"
+
+
+def test_one_more_than_the_documented_limits_is_refused(client: TestClient) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8").replace("\n", " ")
+    limits = f"a conversation at {MAX_MESSAGES:,} messages or {MAX_CHARS:,} characters, a message at {MAX_PARTS:,} parts"
+    assert limits in page
+    user, part = {"role": "user", "content": "x"}, {"type": "text", "text": "x"}
+    for messages, field in (
+        ([user] * (MAX_MESSAGES + 1), "messages"),
+        ([{**user, "content": [part] * (MAX_PARTS + 1)}], "messages.0.content"),
+        ([{**user, "content": "x" * (MAX_CHARS + 1)}], "messages.0.content"),
+        ([{**user, "content": "x" * (MAX_CHARS // 2 + 1)}] * 2, "messages"),
+    ):
+        for path in (CHAT, "/tokenize"):
+            assert client.post(path, json={"messages": messages}).json()["error"]["param"] == field
+    assert DetokenizeRequest(tokens=[1] * MAX_TOKENS)
+    with pytest.raises(ValidationError, match=f"at most {MAX_TOKENS} items"):
+        DetokenizeRequest(tokens=[1] * (MAX_TOKENS + 1))
 
 
 @pytest.mark.parametrize(

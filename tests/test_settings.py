@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -105,6 +106,29 @@ def test_a_wrong_flag_is_one_sentence(flags: list[str], named: str, capsys: pyte
     assert leaving.value.code == 2
     assert named in said
     assert said.startswith("error: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "words"),
+    [(base_train, ["--target-minutes=nan"], "--target-minutes nan is no finite number"),
+     (base_train, ["--expand-at", "NaN"], "--expand-at nan is no finite number"),
+     (base_train, ["--target-flops=inf"], "--target-flops inf is no finite number"),
+     (base_train, ["--expand-at=-0.5"], "--expand-at -0.5 is out of range: choose 0 to 1"),
+     (base_train, ["--warmup-steps=-5"], "--warmup-steps -5 is out of range: choose 0 or more"),
+     (chat_sft, ["--warmup-steps=-5"], "--warmup-steps -5 is out of range: choose 0 or more"),
+     (chat_rl, ["--temperature=nan"], "--temperature nan is no finite number"),
+     (base_train, ["--core-metric-max-per-task=0"], "--core-metric-max-per-task 0 asks nothing: .* -1 for all"),
+     (base_eval, ["--max-per-task=0"], "--max-per-task 0 asks nothing: .* -1 for all"),
+     (chat_eval, ["--max-problems=0"], "--max-problems 0 asks nothing: .* -1 for all")],
+)  # fmt: skip
+def test_numbers_that_mean_nothing_are_refused(module: Any, flags: list[str], words: str) -> None:
+    with pytest.raises(NanochatError, match=words):
+        module.parse_arguments(flags)
+
+
+def test_no_file_gives_nan(tmp_path: Path) -> None:
+    with pytest.raises(NanochatError, match="--target-minutes nan is no finite number"):
+        parse(base_train, "target_minutes = nan", tmp_path)
 
 
 def test_flags_may_be_written_with_underscores(capsys: pytest.CaptureFixture) -> None:

@@ -100,7 +100,7 @@ def test_what_flags_leave_open_is_as_the_stage_was_begun(
 @pytest.mark.parametrize(
     ("script", "names"),
     [(base_train, ("num_iterations", "target_minutes", "target_flops", "total_batch_size")),
-     (chat_sft, ("num_iterations", "target_minutes", "total_batch_size")), (chat_rl, ("num_iterations",))],
+     (chat_sft, ("max_seq_len", "num_iterations", "target_minutes", "total_batch_size")), (chat_rl, ("num_iterations",))],
 )  # fmt: skip
 def test_zero_leaves_open_what_a_stage_may_adopt(script: Any, names: tuple[str, ...]) -> None:
     args = script.parse_arguments([f"--{name.replace('_', '-')}=0" for name in names])

@@ -121,7 +121,7 @@ def test_a_run_says_what_it_is_and_what_it_keeps(corpus: Path, capsys: pytest.Ca
 
 @pytest.mark.parametrize(
     ("flag", "limits"),
-    [("--matrix-lr=-1", "0 or more"), ("--weight-decay=nan", "0 or more"), ("--warmdown-ratio=3", "0 to 1"),
+    [("--matrix-lr=-1", "0 or more"), ("--weight-decay=-0.1", "0 or more"), ("--warmdown-ratio=3", "0 to 1"),
      ("--final-lr-frac=-0.1", "0 to 1")],
 )  # fmt: skip
 def test_rates_and_shares_out_of_range_are_refused(flag: str, limits: str, corpus: Path) -> None:

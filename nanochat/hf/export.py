@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import torch
-from safetensors.torch import save_file
 
-from nanochat.checkpoint_manager import read_meta
+from nanochat.checkpoint_manager import read_meta, save_tensors
 from nanochat.common import NanochatError
 from nanochat.eval_results import read_eval, read_json
 from nanochat.files import replace_directory, share_mode
@@ -67,7 +65,7 @@ def export(
         (temporary / "README.md").write_text(model_card(model, meta, form, repo), encoding="utf-8")
         for name in CODE_FILES if form == "custom" else ():
             (temporary / name).write_text(read_resource("hf", name), encoding="utf-8")
-        _save_weights(state, temporary / WEIGHTS_FILE)
+        save_tensors(state, temporary / WEIGHTS_FILE, {"format": "pt"})
         share_mode(temporary / CONFIG_FILE)
         replace_directory(temporary, output)
     finally:
@@ -89,10 +87,6 @@ def check_output(output: Path) -> None:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=True) + "\n", encoding="utf-8")
-
-
-def _save_weights(state: dict[str, torch.Tensor], path: Path) -> None:
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}, path, {"format": "pt"})
 
 
 def _tokenizer_config(sequence_len: int) -> dict[str, Any]:
