@@ -26,16 +26,22 @@ def from_rank0(value: T) -> T:
 
 
 def on_rank0(work: Callable[[], T]) -> T:
-    """What `work` returns on rank 0, on every rank (a collective call); the NanochatError that it raises, as well."""
-    outcome: tuple[T | None, NanochatError | None] = (None, None)
+    """What `work` returns on rank 0, on every rank (a collective call).
+
+    If it fails it raises on all of them: its own error on rank 0 and, if that is a NanochatError, elsewhere.
+    """
+    result: T | None = None
+    failure: Exception | None = None
     if get_dist_info()[1] == 0:
         try:
-            outcome = (work(), None)
-        except NanochatError as error:
-            outcome = (None, error)
-    result, failure = from_rank0(outcome)
-    if failure is not None:
-        raise failure
+            result = work()
+        except Exception as error:
+            failure = error
+    hidden = failure is not None and not isinstance(failure, NanochatError)
+    told = NanochatError("rank 0 has failed: its reason stands above") if hidden else failure
+    result, told = from_rank0((result, told))
+    if (error := failure or told) is not None:
+        raise error
     return cast("T", result)
 
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import subprocess
@@ -13,13 +12,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nanochat.common import NanochatError, compute_init, in_process_group, print0, run_command
 from nanochat.compilation import keep_freed_memory
 from nanochat.core_eval import NanochatScorer, evaluate_core, find_bundle
 from nanochat.dataloader import TokenLoader
-from nanochat.dataset import default_source_name, get_source
+from nanochat.dataset import Source, default_source_name, get_source
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import batches_to_validate, evaluate_bpb
@@ -40,7 +39,7 @@ from nanochat.scaling import (
 )
 from nanochat.scores import core_name
 from nanochat.settings import Arguments, SettingsParser
-from nanochat.stage import begin, make_model, open_metrics, open_stage, setup_optimizer, train, train_config
+from nanochat.stage import Stage, begin, make_model, open_metrics, open_stage, setup_optimizer, train, train_config
 from nanochat.tokenizer import FILE_NAME, Tokenizer, get_tokenizer, get_tokenizer_dir
 from nanochat.trainer import TrainConfig, Trainer
 from nanochat.training_flags import RATES, add_rate_arguments, add_training_arguments, parse_switches
@@ -188,21 +187,10 @@ def main(argv: list[str] | None = None) -> int:
 
     # What to train, for how long, in what portions
     stage.adopt(args, "data", "total_batch_size", *HORIZON, "expand_at")
-    source = get_source(args.data or default_source_name())
-    args.data = source.name  # as a path that holds wherever the next command is given
-    if stage.resume_step is not None and args.tokenizer == args.defaults["tokenizer"]:
-        tokenizer = Tokenizer.load(get_run_dir(stage.tag))  # the copy that the run keeps: another may have been trained since
-    else:
-        on_rank0(lambda: make_default_tokenizer(args.tokenizer, args.data))
-        tokenizer = get_tokenizer(args.tokenizer)
-    source.check_tokens(tokenizer)
+    source, tokenizer = open_text(args, stage)
     model_switches, optimizer_switches = parse_switches(args.switches, GPTConfig, OptimizerSettings)
-    config = model_config(
-        args.depth, tokenizer.get_vocab_size(), args.max_seq_len, args.aspect_ratio, args.head_dim, args.window_pattern,
-        args.num_kv_heads,
-    )  # fmt: skip
-    config = replace(config, **model_switches)
     OptimizerSettings(**optimizer_switches)  # which refuses what means nothing before anything is written
+    config = describe_config(args, tokenizer, model_switches)
     shape = {name: vars(args)[name] for name in SHAPE}
     check_settings(stage, {**shape, "tokenizer_fingerprint": tokenizer.fingerprint()}, args)
     model = make_model(asdict(config), device, args, stage.start)
@@ -236,12 +224,6 @@ def main(argv: list[str] | None = None) -> int:
         batches = TokenLoader(source, tokenizer, rows, args.max_seq_len, "val", rank, world_size, device, loop=False)
         return {"val/bpb": evaluate_bpb(model, itertools.islice(batches, val_batches), token_bytes)}
 
-    def evaluate_core_metric(bundle: Path) -> dict[str, float]:
-        scorer = NanochatScorer(model, tokenizer)
-        results = evaluate_core(scorer, bundle, args.core_metric_max_per_task)
-        name = core_name(results)
-        return {f"val/{name}": results[name]}
-
     def sample() -> list[dict[str, str]]:
         return continue_openings(Engine(model, tokenizer), source)
 
@@ -254,12 +236,45 @@ def main(argv: list[str] | None = None) -> int:
         stage.directory, open_metrics(stage, settings, args),
         {"tokenizer": tokenizer.fingerprint(), "settings": settings, "data": source.describe(), "parent": None},
         evaluate=evaluate,
-        evaluations=[(args.core_metric_every, functools.partial(evaluate_core_metric, bundle))] if bundle else [],
+        evaluations=[(args.core_metric_every, core_evaluation(args, model, tokenizer, bundle))] if bundle else [],
         sample=sample,
     )  # fmt: skip
     train(trainer, stage)
     loader.close()
     return 0
+
+
+def open_text(args: Arguments, stage: Stage) -> tuple[Source, Tokenizer]:
+    """What is read, and the tokenizer that reads it: the run's own where it goes on."""
+    source = get_source(args.data or default_source_name())
+    args.data = source.name  # as a path that holds wherever the next command is given
+    if stage.resume_step is not None and args.tokenizer == args.defaults["tokenizer"]:
+        tokenizer = Tokenizer.load(get_run_dir(stage.tag))  # the copy that the run keeps: another may have been trained since
+    else:
+        on_rank0(lambda: make_default_tokenizer(args.tokenizer, args.data))
+        tokenizer = get_tokenizer(args.tokenizer)
+    source.check_tokens(tokenizer)
+    return source, tokenizer
+
+
+def describe_config(args: Arguments, tokenizer: Tokenizer, switches: dict[str, Any]) -> GPTConfig:
+    """The model that the flags ask for; switches: fields that are set by name."""
+    config = model_config(
+        args.depth, tokenizer.get_vocab_size(), args.max_seq_len, args.aspect_ratio, args.head_dim, args.window_pattern,
+        args.num_kv_heads,
+    )  # fmt: skip
+    return replace(config, **switches)
+
+
+def core_evaluation(args: Arguments, model: GPT, tokenizer: Tokenizer, bundle: Path) -> Callable[[], dict[str, float]]:
+    """What --core-metric-every measures."""
+
+    def evaluate() -> dict[str, float]:
+        results = evaluate_core(NanochatScorer(model, tokenizer), bundle, args.core_metric_max_per_task)
+        name = core_name(results)
+        return {f"val/{name}": results[name]}
+
+    return evaluate
 
 
 def make_default_tokenizer(name: str, data: str) -> None:

@@ -77,6 +77,13 @@ def load_reference(parent: dict[str, Any], stage: Stage, device: torch.device) -
     return model
 
 
+def check_room(max_new_tokens: int, sequence_len: int) -> None:
+    if max_new_tokens >= sequence_len:
+        raise NanochatError(
+            f"--max-new-tokens {max_new_tokens} leaves no room for a question in a context of {sequence_len}: choose fewer"
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     keep_freed_memory()
@@ -92,21 +99,14 @@ def main(argv: list[str] | None = None) -> int:
 
     # Where it starts, and for how long it goes on
     start_dir, tokenizer, meta, parent_step = open_start(stage, args.source, args.model_step)
-    model_config = meta["model_config"]
-    if args.max_new_tokens >= model_config["sequence_len"]:
-        raise NanochatError(
-            f"--max-new-tokens {args.max_new_tokens} leaves no room for a question in a context of "
-            f"{model_config['sequence_len']}: choose fewer"
-        )
-    train_task = build_judged_task(args.task, "train", args.task_data)
-    val_task = build_judged_task(args.task, "val", args.task_data)
+    check_room(args.max_new_tokens, meta["model_config"]["sequence_len"])
+    train_task, val_task = (build_judged_task(args.task, split, args.task_data) for split in ("train", "val"))
     mixture = check_mixture(stage, train_task, args.task)
     if mixture is None:
         return 0
-    num_iterations = args.num_iterations
-    if num_iterations <= 0:
-        num_iterations = max(1, args.num_epochs * len(train_task) // args.examples_per_step)
-    model = make_model(model_config, device, args, (start_dir, meta["step"]))
+    in_epochs = max(1, args.num_epochs * len(train_task) // args.examples_per_step)
+    num_iterations = args.num_iterations if args.num_iterations > 0 else in_epochs
+    model = make_model(meta["model_config"], device, args, (start_dir, meta["step"]))
     model.fixed_shape = False  # answers are of any length
     begun = stage.resume_step is not None
     parent = meta["parent"] if begun else {"stage": args.source, "step": parent_step, "weights": meta["weights"]}
@@ -114,12 +114,9 @@ def main(argv: list[str] | None = None) -> int:
     rows = choose_answer_rows(model, args.device_batch_size)
     rows_per_rank = -(-args.examples_per_step // world_size) * args.num_samples
     decided = {
-        **mixture,
-        "tasks": args.task,
-        "num_iterations": num_iterations,
-        "device_batch_size": rows,
+        **mixture, "tasks": args.task, "num_iterations": num_iterations, "device_batch_size": rows,
         "parent": f"{args.source} step {parent_step}",
-    }
+    }  # fmt: skip
     settings = begin(stage, model, tokenizer, args, decided)
     if settings is None:
         return 0

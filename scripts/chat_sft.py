@@ -8,13 +8,16 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from nanochat.checkpoint_manager import find_run
 from nanochat.common import compute_init, get_base_dir, print0, run_command
 from nanochat.compilation import keep_freed_memory
 from nanochat.conversation_loader import ConversationLoader, check_answers, estimate_tokens
 from nanochat.engine import Engine
+from nanochat.gpt import GPT
 from nanochat.loss_eval import batches_to_validate, evaluate_bpb
 from nanochat.model_config import read_config
 from nanochat.pace import choose_device_batch_size, steps_in
@@ -24,6 +27,7 @@ from nanochat.samples import sample_answers
 from nanochat.scaling import accumulation_steps, fit_batch, learning_rate_scale
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import (
+    Stage,
     begin,
     load_optimizer,
     make_model,
@@ -98,16 +102,47 @@ def choose_batch(usual: int, together: int, tokens_in_pass: int) -> int:
     return batch
 
 
+def find_base(args: Arguments) -> str:
+    """The run whose base model is tuned, imported first where --from-hf names one."""
+    if args.from_hf is None:
+        return find_run("base", args.model_tag, heir="sft" if args.resume != "none" else None)
+    from nanochat.hf.load import import_run
+
+    return import_run(args.from_hf, args.model_tag)
+
+
+def change_context(model_config: dict[str, Any], sequence_len: int) -> None:
+    """Give a base model's config another context, and say so where layers see further or less far by that."""
+    before = read_config(model_config).windows()
+    model_config["sequence_len"] = sequence_len
+    after = read_config(model_config).windows()
+    if after != before:
+        print0(f"layers see {min(after)} to {max(after)} tokens back, in the base model {min(before)} to {max(before)}")
+
+
+def plan(
+    args: Arguments, stage: Stage, model: GPT, base_batch: int, tokens_in_pass: Callable[[], int], world_size: int
+) -> tuple[int, int, int]:
+    """(tokens in an update, rows in a micro-batch, updates); base_batch: tokens in an update of the base model."""
+    total_batch_size, num_iterations = max(0, args.total_batch_size), max(0, args.num_iterations)
+    if not (total_batch_size and num_iterations):
+        tokens = tokens_in_pass()
+        together = model.config.sequence_len * world_size * max(1, args.device_batch_size)
+        total_batch_size = total_batch_size or choose_batch(base_batch, together, tokens)
+        num_iterations = num_iterations or max(1, round(tokens / total_batch_size))
+    rows = choose_device_batch_size(model, args.device_batch_size, total_batch_size, world_size)
+    if args.target_minutes > 0:  # stop sooner if the time is up, or was when the stage was begun
+        steps = stage.recorded_settings().get("num_iterations")
+        steps = steps or steps_in(model, args.target_minutes, rows, total_batch_size, args.compile)
+        num_iterations = min(num_iterations, steps)
+    return total_batch_size, rows, num_iterations
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     keep_freed_memory()
     _, rank, _, world_size, device = compute_init(args.device_type, args.seed)
-    if args.from_hf is not None:
-        from nanochat.hf.load import import_run
-
-        base_tag = import_run(args.from_hf, args.model_tag)
-    else:
-        base_tag = find_run("base", args.model_tag, heir="sft" if args.resume != "none" else None)
+    base_tag = find_base(args)
     stage = open_stage("sft", base_tag, base_tag, args.resume)
     stage.adopt(args, "tasks", "task_data", "max_seq_len", "total_batch_size", "num_iterations", "target_minutes")
 
@@ -115,11 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     start_dir, tokenizer, meta, base_step = open_start(stage, "base", args.model_step)
     model_config = meta["model_config"]
     if args.max_seq_len > 0:
-        before = read_config(model_config).windows()
-        model_config["sequence_len"] = args.max_seq_len
-        after = read_config(model_config).windows()
-        if after != before:
-            print0(f"layers see {min(after)} to {max(after)} tokens back, in the base model {min(before)} to {max(before)}")
+        change_context(model_config, args.max_seq_len)
     sequence_len = model_config["sequence_len"]
     args.tasks = from_rank0(args.tasks or default_tasks())
     train_task = build_mixture(args.tasks, "train", args.task_data)
@@ -128,18 +159,13 @@ def main(argv: list[str] | None = None) -> int:
     if mixture is None:
         return 0
     check_answers(val_task, tokenizer, sequence_len)
-    total_batch_size, num_iterations = max(0, args.total_batch_size), max(0, args.num_iterations)
-    if not (total_batch_size and num_iterations):
-        tokens_in_pass = estimate_tokens(train_task, tokenizer, sequence_len)
-        together = sequence_len * world_size * max(1, args.device_batch_size)
-        total_batch_size = total_batch_size or choose_batch(meta["settings"]["total_batch_size"], together, tokens_in_pass)
-        num_iterations = num_iterations or max(1, round(tokens_in_pass / total_batch_size))
     model = make_model(model_config, device, args, (start_dir, meta["step"]))
-    rows = choose_device_batch_size(model, args.device_batch_size, total_batch_size, world_size)
-    if args.target_minutes > 0:  # stop sooner if the time is up, or was when the stage was begun
-        steps = stage.recorded_settings().get("num_iterations")
-        steps = steps or steps_in(model, args.target_minutes, rows, total_batch_size, args.compile)
-        num_iterations = min(num_iterations, steps)
+
+    def tokens_in_pass() -> int:
+        return estimate_tokens(train_task, tokenizer, sequence_len)
+
+    base_batch = meta["settings"]["total_batch_size"]
+    total_batch_size, rows, num_iterations = plan(args, stage, model, base_batch, tokens_in_pass, world_size)
     decided = {
         **mixture, "num_iterations": num_iterations, "total_batch_size": total_batch_size, "device_batch_size": rows,
         "parent": f"base step {base_step}",
