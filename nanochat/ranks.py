@@ -40,8 +40,8 @@ def on_rank0(work: Callable[[], T]) -> T:
     hidden = failure is not None and not isinstance(failure, NanochatError)
     told = NanochatError("rank 0 has failed: its reason stands above") if hidden else failure
     result, told = from_rank0((result, told))
-    if (error := failure or told) is not None:
-        raise error
+    if (cause := failure or told) is not None:
+        raise cause
     return cast("T", result)
 
 

@@ -256,3 +256,32 @@ def test_a_part_that_cannot_be_written_says_why(
         write_sharded(tmp_path, {})
     assert failure.value.errno == number
     assert ("disk is full" in describe_error(failure.value)) == (number == errno.ENOSPC)
+
+
+FAILING_RANK_0 = """
+import torch.distributed as dist
+from nanochat.common import NanochatError
+from nanochat.ranks import on_rank0
+dist.init_process_group("gloo")
+
+def fail(error):
+    raise error
+
+for error in (OSError(28, "No space left on device"), NanochatError("no such task")):
+    try:
+        on_rank0(lambda: fail(error))
+    except Exception as raised:
+        print(f"rank {dist.get_rank()}: {type(raised).__name__} {raised}", flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_what_fails_on_rank_0_alone_is_raised_on_all(tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(FAILING_RANK_0, encoding="utf-8")
+    printed = run(2, str(script))
+    for line in (
+        "rank 0: OSError [Errno 28] No space left on device", "rank 1: NanochatError rank 0 has failed: its reason stands above",
+        "rank 0: NanochatError no such task", "rank 1: NanochatError no such task",
+    ):  # fmt: skip
+        assert line in printed
