@@ -23,7 +23,7 @@ from benchmarks.common import describe_machine, print_result
 from nanochat.checkpoint_manager import build_model
 from nanochat.checkpoint_writer import CheckpointWriter
 from nanochat.common import compute_init, run_command
-from nanochat.compilation import keep_freed_memory
+from nanochat.machine import keep_freed_memory
 from nanochat.metrics import MetricsLog
 from nanochat.scaling import model_config
 from nanochat.trainer import Batch, TrainConfig, Trainer

@@ -16,9 +16,9 @@ import torch
 
 from benchmarks.common import describe_machine, print_result, real_data
 from nanochat.common import compute_init, run_command
-from nanochat.compilation import keep_freed_memory
 from nanochat.core_eval import NanochatScorer, Question, build_question, read_items, read_tasks
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.machine import keep_freed_memory
 from nanochat.tokenizer import Tokenizer
 
 

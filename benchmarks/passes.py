@@ -20,8 +20,9 @@ import torch
 from benchmarks.common import add_model_arguments, describe_machine, print_result, shape_of
 from nanochat.checkpoint_manager import build_model
 from nanochat.common import compute_init, peak_memory_bytes, run_command, synchronize
-from nanochat.compilation import can_compile, keep_freed_memory, seconds_of
+from nanochat.compilation import can_compile
 from nanochat.fp8 import enable_fp8
+from nanochat.machine import keep_freed_memory, seconds_of
 from nanochat.passes import Passes
 from nanochat.scaling import accumulation_steps, default_device_batch_size, plan_horizon
 

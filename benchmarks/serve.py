@@ -22,8 +22,8 @@ import uvicorn
 from benchmarks.common import any_tokenizer, print_result
 from benchmarks.decode import build_model
 from nanochat.common import compute_init, run_command
-from nanochat.compilation import in_own_thread, keep_freed_memory
 from nanochat.engine import Engine
+from nanochat.machine import in_own_thread, keep_freed_memory
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
 from nanochat.scaling import model_config

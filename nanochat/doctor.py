@@ -33,11 +33,12 @@ from nanochat.common import (
     has_nvidia_gpu,
     run_command,
 )
-from nanochat.compilation import expected_mfu, measure_matmul_rate, measure_memory_rate, try_to_compile
+from nanochat.compilation import try_to_compile
 from nanochat.cpu import INSTRUCTIONS, cpu_name, has_instructions, usable_cores
 from nanochat.dataset import hub_files
 from nanochat.flash_attention import list_backends
 from nanochat.gpt import GPT
+from nanochat.machine import expected_mfu, measure_matmul_rate, measure_memory_rate
 from nanochat.memory import RESERVED, Layout, largest_depth
 from nanochat.scaling import TOKENS_PER_PARAM, model_config, plan_horizon
 from nanochat.settings import SettingsParser

@@ -10,8 +10,9 @@ import statistics
 import torch
 
 from nanochat.common import NanochatError, get_dist_info, print0, seconds_since_start
-from nanochat.compilation import expected_mfu, measure_matmul_rate, seconds_of, try_to_compile
+from nanochat.compilation import try_to_compile
 from nanochat.gpt import GPT
+from nanochat.machine import expected_mfu, measure_matmul_rate, seconds_of
 from nanochat.memory import optimizer_bytes
 from nanochat.optim import MuonAdamW
 from nanochat.passes import Passes

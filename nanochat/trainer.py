@@ -21,9 +21,10 @@ import torch.distributed as dist
 from nanochat.checkpoint_manager import MODEL_FILE, OPTIMIZER_FILE, lock_stage, prune, save_sharded
 from nanochat.checkpoint_writer import Best, CheckpointWriter
 from nanochat.common import NanochatError, describe_error, get_dist_info, is_lost_connection, peak_memory_bytes, synchronize
-from nanochat.compilation import can_compile, measure_matmul_rate, try_to_compile
+from nanochat.compilation import can_compile, try_to_compile
 from nanochat.gpt import GPT
 from nanochat.loss_scale import LossScale
+from nanochat.machine import measure_matmul_rate
 from nanochat.metrics import MetricsLog
 from nanochat.optim import MuonAdamW
 from nanochat.passes import Batch, Passes, summed_loss

@@ -15,9 +15,9 @@ import torch
 from nanochat.chat_eval import Answering, evaluate_task
 from nanochat.checkpoint_manager import find_run, load_model
 from nanochat.common import NanochatError, compute_init, print0, run_command
-from nanochat.compilation import keep_freed_memory
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
+from nanochat.machine import keep_freed_memory
 from nanochat.pace import choose_answer_rows
 from nanochat.rl import OBJECTIVES, RolloutLoader, RolloutSettings, make_policy_loss
 from nanochat.same_run import check_mixture

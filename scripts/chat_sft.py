@@ -14,11 +14,11 @@ from typing import Any
 
 from nanochat.checkpoint_manager import find_run
 from nanochat.common import compute_init, get_base_dir, print0, run_command
-from nanochat.compilation import keep_freed_memory
 from nanochat.conversation_loader import ConversationLoader, check_answers, estimate_tokens
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.loss_eval import batches_to_validate, evaluate_bpb
+from nanochat.machine import keep_freed_memory
 from nanochat.model_config import read_config
 from nanochat.pace import choose_device_batch_size, steps_in
 from nanochat.ranks import from_rank0

@@ -18,9 +18,9 @@ import uvicorn
 
 from nanochat.checkpoint_manager import load_chosen_model
 from nanochat.common import NanochatError, compute_init, run_command
-from nanochat.compilation import in_own_thread, keep_freed_memory
 from nanochat.engine import Engine
 from nanochat.guard import CarefulProtocol
+from nanochat.machine import in_own_thread, keep_freed_memory
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
 from nanochat.server import create_app

@@ -20,9 +20,9 @@ from rich.table import Table
 
 from nanochat.checkpoint_manager import load_chosen_model
 from nanochat.common import NanochatError, compute_init, run_command, synchronize
-from nanochat.compilation import keep_freed_memory, measure_memory_rate
 from nanochat.engine import Engine
 from nanochat.kv_cache import BLOCK_SIZE, KVBlocks
+from nanochat.machine import keep_freed_memory, measure_memory_rate
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Scheduler, Sequence

@@ -38,7 +38,7 @@ NURSERY = """
 import gc, importlib, json, os, sys, traceback
 import torch
 from nanochat.common import get_compute_dtype, run_command
-from nanochat.compilation import measure_matmul_rate
+from nanochat.machine import measure_matmul_rate
 from tasks.arithmetic import Arithmetic
 
 scripts = {name: importlib.import_module(f"scripts.{name}") for name in ("base_train", "chat_sft", "chat_rl")}

@@ -281,7 +281,9 @@ def test_what_fails_on_rank_0_alone_is_raised_on_all(tmp_path: Path) -> None:
     script.write_text(FAILING_RANK_0, encoding="utf-8")
     printed = run(2, str(script))
     for line in (
-        "rank 0: OSError [Errno 28] No space left on device", "rank 1: NanochatError rank 0 has failed: its reason stands above",
-        "rank 0: NanochatError no such task", "rank 1: NanochatError no such task",
-    ):  # fmt: skip
+        "rank 0: OSError [Errno 28] No space left on device",
+        "rank 1: NanochatError rank 0 has failed: its reason stands above",
+        "rank 0: NanochatError no such task",
+        "rank 1: NanochatError no such task",
+    ):
         assert line in printed

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanochat import compilation, cpu, flash_attention, pace
+from nanochat import compilation, cpu, flash_attention, machine, pace
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError, get_base_dir, get_compute_dtype
 from nanochat.engine import Engine
@@ -244,7 +244,7 @@ def test_cores_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch, tmp_pa
 )
 def test_plans_expect_less_of_amx(has_amx: bool, dtype: str, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_amx, raising=False)
-    assert compilation.expected_mfu(torch.device("cpu"), getattr(torch, dtype)) == expected
+    assert machine.expected_mfu(torch.device("cpu"), getattr(torch, dtype)) == expected
 
 
 def test_answers_in_a_batch_are_halved_until_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:

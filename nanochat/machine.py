@@ -1,0 +1,101 @@
+"""What this machine does in a second, and how its threads and memory are made to serve. Used by whatever measures or plans."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+
+from nanochat.common import synchronize
+from nanochat.cpu import has_instructions
+
+T = TypeVar("T")
+
+
+@functools.lru_cache
+def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.25) -> float:
+    """Floating-point operations a second of a large matrix product on this device: what MFU is a share of.
+
+    The best of many rounds, since other work on the machine can only slow it down. A CPU of few cores takes small
+    products, of which more fit between two disturbances; one of many needs a large one.
+    """
+    sizes = (8192,) if device.type == "cuda" else (1024, 2048)
+
+    def rate(size: int) -> float:
+        a = torch.randn(size, size, device=device, dtype=dtype)
+        b = torch.randn(size, size, device=device, dtype=dtype)
+        a @ b
+        return 2 * size**3 / _fastest(lambda: a @ b, device, seconds / len(sizes))
+
+    return max(rate(size) for size in sizes)
+
+
+@functools.lru_cache
+def measure_memory_rate(device: torch.device, seconds: float = 0.5) -> float:
+    """Bytes a second that this device reads from its main memory: what MBU is a share of. The best of several rounds."""
+    size = (4 << 30) if device.type == "cuda" else (256 << 20)
+    x = torch.ones(size // 4, dtype=torch.float32, device=device)
+    return size / _fastest(x.sum, device, seconds)
+
+
+def _fastest(work: Callable[[], Any], device: torch.device, seconds: float) -> float:
+    """Seconds of the fastest of the rounds that `seconds` allow, at least one."""
+    synchronize(device)
+    deadline = time.perf_counter() + seconds
+    fastest = seconds_of(work, device)
+    while time.perf_counter() < deadline:
+        fastest = min(fastest, seconds_of(work, device))
+    return fastest
+
+
+def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
+    """Seconds that some work takes, until the device is done with it."""
+    started = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - started
+
+
+def expected_mfu(device: torch.device, dtype: torch.dtype) -> float:
+    """The share of a device's matmul rate that training makes use of, roughly, for plans.
+
+    dev/LOG.md: 54 to 71% on CPUs without AMX. With it, 17 to 28%: products are faster there than memory can feed them.
+    """
+    if device.type == "cpu" and dtype == torch.bfloat16 and has_instructions("AMX"):
+        return 0.25
+    return {"cpu": 0.5, "cuda": 0.4, "mps": 0.3}[device.type]
+
+
+def in_own_thread(work: Callable[[], T]) -> T:
+    """Do the work in a thread that ends with it, and return its result.
+
+    OpenMP keeps a team of threads for every thread that ever computed, and stops spinning for work once there are more of
+    them than cores: with a second team alive, small operations took six times as long. What is computed once, before
+    another thread takes over, belongs here.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory instead of giving it back to the system after every step.
+
+    A training step on a CPU frees and takes hundreds of large buffers; fetching their pages anew from the system each
+    time took up to half of the element-wise work. Only what is larger than 32 MB, which would leave holes that little
+    fits into, comes from the system. Elsewhere (musl, macOS, Windows) there is nothing to do.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+    mallopt(mmap_threshold, 32 << 20)  # the highest that there is; set, it no longer follows what is freed
+    mallopt(trim_threshold, 2**31 - 1)
