@@ -12,7 +12,7 @@ from nanochat import cross_entropy, flash_attention
 from nanochat.common import NanochatError
 from nanochat.cross_entropy import softcap, softcapped_cross_entropy, token_losses
 from nanochat.flash_attention import QK_SCALE, _attend_whole, plan_attention
-from nanochat.gpt import GPT, LOGIT_CAP, GPTConfig
+from nanochat.gpt import GPT, LOGIT_CAP, Block, GPTConfig
 from nanochat.kv_cache import KVCache
 from nanochat.layers import Linear, multiply_joined
 from nanochat.scaling import model_config
@@ -338,3 +338,18 @@ def test_a_target_that_top_k_leaves_out_has_a_loss() -> None:
 def test_a_scale_beyond_the_bound_of_scores_is_refused() -> None:
     with pytest.raises(NanochatError, match="qk_scale"):
         GPTConfig(qk_scale=1.3)
+
+
+def test_layers_share_the_graphs_of_their_kinds() -> None:
+    """As a GPU compiles them; what differs from layer to layer, as its number, would be a graph more for each."""
+    from torch._dynamo.testing import CompileCounter
+
+    def count_graphs(n_layer: int) -> int:
+        torch.compiler.reset()
+        counter, model = CompileCounter(), make_model(n_layer=n_layer, sequence_len=256).train()
+        model._compiled_block = torch.compile(Block.forward, backend=counter, dynamic=False)
+        idx = torch.arange(512).view(2, 256) % 300
+        model(idx, idx).backward()
+        return counter.frame_count
+
+    assert count_graphs(10) == count_graphs(6) <= 4
