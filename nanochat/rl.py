@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from nanochat.common import NanochatError
 from nanochat.cpu import usable_cores
@@ -27,7 +26,7 @@ from nanochat.cross_entropy import token_losses
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, LOGIT_CAP
 from nanochat.lanes import epoch_order
-from nanochat.ranks import all_or_none
+from nanochat.ranks import all_or_none, sum_over_ranks
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Sequence as Answer
 from nanochat.trimming import trim_prompt
@@ -186,8 +185,7 @@ class RolloutLoader:
 
     def _count(self, sums: torch.Tensor, seconds: float) -> dict[str, float]:
         """What this update's answers were, over all ranks, by each one's `_sum_up`."""
-        if self.world_size > 1:
-            dist.all_reduce(sums)
+        sum_over_ranks(sums)
         count, reward, groups, mixed, sampled, unfinished, shortened = sums.tolist()
         return {
             "rl/reward": reward / count,

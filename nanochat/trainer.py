@@ -30,7 +30,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.passes import Batch, Passes, summed_loss
 from nanochat.progress import Progress
 from nanochat.quantities import describe_line
-from nanochat.ranks import all_or_none, any_rank, gather_objects
+from nanochat.ranks import all_or_none, any_rank, gather_objects, sum_over_ranks
 from nanochat.runs import list_steps
 from nanochat.schedules import Schedule
 from nanochat.stopping import StopRequest, frozen_garbage
@@ -349,8 +349,7 @@ class Trainer:
             self._save_before_leaving(loader_state)
             raise
         count = torch.stack([self.count_fn(batch) for batch in batches]).sum()
-        if self.ddp:
-            dist.all_reduce(count)
+        sum_over_ranks(count)
         return batches, count
 
     def _set_schedules(self) -> float:
@@ -365,8 +364,7 @@ class Trainer:
     def _log(self, factor: float, started: float) -> None:
         """Read the pending losses from the device (this waits for it) and write one row for the steps since the last."""
         losses = torch.stack(self._pending)
-        if self.ddp:
-            dist.all_reduce(losses)  # each rank has its share of a sum
+        sum_over_ranks(losses)  # each rank has its share
         values = losses.tolist()
         self._pending.clear()
         self.time_s += time.perf_counter() - started
