@@ -264,10 +264,14 @@ class _Unit:
         """Move this rank's rows by their gradient (own rows, ...) float32, which may be overwritten."""
         raise NotImplementedError
 
+    def _own_rows(self) -> Tensor:
+        """This rank's rows of the parameters."""
+        return self._as_rows([p.data for p in self.params])[self.begin : self.end]
+
     def _start_gather(self) -> None:
         if self.world_size == 1:
             return
-        share = self._padded(self._as_rows([p.data for p in self.params])[self.begin : self.end], self.rows_per_rank)
+        share = self._padded(self._own_rows(), self.rows_per_rank)
         whole = share.new_empty((self.rows_per_rank * self.world_size, *share.shape[1:]))
         self._work = all_gather(whole, share.contiguous(), async_op=True)
         self._buffers = (whole, share)
@@ -365,6 +369,11 @@ class _MuonUnit(_Unit):
 
     def _as_rows(self, tensors: list[Tensor]) -> Tensor:
         return torch.stack(tensors)
+
+    def _own_rows(self) -> Tensor:
+        if self.begin == self.end:
+            return self.params[0].data.new_empty((0, *self.params[0].shape))
+        return self._as_rows([p.data for p in self.params[self.begin : self.end]])
 
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
         shape = self.params[0].shape
