@@ -73,7 +73,7 @@ def step_bytes(groups: Sequence[Group], layout: Layout) -> int:
     elif n > 1:
         copies += copies // n + 4 * sum(others)  # all travel at a time, matrices from a stack of a rank's own
     # At a time: of the matrices of one shape their updates, a stack of them, and the product of both that weight decay asks
-    # for (optim.apply_update; orthogonalizing takes no more); or the update of a table.
+    # for (updates.apply_update; orthogonalizing takes no more); or the update of a table.
     return copies + max(12 * max(matrices), 4 * max(others)) // n
 
 

@@ -4,8 +4,7 @@ Built by GPT.setup_optimizer, driven by trainer.py. With several ranks each owns
 arrive by reduce-scatter (summed: the trainer scales the loss), the share is updated, and the new values leave by
 all-gather, each collective running while other groups compute. Optimizer state exists only for the share a rank owns.
 
-Methods: Muon (kellerjordan.github.io/posts/muon), in blocks (arXiv 2510.16981), Polar Express (arXiv 2505.16932), NorMuon
-(arXiv 2510.05491), cautious weight decay (arXiv 2510.12402), AdamW (arXiv 1711.05101), row-wise Adagrad (arXiv 1906.00091).
+The arithmetic is in updates.py.
 """
 
 from __future__ import annotations
@@ -19,20 +18,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nanochat.common import NanochatError, get_compute_dtype, in_process_group
+from nanochat.common import NanochatError, in_process_group
+from nanochat.updates import (
+    adamw_update,
+    apply_update,
+    normalize_neurons,
+    orthogonalize_blocks,
+    rows_update,
+    second_moment_shape,
+)
 
 if TYPE_CHECKING:
     from nanochat.gpt import GPT
-
-# Coefficients (a, b, c) of the odd quintics a x + b x^3 + c x^5 that in turn drive singular values to 1; Polar Express,
-# five steps, for singular values of at least 1e-3, with its safety factor of 1.02.
-POLAR_EXPRESS = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
 
 # Older versions of PyTorch know them only by other names, of which newer ones warn.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -403,109 +400,3 @@ class _MuonUnit(_Unit):
 
 
 UNITS: dict[str, type[_Unit]] = {"muon": _MuonUnit, "rows": _RowsUnit, "adamw": _AdamWUnit}  # by Group.kind
-
-
-def adamw_update(values: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, group: Group, step: int) -> None:
-    """One step of AdamW on tensors of one shape, in place, in one pass over memory; the last three float32.
-
-    Decoupled decay; eps is added after the bias correction.
-    """
-    master = values if values.dtype == torch.float32 else values.float()
-    torch._fused_adamw_(
-        [master], [grad], [exp_avg], [exp_avg_sq], [], [grad.new_full((), step)],
-        lr=group.lr, beta1=group.betas[0], beta2=group.betas[1], weight_decay=group.weight_decay, eps=group.eps,
-        amsgrad=False, maximize=False,
-    )  # fmt: skip
-    if master is not values:
-        values.copy_(master)
-
-
-def rows_update(values: Tensor, grad: Tensor, mean_square: Tensor, group: Group) -> None:
-    """Move the rows of an embedding (rows, channels) that were looked up, each by its gradient in units of its own size.
-
-    grad: dense, or sparse with whole rows; mean_square: (rows,) float32, of a row's gradients so far, 0 before the first.
-    A row that was not looked up has no gradient and stays as it is: state and work are a fraction of AdamW's, and as much
-    is learned (dev/LOG.md). Method: row-wise Adagrad, with a running mean in place of the sum.
-    """
-    seen: slice | Tensor = slice(None)
-    if grad.is_sparse:
-        grad = grad.coalesce()
-        seen, grad = grad.indices()[0], grad.values()
-    now, before = torch.linalg.vector_norm(grad, dim=1).square() / grad.size(1), mean_square[seen]
-    after = torch.where(before > 0, before.lerp(now, 1 - group.betas[1]), now)
-    after = torch.where(now > 0, after, before)
-    mean_square[seen] = after
-    update = (grad * (group.lr * after.clamp(min=1e-30).rsqrt())[:, None]).to(values.dtype)
-    values[seen] -= update
-
-
-def apply_update(matrices: list[Tensor], update: Tensor, group: Group, shape: torch.Size) -> None:
-    """Move matrices, or some rows of them, against their Muon update (n, rows, columns) float32, which is used up.
-
-    shape: of a whole matrix. Weight decay is cautious: only where it pulls the same way as the update.
-    """
-    lr = group.lr * max(1.0, shape[0] / shape[1]) ** 0.5
-    if update.is_cuda:  # as few launches as can be
-        if group.weight_decay:
-            _decay(update, torch.stack(matrices), group)
-        torch._foreach_sub_(matrices, list(update.unbind()), alpha=lr)
-        return
-    for values, change in zip(matrices, update, strict=True):  # one at a time, while it is in the cache
-        if group.weight_decay:
-            _decay(change, values, group)
-        values.sub_(change, alpha=lr)
-
-
-def _decay(change: Tensor, values: Tensor, group: Group) -> None:
-    change.addcmul_(values, (change * values).gt_(0), value=group.weight_decay)
-
-
-def second_moment_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of matrices (..., rows, columns): one number for each row or column, whichever are more."""
-    *n, rows, columns = shape
-    return (*n, rows, 1) if rows >= columns else (*n, 1, columns)
-
-
-def orthogonalize_blocks(matrices: Tensor, block: tuple[int, ...] | None) -> Tensor:
-    """`orthogonalize` for each block of matrices (n, rows, columns), with the norm that the whole matrix would have."""
-    if block is None:
-        return orthogonalize(matrices)
-    n, rows, columns = matrices.shape
-    down, across = rows // block[0], columns // block[1]
-    blocks = matrices.view(n, down, block[0], across, block[1]).transpose(2, 3)
-    result = orthogonalize(blocks.reshape(-1, *block)).view(n, down, across, *block)
-    result = result.transpose(2, 3).reshape(n, rows, columns)
-    return result * (min(rows, columns) / (down * across * min(block))) ** 0.5
-
-
-def orthogonalize(matrices: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices U V^T of matrices U S V^T, up to the precision that Muon needs.
-
-    matrices: (n, rows, columns) float32; returns the same shape in the compute dtype. The iteration is made for bfloat16.
-    Method: Polar Express, arXiv 2505.16932.
-    """
-    dtype = get_compute_dtype(matrices.device)
-    x = matrices if dtype == torch.float16 else matrices.to(dtype)  # float16 has no room for small ones before the division
-    tall = x.size(-2) > x.size(-1)
-    x = x.mT if tall else x
-    x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32) * 1.02 + 1e-6).to(x.dtype)
-    x = x.to(dtype)
-    for a, b, c in POLAR_EXPRESS:
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x.mT if tall else x
-
-
-def normalize_neurons(update: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
-    """Even out the sizes of the neurons' updates by their running mean square, keeping each matrix's norm.
-
-    update: (n, rows, columns), changed in place; second_moment: (n, rows, 1) or (n, 1, columns). Method: NorMuon.
-    """
-    reduced = -1 if second_moment.size(-1) == 1 else -2
-    mean_square = torch.linalg.vector_norm(update, dim=reduced, keepdim=True).square() / update.size(reduced)
-    second_moment.lerp_(mean_square, 1 - beta2)
-    scale = second_moment.clamp(min=1e-10).rsqrt()
-    norm_before = mean_square.sum(dim=(-2, -1), keepdim=True).sqrt()
-    norm_after = (mean_square * scale.square()).sum(dim=(-2, -1), keepdim=True).sqrt()
-    return update.mul_(scale * (norm_before / norm_after.clamp(min=1e-10)))

@@ -13,10 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nanochat.optim import (
-    Group,
+from nanochat.optim import Group, all_gather
+from nanochat.updates import (
     adamw_update,
-    all_gather,
     apply_update,
     normalize_neurons,
     orthogonalize_blocks,

@@ -170,7 +170,7 @@ def mean_flops(model: GPT, expand_at: float) -> float:
 def peak_weight_decay(args: Arguments, horizon: Horizon) -> float:
     """At most an eighth of a matrix decays in one update: in a run of few updates the rule would ask for more.
 
-    Tall matrices, whose rate is doubled (optim.apply_update), lose a quarter.
+    Tall matrices, whose rate is doubled (updates.apply_update), lose a quarter.
     """
     most = 0.125 / max(args.matrix_lr * horizon.lr_scale, 1e-9)
     return min(args.weight_decay * horizon.weight_decay_scale, most)

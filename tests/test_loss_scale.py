@@ -13,7 +13,7 @@ from nanochat.checkpoint_manager import load_checkpoint
 from nanochat.common import NanochatError
 from nanochat.loss_scale import FIRST_FACTOR, LossScale
 from nanochat.metrics import read_metrics
-from nanochat.optim import orthogonalize
+from nanochat.updates import orthogonalize
 from scripts import base_train
 from tests.conftest import TINY_TRAINING
 

@@ -10,16 +10,7 @@ import torch
 
 from nanochat.common import NanochatError
 from nanochat.gpt import GPTConfig
-from nanochat.optim import (
-    UNITS,
-    Group,
-    MuonAdamW,
-    normalize_neurons,
-    orthogonalize,
-    orthogonalize_blocks,
-    rows_update,
-    second_moment_shape,
-)
+from nanochat.optim import UNITS, Group, MuonAdamW
 from nanochat.scaling import (
     accumulation_steps,
     count_params,
@@ -29,6 +20,7 @@ from nanochat.scaling import (
     plan_horizon,
 )
 from nanochat.sharded_optim import SHARDED_UNITS
+from nanochat.updates import normalize_neurons, orthogonalize, orthogonalize_blocks, rows_update, second_moment_shape
 from tests.helpers import make_model
 
 
