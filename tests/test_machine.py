@@ -262,3 +262,11 @@ def test_answers_in_a_batch_are_halved_until_they_fit(monkeypatch: pytest.Monkey
     assert pace.choose_answer_rows(model, -1) == 8
     assert [rows for rows, _ in tried] == [32, 16, 8] and all(share > 0 for _, share in tried)
     assert pace.choose_answer_rows(model, 64) == 64
+
+
+def test_a_machine_that_multiplies_slowly_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a CPU in float16: a product of twice the size takes eight times as long."""
+    asked: list[float] = []
+    monkeypatch.setattr(machine, "_fastest", lambda work, device, seconds: asked.append(seconds) or 5.0)
+    rate = machine.measure_matmul_rate.__wrapped__(torch.device("cpu"), torch.float32)
+    assert (rate, len(asked)) == (2 * 1024**3 / 5, 1)

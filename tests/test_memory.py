@@ -12,6 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nanochat import memory
 from nanochat.memory import Layout, activation_bytes, largest_depth, loss_bytes, main, step_bytes, training_bytes
 from nanochat.scaling import model_config
 from tests.helpers import make_model
@@ -102,3 +103,8 @@ def test_the_largest_table_is_whole_while_it_is_read() -> None:
 def test_the_table(capsys: pytest.CaptureFixture) -> None:
     assert main(["--gb", "2", "--max-seq-len=256", "--vocab-size=4096"]) == 0
     assert capsys.readouterr().out.count("2 GB: d") == 5
+
+
+def test_two_pairs_of_layers_tell_of_all() -> None:
+    config = model_config(8, vocab_size=512, sequence_len=256, aspect_ratio=16, head_dim=16)
+    assert memory._kept_bytes(config, 2) == memory._count_kept_bytes(config, 2)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from nanochat.tokenizer import Tokenizer
 from scripts import chat_rl
 from tasks.common import Conversation, Task
 from tests.helpers import load_all, make_document, make_model, write_gsm8k
+from tests.many_ranks import run
 
 FLAGS = [
     "--model-tag=tiny", "--task=Arithmetic", "--examples-per-step=3", "--num-samples=4", "--max-new-tokens=12",
@@ -395,18 +394,20 @@ def test_reward_rises(engine: Engine) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_reinforce_and_measure_like_one(tiny_run: Path, base_dir: Path) -> None:
+def test_two_ranks_reinforce_and_measure_like_one(tiny_run: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same answers, rewards and scores; the update differs by rounding alone."""
-    environment = {**os.environ, "NANOCHAT_DTYPE": "float32", "OMP_NUM_THREADS": "1"}
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     flags = ["--num-iterations=1", "--task=SimpleSpelling", "--objective=reinforce", "--temperature=0.5"]  # always some signal
     flags += ["--examples-per-step=4", "--eval-examples=3"]
     measure = ["--model-tag=tiny", "-a", "Arithmetic", "-x", "9", "-n", "2", "-t", "1", "-m", "8", "--device-type=cpu"]
     metrics, scores = [], []
     for ranks in (1, 2):
         for script, arguments in (("chat_rl", [*FLAGS, *flags]), ("chat_eval", measure)):
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-            command += ["-m", f"scripts.{script}", *arguments]
-            subprocess.run(command, env=environment, check=True, capture_output=True, timeout=300)
+            if ranks == 1:
+                assert importlib.import_module(f"scripts.{script}").main(arguments) == 0
+            else:
+                run(ranks, "-m", "--", f"scripts.{script}", *arguments)
         rows = read_json_lines(tiny_run / "rl" / "metrics.jsonl")
         metrics.append({name: value for row in rows for name, value in row.items() if name.startswith(("rl/", "val/"))})
         (path,) = (tiny_run / "sft" / "chat_eval").glob("*/Arithmetic*")
