@@ -12,7 +12,7 @@ launch=(python -m)
 nproc="${NPROC:-${NPROC_PER_NODE:-1}}"
 [ "$nproc" = 1 ] || launch=(torchrun --standalone --nproc_per_node="$nproc" --shutdown-timeout=300 -m --)
 
-# train TAG FLAGS...: one run of a series, gone on with where it was
+# train TAG FLAGS...: one run of a series, gone on with where it was. They are many: each keeps its newest and its best alone.
 train() {
-    "${launch[@]}" scripts.base_train ${data[@]+"${data[@]}"} --model-tag="$1" --resume=auto --sample-every=-1 "${@:2}" ${flags[@]+"${flags[@]}"}
+    "${launch[@]}" scripts.base_train ${data[@]+"${data[@]}"} --model-tag="$1" --resume=auto --sample-every=-1 --keep-last=1 "${@:2}" ${flags[@]+"${flags[@]}"}
 }
