@@ -78,7 +78,7 @@ def compute_advantages(rewards: torch.Tensor, objective: str, baseline: float) -
     dapo: than the mean of its group; grpo: the same in units of the group's standard deviation; both 0 in a group that all
     earned the same; reinforce: than `baseline`, the mean reward of the whole step.
     """
-    if objective == "reinforce":  # what is worth as much as the mean, but for its rounding, is worth 0
+    if objective == "reinforce":  # rewards equal to the mean, up to rounding, are worth 0
         return (rewards - baseline).masked_fill(torch.isclose(rewards, torch.full_like(rewards, baseline), rtol=1e-6), 0.0)
     relative = rewards - rewards.mean(dim=1, keepdim=True)
     if objective == "grpo":
@@ -165,7 +165,7 @@ class RolloutLoader:
         ]
         engine.run(answers)
         engine.model.train()
-        with ThreadPoolExecutor(usable_cores()) as pool:  # judging may mean to run a program
+        with ThreadPoolExecutor(usable_cores()) as pool:  # judging may mean running a program
             texts = [engine.tokenizer.decode(answer.tokens) for answer in answers]
             pairs = zip([problem for problem in problems for _ in range(n)], texts, strict=True)
             rewards = list(pool.map(lambda pair: float(self.task.reward(*pair)), pairs))
