@@ -8,13 +8,10 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
 
 import torch
 
 from nanochat.common import first_line, logger
-
-T = TypeVar("T")
 
 
 def can_compile(device: torch.device) -> str | None:

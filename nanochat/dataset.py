@@ -227,7 +227,9 @@ class BuiltinSource(Source):
         super().__init__(*([DocumentFile(self.directory / f"{split}.parquet")] for split in ("train", "val")))
 
     def describe(self) -> dict[str, Any]:
-        manifest = read_json_object(self.directory / "manifest.json")
+        from nanochat.builtin_corpus import MANIFEST_FILE
+
+        manifest = read_json_object(self.directory / MANIFEST_FILE)
         return {"source": self.name, "files": manifest["files"], "hash_limit": None}
 
 
