@@ -105,8 +105,8 @@ def main(argv: list[str] | None = None) -> int:
     config = model_config(args.depth, VOCAB_SIZE, CONTEXT, head_dim=64)
     model = build_model(asdict(config), None, device).train()
     train_config = TrainConfig(
-        num_iterations=(args.saves + 1) * args.save_every, total_batch_size=args.rows * CONTEXT, eval_every=-1,
-        sample_every=-1, save_every=args.save_every, keep_last=2, compile=args.compile, stage_name="checkpoints",
+        num_iterations=(args.saves + 1) * args.save_every, total_batch_size=args.rows * CONTEXT, sample_every=-1,
+        save_every=args.save_every, keep_last=2, compile=args.compile, stage_name="checkpoints",
     )  # fmt: skip
     with tempfile.TemporaryDirectory(dir=args.dir) as temporary:
         stage_dir = Path(temporary) / "runs" / "bench" / "base"

@@ -65,11 +65,11 @@ class Stage:
     lock: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, compare=False)
 
     def is_complete(self, num_iterations: int) -> bool:
-        """True if the last step was saved and evaluated, so that nothing is left to do (loss or pass@1 is measured last)."""
+        """True if the last step was saved and evaluated, so that nothing is left to do."""
         if self.resume_step is None or self.resume_step < num_iterations:
             return False
         rows = [row for row in read_metrics(self.directory / METRICS_FILE) if row["step"] == num_iterations]
-        return any("val/bpb" in row or "val/pass@1" in row for row in rows)
+        return any(name.startswith("val/") for row in rows for name in row)
 
     @property
     def start(self) -> tuple[Path, int] | None:

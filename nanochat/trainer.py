@@ -54,8 +54,7 @@ class TrainConfig(Schedule):
 
     total_batch_size: int  # tokens in an update, over all ranks; 0: it varies, and speed is not counted in tokens
     grad_accum_steps: int = 1
-    eval_every: int = 250
-    eval_first: bool = False  # also before the first update
+    eval_first: bool = False  # evaluate also before the first update
     sample_every: int = 2000  # below 0: not at the last step either
     save_every: int = -1  # below 0: before each evaluation, which may end the process without a word
     keep_last: int = -1  # checkpoints, besides the best; 0 or less keeps all
@@ -74,8 +73,8 @@ def count_supervised(batch: Batch) -> torch.Tensor:
 class Trainer:
     """Trains `model` from `loader` until `config.num_iterations` updates are done.
 
-    evaluate: () -> {"val/bpb": ...}, called with the model in eval mode every config.eval_every steps; evaluations: more of
-    these, each with a period of its own, made before it; sample: () -> [{"prompt": ..., "text": ...}];
+    evaluations: pairs (period in steps, () -> {"val/bpb": ...}), called with the model in eval mode, those of one step in
+    their order; sample: () -> [{"prompt": ..., "text": ...}];
     loss_fn: (model, batch) -> loss, a sum over rows, since a pass may take few of a batch's rows at a time (passes.py); the
     trainer divides it by the whole step's sum of count_fn(batch);
     step_metrics: () -> what else the newest step's row says.
@@ -91,7 +90,6 @@ class Trainer:
         stage_dir: Path,
         metrics: MetricsLog,
         meta: dict[str, Any],
-        evaluate: Evaluation | None = None,
         evaluations: Sequence[tuple[int, Evaluation]] = (),
         sample: Callable[[], list[dict[str, str]]] | None = None,
         loss_fn: Callable[[GPT, Batch], torch.Tensor] = summed_loss,
@@ -102,7 +100,7 @@ class Trainer:
         self._recompute_blocks = model.recompute_blocks
         self.stage_dir, self.metrics, self.meta = stage_dir, metrics, meta
         self._resume = f"the same command and --model-tag {stage_dir.parent.name} --resume auto"
-        self.evaluations = [*evaluations, *([(config.eval_every, evaluate)] if evaluate else [])]
+        self.evaluations = evaluations
         self.sample_fn = None if model.is_sharded else sample  # which takes a whole model
         self.count_fn, self.step_metrics = count_fn, step_metrics
         self._passes, self._loss_scale = Passes(model, loss_fn), LossScale(model.get_compute_dtype())
@@ -248,13 +246,13 @@ class Trainer:
             last = self.step >= config.num_iterations
             self._choose_blocks()
             self._settle()
-            evaluated = any(self._due(period) for period, _ in self.evaluations)
-            saved = self._due(config.save_every) if config.save_every >= 0 else evaluated
+            first = config.eval_first and self.step == 0
+            due = [evaluate for period, evaluate in self.evaluations if last or first or self._due(period)]
+            saved = self._due(config.save_every) if config.save_every >= 0 else bool(due) and self.step > 0
             if (last or saved) and self.step != self._saved_step:
                 self.save(wait=last)
-            for period, evaluate in self.evaluations:
-                if last or self._due(period) or (config.eval_first and self.step == 0):
-                    self._evaluate(evaluate)
+            if due:
+                self._evaluate(due)
             if (last and config.sample_every >= 0) or self._due(config.sample_every):
                 self._sample()
             if last:
@@ -408,11 +406,11 @@ class Trainer:
 
     # ------------------------------------------------------------------------- callbacks
 
-    def _evaluate(self, evaluate: Evaluation) -> None:
+    def _evaluate(self, evaluations: Sequence[Evaluation]) -> None:
         self.model.eval()
         try:
             with torch.no_grad():
-                results = evaluate()
+                results = {name: value for evaluate in evaluations for name, value in evaluate().items()}
         except (Exception, KeyboardInterrupt) as error:
             # Reached by all ranks together (see all_or_none), unless a sharded model failed while they computed together, or
             # a Ctrl-C met only some of them.

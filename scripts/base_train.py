@@ -224,6 +224,10 @@ def main(argv: list[str] | None = None) -> int:
         batches = TokenLoader(source, tokenizer, rows, args.max_seq_len, "val", rank, world_size, device, loop=False)
         return {"val/bpb": evaluate_bpb(model, itertools.islice(batches, val_batches), token_bytes)}
 
+    evaluations = [(args.eval_every, evaluate)]
+    if bundle is not None:
+        evaluations.insert(0, (args.core_metric_every, core_evaluation(args, model, tokenizer, bundle)))
+
     def sample() -> list[dict[str, str]]:
         return continue_openings(Engine(model, tokenizer), source)
 
@@ -235,9 +239,7 @@ def main(argv: list[str] | None = None) -> int:
         ),
         stage.directory, open_metrics(stage, settings, args),
         {"tokenizer": tokenizer.fingerprint(), "settings": settings, "data": source.describe(), "parent": None},
-        evaluate=evaluate,
-        evaluations=[(args.core_metric_every, core_evaluation(args, model, tokenizer, bundle))] if bundle else [],
-        sample=sample,
+        evaluations=evaluations, sample=sample,
     )  # fmt: skip
     train(trainer, stage)
     loader.close()

@@ -149,7 +149,8 @@ def main(argv: list[str] | None = None) -> int:
         ),
         stage.directory, open_metrics(stage, settings, args),
         {"tokenizer": tokenizer.fingerprint(), "settings": settings, "parent": parent},
-        evaluate=evaluate, sample=sample, loss_fn=loss_fn, count_fn=count_fn, step_metrics=loader.metrics,
+        evaluations=[(args.eval_every, evaluate)], sample=sample,
+        loss_fn=loss_fn, count_fn=count_fn, step_metrics=loader.metrics,
     )  # fmt: skip
     train(trainer, stage)
     return 0

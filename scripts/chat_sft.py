@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
         ),
         stage.directory, open_metrics(stage, settings, args),
         {"tokenizer": tokenizer.fingerprint(), "settings": settings, "parent": {"stage": "base", "step": base_step}},
-        evaluate=evaluate, sample=sample,
+        evaluations=[(args.eval_every, evaluate)], sample=sample,
     )  # fmt: skip
     train(trainer, stage)
     stats = loader.stats()

@@ -24,7 +24,7 @@ def test_a_loss_that_is_no_number_is_named_though_a_save_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """And the step whose checkpoint is not there is no longer called the best."""
-    trainer = make_trainer(tmp_path, save_every=2, eval_every=2, best_metric="x")
+    trainer = make_trainer(tmp_path, save_every=2, best_metric="x")
     trainer.evaluations = [(2, lambda: {"x": float(trainer.step)})]
     save, loss_fn = checkpoint_writer.save_checkpoint, trainer._passes.loss_fn
 
