@@ -1,6 +1,6 @@
 """Whether rewards teach: python -m benchmarks.rl [--seeds 1,2,3] [--base-dir DIR]
 
-Pretrains the demo's model on the builtin text, fine-tunes it for 46 steps only, so that it hardly does sums, and reinforces
+Pretrains the demo's model on the builtin text, fine-tunes it for 28 steps only, so that it hardly does sums, and reinforces
 it on arithmetic with the calculator, once for each seed: about three quarters of an hour on two cores. Prints the share of
 right answers to problems that it never saw, before and after; rl.png in the base directory has the curves. Run again with
 the same directory, it goes on where it was.
@@ -20,9 +20,9 @@ from nanochat.metrics import METRICS_FILE, read_metrics, smooth
 
 BASE = "--depth=4 --aspect-ratio=48 --head-dim=64 --max-seq-len=512 --total-batch-size=2048 --num-iterations=900"
 BASE += " --warmup-steps=10 --eval-every=-1 --eval-tokens=32768 --sample-every=-1"
-SFT = "--tasks=Arithmetic:20000,Identity:2000 --num-iterations=46 --eval-every=-1 --eval-tokens=16384 --no-compile"
-RL = "--task=Arithmetic --num-iterations=120 --examples-per-step=16 --num-samples=16 --max-new-tokens=40"
-RL += " --init-lr-frac=0.2 --eval-every=20 --eval-examples=100 --save-every=20"
+SFT = "--tasks=Arithmetic:20000,Identity:2000 --num-iterations=28 --eval-every=-1 --eval-tokens=16384 --no-compile"
+RL = "--task=Arithmetic --num-iterations=240 --examples-per-step=16 --num-samples=16 --max-new-tokens=40"
+RL += " --init-lr-frac=0.2 --eval-every=40 --eval-examples=100"
 
 
 def train(base_dir: Path, seed: int) -> Path:

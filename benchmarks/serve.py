@@ -27,7 +27,7 @@ from nanochat.machine import in_own_thread, keep_freed_memory
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
 from nanochat.scaling import model_config
-from nanochat.scheduler import Sequence
+from nanochat.sequence import Sequence
 from nanochat.server import create_app
 
 PROMPT_TOKENS, NEW_TOKENS = 256, 128

@@ -24,8 +24,8 @@ from nanochat.engine import Engine
 from nanochat.files import append_json_lines, read_json_lines
 from nanochat.ranks import all_or_none, gather_objects, on_rank0
 from nanochat.sampling import SamplingParams
-from nanochat.scheduler import Sequence
 from nanochat.scores import centered_mean, pass_at_k, wilson_interval
+from nanochat.sequence import Sequence
 from nanochat.tokenizer import as_text
 from nanochat.trimming import prompt_room, trim_prompt
 

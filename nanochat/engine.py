@@ -16,7 +16,8 @@ import torch
 from nanochat.common import logger
 from nanochat.gpt import GPT
 from nanochat.sampling import SamplingParams
-from nanochat.scheduler import Scheduler, Sequence
+from nanochat.scheduler import Scheduler
+from nanochat.sequence import Sequence
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import use_calculator
 
@@ -47,7 +48,7 @@ class Engine:
 
     def forget(self) -> None:
         """Share nothing of what was computed so far: the weights have changed since."""
-        self.scheduler.allocator.forget()
+        self.scheduler.forget()
 
     @property
     def is_compiled(self) -> bool:

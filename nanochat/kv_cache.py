@@ -168,9 +168,14 @@ class BlockAllocator:
                 break
             block, content = found
             blocks.append(block)
+        self.use(blocks)
+        return blocks, content
+
+    def use(self, blocks: list[int]) -> None:
+        """Count one more use of each."""
+        for block in blocks:
             self._users[block] += 1
             self._free.pop(block, None)
-        return blocks, content
 
     def publish(self, block: int, parent: int, tokens: tuple[int, ...]) -> int:
         """Let others find a full block by its tokens and the content that precedes it; returns its own content."""

@@ -21,7 +21,7 @@ from nanochat.core_eval import Candidate, NanochatScorer, Question
 from nanochat.engine import Engine
 from nanochat.runs import STAGES
 from nanochat.sampling import SamplingParams
-from nanochat.scheduler import Sequence
+from nanochat.sequence import Sequence
 from nanochat.trimming import trim_prompt
 
 try:

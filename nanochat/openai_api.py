@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nanochat.sampling import SamplingParams
-from nanochat.scheduler import Sequence, TokenLogprob, next_piece
+from nanochat.sequence import Sequence, TokenLogprob, next_piece
 from nanochat.tokenizer import IncrementalDecoder, Tokenizer
 
 MAX_MESSAGES, MAX_PARTS = 2000, 500  # of a conversation; of a message

@@ -28,7 +28,7 @@ from nanochat.gpt import GPT, LOGIT_CAP
 from nanochat.lanes import epoch_order
 from nanochat.ranks import all_or_none, sum_over_ranks
 from nanochat.sampling import SamplingParams
-from nanochat.scheduler import Sequence as Answer
+from nanochat.sequence import Sequence as Answer
 from nanochat.trimming import trim_prompt
 
 if TYPE_CHECKING:

@@ -103,6 +103,13 @@ class ModelRunner:
         x = model.trunk(ids, model.rotary(positions, T), views, places=last, previous=previous)
         return model.logits(x[0] if every else x)
 
+    @torch.inference_mode()
+    def copy_block(self, source: int, targets: list[int]) -> None:
+        """Give other blocks the keys and values of one."""
+        blocks = torch.tensor(targets, device=self.device)
+        for memory in (*self.memory.keys, *self.memory.values):
+            memory[blocks] = memory[source].clone()
+
     # ------------------------------------------------------------------------- decoding
 
     def set_block(self, row: int, column: int, block: int) -> None:

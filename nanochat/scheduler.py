@@ -1,10 +1,9 @@
-"""Who runs in the next step: admits, advances and retires texts one step at a time. Driven by engine.py; whoever
-wants texts continued makes a Sequence of each.
+"""Who runs in the next step: admits, advances and retires texts (sequence.py) one step at a time. Driven by engine.py.
 
 A step takes up prompts until a chunk's worth of tokens is computed (never two chunks' worth), so that a long one does not
 stall the others, and computes one token of every text whose prompt is done. Texts share the blocks of what they begin with
-alike; when memory runs out the youngest text gives its blocks back and is computed again later. Tools run in threads of
-their own: only the text that called one waits.
+alike, and samples of one prompt that follow each other all of its computation; when memory runs out the youngest text gives
+its blocks back and is computed again later. Tools run in threads of their own: only the text that called one waits.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from random import Random
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import psutil
 import torch
@@ -26,74 +24,24 @@ from nanochat.common import NanochatError, logger
 from nanochat.gpt import GPT
 from nanochat.kv_cache import BLOCK_SIZE, BlockAllocator, KVBlocks
 from nanochat.runner import ModelRunner
-from nanochat.sampling import SamplingParams, penalize_repetition, policy_logprobs, sample
+from nanochat.sampling import penalize_repetition, policy_logprobs, sample
+from nanochat.sequence import Sequence, next_piece, token_logprob
 from nanochat.tokenizer import IncrementalDecoder, Tokenizer
 
 CHUNK = {"cpu": 256, "cuda": 2048}  # tokens of prompts after which a step takes up no more
 MEMORY_SHARE = 0.25  # of what is free, for keys and values
 
 
-@dataclass
-class TokenLogprob:
-    """What the model thought of a token, before temperature and restrictions: natural logarithms."""
+class ComputedPrompt(NamedTuple):
+    """A prompt of which more texts wait to be begun."""
 
-    token: int
-    logprob: float
-    top: list[tuple[int, float]]
+    tokens: list[int]
+    blocks: list[int]  # stay in use; what the first text writes into the last one comes after the prompt
+    content: int  # of its last full block
+    logits: torch.Tensor  # (1, vocab_size), after its last token
 
-
-@dataclass(eq=False)
-class Sequence:
-    """One text in the making: what is asked, what readers may follow while it grows, and what is the scheduler's own."""
-
-    prompt: list[int]
-    params: SamplingParams = field(default_factory=SamplingParams)
-    on_update: Callable[[Sequence], None] | None = None  # called in the scheduler's thread when there is news
-
-    tokens: list[int] = field(default_factory=list)  # generated, without the token that stopped it
-    masks: list[int] = field(default_factory=list)  # 1 sampled, 0 forced by a tool
-    logprobs: list[TokenLogprob] = field(default_factory=list)  # of sampled tokens and of stop_token, if asked for
-    policy_logprobs: list[float] = field(default_factory=list)  # the same, as they were drawn: see SamplingParams
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of the prompt's tokens but the first, if asked for
-    pieces: list[tuple[str, str]] = field(default_factory=list)  # (text, type of the part it belongs to)
-    finish_reason: str | None = None  # "stop", "length" (max_tokens), "context" (full), "cancelled" or "error"
-    stop_token: int | None = None  # that ended it, if a token did
-    error: str | None = None
-    cached_tokens: int = 0  # of the prompt, found in shared blocks
-    created: float = field(default_factory=time.perf_counter)
-    first_token_at: float | None = None
-
-    computed: int = 0  # tokens whose keys and values are in blocks
-    blocks: list[int] = field(default_factory=list)
-    row: int | None = None  # in the decoding batch
-    published: int = 0  # blocks that others can find
-    content: int = 0  # of the last published one
-    call: list[int] | None = None  # tokens of the tool call that is open
-    random: Random = field(init=False, repr=False)
-    decoder: IncrementalDecoder | None = None
-    seen: torch.Tensor | None = None  # with a repetition penalty: (vocab_size,) bool, the tokens of the text
-    seen_length: int = 0  # of the text that `seen` tells of
-    held_text: str = ""  # may be the beginning of a stop text
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.tokens)
-
-    def token_at(self, i: int) -> int:
-        n = len(self.prompt)
-        return self.prompt[i] if i < n else self.tokens[i - n]
-
-    def token_before(self, i: int) -> int:
-        """The one before token i; the first one before itself."""
-        return self.token_at(max(0, i - 1))
-
-    def slice(self, start: int, end: int) -> list[int]:
-        n = len(self.prompt)
-        return self.prompt[start:end] + self.tokens[max(0, start - n) : max(0, end - n)]
-
-    @property
-    def text(self) -> str:
-        return "".join(text for text, _ in self.pieces)
+    def serves(self, sequence: Sequence) -> bool:
+        return not sequence.tokens and not sequence.params.prompt_logprobs and sequence.prompt == self.tokens
 
 
 class Scheduler:
@@ -116,6 +64,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.rows: list[Sequence] = []  # in the decoding batch, by row
         self.prefilling: Sequence | None = None
+        self._computed: ComputedPrompt | None = None  # held for texts that wait
         self.calling: set[Sequence] = set()
         self._waits_for_tools = False  # nothing runs, and nothing that waits finds room until a tool answers
         self._submitted = self._enqueued = 0
@@ -170,6 +119,11 @@ class Scheduler:
         self._waits_for_tools = False
         message()
 
+    def forget(self) -> None:
+        """Let nothing that was computed so far be found again."""
+        self._let_go()
+        self.allocator.forget()
+
     def step(self) -> None:
         """Compute about a chunk of prompts and one token of every running text."""
         self.take_messages()
@@ -185,6 +139,7 @@ class Scheduler:
     def end_all(self, reason: str, error: str | None = None) -> None:
         """End every text, with "cancelled" or "error"."""
         self.take_messages()
+        self._let_go()
         prefilling = [self.prefilling] if self.prefilling else []
         for sequence in [*self.waiting, *prefilling, *self.rows, *self.calling]:
             self._finish(sequence, reason, error)
@@ -214,6 +169,7 @@ class Scheduler:
         """Compute prompts until the chunk is used up or no text can be admitted."""
         budget = self.chunk
         while budget > 0:
+            self._begin_samples()
             sequence = self.prefilling or self._admit()
             if sequence is None:
                 self._waits_for_tools = not self.rows
@@ -229,7 +185,7 @@ class Scheduler:
             if every:
                 following = sequence.slice(sequence.computed + 1, end + 1)
                 for row, token in zip(logits[: len(following)], following, strict=True):
-                    sequence.prompt_logprobs.append(_logprob(row, token, sequence.params.logprobs or 0))
+                    sequence.prompt_logprobs.append(token_logprob(row, token, sequence.params.logprobs or 0))
                 logits = logits[-1:]
             budget -= len(tokens)
             self._advance(sequence, end)
@@ -239,30 +195,83 @@ class Scheduler:
                     self._finish(sequence, "length")
                     continue
                 self._enter_row(sequence)
+                self._keep_prompt(sequence, logits)
                 self._sample([sequence], logits)
 
     def _admit(self) -> Sequence | None:
         """Begin the prompt that waits longest, if a row and the memory for it are free."""
-        if not self.waiting or len(self.rows) + len(self.calling) >= self.max_rows:
+        if not self.waiting or not self._has_row:
             return None
         sequence = self.waiting[0]
         known = sequence.slice(0, sequence.length - 1)  # the last token is computed in any case, for its logits
         blocks, content = self.allocator.share([] if sequence.params.prompt_logprobs else known)
         needed = -(-sequence.length // BLOCK_SIZE) - len(blocks)
-        # One more for each running text, lest it be the first to be put back.
-        if needed + len(self.rows) > self.allocator.num_free and (self.rows or self.calling):
+        if not self._has_blocks(needed) and (self.rows or self.calling):
             self.allocator.release(blocks)
             return None
-        self.waiting.popleft()
-        sequence.computed = len(blocks) * BLOCK_SIZE
-        sequence.published, sequence.content = len(blocks), content
-        if not sequence.tokens:
-            sequence.cached_tokens = sequence.computed
-            self.prompt_tokens += len(sequence.prompt)
-            self.cached_tokens += sequence.computed
-        sequence.blocks = blocks + [cast("int", self.allocator.allocate()) for _ in range(needed)]  # so many are free
+        self._begin(sequence, blocks, content, needed, len(blocks) * BLOCK_SIZE)
         self.prefilling = sequence
         return sequence
+
+    @property
+    def _has_row(self) -> bool:
+        return len(self.rows) + len(self.calling) < self.max_rows
+
+    def _has_blocks(self, needed: int) -> bool:
+        """Whether so many are free, and one more for each running text, lest it be the first to be put back."""
+        return needed + len(self.rows) <= self.allocator.num_free
+
+    def _begin(self, sequence: Sequence, shared: list[int], content: int, needed: int, computed: int) -> None:
+        """Take the text that waits next up with full blocks that it shares, `needed` of its own, and what is computed."""
+        self.waiting.popleft()
+        sequence.computed, sequence.published, sequence.content = computed, len(shared), content
+        if not sequence.tokens:
+            sequence.cached_tokens = computed
+            self.prompt_tokens += len(sequence.prompt)
+            self.cached_tokens += computed
+        sequence.blocks = shared + [cast("int", self.allocator.allocate()) for _ in range(needed)]
+
+    # ------------------------------------------------------------------------- samples of one prompt
+
+    @property
+    def _next_is_sample(self) -> bool:
+        return self._computed is not None and bool(self.waiting) and self._computed.serves(self.waiting[0])
+
+    def _keep_prompt(self, sequence: Sequence, logits: torch.Tensor) -> None:
+        """Hold on to a prompt that was just computed, if the text that waits next begins with the same."""
+        if not sequence.tokens:
+            self._computed = ComputedPrompt(sequence.prompt, list(sequence.blocks), sequence.content, logits)
+            self.allocator.use(self._computed.blocks)
+            if not self._next_is_sample:
+                self._let_go()
+
+    def _begin_samples(self) -> None:
+        """Take up the texts that wait next and whose prompt is the one that is held."""
+        while (held := self._computed) is not None:
+            whole = len(held.tokens) // BLOCK_SIZE  # blocks; each text writes on in a copy of what follows them
+            needed, samples = len(held.blocks) - whole, []
+            while self._next_is_sample and self._has_row and self._has_blocks(needed):
+                sequence = self.waiting[0]
+                self.allocator.use(held.blocks[:whole])
+                self._begin(sequence, held.blocks[:whole], held.content, needed, len(held.tokens))
+                self._enter_row(sequence)
+                samples.append(sequence)
+            if samples:
+                if needed:
+                    self.runner.copy_block(held.blocks[-1], [sequence.blocks[-1] for sequence in samples])
+                self._sample(samples, held.logits.expand(len(samples), -1))
+            elif self._next_is_sample and not self._has_row:
+                return
+            else:  # another prompt comes next, or there is no memory to hold this one
+                self._let_go()
+
+    def _let_go(self) -> None:
+        """Of the prompt that is held."""
+        if self._computed is not None:
+            self.allocator.release(self._computed.blocks)
+            self._computed = None
+
+    # ------------------------------------------------------------------------- one token of each
 
     def _decode(self) -> None:
         for sequence in list(self.rows):
@@ -289,6 +298,9 @@ class Scheduler:
     def _grow(self, sequence: Sequence) -> None:
         """Give a text its next block; if none is free, the youngest texts are put back until one is."""
         while (block := self.allocator.allocate()) is None:
+            if self._computed is not None:
+                self._let_go()
+                continue
             youngest = max(self.rows, key=lambda other: other.created)
             self._preempt(youngest)
             if youngest is sequence:
@@ -334,7 +346,7 @@ class Scheduler:
                 sequence.policy_logprobs.append(logprob)
         for i, (sequence, token) in enumerate(zip(sequences, drawn, strict=True)):
             if sequence.params.logprobs is not None:
-                sequence.logprobs.append(_logprob(logits[i], token, sequence.params.logprobs))
+                sequence.logprobs.append(token_logprob(logits[i], token, sequence.params.logprobs))
             self._accept(sequence, token)
 
     def _mark_seen(self, sequence: Sequence, logits: torch.Tensor) -> torch.Tensor:
@@ -404,6 +416,8 @@ class Scheduler:
             return
         if sequence in self.waiting:
             self.waiting.remove(sequence)
+            if not self.waiting:
+                self._let_go()
         if self.prefilling is sequence:
             self.prefilling = None
         self.calling.discard(sequence)
@@ -466,21 +480,6 @@ class Scheduler:
     def close(self) -> None:
         if self._tools is not None:
             self._tools.shutdown(wait=False, cancel_futures=True)
-
-
-def next_piece(decoder: IncrementalDecoder, token: int) -> tuple[str, str]:
-    """(text, type of its part) of the next token; one that begins another part brings the end of the last one."""
-    part, text = decoder.part, decoder.feed(token)
-    return (text if decoder.part == part else decoder.flush()), part
-
-
-def _logprob(logits: torch.Tensor, token: int, alternatives: int) -> TokenLogprob:
-    logprobs = logits.log_softmax(dim=-1)
-    top: list[tuple[int, float]] = []
-    if alternatives:
-        values, indices = logprobs.topk(min(alternatives, logits.size(-1)))
-        top = list(zip(indices.tolist(), values.tolist(), strict=True))
-    return TokenLogprob(token, logprobs[token].item(), top)
 
 
 def _choose_num_blocks(model: GPT, max_rows: int, kv_tokens: int) -> int:

@@ -43,7 +43,7 @@ from nanochat.openai_api import (
 )
 from nanochat.openai_api import Message as ChatMessage
 from nanochat.runs_api import add_run_routes
-from nanochat.scheduler import Sequence
+from nanochat.sequence import Sequence
 from nanochat.service import ChatDefaults, Limits, Service, Ticket
 from nanochat.streams import chat_chunks, completion_chunks, guide_events, stream
 from nanochat.trimming import prompt_room, trim_conversation

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from nanochat.engine import Engine, EngineThread
 from nanochat.openai_api import RequestError
-from nanochat.scheduler import Sequence
+from nanochat.sequence import Sequence
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from nanochat.openai_api import (
     token_text,
     usage,
 )
-from nanochat.scheduler import Sequence, TokenLogprob
+from nanochat.sequence import Sequence, TokenLogprob
 from nanochat.service import Ticket
 from nanochat.tokenizer import Tokenizer
 

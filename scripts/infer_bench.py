@@ -25,7 +25,8 @@ from nanochat.kv_cache import BLOCK_SIZE, KVBlocks
 from nanochat.machine import keep_freed_memory, measure_memory_rate
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
-from nanochat.scheduler import Scheduler, Sequence
+from nanochat.scheduler import Scheduler
+from nanochat.sequence import Sequence
 from nanochat.settings import SettingsParser, add_checkpoint_arguments
 
 

@@ -22,7 +22,7 @@ from nanochat.metrics import MetricsLog
 from nanochat.passes import Batch
 from nanochat.runs import step_dir
 from nanochat.sampling import SamplingParams
-from nanochat.scheduler import Sequence as Text
+from nanochat.sequence import Sequence as Text
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import TrainConfig, Trainer
 

@@ -31,7 +31,7 @@ from nanochat.passes import Passes, summed_loss
 from nanochat.runner import prepare_for_inference
 from nanochat.runs import list_steps, step_dir
 from nanochat.sampling import SamplingParams, policy_logprobs, sample
-from nanochat.scheduler import Sequence
+from nanochat.sequence import Sequence
 from nanochat.tokenizer import Tokenizer
 from scripts import base_train, chat_eval, chat_rl, chat_sft
 from tests.conftest import TINY_TRAINING

@@ -18,7 +18,7 @@ from nanochat.kv_cache import BLOCK_SIZE, BlockAllocator
 from nanochat.openai_api import joined_parts
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
-from nanochat.scheduler import Sequence
+from nanochat.sequence import Sequence
 from nanochat.tokenizer import Tokenizer
 from tests.helpers import calculator_call, make_it_say, make_model, run_texts, wait_for
 

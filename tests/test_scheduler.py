@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from nanochat.engine import Engine
+from nanochat.kv_cache import BLOCK_SIZE
 from nanochat.openai_api import Reply
 from nanochat.sampling import SamplingParams
-from nanochat.scheduler import Sequence
+from nanochat.sequence import Sequence
 from nanochat.tokenizer import Tokenizer
 from tests.helpers import calculator_call, make_it_say, make_model, run_texts
 
@@ -112,3 +113,61 @@ def test_the_token_that_ends_an_answer_has_no_logprob(
     (text,) = run_texts(engine, [Sequence([1, 2], SamplingParams(seed=1000, max_tokens=20, logprobs=0))])
     choice = Reply("chat", "m", tokenizer, False).chat_choice(0, text)
     assert len(choice["logprobs"]["content"]) == 2
+
+
+@pytest.mark.parametrize("length", [3, BLOCK_SIZE, 2 * BLOCK_SIZE + 5])
+@pytest.mark.parametrize("room", [{}, {"max_rows": 2}, {"kv_tokens": 512}])
+def test_samples_of_a_prompt_are_what_each_is_alone_and_cost_one_computation(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, length: int, room: dict[str, int]
+) -> None:
+    """Also where few have a row at once, some end with their first token, and memory is short; nothing is left in use."""
+    prompts = [[1, *range(7 + i, 6 + i + length)] for i in range(2)]
+    asked = [(p, SamplingParams(seed=i, max_tokens=1 + i % 3 * 20)) for p in prompts for i in range(9)]
+    alone = []
+    for prompt, params in asked:
+        engine.forget()
+        alone.append(engine.complete([prompt], params)[0].tokens)
+    other, computed = Engine(engine.model, engine.tokenizer, **room), []
+    prefill = other.scheduler.runner.prefill
+    monkeypatch.setattr(
+        other.scheduler.runner, "prefill", lambda tokens, *rest: computed.append(len(tokens)) or prefill(tokens, *rest)
+    )
+    assert [s.tokens for s in run_texts(other, [Sequence(*one) for one in asked])] == alone
+    assert computed == [length, length]
+    assert other.scheduler.cached_tokens == 16 * length
+    other.scheduler.step()
+    assert other.scheduler.allocator.num_free == other.scheduler.allocator.num_blocks - 1
+
+
+@pytest.mark.parametrize("rows", [3, 12])
+def test_samples_give_way_where_memory_runs_out(engine: Engine, rows: int) -> None:
+    asked = [(list(range(1, 21)), SamplingParams(seed=i, max_tokens=160, ignore_eos=True)) for i in range(6)]
+    alone = [run_texts(engine, [Sequence(*one)])[0].tokens for one in asked]
+    poor = Engine(engine.model, engine.tokenizer, max_rows=rows, kv_tokens=512)
+    assert [s.tokens for s in run_texts(poor, [Sequence(*one) for one in asked])] == alone
+    assert poor.scheduler.preemptions > 0
+    assert poor.scheduler.allocator.num_free == 32
+
+
+@pytest.mark.parametrize("end", ["cancel", "forget", "end_all"])
+def test_a_prompt_is_held_no_longer_than_texts_wait_for_it(engine: Engine, end: str) -> None:
+    one_row = Engine(engine.model, engine.tokenizer, max_rows=1).scheduler
+    texts = [Sequence([1, 2, 3], SamplingParams(seed=i, max_tokens=30, ignore_eos=True)) for i in range(3)]
+    for text in texts:
+        one_row.submit(text)
+    one_row.step()
+    assert one_row._computed is not None and one_row.num_waiting == 2
+    if end == "cancel":
+        one_row.cancel(texts[1])
+        one_row.cancel(texts[2])
+        one_row.take_messages()
+    elif end == "forget":
+        one_row.forget()
+    else:
+        one_row.end_all("cancelled")
+    assert one_row._computed is None
+    one_row.cancel(texts[0])
+    one_row.take_messages()
+    while not one_row.is_idle:
+        one_row.step()
+    assert one_row.allocator.num_free == one_row.allocator.num_blocks - 1

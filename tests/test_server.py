@@ -23,7 +23,8 @@ from pydantic import ValidationError
 from nanochat.engine import Engine
 from nanochat.openai_api import MAX_CHARS, MAX_MESSAGES, MAX_PARTS, MAX_TOKENS, CompletionRequest, token_text
 from nanochat.sampling import SamplingParams
-from nanochat.scheduler import Scheduler, Sequence
+from nanochat.scheduler import Scheduler
+from nanochat.sequence import Sequence
 from nanochat.server import DetokenizeRequest, create_app
 from nanochat.service import Limits
 from tests.helpers import serve, wait_for

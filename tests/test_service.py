@@ -18,7 +18,7 @@ from nanochat.common import NanochatError
 from nanochat.engine import Engine, EngineThread
 from nanochat.openai_api import ChatRequest, CompletionRequest, token_text
 from nanochat.sampling import SamplingParams
-from nanochat.scheduler import Sequence
+from nanochat.sequence import Sequence
 from nanochat.server import create_app
 from nanochat.service import MAX_FAILURES, ChatDefaults
 from nanochat.tokenizer import Tokenizer
