@@ -32,7 +32,7 @@ from nanochat.sequence import Sequence as Answer
 from nanochat.trimming import trim_prompt
 
 if TYPE_CHECKING:
-    from tasks.common import Task
+    from tasks.common import Conversation, Task
 
 OBJECTIVES = ("dapo", "grpo", "reinforce")
 CORRECTION_LIMIT = 2.0  # of the ratio between a token's probabilities in training and in sampling
@@ -166,12 +166,16 @@ class RolloutLoader:
         engine.run(answers)
         engine.model.train()
         with ThreadPoolExecutor(usable_cores()) as pool:  # judging may mean running a program
-            texts = [engine.tokenizer.decode(answer.tokens) for answer in answers]
-            pairs = zip([problem for problem in problems for _ in range(n)], texts, strict=True)
-            rewards = list(pool.map(lambda pair: float(self.task.reward(*pair)), pairs))
+            rewards = list(pool.map(self._judge, [problem for problem in problems for _ in range(n)], answers))
         table = torch.tensor(rewards).view(len(problems), n)
         sums = self._sum_up(answers, table, shortened=sum(len(p) > most for p in prompts))
         return answers, table, sums, time.perf_counter() - started
+
+    def _judge(self, problem: Conversation, answer: Answer) -> float:
+        """What an answer earns: nothing if it never ended, or a model that is right learns not to stop."""
+        if answer.stop_token is None:
+            return 0.0
+        return float(self.task.reward(problem, self.engine.tokenizer.decode(answer.tokens)))
 
     def _sum_up(self, answers: list[Answer], rewards: torch.Tensor, shortened: int) -> torch.Tensor:
         """What `_count` tells the ranks' answers by: (7,), on the device."""

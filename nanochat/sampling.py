@@ -11,12 +11,14 @@ On a GPU probabilities are added up as integers, since there floats of one row a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from nanochat.common import NanochatError
 
 LIKELIEST = 2.0**40  # the weight of the likeliest token: as many of them as there are words still fit into 63 bits
+LARGEST_K = 2**62  # more than any vocabulary, less than what a tensor can hold
 
 
 @dataclass(frozen=True)
@@ -55,58 +57,73 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature < 1e-5  # smaller ones overflow, and mean the same
 
+
+class RowSettings:
+    """What the rows of a batch ask of sampling, as columns (B, 1), to be made once for as long as the batch is the same.
+
+    Columns that would change nothing are None. On a GPU each one waits for all that was computed before.
+    """
+
+    def __init__(self, params: list[SamplingParams], device: torch.device) -> None:
+        def column(values: list[Any], neutral: Any) -> torch.Tensor | None:
+            if all(value == neutral for value in values):
+                return None
+            dtype = torch.float32 if isinstance(neutral, float) else None
+            return torch.tensor(values, dtype=dtype, device=device)[:, None]
+
+        ks = [min(p.top_k, LARGEST_K) for p in params]
+        self.params, self.device = params, device
+        self.all_greedy = all(p.greedy for p in params)
+        self.greedy = column([p.greedy for p in params], False)
+        self.temperature = column([1.0 if p.greedy else p.temperature for p in params], 1.0)
+        self.min_p = column([p.min_p for p in params], 0.0)
+        self.top_k, self.largest_k = column(ks, 0), max(ks, default=0)
+        self.top_p = column([p.top_p for p in params], 1.0)
+
     @property
     def restricts(self) -> bool:
-        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        return any(column is not None for column in (self.min_p, self.top_k, self.top_p))
 
 
-def sample(logits: torch.Tensor, params: list[SamplingParams], uniform: list[float]) -> torch.Tensor:
+def sample(logits: torch.Tensor, rows: RowSettings, uniform: list[float]) -> torch.Tensor:
     """Draw a token for each row: (B,) int64; -1 where the logits are no numbers.
 
     logits: (B, vocab_size) float32, penalties applied already; uniform: a number in [0, 1) for each row.
     """
-    highest, tokens = logits.max(dim=-1)
-    if not all(p.greedy for p in params):
-        tokens = torch.where(_greedy(params, logits), tokens, _draw(logits, params, uniform))
-    return tokens.masked_fill_(highest - highest != 0, -1)  # where it is NaN or infinite; isfinite is five operations
+    highest, likeliest = logits.max(dim=-1, keepdim=True)
+    tokens = likeliest
+    if not rows.all_greedy:
+        drawn = _draw(*_scale(logits, highest, rows), rows, uniform)
+        tokens = drawn if rows.greedy is None else torch.where(rows.greedy, likeliest, drawn)
+    return tokens.masked_fill_(highest - highest != 0, -1)[:, 0]  # where it is NaN or infinite; isfinite is five operations
 
 
-def _draw(logits: torch.Tensor, params: list[SamplingParams], uniform: list[float]) -> torch.Tensor:
-    cumulative = _weights(*_scale(logits, params), params).cumsum(dim=-1)
-    below_one = _column([min(u, 1 - 2**-23) for u in uniform], logits)  # also rounded, the sum itself is never reached
-    target = (below_one * cumulative[:, -1:]).to(cumulative.dtype)
-    return torch.searchsorted(cumulative, target, right=True)[:, 0]
+def _draw(scaled: torch.Tensor, top: torch.Tensor, rows: RowSettings, uniform: list[float]) -> torch.Tensor:
+    """(B, 1) int64."""
+    cumulative = _weights(scaled, top, rows).cumsum(dim=-1)
+    below_one = [[min(u, 1 - 2**-23)] for u in uniform]  # also rounded, the sum itself is never reached
+    numbers = torch.tensor(below_one, dtype=torch.float32, pin_memory=rows.device.type == "cuda")
+    target = numbers.to(rows.device, non_blocking=True) * cumulative[:, -1:]
+    return torch.searchsorted(cumulative, target.to(cumulative.dtype), right=True)
 
 
-def policy_logprobs(logits: torch.Tensor, params: list[SamplingParams], drawn: torch.Tensor) -> torch.Tensor:
+def policy_logprobs(logits: torch.Tensor, rows: RowSettings, drawn: torch.Tensor) -> torch.Tensor:
     """(B,) float32: the logarithms of the probabilities with which `sample` drew these tokens, (B,), and no others."""
-    scaled, top = _scale(logits, params)
-    total = _weights(scaled, top, params).sum(dim=-1)
-    logprobs = (scaled.gather(1, drawn[:, None]) - top)[:, 0] - (total / LIKELIEST).log()
-    return logprobs.masked_fill(_greedy(params, logits), 0.0)
+    scaled, top = _scale(logits, logits.amax(dim=-1, keepdim=True), rows)
+    total = _weights(scaled, top, rows).sum(dim=-1, keepdim=True)
+    logprobs = scaled.gather(1, drawn[:, None]) - top - (total / LIKELIEST).log()
+    return (logprobs if rows.greedy is None else logprobs.masked_fill(rows.greedy, 0.0))[:, 0]
 
 
-def _column(values: list[float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=like.device)[:, None]
+def _scale(logits: torch.Tensor, highest: torch.Tensor, rows: RowSettings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits, and each row's highest, (B, 1), over temperatures; of greedy rows as they are."""
+    return (logits, highest) if rows.temperature is None else (logits / rows.temperature, highest / rows.temperature)
 
 
-def _greedy(params: list[SamplingParams], like: torch.Tensor) -> torch.Tensor:
-    """(B,) bool: the rows whose likeliest token is taken, whatever was drawn."""
-    return torch.tensor([p.greedy for p in params], device=like.device)
-
-
-def _scale(logits: torch.Tensor, params: list[SamplingParams]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits over temperatures, greedy rows as if at temperature 1, and each row's highest, (B, 1)."""
-    scaled = logits / _column([1.0 if p.greedy else p.temperature for p in params], logits)
-    return scaled, scaled.amax(dim=-1, keepdim=True)
-
-
-def _weights(scaled: torch.Tensor, top: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+def _weights(scaled: torch.Tensor, top: torch.Tensor, rows: RowSettings) -> torch.Tensor:
     """(B, vocab_size): what each token's probability is proportional to."""
     weights = _weigh(scaled, top)
-    if any(p.restricts for p in params):
-        weights.masked_fill_(scaled < _thresholds(scaled, top, params), 0)
-    return weights
+    return weights.masked_fill_(scaled < _thresholds(scaled, top, rows), 0) if rows.restricts else weights
 
 
 def _weigh(scaled: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
@@ -119,28 +136,26 @@ def _sums_vary(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _thresholds(scaled: torch.Tensor, top: torch.Tensor, params: list[SamplingParams]) -> torch.Tensor:
+def _thresholds(scaled: torch.Tensor, top: torch.Tensor, rows: RowSettings) -> torch.Tensor:
     """(B, 1): the smallest scaled logit that may be drawn in each row; ties with it may be as well."""
-    vocab_size, any_top_p = scaled.size(-1), any(p.top_p < 1 for p in params)
+    vocab_size = scaled.size(-1)
     threshold = torch.full_like(top, float("-inf"))
-    if any(p.min_p > 0 for p in params):
-        threshold = torch.maximum(threshold, top + _column([p.min_p for p in params], top).log())
-    largest_k = vocab_size if any_top_p else max(min(p.top_k, vocab_size) for p in params)
-    if not largest_k:
+    if rows.min_p is not None:
+        threshold = torch.maximum(threshold, top + rows.min_p.log())
+    if rows.top_k is None and rows.top_p is None:
         return threshold
+    largest_k = vocab_size if rows.top_p is not None else min(rows.largest_k, vocab_size)
     likeliest = scaled.topk(largest_k, dim=-1).values  # (B, largest_k), descending
-    k_of_row = torch.tensor([min(p.top_k, vocab_size) or largest_k for p in params], device=scaled.device)[:, None]
-    has_top_k = torch.tensor([p.top_k > 0 for p in params], device=scaled.device)[:, None]
-    kth = likeliest.gather(1, k_of_row - 1)
-    threshold = torch.maximum(threshold, kth.masked_fill(~has_top_k, float("-inf")))
-    if any_top_p:
+    if rows.top_k is not None:
+        kth = likeliest.gather(1, (rows.top_k - 1).clamp(0, largest_k - 1))
+        threshold = torch.maximum(threshold, kth.masked_fill(rows.top_k == 0, float("-inf")))
+    if rows.top_p is not None:
         inside = likeliest >= threshold  # top-p counts what top-k and min-p leave
         weights = _weigh(likeliest, top) * inside
         before = weights.cumsum(dim=-1) - weights
-        wanted = _column([p.top_p for p in params], top) * weights.sum(dim=-1, keepdim=True)
+        wanted = rows.top_p * weights.sum(dim=-1, keepdim=True)
         last = ((before < wanted) & inside).sum(dim=-1, keepdim=True).clamp(min=1) - 1
-        whole = torch.tensor([p.top_p == 1 for p in params], device=scaled.device)[:, None]
-        cut = likeliest.gather(1, last).masked_fill(whole, float("-inf"))
+        cut = likeliest.gather(1, last).masked_fill(rows.top_p == 1, float("-inf"))
         threshold = torch.maximum(threshold, cut)
     return threshold
 

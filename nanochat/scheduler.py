@@ -24,7 +24,7 @@ from nanochat.common import NanochatError, logger
 from nanochat.gpt import GPT
 from nanochat.kv_cache import BLOCK_SIZE, BlockAllocator, KVBlocks
 from nanochat.runner import ModelRunner
-from nanochat.sampling import penalize_repetition, policy_logprobs, sample
+from nanochat.sampling import RowSettings, penalize_repetition, policy_logprobs, sample
 from nanochat.sequence import Sequence, next_piece, token_logprob
 from nanochat.tokenizer import IncrementalDecoder, Tokenizer
 
@@ -65,6 +65,7 @@ class Scheduler:
         self.rows: list[Sequence] = []  # in the decoding batch, by row
         self.prefilling: Sequence | None = None
         self._computed: ComputedPrompt | None = None  # held for texts that wait
+        self._settings = RowSettings([], self.runner.device)  # of the rows that were sampled last
         self.calling: set[Sequence] = set()
         self._waits_for_tools = False  # nothing runs, and nothing that waits finds room until a tool answers
         self._submitted = self._enqueued = 0
@@ -329,20 +330,20 @@ class Scheduler:
 
     def _sample(self, sequences: list[Sequence], logits: torch.Tensor) -> None:
         params = [sequence.params for sequence in sequences]
-        adjusted = logits
-        for i, sequence in enumerate(sequences):
-            if sequence.params.repetition_penalty != 1:
-                if adjusted is logits:
-                    adjusted = logits.clone()
-                seen = self._mark_seen(sequence, logits[i])
-                adjusted[i] = penalize_repetition(logits[i], seen, sequence.params.repetition_penalty)
+        if params != self._settings.params:
+            self._settings = RowSettings(params, logits.device)
+        penalized = [i for i, p in enumerate(params) if p.repetition_penalty != 1]
+        adjusted = logits.clone() if penalized else logits
+        for i in penalized:
+            seen = self._mark_seen(sequences[i], logits[i])
+            adjusted[i] = penalize_repetition(logits[i], seen, params[i].repetition_penalty)
         uniform = [0.0 if p.greedy else s.random.random() for s, p in zip(sequences, params, strict=True)]
-        chosen = sample(adjusted, params, uniform)
+        chosen = sample(adjusted, self._settings, uniform)
         drawn = chosen.tolist()
         if min(drawn) < 0:
             raise NanochatError("the model's logits are no numbers: its weights are damaged, or diverged in training")
         if any(p.policy_logprobs for p in params):
-            for sequence, logprob in zip(sequences, policy_logprobs(adjusted, params, chosen).tolist(), strict=True):
+            for sequence, logprob in zip(sequences, policy_logprobs(adjusted, self._settings, chosen).tolist(), strict=True):
                 sequence.policy_logprobs.append(logprob)
         for i, (sequence, token) in enumerate(zip(sequences, drawn, strict=True)):
             if sequence.params.logprobs is not None:

@@ -21,7 +21,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.metrics import MetricsLog
 from nanochat.passes import Batch
 from nanochat.runs import step_dir
-from nanochat.sampling import SamplingParams
+from nanochat.sampling import RowSettings
 from nanochat.sequence import Sequence as Text
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import TrainConfig, Trainer
@@ -152,9 +152,9 @@ def make_it_say(engine: Engine, monkeypatch: pytest.MonkeyPatch, script: list[in
     """Make the model say these tokens, however it is asked; after them, token 5."""
     said: dict[int, int] = {}
 
-    def speak(logits: torch.Tensor, params: list[SamplingParams], uniform: list[float]) -> torch.Tensor:
+    def speak(logits: torch.Tensor, rows: RowSettings, uniform: list[float]) -> torch.Tensor:
         drawn = []
-        for p in params:
+        for p in rows.params:
             n = said[p.seed] = said.get(p.seed, -1) + 1
             drawn.append(script[n] if n < len(script) and p.seed >= 1000 else 5)
         return torch.tensor(drawn)

@@ -30,7 +30,7 @@ from nanochat.metrics import read_metrics
 from nanochat.passes import Passes, summed_loss
 from nanochat.runner import prepare_for_inference
 from nanochat.runs import list_steps, step_dir
-from nanochat.sampling import SamplingParams, policy_logprobs, sample
+from nanochat.sampling import RowSettings, SamplingParams, policy_logprobs, sample
 from nanochat.sequence import Sequence
 from nanochat.tokenizer import Tokenizer
 from scripts import base_train, chat_eval, chat_rl, chat_sft
@@ -356,12 +356,14 @@ def _prompts(tokenizer: Tokenizer) -> list[list[int]]:
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_greedy_equals_plain_generation(engine: Engine, tokenizer: Tokenizer, compiled: bool) -> None:
-    """With CUDA graphs and without, past the window, alone and among others."""
+    """With CUDA graphs and without, past the window, alone, among others, and several times."""
     assert not compiled or engine.compile() is None
     prompts = _prompts(tokenizer)
     expected = [list(engine.model.generate(prompt, 60, temperature=0)) for prompt in prompts]
     assert [row.tokens for row in engine.complete(prompts, SamplingParams(0, max_tokens=60))] == expected
     assert [engine.complete([prompt], SamplingParams(0, max_tokens=60))[0].tokens for prompt in prompts] == expected
+    three = engine.complete([prompt for prompt in prompts for _ in range(3)], SamplingParams(0, max_tokens=60))
+    assert [row.tokens for row in three] == [tokens for tokens in expected for _ in range(3)]
     assert not compiled or engine.scheduler.runner._graphs
 
 
@@ -371,7 +373,7 @@ def test_what_is_forced_is_in_the_context(engine: Engine, tokenizer: Tokenizer, 
     special, seen = tokenizer.encode_special, []
     script = [special("<|python_start|>"), *tokenizer.encode("6*7"), special("<|python_end|>")]
 
-    def speak(logits: torch.Tensor, params: list, uniform: list) -> torch.Tensor:
+    def speak(logits: torch.Tensor, rows: RowSettings, uniform: list) -> torch.Tensor:
         seen.append(logits[0].clone())
         return torch.tensor([[*script, 5][min(len(seen) - 1, len(script))]])
 
@@ -391,11 +393,13 @@ def test_what_is_drawn_depends_on_a_row_alone(vocab_size: int) -> None:
     logits = 3 * torch.randn(16, vocab_size, device=GPU)
     params = [SamplingParams(temperature=0.8, top_p=(1.0, 0.9)[i % 2], top_k=(0, 0, 50)[i % 3]) for i in range(16)]
     uniform = [(i + 0.5) / 16 for i in range(16)]
-    together = sample(logits, params, uniform)
-    logprobs = policy_logprobs(logits, params, together)
+    settings = RowSettings(params, GPU)
+    together = sample(logits, settings, uniform)
+    logprobs = policy_logprobs(logits, settings, together)
     for rows in (slice(i, i + B) for B in (1, 2, 3, 8) for i in range(0, 16, B)):
-        assert torch.equal(sample(logits[rows], params[rows], uniform[rows]), together[rows])
-        assert torch.equal(policy_logprobs(logits[rows], params[rows], together[rows]), logprobs[rows])
+        own = RowSettings(params[rows], GPU)
+        assert torch.equal(sample(logits[rows], own, uniform[rows]), together[rows])
+        assert torch.equal(policy_logprobs(logits[rows], own, together[rows]), logprobs[rows])
 
 
 @pytest.mark.parametrize("weights", ["auto", "int8"])

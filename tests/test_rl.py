@@ -54,6 +54,13 @@ def engine(tokenizer: Tokenizer) -> Engine:
     return Engine(make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=256), tokenizer, max_rows=16)
 
 
+@pytest.fixture
+def ending(engine: Engine) -> Engine:
+    """Answers end after five tokens on average; those of a model that has learned nothing hardly ever do."""
+    engine.scheduler.stop_ids |= set(range(3, engine.model.config.vocab_size, 5))
+    return engine
+
+
 def _settings(**changes: object) -> RolloutSettings:
     return RolloutSettings(**{"examples_per_step": 3, "num_samples": 4, "max_tokens": 10, **changes})
 
@@ -127,28 +134,28 @@ def test_each_epoch_has_an_order_of_its_own() -> None:
     assert orders[3] == np.random.default_rng([2**64 - 1, 3]).permutation(50).tolist() == epoch_order(-1, 3, 50).tolist()
 
 
-def test_the_gradient_is_that_of_the_weighted_likelihood(engine: Engine) -> None:
+def test_the_gradient_is_that_of_the_weighted_likelihood(ending: Engine) -> None:
     """Against the formula written out over whole, unpadded answers; for every objective and a distance, too."""
-    reference = make_model(seed=5, vocab_size=engine.model.config.vocab_size, sequence_len=256)
+    reference = make_model(seed=5, vocab_size=ending.model.config.vocab_size, sequence_len=256)
     for objective, kl_weight in (("dapo", 0.0), ("grpo", 0.0), ("reinforce", 0.0), ("dapo", 0.3)):
         settings = _settings(objective=objective, kl_weight=kl_weight)
-        loader = RolloutLoader(engine, Vowels(), settings, micro_batches=3)
+        loader = RolloutLoader(ending, Vowels(), settings, micro_batches=3)
         answers, rewards, *counted = loader._roll_out()
         metrics = loader._count(*counted)
         batches = loader._make_batches(answers, rewards, metrics["rl/reward"])
         loss_fn, count_fn = make_policy_loss(settings, reference if kl_weight else None)
         count = sum(count_fn(batch) for batch in batches)
-        engine.model.zero_grad()
+        ending.model.zero_grad()
         for batch in batches:
-            (loss_fn(engine.model, batch) / count).backward()
-        gradient = engine.model.lm_head.weight.grad.clone()
+            (loss_fn(ending.model, batch) / count).backward()
+        gradient = ending.model.lm_head.weight.grad.clone()
 
         advantages = compute_advantages(rewards, objective, float(rewards.mean())).flatten().tolist()
         total, tokens, rows = 0.0, 0, 0
         for answer, advantage in zip(answers, advantages, strict=True):
             ids = answer.prompt + answer.tokens + ([answer.stop_token] if answer.stop_token is not None else [])
             drawn = range(len(answer.prompt), len(ids))
-            logprobs = engine.model(torch.tensor([ids]))[0].log_softmax(-1)
+            logprobs = ending.model(torch.tensor([ids]))[0].log_softmax(-1)
             own = torch.stack([logprobs[i - 1, ids[i]] for i in drawn])
             gain = advantage * own
             if kl_weight:
@@ -159,21 +166,21 @@ def test_the_gradient_is_that_of_the_weighted_likelihood(engine: Engine) -> None
             if advantage or kl_weight:
                 total = total - (gain.sum() if objective == "dapo" else gain.mean())
                 tokens, rows = tokens + len(own), rows + 1
-        engine.model.zero_grad()
+        ending.model.zero_grad()
         (total / (tokens if objective == "dapo" else rows)).backward()
-        torch.testing.assert_close(gradient, engine.model.lm_head.weight.grad, atol=2e-5, rtol=2e-3)
+        torch.testing.assert_close(gradient, ending.model.lm_head.weight.grad, atol=2e-5, rtol=2e-3)
 
 
-def test_what_sampling_saw_otherwise_counts_less_and_at_most_twice(engine: Engine) -> None:
+def test_what_sampling_saw_otherwise_counts_less_and_at_most_twice(ending: Engine) -> None:
     """Tokens that are a third as likely now as when they were drawn count a third; thrice as likely ones are held at two."""
     settings = _settings()
-    inputs, targets, advantages, scale, _ = next(RolloutLoader(engine, Vowels(), settings, micro_batches=1))
+    inputs, targets, advantages, scale, _ = next(RolloutLoader(ending, Vowels(), settings, micro_batches=1))
     loss_fn, _ = make_policy_loss(settings)
-    own = policy_logprobs(engine.model, inputs, targets, 1.0, 0).detach()
+    own = policy_logprobs(ending.model, inputs, targets, 1.0, 0).detach()
 
     def loss_and_gradient(sampled_logprobs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        loss = loss_fn(engine.model, (inputs, targets, advantages, scale, sampled_logprobs))
-        return loss.detach(), torch.autograd.grad(loss, engine.model.lm_head.weight)[0]
+        loss = loss_fn(ending.model, (inputs, targets, advantages, scale, sampled_logprobs))
+        return loss.detach(), torch.autograd.grad(loss, ending.model.lm_head.weight)[0]
 
     loss, gradient = loss_and_gradient(own)
     assert gradient.any()
@@ -189,6 +196,7 @@ def test_nothing_to_learn_gives_no_gradient(engine: Engine, objective: str, rewa
         def reward(self, conversation: Conversation, completion: str) -> float:
             return reward
 
+    engine.scheduler.stop_ids = set(range(engine.model.config.vocab_size))
     settings = _settings(objective=objective, num_samples=6)
     loss_fn, count_fn = make_policy_loss(settings)
     loader = RolloutLoader(engine, Fair(), settings, micro_batches=2)
@@ -210,6 +218,17 @@ def test_ranks_share_an_update_and_epochs_see_every_problem_once(engine: Engine)
         assert together == alone._problems()
         seen += [index for _, index in together]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+
+
+def test_an_answer_that_never_ends_earns_nothing(ending: Engine) -> None:
+    class Kind(Vowels):
+        def evaluate(self, conversation: Conversation, completion: str) -> bool:
+            return True
+
+    loader = RolloutLoader(ending, Kind(), _settings(num_samples=8, max_tokens=4), micro_batches=1)
+    answers, rewards, *_ = loader._roll_out()
+    assert rewards.flatten().tolist() == [float(answer.stop_token is not None) for answer in answers]
+    assert 0 < rewards.mean() < 1
 
 
 def test_weights_that_changed_share_nothing_with_the_old(engine: Engine) -> None:
@@ -329,7 +348,7 @@ def test_a_resumed_run_knows_where_its_problems_are(tiny_run: Path, tmp_path: Pa
 
 def test_updates_without_anything_to_learn_change_nothing(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is answered is worth the same; the loss is that of nothing, not a division by none."""
-    monkeypatch.setattr("tasks.arithmetic.Arithmetic.reward", lambda self, conversation, text: 1.0)
+    monkeypatch.setattr(RolloutLoader, "_judge", lambda *_: 1.0)
     assert chat_rl.main([*FLAGS, "--num-iterations=2", "--kl-weight=0"]) == 0
     rows = [row for row in read_json_lines(tiny_run / "rl" / "metrics.jsonl") if "train/loss" in row]
     assert [(row["train/loss"], row["rl/mixed_groups"]) for row in rows] == [(0, 0)] * 2
@@ -341,7 +360,7 @@ def test_momentum_alone_moves_nothing(tiny_run: Path, monkeypatch: pytest.Monkey
     """After an update that taught something, others that teach nothing."""
     calls = itertools.count()
     answers = 3 * 4  # of an update
-    monkeypatch.setattr("tasks.arithmetic.Arithmetic.reward", lambda self, *_: n % 2 if (n := next(calls)) < answers else 0.3)
+    monkeypatch.setattr(RolloutLoader, "_judge", lambda *_: float(n % 2) if (n := next(calls)) < answers else 0.3)
     assert chat_rl.main([*FLAGS, "--num-iterations=3", "--save-every=1", "--keep-last=-1", "--eval-every=-1"]) == 0
     start, *after = (load_checkpoint(*place)[0] for place in (
         (tiny_run / "sft", 4), (tiny_run / "rl", 1), (tiny_run / "rl", 2), (tiny_run / "rl", 3)))  # fmt: skip
@@ -373,18 +392,18 @@ def test_bad_input_of_the_command(tiny_run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_reward_rises(engine: Engine) -> None:
+def test_reward_rises(ending: Engine) -> None:
     """A small model finds out, from rewards alone, that the letter e is what is wanted."""
-    engine.model.init_weights(0)
-    engine.model.train()
-    optimizer = engine.model.setup_optimizer(matrix_lr=0.01, embedding_lr=0.05, unembedding_lr=0.004, scalar_lr=0.0)
+    ending.model.init_weights(0)
+    ending.model.train()
+    optimizer = ending.model.setup_optimizer(matrix_lr=0.01, embedding_lr=0.05, unembedding_lr=0.004, scalar_lr=0.0)
     settings = _settings(examples_per_step=4, num_samples=16)
-    loader = RolloutLoader(engine, Vowels(), settings, micro_batches=1)
+    loader = RolloutLoader(ending, Vowels(), settings, micro_batches=1)
     loss_fn, count_fn = make_policy_loss(settings)
     rewards = []
     for _ in range(30):
         batch = next(loader)
-        (loss_fn(engine.model, batch) / count_fn(batch).clamp(min=1)).backward()
+        (loss_fn(ending.model, batch) / count_fn(batch).clamp(min=1)).backward()
         optimizer.step()
         optimizer.zero_grad()
         rewards.append(loader.metrics()["rl/reward"])

@@ -11,14 +11,18 @@ from hypothesis import strategies as st
 
 from nanochat import sampling
 from nanochat.common import NanochatError
-from nanochat.sampling import SamplingParams, penalize_repetition, policy_logprobs, sample
+from nanochat.sampling import RowSettings, SamplingParams, penalize_repetition, policy_logprobs, sample
 
 LOGITS = torch.tensor([0.0, 1.0, 2.0, -1.0, 1.0])
 
 
+def _rows(params: list[SamplingParams]) -> RowSettings:
+    return RowSettings(params, torch.device("cpu"))
+
+
 def _draw(n: int, **params: float) -> torch.Tensor:
     rng = random.Random(0)
-    return sample(LOGITS.expand(n, -1), [SamplingParams(**params)] * n, [rng.random() for _ in range(n)])
+    return sample(LOGITS.expand(n, -1), _rows([SamplingParams(**params)] * n), [rng.random() for _ in range(n)])
 
 
 def test_draws_follow_the_distribution() -> None:
@@ -29,7 +33,7 @@ def test_draws_follow_the_distribution() -> None:
 
 @pytest.mark.parametrize(
     ("params", "allowed"),
-    [({"top_k": 1}, {2}), ({"top_k": 2}, {1, 2, 4}), ({"top_k": 0}, {0, 1, 2, 3, 4}), ({"top_k": 99}, {0, 1, 2, 3, 4}),
+    [({"top_k": 1}, {2}), ({"top_k": 2}, {1, 2, 4}), ({"top_k": 0}, {0, 1, 2, 3, 4}), ({"top_k": 10**30}, {0, 1, 2, 3, 4}),
      ({"top_p": 0.5}, {2}), ({"top_p": 0.6}, {1, 2, 4}), ({"min_p": 0.3}, {1, 2, 4}), ({"min_p": 1.0}, {2}),
      ({"top_k": 3, "top_p": 0.55}, {2}), ({"temperature": 0.0}, {2}), ({"temperature": 1e-300}, {2})],
 )  # fmt: skip
@@ -48,9 +52,9 @@ settings_of_a_row = st.builds(
 def test_a_row_does_not_depend_on_the_others(rows: list[SamplingParams], seed: int) -> None:
     logits = torch.randn(len(rows), 50, generator=torch.Generator().manual_seed(seed)) * 5
     uniform = [random.Random(seed + i).random() for i in range(len(rows))]
-    together = sample(logits, rows, uniform)
+    together = sample(logits, _rows(rows), uniform)
     for i, params in enumerate(rows):
-        assert sample(logits[i : i + 1], [params], uniform[i : i + 1]).item() == together[i].item() < 50
+        assert sample(logits[i : i + 1], _rows([params]), uniform[i : i + 1]).item() == together[i].item() < 50
 
 
 @pytest.mark.parametrize("as_on_a_gpu", [False, True])
@@ -59,16 +63,16 @@ def test_a_row_of_many_words_is_added_up_alike_in_any_company(as_on_a_gpu: bool,
     logits = 3 * torch.randn(5, 131_072, generator=torch.Generator().manual_seed(0))
     rows = [SamplingParams(temperature=0.8, top_p=(1.0, 0.9)[i % 2], top_k=(0, 50)[i // 2 % 2]) for i in range(5)]
     uniform = [(i + 0.5) / 5 for i in range(5)]
-    together = sample(logits, rows, uniform)
-    logprobs = policy_logprobs(logits, rows, together)
+    together = sample(logits, _rows(rows), uniform)
+    logprobs = policy_logprobs(logits, _rows(rows), together)
     exact = (logits[0].double() / 0.8).log_softmax(-1)[together[0]]
     assert logprobs[0].item() == pytest.approx(exact.item(), abs=1e-5)
     if as_on_a_gpu:  # where sums of floats would depend on it
         order = torch.randperm(131_072, generator=torch.Generator().manual_seed(1))
-        assert torch.equal(policy_logprobs(logits[:, order], rows, order.argsort()[together]), logprobs)
+        assert torch.equal(policy_logprobs(logits[:, order], _rows(rows), order.argsort()[together]), logprobs)
     for some in (slice(0, 1), slice(1, 3), slice(2, 5)):
-        assert torch.equal(sample(logits[some], rows[some], uniform[some]), together[some])
-        assert torch.equal(policy_logprobs(logits[some], rows[some], together[some]), logprobs[some])
+        assert torch.equal(sample(logits[some], _rows(rows[some]), uniform[some]), together[some])
+        assert torch.equal(policy_logprobs(logits[some], _rows(rows[some]), together[some]), logprobs[some])
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -76,13 +80,13 @@ def test_a_row_of_many_words_is_added_up_alike_in_any_company(as_on_a_gpu: bool,
 def test_logits_that_are_no_numbers_are_told(value: str, words: int, temperature: float) -> None:
     logits = LOGITS.expand(3, -1).clone()
     logits[1, :words] = float(value)
-    drawn = sample(logits, [SamplingParams(temperature=temperature)] * 3, [0.99] * 3)
+    drawn = sample(logits, _rows([SamplingParams(temperature=temperature)] * 3), [0.99] * 3)
     assert [token < 0 for token in drawn.tolist()] == [False, True, False]
 
 
 def test_the_ends_of_the_interval_draw_possible_tokens() -> None:
     logits = torch.tensor([[-1e9, 0.0, 3.0, -1e9]]).expand(2, -1)
-    assert sample(logits, [SamplingParams()] * 2, [0.0, 1 - 1e-16]).tolist() == [1, 2]
+    assert sample(logits, _rows([SamplingParams()] * 2), [0.0, 1 - 1e-16]).tolist() == [1, 2]
 
 
 def test_what_was_said_is_less_likely() -> None:
@@ -100,5 +104,5 @@ def test_settings_that_mean_nothing_are_refused(bad: dict) -> None:
 def test_a_row_without_top_k_draws_from_all_beside_one_with_it() -> None:
     logits = torch.arange(50.0, 0, -1).repeat(2, 1) * 1e-3
     params = [SamplingParams(), SamplingParams(top_k=3)]
-    drawn = {int(sample(logits, params, [uniform, 0.5])[0]) for uniform in (0.1, 0.5, 0.9)}
+    drawn = {int(sample(logits, _rows(params), [uniform, 0.5])[0]) for uniform in (0.1, 0.5, 0.9)}
     assert len(drawn) == 3 and max(drawn) > 30

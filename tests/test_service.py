@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 from nanochat.common import NanochatError
 from nanochat.engine import Engine, EngineThread
 from nanochat.openai_api import ChatRequest, CompletionRequest, token_text
-from nanochat.sampling import SamplingParams
+from nanochat.sampling import RowSettings, SamplingParams
 from nanochat.sequence import Sequence
 from nanochat.server import create_app
 from nanochat.service import MAX_FAILURES, ChatDefaults
@@ -99,9 +99,9 @@ def test_texts_that_wait_for_the_calculator_are_told_as_well(engine: Engine, mon
     call = [engine.tokenizer.encode_special(name) for name in ("<|python_start|>", "<|python_end|>")]
     said: Counter[int] = Counter()
 
-    def speak(logits: torch.Tensor, params: list[SamplingParams], *_: Any) -> torch.Tensor:
-        said.update(p.seed for p in params)
-        return torch.tensor([call[said[p.seed] - 1] if p.seed and said[p.seed] <= 2 else 5 for p in params])
+    def speak(logits: torch.Tensor, rows: RowSettings, *_: Any) -> torch.Tensor:
+        said.update(p.seed for p in rows.params)
+        return torch.tensor([call[said[p.seed] - 1] if p.seed and said[p.seed] <= 2 else 5 for p in rows.params])
 
     def fail(*args: Any) -> None:
         answer.set()
