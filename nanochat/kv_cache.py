@@ -270,21 +270,32 @@ class DecodeView(NamedTuple):
         own = self.table.gather(1, (positions // BLOCK_SIZE)[:, None])[:, 0]
         keys[own, positions % BLOCK_SIZE] = k[:, 0]
         values[own, positions % BLOCK_SIZE] = v[:, 0]
-        within = torch.arange(BLOCK_SIZE, device=q.device)
+        slots, visible = self._reach(window)
+        k, v = (x.flatten(0, 1)[slots].unsqueeze(3).float() for x in (keys, values))  # (B, L, KV, 1, D)
+        q = in_memory(q.view(B, 1, KV, H // KV, D).float())
+        scores = ((q * k).sum(-1) * D**-0.5).masked_fill(~visible, float("-inf"))  # (B, L, KV, G)
+        weights = (scores - scores.amax(1, keepdim=True)).exp()
+        y = (weights.unsqueeze(-1) * v).sum(1) / weights.sum(1).unsqueeze(-1)
+        return y.reshape(B, 1, H, D).to(keys.dtype)
+
+    def _reach(self, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the keys are that a window can touch, (B, L) int64, and which of them it does, (B, L, 1, 1) bool."""
+        positions, device = self.positions, self.positions.device
+        within = torch.arange(BLOCK_SIZE, device=device)
         reach = window // BLOCK_SIZE + 2  # blocks that a window can touch
         if reach >= self.max_blocks:
             blocks = self.table[:, : self.columns.size(0)]
-            at = torch.arange(self.columns.size(0) * BLOCK_SIZE, device=q.device)[None]
+            at = torch.arange(self.columns.size(0) * BLOCK_SIZE, device=device)[None]
         else:
             first = (positions - window).clamp(min=0) // BLOCK_SIZE
-            columns = first[:, None] + torch.arange(reach, device=q.device)
+            columns = first[:, None] + torch.arange(reach, device=device)
             blocks = self.table.gather(1, columns.clamp(max=self.max_blocks - 1))
             at = (columns[:, :, None] * BLOCK_SIZE + within).flatten(1)
         distance = positions[:, None] - at
         visible = ((distance >= 0) & (distance <= window))[:, :, None, None]
-        k, v = (x[blocks].flatten(1, 2).unsqueeze(3).float() for x in (keys, values))  # (B, L, KV, 1, D)
-        q = q.view(B, 1, KV, H // KV, D).float()
-        scores = ((q * k).sum(-1) * D**-0.5).masked_fill(~visible, float("-inf"))  # (B, L, KV, G)
-        exponentials = (scores - scores.amax(1, keepdim=True)).exp()
-        weights = exponentials / exponentials.sum(1, keepdim=True)
-        return (weights.unsqueeze(-1) * v).sum(1).reshape(B, 1, H, D).to(keys.dtype)
+        return in_memory((blocks[:, :, None] * BLOCK_SIZE + within).flatten(1)), visible
+
+
+def in_memory(x: torch.Tensor) -> torch.Tensor:
+    """The same, but that a CPU's compiled code does not compute it anew for each use: what `cat` joins it writes to memory."""
+    return torch.cat((x[..., :1], x[..., 1:]), dim=-1) if x.device.type == "cpu" else x
