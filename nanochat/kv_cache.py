@@ -270,8 +270,8 @@ class DecodeView(NamedTuple):
         own = self.table.gather(1, (positions // BLOCK_SIZE)[:, None])[:, 0]
         keys[own, positions % BLOCK_SIZE] = k[:, 0]
         values[own, positions % BLOCK_SIZE] = v[:, 0]
-        slots, visible = self._reach(window)
-        k, v = (x.flatten(0, 1)[slots].unsqueeze(3).float() for x in (keys, values))  # (B, L, KV, 1, D)
+        blocks, visible = self._reach(window)
+        k, v = (x[blocks].flatten(1, 2).unsqueeze(3).float() for x in (keys, values))  # (B, L, KV, 1, D)
         q = in_memory(q.view(B, 1, KV, H // KV, D).float())
         scores = ((q * k).sum(-1) * D**-0.5).masked_fill(~visible, float("-inf"))  # (B, L, KV, G)
         weights = (scores - scores.amax(1, keepdim=True)).exp()
@@ -279,7 +279,7 @@ class DecodeView(NamedTuple):
         return y.reshape(B, 1, H, D).to(keys.dtype)
 
     def _reach(self, window: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the keys are that a window can touch, (B, L) int64, and which of them it does, (B, L, 1, 1) bool."""
+        """The blocks that a window can touch, (B, n) int64, and which of their L tokens it does, (B, L, 1, 1) bool."""
         positions, device = self.positions, self.positions.device
         within = torch.arange(BLOCK_SIZE, device=device)
         reach = window // BLOCK_SIZE + 2  # blocks that a window can touch
@@ -289,11 +289,11 @@ class DecodeView(NamedTuple):
         else:
             first = (positions - window).clamp(min=0) // BLOCK_SIZE
             columns = first[:, None] + torch.arange(reach, device=device)
-            blocks = self.table.gather(1, columns.clamp(max=self.max_blocks - 1))
+            blocks = in_memory(self.table.gather(1, columns.clamp(max=self.max_blocks - 1)))
             at = (columns[:, :, None] * BLOCK_SIZE + within).flatten(1)
         distance = positions[:, None] - at
         visible = ((distance >= 0) & (distance <= window))[:, :, None, None]
-        return in_memory((blocks[:, :, None] * BLOCK_SIZE + within).flatten(1)), visible
+        return blocks, visible
 
 
 def in_memory(x: torch.Tensor) -> torch.Tensor:
