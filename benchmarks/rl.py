@@ -1,7 +1,7 @@
 """Whether rewards teach: python -m benchmarks.rl [--seeds 1,2,3] [--base-dir DIR]
 
 Pretrains the demo's model on the builtin text, fine-tunes it for 28 steps only, so that it hardly does sums, and reinforces
-it on arithmetic with the calculator, once for each seed: about three quarters of an hour on two cores. Prints the share of
+it on arithmetic with the calculator, once for each seed: half an hour to three quarters on two cores. Prints the share of
 right answers to problems that it never saw, before and after; rl.png in the base directory has the curves. Run again with
 the same directory, it goes on where it was.
 """
