@@ -102,8 +102,9 @@ def _draw(scaled: torch.Tensor, top: torch.Tensor, rows: RowSettings, uniform: l
     """(B, 1) int64."""
     cumulative = _weights(scaled, top, rows).cumsum(dim=-1)
     below_one = [[min(u, 1 - 2**-23)] for u in uniform]  # also rounded, the sum itself is never reached
-    numbers = torch.tensor(below_one, dtype=torch.float32, pin_memory=rows.device.type == "cuda")
-    target = numbers.to(rows.device, non_blocking=True) * cumulative[:, -1:]
+    on_gpu = rows.device.type == "cuda"  # which need not wait for them
+    numbers = torch.tensor(below_one, dtype=torch.float32, pin_memory=on_gpu).to(rows.device, non_blocking=on_gpu)
+    target = numbers * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target.to(cumulative.dtype), right=True)
 
 
