@@ -267,7 +267,7 @@ class Scheduler:
                 self._let_go()
 
     def _let_go(self) -> None:
-        """Of the prompt that is held."""
+        """Hold no prompt any longer."""
         if self._computed is not None:
             self.allocator.release(self._computed.blocks)
             self._computed = None

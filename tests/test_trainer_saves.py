@@ -17,6 +17,7 @@ from nanochat.checkpoint_manager import read_meta
 from nanochat.common import NanochatError
 from nanochat.metrics import read_metrics
 from nanochat.runs import list_steps
+from nanochat.stage import Stage
 from tests.helpers import make_trainer
 
 
@@ -100,3 +101,24 @@ def test_a_best_step_that_is_gone_is_not_taken_over(tmp_path: Path) -> None:
     again.load_state_dict(read_meta(tmp_path, 6)["trainer"])
     assert again.state_dict()["best"] == {}
     assert not (tmp_path / "best.json").exists()
+
+
+def test_a_stage_is_complete_only_when_all_evaluations_of_its_last_step_are_made(tmp_path: Path) -> None:
+    """Those of one step are one row; a resumed command makes up for what failed."""
+
+    def fail() -> dict[str, float]:
+        raise NanochatError("no data")
+
+    stage = Stage("tag", "base", tmp_path, resume_step=6, steps=[6])
+    trainer = make_trainer(tmp_path)
+    trainer.evaluations = [(3, lambda: {"val/core": 0.1}), (0, fail)]
+    with pytest.raises(NanochatError, match="no data"):
+        trainer.train()
+    assert not stage.is_complete(6)
+    trainer = make_trainer(tmp_path)
+    trainer.step = trainer._saved_step = 6
+    trainer.evaluations = [(3, lambda: {"val/core": 0.1}), (0, lambda: {"val/x": 0.2})]
+    trainer.train()
+    assert stage.is_complete(6)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(row["val/core"], row.get("val/x")) for row in rows if "val/core" in row] == [(0.1, None), (0.1, 0.2)]
