@@ -60,9 +60,7 @@ def check_settings(stage: Stage, new: dict[str, Any], args: Arguments) -> None:
         )
     for key, value in json.loads(json.dumps(new)).items():
         flag = "--set" if key == "switches" else "--" + key.replace("_", "-")
-        before = old.get(key, value)
-        if key not in old and key in args.defaults and vars(args)[key] != args.defaults[key]:  # a flag newer than the run
-            before = args.defaults[key]
+        before = old.get(key, args.defaults[key] if key in args.given else value)  # a flag newer than the run
         if key in RATES and before != value:
             print0(f"going on with {flag} {value}: until here it was {before}")
         if key not in FREE_SETTINGS and before != value:
