@@ -1,11 +1,11 @@
-"""The model: a decoder transformer that one reads in one sitting. Used by everything that trains or generates.
+"""The model: a decoder transformer, short enough to read in one sitting. Used by everything that trains or generates.
 
 What differs from a textbook GPT: rotary positions, normalized queries and keys, grouped key/value heads, sliding
-windows, ReLU squared, value embeddings on alternating layers, embeddings of pairs of tokens, a learned share of the first
-embedding in every block, no biases and no learned norm weights, an untied head with soft-capped logits.
+windows, ReLU squared, value embeddings on alternating layers, bigram embeddings, a learned share of the first embedding
+in every block, no biases and no learned norm weights, an untied head with soft-capped logits.
 
-Weights are float32 and are multiplied in the compute dtype (common.get_compute_dtype); a model for inference alone may
-be cast whole with `.to(torch.bfloat16)`.
+Weights are stored in float32 and multiplied in the compute dtype (common.get_compute_dtype); a model used only for
+inference may be cast as a whole with `.to(torch.bfloat16)`.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
 
 ROTARY_BASE = 100_000
 LOGIT_CAP = 15.0
-PAIR_FACTOR = 1_000_003  # of the hash of two tokens: a prime, so that it spreads them whatever the table's size
+PAIR_FACTOR = 1_000_003  # hashes two tokens; a prime, so that pairs spread evenly whatever the table's size
 GATE_CHANNELS = 32  # the value-embedding gate reads only the first channels of its input
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Everything that decides the model's shape; stored whole in each checkpoint.
+    """Everything that determines the model's shape; stored in each checkpoint.
 
     `window_pattern` is repeated over the layers: "L" attends to the whole context, "S" to a quarter of it (rounded up
-    to a multiple of 128); the last layer always sees everything.
+    to a multiple of 128); the last layer always sees the whole context.
     """
 
     sequence_len: int = 2048
@@ -52,8 +52,8 @@ class GPTConfig:
     n_kv_head: int = 6
     n_embd: int = 768
     window_pattern: str = "SSSL"
-    bigrams: int = 0  # rows of the table of pairs of tokens, in units of the vocabulary; 0: no table
-    value_embeddings: bool = True  # this and what follows differ in models that were made elsewhere
+    bigrams: int = 0  # rows of the bigram table, as a multiple of the vocabulary size; 0: no table
+    value_embeddings: bool = True  # this and the fields below differ only in models made elsewhere
     qk_scale: float = QK_SCALE
     rotary_base: float = ROTARY_BASE
 
@@ -67,7 +67,7 @@ class GPTConfig:
             raise NanochatError(f"n_kv_head {self.n_kv_head} does not divide n_head {self.n_head}: choose a divisor")
         if not self.window_pattern or set(self.window_pattern.upper()) - {"S", "L"}:
             raise NanochatError(f"window_pattern {self.window_pattern!r} may hold only S and L, for example SSSL")
-        if not 0 < self.qk_scale <= QK_SCALE:  # attention relies on that bound
+        if not 0 < self.qk_scale <= QK_SCALE:  # attention relies on this bound
             raise NanochatError(f"qk_scale {self.qk_scale} must be above 0 and at most {QK_SCALE}")
 
     @property
@@ -76,11 +76,11 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding and head: a multiple of 64, which matrix units like."""
+        """Rows of the embedding and head: a multiple of 64, which matrix units prefer."""
         return -(-self.vocab_size // 64) * 64
 
     def windows(self) -> list[int]:
-        """For each layer, how many tokens back a token sees."""
+        """How many tokens back each layer sees."""
         short = -(-self.sequence_len // 4 // 128) * 128
         sizes = {"S": min(short, self.sequence_len), "L": self.sequence_len}
         pattern = self.window_pattern.upper()
@@ -88,7 +88,7 @@ class GPTConfig:
         return [*windows[:-1], self.sequence_len]
 
     def has_value_embedding(self, layer: int) -> bool:
-        """Every other layer, the last one included."""
+        """True for every other layer, counted back from the last one."""
         return self.value_embeddings and (self.n_layer - 1 - layer) % 2 == 0
 
 
@@ -119,7 +119,7 @@ class CausalSelfAttention(nn.Module):
         return q, k, v
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: Attention) -> torch.Tensor:
-        """What attention gives to each token, (B, T, H, D), before c_proj."""
+        """The output of attention (B, T, H, D), before c_proj."""
         return attention.attend(self.layer, q, k, v, self.window)
 
 
@@ -145,7 +145,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def use_kernels(self) -> None:
-        """Train by our own kernels of what `forward` computes, where they run: keep the two alike."""
+        """Train with our own kernels where they run. They must compute the same as `forward`: change both together."""
         from nanochat import heads_kernel, relu_squared
 
         device = self.mlp.c_fc.weight.device
@@ -164,7 +164,7 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         """x: the stream, x0: the first embedding, value_embedding: this layer's, or None; each (B, T, n_embd).
 
-        places: (N,) int64, flat indices b * T + t of the tokens whose output is wanted, (N, n_embd); the others serve as keys.
+        places: (N,) int64, flat indices b * T + t of the only tokens whose output (N, n_embd) is wanted; all serve as keys.
         """
         x, q, k, v = self.before_attention(x, x0, lambdas, value_embedding, rotary)
         return self.after_attention(x, self.attn.attend(q, k, v, attention), places)
@@ -177,12 +177,12 @@ class Block(nn.Module):
         value_embedding: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, ...]:
-        """The stream with its share of the first embedding, then queries, keys and values."""
+        """The residual stream with its share of the first embedding added, then queries, keys and values."""
         x = (lambdas[0] * x + lambdas[1] * x0).to(x.dtype)
         return x, *self.attn.project(norm(x), value_embedding, rotary)
 
     def after_attention(self, x: torch.Tensor, y: torch.Tensor, places: torch.Tensor | None = None) -> torch.Tensor:
-        """The residual stream (B, T, n_embd) plus attention's output, c_proj of y (B, T, H, D), plus the MLP's."""
+        """Add to the stream x (B, T, n_embd) what attention gives, c_proj of y (B, T, H, D), then what the MLP gives."""
         x = x + self.attn.c_proj(y.flatten(2))
         if places is not None:
             x = x.flatten(0, 1)[places]
@@ -190,46 +190,46 @@ class Block(nn.Module):
 
 
 def _before_attention(block: Block, size: int | None, *inputs: Any) -> tuple[torch.Tensor, ...]:
-    """Block.before_attention, with queries, keys and values in memory as attention by blocks of `size` tokens reads them."""
+    """Block.before_attention, with q, k and v laid out in memory as attention in blocks of `size` tokens reads them."""
     x, *qkv = block.before_attention(*inputs)
     return x, *(lay_out(heads, size) for heads in qkv)
 
 
 class GPT(nn.Module):
-    """The whole model. Build it under `torch.device("meta")` and call `to_empty` and `init_weights`, or load weights."""
+    """The whole model. Build it under `torch.device("meta")`, then call `to_empty` and `init_weights` or load weights."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        # Whoever adds a parameter sets it in init_weights and gives it a place in hf/, outside of blocks also a name in
-        # report.py. What is neither a table nor a matrix of a block gets a group in build_optimizer.
+        # A new parameter must be set in init_weights and mapped in hf/; outside the blocks it also needs a name in
+        # report.py. If it is neither an embedding nor a matrix of a block, add a group for it in build_optimizer.
         kv_dim = config.n_kv_head * config.head_dim
         self.wte = Embedding(config.padded_vocab_size, config.n_embd)
         rows = config.bigrams * config.padded_vocab_size
         self.bigrams = Embedding(rows, config.n_embd) if rows else None
-        # Any: what a container holds is an Embedding or a Block, which torch's types cannot say.
+        # Any: torch's types cannot say that these containers hold Embeddings and Blocks.
         layers = filter(config.has_value_embedding, range(config.n_layer))
         self.value_embeds: Any = nn.ModuleDict({str(i): Embedding(config.padded_vocab_size, kv_dim) for i in layers})
         self.blocks: Any = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
         self.resid_lambdas = nn.Parameter(torch.empty(config.n_layer))
         self.x0_lambdas = nn.Parameter(torch.empty(config.n_layer))
-        self.compute_dtype: torch.dtype | None = None  # None: what the device does best
+        self.compute_dtype: torch.dtype | None = None  # None: the best dtype for the device
         self._compiled_block: Callable[..., torch.Tensor] | None = None
         self._compiled_norm: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._chunk_loss: ChunkLoss | None = None
-        self.recompute_blocks = False  # in the backward pass, instead of keeping what is inside them
+        self.recompute_blocks = False  # activation checkpointing: recompute blocks in the backward pass
         self.idle_blocks = 0  # blocks[:idle_blocks] are skipped: they do not learn yet (scaling.expansion_share)
-        self.fixed_shape = True  # training batches have one shape; False keeps FlexAttention from compiling for each length
-        self.is_sharded = False  # by sharding.py: each rank holds some rows of every parameter
+        self.fixed_shape = True  # all training batches have one shape; False: do not compile FlexAttention for each length
+        self.is_sharded = False  # set by sharding.py: each rank holds some rows of every parameter
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()
     def init_weights(self, seed: int | None = None) -> None:
-        """Set every parameter; the only place where values are made.
+        """Set every parameter; initial values are made nowhere else.
 
-        Matrices are uniform with standard deviation n_embd**-0.5; what writes into the residual stream starts at zero,
-        so that the first step sees the identity; the head starts near zero, so that the first loss is log(vocab_size).
+        Matrices are uniform with standard deviation n_embd**-0.5; those that write into the residual stream start at zero,
+        so that each block starts as the identity; the head starts near zero, so that the first loss is log(vocab_size).
         """
         generator = None
         if seed is not None:
@@ -238,7 +238,7 @@ class GPT(nn.Module):
         def draw(parameter: torch.Tensor, method: str, a: float, b: float) -> None:
             values = torch.empty(parameter.shape, device=self.get_device())
             getattr(values, method)(a, b, generator=generator)
-            if self.is_sharded:  # the same values, of which this rank keeps its rows
+            if self.is_sharded:  # every rank draws the same values and keeps its own rows
                 from nanochat.sharding import fill
 
                 fill(parameter, values)
@@ -269,11 +269,14 @@ class GPT(nn.Module):
         return self.compute_dtype or get_compute_dtype(self.get_device())
 
     def tables(self) -> dict[str, Embedding]:
-        """What is looked up and not multiplied, by name."""
+        """All embeddings (tables that are looked up, not multiplied), by name."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Embedding)}
 
     def rotary(self, positions: torch.Tensor | None, T: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), (B or 1, T, 1, head_dim) float32, for positions (B, T) below T or the context; 0..T-1 if None."""
+        """(cos, sin), each (B or 1, T, 1, head_dim) float32, at positions (B, T); None: 0..T-1.
+
+        Positions must be below T or the context length, whichever is larger.
+        """
         needed = max(T, self.config.sequence_len)
         if self._rotary is None or self._rotary[0].size(0) < needed or self._rotary[0].device != self.get_device():
             self._rotary = self._make_rotary(needed)
@@ -282,7 +285,7 @@ class GPT(nn.Module):
             return cos[None, :T, None], sin[None, :T, None]
         return cos[positions][:, :, None], sin[positions][:, :, None]
 
-    @torch.inference_mode(False)  # what is made while generating serves training as well
+    @torch.inference_mode(False)  # training may use tables that were made while generating
     def _make_rotary(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         channels = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=self.get_device())
         frequencies = self.config.rotary_base ** (-channels / self.config.head_dim)
@@ -294,12 +297,12 @@ class GPT(nn.Module):
         return self._compiled_block is not None
 
     def compile(self) -> None:
-        """Compile what training runs, or let our own kernels run it: the blocks, the loss, on a CPU the norms around them.
+        """Compile what training runs, or switch to our own kernels: the blocks, the loss and, on a CPU, the outer norms.
 
-        Generation is runner.py's to compile. By block and not as a whole: layers that differ only in their weights share one
-        graph, so the wait for the first step hardly grows with depth, and the steps are as fast or faster. On a CPU, where
-        each kernel takes a second to compile, attention stays outside, and what comes after it is one graph for all kinds of
-        layers.
+        runner.py compiles generation. Each block is compiled, not the whole model: layers that differ only in their weights
+        share one graph, so the wait for the first step hardly grows with depth, and steps are as fast or faster. On a CPU,
+        where each kernel takes a second to compile, attention is left out, and all kinds of layers share one graph for
+        what follows it.
         """
         if self.is_compiled:
             return
@@ -324,7 +327,7 @@ class GPT(nn.Module):
         self._compiled_block = in_parts
 
     def uncompiled(self) -> GPT:
-        """This model with its weights, run uncompiled: for texts of many different lengths."""
+        """The same model, sharing its weights, but run uncompiled: for texts of many different lengths."""
         twin = copy.copy(self)
         twin._compiled_block = twin._compiled_norm = twin._chunk_loss = None
         return twin
@@ -339,16 +342,16 @@ class GPT(nn.Module):
         previous: torch.Tensor | None = None,
         norm: Callable[[torch.Tensor], torch.Tensor] = norm,
     ) -> torch.Tensor:
-        """Token ids (B, T) to final features (B, T, n_embd) in the compute dtype; `attention` is one for each layer.
+        """Token ids (B, T) to final features (B, T, n_embd) in the compute dtype; `attention` holds one for each layer.
 
-        previous: (B, T), the token before each in its text, the first token of a text before itself; None: rows are texts. A
-        model without pairs does not read it, so a cache may then return anything (KVCache.remember).
-        places: (N,), of the B * T tokens the only ones whose features are wanted, (N, n_embd): the last layer saves the rest.
+        previous: (B, T), the token before each one in its text; a text's first token stands before itself. None: each row
+        is one text. Models without bigrams ignore it, so a cache may then return anything (KVCache.remember).
+        places: (N,), flat indices of the only tokens whose features (N, n_embd) are wanted; the last layer skips the rest.
         """
         dtype, order = self.get_compute_dtype(), self.sort_ids(idx, self.config.padded_vocab_size)
         x0 = norm(self.embed(idx, previous, order))
-        x = x0.view_as(x0)  # another tensor object: the compiler gives a block whose x is x0 a graph of its own
-        if self.idle_blocks:  # while its c_proj are zero a block maps x to a x + b x0, and x is still a multiple of x0
+        x = x0.view_as(x0)  # a new tensor object: if x were x0, the compiler would make another graph for the first block
+        if self.idle_blocks:  # their c_proj are still zero, so each maps x to a x + b x0, which stays a multiple of x0
             factor = torch.ones((), device=idx.device)
             for i in range(self.idle_blocks):
                 factor = self.resid_lambdas[i] * factor + self.x0_lambdas[i]
@@ -361,9 +364,9 @@ class GPT(nn.Module):
         return norm(x)
 
     def embed(self, idx: torch.Tensor, previous: torch.Tensor | None, order: Order | None = None) -> torch.Tensor:
-        """(B, T, n_embd) in the compute dtype: what is looked up for each token, and for it and its predecessor together.
+        """Each token's embedding plus its bigram's (the token before it and the token): (B, T, n_embd) in the compute dtype.
 
-        Pairs that meet in one row of the table share it. Hashed n-gram embeddings: arXiv 2502.01637.
+        Bigrams with the same hash share a row of the table. Hashed n-gram embeddings: arXiv 2502.01637.
         """
         dtype = self.get_compute_dtype()
         x: torch.Tensor = self.wte(idx, dtype, order)
@@ -375,9 +378,10 @@ class GPT(nn.Module):
         return x + self.bigrams(pairs, dtype, self.sort_ids(pairs, self.bigrams.num_embeddings))
 
     def sort_ids(self, idx: torch.Tensor, rows: int) -> Order | None:
-        """The order in which gradients of tables of so many rows are added up; None: PyTorch's own.
+        """The order in which our kernel sums the gradients of a table with that many rows; None: leave it to PyTorch.
 
-        Ours is for 16 bits (32 take more shared memory than some cards have), from Ampere on, whose tensor cores Triton knows.
+        The kernel needs 16-bit values (32 bits take more shared memory than some cards have) and Ampere or later, the
+        oldest tensor cores that Triton supports.
         """
         learning = self.is_compiled and idx.device.type == "cuda" and torch.is_grad_enabled()
         if not learning or self.get_compute_dtype() == torch.float32 or torch.cuda.get_device_capability(idx.device) < (8, 0):
@@ -402,35 +406,35 @@ class GPT(nn.Module):
         if targets is None:
             return self.logits(x)
         head = self.lm_head.weight
-        if head.size(0) != self.config.vocab_size:  # cutting nothing off would still copy the gradient
+        if head.size(0) != self.config.vocab_size:  # even a slice of all rows would copy the gradient
             head = head[: self.config.vocab_size]
         loss = softcapped_cross_entropy(x.flatten(0, 1), head, targets.flatten(), LOGIT_CAP, loss_reduction, self._chunk_loss)
         return loss.view(idx.shape) if loss_reduction == "none" else loss
 
     def features(self, idx: torch.Tensor, kv_cache: KVCache | None = None) -> torch.Tensor:
-        """What the head reads: (B, T, n_embd) in the compute dtype. With a cache, idx (B, T) goes on from it."""
+        """What the head reads: (B, T, n_embd) in the compute dtype. With a cache, idx (B, T) continues its texts."""
         T = idx.size(1)
         if kv_cache is not None:
             rotary, caches = self.rotary(kv_cache.positions(T), kv_cache.length + T), [kv_cache] * self.config.n_layer
             x = self.trunk(idx, rotary, caches, previous=kv_cache.remember(idx))
             kv_cache.advance(T)
             return x
-        # A sharded block gathers its parameters by hooks of its call; its forward is run_block.
+        # A sharded block gathers its parameters in hooks of __call__; sharding.py makes run_block its forward.
         constants, run_block = self.constants(T), Block.__call__ if self.is_sharded else self.run_block
         if not self.is_compiled:
             return self.trunk(idx, *constants, run_block)
-        with torch.enable_grad():  # else evaluation would compile graphs of its own, without gradients
+        with torch.enable_grad():  # otherwise evaluation would compile separate graphs without gradients
             x = self.trunk(idx, *constants, run_block, norm=self._compiled_norm or norm)
         return x if torch.is_grad_enabled() else x.detach()
 
     def constants(self, T: int) -> tuple[tuple[torch.Tensor, torch.Tensor], list[AttentionPlan]]:
-        """What all texts of T tokens share: `rotary` of their positions, and how each layer attends."""
+        """What all texts of T tokens share: their rotary angles, and how each layer attends."""
         fixed_shape = self.training and self.fixed_shape
         how = (self.get_device(), self.get_compute_dtype(), self.is_compiled, self.config.head_dim, fixed_shape)
         return self.rotary(None, T), [plan_attention(T, window, *how) for window in self.config.windows()]
 
     def run_block(self, block: Block, *inputs: Any) -> torch.Tensor:
-        """A block as training runs it: compiled or not, its inside kept for the backward pass or not."""
+        """Run a block as training does: compiled or not, its activations kept for the backward pass or recomputed."""
         forward = self._compiled_block or Block.forward
         if self.recompute_blocks and self.training:
             return checkpoint(forward, block, *inputs, use_reentrant=False)
@@ -443,7 +447,7 @@ class GPT(nn.Module):
     # ------------------------------------------------------------------------- counting
 
     def num_scaling_params(self) -> dict[str, int]:
-        """Parameters by kind, and "total". "scaling" (matrices and head) is what scaling laws are fitted on."""
+        """Parameter counts by kind, and "total". Scaling laws are fitted on "scaling" (matrices and head)."""
         counts = {name: sum(p.numel() for p in part.parameters()) for name, part in self.named_children()}
         counts["matrices"] = counts.pop("blocks")
         counts["scalars"] = sum(p.numel() for p in self.parameters(recurse=False))
@@ -454,8 +458,8 @@ class GPT(nn.Module):
     def estimate_flops(self, idle_blocks: int = 0) -> int:
         """Floating-point operations to train on one token, forward and backward, at the full context.
 
-        6 for each matrix parameter (embeddings are looked up, not multiplied), and 12 for each channel and each key
-        that a query on average sees: masked keys count nothing, whatever the backend does with them, nor do the first
+        6 for each matrix parameter (embeddings are looked up, not multiplied), and 12 for each channel and each key that an
+        average query sees. Masked keys do not count, even if the backend computes them, and neither do the first
         idle_blocks. Method: arXiv 2204.02311, appendix B, with windows.
         """
         T = self.config.sequence_len
@@ -475,7 +479,7 @@ class GPT(nn.Module):
     def generate(
         self, tokens: list[int], max_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 42
     ) -> Iterator[int]:
-        """Plain generation, the whole text anew for each token: slow and obviously right, to test the engine against."""
+        """Plain generation that recomputes the whole text for each token: slow and obviously right, to test the engine."""
         generator = torch.Generator(device=self.get_device()).manual_seed(seed)
         ids = torch.tensor([tokens], device=self.get_device())
         for _ in range(max_tokens):
