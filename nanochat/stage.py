@@ -235,7 +235,8 @@ def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, An
             tokenizer.save(get_run_dir(stage.tag))
     text = json.dumps(settings, indent=2, ensure_ascii=False)  # recipes look for the path of the data as it is
     atomic_write(stage.directory / SETTINGS_FILE, text)
-    config = args.to_toml({**settings, "model_tag": stage.tag}, leave_out=("resume", "resume_from_step"))
+    left_out = ("resume", "resume_from_step", "target_minutes")  # the last: what it allowed is num_iterations
+    config = args.to_toml({**settings, "model_tag": stage.tag}, leave_out=left_out)
     atomic_write(stage.directory / CONFIG_FILE, config)
 
 
