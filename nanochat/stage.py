@@ -95,8 +95,8 @@ def open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Sta
     number: from that step; but where torchrun or Slurm repeats a command that did so, from the newest, or the work since
     would be done again. Rank 0 decides for all.
     """
-    if resume not in ("auto", "none") and not resume.isdigit():
-        raise NanochatError(f"--resume {resume!r} is neither auto nor none nor a step: give one of these")
+    if not re.fullmatch("auto|none|[0-9]{1,18}", resume):
+        raise NanochatError(f"--resume {resume[:50]!r} is neither auto nor none nor a step: give one of these")
     if resume == "none" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         raise NanochatError("torchrun started this job again, but it may not go on from a checkpoint: add --resume auto")
     return on_rank0(lambda: _open_stage(name, tag, default_tag, resume))
