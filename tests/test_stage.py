@@ -194,3 +194,17 @@ def test_ranks_that_see_different_things_are_told_apart(second: dict, found: str
 def test_what_is_no_step_is_refused(resume: str) -> None:
     with pytest.raises(NanochatError, match="is neither auto nor none nor a step"):
         open_stage("base", "r", "d4", resume)
+
+
+@pytest.mark.parametrize("pair", ["bigrams=2.7", "bigrams=1e999", "bigrams=True", "n_head=x", "muon_momentum=1" + 400 * "0"])
+def test_set_takes_no_value_of_another_kind(pair: str) -> None:
+    """Nor makes one of it: 2.7 would be 2 without a word."""
+    with pytest.raises(NanochatError, match=rf"^--set {pair}: the value must be like"):
+        parse_switches([pair], GPTConfig, OptimizerSettings)
+
+
+@pytest.mark.parametrize("name", ["sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"])
+def test_a_model_has_some_of_everything(name: str) -> None:
+    for value in (0, -1):
+        with pytest.raises(NanochatError, match=f"^{name} {value} is too small: choose 1 or more"):
+            replace(GPTConfig(), **{name: value})
