@@ -63,11 +63,17 @@ def check_settings(stage: Stage, new: dict[str, Any], args: Arguments) -> None:
         before = old.get(key, args.defaults[key] if key in args.given else value)  # a flag newer than the run
         if key in RATES and before != value:
             print0(f"going on with {flag} {value}: until here it was {before}")
-        if key not in FREE_SETTINGS and before != value:
+        if key in FREE_SETTINGS or before == value:
+            continue
+        if key not in args.defaults:  # what follows from the flags, as num_params
             raise NanochatError(
-                f"run {stage.tag!r} was started with {flag} {before}, not {value}: use the same settings to go on "
-                f"(--config {stage.directory / CONFIG_FILE} has them), or {anew}"
+                f"this nanochat makes {key} {value} of these settings, and run {stage.tag!r} has {before}: use the version "
+                f"that began it to go on, or {anew}"
             )
+        raise NanochatError(
+            f"run {stage.tag!r} was started with {flag} {before}, not {value}: use the same settings to go on "
+            f"(--config {stage.directory / CONFIG_FILE} has them), or {anew}"
+        )
 
 
 def check_data(stage: Stage, source: Source) -> None:

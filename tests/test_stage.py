@@ -163,6 +163,14 @@ def _arguments(argv: list[str]) -> Arguments:
     return parser.parse_args(argv)
 
 
+def test_what_no_flag_gives_is_not_called_one(base_dir: Path) -> None:
+    """A model of other size by the same flags is of another nanochat."""
+    save_checkpoint(get_stage_dir("r", "base"), 5, STATE, None, {"settings": {"seed": 1, "num_params": 8}})
+    new = {"seed": 1, "tokenizer_fingerprint": "x", "num_params": 7}
+    with pytest.raises(NanochatError, match="makes num_params 7 of these settings, and run 'r' has 8: use the version that"):
+        check_settings(open_stage("base", "r", "r", "auto"), new, _arguments([]))
+
+
 def test_a_run_that_is_older_than_a_flag_was_made_with_its_default(base_dir: Path, tmp_path: Path) -> None:
     """What the stage made of the default does not matter, nor does what no flag gives."""
     save_checkpoint(get_stage_dir("r", "base"), 5, STATE, None, {"settings": {"seed": 1}})
