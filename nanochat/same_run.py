@@ -30,7 +30,8 @@ FREE_SETTINGS = {
     "device", "dtype", "fp8", "world_size", "fsdp", "activation_checkpointing", "device_batch_size",
     "compile", "eval_every", "eval_tokens", "sample_every", "save_every", "keep_last",
     "device_type", *RATES,
-    "data", "task_data", "tokenizer", "from_hf", "model_tag", "tag", "model_step",  # what they mean is compared, not where
+    # What they mean is compared, not where:
+    "data", "tasks", "task_data", "tokenizer", "from_hf", "model_tag", "tag", "model_step",
     "core_metric_every", "core_metric_max_per_task", "eval_bundle", "max_rows", "eval_examples", "eval_samples",
 }  # fmt: skip
 

@@ -40,7 +40,7 @@ from nanochat.stage import (
 )
 from nanochat.trainer import Trainer
 from nanochat.training_flags import RATES, add_rate_arguments, add_training_arguments
-from tasks import build_mixture
+from tasks import build_mixture, with_absolute_paths
 
 DEFAULT_TASKS = "SmolTalk,MMLU*3,GSM8K*4,Identity*2,SimpleSpelling,SpellingBee"
 LEAST_UPDATES = 50  # of a pass over the conversations, for which the batch gives way
@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.max_seq_len > 0:
         change_context(model_config, args.max_seq_len)
     sequence_len = model_config["sequence_len"]
-    args.tasks = from_rank0(args.tasks or default_tasks())
+    args.tasks = from_rank0(with_absolute_paths(args.tasks or default_tasks()))
     train_task = build_mixture(args.tasks, "train", args.task_data)
     val_task = build_mixture(args.tasks, "val", args.task_data)
     mixture = check_mixture(stage, train_task, args.tasks)
