@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint_manager import find_run
-from nanochat.common import compute_init, get_base_dir, print0, run_command
+from nanochat.common import NanochatError, compute_init, get_base_dir, print0, run_command
 from nanochat.conversation_loader import ConversationLoader, check_answers, estimate_tokens
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
@@ -83,10 +83,18 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
 
 
 def default_tasks() -> str:
-    """The mixture of a stage that was told none: with the user's own identity, where the public recipes keep one."""
+    """The mixture of a stage that was told none: with the user's own identity, where the public recipes keep one.
+
+    Raises NanochatError if a mixture cannot name that.
+    """
     path = get_base_dir() / "identity_conversations.jsonl"
     if not path.exists():
         return DEFAULT_TASKS
+    if "," in str(path):
+        raise NanochatError(
+            f"{path} cannot be in the mixture, where a comma ends an entry: set NANOCHAT_BASE_DIR to a folder without one, or "
+            "give --tasks"
+        )
     print0(f"{path} takes the place of Identity in the mixture (--tasks chooses another)")
     return DEFAULT_TASKS.replace("Identity", str(path))
 

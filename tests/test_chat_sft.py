@@ -41,6 +41,14 @@ def test_an_identity_of_ones_own_is_learned_and_kept(
         chat_sft.main([*FLAGS, "--resume=auto"])
 
 
+def test_a_folder_with_a_comma_holds_no_entry_of_a_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "a,b"))
+    assert chat_sft.default_tasks() == chat_sft.DEFAULT_TASKS
+    (tmp_path / "a,b" / "identity_conversations.jsonl").write_text("[]", encoding="utf-8")
+    with pytest.raises(NanochatError, match="a,b.identity_conversations.jsonl cannot be .* a comma ends an entry"):
+        chat_sft.default_tasks()
+
+
 def test_a_file_that_comes_later_changes_no_run(tiny_run: Path, base_dir: Path, capsys: pytest.CaptureFixture) -> None:
     (base_dir / "identity_conversations.jsonl").write_text("[]", encoding="utf-8")
     flags = ["--model-tag=tiny", "--resume=auto", "--num-iterations=4", "--no-compile", "--device-type=cpu"]
