@@ -62,7 +62,7 @@ def test_what_an_evaluation_ends_is_saved_though_a_save_has_failed(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("save_every", "words"), [(0, "no checkpoint exists yet; begin anew"), (1, "step 1 in .*; resume from it")]
+    ("save_every", "words"), [(0, "no checkpoint exists yet; start again"), (1, "step 1 in .*; resume from it")]
 )
 def test_a_loss_that_is_no_number_says_what_to_do_next(
     save_every: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
