@@ -135,7 +135,7 @@ class SettingsParser(argparse.ArgumentParser):
         values = {action.dest: value for action, value in in_file.items()}
         values |= {name: value for name, value in vars(arguments).items() if value is not not_given}
         arguments = Arguments(**{**defaults, **values})
-        arguments._parser, arguments.defaults, arguments.given = self, defaults, set(values)
+        arguments._parser, arguments.defaults, arguments.given = self, defaults, values.keys() & defaults
         for action in self._actions:
             value = getattr(arguments, action.dest, None)
             if action.type is Path and isinstance(value, Path):
