@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError
@@ -93,6 +94,20 @@ def test_what_transformers_saves_again_comes_back(exported: tuple[GPT, Path], to
     rows = model.config.vocab_size
     assert torch.equal(back.wte.weight[:rows], model.wte.weight[:rows].bfloat16().float())
     assert back_tokenizer.fingerprint() == tokenizer.fingerprint()
+
+
+@pytest.mark.parametrize("multiple", [64, 1024])
+def test_rows_beyond_the_vocabulary_are_never_said(
+    exported: tuple[GPT, Path], tokenizer: Tokenizer, tmp_path: Path, multiple: int
+) -> None:
+    model, path = exported
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    theirs.resize_token_embeddings(tokenizer.get_vocab_size(), pad_to_multiple_of=multiple)
+    assert theirs.config.vocab_size % multiple == 0
+    theirs.save_pretrained(tmp_path / "again")
+    transformers.AutoTokenizer.from_pretrained(path).save_pretrained(tmp_path / "again")
+    back = load_hf(str(tmp_path / "again"), "cpu")[0]
+    assert torch.equal(logits(back), logits(model))  # of the same shape, too
 
 
 # ----------------------------------------------------------------------------- the commands
@@ -222,6 +237,15 @@ def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
 def test_what_we_cannot_compute_is_named(exported: tuple[GPT, Path], file: str, values: dict[str, Any], reason: str) -> None:
     change(exported[1] / file, **values)
     with pytest.raises(NanochatError, match=reason):
+        load_hf(str(exported[1]), "cpu")
+
+
+@pytest.mark.parametrize("name", ["model.wte.weight", "model.value_embeds.0.weight", "lm_head.weight"])
+def test_a_table_without_a_row_for_each_token_is_refused(exported: tuple[GPT, Path], name: str) -> None:
+    path = exported[1] / "model.safetensors"
+    state = load_file(path)
+    save_file({**state, name: state[name][:-1].contiguous()}, path)
+    with pytest.raises(NanochatError, match="rows for a vocabulary of"):
         load_hf(str(exported[1]), "cpu")
 
 

@@ -46,8 +46,7 @@ def load_hf(name: str, device: torch.device | str) -> tuple[GPT, Tokenizer, dict
         raise NanochatError(
             f"{name} has {content['vocab_size']} rows for a vocabulary of {size}: its files do not belong together"
         )
-    if content["model_type"] == NATIVE_TYPE:
-        content["vocab_size"] = size  # what is more is padding
+    content["vocab_size"] = size  # what is more is padding
     try:
         convert = from_custom if content["model_type"] == CUSTOM_TYPE else from_native
         config, state = convert(content, _read_weights(directory))
