@@ -25,7 +25,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from nanochat.cpu import multiplies_bfloat16, usable_cores
+from nanochat.cpu import keep_freed_memory, multiplies_bfloat16, usable_cores
 from nanochat.heartbeat import RESTART, Heartbeat, fresh_store
 
 T = TypeVar("T")
@@ -243,6 +243,7 @@ def compute_init(device_type: str = "", seed: int = 42) -> tuple[bool, int, int,
 
     Returns (ddp, rank, local_rank, world_size, device). Raises NanochatError if `device_type` is not to be had.
     """
+    keep_freed_memory()
     ddp, rank, local_rank, world_size = get_dist_info()
     if not device_type:
         device_type = autodetect_device_type()

@@ -21,7 +21,6 @@ from nanochat.dataset import Source, default_source_name, get_source
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import batches_to_validate, evaluate_bpb
-from nanochat.machine import keep_freed_memory
 from nanochat.optim import OptimizerSettings
 from nanochat.pace import batch_worth_an_update, choose_device_batch_size, flops_in, steps_in
 from nanochat.ranks import on_rank0
@@ -181,7 +180,6 @@ def peak_weight_decay(args: Arguments, horizon: Horizon) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    keep_freed_memory()
     _, rank, _, world_size, device = compute_init(args.device_type, args.seed)
     if args.fsdp and args.core_metric_every > 0:
         raise NanochatError("--core-metric-every needs a whole model: leave it out with --fsdp, and run base_eval afterwards")

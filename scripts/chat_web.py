@@ -20,7 +20,7 @@ from nanochat.checkpoint_manager import load_chosen_model
 from nanochat.common import NanochatError, compute_init, run_command
 from nanochat.engine import Engine
 from nanochat.guard import CarefulProtocol
-from nanochat.machine import in_own_thread, keep_freed_memory
+from nanochat.machine import in_own_thread
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
 from nanochat.server import create_app
@@ -78,7 +78,6 @@ def main(argv: list[str] | None = None) -> int:
     check_port(args.host, args.port)
     origins = [check_origin(origin) for origin in args.cors_origin or ()]
     *_, device = compute_init(args.device_type)
-    keep_freed_memory()
     engines, meta = in_own_thread(lambda: load_engines(args, choose_devices(device, args.num_gpus)))
     limits = Limits(max_waiting=args.max_waiting, request_timeout_s=args.request_timeout, grace_s=args.grace)
     hosts = allowed_hosts(args.host, args.api_key, args.allow_host)
