@@ -113,9 +113,17 @@ def test_rows_beyond_the_vocabulary_are_never_said(
 # ----------------------------------------------------------------------------- the commands
 
 
-def test_chat_with_an_export(exported: tuple[GPT, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_chat_with_an_export(
+    exported: tuple[GPT, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert chat_cli.main(["--from-hf", str(exported[1]), "-p", "the cat", "-m", "5", "--device-type=cpu", "-t", "0"]) == 0
     assert len(capsys.readouterr().out) > 1
+    monkeypatch.setattr("builtins.input", lambda prompt: "quit")
+    assert chat_cli.main(["--from-hf", str(exported[1]), "--device-type=cpu"]) == 0
+    assert f"nanochat export (from {exported[1]})" in capsys.readouterr().out
+    for flag in ("--model-tag=tiny", "--step=0"):
+        with pytest.raises(NanochatError, match="no checkpoint of a run: leave out --model-tag and --step"):
+            chat_cli.main(["--from-hf", str(exported[1]), flag, "--device-type=cpu"])
 
 
 def test_fine_tuning_from_an_export(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
