@@ -95,7 +95,8 @@ class Guard:
         """A page of the internet whose name suddenly means this machine (DNS rebinding) still asks by that name."""
         host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).lower()
         if self.hosts is not None and host and host not in self.hosts:
-            raise RequestError(f"this server is not {host[:100]!r}: ask it as {self.hosts[0]} or start it with --api-key", 403)
+            way_out = f"ask it as {self.hosts[0]}, or start it with --allow-host {host[:100]} or with --api-key"
+            raise RequestError(f"this server is not {host[:100]!r}: {way_out}", 403)
 
     def _check_key(self, path: str, method: str, headers: dict[bytes, bytes]) -> None:
         if self.api_key is None or method == "OPTIONS" or path in OPEN_PATHS or path.startswith(OPEN_PREFIXES):

@@ -110,6 +110,7 @@ def create_app(
 
 def _add_openai_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
+    @app.get("/v1/models/", include_in_schema=False)  # or it would be the model of no name
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_describe_model(service)]}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -54,7 +55,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     network.add_argument("-p", "--port", type=int, default=8000, help="of http://HOST:PORT")
     network.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
     network.add_argument("--allow-host", action="append", default=[], metavar="NAME",
-                         help="without a key, answer to such names alone (default: at 127.0.0.1 this machine's)")  # fmt: skip
+                         help="without a key, answer to such names alone; at 127.0.0.1 also to this machine's")  # fmt: skip
     network.add_argument("--api-key", default=os.environ.get("NANOCHAT_API_KEY"), help="asked for (default: NANOCHAT_API_KEY)")
     network.add_argument("--cors-origin", action="append", metavar="URL", help="let pages from there call the API")
     network.add_argument("--max-waiting", type=int, default=Limits.max_waiting, help="texts in the queue; more get 429")
@@ -71,20 +72,21 @@ def main(argv: list[str] | None = None) -> int:
     SamplingParams(args.temperature, args.top_k, max_tokens=args.max_tokens)  # raises if a default has no meaning
     defaults = ChatDefaults(args.temperature, args.top_k, args.max_tokens)
     args.require_between(0, 86400, "grace", "request_timeout")
+    args.require_between(1, 65535, "port")
     if args.api_key is not None:
         args.api_key = args.api_key.strip()  # of the line end that a secret from a file has
         if not args.api_key or not args.api_key.isascii() or not args.api_key.isprintable():
             raise NanochatError("the API key is empty or has characters that no client sends: set one, or leave out --api-key")
     check_port(args.host, args.port)
     origins = [check_origin(origin) for origin in args.cors_origin or ()]
+    hosts = allowed_hosts(args.host, args.api_key, [check_host(name) for name in args.allow_host])
     *_, device = compute_init(args.device_type)
     engines, meta = in_own_thread(lambda: load_engines(args, choose_devices(device, args.num_gpus)))
     limits = Limits(max_waiting=args.max_waiting, request_timeout_s=args.request_timeout, grace_s=args.grace)
-    hosts = allowed_hosts(args.host, args.api_key, args.allow_host)
     app = create_app(engines, meta["tag"], limits, args.api_key, origins, args.compile, hosts, defaults)
     url = f"http://{in_url(args.host)}:{args.port}"
     others = "; --host 0.0.0.0 lets other machines in" if is_local(args.host) else ""
-    print(f"{meta['tag']} ({args.source}, step {meta['step']}) is at {url} (Ctrl-C stops it{others})", flush=True)
+    print(f"{meta['tag']} ({meta['origin']}) is at {url} (Ctrl-C stops it{others})", flush=True)
     if not args.api_key:
         print(f"for programs: OPENAI_BASE_URL={url}/v1, any API key", flush=True)
     if args.compile:
@@ -158,7 +160,15 @@ def allowed_hosts(host: str, api_key: str | None, named: Sequence[str] = ()) -> 
     """The names by which a server that no key protects may be asked; None: by any. named: by --allow-host."""
     if api_key:
         return None
-    return [name.lower() for name in named] or ([*LOCAL_HOSTS, in_url(host)] if is_local(host) else None)
+    local = [*LOCAL_HOSTS, in_url(host)] if is_local(host) else []  # always: the address that main shows is one of them
+    return [*local, *named] or None
+
+
+def check_host(name: str) -> str:
+    """A name as browsers send it, without a port. Raises NanochatError if it is none, which would never match."""
+    if not re.fullmatch(r"[\w.-]+|\[[\da-f:.]+\]", name.lower(), re.ASCII):
+        raise NanochatError(f"--allow-host {name} is no name of a machine: give NAME, without http:// and without a port")
+    return name.lower()
 
 
 def check_origin(origin: str) -> str:

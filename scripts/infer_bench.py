@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     *_, device = compute_init(args.device_type)
     model, tokenizer, meta = load_chosen_model(args, device)
-    report = {"model": f"{meta['tag']} ({args.source}, step {meta['step']})"}
+    report = {"model": f"{meta['tag']} ({meta['origin']})"}
     return run(model, tokenizer, args, report)
 
 

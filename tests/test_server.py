@@ -299,7 +299,8 @@ def test_unknown_models_and_places(client: TestClient) -> None:
     error = client.post(CHAT, json={**HELLO, "model": "gpt-9"})
     assert error.status_code == 404 and error.json()["error"]["code"] == "model_not_found"
     assert client.get("/v1/models/gpt-9").status_code == 404
-    assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
+    for path in ("/v1/models", "/v1/models/"):
+        assert client.get(path).json()["data"][0]["id"] == "tiny"
     assert client.get("/v1/models/tiny").json()["id"] == "tiny"
     assert "message" in client.get("/nowhere").json()["error"]
     assert client.get(CHAT).status_code == 405
