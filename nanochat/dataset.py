@@ -318,6 +318,7 @@ class HubSource(Source):
 
 
 SOURCES: dict[str, Callable[[str], Source]] = {"builtin": BuiltinSource, **dict.fromkeys(HUB_REPOSITORIES, HubSource)}
+DATA_HELP = f"{', '.join(SOURCES)}, or a path, glob or address of files (default: climbmix if downloaded, else builtin)"
 
 
 def default_source_name() -> str:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from nanochat.common import NanochatError, compute_init, in_process_group, print0, run_command
 from nanochat.core_eval import NanochatScorer, evaluate_core, find_bundle
 from nanochat.dataloader import TokenLoader
-from nanochat.dataset import Source, default_source_name, get_source
+from nanochat.dataset import DATA_HELP, Source, default_source_name, get_source
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import batches_to_validate, evaluate_bpb
@@ -59,8 +59,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         ],
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--data", default=None, metavar="NAME|PATH",
-                      help="builtin, climbmix, fineweb-edu or a path (climbmix if downloaded, else builtin)")  # fmt: skip
+    data.add_argument("--data", default=None, metavar="NAME|PATH", help=DATA_HELP)
     data.add_argument(
         "--tokenizer",
         default="default",
