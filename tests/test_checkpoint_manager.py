@@ -397,7 +397,7 @@ def test_another_format_is_refused_in_a_sentence(tiny_run: Path, version: int, w
             del manifest["digest"]
             (directory / "manifest.json").write_text(json.dumps(manifest))
     assert find_run("base") == "tiny"
-    sentence = f"step_000006 has format {version}, and this nanochat reads 2 alone: {way_out}$"
+    sentence = f"step_000006 has format {version}, but this nanochat reads only 2: {way_out}$"
     uses: list[Callable[[], object]] = [
         lambda: load_model("base", "cpu", "eval"),
         lambda: load_checkpoint(stage_dir, 6),
