@@ -471,12 +471,19 @@ def load_model(
 
 
 def load_chosen_model(args: argparse.Namespace, device: torch.device | str) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """The model named by the flags of settings.add_checkpoint_arguments: one of a run, or one from Hugging Face."""
-    if getattr(args, "from_hf", None) is not None:  # not every command has this flag
-        from nanochat.hf.load import load_hf
+    """The model named by the flags of settings.add_checkpoint_arguments: one of a run, or one from Hugging Face.
 
-        return load_hf(args.from_hf, device)
-    return load_model(args.source, device, "eval", args.model_tag, args.step)
+    meta gains "origin", to show to the user.
+    """
+    if (name := getattr(args, "from_hf", None)) is None:  # not every command has this flag
+        model, tokenizer, meta = load_model(args.source, device, "eval", args.model_tag, args.step)
+        return model, tokenizer, {**meta, "origin": f"{args.source}, step {meta['step']}"}
+    from nanochat.hf.load import load_hf
+
+    if args.model_tag is not None or args.step is not None:
+        raise NanochatError(f"--from-hf {name} is no checkpoint of a run: leave out --model-tag and --step, or --from-hf")
+    model, tokenizer, meta = load_hf(name, device)
+    return model, tokenizer, {**meta, "origin": f"from {name}"}
 
 
 def build_model(

@@ -25,7 +25,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from nanochat.cpu import multiplies_bfloat16, usable_cores
+from nanochat.cpu import keep_freed_memory, multiplies_bfloat16, usable_cores
 from nanochat.heartbeat import RESTART, Heartbeat, fresh_store
 
 T = TypeVar("T")
@@ -243,6 +243,7 @@ def compute_init(device_type: str = "", seed: int = 42) -> tuple[bool, int, int,
 
     Returns (ddp, rank, local_rank, world_size, device). Raises NanochatError if `device_type` is not available.
     """
+    keep_freed_memory()
     ddp, rank, local_rank, world_size = get_dist_info()
     if not device_type:
         device_type = autodetect_device_type()
@@ -278,6 +279,8 @@ def compute_init(device_type: str = "", seed: int = 42) -> tuple[bool, int, int,
         device_id = device if device_type == "cuda" else None
         timeout = timedelta(minutes=10)
         store = fresh_store(next(dist.rendezvous("env://", timeout=timeout))[0], rank, world_size, timeout.total_seconds())
+        # The others wait while rank 0 writes a last checkpoint of many GB; the heartbeat tells them if it dies meanwhile.
+        timeout = timedelta(hours=1)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id)
         if world_size > 1:
             _heartbeats.append(Heartbeat(store, rank, world_size))

@@ -11,6 +11,7 @@ import concurrent.futures
 import functools
 import hashlib
 import itertools
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,7 @@ from nanochat.document_files import (
     Batches,
     Document,
     DocumentFile,
+    Listing,
     is_of_split,
     is_remote,
     list_local,
@@ -195,6 +197,7 @@ class FileSource(Source):
         files = {name: found[name]() for name in without_strangers(names)}
         if not files:
             raise NanochatError(f"--data {path} holds no {', '.join(READERS)} file")
+        _check_prepared(path, found)
         if others := [name.as_posix() for name in sorted(found) if name.suffix.lower() in FOR_DATA_PREP]:
             more = f" and {len(others) - 1} more" if len(others) > 1 else ""
             print0(f"not read: {others[0]}{more}; scripts.data_prep makes what training reads of it")
@@ -204,6 +207,37 @@ class FileSource(Source):
         val = [file for name, file in files.items() if is_of_split(VAL, name)]
         train = [file for file in files.values() if file not in val]
         super().__init__(train or val, val if train else [])
+
+
+def _check_prepared(path: str, found: Listing) -> None:
+    """Raises NanochatError if a folder is an output of scripts.data_prep that is not finished, or lacks some of its shards."""
+    for name in [name for name in found if name.name == "settings.json"]:
+        folder = name.parent
+        if not {"num_shards", "shard_tokens"} <= _json_object(found[name]()).keys():
+            continue  # somebody else's
+        if folder / "manifest.json" not in found:
+            raise NanochatError(
+                f"--data {path} holds an unfinished output of scripts.data_prep ({name} without manifest.json): "
+                "give its command again and wait until it ends"
+            )
+        shards = _json_object(found[folder / "manifest.json"]()).get("shards", {})
+        if missing := [shard for shard in shards if folder / shard not in found]:
+            raise NanochatError(
+                f"--data {path} lacks {len(missing)} of {len(shards)} shards that its manifest.json names (first: "
+                f"{missing[0]}): restore them, or prepare the text in another folder"
+            )
+
+
+def _json_object(file: DocumentFile) -> dict[str, Any]:
+    """The object in a JSON file, near or far; an empty one where there is none."""
+    file.fetch()
+    with file.errors_named(), file.open_bytes() as stream:
+        data = stream.read()
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _absolute(path: str) -> str:
@@ -284,6 +318,7 @@ class HubSource(Source):
 
 
 SOURCES: dict[str, Callable[[str], Source]] = {"builtin": BuiltinSource, **dict.fromkeys(HUB_REPOSITORIES, HubSource)}
+DATA_HELP = f"{', '.join(SOURCES)}, or a path, glob or address of files (default: climbmix if downloaded, else builtin)"
 
 
 def default_source_name() -> str:

@@ -25,6 +25,7 @@ MAX_CHARS = 200_000  # of a message, a prompt or a whole conversation
 MAX_TOKENS = 1 << 20
 MAX_CHOICES = 64  # texts that one request may ask for
 MAX_LOGPROBS = 20
+MAX_LOGPROB_VALUES = 1 << 19  # of a request, alternatives included: 35 MB of JSON, which take seconds to write
 
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, strict=True)]
@@ -85,15 +86,18 @@ class Part(BaseModel):
     text: str = Field(max_length=MAX_CHARS)
 
 
+PartList = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
+
+
 class Extension(BaseModel):
     """What is ours alone of an answer: all its parts, of which `content` has the text."""
 
-    parts: list[Part] = Field(max_length=MAX_PARTS)
+    parts: PartList
 
 
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, Field(max_length=MAX_CHARS)] | Annotated[list[Part], Field(max_length=MAX_PARTS)] | None = None
+    content: Annotated[str, Field(max_length=MAX_CHARS)] | PartList | None = None
     nanochat: Extension | None = None  # of an answer that is sent back as it came
 
     @model_validator(mode="after")
@@ -167,7 +171,7 @@ class SamplingRequest(BaseModel):
 class ChatRequest(SamplingRequest):
     """The body of POST /v1/chat/completions, and of the public guide's POST /chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -202,16 +206,22 @@ class ChatRequest(SamplingRequest):
         system: list[str] = []
         turns: list[dict[str, Any]] = []
         for message in self.messages:
+            parts = message.parts()
+            is_empty = not any(part["text"] for part in parts)
             if message.role in ("system", "developer"):
-                system.append("".join(part["text"] for part in message.parts()))
+                system += [] if is_empty else ["".join(part["text"] for part in parts)]
             elif turns and turns[-1]["role"] == message.role:
-                turns[-1]["content"] += [{"type": "text", "text": "\n\n"}, *message.parts()]
+                apart = [{"type": "text", "text": "\n\n"}] if any(part["text"] for part in turns[-1]["content"]) else []
+                turns[-1]["content"] += [] if is_empty else [*apart, *parts]
             elif turns or message.role == "user":
-                turns.append({"role": message.role, "content": message.parts()})
+                turns.append({"role": message.role, "content": parts})
         if system and all(message.role in ("system", "developer") for message in self.messages):
             turns, system = [{"role": "user", "content": [{"type": "text", "text": "\n\n".join(system)}]}], []
         if not turns or turns[-1]["role"] != "user":
-            raise RequestError("the last message must be the user's", param="messages")
+            raise RequestError(
+                "the last message must be the user's: add one, or send the text to be continued to /v1/completions",
+                param="messages",
+            )
         for turn in turns:
             if turn["role"] == "user":
                 turn["content"] = "".join(part["text"] for part in turn["content"])
@@ -464,4 +474,14 @@ def check_prompt(tokens: list[int], limit: int) -> None:
             f"this model's context is {limit} tokens, and the prompt alone has {len(tokens)}: shorten it",
             param="prompt",
             code="context_length_exceeded",
+        )
+
+
+def check_logprobs(texts: int, tokens: int, top: int | None) -> None:
+    """Raise RequestError if texts of so many tokens have more log-probabilities than a reply should hold; top: for each."""
+    if top is not None and texts * tokens * (1 + top) > MAX_LOGPROB_VALUES:
+        raise RequestError(
+            f"log-probabilities of {texts} x {tokens:,} tokens with {top} alternatives are more than {MAX_LOGPROB_VALUES:,} "
+            "values: ask for fewer texts, tokens (max_tokens) or alternatives",
+            param="logprobs",
         )

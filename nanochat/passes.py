@@ -52,11 +52,13 @@ class Passes:
         if recording:
             recording.begin()
         loss = torch.zeros((), device=self.model.get_device())
+        sparse = [table.weight for table in self.model.tables().values() if table.sparse]
         for batch in self._pieces(batches):
             if recording and self._shape_of(batch) == self._tried:
                 loss += recording.replay(batch, count)
             else:
                 loss += self.once(batch, count)
+            _join_rows(sparse)
         return loss
 
     @property
@@ -105,6 +107,16 @@ class Passes:
             logger.info("passes are launched kernel by kernel: %s", first_line(error)[:200])
         finally:
             self.model.zero_grad(set_to_none=True)
+
+
+def _join_rows(tables: Sequence[torch.Tensor]) -> None:
+    """Add up what sparse gradients of tables (rows, channels) say of one row, before they grow larger than dense ones.
+
+    PyTorch only appends a pass's rows to those of the passes before.
+    """
+    for table in tables:
+        if table.grad is not None and table.grad._nnz() > table.size(0):
+            table.grad = table.grad.coalesce()
 
 
 class _Recording:

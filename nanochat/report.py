@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,22 +177,26 @@ def _git_commit() -> str | None:
 
 def _overview_row(stage: str, rows: list[dict[str, Any]]) -> list[str]:
     train = [row for row in rows if "train/loss" in row]
-    val = [row["val/bpb"] for row in rows if "val/bpb" in row]
     if not train:
         return [STAGE_TITLES[stage], "0", *["-"] * 7]
-    last = train[-1]
-    speeds = sorted(row["train/tok_per_s"] for row in train if "train/tok_per_s" in row)
-    shares = sorted(row["train/mfu"] for row in train if "train/mfu" in row)
+
+    def cell(name: str, form: str, choose: Callable[[list[float]], float] = lambda values: values[-1]) -> str:
+        values = series(rows, name)[1]  # without those of a run that diverged, which are no numbers
+        return form.format(choose(values)) if values else "-"
+
+    def middle(values: list[float]) -> float:
+        return sorted(values)[len(values) // 2]
+
     return [
         STAGE_TITLES[stage],
-        f"{last['step']:,}",
-        f"{last['train/tokens']:,}" if "train/tokens" in last else "-",
-        format_seconds(last.get("time_s", 0.0)),
-        f"{last['train/loss']:.4f}",
-        f"{val[-1]:.4f}" if val else "-",
-        f"{speeds[len(speeds) // 2]:,.0f}" if speeds else "-",
-        f"{shares[len(shares) // 2]:.1%}" if shares else "-",
-        f"{last['train/peak_memory_mb'] / 1e3:.2f} GB" if "train/peak_memory_mb" in last else "-",
+        f"{train[-1]['step']:,}",
+        cell("train/tokens", "{:,}"),
+        format_seconds(train[-1].get("time_s", 0.0)),
+        cell("train/loss", "{:.4f}"),
+        cell("val/bpb", "{:.4f}"),
+        cell("train/tok_per_s", "{:,.0f}", middle),
+        cell("train/mfu", "{:.1%}", middle),
+        cell("train/peak_memory_mb", "{:.2f} GB", lambda values: values[-1] / 1e3),
     ]
 
 

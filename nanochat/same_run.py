@@ -60,9 +60,7 @@ def check_settings(stage: Stage, new: dict[str, Any], args: Arguments) -> None:
         )
     for key, value in json.loads(json.dumps(new)).items():
         flag = "--set" if key == "switches" else "--" + key.replace("_", "-")
-        before = old.get(key, value)
-        if key not in old and key in args.defaults and vars(args)[key] != args.defaults[key]:  # a flag newer than the run
-            before = args.defaults[key]
+        before = old.get(key, args.defaults[key] if key in args.given else value)  # a flag newer than the run
         if key in RATES and before != value:
             print0(f"going on with {flag} {value}: until here it was {before}")
         if key not in FREE_SETTINGS and before != value:
@@ -73,9 +71,9 @@ def check_settings(stage: Stage, new: dict[str, Any], args: Arguments) -> None:
 
 
 def check_data(stage: Stage, source: Source) -> None:
-    """Raise NanochatError if files that a stage read are gone, changed or elsewhere in order. New ones go behind them.
+    """Raise NanochatError if files that a stage read are gone or changed. They keep their order, and new ones go behind them.
 
-    What is held out for validation stays so.
+    Every rank orders them alike, by what the stage recorded. What is held out for validation stays so.
     """
     if stage.resume_step is None:
         return
@@ -97,14 +95,14 @@ def check_data(stage: Stage, source: Source) -> None:
         if now.get(name) != size:
             what = "is gone" if name not in now else "has changed"
             raise NanochatError(f"{name} of {source.name} {what} since run {stage.tag!r} read it: restore it to go on")
+    place = {name: i for i, name in enumerate(before)}
     for files in (source.train_files, source.val_files):
-        known = [file.name in before for file in files]
-        if known != sorted(known, reverse=True):
-            new = files[known.index(False)].name
-            raise NanochatError(
-                f"{new} of {source.name} is new and sorts before files that run {stage.tag!r} read: give it a name that sorts "
-                "behind them to go on"
-            )
+        known = [file.name in place for file in files]
+        if known != sorted(known, reverse=True):  # such as shards of a download that arrived in another order
+            new = [file.name for file in files if file.name not in place]
+            more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+            print0(f"{new[0]}{more} of {source.name} came later: read behind the files that run {stage.tag!r} began with")
+        files.sort(key=lambda file: place.get(file.name, len(place)))
 
 
 def check_mixture(stage: Stage, task: Task, tasks: str) -> dict[str, Any] | None:

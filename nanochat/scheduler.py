@@ -188,7 +188,8 @@ class Scheduler:
                 for row, token in zip(logits[: len(following)], following, strict=True):
                     sequence.prompt_logprobs.append(token_logprob(row, token, sequence.params.logprobs or 0))
                 logits = logits[-1:]
-            budget -= len(tokens)
+            # All weights are read for a prompt of one token, too: many short ones must not hold up running texts.
+            budget -= max(len(tokens), self.chunk // 8)
             self._advance(sequence, end)
             if end == sequence.length:
                 self.prefilling = None

@@ -36,6 +36,7 @@ from nanochat.openai_api import (
     Reply,
     RequestError,
     TokenId,
+    check_logprobs,
     check_prompt,
     check_tokens,
     explain,
@@ -109,6 +110,7 @@ def create_app(
 
 def _add_openai_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
+    @app.get("/v1/models/", include_in_schema=False)  # or it would be the model of no name
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_describe_model(service)]}
 
@@ -134,6 +136,9 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
         prompts = await asyncio.to_thread(request.prompts, service.tokenizer)
         max_tokens = 16 if request.max_tokens is None else request.max_tokens
         sequences = []
+        echoed = max(len(tokens) for tokens, _ in prompts) if request.echo else 0
+        length = min(service.context, max_tokens + echoed)
+        check_logprobs(len(prompts) * (request.n or 1), length, request.logprobs)
         for tokens, _ in prompts:
             check_prompt(tokens, service.context)
             for choice in range(request.n or 1):
@@ -245,6 +250,9 @@ def _tell(dropped: int) -> tuple[dict[str, int], dict[str, str]]:
 
 
 def _submit_chat(service: Service, request: ChatRequest, prompt: list[int]) -> Ticket:
+    room = service.context - len(prompt)
+    tokens = room if request.limit is None else min(request.limit, room)
+    check_logprobs(request.n or 1, tokens, request.num_logprobs)
     params = [request.params(i, request.limit, request.num_logprobs) for i in range(request.n or 1)]
     return service.submit([Sequence(prompt, p) for p in params])
 

@@ -40,9 +40,11 @@ EXAMPLES: dict[Any, Any] = {int: 12, float: 0.5}
 class Arguments(argparse.Namespace):
     """What a command was told, flags and file together. `vars` gives the values alone."""
 
-    __slots__ = ("_parser", "defaults")
+    __slots__ = ("_parser", "defaults", "given")
     _parser: SettingsParser
-    defaults: dict[str, Any]  # what flags are where neither command line nor file gives them, by the names that `vars` has
+    # By the names that `vars` has: what flags are where neither command line nor file gives them, and those that one gives.
+    defaults: dict[str, Any]
+    given: set[str]
 
     def require_positive(self, *names: str) -> None:
         """Raise NanochatError if one of these numbers, by the names that `vars` has, is below 1; None passes."""
@@ -57,17 +59,17 @@ class Arguments(argparse.Namespace):
                 raise NanochatError(f"--{name.replace('_', '-')} 0 asks nothing: choose 1 or more, or -1 for all")
 
     def leave_open(self, *names: str) -> None:
-        """Numbers of which 0 or less means the same as their default, which it becomes: nobody has chosen."""
+        """For these numbers, 0 or less means not given: they become their defaults."""
         for name in names:
             if getattr(self, name) <= 0:
                 setattr(self, name, self.defaults[name])
+                self.given.discard(name)
 
     def adopt(self, values: dict[str, Any]) -> None:
-        """Give those of these flags that were left to their defaults their values of another run's settings.json."""
+        """Take from `values`, settings of a run, those flags that were not given."""
         paths = {action.dest for action in self._parser._actions if action.type is Path}
-        for name, value in values.items():
-            if getattr(self, name) == self.defaults[name]:
-                setattr(self, name, Path(value) if name in paths and value is not None else value)
+        for name in values.keys() - self.given:
+            setattr(self, name, Path(values[name]) if name in paths and values[name] is not None else values[name])
 
     def require_between(self, low: float, high: float, *names: str) -> None:
         """Raise NanochatError if one of these numbers is outside low to high (math.inf: any above)."""
@@ -123,17 +125,17 @@ class SettingsParser(argparse.ArgumentParser):
         finder.add_argument("--config")
         file = finder.parse_known_args(args)[0].config
         in_file = self._read(Path(os.path.expanduser(file))) if file is not None else {}
-        defaults = {action.dest: action.default for action in self._actions}
-        for action, value in in_file.items():
+        for action in in_file:
             action.required = False
-            self.set_defaults(**{action.dest: value})
-        arguments, unknown = self.parse_known_args(args, Arguments())
+        defaults = {action.dest: action.default for action in self._actions if action.default is not argparse.SUPPRESS}
+        not_given: list[Any] = []  # this very object; a flag that may be repeated adds to a copy of it
+        arguments, unknown = self.parse_known_args(args, Arguments(**dict.fromkeys(defaults, not_given)))
         if unknown:
             self.error(f"there is no {unknown[0]!r} here{_nearest(unknown[0].partition('=')[0], self._option_string_actions)}")
-        for action, value in in_file.items():  # a list on the command line replaces the file's
-            given = getattr(arguments, action.dest)
-            if isinstance(action, argparse._AppendAction) and len(given) > len(value):
-                setattr(arguments, action.dest, given[len(value) :])
+        values = {action.dest: value for action, value in in_file.items()}
+        values |= {name: value for name, value in vars(arguments).items() if value is not not_given}
+        arguments = Arguments(**{**defaults, **values})
+        arguments._parser, arguments.defaults, arguments.given = self, defaults, values.keys() & defaults
         for action in self._actions:
             value = getattr(arguments, action.dest, None)
             if action.type is Path and isinstance(value, Path):
@@ -143,7 +145,6 @@ class SettingsParser(argparse.ArgumentParser):
                     raise NanochatError(f"--{_long_name(action)} {number} is no finite number: give one")
         for name in ("config", "debug"):
             vars(arguments).pop(name, None)
-        arguments._parser, arguments.defaults = self, defaults
         return arguments
 
     def _with_dashes(self, args: Sequence[str]) -> list[str]:

@@ -213,8 +213,7 @@ def begin(
         check_data(stage, source)
     all_or_none(lambda: prepare_directory(stage, tokenizer, settings, args, rank))
     save_every = args.save_every if args.save_every >= 0 else args.eval_every
-    nobody_chose = args.keep_last == args.defaults["keep_last"]
-    if nobody_chose and 0 < save_every * args.keep_last < settings["num_iterations"]:
+    if "keep_last" not in args.given and 0 < save_every * args.keep_last < settings["num_iterations"]:
         print0(f"the newest {args.keep_last} checkpoints are kept, and the best (--keep-last)")
     return settings
 

@@ -53,11 +53,16 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
+def collect_garbage() -> None:
+    """Free what is garbage, and never look at the rest again: the next call takes as long as there are new objects."""
+    gc.collect()
+    gc.freeze()
+
+
 @contextlib.contextmanager
 def frozen_garbage() -> Iterator[None]:
     """Keep Python's garbage collector, whose pauses grow with the heap, out of the training steps."""
-    gc.collect()
-    gc.freeze()
+    collect_garbage()
     gc.disable()
     try:
         yield

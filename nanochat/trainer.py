@@ -33,9 +33,10 @@ from nanochat.quantities import describe_line
 from nanochat.ranks import all_or_none, any_rank, gather_objects, sum_over_ranks
 from nanochat.runs import list_steps
 from nanochat.schedules import Schedule
-from nanochat.stopping import StopRequest, frozen_garbage
+from nanochat.stopping import StopRequest, collect_garbage, frozen_garbage
 
 Evaluation = Callable[[], dict[str, float]]
+COLLECT_EVERY = 200  # steps: a recomputed block or a save leaves some garbage that refers to itself
 NOT_SAVED = "warning: a checkpoint could not be written; training goes on."
 
 
@@ -202,7 +203,7 @@ class Trainer:
         params: list[Any] = [p for group in self.optimizer.groups for p in group.params]
         parts = [p.to_local() if self.model.is_sharded else p for p in params]
         if any_rank(not torch.stack([part.isfinite().all() for part in parts]).all()):
-            raise NanochatError(self._describe_divergence())
+            raise NanochatError(f"parameters are no longer numbers at step {self.step}: {self._way_out()}")
 
     def _compare_ranks(self) -> None:
         """Raise NanochatError if checksums show that ranks no longer hold the same parameters."""
@@ -261,6 +262,8 @@ class Trainer:
                 return
             if self._due(config.compare_every):
                 self._compare_ranks()
+            if self._due(COLLECT_EVERY):
+                collect_garbage()
             self._get_up_to_speed()
             self._train_step()
             self._check_stop()
@@ -367,7 +370,7 @@ class Trainer:
         self._pending.clear()
         self.time_s += time.perf_counter() - started
         if not all(map(math.isfinite, values)):
-            raise NanochatError(self._describe_divergence())
+            raise NanochatError(f"the loss is no longer a number at step {self.step}: {self._way_out()}")
         steps = len(values)
         elapsed, self._logged_time_s = self.time_s - self._logged_time_s, self.time_s
         row = {"step": self.step, "time_s": round(self.time_s, 4), "train/loss": sum(values) / steps, "train/lrm": factor}
@@ -391,13 +394,11 @@ class Trainer:
         one_block, all_blocks = self._flops_per_token
         return alone * one_block + (steps - alone) * all_blocks
 
-    def _describe_divergence(self) -> str:
+    def _way_out(self) -> str:
+        """Of a run that has diverged."""
         last_good = self._last_good()  # first, since it waits for a checkpoint that is being written
         goes_on = "resume from it" if list_steps(self.stage_dir) else "start again"
-        return (
-            f"the loss is no longer a number at step {self.step}: {last_good}; {goes_on} with a lower learning "
-            "rate (--matrix-lr, --embedding-lr)"
-        )
+        return f"{last_good}; {goes_on} with a lower learning rate (--matrix-lr, --embedding-lr)"
 
     def _last_good(self) -> str:
         self._report_failed_save()

@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 from nanochat.common import NanochatError, compute_init, in_process_group, print0, run_command
 from nanochat.core_eval import NanochatScorer, evaluate_core, find_bundle
 from nanochat.dataloader import TokenLoader
-from nanochat.dataset import Source, default_source_name, get_source
+from nanochat.dataset import DATA_HELP, Source, default_source_name, get_source
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import batches_to_validate, evaluate_bpb
-from nanochat.machine import keep_freed_memory
 from nanochat.optim import OptimizerSettings
 from nanochat.pace import batch_worth_an_update, choose_device_batch_size, flops_in, steps_in
 from nanochat.ranks import on_rank0
@@ -60,8 +59,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         ],
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--data", default=None, metavar="NAME|PATH",
-                      help="builtin, climbmix, fineweb-edu or a path (climbmix if downloaded, else builtin)")  # fmt: skip
+    data.add_argument("--data", default=None, metavar="NAME|PATH", help=DATA_HELP)
     data.add_argument(
         "--tokenizer",
         default="default",
@@ -181,7 +179,6 @@ def peak_weight_decay(args: Arguments, horizon: Horizon) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    keep_freed_memory()
     _, rank, _, world_size, device = compute_init(args.device_type, args.seed)
     if args.fsdp and args.core_metric_every > 0:
         raise NanochatError("--core-metric-every needs a whole model: leave it out with --fsdp, and run base_eval afterwards")

@@ -17,7 +17,6 @@ from nanochat.checkpoint_manager import find_run, load_model
 from nanochat.common import NanochatError, compute_init, print0, run_command
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
-from nanochat.machine import keep_freed_memory
 from nanochat.pace import choose_answer_rows
 from nanochat.rl import OBJECTIVES, RolloutLoader, RolloutSettings, make_policy_loss
 from nanochat.same_run import check_mixture
@@ -86,7 +85,6 @@ def check_room(max_new_tokens: int, sequence_len: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    keep_freed_memory()
     _, rank, _, world_size, device = compute_init(args.device_type, args.seed)
     tag = find_run(args.source, args.model_tag, heir="rl" if args.resume != "none" else None)
     stage = open_stage("rl", tag, tag, args.resume)

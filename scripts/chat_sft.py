@@ -18,7 +18,6 @@ from nanochat.conversation_loader import ConversationLoader, check_answers, esti
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.loss_eval import batches_to_validate, evaluate_bpb
-from nanochat.machine import keep_freed_memory
 from nanochat.model_config import read_config
 from nanochat.pace import choose_device_batch_size, steps_in
 from nanochat.ranks import from_rank0
@@ -140,7 +139,6 @@ def plan(
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    keep_freed_memory()
     _, rank, _, world_size, device = compute_init(args.device_type, args.seed)
     base_tag = find_base(args)
     stage = open_stage("sft", base_tag, base_tag, args.resume)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -20,7 +21,7 @@ from nanochat.checkpoint_manager import load_chosen_model
 from nanochat.common import NanochatError, compute_init, run_command
 from nanochat.engine import Engine
 from nanochat.guard import CarefulProtocol
-from nanochat.machine import in_own_thread, keep_freed_memory
+from nanochat.machine import in_own_thread
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
 from nanochat.server import create_app
@@ -54,7 +55,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     network.add_argument("-p", "--port", type=int, default=8000, help="port to listen on")
     network.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
     network.add_argument("--allow-host", action="append", default=[], metavar="NAME",
-                         help="host name to accept when there is no key (default: at 127.0.0.1 this machine's)")  # fmt: skip
+                         help="host name to accept when there is no key, besides this machine's at 127.0.0.1")  # fmt: skip
     network.add_argument("--api-key", default=os.environ.get("NANOCHAT_API_KEY"),
                          help="clients must send this (default: NANOCHAT_API_KEY)")  # fmt: skip
     network.add_argument("--cors-origin", action="append", metavar="URL", help="let pages from this origin call the API")
@@ -73,21 +74,21 @@ def main(argv: list[str] | None = None) -> int:
     SamplingParams(args.temperature, args.top_k, max_tokens=args.max_tokens)  # raises if a default is invalid
     defaults = ChatDefaults(args.temperature, args.top_k, args.max_tokens)
     args.require_between(0, 86400, "grace", "request_timeout")
+    args.require_between(1, 65535, "port")
     if args.api_key is not None:
         args.api_key = args.api_key.strip()  # a secret read from a file may end with a newline
         if not args.api_key or not args.api_key.isascii() or not args.api_key.isprintable():
             raise NanochatError("the API key is empty or has characters that no client sends: set one, or leave out --api-key")
     check_port(args.host, args.port)
     origins = [check_origin(origin) for origin in args.cors_origin or ()]
+    hosts = allowed_hosts(args.host, args.api_key, [check_host(name) for name in args.allow_host])
     *_, device = compute_init(args.device_type)
-    keep_freed_memory()
     engines, meta = in_own_thread(lambda: load_engines(args, choose_devices(device, args.num_gpus)))
     limits = Limits(max_waiting=args.max_waiting, request_timeout_s=args.request_timeout, grace_s=args.grace)
-    hosts = allowed_hosts(args.host, args.api_key, args.allow_host)
     app = create_app(engines, meta["tag"], limits, args.api_key, origins, args.compile, hosts, defaults)
     url = f"http://{in_url(args.host)}:{args.port}"
     others = "; --host 0.0.0.0 lets other machines in" if is_local(args.host) else ""
-    print(f"{meta['tag']} ({args.source}, step {meta['step']}) is at {url} (Ctrl-C stops it{others})", flush=True)
+    print(f"{meta['tag']} ({meta['origin']}) is at {url} (Ctrl-C stops it{others})", flush=True)
     if not args.api_key:
         print(f"for programs: OPENAI_BASE_URL={url}/v1, any API key", flush=True)
     if args.compile:
@@ -161,7 +162,15 @@ def allowed_hosts(host: str, api_key: str | None, named: Sequence[str] = ()) -> 
     """The host names that a server without a key accepts; None: any. named: those from --allow-host."""
     if api_key:
         return None
-    return [name.lower() for name in named] or ([*LOCAL_HOSTS, in_url(host)] if is_local(host) else None)
+    local = [*LOCAL_HOSTS, in_url(host)] if is_local(host) else []  # always: the address that main shows is one of them
+    return [*local, *named] or None
+
+
+def check_host(name: str) -> str:
+    """A name as browsers send it, without a port. Raises NanochatError if it is none, which would never match."""
+    if not re.fullmatch(r"[\w.-]+|\[[\da-f:.]+\]", name.lower(), re.ASCII):
+        raise NanochatError(f"--allow-host {name} is no name of a machine: give NAME, without http:// and without a port")
+    return name.lower()
 
 
 def check_origin(origin: str) -> str:

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     check_output(args.output)  # before anything is loaded
     model, tokenizer, meta = load_chosen_model(args, "cpu")
     form = export(model, tokenizer, meta, args.output, args.format, args.push_to_hub)
-    print(f"{meta['tag']} ({args.source}, step {meta['step']}) is in {args.output}, in the format {form!r}")
+    print(f"{meta['tag']} ({meta['origin']}) is in {args.output}, in the format {form!r}")
     if args.push_to_hub is not None:
         print(push(args.output, args.push_to_hub, args.private))
     return 0

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat.common import NanochatError
+from nanochat.dataset import get_source
 from nanochat.metrics import read_metrics
 from nanochat.tokenizer import Tokenizer
 from scripts import base_eval, base_train, data_prep
@@ -136,6 +137,26 @@ def test_shards_serve_training_and_its_samples(prepare, base_dir: Path, tokenize
     other = prepare("other", "--tokenizer", str(another))
     with pytest.raises(NanochatError, match="tokens of another tokenizer"):
         base_eval.main(["--model-tag=prepared", "--device-type=cpu", "--data", str(other)])
+
+
+def test_training_reads_no_part_of_an_output(prepare, tokenizer_dir: Path) -> None:
+    """Neither of one that is not finished, nor of one that has lost a shard; other JSON beside texts is nobody's business."""
+    output = prepare("out")
+    shard, manifest = output / "shard_00001.parquet", output / "manifest.json"
+    for folder in (output, output.parent, f"file://{output}"):
+        get_source(str(folder))
+    content = shard.read_bytes()
+    shard.unlink()
+    for folder in (output, output.parent):
+        with pytest.raises(NanochatError, match=r"lacks 1 of \d+ shards .*first: shard_00001\.parquet"):
+            get_source(str(folder))
+    shard.write_bytes(content)
+    manifest.unlink()
+    with pytest.raises(NanochatError, match="unfinished output of scripts.data_prep .*give its command again"):
+        get_source(str(output))
+    for others in ('{"editor": 1}', "[]", "{"):
+        (output / "settings.json").write_text(others, encoding="utf-8")
+        get_source(str(output))
 
 
 def test_the_number_of_tasks_and_workers_changes_no_byte(prepare) -> None:

@@ -256,7 +256,8 @@ def _two_machines() -> Iterator[tuple[str, str]]:
 
 @pytest.mark.slow
 def test_two_machines_and_a_cut_link(corpus: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both nodes leave within a minute, saying why; started again they finish what one process would have."""
+    """Both nodes leave soon, saying why (within a minute by default, in which ranks may be silent for 40 s); started again
+    they finish what one process would have."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("network namespaces need root and the ip command")
     try:
@@ -265,6 +266,7 @@ def test_two_machines_and_a_cut_link(corpus: Path, base_dir: Path, monkeypatch: 
     except subprocess.CalledProcessError as error:
         pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "cable")
+    monkeypatch.setenv("NANOCHAT_HEARTBEAT_S", "15")
     steps = 40
     expected = values(train(1, corpus, WHOLE, f"--num-iterations={steps}"))
     command = ["-m", "--", "scripts.base_train", *SMALL, f"--data={corpus}", f"--num-iterations={steps}", "--save-every=4"]
@@ -283,7 +285,7 @@ def test_two_machines_and_a_cut_link(corpus: Path, base_dir: Path, monkeypatch: 
         subprocess.run(["ip", "-n", nodes[1], "link", "set", "cable", "down"], check=True)
         cut_at = time.monotonic()
         wait_for(lambda: not any(map(_workers, jobs)), "all processes to end")
-        assert time.monotonic() - cut_at < 60
+        assert time.monotonic() - cut_at < 35
         for job in jobs:
             job.kill()  # torchrun itself waits for its own store for minutes
             assert "error: rank" in job.communicate()[1]

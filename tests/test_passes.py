@@ -30,3 +30,19 @@ def test_uncompiled_passes_by_pieces_are_the_whole_pass(monkeypatch) -> None:
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
     for pieces, whole in zip(*reversed(gradients), strict=True):
         torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-7)
+
+
+def test_sparse_gradients_are_no_larger_than_their_tables() -> None:
+    """However many tokens an update has; and they are what dense ones would be."""
+    batches = [tuple(torch.randint(300, (4, 64)) for _ in range(2)) for _ in range(8)]
+    gradients = []
+    for sparse in (True, False):
+        model = make_model(sequence_len=64)
+        for table in model.tables().values():
+            table.sparse = sparse
+        Passes(model).run(batches, torch.tensor(8 * 4 * 64))
+        gradients.append([table.weight.grad for table in model.tables().values()])
+    assert gradients[0]
+    for found, dense in zip(*gradients, strict=True):
+        assert found is not None and found._nnz() <= found.size(0)
+        torch.testing.assert_close(found.to_dense(), dense, rtol=1e-4, atol=1e-7)

@@ -85,6 +85,18 @@ def test_the_overview_says_what_each_stage_logged(tiny_run: Path) -> None:
         assert "".join(cells) in page.text
 
 
+def test_a_run_that_diverged_has_a_report(tiny_run: Path) -> None:
+    """Its evaluations, which are no numbers, are passed over: those before tell, if there were any."""
+    metrics = tiny_run / "base" / "metrics.jsonl"
+    diverged = json.dumps({"step": 6, "time_s": 9, "val/bpb": None}) + "\n"
+    rows = [row for row in metrics.read_text(encoding="utf-8").splitlines(True) if "val/bpb" not in row]
+    for before, shown in (("", "-"), (json.dumps({"step": 6, "val/bpb": 2.5}) + "\n", "2.5000")):
+        metrics.write_text("".join(rows) + before + diverged, encoding="utf-8")
+        markdown, _ = write_report(tiny_run)
+        (row,) = [line for line in markdown.read_text(encoding="utf-8").splitlines() if line.startswith("| Pretraining |")]
+        assert row.split(" | ")[5] == shown
+
+
 def test_what_a_model_writes_cannot_break_the_page(tiny_run: Path) -> None:
     nasty = "<script>alert(1)</script> | a \n b"
     results = {"samples": [{"prompt": nasty, "text": nasty}], "bpb": {"val": 1.5}}

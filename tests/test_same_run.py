@@ -52,6 +52,23 @@ def test_what_a_hash_holds_out_is_never_learned_from(texts: Path, base_dir: Path
     assert any(moved)  # without the run's own limit
 
 
+def test_files_are_read_in_the_order_in_which_the_run_knows_them(base_dir: Path, tmp_path: Path) -> None:
+    """Shards of a download may arrive in any order, some between two resumptions."""
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for name, seeds in (("2", range(12)), ("4", range(12, 24)), ("val", range(90, 95))):
+        _write(shards / f"{name}.jsonl", seeds)
+    _train(shards)
+    stage_dir = base_dir / "runs" / "r" / "base"
+    _write(shards / "3.jsonl", range(24, 36))
+    _train(shards, "--resume=3")
+    assert list(read_meta(stage_dir, 6)["data"]["files"]) == ["2.jsonl", "4.jsonl", "3.jsonl", "val.jsonl"]
+    _write(shards / "1.jsonl", range(36, 48))
+    source = get_source(str(shards))
+    check_data(Stage("r", "base", stage_dir, 6, [3, 6]), source)
+    assert list(source.numbered("train")) == [(number, make_document(number)) for number in range(48)]
+
+
 def test_validation_files_that_come_later_are_refused(texts: Path, base_dir: Path) -> None:
     _train(texts)
     _write(texts / "val.jsonl", range(12, 20))

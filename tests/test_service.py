@@ -22,7 +22,7 @@ from nanochat.sequence import Sequence
 from nanochat.server import create_app
 from nanochat.service import MAX_FAILURES, ChatDefaults
 from nanochat.tokenizer import Tokenizer
-from scripts.chat_web import allowed_hosts, check_origin, check_port, choose_devices, in_url
+from scripts.chat_web import allowed_hosts, check_host, check_origin, check_port, choose_devices, in_url
 from tests.helpers import make_model, wait_for
 
 HELLO = {"messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0, "max_tokens": 12, "ignore_eos": True}
@@ -215,7 +215,8 @@ def test_a_server_of_this_machine_alone_answers_to_its_names(engine: Engine) -> 
         for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example"):
             for path in ("/", "/health", "/api/runs"):
                 response = client.get(path, headers={"Host": host})
-                assert response.status_code == 403 and "--api-key" in response.json()["error"]["message"]
+                message = response.json()["error"]["message"]
+                assert response.status_code == 403 and "--allow-host" in message and "--api-key" in message
 
 
 @pytest.mark.parametrize(
@@ -230,8 +231,16 @@ def test_which_servers_answer_to_some_names_alone(host: str, key: str | None, na
 
 
 def test_a_server_may_be_given_names_that_a_key_makes_needless() -> None:
-    assert allowed_hosts("0.0.0.0", None, ["My.Example"]) == ["my.example"]
+    assert allowed_hosts("0.0.0.0", None, ["my.example"]) == ["my.example"]
     assert allowed_hosts("0.0.0.0", "secret", ["my.example"]) is None
+    assert {"127.0.0.1", "localhost", "my.example"} <= set(allowed_hosts("127.0.0.1", None, ["my.example"]) or ())
+
+
+def test_names_are_written_as_browsers_send_them() -> None:
+    assert [check_host(name) for name in ("My.Example", "[::1]", "10.0.0.1")] == ["my.example", "[::1]", "10.0.0.1"]
+    for name in ("my.example:8080", "http://my.example", "my.example/", "::1", "", "*"):
+        with pytest.raises(NanochatError, match="without a port"):
+            check_host(name)
 
 
 def test_origins_are_written_as_browsers_send_them() -> None:

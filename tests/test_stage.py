@@ -97,6 +97,17 @@ def test_what_flags_leave_open_is_as_the_stage_was_begun(
     assert args.target_flops == -1
 
 
+def test_a_flag_that_was_given_is_not_adopted_even_at_its_default(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the run says that it was begun with another, and does not go on with it in silence."""
+    monkeypatch.setattr(Stage, "recorded_settings", lambda self: {"target_param_data_ratio": 20.0})
+    stage = Stage("r", "base", base_dir, 3, [3])
+    for flags, adopted in (([], 20.0), (["--target-param-data-ratio=12"], 12.0)):
+        args = base_train.parse_arguments(flags)
+        assert args.defaults["target_param_data_ratio"] == 12.0
+        stage.adopt(args, "target_param_data_ratio")
+        assert args.target_param_data_ratio == adopted
+
+
 @pytest.mark.parametrize(
     ("script", "names"),
     [(base_train, ("num_iterations", "target_minutes", "target_flops", "total_batch_size")),
