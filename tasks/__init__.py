@@ -78,6 +78,8 @@ def build_mixture(spec: str, split: str, data_dir: Path | None = None) -> TaskMi
             forms = "NAME, NAME*TIMES or NAME*TIMES:MOST, with TIMES below 1000"
             raise NanochatError(f"{entry[:100]!r} is no entry of a mixture: write {forms}")
         name, times, most = parsed.groups()
+        if 0 in (int(times or 1), int(most or 1)):
+            raise NanochatError(f"{entry[:100]!r} takes nothing of {name[:100]}: leave it out, or write a number above 0")
         stop = (int(most) if split == "train" else max(1, int(most) // 20)) if most else None
         task = build_task(name, split, data_dir, stop)
         tasks += [task] * (int(times or 1) if split == "train" else 1)

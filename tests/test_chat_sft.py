@@ -87,6 +87,19 @@ def test_the_sooner_of_updates_and_minutes_ends_a_stage(tiny_run: Path, monkeypa
         assert list_steps(tiny_run / "sft") == [2]
 
 
+def test_a_stage_by_time_is_repeated_by_its_updates(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many a slower machine, or the same when more goes on beside it, would do in that time."""
+    config = tiny_run / "sft" / "config.toml"
+    shutil.rmtree(tiny_run / "sft")
+    shutil.copytree(tiny_run, tiny_run.parent / "again")
+    monkeypatch.setattr(chat_sft, "steps_in", lambda *_: 3)
+    assert chat_sft.main([*FLAGS, "--num-iterations=-1", "--tasks=Arithmetic:60", "--target-minutes=1"]) == 0
+    monkeypatch.setattr(chat_sft, "steps_in", lambda *_: 1)
+    for flags in (["--resume=auto"], ["--model-tag=again"]):
+        assert chat_sft.main(["--config", str(config), *flags]) == 0
+    assert list_steps(tiny_run.parent / "again" / "sft")[-1] == list_steps(tiny_run / "sft")[-1] == 3
+
+
 @pytest.mark.parametrize(
     ("asked", "device", "batches"), [(None, "cpu", 256), (None, "cuda", 4096), (-1, "cpu", None), (5, "cpu", 1)]
 )

@@ -188,3 +188,9 @@ def test_ranks_that_see_different_things_are_told_apart(second: dict, found: str
     monkeypatch.setattr(same_run, "gather_objects", lambda mine: [mine, second])
     with pytest.raises(NanochatError, match=found):
         compare_ranks({"a": 1, "b": 2})
+
+
+@pytest.mark.parametrize("resume", ["\N{SUPERSCRIPT TWO}", "\N{ARABIC-INDIC DIGIT TWO}", "9" * 5000, "-1", "", "auto "])
+def test_what_is_no_step_is_refused(resume: str) -> None:
+    with pytest.raises(NanochatError, match="is neither auto nor none nor a step"):
+        open_stage("base", "r", "d4", resume)
