@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from nanochat.openai_api import ChatRequest, CompletionRequest, token_text
 from nanochat.sampling import RowSettings, SamplingParams
 from nanochat.sequence import Sequence
 from nanochat.server import create_app
-from nanochat.service import MAX_FAILURES, ChatDefaults
+from nanochat.service import MAX_FAILURES, ChatDefaults, Limits, Service
 from nanochat.tokenizer import Tokenizer
 from scripts.chat_web import allowed_hosts, check_host, check_origin, check_port, choose_devices, in_url
 from tests.helpers import make_model, wait_for
@@ -166,6 +167,27 @@ def test_long_replies_are_written_beside_the_event_loop(client: TestClient, monk
     assert client.post("/v1/completions", json={"prompt": "the cat", **asked}).json()["choices"][0]["logprobs"]
     assert client.post(CHAT, json={**HELLO, "logprobs": True}).json()["choices"][0]["logprobs"]["content"]
     assert on_the_loop and not any(on_the_loop)
+
+
+def test_a_loop_that_closes_does_not_end_the_model(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may do so just after it was asked whether it has."""
+    worker = Service([engine], "tiny", Limits(), compile=False).workers[0]
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+
+    async def submit() -> None:
+        worker.submit([Sequence([1, 2], params)])
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(submit())
+    loop.close()
+    later = Sequence([1, 2], replace(params, max_tokens=9))
+    engine.scheduler.submit(later)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "is_closed", lambda: False)
+        worker.thread.start()
+        wait_for(lambda: later.finish_reason or not worker.thread.is_alive, "the later text")
+    assert later.finish_reason == "length"
+    worker.thread.close()
 
 
 # ----------------------------------------------------------------------------- asked wrongly
