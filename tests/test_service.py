@@ -17,7 +17,7 @@ from fastapi.testclient import TestClient
 
 from nanochat.common import NanochatError
 from nanochat.engine import Engine, EngineThread
-from nanochat.openai_api import ChatRequest, CompletionRequest, token_text
+from nanochat.openai_api import ChatRequest, CompletionRequest, SamplingRequest, token_text
 from nanochat.sampling import RowSettings, SamplingParams
 from nanochat.sequence import Sequence
 from nanochat.server import create_app
@@ -208,6 +208,9 @@ def test_a_body_that_is_not_said_to_be_json(client: TestClient, path: str) -> No
 def test_every_setting_reaches_the_sampler(kind: type) -> None:
     asked = {"temperature": 0.3, "top_p": 0.4, "top_k": 5, "min_p": 0.06, "repetition_penalty": 1.7, "seed": 8,
              "stop": ["a", "b"], "ignore_eos": True}  # fmt: skip
+    arguments, refused = {"max_tokens"}, {"presence_penalty", "frequency_penalty", "logit_bias"}
+    others = {"model", "n", "stream", "stream_options"}  # which say what is answered, and how
+    assert asked.keys() == SamplingRequest.model_fields.keys() - arguments - refused - others
     body = {"messages": HELLO["messages"]} if kind is ChatRequest else {"prompt": "x"}
     expected = {**asked, "stop": ("a", "b"), "seed": 10, "max_tokens": 7, "logprobs": 2}
     assert kind(**body, **asked).params(2, 7, 2) == SamplingParams(**expected)
