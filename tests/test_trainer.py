@@ -379,7 +379,7 @@ def test_a_model_that_is_cut_writes_no_samples(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_no_numbers_are_not_saved(corpus: Path) -> None:
-    with pytest.raises(NanochatError, match=r"no longer a number at step \d: the last good checkpoint is step \d"):
+    with pytest.raises(NanochatError, match=r"no longer numbers at step \d: the last good checkpoint is step \d"):
         _train(corpus, "inf", "--matrix-lr=1e38", "--save-every=1")
     stage_dir = Path(os.environ["NANOCHAT_BASE_DIR"]) / "runs" / "inf" / "base"
     assert list_steps(stage_dir)
