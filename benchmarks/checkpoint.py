@@ -23,7 +23,6 @@ from benchmarks.common import describe_machine, print_result
 from nanochat.checkpoint_manager import build_model
 from nanochat.checkpoint_writer import CheckpointWriter
 from nanochat.common import compute_init, run_command
-from nanochat.machine import keep_freed_memory
 from nanochat.metrics import MetricsLog
 from nanochat.scaling import model_config
 from nanochat.trainer import Batch, TrainConfig, Trainer
@@ -100,7 +99,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--dir", type=Path, default=None, help="on the disk to measure (default: that of temporary files)")
     args = parser.parse_args(argv)
-    keep_freed_memory()
     *_, device = compute_init()
     config = model_config(args.depth, VOCAB_SIZE, CONTEXT, head_dim=64)
     model = build_model(asdict(config), None, device).train()

@@ -18,7 +18,6 @@ from benchmarks.common import describe_machine, print_result, real_data
 from nanochat.common import compute_init, run_command
 from nanochat.core_eval import NanochatScorer, Question, build_question, read_items, read_tasks
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.machine import keep_freed_memory
 from nanochat.tokenizer import Tokenizer
 
 
@@ -54,7 +53,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compare CORE with one question at a time.")
     parser.add_argument("--questions", type=int, default=50, help="of each task")
     args = parser.parse_args(argv)
-    keep_freed_memory()
     *_, device = compute_init()
     model = build_model(device)
     scorer = NanochatScorer(model, Tokenizer.train(iter(pydoc_data.topics.topics.values()), 4096))

@@ -22,7 +22,7 @@ from nanochat.checkpoint_manager import build_model
 from nanochat.common import compute_init, peak_memory_bytes, run_command, synchronize
 from nanochat.compilation import can_compile
 from nanochat.fp8 import enable_fp8
-from nanochat.machine import keep_freed_memory, seconds_of
+from nanochat.machine import seconds_of
 from nanochat.passes import Passes
 from nanochat.scaling import accumulation_steps, default_device_batch_size, plan_horizon
 
@@ -42,7 +42,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     *_, device = compute_init(args.device_type)
-    keep_freed_memory()
     update = Update(args, device)
     machine = describe_machine(device)
     print_result({**machine, **update.prepare(), **update.measure(args.updates, 1e9 * machine["matmul_gflops"])})

@@ -23,7 +23,7 @@ from benchmarks.common import any_tokenizer, print_result
 from benchmarks.decode import build_model
 from nanochat.common import compute_init, run_command
 from nanochat.engine import Engine
-from nanochat.machine import in_own_thread, keep_freed_memory
+from nanochat.machine import in_own_thread
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
 from nanochat.scaling import model_config
@@ -46,7 +46,6 @@ def main(argv: list[str] | None = None) -> int:
     *_, device = compute_init()
     if args.threads:
         torch.set_num_threads(args.threads)
-    keep_freed_memory()
     tokenizer = any_tokenizer(4096)
 
     def begin() -> tuple[Engine, float]:

@@ -1,6 +1,6 @@
-"""How well a chat model does a task. Used by scripts/chat_eval and, while training, by chat_rl.
+"""Measures a chat model on tasks. Used by scripts/chat_eval and, during training, by chat_rl.
 
-Generative tasks are answered by the batched engine and judged by the task; categorical ones by the likeliest letter.
+For generative tasks the batched engine answers and the task judges; for categorical ones the likeliest letter counts.
 ChatCORE is the mean of the centred accuracies of six tasks.
 """
 
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     from tasks.common import Conversation, Task
 
 CHATCORE_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
-CHUNK_BATCHES = 8  # batches between two notes of progress: enough that the engine's rows stay full
-NUM_EXAMPLES = 8  # answers that are kept for the report
+CHUNK_BATCHES = 8  # batches between progress reports: enough to keep the engine's rows full
+NUM_EXAMPLES = 8  # answers kept for the report
 
 
 @dataclass(frozen=True)
 class Answering:
-    """How problems are answered; tokens and temperature are for generative tasks alone."""
+    """How problems are answered; tokens and temperature only matter for generative tasks."""
 
     num_samples: int = 1
     max_tokens: int = 256
@@ -47,7 +47,7 @@ class Answering:
     top_k: int = 50
 
     def label(self, task: Task, name: str) -> str:
-        """What a task's result is kept by: drawn answers are another result than the likeliest ones."""
+        """The key of a task's result: sampled answers are kept apart from greedy ones."""
         if task.eval_type == "categorical" or self.temperature == 0:
             return name
         return f"{name}, {self.num_samples} drawn at {self.temperature:g}"
@@ -60,8 +60,8 @@ class Answering:
 class TaskResult:
     """Accuracy (the mean over problems and samples) over n problems, with its 95% interval.
 
-    pass_at: the chance that one of k samples is right, for k = 1, 2, 4 ... and all; truncated: prompts that were too
-    long for the context and lost their beginning; examples: the first few questions with an answer.
+    pass_at: the chance that at least one of k samples is right, for k = 1, 2, 4 ... and all; truncated: prompts that were
+    too long for the context and lost their beginning; examples: the first few questions, each with an answer.
     """
 
     accuracy: float
@@ -74,7 +74,7 @@ class TaskResult:
     examples: list[dict[str, Any]]
 
     def as_dict(self) -> dict[str, Any]:
-        """All but the examples, JSON."""
+        """Everything except the examples, as JSON."""
         content = asdict(self)
         del content["examples"]
         return {**content, "pass_at": {str(k): value for k, value in self.pass_at.items()}}
@@ -91,9 +91,9 @@ def evaluate_task(
 ) -> TaskResult:
     """Measure a task's first max_problems (-1: all), over all ranks.
 
-    path: where each problem's outcome is written, a JSON object a line, and read again if the problem is the same, whose
-    answers are then judged anew: an evaluation that was stopped goes on, and a line says so. report is told how many problems
-    are done. A problem's answers depend on its own number alone, whatever is answered beside it.
+    path: a file with one JSON object per problem. Outcomes found there are reused if the problem is the same (only their
+    answers are judged again), so a stopped evaluation continues; a line says so. report(n) is called with the number of
+    problems done. A problem's seeds depend only on its own number, not on what is answered beside it.
     """
     answering = answering or Answering()
     _, rank, _, world_size = get_dist_info()
@@ -102,12 +102,12 @@ def evaluate_task(
     prompts = [engine.tokenizer.render_for_completion(problem) for problem in problems]
     rows = on_rank0(lambda: _read_outcomes(path, problems))
     if rows:
-        print0(f"{len(rows)} of {count} answers are an earlier run's: remove {path} to have them anew")
+        print0(f"{len(rows)} of {count} answers are an earlier run's: remove {path} to answer them again")
         judge = partial(_judge, task, [(problems[i], rows[i]["answers"]) for i in list(rows)[rank::world_size]])
-        for r, judged in enumerate(gather_objects(all_or_none(judge))):  # by this version's judge
+        for r, judged in enumerate(gather_objects(all_or_none(judge))):  # with this version's judge
             for i, scores in zip(list(rows)[r::world_size], judged, strict=True):
                 rows[i] = {**rows[i], "scores": scores}
-    # Problems of like length together: less padding, and a batch ends together.
+    # Group problems by length: less padding, and a batch ends together.
     waiting = sorted((i for i in range(count) if i not in rows), key=lambda i: len(prompts[i]))
     report(len(rows))
     chunk = batch_size * CHUNK_BATCHES * world_size
@@ -124,7 +124,7 @@ def evaluate_task(
 
 
 def _read_outcomes(path: Path | None, problems: list[Conversation]) -> dict[int, dict[str, Any]]:
-    """By their numbers, the outcomes in a file that are of these problems; whatever else stands there is passed over."""
+    """Outcomes in a file that belong to these problems, by number; everything else in it is ignored."""
     rows = {}
     for row in read_json_lines(path) if path is not None else ():
         match row:
@@ -166,7 +166,7 @@ def _answer(
 
 
 def _judge(task: Task, answered: list[tuple[Conversation, list[str]]]) -> list[list[float]]:
-    """Scores, 0 to 1, of each problem's answers. That may mean running programs: side by side, as far as there are cores."""
+    """Scores, 0 to 1, of each problem's answers. Judging may run programs, so all cores are used."""
     with ThreadPoolExecutor(usable_cores()) as pool:
         pairs = [(problem, text) for problem, texts in answered for text in texts]
         scores = iter(list(pool.map(lambda pair: float(task.evaluate(*pair)), pairs)))
@@ -178,7 +178,7 @@ def _digest(problem: Conversation) -> str:
 
 
 def _generate(engine: Engine, prompts: list[list[int]], numbers: list[int], answering: Answering) -> list[list[str]]:
-    """num_samples answers to each prompt; those to problem i are drawn with seeds of its own."""
+    """num_samples answers to each prompt; each problem has its own seeds."""
     n = answering.num_samples
     params = SamplingParams(answering.temperature, answering.top_k, max_tokens=answering.max_tokens)
     rows = [
@@ -191,7 +191,7 @@ def _generate(engine: Engine, prompts: list[list[int]], numbers: list[int], answ
 
 @torch.no_grad()
 def choose_letters(engine: Engine, prompts: list[list[int]], problems: list[Conversation]) -> list[str]:
-    """For each prompt the likeliest of the problem's letters as the first token of the answer."""
+    """For each prompt, the letter of the problem that is the likeliest first token of the answer."""
     model = engine.model
     longest = max(map(len, prompts))
     ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=model.get_device())
@@ -222,7 +222,7 @@ def _summarize(task: Task, problems: list[Conversation], rows: list[dict[str, An
 
 
 def chatcore(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
-    """{"name", "value", "low", "high", "tasks"} of the tasks of ChatCORE among the results by name; None of fewer than two.
+    """{"name", "value", "low", "high", "tasks"} over the ChatCORE tasks among the results; None if fewer than two.
 
     The name is "chatcore_metric" over all six tasks and "chatcore_partial" over fewer.
     """

@@ -1,15 +1,15 @@
-"""Checkpoints: safetensors and JSON, all of a step visible together or not at all. Used by whatever trains or loads
-a model; written by trainer.py through checkpoint_writer.py.
+"""Checkpoints: safetensors and JSON; a step becomes visible as a whole or not at all. Used by everything that trains or loads
+a model; trainer.py writes them through checkpoint_writer.py.
 
 A run is one directory, `<base>/runs/<tag>`, with a directory for each stage: base, sft, rl. A step of a stage:
 
     runs/<tag>/<stage>/step_000400/model.safetensors, optim.safetensors (optional), meta.json, manifest.json
 
-With --fsdp `sharded/`, of torch.distributed.checkpoint, takes the place of the safetensors.
+With --fsdp, `sharded/` (torch.distributed.checkpoint) takes the place of the safetensors.
 
-It is written under a temporary name, flushed to disk, hashed, and renamed last. The manifest holds the hash of each file;
-a directory without a manifest, or under another name, is not a checkpoint and is never selected. `best.json` of a stage
-names the step that was measured best.
+A step is written under a temporary name, hashed, flushed to disk, and renamed last. The manifest holds the hash of each
+file; a directory without a manifest, or with another name, is not a checkpoint and is never selected. A stage's
+`best.json` names the step with the best evaluation.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from nanochat.runs import (
 from nanochat.tokenizer import FILE_NAME as TOKENIZER_FILE
 from nanochat.tokenizer import Tokenizer
 
-FORMAT_VERSION = 2  # one more whenever code that reads what a checkpoint says could no longer read those that there are
+FORMAT_VERSION = 2  # increase it whenever the code can no longer read existing checkpoints
 MAX_TIMESTAMP = 1e11  # seconds since 1970: a manifest that claims to be later is damaged
 BEST_FILE = "best.json"
 SHARDED_DIR = "sharded"
@@ -59,16 +59,16 @@ META_FILE = "meta.json"
 
 
 class CheckpointError(NanochatError):
-    """A checkpoint that is absent, damaged, or of another model."""
+    """A checkpoint is missing, damaged, or belongs to another model."""
 
 
 # ----------------------------------------------------------------------------- which run is meant
 
 
 def find_run(stage: str, model_tag: str | None = None, heir: str | None = None) -> str:
-    """The tag that was asked for, or that of the run whose checkpoint of this stage is the newest.
+    """The given tag, or that of the run with the newest checkpoint of this stage.
 
-    heir: a stage that may go on without this one.
+    heir: a later stage, which may continue even if this one is gone.
     """
     if model_tag is not None:
         if any(list_steps(get_stage_dir(model_tag, name)) for name in (stage, heir) if name):
@@ -86,11 +86,11 @@ def find_run(stage: str, model_tag: str | None = None, heir: str | None = None) 
 
 
 def newest_of_runs(stage: str) -> list[tuple[float, str]]:
-    """(when its newest checkpoint was made, tag) of each run with this stage ("*": any); unreadable ones left out."""
+    """(time of its newest checkpoint, tag) for each run with this stage ("*": any), without unreadable ones."""
     found = []
     for stage_dir in get_runs_dir().glob(f"*/{stage}"):
         if not is_tag(stage_dir.parent.name):
-            continue  # "d4 copy", as a file manager names it
+            continue  # such as "d4 copy", made by a file manager
         for step in reversed(list_steps(stage_dir)):
             with contextlib.suppress(NanochatError):
                 manifest = read_json_object(step_dir(stage_dir, step) / MANIFEST_FILE)
@@ -112,9 +112,9 @@ def save_checkpoint(
     optimizer_state: dict[str, torch.Tensor] | None,
     meta: dict[str, Any],
 ) -> Path:
-    """Write one step of a stage and return its directory. A crash at any byte leaves what was there before.
+    """Write one step of a stage and return its directory. A crash at any point leaves the previous state intact.
 
-    `meta` must be JSON. Raises OSError if the disk is full; nothing half-written stays.
+    `meta` must be JSON. Raises OSError if the disk is full, and leaves nothing half-written.
     """
     temporary = begin_checkpoint(stage_dir, step)
     try:
@@ -127,9 +127,9 @@ def save_checkpoint(
 
 
 def save_sharded(stage_dir: Path, step: int, states: dict[str, dict[str, torch.Tensor]], meta: dict[str, Any]) -> None:
-    """Write one step of which each rank holds parts (a collective call); states: by MODEL_FILE and OPTIMIZER_FILE.
+    """Write one step whose parts the ranks hold (a collective call); states: keys are MODEL_FILE and OPTIMIZER_FILE.
 
-    Raises OSError, or on the other ranks NanochatError, if it cannot be written; nothing half-written stays.
+    Raises OSError, or NanochatError on the other ranks, if it cannot be written; leaves nothing half-written.
     """
     from nanochat.sharding import write_sharded
 
@@ -167,7 +167,7 @@ def _temporary(stage_dir: Path, step: int) -> Path:
 
 
 def finish_checkpoint(temporary: Path, stage_dir: Path, step: int, meta: dict[str, Any]) -> Path:
-    """Add meta and manifest to the files in a temporary directory, flush all of it, and give it its name."""
+    """Add meta and manifest to the files in a temporary directory, flush everything, and give it its final name."""
     target = step_dir(stage_dir, step)
     _write_json({"version": FORMAT_VERSION, "step": step, **meta}, temporary / META_FILE)
     share_mode(temporary / META_FILE)
@@ -177,26 +177,26 @@ def finish_checkpoint(temporary: Path, stage_dir: Path, step: int, meta: dict[st
     _write_json({**manifest, "digest": _digest(manifest)}, temporary / MANIFEST_FILE)
     for path in (*temporary.rglob("*"), temporary):
         _flush_to_disk(path)
-    replace_directory(temporary, target)  # which is there if a resumed run saves the same step again
+    replace_directory(temporary, target)  # it exists already if a resumed run saves the same step again
     _flush_to_disk(stage_dir)
     return target
 
 
 def _later_than_all(now: float) -> float:
-    """A time for a new checkpoint: later than that of any there is, even if the clock was set back."""
+    """A time for a new checkpoint: later than that of every existing one, even if the clock was set back."""
     return max([now, *(created + 1e-3 for created, _ in newest_of_runs("*"))])
 
 
 @contextlib.contextmanager
 def lock_stage(stage_dir: Path) -> Iterator[None]:
-    """While this lasts no other process may write to the stage; the system ends it with the process.
+    """Keep other processes from writing to the stage. The system releases the lock when the process ends.
 
-    On a file system without locks the file itself is the lock, and a killed process leaves it behind. Raises NanochatError if
-    another process is at it.
+    On a file system without locks the file itself is the lock, and a killed process leaves it behind. Raises NanochatError
+    if another process holds the lock.
     """
     stage_dir.mkdir(parents=True, exist_ok=True)
     path = stage_dir / ".lock"
-    lock = FileLock(path, timeout=0, is_singleton=True)  # this process may take it again
+    lock = FileLock(path, timeout=0, is_singleton=True)  # reentrant within this process
     try:
         lock.acquire()
     except Timeout:
@@ -211,9 +211,9 @@ def lock_stage(stage_dir: Path) -> Iterator[None]:
 
 
 def clean_up(stage_dir: Path) -> None:
-    """Remove what killed processes left half-written, and put back what they had set aside to be replaced.
+    """Remove what killed processes left half-written, and put back checkpoints that they were about to replace.
 
-    To be called under the stage's lock. What others write beside it, such as eval.json, is not touched.
+    Call it while holding the stage's lock. Files of other commands, such as eval.json, are not touched.
     """
     for old in stage_dir.glob(".step_*.old"):
         target = stage_dir / old.name.removeprefix(".").removesuffix(".old")
@@ -223,12 +223,12 @@ def clean_up(stage_dir: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
     for name in (BEST_FILE, SETTINGS_FILE):
         remove_leftovers(stage_dir / name)
-    if stage_dir.name == "base":  # which gives the run its tokenizer
+    if stage_dir.name == "base":  # this stage also writes the run's tokenizer
         remove_leftovers(stage_dir.parent / TOKENIZER_FILE)
 
 
 def set_aside(stage_dir: Path, step: int) -> list[str]:
-    """Rename checkpoints later than `step`, from which a run goes on another way; returns their new names, oldest first."""
+    """Rename checkpoints after `step`, because a run continues from `step`; returns their new names, oldest first."""
     names = []
     for later in (n for n in list_steps(stage_dir) if n > step):
         folder, attempt = step_dir(stage_dir, later), 1
@@ -240,8 +240,9 @@ def set_aside(stage_dir: Path, step: int) -> list[str]:
 
 
 def prune(stage_dir: Path, step: int, keep_last: int, best: int | None) -> None:
-    """Remove checkpoints up to `step` that are older than the newest keep_last, but for the best. Later ones are of another
-    attempt; damaged ones do not count among the newest, as far as that can be told without reading all of them.
+    """Remove checkpoints up to `step` except the newest keep_last and the best. Later ones belong to another attempt.
+
+    Damaged ones do not count among the newest, as far as that shows without reading them.
     """
     kept = 0
     for n in reversed([n for n in list_steps(stage_dir) if n <= step]):
@@ -249,8 +250,8 @@ def prune(stage_dir: Path, step: int, keep_last: int, best: int | None) -> None:
             kept += _seems_whole(step_dir(stage_dir, n))
         elif n != best:
             shutil.rmtree(_temporary(stage_dir, n), ignore_errors=True)
-            with contextlib.suppress(PermissionError):  # on Windows, while another process reads it: the next save tries again
-                os.rename(step_dir(stage_dir, n), _temporary(stage_dir, n))  # at once: no part of it is ever seen
+            with contextlib.suppress(PermissionError):  # Windows, another process is reading it: the next save tries again
+                os.rename(step_dir(stage_dir, n), _temporary(stage_dir, n))  # first, so that no partly deleted one is seen
             shutil.rmtree(_temporary(stage_dir, n), ignore_errors=True)
 
 
@@ -267,7 +268,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[st
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(tensors, path, metadata)
-    except SafetensorError as error:  # its own class for what is an OSError, a full disk most often
+    except SafetensorError as error:  # the library's class for an OSError, most often a full disk
         number = errno.ENOSPC if "No space" in str(error) else errno.EIO
         raise OSError(number, f"cannot write {path}: {error}", str(path)) from error
 
@@ -278,19 +279,19 @@ def _write_json(content: dict[str, Any], path: Path) -> None:
 
 def _flush_to_disk(path: Path) -> None:
     if path.is_dir() and os.name == "nt":
-        return  # Windows has no handle to flush a directory by
+        return  # Windows cannot flush a directory
     fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(fd)
     except OSError as error:
-        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EIO, errno.ENOTSUP):  # as network folders answer
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EIO, errno.ENOTSUP):  # network folders return these
             raise
     finally:
         os.close(fd)
 
 
 def _digest(manifest: dict[str, Any]) -> str:
-    """Of what a manifest says, so that damage to the manifest itself is noticed."""
+    """A hash of the manifest's content, so that damage to the manifest itself is noticed."""
     content = {key: value for key, value in manifest.items() if key != "digest"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -307,7 +308,7 @@ def _sha256(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The meta or manifest of a step. Raises CheckpointError if it cannot be read, or is of another format than ours."""
+    """The meta or manifest of a step. Raises CheckpointError if it is unreadable or has another format than ours."""
     try:
         content = read_json_object(path)
     except NanochatError as error:
@@ -317,19 +318,22 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise _damage(path)
     if version != FORMAT_VERSION:
         way_out = "update it" if version > FORMAT_VERSION else "train it again, or use the nanochat that saved it"
-        raise CheckpointError(f"{path.parent} has format {version}, and this nanochat reads {FORMAT_VERSION} alone: {way_out}")
+        raise CheckpointError(f"{path.parent} has format {version}, but this nanochat reads only {FORMAT_VERSION}: {way_out}")
     return content
 
 
 def verify_checkpoint(directory: Path, but_for: str = "") -> None:
-    """Raise CheckpointError unless every file, but for that one, is there, whole and unchanged since it was written."""
+    """Raise CheckpointError unless every file except `but_for` is there, complete and unchanged since it was written."""
     for name, expected in list_files(directory, but_for).items():
         if _sha256(directory / name) != expected["sha256"]:
             raise _damage(directory / name)
 
 
 def list_files(directory: Path, but_for: str = "") -> dict[str, dict[str, Any]]:
-    """{name: {"sha256", "bytes"}} by the manifest. Raises CheckpointError unless they are there in their sizes; reads none."""
+    """{name: {"sha256", "bytes"}} from the manifest. Raises CheckpointError if a file is missing or has another size.
+
+    Does not read the files.
+    """
     manifest = _read_json(directory / MANIFEST_FILE)
     files: Any = manifest.get("files")
     whole = isinstance(files, dict) and all(isinstance(f, dict) and {"sha256", "bytes"} <= set(f) for f in files.values())
@@ -353,13 +357,13 @@ def _damage(path: Path) -> CheckpointError:
 def load_checkpoint(
     stage_dir: Path, step: int, device: torch.device | str = "cpu"
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """(model_state, meta) of a step, verified; the optimizer's state is stage.load_optimizer's. Raises CheckpointError."""
+    """(model_state, meta) of a step, verified. Raises CheckpointError. For the optimizer: stage.load_optimizer."""
     directory = step_dir(stage_dir, step)
     if step not in list_steps(stage_dir):
         raise no_such_step(stage_dir, step)
     verify_checkpoint(directory, but_for=OPTIMIZER_FILE)
     model_state = read_tensors(directory, MODEL_FILE)
-    model_state = {name: tensor.to(device, copy=True) for name, tensor in model_state.items()}  # the file is free again
+    model_state = {name: tensor.to(device, copy=True) for name, tensor in model_state.items()}  # a copy frees the file
     return model_state, _read_json(directory / META_FILE)
 
 
@@ -369,7 +373,7 @@ def no_such_step(stage_dir: Path, step: int) -> CheckpointError:
 
 
 def read_tensors(directory: Path, file_name: str) -> dict[str, torch.Tensor]:
-    """What MODEL_FILE or OPTIMIZER_FILE holds, on the CPU, whichever way it was saved; {} if there is none."""
+    """The tensors of MODEL_FILE or OPTIMIZER_FILE on the CPU, however they were saved; {} if there are none."""
     if (directory / SHARDED_DIR).exists():
         from nanochat.sharding import read_whole
 
@@ -381,9 +385,9 @@ def read_tensors(directory: Path, file_name: str) -> dict[str, torch.Tensor]:
 
 
 def load_into(directory: Path, file_name: str, tensors: dict[str, torch.Tensor]) -> None:
-    """Fill tensors, of which this rank may hold some rows only, with those of a checkpoint; reads no more than it must.
+    """Fill tensors, of which this rank may hold only some rows, from a checkpoint; reads no more than it must.
 
-    Raises CheckpointError for a file that is absent or damaged, KeyError for a tensor that the checkpoint lacks.
+    Raises CheckpointError for a missing or damaged file, KeyError for a tensor that the checkpoint lacks.
     """
     from nanochat.sharding import fill, read_sharded
 
@@ -402,12 +406,12 @@ def load_into(directory: Path, file_name: str, tensors: dict[str, torch.Tensor])
 
 
 def read_meta(stage_dir: Path, step: int) -> dict[str, Any]:
-    """What a checkpoint says of itself, without its tensors. Raises CheckpointError if it cannot be read."""
+    """The meta of a checkpoint, without its tensors. Raises CheckpointError if it cannot be read."""
     return _read_json(step_dir(stage_dir, step) / META_FILE)
 
 
 def newest_valid_step(stage_dir: Path) -> tuple[int | None, list[str]]:
-    """(the newest step whose files are all intact, or None; one sentence for each newer one that was passed over)."""
+    """(the newest step whose files are all intact, or None; one sentence for each newer step that was skipped)."""
     skipped: list[str] = []
     for step in reversed(list_steps(stage_dir)):
         try:
@@ -423,8 +427,8 @@ def open_checkpoint(
 ) -> tuple[Path, Tokenizer, dict[str, Any]]:
     """(stage directory, tokenizer, meta) of a step, without its tensors. source: base, sft or rl.
 
-    Without a tag the newest run with such a checkpoint; without a step its newest. meta gains "tag", "stage" and
-    "weights", their hash. Raises CheckpointError.
+    Without a tag: the newest run with such a checkpoint. Without a step: its newest. meta gains "tag", "stage" and
+    "weights" (a hash of them). Raises CheckpointError.
     """
     tag = find_run(source, model_tag)
     stage_dir = get_stage_dir(tag, source)
@@ -446,7 +450,7 @@ def open_checkpoint(
 
 
 def hash_of_weights(stage_dir: Path, step: int) -> str:
-    """A hash of a step's weights, by which results of others are told. Raises CheckpointError if its files are not there."""
+    """A hash of a step's weights, to tell its results from those of others. Raises CheckpointError if files are missing."""
     directory = step_dir(stage_dir, step)
     model_file = list_files(directory, but_for=OPTIMIZER_FILE).get(MODEL_FILE, {})
     digest: str = model_file.get("sha256") or _read_json(directory / MANIFEST_FILE)["digest"]
@@ -456,7 +460,7 @@ def hash_of_weights(stage_dir: Path, step: int) -> str:
 def load_model(
     source: str, device: torch.device | str, phase: str, model_tag: str | None = None, step: int | None = None
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """The model, its tokenizer and its meta, as of `open_checkpoint`; phase: "train" or "eval". Raises CheckpointError."""
+    """The model, its tokenizer and its meta (see `open_checkpoint`); phase: "train" or "eval". Raises CheckpointError."""
     if phase not in ("train", "eval"):
         raise ValueError(f"phase must be train or eval, not {phase!r}")
     stage_dir, tokenizer, meta = open_checkpoint(source, model_tag, step)
@@ -467,12 +471,19 @@ def load_model(
 
 
 def load_chosen_model(args: argparse.Namespace, device: torch.device | str) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """The model that the flags of settings.add_checkpoint_arguments name, to use it: a run's, or from elsewhere."""
-    if getattr(args, "from_hf", None) is not None:  # which not every command has
-        from nanochat.hf.load import load_hf
+    """The model named by the flags of settings.add_checkpoint_arguments: one of a run, or one from Hugging Face.
 
-        return load_hf(args.from_hf, device)
-    return load_model(args.source, device, "eval", args.model_tag, args.step)
+    meta gains "origin", to show to the user.
+    """
+    if (name := getattr(args, "from_hf", None)) is None:  # not every command has this flag
+        model, tokenizer, meta = load_model(args.source, device, "eval", args.model_tag, args.step)
+        return model, tokenizer, {**meta, "origin": f"{args.source}, step {meta['step']}"}
+    from nanochat.hf.load import load_hf
+
+    if args.model_tag is not None or args.step is not None:
+        raise NanochatError(f"--from-hf {name} is no checkpoint of a run: leave out --model-tag and --step, or --from-hf")
+    model, tokenizer, meta = load_hf(name, device)
+    return model, tokenizer, {**meta, "origin": f"from {name}"}
 
 
 def build_model(
@@ -482,7 +493,7 @@ def build_model(
     with torch.device("meta"):
         model = GPT(read_config(model_config))
     if state is None:
-        # What to_empty does with empty_like, which imports the symbolic algebra of PyTorch's compiler: 0.4 s
+        # The same as to_empty, whose empty_like imports the symbolic algebra of PyTorch's compiler (0.4 s)
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))
         model.init_weights(seed)
         return model

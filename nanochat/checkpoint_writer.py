@@ -1,7 +1,7 @@
-"""Writes a trainer's checkpoints while training goes on; keeps the newest and the best, and says which that is.
+"""Writes a trainer's checkpoints while training goes on; keeps the newest and the best, and records which is the best.
 
-Used by trainer.py. The tensors are copied, which takes as long as reading memory once; a thread writes, flushes and hashes the
-copy. The thread computes nothing with torch: a second team of OpenMP threads would slow the training down.
+Used by trainer.py. The tensors are copied, which takes as long as reading memory once; a thread then writes, hashes and
+flushes the copy. It computes nothing with torch: a second team of OpenMP threads would slow the training down.
 """
 
 from __future__ import annotations
@@ -21,41 +21,41 @@ State = dict[str, torch.Tensor]
 
 
 class CheckpointWriter:
-    """One checkpoint at a time into `stage_dir`; afterwards all but the newest `keep_last` and the best are removed.
+    """Writes one checkpoint at a time into `stage_dir`, then removes all but the newest `keep_last` and the best.
 
-    keep_last 0 or less keeps all.
+    keep_last of 0 or less keeps all.
     """
 
     def __init__(self, stage_dir: Path, keep_last: int) -> None:
         self.stage_dir, self.keep_last = stage_dir, keep_last
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._copies: tuple[State, State] = ({}, {})  # the buffers of the last snapshot, to be filled again
+        self._copies: tuple[State, State] = ({}, {})  # buffers of the last snapshot, reused
 
     def start(self, step: int, model_state: State, optimizer_state: State, meta: dict[str, Any], best: int | None) -> None:
         """Copy the tensors and begin to write them. Call `wait` first. best: the step that must not be removed.
 
-        Where the host has no memory for copies, the tensors themselves are written while the caller waits.
+        If the host has no memory for copies, the tensors themselves are written while the caller waits.
         """
         try:
             self._copies = (_copy(model_state, self._copies[0]), _copy(optimizer_state, self._copies[1]))
             if any(tensor.is_cuda for tensor in (*model_state.values(), *optimizer_state.values())):
                 torch.cuda.synchronize()
-        except (RuntimeError, MemoryError):  # torch raises the first, for the host's memory too
+        except (RuntimeError, MemoryError):  # torch raises RuntimeError, also when the host is out of memory
             self._copies = ({}, {})
-        if not self._copies[0]:  # not in the handler: the error's trace would keep what was copied
-            self._write(step, model_state, optimizer_state, meta, best)  # what goes wrong is for `wait`
+        if not self._copies[0]:  # not in the handler: the traceback keeps the copies alive
+            self._write(step, model_state, optimizer_state, meta, best)  # `wait` raises any error
             return
         self._thread = threading.Thread(target=self._write, args=(step, *self._copies, meta, best), name="checkpoint")
         self._thread.start()
 
     def write(self, step: int, model_state: State, optimizer_state: State, meta: dict[str, Any], best: int | None) -> None:
-        """The same while the caller waits, which takes no memory for copies. Raises what goes wrong."""
+        """The same, but in the caller's thread, without memory for copies. Raises any error at once."""
         self._write(step, model_state, optimizer_state, meta, best)
         self.wait()
 
     def wait(self) -> None:
-        """Until what was begun is on disk. Raises what went wrong with it, once: most often OSError, for a full disk."""
+        """Wait until the checkpoint is on disk. Raises its error, once: most often OSError, for a full disk."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -68,47 +68,47 @@ class CheckpointWriter:
             save_checkpoint(self.stage_dir, step, model_state, optimizer_state, meta)
             if self.keep_last > 0:
                 prune(self.stage_dir, step, self.keep_last, best)
-        except Exception as error:  # whatever it is, it belongs to whoever waits
+        except Exception as error:  # whatever it is, `wait` raises it
             self._error = error
 
 
 class Best:
-    """The saved step that was measured best: what best.json says, and what pruning spares.
+    """The saved step with the best evaluation: best.json names it, and pruning keeps it.
 
-    metric: of an evaluation's results, what the best has the most of; with a - before it, the least.
+    metric: the result that decides; with a leading -, lower is better.
     """
 
     def __init__(self, stage_dir: Path, metric: str, is_writer: bool) -> None:
         self.path, self.is_writer = stage_dir / BEST_FILE, is_writer
         self.name, self.sign = metric.removeprefix("-"), -1 if metric.startswith("-") else 1
         self.record: dict[str, Any] = {}  # {"step": ..., "value": ...}, or nothing yet
-        self._before: dict[str, Any] = {}  # the one before it, should its checkpoint fail
+        self._before: dict[str, Any] = {}  # the previous best, in case the new one's checkpoint fails
 
     @property
     def step(self) -> int | None:
         return self.record.get("step")
 
     def note(self, step: int, results: dict[str, float]) -> None:
-        """Remember a saved step if its results are better than those before."""
+        """Remember a saved step if its result is better than all earlier ones."""
         value = results.get(self.name)
         if value is not None and (not self.record or self.sign * value > self.sign * self.record["value"]):
             self.record, self._before = {"step": step, "value": value}, self.record
             self._write()
 
     def load(self, record: dict[str, Any]) -> None:
-        """Go on from this record. What the file says may be of a later step, on another way."""
+        """Continue from this record. The file may name a later step, of an abandoned attempt."""
         self.record = record
         self._write()
 
     def fall_back(self, steps: list[int]) -> None:
-        """Go back to the one before, or to none, if the best is not among the steps that were written."""
+        """Go back to the previous best, or to none, if the best is not among the steps on disk."""
         if self.record and self.step not in steps:
             self.load(self._before if self._before.get("step") in steps else {})
 
     def _write(self) -> None:
         if not self.is_writer:
             return
-        with contextlib.suppress(OSError):  # a full disk, of which the next checkpoint tells
+        with contextlib.suppress(OSError):  # a full disk: the next checkpoint will report it
             if self.record:
                 atomic_write(self.path, json.dumps({"step": self.record["step"], self.name: self.record["value"]}))
             else:
@@ -116,7 +116,7 @@ class Best:
 
 
 def _copy(state: State, buffers: State) -> State:
-    """The tensors on the host, in the buffers where they fit; a GPU's are on their way."""
+    """Copies of the tensors on the host, in the given buffers if they fit; from a GPU the copy is asynchronous."""
     copies = {}
     for name, tensor in state.items():
         copy = buffers.get(name)

@@ -1,6 +1,6 @@
-"""Ground floor of the house: device, compute dtype, process group, paths, errors, logging.
+"""The base of the library: device, compute dtype, process group, paths, errors, logging.
 
-Everything else imports from here; this module imports nothing of nanochat's but cpu and heartbeat.
+Everything else imports from here; of nanochat's own modules, this one imports only cpu and heartbeat.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from nanochat.cpu import multiplies_bfloat16, usable_cores
+from nanochat.cpu import keep_freed_memory, multiplies_bfloat16, usable_cores
 from nanochat.heartbeat import RESTART, Heartbeat, fresh_store
 
 T = TypeVar("T")
 logger = logging.getLogger("nanochat")
-EX_SOFTWARE = 70  # sysexits.h: a mistake of the program's own
+EX_SOFTWARE = 70  # sysexits.h: a bug in the program
 DEFAULT_BASE_DIR = "~/.cache/nanochat"
-LESS_MEMORY = (  # whatever flags a command has
+LESS_MEMORY = (  # names no flags, because they differ between commands
     "choose fewer rows at a time, a shorter context or a smaller model; python -m nanochat.memory says what training needs"
 )
 SET_BY_TORCHRUN = "unset RANK, LOCAL_RANK and WORLD_SIZE, or start with torchrun, which sets them all"
-OURS = ("nanochat", "scripts", "tasks")  # packages
+OURS = ("nanochat", "scripts", "tasks")  # our packages
 
 
 class NanochatError(Exception):
-    """A failure that the user can mend: one sentence with the value, the limit and the way out."""
+    """A failure that the user can fix: one sentence with the value, the limit and the way out."""
 
 
 # ----------------------------------------------------------------------------- paths and files
 
 
 def get_base_dir() -> Path:
-    """The folder under which everything is written: NANOCHAT_BASE_DIR, else ~/.cache/nanochat. Made if it is not there.
+    """The folder under which everything is written: NANOCHAT_BASE_DIR, else ~/.cache/nanochat. Created if missing.
 
-    Raises NanochatError where no home folder is known.
+    Raises NanochatError if no home folder is known.
     """
     path = os.environ.get("NANOCHAT_BASE_DIR") or DEFAULT_BASE_DIR
     try:
@@ -61,7 +61,7 @@ def get_base_dir() -> Path:
 
 
 def as_unicode(text: str) -> str:
-    """Half a surrogate pair, which JSON can spell and UTF-8 cannot, becomes U+FFFD, as in the tokenizer."""
+    """Replace lone surrogates, which JSON allows and UTF-8 does not, by U+FFFD, as the tokenizer does."""
     try:
         text.encode()
         return text
@@ -70,12 +70,12 @@ def as_unicode(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its class where that is empty."""
+    """The first line of an error's message, or the name of its class if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def find_test_data() -> Path | None:
-    """The folder of real texts and tasks for tests and benchmarks, or None where it is absent.
+    """The folder of real texts and tasks for tests and benchmarks, or None if it does not exist.
 
     NANOCHAT_TEST_DATA names it; the default is `../shared/data` beside the checkout.
     """
@@ -88,18 +88,18 @@ def find_test_data() -> Path | None:
 
 
 def run_command(main: Callable[[list[str] | None], int]) -> int:
-    """Run a script's `main` as a command. What goes wrong is one sentence on stderr and a non-zero exit code.
+    """Run a script's `main` as a command. A failure prints one sentence on stderr and gives a non-zero exit code.
 
-    1: what the user, or a full disk, can mend. 70: what nobody foresaw, whose trace is kept in a file. `--debug` anywhere on
-    the command line (or NANOCHAT_DEBUG=1) shows the trace as well.
+    1: a failure that the user can fix. 70: an unexpected one, whose trace is kept in a file. `--debug` anywhere on the
+    command line (or NANOCHAT_DEBUG=1) shows the trace as well.
     """
     global _is_command
     _is_command = True
     debug = "--debug" in sys.argv or os.environ.get("NANOCHAT_DEBUG") == "1"
     argv = [argument for argument in sys.argv[1:] if argument != "--debug"]
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a Windows pipe's code page lacks most of what a model may write
-            with contextlib.suppress(io.UnsupportedOperation):  # what was read from already stays as it is
+        if isinstance(stream, io.TextIOWrapper):  # a Windows pipe's code page lacks most characters
+            with contextlib.suppress(io.UnsupportedOperation):  # a stream that was read from already cannot be changed
                 stream.reconfigure(errors="replace")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
@@ -108,7 +108,7 @@ def run_command(main: Callable[[list[str] | None], int]) -> int:
     except KeyboardInterrupt:
         complain("interrupted")
         code = 130
-    except BrokenPipeError:  # the reader of our output (head, less) went away: nothing to say and nobody to hear it
+    except BrokenPipeError:  # the reader of our output (head, less) has closed it: not an error
         sys.stderr.close()
         code = 141
     except Exception as error:
@@ -126,7 +126,7 @@ def run_command(main: Callable[[list[str] | None], int]) -> int:
 def _leave_at_once(code: int) -> NoReturn:
     """End a rank that failed; torchrun then ends the others.
 
-    Leaving NCCL's process group in order means waiting for what is under way, in which the others wait for this rank.
+    Leaving NCCL's process group properly would wait for running collectives, in which the others wait for this rank.
     """
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # closed, or without a reader
@@ -134,16 +134,16 @@ def _leave_at_once(code: int) -> NoReturn:
     os._exit(code)
 
 
-_is_command = False  # this process runs one of our commands, and has from its start
+_is_command = False  # True: this process was started as one of our commands
 
 
 def seconds_since_start() -> float:
-    """Seconds since this command was started; 0 where a script's `main` is called from elsewhere."""
+    """Seconds since this command was started; 0 if a script's `main` was called from other code."""
     return time.time() - psutil.Process().create_time() if _is_command else 0.0
 
 
 def is_lost_connection(error: Exception) -> bool:
-    """What gloo and NCCL raise where the other side has left. Gloo has no class of its own for it, NCCL one for all errors."""
+    """True for what gloo and NCCL raise when the other side has left: neither has an error class only for that."""
     signs = ["Connection closed by peer", "Connection reset by peer", "Socket Timeout"]
     if isinstance(error, dist.DistBackendError):
         signs += ["remote process exited", "ncclRemoteError", "Broken pipe", "imeout", "aborted"]
@@ -157,7 +157,7 @@ def is_lost_connection(error: Exception) -> bool:
 
 
 def describe_error(error: BaseException) -> str | None:
-    """One sentence for a failure, with the way out where we know it; None for one that nobody foresaw."""
+    """One sentence for a failure, with the way out if we know it; None for an unexpected one."""
     if isinstance(error, NanochatError):
         return str(error)
     if isinstance(error, OSError):
@@ -184,14 +184,14 @@ def _describe_os_error(error: OSError) -> str:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission for {place}: choose another folder, for example with NANOCHAT_BASE_DIR"
     if error.errno in (errno.EEXIST, errno.ENOTDIR) and error.filename:
-        return f"{place} is a file, or lies in one, and a folder is needed: choose another with NANOCHAT_BASE_DIR"
+        return f"{place} is a file, or below one, and must be a folder: choose another with NANOCHAT_BASE_DIR"
     if error.filename:
         return f"{error.filename}: {error.strerror}: check the path"
     return str(error).strip().partition("\n")[0]
 
 
 def describe_unexpected(error: Exception) -> str:
-    """One sentence for a mistake of ours, after keeping its trace in the base directory's logs."""
+    """One sentence for a bug of ours; writes its trace into the base directory's logs."""
     lines = str(error).strip().splitlines()
     sentence = f"unexpected {type(error).__name__}{f' ({lines[0][:200]})' if lines else ''}"
     name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
@@ -201,9 +201,9 @@ def describe_unexpected(error: Exception) -> str:
         path = get_base_dir() / "logs" / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(f"{versions}\n\n{trace}", encoding="utf-8")
-    except (OSError, NanochatError):  # nowhere to keep it
+    except (OSError, NanochatError):  # there is no place to write it
         return f"{sentence}: run again with --debug and report what it shows\n{trace}"
-    return f"{sentence}: a mistake of nanochat's, please report it with {path} (--debug shows the same)"
+    return f"{sentence}: this is a bug in nanochat: please report it and attach {path} (--debug shows the same)"
 
 
 def print0(*args: object, **kwargs: Any) -> None:
@@ -247,10 +247,10 @@ def _check_meeting_point(rank: int, world_size: int) -> None:
 
 
 def autodetect_device_type() -> str:
-    """ "cuda", "mps" or "cpu", the best that works here."""
+    """ "cuda", "mps" or "cpu": the best one that works here."""
     if torch.cuda.is_available():
         return "cuda"
-    # MPS has no collectives; in virtual machines it says that it is there, and gives no memory.
+    # MPS has no collectives; in virtual machines it claims to be available but cannot allocate memory.
     if torch.backends.mps.is_available() and not is_ddp_requested():
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device="mps")
@@ -261,16 +261,17 @@ def autodetect_device_type() -> str:
 def compute_init(device_type: str = "", seed: int = 42) -> tuple[bool, int, int, int, torch.device]:
     """Seed, choose the device and join the process group if torchrun started us.
 
-    Returns (ddp, rank, local_rank, world_size, device). Raises NanochatError if `device_type` is not to be had.
+    Returns (ddp, rank, local_rank, world_size, device). Raises NanochatError if `device_type` is not available.
     """
+    keep_freed_memory()
     ddp, rank, local_rank, world_size = get_dist_info()
     if not device_type:
         device_type = autodetect_device_type()
         if device_type == "cpu" and has_nvidia_gpu():
             sentence = f"PyTorch {torch.__version__} cannot use this machine's NVIDIA GPU (nanochat doctor tells more)"
             if ddp:
-                raise NanochatError(f"{sentence}: mend that, or go on without it by --device-type=cpu")
-            complain(f"warning: {sentence}: going on without it")
+                raise NanochatError(f"{sentence}: fix that, or use --device-type=cpu")
+            complain(f"warning: {sentence}: continuing without it")
     if device_type not in ("cuda", "mps", "cpu"):
         raise NanochatError(f"unknown device type {device_type!r}: choose cuda, mps or cpu")
     available: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
@@ -290,15 +291,17 @@ def compute_init(device_type: str = "", seed: int = 42) -> tuple[bool, int, int,
         torch.cuda.manual_seed(seed)
         torch.cuda.set_device(device)
         if sys.platform == "win32" or "microsoft" in platform.release().lower():  # the latter: WSL
-            # The driver would go on in the host's memory, far slower, where PyTorch is to say that the GPU's is full.
+            # Otherwise the driver spills into the host's memory, which is far slower; PyTorch should say that it is full.
             free, total = torch.cuda.mem_get_info(device)
             torch.cuda.set_per_process_memory_fraction(0.95 * free / total, device)
     if ddp and not dist.is_initialized():
         _check_meeting_point(rank, world_size)
-        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"  # gloo too, for what the host decides
+        backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"  # gloo too, for collectives on the host
         device_id = device if device_type == "cuda" else None
         timeout = timedelta(minutes=10)
         store = fresh_store(next(dist.rendezvous("env://", timeout=timeout))[0], rank, world_size, timeout.total_seconds())
+        # The others wait while rank 0 writes a last checkpoint of many GB; the heartbeat tells them if it dies meanwhile.
+        timeout = timedelta(hours=1)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id)
         if world_size > 1:
             _heartbeats.append(Heartbeat(store, rank, world_size))
@@ -308,7 +311,7 @@ def compute_init(device_type: str = "", seed: int = 42) -> tuple[bool, int, int,
 
 
 def has_nvidia_gpu() -> bool:
-    """Whether the driver knows a GPU that this process may use, of which PyTorch may know nothing."""
+    """Whether the driver sees a GPU that this process may use, even if PyTorch does not."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return False
     try:
@@ -318,7 +321,7 @@ def has_nvidia_gpu() -> bool:
 
 
 def _check_gpu(index: int) -> None:
-    """Raise NanochatError unless there are so many GPUs, and this PyTorch has kernels for that one."""
+    """Raise NanochatError unless this GPU exists and this PyTorch has kernels for it."""
     if index >= torch.cuda.device_count():
         raise NanochatError(
             f"there is no GPU for process {index} of this machine, where PyTorch sees {torch.cuda.device_count()}: start one "
@@ -342,18 +345,18 @@ def compute_cleanup() -> None:
         dist.destroy_process_group()
 
 
-_heartbeats: list[Heartbeat] = []  # of the process group this process is in: one or none
+_heartbeats: list[Heartbeat] = []  # that of this process's group, if it is in one
 
 
 def in_process_group() -> bool:
-    """Whether this process has joined others, so that there is somebody to talk to."""
+    """Whether this process has joined a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def get_compute_dtype(device: torch.device | str) -> torch.dtype:
-    """The dtype of activations: bfloat16 where this device multiplies it natively, else float32.
+    """The dtype of activations: bfloat16 if this device multiplies it natively, else float32.
 
-    NANOCHAT_DTYPE (bfloat16, float32, float16) overrides.
+    NANOCHAT_DTYPE (bfloat16, float32, float16) overrides it.
     """
     names = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
     override = os.environ.get("NANOCHAT_DTYPE")
@@ -370,30 +373,30 @@ def get_compute_dtype(device: torch.device | str) -> torch.dtype:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory that this process has held at once: of a GPU, all that was reserved, else of the host."""
+    """The peak memory of this process: on a GPU, all that was reserved there; otherwise that of the host."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)  # what recorded passes keep is not allocated
+        return torch.cuda.max_memory_reserved(device)  # "allocated" leaves out what recorded passes keep
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
-    import resource  # which Windows lacks
+    import resource  # Windows has no such module
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def complain(text: str) -> None:
-    """Print to stderr, or nothing if nobody reads it any more: work that goes on does not end for that."""
+    """Print to stderr; if that is closed, print nothing: it is no reason to stop."""
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr)
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A host's array as a tensor of a device; to a GPU it travels while the host goes on."""
+    """An array as a tensor on a device; the copy to a GPU is asynchronous."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what was queued, so that a host clock can be read."""
+    """Wait until the device has finished all queued work, so that a host clock measures it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

@@ -1,8 +1,8 @@
 """Packs whole conversations into rows, supervised on the assistant's tokens. Used by scripts/chat_sft.py;
-same_run.py takes its fingerprint of conversations.
+same_run.py uses its fingerprint of conversations.
 
 A row holds as many conversations as fit, best fit first, and is padded; no conversation is cut to fill a row. One that is
-longer than a row is truncated to it and counted; one that then has nothing supervised is left out and counted.
+longer than a row is truncated and counted; if nothing supervised remains, it is skipped and counted.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ LANE_CONVERSATIONS = 16  # to choose from when a row is filled
 class ConversationLoader:
     """Iterates over (inputs, targets), each (batch_size, sequence_len) int64; targets are -1 where not supervised.
 
-    With `loop`, epochs follow each other without end, each in an order of its own; without, one pass in the task's own
-    order, the last batch filled with padding. Conversations are dealt in turn to lanes (lanes.py): the n-th rows of all
-    ranks together are the same for any number of ranks that divides them.
+    With `loop`, epochs follow each other without end, each in its own order; without, one pass in the task's own order,
+    with the last batch padded. Conversations are dealt in turn to lanes (lanes.py): the n-th rows of all ranks together
+    are the same for any number of ranks that divides lanes.LANES.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class ConversationLoader:
     # ------------------------------------------------------------------------- reading
 
     def _index(self, cursor: int) -> int | None:
-        """The conversation at a place in the run; None when the data has ended."""
+        """The index of the conversation at a place in the run; None when the data has ended."""
         epoch, at = divmod(cursor, len(self.task))
         if not self.loop:
             return at if epoch == 0 else None
         return int(epoch_order(self.seed, epoch, len(self.task))[at])
 
     def _render(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and mask of a conversation, one token longer than a row at most."""
+        """Ids and mask of a conversation, at most one token longer than a row."""
         ids, mask = self.tokenizer.render_conversation(self.task[index], max_tokens=self.row_len + 1)
         return np.asarray(ids, dtype=np.int64), np.asarray(mask, dtype=bool)
 
@@ -110,7 +110,7 @@ class ConversationLoader:
         mask = np.zeros(self.row_len, dtype=bool)
         used = 0
         while lane.buffer:
-            # The oldest opens a row, so that none waits for ever; then the longest that fits.
+            # The oldest opens a row, so that none waits forever; then the longest that fits.
             fitting = [i for i, entry in enumerate(lane.buffer) if len(entry[1]) <= self.row_len - used] if used else [0]
             if not fitting:
                 break
@@ -143,22 +143,22 @@ class ConversationLoader:
     # ------------------------------------------------------------------------- state
 
     def stats(self) -> dict[str, float]:
-        """Conversations given out, how many of them truncated, how many skipped, and the share of rows that is not padding.
+        """Counts of conversations delivered, truncated and skipped, and the share of rows that is not padding.
 
-        Of all ranks (a collective call).
+        Over all ranks (a collective call).
         """
         counts: Counter[str] = sum(map(Counter, gather_objects(dict(self.counts))), Counter())
         filled = counts["tokens"] / max(1, counts["slots"])
         return {**{name: counts[name] for name in ("conversations", "truncated", "skipped")}, "filled": filled}
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's place in the data, JSON."""
+        """This rank's place in the data, as JSON."""
         lanes = {str(number): {"cursor": lane.cursor, "buffer": [index for index, _, _ in lane.buffer]}
                  for number, lane in self._lanes.items()}  # fmt: skip
         return {"num_lanes": self.num_lanes, "rows": self.rows, "lanes": lanes, "counts": dict(self.counts)}
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
-        """Go on as the loaders that gave these states, one for each rank of then, would have, on the same task.
+        """Continue on the same task as the loaders that saved these states would have; states: one for each rank then.
 
         Raises NanochatError if this number of ranks cannot share the data.
         """
@@ -181,16 +181,16 @@ class _Lane:
 
 
 def estimate_tokens(task: Task, tokenizer: Tokenizer, sequence_len: int, sample_size: int = 1000) -> int:
-    """Tokens, padding included, of the rows that one pass over a task fills: conversations spread over it are packed."""
+    """Estimated tokens, padding included, in one pass over a task, by packing a sample spread evenly over it."""
     sample: Any = list(_spread(task, sample_size))
     loader = ConversationLoader(sample, tokenizer, 1, sequence_len, loop=False)
-    loader._set_lanes(1)  # of which the last row alone is not full
+    loader._set_lanes(1)  # a single lane, so that only the last row is not full
     rows = sum(1 for _ in loader)
     return round(rows / len(sample) * len(task) * sequence_len)
 
 
 def check_answers(task: Task, tokenizer: Tokenizer, sequence_len: int) -> None:
-    """Raise NanochatError, before the training, if there is no answer to validate on."""
+    """Raise NanochatError before training if there is no answer to validate on."""
     if next(ConversationLoader(task, tokenizer, 1, sequence_len, loop=False), None) is None:
         raise NanochatError(
             f"none of the {len(task)} conversations held out to validate on has an assistant's token within {sequence_len} "
@@ -199,7 +199,7 @@ def check_answers(task: Task, tokenizer: Tokenizer, sequence_len: int) -> None:
 
 
 def fingerprint(task: Task) -> str:
-    """A hash of conversations evenly spread over a task: another task has another, one with a few changes may not."""
+    """A hash of a sample spread evenly over a task: differs between tasks, but may miss a few changes."""
     return hashlib.sha256(json.dumps(list(_spread(task)), sort_keys=True).encode()).hexdigest()
 
 

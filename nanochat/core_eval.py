@@ -1,9 +1,9 @@
-"""The CORE metric: 22 tasks of few-shot questions, centred on what guessing gives. Used by scripts/base_eval and
+"""The CORE metric: 22 tasks of few-shot questions, centred so that guessing scores 0. Used by scripts/base_eval and
 base_train, hf_scorer.py and lm_eval_adapter.py.
 
 Tasks, prompts and centring: DCLM, arXiv 2406.11794, section 3.5, on the evaluation bundle's data. A question has one or
-more candidate texts, of which the model's likeliest counts; candidates that begin alike are computed once up to where
-they part, and questions of similar length together.
+more candidate texts; the one that the model finds likeliest is its answer. The shared beginning of candidates is computed
+once, and questions of similar length are computed together.
 
 To evaluate another kind of model, write a class with the three members of `Scorer`.
 """
@@ -44,9 +44,9 @@ S = TypeVar("S")
 T = TypeVar("T")
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 NUM_TASKS = 22
-BATCH_TOKENS = {"cpu": 8_192, "cuda": 131_072}  # of a batch, all candidates counted
-JUDGED = ("correct", "truncated")  # what of a question's outcome is summed up
-LOGIT_ROWS = 2048  # positions whose logits exist at a time
+BATCH_TOKENS = {"cpu": 8_192, "cuda": 131_072}  # tokens in a batch, over all candidates
+JUDGED = ("correct", "truncated")  # the fields of a question's outcome that are summed up
+LOGIT_ROWS = 2048  # positions whose logits are in memory at a time
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class CoreTask:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A text of which tokens[start:] are judged."""
+    """A text; only tokens[start:] are judged."""
 
     tokens: list[int]
     start: int
@@ -78,17 +78,17 @@ class Question:
 
     @property
     def num_shared(self) -> int:
-        """Tokens at the beginning that all candidates share."""
+        """The number of tokens at the beginning that all candidates share."""
         return _common_length([candidate.tokens for candidate in self.candidates])
 
 
 class Scorer(Protocol):
-    """What a model must do to be evaluated."""
+    """What a model must provide to be evaluated."""
 
     context: int  # tokens of the longest text
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text, with what the model expects at its beginning."""
+        """The tokens of a text, with whatever the model expects at its beginning (BOS)."""
         ...
 
     def score(self, questions: list[Question]) -> list[list[tuple[float, bool]]]:
@@ -100,21 +100,21 @@ class Scorer(Protocol):
 
 
 def find_bundle(path: Path | None) -> Path:
-    """The bundle's folder: as given, else <base>/eval_bundle, downloaded if it is not there."""
+    """The bundle's folder: as given, else <base>/eval_bundle, downloaded if missing."""
     if path is not None:
         if not (path / "core.yaml").exists():
-            raise NanochatError(f"{path} is no evaluation bundle: it has no core.yaml")
+            raise NanochatError(f"{path} is not an evaluation bundle: it has no core.yaml")
         return path
     folder = get_base_dir() / "eval_bundle"
     if not (folder / "core.yaml").exists():
-        with FileLock(folder.with_suffix(".lock")):  # one of all ranks fetches it
+        with FileLock(folder.with_suffix(".lock")):  # only one rank fetches it
             if not (folder / "core.yaml").exists():
                 _download_bundle(folder)
     return folder
 
 
 def _download_bundle(folder: Path) -> None:
-    """Fetch and unpack the bundle; it becomes visible whole or not at all."""
+    """Fetch and unpack the bundle; it becomes visible as a whole or not at all."""
     print(f"downloading the evaluation bundle from {BUNDLE_URL}")
     try:
         with urllib.request.urlopen(BUNDLE_URL, timeout=60) as response:
@@ -146,7 +146,7 @@ def read_tasks(bundle: Path) -> list[CoreTask]:
             for entry in entries
         ]  # fmt: skip
     except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
-        raise NanochatError(f"{bundle} is no readable evaluation bundle ({type(error).__name__}: {error})") from error
+        raise NanochatError(f"{bundle} is not a readable evaluation bundle ({type(error).__name__}: {error})") from error
 
 
 FIELDS = {
@@ -157,7 +157,7 @@ FIELDS = {
 
 
 def read_items(task: CoreTask) -> list[dict[str, Any]]:
-    """The lines of a task's file. Raises NanochatError with file and line for one that is no question of its kind."""
+    """The questions in a task's file. Raises NanochatError with file and line if a line is not a question of its kind."""
     items = []
     with open(task.path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -168,7 +168,7 @@ def read_items(task: CoreTask) -> list[dict[str, Any]]:
                     raise ValueError(f"it has no {missing[0]!r}")
                 options = item.get("choices") or item.get("context_options")
                 if options is not None and not 0 <= item["gold"] < len(options):
-                    raise ValueError(f"gold {item['gold']} is none of {len(options)} choices")
+                    raise ValueError(f"gold {item['gold']} is not one of the {len(options)} choices")
             except (ValueError, TypeError, KeyError) as error:
                 raise NanochatError(
                     f"{task.path}:{number}: not a {task.kind} question ({error}): restore the bundle"
@@ -183,7 +183,7 @@ def read_items(task: CoreTask) -> list[dict[str, Any]]:
 
 
 def render(task: CoreTask, item: dict[str, Any], shots: list[dict[str, Any]]) -> tuple[list[str], str | None]:
-    """(each candidate's whole text, for language_modeling the text before the answer)."""
+    """(each candidate's whole text; for language_modeling, the text before the answer)."""
     solved = "".join(f"{_solution(task, shot)}\n\n" for shot in shots)
     if task.kind == "multiple_choice":
         return [f"{solved}{item['query']}{task.delimiter}{choice}" for choice in item["choices"]], None
@@ -202,21 +202,21 @@ def _solution(task: CoreTask, shot: dict[str, Any]) -> str:
 
 
 def build_question(task: CoreTask, items: list[dict[str, Any]], index: int, scorer: Scorer) -> Question:
-    """The question of one item, with few-shot examples drawn from the others; too long ones lose their beginning."""
+    """The question for one item, with few-shot examples from other items; texts that are too long lose their beginning."""
     item, rng = items[index], random.Random(1234 + index)
     others = [i for i in range(len(items)) if i != index]
     shots = [items[i] for i in rng.sample(others, min(task.num_fewshot, len(others)))]
     texts, before = render(task, item, shots)
     tokens = [scorer.encode(text) for text in texts]
-    if task.kind == "multiple_choice":  # where one choice begins another, both are judged from the same place
+    if task.kind == "multiple_choice":  # one choice may begin with another: judge both from the same place
         starts = [min(_common_length(tokens), *(len(text) - 1 for text in tokens))] * len(tokens)
     elif task.kind == "schema":
         shared = _common_length([list(reversed(t)) for t in tokens])
         starts = [len(t) - shared for t in tokens]
     else:
         starts = [_common_length([tokens[0], scorer.encode(before or "")])]
-    starts = [min(max(start, 1), len(text) - 1) for text, start in zip(tokens, starts, strict=True)]  # before, and after
-    cut = max(0, max(map(len, tokens)) - scorer.context)  # the same for all, so that they go on beginning alike
+    starts = [min(max(start, 1), len(text) - 1) for text, start in zip(tokens, starts, strict=True)]  # within the text
+    cut = max(0, max(map(len, tokens)) - scorer.context)  # the same for all: the beginning stays shared
     cut = min([cut, *(start - 1 for start in starts)])
     candidates = [Candidate(text[cut : cut + scorer.context], start - cut) for text, start in zip(tokens, starts, strict=True)]
     return Question(index, candidates, item.get("gold", 0), truncated=cut > 0)
@@ -232,20 +232,20 @@ def _common_length(texts: list[list[int]]) -> int:
 
 @dataclass
 class Row:
-    """Texts that are computed together: what they share once, then the rest of each, which does not see the others."""
+    """Texts computed together: their shared beginning once, then the rest of each, which does not see the others."""
 
     tokens: list[int]
     previous: list[int]  # the token before each in its own text; the first token before itself
     positions: list[int]  # of each token in its own text
-    owners: list[int]  # 0: shared by all; i: of the row's i-th text
-    judged: list[tuple[list[int], list[int]]]  # for each text: places whose features predict, and the tokens they should
+    owners: list[int]  # 0: shared by all; i: belongs to the row's i-th text
+    judged: list[tuple[list[int], list[int]]]  # for each text: the places that predict, and the tokens to predict
 
     @classmethod
     def of(cls, candidates: list[Candidate], shared: int) -> Row:
         row = cls([], [], list(range(shared)), [0] * shared, [])
         row.tokens, row.previous = candidates[0].tokens[:shared], _before(candidates[0].tokens)[:shared]
         for owner, candidate in enumerate(candidates, 1):
-            offset = len(row.tokens) - shared  # from a place in the text to its place in the row, beyond what is shared
+            offset = len(row.tokens) - shared  # from a place in the text to one in the row, after the shared part
             end = len(candidate.tokens)
             before = range(candidate.start - 1, end - 1)
             places = [at if at < shared else at + offset for at in before]
@@ -258,7 +258,7 @@ class Row:
 
 
 class NanochatScorer:
-    """Scores with a GPT: rows of like length together under a token budget, what candidates share once."""
+    """Scores with a GPT: rows of similar length together within a token budget, shared beginnings once."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, batch_tokens: int | None = None, share: bool = True) -> None:
         self.model, self.tokenizer, self.share = model.uncompiled(), tokenizer, share
@@ -267,11 +267,11 @@ class NanochatScorer:
         self._run_block: Callable[..., torch.Tensor] = Block.forward
 
     def compile(self) -> str | None:
-        """Compile for rows of any number and length, which pays from a few thousand questions on; returns why not."""
+        """Compile for any number and length of rows, worthwhile from a few thousand questions; returns why if it fails."""
         reason = try_to_compile(self.model.get_device())
         if reason is None:
             self._run_block = torch.compile(Block.forward, dynamic=True)
-            with torch.inference_mode():  # now, on sizes that mean nothing elsewhere, which the compiler might fix otherwise
+            with torch.inference_mode():  # now, with arbitrary sizes that the compiler will not specialize on
                 self._score_batch([Row.of([Candidate([0] * length, 1)], 0) for length in (37, 23, 11)])
         return reason
 
@@ -290,7 +290,7 @@ class NanochatScorer:
         return [[score for _ in part for score in next(remaining)] for part in rows]
 
     def _rows(self, question: Question) -> list[Row]:
-        """One row for all candidates, or one for each where attention over the long row would cost more."""
+        """One row for all candidates, or one for each if attention over the long row would cost more."""
         shared = question.num_shared if self.share else 0
         together = Row.of(question.candidates, shared)
         if self.share and len(together.tokens) ** 2 <= sum(len(c.tokens) ** 2 for c in question.candidates):
@@ -300,13 +300,13 @@ class NanochatScorer:
     def _score_batch(self, rows: list[Row]) -> list[list[tuple[float, bool]]]:
         """The scores of each row's texts."""
         model, device = self.model, self.model.get_device()
-        if len(rows) == 1:  # compiled code takes any number, but treats one as a special case
+        if len(rows) == 1:  # compiled code treats a single row as a special case
             return self._score_batch(rows * 2)[:1]
         idx = padded([row.tokens for row in rows], 0, device)
         previous = padded([row.previous for row in rows], 0, device)
         positions = padded([row.positions for row in rows], 0, device)
-        owners = padded([row.owners for row in rows], -1, device).to(torch.int32)  # padding sees padding alone
-        small = positions.to(torch.int32)  # of the time, masks should take little
+        owners = padded([row.owners for row in rows], -1, device).to(torch.int32)  # padding sees only padding
+        small = positions.to(torch.int32)  # makes the masks faster
         distance = small[:, :, None] - small[:, None, :]
         visible = (owners[:, None, :] == 0) | (owners[:, :, None] == owners[:, None, :])
         visible &= distance >= 0
@@ -334,18 +334,18 @@ class NanochatScorer:
 
 
 def in_halves(score: Callable[[list[S]], list[T]], texts: list[S]) -> list[T]:
-    """score(texts), or where memory is too short for so many, of each half by itself."""
+    """score(texts); if memory runs out, score each half separately."""
     try:
         return score(texts)
     except torch.OutOfMemoryError:
         if len(texts) == 1:
             raise
-    half = len(texts) // 2  # not in the handler: the error's trace keeps what the attempt has taken
+    half = len(texts) // 2  # not in the handler: the traceback keeps the failed attempt's memory alive
     return in_halves(score, texts[:half]) + in_halves(score, texts[half:])
 
 
 def batches_by_length(lengths: list[int], most_tokens: int) -> Iterator[list[int]]:
-    """Places of texts of like length, together most_tokens at most with their padding, or a single one."""
+    """Groups of indices of texts of similar length: at most most_tokens with padding, or a single text."""
     batch: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if batch and (len(batch) + 1) * lengths[i] > most_tokens:
@@ -375,11 +375,11 @@ def evaluate_core(
     folder: Path | None = None,
     report: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> dict[str, Any]:
-    """Every task whose data is there, over all ranks: {"tasks": {label: ...}, "missing": [...], "core_metric": ...}.
+    """Evaluate every task that has data, over all ranks: {"tasks": {label: ...}, "missing": [...], "core_metric": ...}.
 
-    The mean of centred accuracies is "core_metric" over all 22 tasks and "core_partial" over fewer. folder: where each
-    question's outcome is written, for this model alone; tasks that are there already, with the same questions, are not
-    computed again, and a line says so. report(label, done, total) is told how far a task is.
+    The mean of centred accuracies is "core_metric" over all 22 tasks and "core_partial" over fewer. folder: for each
+    question's outcome, for this model only; tasks found there with the same questions are not computed again, and a line
+    says so. report(label, done, total) is called as a task proceeds.
     """
     tasks = read_tasks(bundle)
     results: dict[str, Any] = {"tasks": {}, "missing": []}
@@ -411,7 +411,7 @@ def evaluate_core(
     if num_kept:
         print0(f"{num_kept} of {len(results['tasks'])} tasks are an earlier run's: remove {folder} to measure them again")
     if not results["tasks"]:
-        raise NanochatError(f"{bundle} holds the data of none of its {len(tasks)} tasks: give another with --eval-bundle")
+        raise NanochatError(f"{bundle} has data for none of its {len(tasks)} tasks: give another with --eval-bundle")
     name = "core_metric" if len(results["tasks"]) == NUM_TASKS else "core_partial"
     results[name], results["low"], results["high"] = centered_mean(results["tasks"].values())
     return results
@@ -430,7 +430,7 @@ def _evaluate_task(
 
     def judge_mine() -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
-        for at in range(0, len(mine), 256):  # prompts are made as they are needed: memory stays bounded
+        for at in range(0, len(mine), 256):  # make prompts in portions, to bound memory
             questions = [build_question(task, items, index, scorer) for index in mine[at : at + 256]]
             for question, scores in zip(questions, scorer.score(questions), strict=True):
                 rows.append(_judge(task, question, scores))
@@ -450,14 +450,14 @@ def _judge(task: CoreTask, question: Question, scores: list[tuple[float, bool]])
 
 
 def _rows_name(task: CoreTask, max_per_task: int) -> str:
-    """The name of the file with a task's outcomes: other questions, or these asked in another way, have another."""
+    """The file name for a task's outcomes; it changes with the questions and the way they are asked."""
     asked = hashlib.sha256(repr((task.kind, task.num_fewshot, task.delimiter)).encode("utf-8"))
     asked.update(task.path.read_bytes())
     return f"{task.label}{f'_{max_per_task}' if max_per_task > 0 else ''}_{asked.hexdigest()[:12]}.jsonl"
 
 
 def _finished_rows(path: Path | None) -> list[dict[str, Any]] | None:
-    """The outcomes that an earlier run wrote; None if there are none, or the file holds anything else."""
+    """The outcomes that an earlier run wrote; None if there are none or the file is not as expected."""
     if path is None or not path.exists():
         return None
     try:

@@ -86,7 +86,7 @@ def token_losses(
 
     weight = weight.to(x.dtype)
     # Half a chunk: its float32 logits exist several times over here, and buffers of 32 MiB and more would be fetched anew from
-    # the system each time (machine.keep_freed_memory).
+    # the system each time (cpu.keep_freed_memory).
     size = max(1, _chunk_size(x.size(0), weight.size(0), x.device) // 2)
     chunks = zip(x.split(size), targets.split(size), strict=True)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):

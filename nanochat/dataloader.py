@@ -1,7 +1,7 @@
 """Packs documents into rows of token ids for pretraining. Used by scripts/base_train and scripts/base_eval.
 
-Every row begins with BOS and is full. Whole documents are placed best fit first; when none fits, the first of a waiting
-document goes in and the rest goes on in later rows, again behind a BOS: nothing is cut away and nothing is read twice.
+Every row begins with BOS and is full. Whole documents are placed best fit first. When none fits, the beginning of one
+fills the row and its rest follows in later rows, again behind a BOS. So no text is dropped and none is read twice.
 
 On the way: documents -> dealt to lanes (lanes.py) -> tokenized, in one thread -> packed, in another -> batches.
 """
@@ -23,8 +23,8 @@ from nanochat.lanes import count_lanes, rank_lanes, rows_of_rank
 from nanochat.read_ahead import ReadAhead
 from nanochat.tokenizer import Tokenizer
 
-LANE_DOCUMENTS, LANE_ROWS = 32, 32  # a lane chooses from so many documents, or rows of long ones
-CHUNK_DOCUMENTS, CHUNK_SIZE = 128, 1_000_000  # tokenized at a time: documents, or characters or ids if that is less
+LANE_DOCUMENTS, LANE_ROWS = 32, 32  # a lane holds this many documents to choose from, or this many rows if they are long
+CHUNK_DOCUMENTS, CHUNK_SIZE = 128, 1_000_000  # documents tokenized at a time; fewer if they exceed this many characters
 CHUNKS_AHEAD = 4
 BATCHES_AHEAD = 4
 
@@ -32,10 +32,10 @@ BATCHES_AHEAD = 4
 class TokenLoader:
     """Iterates over (inputs, targets), each (batch_size, sequence_len) int64 on `device`.
 
-    With `loop`, epochs follow each other in the same order without end. Without, every token of the split is a target
-    once; what is left of the last batch is padding, with targets of -1. The n-th rows of all ranks together are the same
-    for any number of ranks that divides lanes.LANES. Tokenizing and packing run in threads ahead of the consumer. Close
-    it, or use it in a `with` statement, to end them.
+    With `loop`, epochs repeat without end in the same order. Without, every token of the split is a target once, and the
+    last batch is padded, with targets of -1. The n-th rows of all ranks together are the same for any number of ranks that
+    divides lanes.LANES. Tokenizing and packing run in threads ahead of the consumer; close the loader, or use it in a
+    `with` statement, to end them.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class TokenLoader:
         return to_device(inputs, self.device), to_device(targets, self.device)
 
     def stats(self) -> dict[str, float]:
-        """Tokens given out so far, how much of the rows they fill (the rest opens documents), and the epoch being read."""
+        """Text tokens delivered so far, the share of the rows that they fill (the rest is BOS), and the current epoch."""
         place = self._place
         filled = place.tokens / max(1, place.rows * (self.row_len - 1))
         return {"tokens": place.tokens, "filled": filled, "epoch": place.reading.epoch}
@@ -84,7 +84,10 @@ class TokenLoader:
     # ------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the consumer of this rank is (not its threads), JSON; documents are named by epoch, number and offset."""
+        """This rank's position as JSON, as its consumer sees it (the threads are ahead).
+
+        Documents are named by epoch, number and offset.
+        """
         place = self._place
         lanes = {str(number): {"next": list(lane.next), "candidates": [list(p[:3]) for p in lane.candidates],
                                "waiting": [list(p[:3]) for p in lane.waiting]}
@@ -92,7 +95,7 @@ class TokenLoader:
         return {"reading": list(place.reading), "rows": place.rows, "tokens": place.tokens, "lanes": lanes}
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
-        """Go on as the loaders that gave these states, one for each rank of then, would have.
+        """Continue as the loaders that saved these states would have; states: one for each rank at that time.
 
         Raises NanochatError if the data is not the same, or if this number of ranks cannot share it.
         """
@@ -113,7 +116,7 @@ class TokenLoader:
             lane.waiting.extend(_Piece(epoch, document, 0, tokens[document]) for epoch, document, _ in old["waiting"])
         rows = rows_of_rank([state["rows"] for state in states], self.world_size)
         placed = sum(state["tokens"] for state in states) // self.world_size
-        # Ranks had read ahead differently: go on from the earliest of them. Lanes know what they were dealt already.
+        # Ranks had read ahead by different amounts: start from the earliest. Lanes know what they were dealt already.
         earliest = min((saved[number][1] for number in mine), key=lambda reading: reading[:2])
         self._place = _Place(earliest, rows, placed, _look(self._lanes))
 
@@ -145,12 +148,12 @@ class TokenLoader:
 
 
 class _Piece(NamedTuple):
-    """A document, or what is left of one."""
+    """A document, or the rest of one."""
 
     epoch: int
     number: int  # of the document
-    offset: int  # tokens of it that were placed before
-    tokens: np.ndarray  # (n,) int32, from there on
+    offset: int  # how many of its tokens were placed before
+    tokens: np.ndarray  # (n,) int32, from that offset on
 
 
 class _Reading(NamedTuple):
@@ -158,7 +161,7 @@ class _Reading(NamedTuple):
 
     epoch: int
     number: int  # of the next document
-    loads: tuple[int, ...]  # what each lane, of all ranks, was dealt so far; less the lightest load of earlier epochs
+    loads: tuple[int, ...]  # the amount dealt to each lane of all ranks; at each epoch's start the smallest is subtracted
 
 
 class _LaneState(NamedTuple):
@@ -173,8 +176,8 @@ class _Place(NamedTuple):
     """Where the consumer is: all that decides what comes next."""
 
     reading: _Reading
-    rows: int  # that this rank has made
-    tokens: int  # in them
+    rows: int  # made by this rank
+    tokens: int  # text tokens in these rows
     lanes: dict[int, _LaneState]
 
 
@@ -183,12 +186,12 @@ def _look(lanes: dict[int, _Lane]) -> dict[int, _LaneState]:
 
 
 class _Lane:
-    """Documents in the order in which they were dealt, and what goes next into a row of them."""
+    """Documents in the order in which they were dealt; chooses the next one for a row."""
 
     def __init__(self, row_len: int) -> None:
         self.row_len = row_len
-        self.next = (0, 0)  # (epoch, number): documents before it were dealt, to this lane or to another
-        self.waiting: deque[_Piece] = deque()  # dealt, but not to choose from yet
+        self.next = (0, 0)  # (epoch, number): all documents before it have been dealt, to this lane or to another
+        self.waiting: deque[_Piece] = deque()  # dealt, but not candidates yet
         self.candidates: dict[int, _Piece] = {}  # by arrival, the oldest first
         self._arrivals = itertools.count()
         self._by_length: list[tuple[int, int]] = []  # (tokens, -arrival), ascending
@@ -198,14 +201,14 @@ class _Lane:
         return len(self.candidates) < LANE_DOCUMENTS and self._tokens < LANE_ROWS * self.row_len
 
     def add(self, piece: _Piece) -> None:
-        """One more candidate."""
+        """Add a candidate."""
         arrival = next(self._arrivals)
         self.candidates[arrival] = piece
         bisect.insort(self._by_length, (len(piece.tokens), -arrival))
         self._tokens += len(piece.tokens)
 
     def take(self, room: int, row_is_empty: bool) -> _Piece:
-        """The longest candidate that fits, else the oldest. The oldest opens each row, so that none waits for ever."""
+        """Take the longest candidate that fits, else the oldest. The oldest opens each row, so none waits forever."""
         fitting = 0 if row_is_empty else bisect.bisect_right(self._by_length, (room, 1))
         if fitting:
             _, arrival = self._by_length.pop(fitting - 1)
@@ -222,7 +225,7 @@ class _Lane:
 
 
 class _Dealt(NamedTuple):
-    """A document for one of this rank's lanes, and how far dealing has come with it."""
+    """A document for one of this rank's lanes, and how far dealing has come."""
 
     lane: int
     epoch: int
@@ -234,10 +237,10 @@ class _Dealt(NamedTuple):
 def _deal(
     source: Source, split: str, loop: bool, reading: _Reading, first: dict[int, tuple[int, int]], vocab_size: int
 ) -> Iterator[_Dealt]:
-    """Deal each document to the lane that was dealt the least so far, by characters (or tokens, if it comes in those).
+    """Deal each document to the lane that got the least so far, in characters (or tokens, if it is tokenized already).
 
-    Every rank reads all documents and passes on those of its own lanes, the keys of `first`, from the one named there on.
-    So all ranks deal alike without a word between them, and the lanes stay level to about a document's length.
+    Every rank reads all documents and yields those for its own lanes: first[lane] is the first one that lane still needs.
+    So all ranks deal alike without communication, and the lanes differ by about one document's length at most.
     """
     epoch, start, loads = reading.epoch, reading.number, list(reading.loads)
     while True:
@@ -249,7 +252,7 @@ def _deal(
                 if not isinstance(document, str) and not 0 <= document.min() <= document.max() < vocab_size:
                     raise NanochatError(
                         f"{source.address(split, number)} holds ids outside of the vocabulary of {vocab_size} tokens: "
-                        "write it anew with python -m scripts.data_prep"
+                        "write it again with python -m scripts.data_prep"
                     )
                 yield _Dealt(lane, epoch, number, document, _Reading(epoch, number + 1, tuple(loads)))
         if number < 0 and start == 0:
@@ -261,7 +264,7 @@ def _deal(
 
 
 def _tokenize(dealt: Iterable[_Dealt], tokenizer: Tokenizer) -> Iterator[list[_Dealt]]:
-    """The dealt documents in chunks, each one as ids (n,) int32."""
+    """The dealt documents in chunks, each document as ids (n,) int32."""
     dealt = iter(dealt)
     while chunk := _take_chunk(dealt):
         tokens = _encode([d.document for d in chunk], tokenizer)
@@ -269,7 +272,7 @@ def _tokenize(dealt: Iterable[_Dealt], tokenizer: Tokenizer) -> Iterator[list[_D
 
 
 def _take_chunk(dealt: Iterator[_Dealt]) -> list[_Dealt]:
-    """The next CHUNK_DOCUMENTS, or fewer where they are long: books, of which so many would fill the memory."""
+    """The next CHUNK_DOCUMENTS documents, or fewer if they are long: 128 books would fill the memory."""
     chunk: list[_Dealt] = []
     size = 0
     while len(chunk) < CHUNK_DOCUMENTS and size < CHUNK_SIZE and (item := next(dealt, None)) is not None:
@@ -279,7 +282,7 @@ def _take_chunk(dealt: Iterator[_Dealt]) -> list[_Dealt]:
 
 
 def _encode(documents: list[Document], tokenizer: Tokenizer) -> list[np.ndarray]:
-    """Ids (n,) int32 of each document. A list is all of texts or all of ids, which come back as they are."""
+    """The ids (n,) int32 of each document. A list holds only texts, or only ids, which are returned as they are."""
     texts = [document for document in documents if isinstance(document, str)]
     return tokenizer.encode_arrays(texts) if texts else [d for d in documents if not isinstance(d, str)]
 
@@ -287,7 +290,7 @@ def _encode(documents: list[Document], tokenizer: Tokenizer) -> list[np.ndarray]
 def _pack(
     chunks: Iterable[list[_Dealt]], lanes: dict[int, _Lane], batch_size: int, row_len: int, bos: int, place: _Place
 ) -> Iterator[tuple[np.ndarray, np.ndarray, _Place]]:
-    """Batches of rows, the lanes in turn: (inputs, targets, where the consumer is with them)."""
+    """Batches of rows, taken from the lanes in turn: (inputs, targets, the consumer's place after them)."""
     dealt = itertools.chain.from_iterable(chunks)
     turns = list(lanes.values())
     reading, made, placed = place.reading, place.rows, place.tokens
@@ -306,20 +309,20 @@ def _pack(
             other.next = reading[:2]
 
     def fill(row: np.ndarray, lane: _Lane) -> int:
-        """Fill a row of BOS tokens from a lane; returns how many places are used, 0 if the lane has ended."""
+        """Fill a row, all BOS so far, from a lane; returns how many places were used, 0 if the lane has ended."""
         nonlocal placed
         used = 0
         while used < row_len - 1:
             feed(lane)
             if not lane.candidates:
                 break
-            room = row_len - used - 1  # behind the BOS that opens a document, or its continuation
+            room = row_len - used - 1  # what remains after the BOS before each piece
             piece = lane.take(room, used == 0)
             count = min(room, len(piece.tokens))
             row[used + 1 : used + 1 + count] = piece.tokens[:count]
             used += 1 + count
             placed += count
-            if count < len(piece.tokens):  # at the end of the queue, so that rows are of many documents, not of one book
+            if count < len(piece.tokens):  # queue the rest at the end, so that rows mix documents
                 lane.add(piece._replace(offset=piece.offset + count, tokens=piece.tokens[count:]))
         return used
 

@@ -1,7 +1,7 @@
 """Batched generation with a cache and tools: the facade that CLI, server, evaluation and RL share.
 
 An Engine is a model with a Scheduler. `generate`, `generate_batch`, `complete` and `run` work in the caller's thread until
-their own texts are done; a server gives the thread to `EngineThread` and only submits and cancels.
+their own texts are done; a server leaves that to an `EngineThread` and only submits and cancels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nanochat.tools import use_calculator
 
 
 class Engine:
-    """Generates with a model. May be used again and again, by one thread at a time."""
+    """Generates with a model. Reusable, by one thread at a time."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Engine:
         max_rows: int = 32,
         kv_tokens: int = 0,
     ) -> None:
-        """max_rows: texts that are computed together, others wait; kv_tokens: see Scheduler."""
+        """max_rows: texts that are computed together (others wait); kv_tokens: see Scheduler."""
         self.model, self.tokenizer = model, tokenizer
         self.scheduler = Scheduler(model, tokenizer, calculator, max_rows, kv_tokens)
 
@@ -43,11 +43,11 @@ class Engine:
         return self.scheduler.stop_ids
 
     def compile(self, frozen: bool = True) -> str | None:
-        """Compile decoding, for weights that stay as they are if `frozen`; see ModelRunner.compile."""
+        """Compile decoding; `frozen`: the weights will not change. See ModelRunner.compile."""
         return self.scheduler.runner.compile(frozen)
 
     def forget(self) -> None:
-        """Share nothing of what was computed so far: the weights have changed since."""
+        """Stop sharing what was computed so far: call this when the weights have changed."""
         self.scheduler.forget()
 
     @property
@@ -67,8 +67,8 @@ class Engine:
     ) -> Iterator[tuple[list[int], list[int]]]:
         """Stream num_samples continuations of one prompt: at each step (token of each sample, mask of each sample).
 
-        The mask is 0 for tokens that a tool forced. A sample that is done repeats its last token, which is the stop
-        token if one ended it. Sample i is drawn with seed + i, whatever the others are.
+        The mask is 0 for tokens that a tool forced. A finished sample repeats its last token, or the stop token if one
+        ended it. Sample i is drawn with seed + i, independently of the others.
         """
         params = SamplingParams(temperature, top_k or 0, seed=seed, max_tokens=max_tokens)
         sequences = _sequences([tokens] * num_samples, params)
@@ -79,7 +79,7 @@ class Engine:
                     column = [_at(sequence, shown) for sequence in sequences]
                     yield [token for token, _ in column], [mask for _, mask in column]
                     shown += 1
-        finally:  # also when the caller stops listening
+        finally:  # also if the caller stops reading
             self._abandon(sequences)
 
     def generate_batch(
@@ -91,7 +91,7 @@ class Engine:
         top_k: int | None = None,
         seed: int = 42,
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """(results, masks): whole sequences, the prompt included (with mask 0), the stop token left out."""
+        """(results, masks): whole sequences, including the prompt (mask 0) but not the stop token."""
         params = SamplingParams(temperature, top_k or 0, seed=seed, max_tokens=max_tokens)
         rows = self.complete([tokens] * num_samples, params)
         return [row.prompt + row.tokens for row in rows], [[0] * len(row.prompt) + row.masks for row in rows]
@@ -99,13 +99,13 @@ class Engine:
     # ------------------------------------------------------------------------- running
 
     def complete(self, prompts: list[list[int]], params: SamplingParams) -> list[Sequence]:
-        """Continue many prompts, of any number and lengths; prompt i is sampled with params.seed + i."""
+        """Continue any number of prompts of any lengths; prompt i is sampled with params.seed + i."""
         sequences = _sequences(prompts, params)
         self.run(sequences)
         return sequences
 
     def run(self, sequences: list[Sequence]) -> None:
-        """Continue texts that each have settings of their own, until all are done."""
+        """Continue texts, each with its own settings, until all are done."""
         try:
             for _ in self._run(sequences):
                 pass
@@ -123,7 +123,7 @@ class Engine:
             yield
 
     def _abandon(self, sequences: list[Sequence]) -> None:
-        """Free what is not done, after an error or a caller that went away."""
+        """Free the texts that are not done, after an error or when the caller has gone."""
         unfinished = [sequence for sequence in sequences if sequence.finish_reason is None]
         for sequence in unfinished:
             self.scheduler.cancel(sequence)
@@ -132,16 +132,16 @@ class Engine:
 
 
 class EngineThread:
-    """A thread that runs an engine's scheduler as long as it is open; others submit to the scheduler and cancel."""
+    """A thread that runs an engine's scheduler until it is closed; other threads submit texts and cancel them."""
 
     def __init__(self, engine: Engine, after_step: Callable[[], None] | None = None, compile: bool = False) -> None:
-        """after_step: called in the thread after each step, when all of its updates have been told.
+        """after_step: called in the thread after each step, when all `on_update` calls of that step are done.
 
         compile: whether to compile first; what is submitted meanwhile waits.
         """
         self.engine, self.scheduler, self.after_step = engine, engine.scheduler, after_step
         self.compile = compile
-        self.failures, self.failed_at = 0, 0.0  # steps that failed one after the other; when the last did, time.monotonic()
+        self.failures, self.failed_at = 0, 0.0  # steps that failed in a row; time.monotonic() of the last failure
         self.ready = threading.Event()
         self._closing = threading.Event()
         self.thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -155,17 +155,17 @@ class EngineThread:
 
     @property
     def takes_work(self) -> bool:
-        """False before the start and from the end on: what is submitted then may wait for ever."""
+        """False before the start and after the end, when submitted texts might wait forever."""
         return self.is_alive and not self._closing.is_set()
 
     def close(self, timeout_s: float = 30.0) -> None:
-        """Stop after the step at hand; what still runs ends with the reason "cancelled"."""
+        """Stop after the current step; unfinished texts end with the reason "cancelled"."""
         self._closing.set()
         self.scheduler.post(lambda: None)
         self.thread.join(timeout_s)
 
     def _use_device(self) -> None:
-        """A thread begins with the first GPU as its own."""
+        """Select this engine's GPU: a new thread starts on the first one."""
         if (device := self.engine.model.get_device()).type == "cuda":
             torch.cuda.set_device(device)
 
@@ -183,10 +183,10 @@ class EngineThread:
                     had_work = self.scheduler.num_waiting + self.scheduler.num_running > 0
                     before = self.scheduler.generated_tokens
                     self.scheduler.step()
-                    # A chunk of a prompt alone tells nothing: what it was for may fail yet.
+                    # A step that only computed a chunk of a prompt proves nothing: that text may still fail.
                     if self.scheduler.generated_tokens > before or (had_work and self.scheduler.prefilling is None):
                         self.failures = 0
-            except Exception:  # a step that fails ends the requests that were in it, not the service
+            except Exception:  # a failed step ends the requests in it, not the service
                 logger.exception("a step of the model failed")
                 self.failures, self.failed_at = self.failures + 1, time.monotonic()
                 self._end_all("error", "the model failed on this request: see the server's log")
@@ -196,7 +196,7 @@ class EngineThread:
         self.scheduler.close()
 
     def _end_all(self, reason: str, error: str | None = None) -> None:
-        """End every text; if the device fails even at that, as it does after some errors of CUDA, the thread ends as well."""
+        """End every text; if even that fails on the device, as after some CUDA errors, the thread ends too."""
         try:
             self.scheduler.end_all(reason, error)
         except Exception:
@@ -205,7 +205,7 @@ class EngineThread:
             self.scheduler.end_all_on_host(reason, error)
 
     def _compile(self) -> None:
-        """Compile in another thread: meanwhile texts can be cancelled, and closing does not wait for the compiler."""
+        """Compile in another thread, so that texts can be cancelled meanwhile and closing does not wait for the compiler."""
         reasons: list[str | None] = []
 
         def compile_there() -> None:
@@ -230,14 +230,14 @@ def _sequences(prompts: list[list[int]], params: SamplingParams) -> list[Sequenc
 
 
 def _columns(sequences: list[Sequence]) -> int:
-    """How many tokens may be shown: as many as each text that still runs has, and in the end as many as the longest."""
+    """How many tokens can be shown: as many as every running text has; once all are done, as many as the longest has."""
     counts = [len(s.tokens) + (s.stop_token is not None) for s in sequences]
     running = [n for n, s in zip(counts, sequences, strict=True) if s.finish_reason is None]
     return min(running, default=max(counts))
 
 
 def _at(sequence: Sequence, n: int) -> tuple[int, int]:
-    """(token, mask) n of a text; beyond its end the stop token, else its last one, or (0, 0) if it has none."""
+    """(token, mask) number n of a text; past its end the stop token, else its last token, or (0, 0) if it has none."""
     if n < len(sequence.tokens):
         return sequence.tokens[n], sequence.masks[n]
     if sequence.stop_token is not None:

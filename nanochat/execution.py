@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import NanochatError
+from nanochat.common import NanochatError, as_unicode, first_line
 from nanochat.cpu import usable_cores
 
 DEFAULT_MEMORY_BYTES = 256 * 1024**2  # address space, the interpreter's 30 MiB included
@@ -104,7 +104,7 @@ class Sandbox:
         self._launcher = choose_launcher(unsafe)
         self._slots = threading.Semaphore(size)  # programs that may start
         self._wanted = threading.Semaphore(size)  # processes that may be started
-        self._waiting: queue.Queue[_Process | OSError | None] = queue.Queue()  # None: closed
+        self._waiting: queue.Queue[_Process | Exception | None] = queue.Queue()  # None: closed
         self._closed = False
         self._starter = threading.Thread(target=self._start_processes, name="sandbox", daemon=True)
         self._starter.start()
@@ -116,7 +116,7 @@ class Sandbox:
                 break
             try:
                 self._waiting.put(_Process(self._launcher))
-            except OSError as error:  # too many processes or files: whoever asks next is told
+            except Exception as error:  # too many processes or files, no memory: whoever asks next is told
                 self._waiting.put(error)
         self._waiting.put(None)
         while (process := self._waiting.get()) is not None:
@@ -132,8 +132,11 @@ class Sandbox:
                 self._waiting.put(None)
                 raise NanochatError("this sandbox is closed: make another one")
             self._wanted.release()  # the next one starts while this one works
-            if isinstance(process, OSError):
-                raise NanochatError(f"no process for a program ({process}): end others, or raise that limit") from process
+            if isinstance(process, NanochatError):
+                raise process
+            if isinstance(process, Exception):
+                reason = first_line(process)
+                raise NanochatError(f"no process for a program ({reason}): end others, or raise that limit") from process
             try:
                 return process.run(code, timeout_s, self.maximum_memory_bytes)
             finally:
@@ -266,7 +269,9 @@ def _find_verdict(report: bytearray, key: bytes) -> str | None:
     if not secrets.compare_digest(signature, expected):
         return None
     reason = verdict.removeprefix(b"error ")
-    return verdict.decode() if reason == verdict else reason[1:-1].decode("unicode_escape", "replace").removesuffix(": ")
+    if reason == verdict:
+        return verdict.decode()
+    return as_unicode(" ".join(reason[1:-1].decode("unicode_escape", "replace").removesuffix(": ").splitlines()))
 
 
 def _describe_exit(exit_code: int) -> str:

@@ -7,70 +7,67 @@ import hmac
 import re
 from typing import Any
 
+import h11
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nanochat.openai_api import RequestError
 from nanochat.service import Limits
 
 OPEN_PATHS = ("/", "/health", "/metrics", "/docs", "/openapi.json", "/runs", "/favicon.ico")  # need no API key
 OPEN_PREFIXES = ("/ui/", "/static-offline-docs/")
-MAX_HEAD_BYTES = 1 << 19  # of a request before its body; what is read at a time, 256 kB, may hold some of that
+MAX_HEAD_BYTES = 1 << 16  # of a request's headers, and of its trailers
+MAX_WAITING_BYTES = 1 << 19  # of the requests that a connection sends while one is being answered
 HEAD_TIMEOUT_S = 30.0
 
 
-class CarefulProtocol(HttpToolsProtocol):
-    """uvicorn's HTTP, but a connection whose next request's headers have no end, or do not come, is closed."""
+class CarefulProtocol(H11Protocol):
+    """uvicorn's HTTP/1.1, which answers one request at a time and bounds headers; what it leaves open is closed here.
 
-    _head_bytes = 0
+    A connection whose next headers do not come in time, or that sends many requests ahead, is ended.
+    """
+
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
+        self.conn = h11.Connection(h11.SERVER, MAX_HEAD_BYTES)
         super().connection_made(transport)
-        self._await_head()
+        self._watch_head()
 
     def data_received(self, data: bytes) -> None:
-        if self._deadline is not None:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                if not self._is_answering():
-                    self.transport.write(b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\n\r\n")
-                self.transport.close()
-                return
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) + len(data) > MAX_WAITING_BYTES:
+            self.transport.abort()
+            return
         super().data_received(data)
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._await_head()
-
-    def on_headers_complete(self) -> None:
-        self._stop_waiting()
-        super().on_headers_complete()
+        self._watch_head()
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._stop_waiting()
         super().connection_lost(error)
+        self._stop_watching()
 
-    def _await_head(self) -> None:
-        if self._deadline is None:
-            self._deadline = self.loop.call_later(HEAD_TIMEOUT_S, self._give_up)
-
-    def _give_up(self) -> None:
-        """Unless the request before is still being answered, behind which this one waits in any case."""
-        self._deadline = None
-        if self._is_answering():
-            self._await_head()
+    def send_400_response(self, msg: str) -> None:
+        """Also to what is no HTTP behind a request whose answer has begun, which is too late to refuse."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
         else:
             self.transport.close()
 
-    def _is_answering(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
+    def _watch_head(self) -> None:
+        """The next headers have begun or are to begin: they have to be here in time."""
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_watching()
+        elif self._deadline is None:
+            self._deadline = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
 
-    def _stop_waiting(self) -> None:
+    def _stop_watching(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
-        self._deadline, self._head_bytes = None, 0
+        self._deadline = None
+
+    def _should_upgrade(self) -> bool:
+        """To nothing: who offers WebSocket or HTTP/2 (as curl --http2 does) is answered in HTTP/1.1, without a warning."""
+        return False
 
 
 class Guard:
@@ -98,7 +95,8 @@ class Guard:
         """A page of the internet whose name suddenly means this machine (DNS rebinding) still asks by that name."""
         host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).lower()
         if self.hosts is not None and host and host not in self.hosts:
-            raise RequestError(f"this server is not {host[:100]!r}: ask it as {self.hosts[0]} or start it with --api-key", 403)
+            way_out = f"ask it as {self.hosts[0]}, or start it with --allow-host {host[:100]} or with --api-key"
+            raise RequestError(f"this server is not {host[:100]!r}: {way_out}", 403)
 
     def _check_key(self, path: str, method: str, headers: dict[bytes, bytes]) -> None:
         if self.api_key is None or method == "OPTIONS" or path in OPEN_PATHS or path.startswith(OPEN_PREFIXES):

@@ -1,9 +1,8 @@
 """Keys and values of the tokens seen so far, in two forms.
 
-`KVCache` is one tensor for a batch of texts of one length: what `GPT.forward(kv_cache=...)` takes, to experiment with.
-What generates is `KVBlocks`, for any number of texts that come and go, in blocks of BLOCK_SIZE tokens: `BlockAllocator`
-says whose block is whose and finds the blocks that texts share; `PrefillView` and `DecodeView` attend through them. Used by
-runner.py, scheduler.py and scripts/infer_bench.
+`KVCache` is one tensor for a batch of texts of one length: `GPT.forward(kv_cache=...)` takes it, for experiments and tests.
+Generation uses `KVBlocks`, for any number of texts that come and go, in blocks of BLOCK_SIZE tokens: runner.py attends
+through `PrefillView` and `DecodeView`; scheduler.py asks `BlockAllocator` for blocks, and for those that texts share.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ BLOCK_SIZE = 16  # tokens in a block
 
 
 class KVCache:
-    """A cache of at most seq_len tokens for each of batch_size rows, num_heads key/value heads of head_dim channels."""
+    """A cache for batch_size rows of at most seq_len tokens, with num_heads key/value heads of head_dim channels."""
 
     def __init__(
         self,
@@ -63,7 +62,7 @@ class KVCache:
         return torch.arange(self.length, self.length + T, device=self.tokens.device).expand(self.batch_size, T)
 
     def remember(self, idx: torch.Tensor) -> torch.Tensor:
-        """Store the next tokens (batch_size, T) of each row; returns those before them, the first token before itself."""
+        """Store the next tokens (batch_size, T); returns the token before each one (a row's first stands before itself)."""
         positions = self.positions(idx.size(1))
         self.tokens.scatter_(1, positions, idx)
         return self.tokens.gather(1, (positions - 1).clamp(min=0))
@@ -79,7 +78,7 @@ class KVCache:
     # ------------------------------------------------------------------------- contents
 
     def prefill(self, other: KVCache) -> None:
-        """Copy a cache of one row into every row of this one, which must be empty."""
+        """Copy a cache with one row into every row of this one, which must be empty."""
         if self.length or other.batch_size != 1:
             raise ValueError("prefill copies a cache of one row into an empty one")
         self.length = length = other.length
@@ -89,14 +88,14 @@ class KVCache:
         self.tokens[:, :length] = other.tokens[:, :length]
 
     def _reserve(self, length: int) -> None:
-        """Make room for rows of that length."""
+        """Make room for rows of this length."""
         allocated = self.keys.size(2)
         if length > allocated:
             more = min(max(length, 2 * allocated), self.seq_len) - allocated
             self.keys, self.values = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (self.keys, self.values))
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-        """Store the keys and values of T new tokens and attend to them and to what came before.
+        """Store the keys and values of T new tokens, then attend to them and to earlier ones.
 
         q: (B, T, H, D); k, v: (B, T, num_heads, D). A token sees itself and the `window` tokens before it in its row.
         Returns (B, T, H, D).
@@ -109,7 +108,7 @@ class KVCache:
         values[:, self.length : end] = v
         begin = max(0, self.length - window)  # no query reaches back further than the first one
         q, keys, values = heads_first(q, keys[:, begin:end].to(q.dtype), values[:, begin:end].to(q.dtype))
-        if T == 1:  # the window is all there is: nothing to mask
+        if T == 1:  # only keys within the window are left: nothing to mask
             return F.scaled_dot_product_attention(q, keys, values).transpose(1, 2)
         places = torch.arange(begin, end, device=q.device)
         distance = places[self.length - begin :, None] - places  # (T, keys)
@@ -121,20 +120,20 @@ class KVCache:
 
 
 class BlockAllocator:
-    """Which blocks are free, and which hold the beginning of a text that another may begin with as well.
+    """Tracks which blocks are free, and which hold prefixes that several texts may share.
 
-    A full block whose tokens are known is published under what precedes it and its tokens. Blocks that nobody uses stay
-    findable until they are needed for something else, the longest unused first. Block 0 is never given out: the empty
-    rows of a batch write there. Not thread-safe.
+    A full block is published under its tokens and the content before it. A published block that nobody uses can still be
+    found until its memory is needed; the one unused longest goes first. Block 0 is never allocated: the empty rows of a
+    batch write there. Not thread-safe.
     """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))  # the first is taken first
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(1, num_blocks))  # taken from the front
         self._users = [0] * num_blocks
         self._published: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # (parent, tokens): (block, content)
         self._key_of: dict[int, tuple[int, tuple[int, ...]]] = {}
-        self._contents = 0  # ever published: the number of each content; 0 is the empty text
+        self._contents = 0  # published so far; numbers the contents from 1, and 0 is the empty text
 
     @property
     def num_free(self) -> int:
@@ -151,7 +150,7 @@ class BlockAllocator:
         return block
 
     def release(self, blocks: list[int]) -> None:
-        """Give up one use of each. The end of a text is reused before its beginning, which others may share."""
+        """Give up one use of each block. A text's last blocks are reused before its first, which others may share."""
         for block in reversed(blocks):
             self._users[block] -= 1
             if self._users[block] == 0:
@@ -160,7 +159,7 @@ class BlockAllocator:
                     self._free.move_to_end(block, last=False)
 
     def share(self, tokens: list[int]) -> tuple[list[int], int]:
-        """(blocks, content) of the longest published beginning of `tokens`, now used once more."""
+        """(blocks, content) of the longest published prefix of `tokens`; counts one more use of these blocks."""
         blocks, content = [], 0
         for end in range(BLOCK_SIZE, len(tokens) + 1, BLOCK_SIZE):
             found = self._published.get((content, tuple(tokens[end - BLOCK_SIZE : end])))
@@ -172,13 +171,13 @@ class BlockAllocator:
         return blocks, content
 
     def use(self, blocks: list[int]) -> None:
-        """Count one more use of each."""
+        """Count one more use of each block."""
         for block in blocks:
             self._users[block] += 1
             self._free.pop(block, None)
 
     def publish(self, block: int, parent: int, tokens: tuple[int, ...]) -> int:
-        """Let others find a full block by its tokens and the content that precedes it; returns its own content."""
+        """Let others find a full block by its tokens and the content before it; returns the number of its content."""
         key = (parent, tokens)
         if key not in self._published:
             self._contents += 1
@@ -187,7 +186,7 @@ class BlockAllocator:
         return self._published[key][1]
 
     def forget(self) -> None:
-        """Let no block be found any more; those in use stay with their users."""
+        """Make all blocks unfindable; blocks in use stay with their users."""
         self._published.clear()
         self._key_of.clear()
 
@@ -195,7 +194,7 @@ class BlockAllocator:
 class KVBlocks:
     """The memory itself: for each layer keys and values (num_blocks, BLOCK_SIZE, n_kv_head, head_dim).
 
-    One tensor a layer and not one for all: a compiled step that writes through a view of a larger tensor copies it.
+    One tensor for each layer: a compiled step that writes through a view of a larger tensor copies that tensor.
     """
 
     def __init__(self, config: GPTConfig, num_blocks: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -231,7 +230,7 @@ class PrefillView:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
 
     def _mask(self, window: int, q: torch.Tensor) -> torch.Tensor | None:
-        """What to add to the scores, made once for all layers of a window; None where plain causality says it all."""
+        """The mask to add to the scores, made once for all layers with this window; None where a causal mask is enough."""
         if window not in self._masks:
             begin, end = max(0, self.start - window), self.start + self.T
             mask = None
@@ -244,11 +243,11 @@ class PrefillView:
 
 
 class DecodeView(NamedTuple):
-    """Attention for one more token of each of B texts of any lengths.
+    """Attention for one more token in each of B texts of any lengths.
 
-    keys, values: KVBlocks' own; table: (B, at least max_blocks) int64, the blocks of each text; positions: (B,) int64,
-    of the new tokens; columns: (n,), of which only the length counts: no text has more than n blocks (a tensor, so that
-    a compiled step takes any n); max_blocks: of the longest text that the model takes.
+    keys, values: from KVBlocks; table: (B, at least max_blocks) int64, the blocks of each text; positions: (B,) int64, of
+    the new tokens; columns: (n,), used only for its length n, the most blocks of any text (a tensor, so that a compiled
+    step takes any n); max_blocks: blocks of the longest text that the model takes.
     """
 
     keys: list[torch.Tensor]
@@ -261,7 +260,7 @@ class DecodeView(NamedTuple):
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         """Store k, v (B, 1, KV, D) and attend with q (B, 1, H, D) -> (B, 1, H, D).
 
-        Products and sums instead of a matrix product: the compiler fuses them with the look-up of the blocks, so that
+        Elementwise products and sums instead of a matrix product: the compiler fuses them with the gather of blocks, so
         keys and values are read once and never copied.
         """
         B, _, H, D = q.shape
@@ -279,7 +278,7 @@ class DecodeView(NamedTuple):
         return y.reshape(B, 1, H, D).to(keys.dtype)
 
     def _reach(self, window: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The blocks that a window can touch, (B, n) int64, and which of their L tokens it does, (B, L, 1, 1) bool."""
+        """The blocks that a window can touch, (B, n) int64, and which of their L tokens are in it, (B, L, 1, 1) bool."""
         positions, device = self.positions, self.positions.device
         within = torch.arange(BLOCK_SIZE, device=device)
         reach = window // BLOCK_SIZE + 2  # blocks that a window can touch
@@ -297,5 +296,5 @@ class DecodeView(NamedTuple):
 
 
 def in_memory(x: torch.Tensor) -> torch.Tensor:
-    """The same, but that a CPU's compiled code does not compute it anew for each use: what `cat` joins it writes to memory."""
+    """x itself. On a CPU, `cat` makes the compiler write it to memory, instead of recomputing it at each use."""
     return torch.cat((x[..., :1], x[..., 1:]), dim=-1) if x.device.type == "cpu" else x

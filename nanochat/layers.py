@@ -26,7 +26,7 @@ def norm(x: torch.Tensor) -> torch.Tensor:
 def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate pairs of channels by the angle of their position. x: (B, T, H, D); cos, sin: (B or 1, T, 1, D), see GPT.rotary.
 
-    A channel and the one half a head away are a pair. Swapped by `flip`, since the compiler writes what `cat` joins to memory.
+    Each channel is paired with the one half a head away. `flip` swaps them: the compiler would write a `cat` to memory.
     """
     swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
     return (x * cos + swapped * sin).to(x.dtype)
@@ -35,25 +35,25 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 def in_heads(
     parts: Sequence[torch.Tensor], scale: float, rotary: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries (B, T, H, D), keys and values (B, T, KV, D) of what the three matrices made, each (B, T, channels).
+    """Queries (B, T, H, D), keys and values (B, T, KV, D) from the three matrices' outputs, each (B, T, channels).
 
-    Queries and keys have the length scale * sqrt(D), longer than 1 so that attention can be sharper. rotary: see GPT.rotary.
-    Whoever changes this, `norm` or `apply_rotary` changes its derivative in heads_kernel.py as well.
+    Queries and keys have the length scale * sqrt(D); a scale above 1 lets attention be sharper. rotary: see GPT.rotary.
+    If you change this function, `norm` or `apply_rotary`, change the derivative in heads_kernel.py too.
     """
     q, k, v = (x.unflatten(-1, (-1, rotary[0].size(-1))) for x in parts)
     return apply_rotary(norm(q) * scale, *rotary), apply_rotary(norm(k) * scale, *rotary), v
 
 
 class Embedding(nn.Embedding):
-    """A table of one row for each index."""
+    """A table with one row for each index."""
 
     def reset_parameters(self) -> None:
-        """Values come from GPT.init_weights or a checkpoint; drawing some here would cost every command a second."""
+        """Does nothing: GPT.init_weights or a checkpoint sets the values; drawing them here costs every command a second."""
 
     def forward(  # type: ignore[override]
         self, idx: torch.Tensor, dtype: torch.dtype, order: Order | None = None
     ) -> torch.Tensor:
-        """Rows (*shape, C) in a dtype for ids of any shape; order: see GPT.sort_ids."""
+        """The rows (*shape, C) of ids of any shape, in the given dtype; order: see GPT.sort_ids."""
         if order is None:
             return super().forward(idx).to(dtype)
         from nanochat.lookup import look_up
@@ -62,22 +62,22 @@ class Embedding(nn.Embedding):
 
 
 class Linear(nn.Linear):
-    """A matrix without bias, float32 at rest, multiplied in the dtype of its input."""
+    """A matrix without bias, stored in float32 and multiplied in the dtype of its input."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
-        self.fp8 = False  # trained with products in 8 bits (fp8.py)
+        self.fp8 = False  # True: train with products in 8 bits (fp8.py)
 
     def reset_parameters(self) -> None:
         """Does nothing; see Embedding.reset_parameters."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (..., in_features) by this matrix."""
+        """x (..., in_features) times this matrix."""
         return product(x, self.weight, self.fp8 and self.training)
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, in_fp8: bool) -> torch.Tensor:
-    """x (..., in_features) by a matrix (out_features, in_features), in the dtype of x or in 8 bits."""
+    """x (..., in_features) times a matrix (out_features, in_features), in the dtype of x or in 8 bits."""
     return fp8_linear(x, weight) if in_fp8 else F.linear(x, weight.to(x.dtype))
 
 
@@ -88,17 +88,17 @@ def make_heads(
     rotary: tuple[torch.Tensor, torch.Tensor],
     fused: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`in_heads` of what the matrices of queries, keys and values make of x, (B, T, C). fused: see heads_kernel.py."""
+    """x (B, T, C) times the matrices of queries, keys and values, then `in_heads`. fused: see heads_kernel.py."""
     if x.device.type != "cuda" or not torch.is_grad_enabled():
         return in_heads([matrix(x) for matrix in matrices], scale, rotary)
-    qkv, sizes = multiply_joined(x, matrices), [matrix.out_features for matrix in matrices]  # faster there than three products
-    # PyTorch 2.11's compiler loses the fused function's gradient in float32, where its `to` has nothing to convert.
+    qkv, sizes = multiply_joined(x, matrices), [matrix.out_features for matrix in matrices]  # faster than three products
+    # In float32, where `to` has nothing to convert, PyTorch 2.11's compiler loses the fused function's gradient.
     if fused and x.dtype != torch.float32:
         return fused(qkv, sizes, scale, rotary)
     return in_heads(qkv.split(sizes, dim=-1), scale, rotary)
 
 
 def multiply_joined(x: torch.Tensor, matrices: Sequence[Linear]) -> torch.Tensor:
-    """What several matrices make of x, one after the other along the last dimension, by one product of all."""
+    """The products of x with several matrices, concatenated along the last dimension, as one product."""
     in_fp8 = matrices[0].fp8 and matrices[0].training
     return product(x, torch.cat([matrix.weight for matrix in matrices]), in_fp8)

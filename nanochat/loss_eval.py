@@ -12,14 +12,14 @@ from nanochat.common import NanochatError
 from nanochat.gpt import GPT
 from nanochat.ranks import all_or_none, any_rank, sum_over_ranks
 
-VAL_TOKENS = {"cpu": 2**18, "cuda": 2**22}  # of an evaluation while training, unless it is told how many
+VAL_TOKENS = {"cpu": 2**18, "cuda": 2**22}  # default tokens for an evaluation during training
 
 
 def batches_to_validate(asked: int | None, device: torch.device, batch_tokens: int) -> int | None:
-    """How many batches of validation data an evaluation while training takes, at least one; None for all.
+    """The number of validation batches for an evaluation during training, at least one; None: all.
 
-    asked: tokens, -1 for all, None for VAL_TOKENS: few beside those that are trained on between two evaluations, and the
-    same for all runs on such devices, which may then be compared.
+    asked: tokens, -1 for all, None for VAL_TOKENS: few compared to the tokens trained on between two evaluations, and the
+    same for all runs on such a device, so that they can be compared.
     """
     tokens = VAL_TOKENS.get(device.type, VAL_TOKENS["cpu"]) if asked is None else asked
     return None if tokens < 0 else max(1, tokens // batch_tokens)
@@ -27,10 +27,10 @@ def batches_to_validate(asked: int | None, device: torch.device, batch_tokens: i
 
 @torch.no_grad()
 def evaluate_bpb(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], token_bytes: np.ndarray) -> float:
-    """Bits that the model needs for a byte of the targets' text, over all ranks.
+    """Bits that the model needs per byte of the targets' text, over all ranks.
 
     batches: (inputs, targets), each (B, T) int64, targets -1 where there is nothing to predict; token_bytes:
-    (vocab_size,) as of Tokenizer.get_token_bytes. Tokens of no bytes (special ones) count in neither sum.
+    (vocab_size,) from Tokenizer.get_token_bytes. Tokens without bytes (special ones) count in neither sum.
     Raises NanochatError if no byte was predicted at all.
     """
     if model.is_sharded:

@@ -1,6 +1,6 @@
-"""Training in float16, whose numbers end at 6e-8: the loss is multiplied before the backward pass, gradients divided after it.
+"""Loss scaling for float16, which has no numbers below 6e-8: multiply the loss, then divide the gradients by the same factor.
 
-Used by trainer.py. float16 is for GPUs that do not multiply bfloat16 (before Ampere), by NANOCHAT_DTYPE=float16.
+Used by trainer.py. float16 is for GPUs without bfloat16 (before Ampere); NANOCHAT_DTYPE=float16 chooses it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ GROWTH_STEPS = 2000  # good updates after which the factor is doubled
 
 
 class LossScale:
-    """The factor of the loss: halved when gradients leave float16's range, doubled when they have not for long.
+    """The factor of the loss: halved when gradients leave float16's range, doubled when they have not for a long time.
 
-    For other dtypes it is 1 and stays so. Method: arXiv 1710.03740, section 3.2.
+    For other dtypes it is always 1. Method: arXiv 1710.03740, section 3.2.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -29,10 +29,10 @@ class LossScale:
         self._good_steps = 0
 
     def unscale(self, parameters: Iterable[torch.nn.Parameter]) -> bool:
-        """Divide the gradients by the factor, then adapt it; False if this update is to be passed over.
+        """Divide the gradients by the factor, then adapt it; False if this update must be skipped.
 
-        That is where a gradient is not finite on any rank (a collective call that waits for the device, in float16 alone).
-        Raises NanochatError if that is so with a factor of 1.
+        It must be when any rank has a gradient that is not finite (in float16, a collective call that waits for the device).
+        Raises NanochatError if that happens with a factor of 1.
         """
         if not self.enabled:
             return True
@@ -53,16 +53,16 @@ class LossScale:
         return True
 
     def state_dict(self) -> dict[str, Any]:
-        """What decides the next scale, JSON; {} in any other dtype than float16."""
+        """The factor and its counter, as JSON; {} for other dtypes than float16."""
         return {"factor": self.factor, "good_steps": self._good_steps} if self.enabled else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on as that one would have, if both are of float16: a run may be resumed in another dtype."""
+        """Continue from that state, if both are float16: a run may be resumed in another dtype."""
         if self.enabled and state:
             self.factor, self._good_steps = state["factor"], state["good_steps"]
 
 
 def _numbers(gradient: torch.Tensor) -> torch.Tensor:
-    """What a gradient holds here: the rows of one that has few, this rank's part of one that is shared out."""
+    """The values of a gradient on this rank: the rows present in a sparse one, the local part of a sharded one."""
     local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
     return local._values() if local.is_sparse else local

@@ -1,10 +1,8 @@
-"""What this machine does in a second, and how its threads and memory are made to serve. Used by whatever measures or plans."""
+"""What this machine does in a second, and how its threads are made to serve. Used by whatever measures or plans."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -86,21 +84,3 @@ def in_own_thread(work: Callable[[], T]) -> T:
     """
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(work).result()
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep freed memory instead of giving it back to the system after every step.
-
-    A training step on a CPU frees and takes hundreds of large buffers; fetching their pages anew from the system each
-    time took up to half of the element-wise work. Only what is larger than 32 MB, which would leave holes that little
-    fits into, comes from the system. Elsewhere (musl, macOS, Windows) there is nothing to do.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return
-    trim_threshold, mmap_threshold = -1, -3  # malloc.h: M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-    mallopt(mmap_threshold, 32 << 20)  # the highest that there is; set, it no longer follows what is freed
-    mallopt(trim_threshold, 2**31 - 1)

@@ -1,7 +1,7 @@
-"""OpenAI's chat and completion API as data: what requests may say, and what replies and errors look like.
+"""OpenAI's chat and completion API as data: what requests may contain, and what replies and errors look like.
 
-Extensions have the names that vLLM gave them (top_k, min_p, repetition_penalty); what is ours alone stands under the key
-"nanochat". Used by server.py, streams.py, service.py, guard.py and runs_api.py. Nothing here listens, waits or computes.
+Extensions have vLLM's names (top_k, min_p, repetition_penalty); our own are under the key "nanochat". Used by server.py,
+streams.py, service.py, guard.py and runs_api.py. Nothing here listens, waits or runs the model.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from nanochat.sampling import SamplingParams
 from nanochat.sequence import Sequence, TokenLogprob, next_piece
 from nanochat.tokenizer import IncrementalDecoder, Tokenizer
 
-MAX_MESSAGES, MAX_PARTS = 2000, 500  # of a conversation; of a message
-MAX_CHARS = 200_000  # of a message, a prompt or a whole conversation
+MAX_MESSAGES, MAX_PARTS = 2000, 500  # in a conversation; in a message
+MAX_CHARS = 200_000  # in a message, a prompt or a whole conversation
 MAX_TOKENS = 1 << 20
 MAX_CHOICES = 64  # texts that one request may ask for
 MAX_LOGPROBS = 20
+MAX_LOGPROB_VALUES = 1 << 19  # of a request, alternatives included: 35 MB of JSON, which take seconds to write
 
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 TokenId = Annotated[int, Field(ge=0, strict=True)]
-# The first wrong item is enough: errors of a million would take seconds and a gigabyte to write down.
+# Report only the first wrong item: errors for a million items would take seconds and a gigabyte.
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TOKENS, fail_fast=True)]
 
 
@@ -46,24 +47,24 @@ class RequestError(Exception):
 
 
 def explain(errors: list[dict[str, Any]], body: Any) -> RequestError:
-    """Pydantic's errors of a body as one sentence.
+    """One sentence for pydantic's errors about a body.
 
-    Where there is a choice of types each has errors of its own. Those that are not about a wrong type tell most, then those
-    that lie deepest.
+    Where several types are allowed, each one reports its own errors. Errors that are not about a wrong type say the most,
+    then those nested deepest.
     """
     if errors[0]["type"] == "json_invalid":
         return RequestError("the body is not valid JSON")
-    if isinstance(body, bytes):  # that nobody said is JSON
+    if isinstance(body, bytes):  # not declared as JSON
         return RequestError("send the body with Content-Type: application/json")
     telling = [error for error in errors if not error["type"].endswith("_type")]
-    # A list of a million wrong items has an error for each.
+    # A list of a million wrong items has a million errors.
     error = telling[0] if telling else max(errors[:1000], key=lambda error: len(_place(error, body)))
     where, message = ".".join(map(str, _place(error, body))), error["msg"].removeprefix("Value error, ")
     return RequestError(f"{where}: {message}" if where else message, param=where or None)
 
 
 def _place(error: dict[str, Any], body: Any) -> list[str | int]:
-    """Where in the body an error is: pydantic's path, without its names for the types that there were to choose from."""
+    """Where in the body an error is: pydantic's path, without the names of alternative types that pydantic inserts."""
     value, place = {"body": body}, []
     for step in error["loc"]:
         is_key = isinstance(value, dict) and step in value
@@ -79,27 +80,30 @@ def _place(error: dict[str, Any], body: Any) -> list[str | int]:
 
 
 class Part(BaseModel):
-    """A piece of a message: text, a call of the calculator, or its answer."""
+    """A part of a message: text, a calculator call, or its result."""
 
     type: Literal["text", "python", "python_output"]
     text: str = Field(max_length=MAX_CHARS)
 
 
-class Extension(BaseModel):
-    """What is ours alone of an answer: all its parts, of which `content` has the text."""
+PartList = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
 
-    parts: list[Part] = Field(max_length=MAX_PARTS)
+
+class Extension(BaseModel):
+    """Our extension of an answer: all its parts (`content` has only the text)."""
+
+    parts: PartList
 
 
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, Field(max_length=MAX_CHARS)] | Annotated[list[Part], Field(max_length=MAX_PARTS)] | None = None
-    nanochat: Extension | None = None  # of an answer that is sent back as it came
+    content: Annotated[str, Field(max_length=MAX_CHARS)] | PartList | None = None
+    nanochat: Extension | None = None  # in an answer that a client sends back unchanged
 
     @model_validator(mode="after")
     def _refuse_silence(self) -> Message:
         if self.content is None and self.role != "assistant":
-            raise ValueError("content is required, and may be null in an answer of the assistant alone")
+            raise ValueError("content is required, and may be null only in an answer of the assistant")
         return self
 
     def parts(self) -> list[dict[str, str]]:
@@ -114,9 +118,9 @@ class StreamOptions(BaseModel):
 
 
 class SamplingRequest(BaseModel):
-    """What chat and completion requests share. What we cannot do is refused, not passed over."""
+    """What chat and completion requests share. Unsupported settings are refused, not ignored."""
 
-    model_config = ConfigDict(extra="ignore")  # clients send what their users never see
+    model_config = ConfigDict(extra="ignore")  # clients send fields that their users never see
 
     model: str | None = Field(None, max_length=500)
     temperature: float | None = Field(None, ge=0, le=100)
@@ -147,12 +151,12 @@ class SamplingRequest(BaseModel):
         return bool(self.stream_options and self.stream_options.include_usage)
 
     def params(self, choice: int, max_tokens: int | None, logprobs: int | None, **more: Any) -> SamplingParams:
-        """The settings of one of the texts asked for; a seed that is not given is drawn from the clock."""
+        """The settings of one of the requested texts; without a seed, one is taken from the clock."""
         seed = time.time_ns() if self.seed is None else self.seed
         return SamplingParams(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_k=max(0, self.top_k or 0),
-            top_p=1.0 if self.top_p is None else max(self.top_p, 1e-6),  # of 0 the likeliest token is left, too
+            top_p=1.0 if self.top_p is None else max(self.top_p, 1e-6),  # 0 means the likeliest token, too
             min_p=self.min_p or 0.0,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             seed=seed + choice,
@@ -167,18 +171,18 @@ class SamplingRequest(BaseModel):
 class ChatRequest(SamplingRequest):
     """The body of POST /v1/chat/completions, and of the public guide's POST /chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: list[Any] | None = None
-    functions: list[Any] | None = None  # as tools were once called
+    functions: list[Any] | None = None  # the older name of tools
     response_format: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _refuse_tools(self) -> ChatRequest:
         if self.tools or self.functions:
-            raise ValueError("tools are not supported: the model has its own calculator and no others")
+            raise ValueError("tools are not supported: the model has only its own calculator")
         if self.response_format and self.response_format.get("type") != "text":
             raise ValueError("response_format can only be text")
         return self
@@ -192,26 +196,32 @@ class ChatRequest(SamplingRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def conversation(self) -> dict[str, Any]:
-        """What the tokenizer renders: roles alternate, neighbours of one role are joined, system text comes first.
+        """The conversation for the tokenizer: roles alternate, neighbours of one role are joined, system text comes first.
 
-        A greeting of the assistant's is left out, as the model knows conversations that the user begins; system text alone is
-        the user's. Raises RequestError for messages that make no conversation.
+        An opening greeting by the assistant is left out, because the model only knows conversations that the user begins.
+        System text without a user's message becomes the user's. Raises RequestError if the messages are not a conversation.
         """
         if sum(len(part["text"]) for message in self.messages for part in message.parts()) > MAX_CHARS:
             raise RequestError(f"the conversation is longer than {MAX_CHARS:,} characters: begin a new one", param="messages")
         system: list[str] = []
         turns: list[dict[str, Any]] = []
         for message in self.messages:
+            parts = message.parts()
+            is_empty = not any(part["text"] for part in parts)
             if message.role in ("system", "developer"):
-                system.append("".join(part["text"] for part in message.parts()))
+                system += [] if is_empty else ["".join(part["text"] for part in parts)]
             elif turns and turns[-1]["role"] == message.role:
-                turns[-1]["content"] += [{"type": "text", "text": "\n\n"}, *message.parts()]
+                apart = [{"type": "text", "text": "\n\n"}] if any(part["text"] for part in turns[-1]["content"]) else []
+                turns[-1]["content"] += [] if is_empty else [*apart, *parts]
             elif turns or message.role == "user":
-                turns.append({"role": message.role, "content": message.parts()})
+                turns.append({"role": message.role, "content": parts})
         if system and all(message.role in ("system", "developer") for message in self.messages):
             turns, system = [{"role": "user", "content": [{"type": "text", "text": "\n\n".join(system)}]}], []
         if not turns or turns[-1]["role"] != "user":
-            raise RequestError("the last message must be the user's", param="messages")
+            raise RequestError(
+                "the last message must be the user's: add one, or send the text to be continued to /v1/completions",
+                param="messages",
+            )
         for turn in turns:
             if turn["role"] == "user":
                 turn["content"] = "".join(part["text"] for part in turn["content"])
@@ -247,9 +257,9 @@ class CompletionRequest(SamplingRequest):
         return self
 
     def prompts(self, tokenizer: Tokenizer) -> list[tuple[list[int], bool]]:
-        """(tokens that begin with <|bos|>, whether that was added) of each prompt.
+        """For each prompt: (tokens that begin with <|bos|>, whether that was added).
 
-        Raises RequestError for ids that the vocabulary does not have.
+        Raises RequestError for ids outside the vocabulary.
         """
         single = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
         prompts: list[Any] = [self.prompt] if single else list(self.prompt)
@@ -284,13 +294,13 @@ class Reply:
         return self._frame("chat.completion", choices=choices, usage=usage(sequences, 1))
 
     def completions(self, sequences: list[Sequence], echo: bool, added_bos: list[bool]) -> dict[str, Any]:
-        """The whole reply to a completion request; added_bos: for each prompt, whether it was given one."""
+        """The whole reply to a completion request; added_bos: for each prompt, whether BOS was added."""
         n = len(sequences) // len(added_bos)
         choices = [self.completion_choice(i, sequence, echo, added_bos[i // n]) for i, sequence in enumerate(sequences)]
         return self._frame("text_completion", choices=choices, usage=usage(sequences, len(added_bos)))
 
     def chunk(self, choices: list[dict[str, Any]], total: dict[str, Any] | None = None) -> str:
-        """One server-sent event. "usage" is there if it was asked for: null before the last one, as with OpenAI."""
+        """One server-sent event. "usage" is included on request: null except in the last one, as with OpenAI."""
         name = "chat.completion.chunk" if self.kind == "chat" else "text_completion"
         more = {"usage": total} if self.include_usage else {}
         return as_event(self._frame(name, choices=choices, **more))
@@ -303,14 +313,14 @@ class Reply:
         if any(part["type"] != "text" for part in parts):
             message["nanochat"] = {"parts": parts}
         logprobs = None
-        if sequence.params.logprobs is not None:  # without that of the token that ended the answer
+        if sequence.params.logprobs is not None:  # without that of the stop token
             logprobs = {"content": self.chat_logprobs(sequence.logprobs[: sum(sequence.masks)])}
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason(sequence)}
 
     def chat_delta(
         self, index: int, sequence: Sequence, parts: list[dict[str, Any]], logprobs: list[TokenLogprob], last: bool
     ) -> dict[str, Any]:
-        """What is new in a streamed answer; tool calls come as parts of ours, which other clients pass over."""
+        """What is new in a streamed answer; tool calls come as parts of our extension, which other clients ignore."""
         delta: dict[str, Any] = {} if last else {"content": "".join(p["text"] for p in parts if p["type"] == "text")}
         if any(part["type"] != "text" for part in parts):
             delta["nanochat"] = {"parts": parts}
@@ -330,13 +340,13 @@ class Reply:
             logprobs = aligned(sequence.logprobs, [*sequence.masks, 1][: len(tokens)])
             offsets = self._prompt_offsets(prompt) + TextOffsets(self.tokenizer, len(echoed)).of(tokens)
             if echo:
-                first = [] if added_bos else [None]  # nothing precedes the first token: it has no probability
+                first = [] if added_bos else [None]  # nothing precedes the first token, so it has no probability
                 logprobs = [*first, *sequence.prompt_logprobs, *logprobs]
             choice["logprobs"] = self.completion_logprobs(logprobs, prompt + tokens, offsets)
         return choice
 
     def _prompt_offsets(self, prompt: list[int]) -> list[int]:
-        """Where the tokens of an echoed prompt begin, whose special tokens are spelled out."""
+        """Where the tokens of an echoed prompt begin; its special tokens are spelled out."""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         lengths = [len(decoder.decode(self.tokenizer.decode_bytes([token]))) for token in prompt]
         return list(itertools.accumulate(lengths, initial=0))[: len(prompt)]
@@ -356,7 +366,7 @@ class Reply:
     def completion_logprobs(
         self, logprobs: Iterable[TokenLogprob | None], tokens: list[int], offsets: list[int]
     ) -> dict[str, list[Any]]:
-        """The older form: parallel lists over the tokens."""
+        """The older format: parallel lists over the tokens."""
         texts = [token_text(self.tokenizer, token) for token in tokens]
         top = [
             None if entry is None else {token_text(self.tokenizer, token): value for token, value in entry.top}
@@ -372,9 +382,9 @@ def as_event(content: dict[str, Any]) -> str:
 
 
 class TextOffsets:
-    """Where an answer's tokens begin in the text that is shown, in characters; calls of the calculator have no length.
+    """Where an answer's tokens begin in the shown text, in characters; calculator calls have no length.
 
-    Tokens that a stop text took away stand where they would have been shown.
+    Tokens removed by a stop text are placed where they would have been shown.
     """
 
     def __init__(self, tokenizer: Tokenizer, start: int = 0) -> None:
@@ -390,13 +400,13 @@ class TextOffsets:
 
 
 def aligned(logprobs: list[TokenLogprob], masks: list[int]) -> list[TokenLogprob | None]:
-    """What the model thought of each token, None for those that a tool forced."""
+    """The log-probabilities of each token, None for those that a tool forced."""
     sampled = iter(logprobs)
     return [next(sampled, None) if mask else None for mask in masks]
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token by its text, or its bytes where they are no whole characters, as OpenAI spells them."""
+    """The text of a token, or its bytes if they are not whole characters, spelled as OpenAI does."""
     data = tokenizer.decode_bytes([token])
     try:
         return data.decode("utf-8")
@@ -405,25 +415,25 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def spoken(pieces: list[tuple[str, str]]) -> str:
-    """The text that is meant for the reader, without calls of tools and their answers."""
+    """The text meant for the reader, without tool calls and their results."""
     return "".join(text for text, part in pieces if part == "text")
 
 
 class Parts:
-    """An answer's pieces as the parts of a message, as they come. A call that follows another at once is a part of its own."""
+    """Turns an answer's pieces into parts of a message as they arrive. A call right after another is a separate part."""
 
     def __init__(self) -> None:
         self._kind = "text"  # of the part that is open
 
     def of(self, pieces: list[tuple[str, str]]) -> list[dict[str, Any]]:
-        """The next pieces, joined; a call or its answer says "begins" where it does, else it goes on from the last one."""
+        """The next pieces, joined; a call or result with "begins" is new, otherwise it continues the last one."""
         parts: list[dict[str, Any]] = []
         for text, kind in pieces:
             if text and parts and parts[-1]["type"] == kind == self._kind:
                 parts[-1]["text"] += text
             elif text:
                 parts.append({"type": kind, "text": text} | ({} if kind in ("text", self._kind) else {"begins": True}))
-            if text or kind == "text":  # between calls there is always a piece of text, an empty one
+            if text or kind == "text":  # between calls there is always a piece of text, if an empty one
                 self._kind = kind
         return parts
 
@@ -434,12 +444,12 @@ def joined_parts(pieces: list[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 def finish_reason(sequence: Sequence) -> str:
-    """OpenAI's word for how a text ended: a full context and a server that stops cut it short as max_tokens does."""
+    """OpenAI's word for how a text ended: a full context and a server shutdown count as "length", like max_tokens."""
     return "stop" if sequence.finish_reason == "stop" else "length"
 
 
 def usage(sequences: list[Sequence], prompts: int) -> dict[str, Any]:
-    """Tokens that were read and written; the samples of one prompt count it once."""
+    """Tokens that were read and written; a prompt counts once, however many samples it has."""
     samples = max(1, len(sequences) // prompts)
     read = sum(len(sequence.prompt) for sequence in sequences[::samples])
     written = sum(len(sequence.tokens) for sequence in sequences)
@@ -452,16 +462,26 @@ def usage(sequences: list[Sequence], prompts: int) -> dict[str, Any]:
 
 
 def check_tokens(tokens: list[int], tokenizer: Tokenizer) -> None:
-    """Raise RequestError for ids that the vocabulary does not have."""
+    """Raise RequestError for ids outside the vocabulary."""
     if tokens and max(tokens) >= tokenizer.get_vocab_size():
         raise RequestError(f"token {max(tokens)} is outside the vocabulary of {tokenizer.get_vocab_size()}", param="prompt")
 
 
 def check_prompt(tokens: list[int], limit: int) -> None:
-    """Raise RequestError where a prompt leaves no room for an answer."""
+    """Raise RequestError if a prompt leaves no room for an answer."""
     if len(tokens) >= limit:
         raise RequestError(
             f"this model's context is {limit} tokens, and the prompt alone has {len(tokens)}: shorten it",
             param="prompt",
             code="context_length_exceeded",
+        )
+
+
+def check_logprobs(texts: int, tokens: int, top: int | None) -> None:
+    """Raise RequestError if texts of so many tokens have more log-probabilities than a reply should hold; top: for each."""
+    if top is not None and texts * tokens * (1 + top) > MAX_LOGPROB_VALUES:
+        raise RequestError(
+            f"log-probabilities of {texts} x {tokens:,} tokens with {top} alternatives are more than {MAX_LOGPROB_VALUES:,} "
+            "values: ask for fewer texts, tokens (max_tokens) or alternatives",
+            param="logprobs",
         )

@@ -1,8 +1,9 @@
-"""MuonAdamW: Muon on matrices, AdamW on head and scalars, a rule of their own for embeddings; for one and many ranks.
+"""MuonAdamW: Muon for matrices, AdamW for head and scalars, row-wise Adagrad for embeddings; on one rank or many.
 
-Built by GPT.setup_optimizer, driven by trainer.py. With several ranks each owns an equal share of every group: gradients
-arrive by reduce-scatter (summed: the trainer scales the loss), the share is updated, and the new values leave by
-all-gather, each collective running while other groups compute. Optimizer state exists only for the share a rank owns.
+Built by GPT.setup_optimizer, driven by trainer.py. With several ranks, each unit's rows are divided over the ranks as
+evenly as they go; some ranks may own none. Gradients arrive by reduce-scatter (summed: the trainer scales the loss), each
+rank updates its rows, and the new values leave by all-gather. Collectives overlap with the updates of other units. A rank
+keeps optimizer state only for the rows it owns.
 
 The arithmetic is in updates.py.
 """
@@ -31,14 +32,14 @@ from nanochat.updates import (
 if TYPE_CHECKING:
     from nanochat.gpt import GPT
 
-# Older versions of PyTorch know them only by other names, of which newer ones warn.
+# Older versions of PyTorch have only the second names; newer versions warn about them.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Peak learning rates by kind of parameter, and what else the optimizer needs to know."""
+    """Peak learning rates by kind of parameter, and the optimizer's other settings."""
 
     matrix_lr: float = 0.02
     embedding_lr: float = 0.3
@@ -47,14 +48,14 @@ class OptimizerSettings:
     weight_decay: float = 0.2  # of matrices
     adam_betas: tuple[float, float] = (0.8, 0.95)
     adam_eps: float = 1e-10
-    # A norm cancels their first gradient except for rounding error, which Adam would scale up to a full step.
+    # A norm cancels the scalars' first gradient; only rounding error is left, and Adam would scale it up to a full step.
     scalar_eps: float = 1e-6
     muon_momentum: float = 0.95
     muon_beta2: float = 0.9
-    muon_blocks: bool = True  # orthogonalize each head, and as many neurons, for itself; False: whole matrices
+    muon_blocks: bool = True  # orthogonalize each head, and groups of as many neurons, separately; False: whole matrices
 
     def __post_init__(self) -> None:
-        """Raises NanochatError for values that mean nothing, by the names that --set has."""
+        """Raises NanochatError for meaningless values, and names them as --set does."""
         pair = tuple(self.adam_betas)
         shares = {"adam_betas": pair, "muon_momentum": (self.muon_momentum,), "muon_beta2": (self.muon_beta2,)}
         for name, values in shares.items():
@@ -69,7 +70,7 @@ class OptimizerSettings:
 
 @dataclass
 class Group:
-    """Parameters that are updated alike. `lr`, `momentum` and `weight_decay` are what the trainer's schedules move."""
+    """Parameters that are updated alike. The trainer's schedules change `lr`, `momentum` and `weight_decay`."""
 
     kind: str  # "muon": matrices of one shape, stacked; "rows": embeddings; "adamw": any shapes
     names: list[str]
@@ -79,7 +80,7 @@ class Group:
     betas: tuple[float, float] = (0.8, 0.95)
     eps: float = 1e-10
     initial_momentum: float = 0.95
-    block: tuple[int, ...] | None = None  # rows and columns of what Muon orthogonalizes at a time; None: the matrix
+    block: tuple[int, ...] | None = None  # rows and columns that Muon orthogonalizes at a time; None: whole matrices
     lr: float = field(init=False)
     momentum: float = field(init=False)
     weight_decay: float = field(init=False)
@@ -91,7 +92,7 @@ class Group:
 def build_optimizer(model: GPT, settings: OptimizerSettings) -> MuonAdamW:
     """Sort a GPT's parameters into groups. The rates of embeddings and head are scaled by (n_embd / 768)^-1/2.
 
-    It also decides which embeddings get sparse gradients from here on.
+    It also decides which embeddings get sparse gradients from now on.
     """
     _choose_sparse_gradients(model)
     width_scale = (model.config.n_embd / 768) ** -0.5
@@ -106,7 +107,7 @@ def build_optimizer(model: GPT, settings: OptimizerSettings) -> MuonAdamW:
     others = [
         Group("adamw", *take("lm_head."), settings.unembedding_lr * width_scale, **adam),
         Group("rows", *take(*tables), settings.embedding_lr * width_scale, betas=settings.adam_betas),
-        # Each residual factor moves the whole stream: a hundredth of the rate of the factors of the first embedding.
+        # Each of these scales the whole residual stream, so their rate is a hundredth of that of x0_lambdas.
         Group("adamw", *take("resid_lambdas"), settings.scalar_lr * 0.01, betas=settings.adam_betas, eps=settings.scalar_eps),
         Group("adamw", *take("x0_lambdas"), settings.scalar_lr, betas=(0.96, 0.95), eps=settings.scalar_eps),
     ]
@@ -122,22 +123,22 @@ def build_optimizer(model: GPT, settings: OptimizerSettings) -> MuonAdamW:
         )
         for (shape, block), names in sorted(alike.items())
     ]  # fmt: skip
-    # On several ranks the others, many numbers and little work, travel while Muon computes: to their owners while
-    # the first half does, and back while the second half does.
+    # Order matters with several ranks: the other groups are large but cheap, so their reduce overlaps the first half
+    # of Muon and their gather the second.
     half = len(muon) // 2
     return MuonAdamW([group for group in (*muon[:half], *others, *muon[half:]) if group.params], model.is_sharded)
 
 
 def _choose_sparse_gradients(model: GPT) -> None:
-    """Of tables on a CPU, by one process: elsewhere whole tables travel, or cost little."""
+    """Use them for tables on a CPU in a single process: several ranks send whole tables, and on a GPU those cost little."""
     for table in model.tables().values():
         table.sparse = table.weight.device.type == "cpu" and not in_process_group()
 
 
 def _block(name: str, shape: torch.Size, head_dim: int) -> tuple[int, int]:
-    """A head is a map of its own: head_dim rows of a matrix that makes heads, as many columns of one that reads them.
+    """The block that Muon orthogonalizes at a time: one head, as rows of a matrix that makes heads, columns of one that reads.
 
-    The neurons of an MLP are treated alike: as good, and the fewer rows, the less work (dev/LOG.md, "Muon in blocks").
+    MLP neurons are grouped the same way: as good, and smaller blocks are less work (dev/LOG.md, "Muon in blocks").
     """
     rows, columns = shape
     if name.endswith("c_proj.weight"):
@@ -146,7 +147,7 @@ def _block(name: str, shape: torch.Size, head_dim: int) -> tuple[int, int]:
 
 
 class MuonAdamW:
-    """The optimizer. `step()` sums gradients over the ranks; those of a sharded model are summed already."""
+    """The optimizer. `step()` sums gradients over the ranks, except those of a sharded model, which are summed already."""
 
     def __init__(self, groups: list[Group], sharded: bool = False) -> None:
         self.groups, self.sharded = groups, sharded
@@ -155,7 +156,7 @@ class MuonAdamW:
         self._units = [unit for group in groups for unit in self._make_units(group)]
 
     def _make_units(self, group: Group) -> Iterable[Any]:
-        """Matrices are stacked, other parameters updated each by itself."""
+        """One unit for a group of matrices, which are stacked; one for each parameter of other groups."""
         kinds: dict[str, Any] = UNITS
         if self.sharded:
             from nanochat.sharded_optim import SHARDED_UNITS as kinds
@@ -184,10 +185,9 @@ class MuonAdamW:
     # ------------------------------------------------------------------------- state
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Flat tensors by name (a collective call): "wte.weight/exp_avg", ...; of parameters that are cut, cut like them.
+        """Tensors in a flat dict: "lm_head.weight/exp_avg", ... (a collective call).
 
-        Of whole parameters they are whole, whatever the number of ranks, and given to rank 0 alone, on the CPU if there
-        are several.
+        Unsharded: whole tensors, on rank 0 only (CPU if world_size > 1). Sharded: each rank its rows.
         """
         state = {"steps": torch.tensor(self.steps)}
         for unit in self._units:
@@ -195,18 +195,18 @@ class MuonAdamW:
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `state_dict`, from whole tensors or cut ones, on any number of ranks. Raises KeyError."""
+        """The inverse of `state_dict`, on any number of ranks. Raises KeyError if a tensor is missing."""
         self.steps = int(state["steps"])
         for unit in self._units:
             unit.scatter_state(state)
 
 
 class _Unit:
-    """Parameters that are reduced, updated and gathered together, as a table (rows, ...) of which each rank owns a share.
+    """Parameters that are reduced, updated and gathered together, as a table (rows, ...) whose rows are divided over ranks.
 
-    A row is what one rank may update alone: of AdamW a single number, of an embedding a row, of Muon a whole matrix. A new
-    kind says how parameters become rows, what is kept for each, and how they are updated; an entry in UNITS, one in
-    SHARDED_UNITS (sharded_optim.py) and its bytes in memory.py make it known.
+    A row is the smallest part that a rank can update by itself: one number for AdamW, one row of an embedding, one matrix
+    for Muon. A new kind defines how parameters become rows, what state each row has and how rows are updated. Register it
+    in UNITS and in SHARDED_UNITS (sharded_optim.py), and count its bytes in memory.py.
     """
 
     def __init__(self, group: Group, names: list[str], params: list[nn.Parameter], rank: int, world_size: int) -> None:
@@ -226,7 +226,7 @@ class _Unit:
         raise NotImplementedError
 
     def _as_rows(self, tensors: list[Tensor]) -> Tensor:
-        """Tensors like the parameters as a table (rows, ...)."""
+        """Arrange tensors shaped like the parameters as a table (rows, ...)."""
         raise NotImplementedError
 
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -234,7 +234,7 @@ class _Unit:
         raise NotImplementedError
 
     def start_reduce(self) -> None:
-        """Begin to sum the gradients over ranks; afterwards this rank's rows are in the first buffer."""
+        """Begin to sum the gradients over ranks; once that is done, the first buffer holds this rank's rows."""
         if self.world_size == 1:
             if grads := [p.grad for p in self.params if p.grad is not None]:
                 self._buffers = (self._as_rows(grads).float(),)
@@ -246,11 +246,11 @@ class _Unit:
         self._buffers = (share, rows)
 
     def update(self, step: int) -> None:
-        """Update this rank's rows, and begin to tell the other ranks of them; step: from 1, for Adam's bias correction."""
+        """Update this rank's rows and begin to send them to the others; step: from 1, for Adam's bias correction."""
         if self._work is not None:
             self._work.wait()
         if self.world_size == 1:
-            if self._buffers:  # else no parameter has a gradient: idle blocks stay as they are
+            if self._buffers:  # otherwise no parameter has a gradient: idle blocks stay as they are
                 self._update_rows(self._buffers[0], step)
         elif self.begin < self.end:
             self._update_rows(self._buffers[0][: self.end - self.begin], step)
@@ -258,7 +258,7 @@ class _Unit:
         self._start_gather()
 
     def _update_rows(self, grad: Tensor, step: int) -> None:
-        """Move this rank's rows by their gradient (own rows, ...) float32, which may be overwritten."""
+        """Update this rank's rows from their gradient (own rows, ...) float32, which may be overwritten."""
         raise NotImplementedError
 
     def _own_rows(self) -> Tensor:
@@ -286,14 +286,14 @@ class _Unit:
         raise NotImplementedError
 
     def _padded(self, rows: Tensor, length: int | None = None) -> Tensor:
-        """Rows of zeros added at the end, so that all ranks have equally many."""
+        """Append rows of zeros, so that all ranks have the same number."""
         length = length or self.rows_per_rank * self.world_size
         if rows.size(0) == length:
             return rows
         return torch.cat([rows, rows.new_zeros((length - rows.size(0), *rows.shape[1:]))])
 
     def gather_state(self) -> dict[str, Tensor]:
-        """The state of all rows by the names of the parameters, on rank 0; {} on others (a collective call)."""
+        """The state of all rows, by parameter name, on rank 0; {} on other ranks (a collective call)."""
         result = {}
         for name, share in self.state.items():
             if self.world_size > 1:
@@ -307,11 +307,11 @@ class _Unit:
         return result
 
     def _split_state(self, name: str, rows: Tensor) -> dict[str, Tensor]:
-        """A tensor of state of all rows, cut up as "PARAMETER/NAME"."""
+        """Split a state tensor of all rows into {"PARAMETER/NAME": tensor}."""
         raise NotImplementedError
 
     def scatter_state(self, state: dict[str, Tensor]) -> None:
-        """Take this rank's rows of what `gather_state` gave."""
+        """Take this rank's rows from what `gather_state` returned."""
         raise NotImplementedError
 
 
@@ -343,7 +343,7 @@ class _AdamWUnit(_Unit):
 
 
 class _RowsUnit(_AdamWUnit):
-    """One embedding, by rows. Alone on a CPU, only those that were looked up are ever touched, from the gradient on."""
+    """One embedding, by rows. On a CPU with one process, only rows that were looked up are touched (sparse gradients)."""
 
     def _as_rows(self, tensors: list[Tensor]) -> Tensor:
         return tensors[0]
@@ -378,7 +378,7 @@ class _MuonUnit(_Unit):
 
     def _update_rows(self, grad: Tensor, step: int) -> None:
         group = self.group
-        # Idle blocks are the first and have no gradients: these are of the last grad.size(0) matrices.
+        # Idle blocks come first and have no gradients, so `grad` belongs to the last grad.size(0) matrices.
         learning = slice(self.end - self.begin - grad.size(0), None)
         mine = self.params[self.begin : self.end][learning]
         momentum, second_moment = (self.state[name][learning] for name in ("momentum", "second_moment"))

@@ -1,4 +1,4 @@
-"""How much a device can take at a time, and what it does in a second: measured before a run, to plan it.
+"""How much a device can process at a time and per second, measured before a run to plan it.
 
 Used by scripts/base_train, chat_sft and chat_rl.
 """
@@ -20,11 +20,11 @@ from nanochat.ranks import any_rank, from_rank0, gather_objects
 from nanochat.scaling import accumulation_steps, default_device_batch_size
 from nanochat.scheduler import MEMORY_SHARE
 
-ANSWER_ROWS = 32  # in a micro-batch of reinforcement, where they fit
+ANSWER_ROWS = 32  # answers in a micro-batch of reinforcement learning, if they fit
 
 
 def flops_in(model: GPT, minutes: float) -> float:
-    """Floating-point operations that the ranks do in `minutes` of training, roughly: what a batch size is chosen by."""
+    """Roughly the floating-point operations that all ranks do in `minutes` of training, to choose a batch size."""
     device, dtype = model.get_device(), model.get_compute_dtype()
     rate = expected_mfu(device, dtype) * from_rank0(measure_matmul_rate(device, dtype))
     return rate * get_dist_info()[3] * 60 * minutes
@@ -33,8 +33,8 @@ def flops_in(model: GPT, minutes: float) -> float:
 def batch_worth_an_update(model: GPT) -> int:
     """The batch, in tokens, at which the optimizer's step takes about a fifth of an update's time (a collective call).
 
-    Where memory is slow beside the products, as with AMX, a smaller batch learns more from a token but less in a second
-    (dev/LOG.md, "Batches where updates are dear").
+    Where memory is slow compared to matrix products, as with AMX, a smaller batch learns more per token but less per
+    second (dev/LOG.md, "Batches where updates are dear").
     """
     device = model.get_device()
     idx = torch.zeros(1, model.config.sequence_len, dtype=torch.long, device=device)
@@ -46,16 +46,16 @@ def batch_worth_an_update(model: GPT) -> int:
 
 
 def _idle_optimizer(model: GPT) -> MuonAdamW:
-    """An optimizer with all rates 0: its steps take their time and change nothing."""
+    """An optimizer with all rates 0: its steps take as long as real ones and change nothing."""
     return model.setup_optimizer(matrix_lr=0, embedding_lr=0, unembedding_lr=0, scalar_lr=0, weight_decay=0)
 
 
 def steps_in(model: GPT, minutes: float, rows: int, total_batch_size: int, compile: bool, expand_at: float = 0.0) -> int:
-    """Updates that this machine does until `minutes` after the command was given: --target-minutes as a horizon.
+    """The updates that this machine can do until `minutes` after the command was given: --target-minutes as a horizon.
 
-    Measured on a few micro-batches of `rows`, compiled as the training will be, and on updates by nothing, of all blocks and
-    of the last one, which learns alone for a share expand_at. Evaluations and checkpoints are not counted. Raises
-    NanochatError if no time is left.
+    Measured on a few micro-batches of `rows`, compiled as in training, and on updates with all rates 0; both for all blocks
+    and for only the last one, which is all that learns in the first share expand_at of the run. Evaluations and checkpoints
+    are not counted. Raises NanochatError if no time is left.
     """
     T, device = model.config.sequence_len, model.get_device()
     if compile and try_to_compile(device) is None:
@@ -69,7 +69,7 @@ def steps_in(model: GPT, minutes: float, rows: int, total_batch_size: int, compi
 
     def seconds_of_step(idle_blocks: int) -> float:
         model.idle_blocks = idle_blocks
-        each = [seconds_of(lambda: passes.run([(idx, idx)], count), device) for _ in range(5)][2:]  # the first ones compile
+        each = [seconds_of(lambda: passes.run([(idx, idx)], count), device) for _ in range(5)][2:]  # the first two compile
         updates = [seconds_of(optimizer.step, device) for _ in range(3)][1:]
         model.zero_grad(set_to_none=True)
         model.idle_blocks = 0
@@ -86,15 +86,15 @@ def steps_in(model: GPT, minutes: float, rows: int, total_batch_size: int, compi
 
 
 def choose_device_batch_size(model: GPT, requested: int, total_batch_size: int, world_size: int) -> int:
-    """Rows in a micro-batch: as requested, else as many as divide the total batch and fit the device's memory.
+    """Rows in a micro-batch: as requested, else the most that divide the total batch and fit the device's memory.
 
-    A CPU gets at most 8,192 tokens at a time, which is all its caches like; a quarter of that with a large vocabulary, when
-    most of the time goes to the loss, which takes few tokens at a time anyway. A GPU is tried: one forward and backward
-    pass, with fewer rows after each failure, so that cards of 6 and of 80 GB run the same command.
+    A CPU gets at most 8,192 tokens at a time, as much as suits its caches; a quarter of that with a large vocabulary, when
+    most time goes to the loss, which takes few tokens at a time anyway. On a GPU we try one forward and backward pass,
+    with fewer rows after each failure, so that cards of 6 and of 80 GB run the same command.
     """
     T, device = model.config.sequence_len, model.get_device()
     if requested > 0:
-        accumulation_steps(total_batch_size, requested, T, world_size)  # raises if it does not divide
+        accumulation_steps(total_batch_size, requested, T, world_size)  # raises if it does not divide the total
         return requested
     most_tokens = 2**17 if device.type == "cuda" else 2**13 if model.config.vocab_size < 2**14 else 2**11
     rows = default_device_batch_size(total_batch_size, T, world_size, most_tokens)
@@ -105,7 +105,7 @@ def choose_device_batch_size(model: GPT, requested: int, total_batch_size: int, 
 
 
 def choose_answer_rows(model: GPT, requested: int) -> int:
-    """Answers in a micro-batch of reinforcement: as requested, else 32, and on a GPU no more than fit as whole contexts."""
+    """Answers in a micro-batch of RL: as requested, else 32; on a GPU fewer if 32 full-length ones do not fit."""
     if requested > 0:
         return requested
     rows = ANSWER_ROWS
@@ -115,13 +115,13 @@ def choose_answer_rows(model: GPT, requested: int) -> int:
 
 
 def _fits(model: GPT, rows: int, engine_share: float = 0.0) -> bool:
-    """Whether a pass over that many rows fits in a GPU's memory, beside what the optimizer will need.
+    """Whether a pass over that many rows fits in a GPU's memory together with the optimizer's state.
 
-    engine_share: of the memory that is free now, for an engine.
+    engine_share: the share of the free memory to keep for an engine.
     """
     device = model.get_device()
     idx = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=device)
-    with torch.device("meta"):  # since an optimizer takes its memory when it is made
+    with torch.device("meta"):  # an optimizer allocates its state when it is made; here only the sizes are wanted
         groups = GPT(model.config).setup_optimizer().groups
     state_bytes = optimizer_bytes(groups) // get_dist_info()[3]
     engine_bytes = int(engine_share * torch.cuda.mem_get_info(device)[0]) if engine_share else 0

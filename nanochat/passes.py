@@ -1,8 +1,8 @@
 """Forward and backward passes over the micro-batches of an update. Used by trainer.py, and by what measures its speed.
 
-On a GPU the pass of a small model is hundreds of kernels, each of which takes less time than to launch it from here. There a
-pass is recorded once, as a CUDA graph, and replayed by one call: at depth 4 that takes 2.6 in place of 12.8 ms, at depth 12
-101.8 in place of 103.6 (dev/LOG.md, "A third time on an H200"). NANOCHAT_CUDA_GRAPHS=0 launches them kernel by kernel.
+On a GPU a small model's pass is hundreds of kernels, and launching one takes longer than running it. There a pass is
+recorded once, as a CUDA graph, and replayed with one call: 2.6 ms instead of 12.8 at depth 4, 101.8 instead of 103.6 at
+depth 12 (dev/LOG.md, "A third time on an H200"). NANOCHAT_CUDA_GRAPHS=0 launches kernel by kernel.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from nanochat.gpt import GPT
 
 logger = logging.getLogger(__name__)
 
-# (inputs, targets, ...), each of B rows, between which a pass may part it; targets (B, T) int64, -1: nothing to predict there.
+# (inputs, targets, ...), each with B rows; a pass may split it by rows. targets: (B, T) int64, -1: nothing to predict.
 Batch = tuple[torch.Tensor, ...]
-Shape = tuple[int, tuple[torch.Size, ...]]  # of a pass: how many blocks are idle, and what goes in
-PIECE_TOKENS = 1024  # of a pass that is not compiled, on a CPU
-STEP_BYTES = 8  # for each parameter: what an update of one process takes at most (memory.step_bytes counts it by its parts)
+Shape = tuple[int, tuple[torch.Size, ...]]  # of a pass: the number of idle blocks, and the inputs' shapes
+PIECE_TOKENS = 1024  # tokens in an uncompiled pass on a CPU
+STEP_BYTES = 8  # per parameter: the most that an update in one process allocates (see memory.step_bytes)
 
 
 def summed_loss(model: GPT, batch: Batch) -> torch.Tensor:
@@ -33,18 +33,18 @@ def summed_loss(model: GPT, batch: Batch) -> torch.Tensor:
 
 
 class Passes:
-    """Makes a model's gradients of loss_fn: (model, batch) -> loss, a sum over rows. Only the default is ever recorded."""
+    """Computes gradients of loss_fn: (model, batch) -> loss, a sum over rows. Only the default loss_fn is recorded."""
 
     def __init__(self, model: GPT, loss_fn: Callable[[GPT, Batch], torch.Tensor] = summed_loss) -> None:
         self.model, self.loss_fn = model, loss_fn
-        self._tried: Shape | None = None  # of the pass that was recorded, or for which there was no room
+        self._tried: Shape | None = None  # of the pass that was recorded, or that did not fit in memory
         self._newest: Shape | None = None
         self._recording: _Recording | None = None
 
     def run(self, batches: Sequence[Batch], count: torch.Tensor) -> torch.Tensor:
-        """Add the gradients of the batches' summed loss / count to `.grad`; returns that loss, () float32.
+        """Add the gradients of (summed loss of the batches) / count to `.grad`; returns that quotient, () float32.
 
-        Gradients of an update before this one must be gone: those of recorded passes start from zero.
+        Clear the gradients of the previous update first: those of recorded passes start from zero.
         """
         if self._may_record():
             self._record(batches[0], count)
@@ -52,19 +52,21 @@ class Passes:
         if recording:
             recording.begin()
         loss = torch.zeros((), device=self.model.get_device())
+        sparse = [table.weight for table in self.model.tables().values() if table.sparse]
         for batch in self._pieces(batches):
             if recording and self._shape_of(batch) == self._tried:
                 loss += recording.replay(batch, count)
             else:
                 loss += self.once(batch, count)
+            _join_rows(sparse)
         return loss
 
     @property
     def in_pieces(self) -> bool:
-        """Whether a pass takes a few rows at a time: on a CPU, as long as it is not compiled.
+        """Whether a pass takes a few rows at a time: on a CPU, as long as the model is not compiled.
 
-        There it keeps several times as much for its backward pass, and is faster with what fits into the cache. Ranks of a
-        sharded model need as many passes as each other.
+        Uncompiled, it keeps several times as much for the backward pass, and is faster when that fits into the cache. Not for
+        sharded models: all their ranks must make the same number of passes.
         """
         model = self.model
         short_rows = model.config.sequence_len <= PIECE_TOKENS
@@ -85,20 +87,20 @@ class Passes:
         return self.model.idle_blocks, tuple(tensor.shape for tensor in batch)
 
     def _may_record(self) -> bool:
-        """What waits for other ranks, or recomputes because memory is short, is not recorded."""
+        """Passes that wait for other ranks, or recompute blocks because memory is short, are not recorded."""
         model = self.model
         fixed = self.loss_fn is summed_loss and not model.is_sharded and not model.recompute_blocks
         allowed = os.environ.get("NANOCHAT_CUDA_GRAPHS", "1") != "0"
         return allowed and fixed and model.is_compiled and model.get_device().type == "cuda"
 
     def _record(self, batch: Batch, count: torch.Tensor) -> None:
-        """Record a pass of a new shape: at once if the number of idle blocks is new too, else when it comes twice in a row."""
+        """Record a pass of a new shape: at once if the number of idle blocks changed, else when it comes twice in a row."""
         shape = self._shape_of(batch)
         comes_again, self._newest = shape == self._newest, shape
         new_blocks = self._tried is None or shape[0] != self._tried[0]
         if shape == self._tried or not (new_blocks or comes_again):
             return
-        self._tried, self._recording = shape, None  # first of all: the memory of the old one is needed
+        self._tried, self._recording = shape, None  # first, to free the memory of the old recording
         try:
             self._recording = _Recording.make(self, batch, count)
         except torch.OutOfMemoryError as error:
@@ -107,33 +109,43 @@ class Passes:
             self.model.zero_grad(set_to_none=True)
 
 
+def _join_rows(tables: Sequence[torch.Tensor]) -> None:
+    """Add up what sparse gradients of tables (rows, channels) say of one row, before they grow larger than dense ones.
+
+    PyTorch only appends a pass's rows to those of the passes before.
+    """
+    for table in tables:
+        if table.grad is not None and table.grad._nnz() > table.size(0):
+            table.grad = table.grad.coalesce()
+
+
 class _Recording:
-    """One pass as a CUDA graph, with tensors of its own for what goes in and for the gradients."""
+    """One pass as a CUDA graph, with its own tensors for the inputs and the gradients."""
 
     def __init__(self, passes: Passes, batch: Batch, count: torch.Tensor) -> None:
-        """The gradients are there, as a pass before has left them. Raises NanochatError if it cannot be recorded."""
+        """Call it when an earlier pass has created the gradients. Raises NanochatError if the pass cannot be recorded."""
         model = passes.model
         self.batch, self.count = batch, count
         self.gradients = [(p, p.grad) for p in model.parameters() if p.grad is not None]
-        self.constants = model.constants(batch[0].size(1))  # a graph does not keep what it reads
+        self.constants = model.constants(batch[0].size(1))  # kept here: a graph does not keep its inputs alive
         self.graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(model.get_device())
         try:
             with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):  # other threads may go on
                 self.loss = passes.once(self.batch, self.count)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # after which PyTorch's allocator is not to be trusted
+        except Exception as error:  # PyTorch's allocator may be broken now, so do not go on without the graph
             raise NanochatError(
                 f"a training pass cannot be recorded here ({first_line(error)[:200]}): set NANOCHAT_CUDA_GRAPHS=0"
             ) from error
 
     @staticmethod
     def make(passes: Passes, batch: Batch, count: torch.Tensor) -> _Recording | None:
-        """Warm up and record, if memory allows: a recording keeps what a pass takes, and evaluations need as much besides."""
+        """Warm up and record, if memory allows: a recording keeps a pass's memory, and evaluations need as much again."""
         model, device = passes.model, passes.model.get_device()
         batch, count = tuple(tensor.clone() for tensor in batch), count.clone()
         with side_stream(device):
-            for _ in range(2):  # compiles, and makes what is made once
+            for _ in range(2):  # compile, and create everything that is created only once
                 model.zero_grad(set_to_none=True)
                 torch.cuda.reset_peak_memory_stats(device)
                 before = torch.cuda.memory_allocated(device)
@@ -148,7 +160,7 @@ class _Recording:
         return _Recording(passes, batch, count)
 
     def begin(self) -> None:
-        """Lay out the gradients that replays add to, all zero."""
+        """Set the gradients that replays add to, all zero."""
         torch._foreach_zero_([gradient for _, gradient in self.gradients])
         for parameter, gradient in self.gradients:
             parameter.grad = gradient

@@ -1,12 +1,12 @@
 """Learning from rewards: rollouts of a task, advantages, and the policy-gradient loss. Used by scripts/chat_rl.
 
-An update answers some problems several times each, with the weights as they are, rewards the answers, and makes those
-that were better than others likelier. What a tool wrote is not learned; the token that ended an answer is.
+An update answers some problems several times each with the current weights, rewards the answers, and makes better ones
+more likely. Tool output is not learned; the token that ends an answer is.
 
-Methods: REINFORCE (Williams 1992), GRPO (arXiv 2402.03300), DAPO's normalization by tokens and its leaving out of groups
-that all earned the same (arXiv 2503.14476), without division by the group's spread (arXiv 2503.20783).
-To add an objective, extend `compute_advantages` and `OBJECTIVES`, and say in `_pack` and `make_policy_loss` whether tokens
-or answers count.
+Methods: REINFORCE (Williams 1992), GRPO (arXiv 2402.03300), DAPO's normalization by tokens and its filtering of groups
+with equal rewards (arXiv 2503.14476), without division by the group's standard deviation (arXiv 2503.20783).
+To add an objective, extend `compute_advantages` and `OBJECTIVES`, and decide in `_pack` and `make_policy_loss` whether
+tokens or answers are counted.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ if TYPE_CHECKING:
     from tasks.common import Conversation, Task
 
 OBJECTIVES = ("dapo", "grpo", "reinforce")
-CORRECTION_LIMIT = 2.0  # of the ratio between a token's probabilities in training and in sampling
-ROW_STEP = 64  # tokens: rows are padded to a multiple, so that few shapes occur
+CORRECTION_LIMIT = 2.0  # upper limit on the ratio of a token's probabilities in training and in sampling
+ROW_STEP = 64  # tokens: rows are padded to a multiple of this, so that few shapes occur
 
 # (inputs, targets, advantages, scale, sampled_logprobs): (B, T) int64, (B, T) int64 with -1 where nothing was sampled,
-# (B, 1) float32, (B, 1) float32 what a token counts, (B, T) float32 its log-probability when it was drawn
+# (B, 1) float32, (B, 1) float32 the weight of a token, (B, T) float32 its log-probability when it was drawn
 RolloutBatch = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """How answers are drawn and compared. Raises NanochatError for values that mean nothing."""
+    """How answers are drawn and compared. Raises NanochatError for meaningless values."""
 
     objective: str = "dapo"
     examples_per_step: int = 16
@@ -53,7 +53,7 @@ class RolloutSettings:
     max_tokens: int = 256
     temperature: float = 1.0
     top_k: int = 0
-    kl_weight: float = 0.0  # of the distance from the model at the start
+    kl_weight: float = 0.0  # weight of the KL penalty against the starting model
     seed: int = 42
 
     def __post_init__(self) -> None:
@@ -62,36 +62,36 @@ class RolloutSettings:
         if self.num_samples < 2 and self.objective != "reinforce":
             raise NanochatError(f"--num-samples {self.num_samples} leaves nothing to compare: choose 2 or more")
         if self.temperature < 0.01:
-            raise NanochatError(f"--temperature {self.temperature} explores nothing: choose 0.01 or more")
+            raise NanochatError(f"--temperature {self.temperature} leaves nothing to explore: choose 0.01 or more")
         if self.kl_weight > 0 and self.top_k > 0:
             raise NanochatError("--kl-weight compares whole distributions: leave --top-k at 0 with it")
         self.sampling()
 
     def sampling(self) -> SamplingParams:
-        """How each answer is drawn, but for its seed. Raises NanochatError."""
+        """How each answer is drawn, apart from its seed. Raises NanochatError."""
         return SamplingParams(self.temperature, self.top_k, max_tokens=self.max_tokens, policy_logprobs=True)
 
 
 def compute_advantages(rewards: torch.Tensor, objective: str, baseline: float) -> torch.Tensor:
-    """How much better than expected each answer is; (problems, answers) float32 like the rewards.
+    """How much better each answer is than expected; (problems, answers) float32, like the rewards.
 
-    dapo: than the mean of its group; grpo: the same in units of the group's standard deviation; both 0 in a group that all
-    earned the same; reinforce: than `baseline`, the mean reward of the whole step.
+    dapo: compared to the mean of its group; grpo: the same in units of the group's standard deviation; both give 0 in a
+    group with equal rewards. reinforce: compared to `baseline`, the mean reward of the whole step.
     """
-    if objective == "reinforce":  # rewards equal to the mean, up to rounding, are worth 0
+    if objective == "reinforce":  # 0 for rewards that equal the mean up to rounding
         return (rewards - baseline).masked_fill(torch.isclose(rewards, torch.full_like(rewards, baseline), rtol=1e-6), 0.0)
     relative = rewards - rewards.mean(dim=1, keepdim=True)
     if objective == "grpo":
         relative = relative / rewards.std(dim=1, keepdim=True, correction=0).clamp(min=1e-6)
-    same = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # whose mean may be another number, by rounding
+    same = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)  # rounding may move their mean
     return relative.masked_fill(same, 0.0)
 
 
 class RolloutLoader:
-    """Endless micro-batches of rollouts, `micro_batches` for each update, drawn when an update's first one is asked for.
+    """Endless micro-batches of rollouts, `micro_batches` per update; requesting an update's first one draws all of them.
 
-    Each rank answers its share of an update's problems. What comes next follows from the number of the update and the
-    weights alone, so that a resumed run goes on as it would have. `metrics()` tells of the newest update.
+    Each rank answers its share of an update's problems. The next rollouts depend only on the number of the update and the
+    weights, so a resumed run continues as it would have. `metrics()` describes the newest update.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class RolloutLoader:
     ) -> None:
         if settings.examples_per_step < world_size or len(task) < 1:
             raise NanochatError(
-                f"{settings.examples_per_step} problems a step of {len(task)} are too few for {world_size} ranks: "
+                f"{settings.examples_per_step} problems a step, of {len(task)}, are too few for {world_size} ranks: "
                 "raise --examples-per-step or give more data"
             )
         self.engine, self.task, self.settings, self.micro_batches = engine, task, settings, micro_batches
@@ -138,7 +138,7 @@ class RolloutLoader:
     # ------------------------------------------------------------------------- drawing and judging
 
     def _problems(self) -> list[tuple[int, int]]:
-        """(place in the run, index) of this rank's problems of the update: an epoch is one pass in an order of its own."""
+        """(place in the run, index) of this rank's problems in the update; each epoch is one pass in its own order."""
         places = range(self.step * self.settings.examples_per_step, (self.step + 1) * self.settings.examples_per_step)
         chosen = []
         for place in places[self.rank :: self.world_size]:
@@ -147,7 +147,7 @@ class RolloutLoader:
         return chosen
 
     def _roll_out(self) -> tuple[list[Answer], torch.Tensor, torch.Tensor, float]:
-        """(answers, rewards (problems, num_samples) float32, `_sum_up` of them, seconds) of this rank's problems."""
+        """For this rank's problems: (answers, rewards (problems, num_samples) float32, their `_sum_up`, seconds)."""
         started = time.perf_counter()
         settings, engine, n = self.settings, self.engine, self.settings.num_samples
         chosen = self._problems()
@@ -157,7 +157,7 @@ class RolloutLoader:
         engine.forget()  # the weights have changed since the last update
         engine.model.eval()
         params = settings.sampling()
-        # One place in the run, one seed: whatever the number of ranks, an answer is drawn with the same numbers.
+        # The seed follows from the place in the run, so an answer's random numbers do not depend on the number of ranks.
         answers = [
             Answer(trim_prompt(prompt, most), replace(params, seed=(settings.seed << 40) + n * place + k))
             for (place, _), prompt in zip(chosen, prompts, strict=True)
@@ -172,13 +172,13 @@ class RolloutLoader:
         return answers, table, sums, time.perf_counter() - started
 
     def _judge(self, problem: Conversation, answer: Answer) -> float:
-        """What an answer earns: nothing if it never ended, or a model that is right learns not to stop."""
+        """The reward of an answer: 0 if it never ended, or a model with right answers would learn not to stop."""
         if answer.stop_token is None:
             return 0.0
         return float(self.task.reward(problem, self.engine.tokenizer.decode(answer.tokens)))
 
     def _sum_up(self, answers: list[Answer], rewards: torch.Tensor, shortened: int) -> torch.Tensor:
-        """What `_count` tells the ranks' answers by: (7,), on the device."""
+        """This rank's sums for `_count`: (7,), on the device."""
         sampled = sum(sum(answer.masks) for answer in answers)
         unfinished = sum(answer.stop_token is None for answer in answers)
         mixed = (rewards != rewards[:, :1]).any(dim=1).sum()
@@ -188,12 +188,12 @@ class RolloutLoader:
         )  # fmt: skip
 
     def _count(self, sums: torch.Tensor, seconds: float) -> dict[str, float]:
-        """What this update's answers were, over all ranks, by each one's `_sum_up`."""
+        """Metrics of this update's answers over all ranks, from each rank's `_sum_up`."""
         sum_over_ranks(sums)
         count, reward, groups, mixed, sampled, unfinished, shortened = sums.tolist()
         return {
             "rl/reward": reward / count,
-            "rl/mixed_groups": mixed / groups,  # those that teach something
+            "rl/mixed_groups": mixed / groups,  # only these teach something
             "rl/answer_tokens": sampled / count,
             "rl/unfinished": unfinished / count,
             "rl/shortened_prompts": shortened,
@@ -203,7 +203,7 @@ class RolloutLoader:
     # ------------------------------------------------------------------------- packing
 
     def _make_batches(self, answers: list[Answer], rewards: torch.Tensor, baseline: float) -> list[RolloutBatch]:
-        """micro_batches batches of answers of like length; those without a say in the update are left out."""
+        """Sort answers by length into micro_batches batches; those that contribute nothing to the update are left out."""
         advantages = compute_advantages(rewards, self.settings.objective, baseline).flatten().tolist()
         kept = [(answer, a) for answer, a in zip(answers, advantages, strict=True) if a != 0 or self.settings.kl_weight > 0]
         kept.sort(key=lambda pair: pair[0].length)
@@ -211,7 +211,7 @@ class RolloutLoader:
         return [self._pack(kept[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]
 
     def _pack(self, rows: list[tuple[Answer, float]]) -> RolloutBatch:
-        """Rows of prompt and answer; a batch of none is one row in which nothing was sampled."""
+        """Rows of prompt and answer; an empty batch becomes one row in which nothing was sampled."""
         longest = max((answer.length for answer, _ in rows), default=1)
         T = min(-(-longest // ROW_STEP) * ROW_STEP, self.engine.model.config.sequence_len)
         B = max(1, len(rows))
@@ -237,7 +237,7 @@ class RolloutLoader:
 
 
 def policy_logprobs(model: GPT, inputs: torch.Tensor, targets: torch.Tensor, temperature: float, top_k: int) -> torch.Tensor:
-    """(B, T) float32: log-probabilities of the targets in the distribution that sampling draws from; 0 at -1."""
+    """(B, T) float32: log-probabilities of the targets in the distribution that sampling uses; 0 where a target is -1."""
     head = model.lm_head.weight[: model.config.vocab_size]
     losses = token_losses(model.features(inputs).flatten(0, 1), head, targets.flatten(), LOGIT_CAP, temperature, top_k)
     return -losses.view(targets.shape)
@@ -246,12 +246,12 @@ def policy_logprobs(model: GPT, inputs: torch.Tensor, targets: torch.Tensor, tem
 def make_policy_loss(
     settings: RolloutSettings, reference: GPT | None = None
 ) -> tuple[Callable[[GPT, RolloutBatch], torch.Tensor], Callable[[RolloutBatch], torch.Tensor]]:
-    """(loss_fn, count_fn) for a Trainer: the summed loss of a batch, and what the sum over an update is divided by.
+    """(loss_fn, count_fn) for a Trainer: the summed loss of a batch, and the count that an update's sum is divided by.
 
-    That is the number of sampled tokens for dapo, of answers for the others. Training computes a token's probability a
-    little differently than sampling did (other kernels, other rounding): each token is weighted by the ratio of the
-    two, at most CORRECTION_LIMIT (truncated importance sampling). reference: the model to stay close to; the distance is the
-    k3 estimate of http://joschu.net/blog/kl-approx.html.
+    The count is the number of sampled tokens for dapo, of answers for the others. Training computes a token's probability
+    slightly differently than sampling did (other kernels, other rounding), so each token is weighted by the ratio of the
+    two, at most CORRECTION_LIMIT (truncated importance sampling). reference: the model to stay close to, by the k3 estimate
+    of the KL divergence (http://joschu.net/blog/kl-approx.html).
     """
 
     def loss_fn(model: GPT, batch: RolloutBatch) -> torch.Tensor:

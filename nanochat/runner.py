@@ -1,9 +1,10 @@
-"""The model at work for generation: long prompts in chunks, and one token at a time for many texts. Used by scheduler.py
-and, for weights that only generate (`prepare_for_inference`), the scripts that chat and measure.
+"""Runs the model for generation: prompts in chunks, then one token at a time for many texts. Used by scheduler.py; scripts
+that chat or measure use `prepare_for_inference`.
 
 A decoding step is compiled once, for any number of texts and any length: on a CPU with the weights packed for its matrix
-units, on CUDA as one graph for each size of batch and length, both in powers of two. A step of one text is computed as
-one of two, so that a text's tokens never depend on how many others are in the batch.
+units, on CUDA with one graph for each batch size and length, both rounded to powers of two. A step with one text runs as
+one with two, so on a CPU a text's tokens never depend on how many others are in the batch. On a GPU the draw does not
+depend on them, but logits may differ by rounding.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from nanochat.gpt import GPT
 from nanochat.kv_cache import BLOCK_SIZE, DecodeView, KVBlocks, PrefillView
 from nanochat.layers import Linear
 
-COLUMNS_STEP = 8  # blocks: the longest text of a batch counts as a multiple of this
+COLUMNS_STEP = 8  # blocks: the length of a batch's longest text is rounded up to a multiple of this
 CPU_OPTIONS = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP"}
-_compiling = threading.Lock()  # for the threads of several GPUs: the compiler is one for the process
+_compiling = threading.Lock()  # threads of several GPUs take turns: a process has only one compiler
 
 
 class Int8Linear(nn.Module):
-    """A matrix in int8 with one scale for each output channel: half of bfloat16's memory, rounded to 1 part in 254."""
+    """A matrix in int8 with one scale for each output channel: half the memory of bfloat16, rounded to 1 part in 254."""
 
     weight: torch.Tensor
     scale: torch.Tensor
 
     def __init__(self, linear: Linear, dtype: torch.dtype) -> None:
-        """dtype: that of what is multiplied. Scales are kept in it: converted at each use, they stop the compiler on a GPU."""
+        """dtype: of the inputs. Scales are stored in it: converting them at each use fails to compile on a GPU."""
         super().__init__()
         weight = linear.weight.detach().float()
         scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-8)
@@ -45,9 +46,9 @@ class Int8Linear(nn.Module):
 
 
 def prepare_for_inference(model: GPT, weights: str = "auto") -> GPT:
-    """Turn a loaded model, in place, into one that only generates: matrices in the compute dtype ("auto") or "int8".
+    """Change a loaded model in place for generation only: matrices in the compute dtype ("auto") or in "int8".
 
-    Raises NanochatError for another name.
+    Raises NanochatError for any other name.
     """
     if weights not in ("auto", "int8"):
         raise NanochatError(f"weights {weights!r} are not known: choose auto or int8")
@@ -56,7 +57,7 @@ def prepare_for_inference(model: GPT, weights: str = "auto") -> GPT:
     if weights == "int8":
         for module in list(model.modules()):
             for name, child in list(module.named_children()):
-                if isinstance(child, Linear) and child.in_features >= 64:  # the tiny gates are left exact
+                if isinstance(child, Linear) and child.in_features >= 64:  # leave the tiny gates exact
                     setattr(module, name, Int8Linear(child, dtype))
     for parameter in model.parameters():
         if parameter.dim() == 2:
@@ -72,16 +73,16 @@ class ModelRunner:
         self.max_blocks = -(-config.sequence_len // BLOCK_SIZE)
         self.memory = KVBlocks(config, num_blocks, self.device, model.get_compute_dtype())
         rows = max(2, max_rows)
-        # Written in place, never made anew: the inputs of every decoding step. Empty rows have block 0 everywhere.
-        # The table is wider than any text, so that a compiled step never meets the whole of it as a special case.
+        # The inputs of every decoding step, always written in place. Empty rows have block 0 everywhere.
+        # The table is wider than any text: its full width would be a special case for the compiler.
         self.table = torch.zeros(rows, self.max_blocks + COLUMNS_STEP, dtype=torch.long, device=self.device)
         self.inputs = torch.zeros(3, rows, dtype=torch.long, device=self.device)  # tokens, those before them, positions
-        self._staging = self.inputs  # where the host writes them
+        self._staging = self.inputs  # where the host writes the inputs
         if self.device.type != "cpu":
             self._staging = torch.zeros(3, rows, dtype=torch.long, pin_memory=self.device.type == "cuda")
-        self._copied = torch.cuda.Event() if self.device.type == "cuda" else None  # they have arrived
+        self._copied = torch.cuda.Event() if self.device.type == "cuda" else None  # recorded when inputs are copied
         self._columns = torch.zeros(-(-self.max_blocks // COLUMNS_STEP) * COLUMNS_STEP, device=self.device)
-        model.rotary(None, config.sequence_len)  # the whole table now: compiled code is not to see it grow
+        model.rotary(None, config.sequence_len)  # make the whole table now: compiled code must not see it grow
         self._compiled: Callable[..., torch.Tensor] | None = None  # of _decode_step
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
 
@@ -89,9 +90,9 @@ class ModelRunner:
 
     @torch.inference_mode()
     def prefill(self, tokens: list[int], before: int, start: int, blocks: list[int], every: bool = False) -> torch.Tensor:
-        """Compute the tokens that follow the first `start` of a text, the last of which is `before`.
+        """Compute `tokens`, which follow the first `start` tokens of a text; `before` is the token just before them.
 
-        Returns the logits after the last of them, (1, vocab_size) float32, or after every one, (T, vocab_size).
+        Returns the logits after the last one, (1, vocab_size) float32; with `every`, after each, (T, vocab_size).
         """
         model, T = self.model, len(tokens)
         view = PrefillView(self.memory, blocks, start, T)
@@ -105,7 +106,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def copy_block(self, source: int, targets: list[int]) -> None:
-        """Give other blocks the keys and values of one."""
+        """Copy the keys and values of one block to others."""
         blocks = torch.tensor(targets, device=self.device)
         for memory in (*self.memory.keys, *self.memory.values):
             memory[blocks] = memory[source].clone()
@@ -116,22 +117,25 @@ class ModelRunner:
         self.table[row, column] = block
 
     def set_row(self, row: int, blocks: list[int]) -> None:
-        """Give a row of the batch to a text."""
+        """Assign a row of the batch to a text with these blocks."""
         self.table[row] = torch.tensor(blocks + [0] * (self.table.size(1) - len(blocks)), device=self.device)
 
     def move_row(self, source: int, target: int) -> None:
-        """Move the text of one row to another, and leave an empty row behind."""
+        """Move the text in row `source` to row `target`; `source` becomes empty."""
         if source != target:
             self.table[target] = self.table[source]
         self.table[source] = 0
 
     @torch.inference_mode()
     def decode(self, tokens: list[int], previous: list[int], positions: list[int]) -> torch.Tensor:
-        """One more token for the first B rows, the ones before them given: its logits (B, vocab_size) float32."""
+        """Compute one more token for each of the first B rows; returns logits (B, vocab_size) float32.
+
+        previous: the token before each.
+        """
         B = len(tokens)
         if self._copied is not None:
-            self._copied.synchronize()  # where tokens are forced, nothing else waits for the step before
-        staging = self._staging.numpy()  # writing through numpy costs a tenth of making a tensor
+            self._copied.synchronize()  # if tokens are forced, nothing else waits for the previous step
+        staging = self._staging.numpy()  # writing through numpy takes a tenth of the time of making a tensor
         staging[0, :B], staging[1, :B], staging[2, :B] = tokens, previous, positions
         rows = self._rows_to_run(B)
         staging[:, B:rows] = 0
@@ -143,7 +147,7 @@ class ModelRunner:
         return self._run(rows, columns)[:B]
 
     def _rows_to_run(self, B: int) -> int:
-        """At least two, so that one text alone is computed like many; on CUDA, with graphs, a power of two."""
+        """At least two, so that a single text is computed like several; on CUDA a power of two, for fewer graphs."""
         rows = max(2, B)
         return min(1 << (rows - 1).bit_length(), self.table.size(0)) if self.device.type == "cuda" else rows
 
@@ -173,7 +177,7 @@ class ModelRunner:
         keys: list[torch.Tensor],
         values: list[torch.Tensor],
     ) -> torch.Tensor:
-        """tokens, previous, positions: (B,); the rest as in DecodeView. What is compiled. Returns logits (B, vocab_size)."""
+        """The step that is compiled. tokens, previous, positions: (B,); others: see DecodeView. Returns (B, vocab_size)."""
         model = self.model
         view = DecodeView(keys, values, table, positions, columns, self.max_blocks)
         rotary, views = model.rotary(positions[:, None], 1), [view] * model.config.n_layer
@@ -191,17 +195,17 @@ class ModelRunner:
         return self._compiled or self._decode_step
 
     def compile(self, frozen: bool = True) -> str | None:
-        """Compile the decoding step; returns why not, where that is impossible.
+        """Compile the decoding step; returns the reason if that is impossible.
 
-        frozen: the weights will not change afterwards, so that on a CPU they are packed for its matrix units. No other
-        thread may compute meanwhile: the compiler traces by replacing parts of PyTorch for all of them.
+        frozen: the weights will not change afterwards, so a CPU can pack them for its matrix units. No other thread may
+        compute meanwhile: while it traces, the compiler replaces parts of PyTorch for all threads.
         """
         return can_compile(self.device) or self._compile(frozen)
 
     @torch.inference_mode()
     def _compile(self, frozen: bool) -> str | None:
-        self.model.compute_dtype = self.model.get_compute_dtype()  # asking the CPU what it can is not for compiled code
-        from torch._inductor import config as inductor_config  # here, since it takes a second
+        self.model.compute_dtype = self.model.get_compute_dtype()  # compiled code cannot query the CPU's features
+        from torch._inductor import config as inductor_config  # imported here because it takes a second
 
         options = dict(CPU_OPTIONS) if self.device.type == "cpu" and frozen else {}
         if options and any(isinstance(module, Int8Linear) for module in self.model.modules()):
@@ -209,10 +213,10 @@ class ModelRunner:
         compiled: Callable[..., torch.Tensor] = torch.compile(self._decode_step, fullgraph=True)
         scratch = self._scratch()
         try:
-            # Not compile's own options: freezing must be known when the graph is traced, too.
+            # Not as options of torch.compile: freezing must already be set when the graph is traced.
             with _compiling, inductor_config.patch(options):
                 compiled(*scratch, self.memory.keys, self.memory.values)
-        except Exception as error:  # whatever a compiler throws, generation goes on without it
+        except Exception as error:  # whatever the compiler raises, generation works without it
             reason = f"the compiler failed: {first_line(error)[:200]}"
             logger.warning("decoding stays uncompiled: %s", reason)
             return reason
@@ -221,7 +225,7 @@ class ModelRunner:
 
     @torch.inference_mode(False)  # tensors of the same kind as the real ones
     def _scratch(self) -> tuple[torch.Tensor, ...]:
-        """Inputs of two rows that touch block 0 alone, marked as of any size."""
+        """Inputs for two rows that touch only block 0, with their sizes marked as dynamic."""
         ids = torch.zeros(3, self.table.size(0), dtype=torch.long, device=self.device)
         table = torch.zeros_like(self.table)
         tensors = (*(row[:2] for row in ids), table[:2], self._columns[:COLUMNS_STEP])
@@ -230,12 +234,12 @@ class ModelRunner:
         return tensors
 
     def _capture(self, rows: int, columns: int) -> None:
-        """Record the compiled step for one size of batch and length as a CUDA graph, which a single call replays."""
+        """Record the compiled step for one batch size and length as a CUDA graph, which a single call replays."""
         arguments = self._arguments(rows, min(columns, self._columns.size(0)))
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)  # PyTorch's own stream is of one GPU
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)  # PyTorch's default stream is on one GPU
         with _compiling:
             with side_stream(self.device):
-                for _ in range(2):  # compiles, and fills PyTorch's pools
+                for _ in range(2):  # compile, and fill PyTorch's memory pools
                     self._step(*arguments)
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 logits = self._step(*arguments)

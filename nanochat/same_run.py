@@ -1,4 +1,4 @@
-"""Whether a run that goes on is still the run that was begun, and whether all ranks run the same.
+"""Checks that a resumed run still has the settings and data that it began with, and that all ranks agree.
 
 Used by stage.py, the training scripts and scripts/compare.py.
 """
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from nanochat.stage import Stage
     from tasks.common import Task
 
-# What may differ between a run and its resumption: it changes how the work is done, not what is computed; and rates, since
-# lower ones are the way out of a divergence.
+# Settings that may change when a run is resumed, because they change how the work is done, not what is computed. Rates may
+# change too, since lower ones are the remedy for a divergence.
 FREE_SETTINGS = {
     "resume", "resume_from_step", "run", "log_to", "tensorboard",
     "device", "dtype", "fp8", "world_size", "fsdp", "activation_checkpointing", "device_batch_size",
     "compile", "eval_every", "eval_tokens", "sample_every", "save_every", "keep_last",
     "device_type", *RATES,
-    # What they mean is compared, not where:
+    # Their content is compared, not the path:
     "data", "tasks", "task_data", "tokenizer", "from_hf", "model_tag", "tag", "model_step",
     "core_metric_every", "core_metric_max_per_task", "eval_bundle", "max_rows", "eval_examples", "eval_samples",
 }  # fmt: skip
 
 
 def compare_ranks(seen: dict[str, Any]) -> None:
-    """Raise NanochatError on every rank if they do not see the same, by its names (a collective call)."""
+    """Raise NanochatError on every rank if a named value differs between ranks (a collective call)."""
     first, *others = gather_objects(seen)
     for rank, other in enumerate(others, 1):
         for name in first | other:
@@ -49,7 +49,7 @@ def compare_ranks(seen: dict[str, Any]) -> None:
 
 
 def check_settings(stage: Stage, new: dict[str, Any], args: Arguments) -> None:
-    """Raise NanochatError if a stage that is to go on was started with other settings."""
+    """Raise NanochatError if a resumed stage was started with other settings."""
     if stage.resume_step is None:
         return
     old, anew = stage.recorded_settings(), way_to_begin_anew(stage.directory)
@@ -63,7 +63,7 @@ def check_settings(stage: Stage, new: dict[str, Any], args: Arguments) -> None:
         flag = "--set" if key == "switches" else "--" + key.replace("_", "-")
         before = old.get(key, args.defaults[key] if key in args.given else value)  # a flag newer than the run
         if key in RATES and before != value:
-            print0(f"going on with {flag} {value}: until here it was {before}")
+            print0(f"going on with {flag} {value}: until now it was {before}")
         if key in FREE_SETTINGS or before == value:
             continue
         if key not in args.defaults:  # what follows from the flags, as num_params
@@ -93,8 +93,8 @@ def check_data(stage: Stage, source: Source) -> None:
     if (recorded["hash_limit"] is None) != bool(source.val_files):
         what = "no file of its own any more" if not source.val_files else f"files of its own ({source.val_files[0].name})"
         raise NanochatError(
-            f"validation has {what} in {source.name}, unlike when run {stage.tag!r} was begun: what it was held out from "
-            "would be trained on; put things back to go on"
+            f"validation has {what} in {source.name}, unlike when run {stage.tag!r} was begun: text that was held out "
+            "would be trained on; restore the files to go on"
         )
     source.hash_limit = recorded["hash_limit"]
     before = recorded["files"]
@@ -113,9 +113,9 @@ def check_data(stage: Stage, source: Source) -> None:
 
 
 def check_mixture(stage: Stage, task: Task, tasks: str) -> dict[str, Any] | None:
-    """What a stage records of its conversations, those of `tasks`; None if it was completed when these were others.
+    """What a stage records about its conversations, those of `tasks`; None if it was completed with other conversations.
 
-    Raises NanochatError if it was started with others, and is to go on.
+    Raises NanochatError if it was started with other conversations and is not complete.
     """
     mixture = {"conversations": len(task), "mixture": fingerprint(task)}
     before = {**mixture, "tasks": tasks, **stage.recorded_settings()}
@@ -132,5 +132,5 @@ def check_mixture(stage: Stage, task: Task, tasks: str) -> dict[str, Any] | None
 
 
 def way_to_begin_anew(directory: Path) -> str:
-    """The end of a sentence: how to begin a stage anew. A later stage cannot take another run, which has no model for it."""
+    """The end of a sentence: how to start a stage again. Later stages cannot use another tag: it has no model for them."""
     return "choose another --model-tag" if directory.name == STAGES[0] else f"remove {directory} to do it anew"

@@ -1,11 +1,11 @@
-"""Logits to tokens: what a request may ask of sampling, and drawing for many requests at once.
+"""Logits to tokens: the sampling settings of a request, and drawing for many requests at once.
 
-Used by scheduler.py; its settings by all who have texts continued.
+Used by scheduler.py; everything that generates text uses SamplingParams.
 
-A row's token depends on its own logits, settings and random numbers alone, whoever else is in the batch: every
-restriction (top-k, top-p, min-p) becomes one threshold on the row's logits, which does not depend on how equal logits
-were sorted, and the draw inverts the cumulative distribution in the vocabulary's order with one number of the row's own.
-On a GPU probabilities are added up as integers, since there floats of one row are summed in another order than several's.
+A row's token depends only on its own logits, settings and random numbers, not on the rest of the batch. Every restriction
+(top-k, top-p, min-p) becomes one threshold on the row's logits, which does not depend on how ties are sorted. The draw
+inverts the cumulative distribution, in vocabulary order, with one random number per row. On a GPU probabilities are summed
+as integers, because the order in which it adds floats depends on the number of rows.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ import torch
 
 from nanochat.common import NanochatError
 
-LIKELIEST = 2.0**40  # the weight of the likeliest token: as many of them as there are words still fit into 63 bits
-LARGEST_K = 2**62  # more than any vocabulary, less than what a tensor can hold
+LIKELIEST = 2.0**40  # the weight of the likeliest token: that times the vocabulary size still fits into 63 bits
+LARGEST_K = 2**62  # larger than any vocabulary, and still fits into an int64 tensor
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How one text is to be continued. Raises NanochatError for values that mean nothing."""
+    """How to continue one text. Raises NanochatError for meaningless values."""
 
-    temperature: float = 1.0  # 0 (or next to it): always the likeliest token
+    temperature: float = 1.0  # 0 (or almost 0): always the likeliest token
     top_k: int = 0  # only the k likeliest tokens; 0: all
     top_p: float = 1.0  # only the likeliest tokens that together reach this probability
-    min_p: float = 0.0  # only tokens at least this times as likely as the likeliest
-    repetition_penalty: float = 1.0  # above 1: what was said is less likely to be said again. Method: arXiv 1909.05858
+    min_p: float = 0.0  # only tokens with at least this share of the likeliest token's probability
+    repetition_penalty: float = 1.0  # above 1: tokens already used are less likely. Method: arXiv 1909.05858
     seed: int = 42
     max_tokens: int | None = None  # None: as many as the context holds
     stop: tuple[str, ...] = ()  # texts that end the answer and are left out of it
     logprobs: int | None = None  # record each token's log-probability and this many alternatives
-    prompt_logprobs: bool = False  # record those of the prompt's tokens, too (it is then computed anew)
-    policy_logprobs: bool = False  # record the logarithm of the probability with which each token was drawn
-    ignore_eos: bool = False  # go on past the model's own end (for benchmarks)
+    prompt_logprobs: bool = False  # record those of the prompt's tokens, too (then the whole prompt is computed)
+    policy_logprobs: bool = False  # record the log of the probability with which each token was drawn
+    ignore_eos: bool = False  # continue after the model ends its answer (for benchmarks)
 
     def __post_init__(self) -> None:
         limits = {
@@ -59,9 +59,9 @@ class SamplingParams:
 
 
 class RowSettings:
-    """What the rows of a batch ask of sampling, as columns (B, 1), to be made once for as long as the batch is the same.
+    """The sampling settings of a batch's rows, as columns (B, 1). Make it once and reuse it while the batch is the same.
 
-    Columns that would change nothing are None. On a GPU each one waits for all that was computed before.
+    Columns that would have no effect are None. On a GPU, making each column waits for all computation queued before.
     """
 
     def __init__(self, params: list[SamplingParams], device: torch.device) -> None:
@@ -86,30 +86,30 @@ class RowSettings:
 
 
 def sample(logits: torch.Tensor, rows: RowSettings, uniform: list[float]) -> torch.Tensor:
-    """Draw a token for each row: (B,) int64; -1 where the logits are no numbers.
+    """Draw a token for each row: (B,) int64; -1 where the logits are not finite.
 
-    logits: (B, vocab_size) float32, penalties applied already; uniform: a number in [0, 1) for each row.
+    logits: (B, vocab_size) float32, with penalties already applied; uniform: a number in [0, 1) for each row.
     """
     highest, likeliest = logits.max(dim=-1, keepdim=True)
     tokens = likeliest
     if not rows.all_greedy:
         drawn = _draw(*_scale(logits, highest, rows), rows, uniform)
         tokens = drawn if rows.greedy is None else torch.where(rows.greedy, likeliest, drawn)
-    return tokens.masked_fill_(highest - highest != 0, -1)[:, 0]  # where it is NaN or infinite; isfinite is five operations
+    return tokens.masked_fill_(highest - highest != 0, -1)[:, 0]  # NaN or infinite; isfinite takes five operations
 
 
 def _draw(scaled: torch.Tensor, top: torch.Tensor, rows: RowSettings, uniform: list[float]) -> torch.Tensor:
     """(B, 1) int64."""
     cumulative = _weights(scaled, top, rows).cumsum(dim=-1)
-    below_one = [[min(u, 1 - 2**-23)] for u in uniform]  # also rounded, the sum itself is never reached
-    on_gpu = rows.device.type == "cuda"  # which need not wait for them
+    below_one = [[min(u, 1 - 2**-23)] for u in uniform]  # even after rounding, the target stays below the sum
+    on_gpu = rows.device.type == "cuda"  # then copy without waiting
     numbers = torch.tensor(below_one, dtype=torch.float32, pin_memory=on_gpu).to(rows.device, non_blocking=on_gpu)
     target = numbers * cumulative[:, -1:]
     return torch.searchsorted(cumulative, target.to(cumulative.dtype), right=True)
 
 
 def policy_logprobs(logits: torch.Tensor, rows: RowSettings, drawn: torch.Tensor) -> torch.Tensor:
-    """(B,) float32: the logarithms of the probabilities with which `sample` drew these tokens, (B,), and no others."""
+    """(B,) float32: the logs of the probabilities with which `sample` drew these tokens, (B,)."""
     scaled, top = _scale(logits, logits.amax(dim=-1, keepdim=True), rows)
     total = _weights(scaled, top, rows).sum(dim=-1, keepdim=True)
     logprobs = scaled.gather(1, drawn[:, None]) - top - (total / LIKELIEST).log()
@@ -117,12 +117,12 @@ def policy_logprobs(logits: torch.Tensor, rows: RowSettings, drawn: torch.Tensor
 
 
 def _scale(logits: torch.Tensor, highest: torch.Tensor, rows: RowSettings) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits, and each row's highest, (B, 1), over temperatures; of greedy rows as they are."""
+    """Logits and each row's highest, (B, 1), divided by the temperatures; unchanged for greedy rows."""
     return (logits, highest) if rows.temperature is None else (logits / rows.temperature, highest / rows.temperature)
 
 
 def _weights(scaled: torch.Tensor, top: torch.Tensor, rows: RowSettings) -> torch.Tensor:
-    """(B, vocab_size): what each token's probability is proportional to."""
+    """(B, vocab_size): unnormalized probabilities."""
     weights = _weigh(scaled, top)
     return weights.masked_fill_(scaled < _thresholds(scaled, top, rows), 0) if rows.restricts else weights
 
@@ -133,12 +133,12 @@ def _weigh(scaled: torch.Tensor, top: torch.Tensor) -> torch.Tensor:
 
 
 def _sums_vary(device: torch.device) -> bool:
-    """Whether a row's sum of floats depends on its company. On a CPU it does not, and integers take twice as long."""
+    """Whether a row's sum of floats depends on the other rows. On a CPU it does not, and integers take twice as long."""
     return device.type == "cuda"
 
 
 def _thresholds(scaled: torch.Tensor, top: torch.Tensor, rows: RowSettings) -> torch.Tensor:
-    """(B, 1): the smallest scaled logit that may be drawn in each row; ties with it may be as well."""
+    """(B, 1): the smallest scaled logit that each row may draw; so may ties with it."""
     vocab_size = scaled.size(-1)
     threshold = torch.full_like(top, float("-inf"))
     if rows.min_p is not None:
@@ -162,7 +162,7 @@ def _thresholds(scaled: torch.Tensor, top: torch.Tensor, rows: RowSettings) -> t
 
 
 def penalize_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Logits (vocab_size,) with those of the tokens that were `seen`, (vocab_size,) bool, made less likely.
+    """Logits (vocab_size,) with the tokens in `seen`, (vocab_size,) bool, made less likely.
 
     Method: arXiv 1909.05858.
     """

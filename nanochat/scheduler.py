@@ -1,9 +1,9 @@
-"""Who runs in the next step: admits, advances and retires texts (sequence.py) one step at a time. Driven by engine.py.
+"""Decides what runs in the next step: admits, advances and retires texts (sequence.py). Driven by engine.py.
 
-A step takes up prompts until a chunk's worth of tokens is computed (never two chunks' worth), so that a long one does not
-stall the others, and computes one token of every text whose prompt is done. Texts share the blocks of what they begin with
-alike, and samples of one prompt that follow each other all of its computation; when memory runs out the youngest text gives
-its blocks back and is computed again later. Tools run in threads of their own: only the text that called one waits.
+A step computes prompts until about one chunk of tokens is used up (never two), so that a long prompt does not stall other
+texts; then it computes one token of every text whose prompt is done. Texts share the blocks of a common beginning, and
+consecutive samples of one prompt share its whole computation. When memory runs out, the youngest text gives its blocks
+back and is computed again later. Tools run in their own threads, and only the text that called one waits.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from nanochat.sampling import RowSettings, penalize_repetition, policy_logprobs,
 from nanochat.sequence import Sequence, next_piece, token_logprob
 from nanochat.tokenizer import IncrementalDecoder, Tokenizer
 
-CHUNK = {"cpu": 256, "cuda": 2048}  # tokens of prompts after which a step takes up no more
-MEMORY_SHARE = 0.25  # of what is free, for keys and values
+CHUNK = {"cpu": 256, "cuda": 2048}  # a step begins no further prompt after this many tokens
+MEMORY_SHARE = 0.25  # share of the free memory that is used for keys and values
 
 
 class ComputedPrompt(NamedTuple):
-    """A prompt of which more texts wait to be begun."""
+    """A computed prompt that is kept because more waiting texts begin with it."""
 
     tokens: list[int]
-    blocks: list[int]  # stay in use; what the first text writes into the last one comes after the prompt
+    blocks: list[int]  # kept in use; the first text writes only behind the prompt in the last one
     content: int  # of its last full block
     logits: torch.Tensor  # (1, vocab_size), after its last token
 
@@ -45,12 +45,12 @@ class ComputedPrompt(NamedTuple):
 
 
 class Scheduler:
-    """Continuous batching for one model. `submit`, `cancel` and `post` may be called from any thread, the rest from one."""
+    """Continuous batching for one model. Any thread may call `submit`, `cancel` and `post`; only one may call the rest."""
 
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, tool: Callable[[str], str | None], max_rows: int = 32, kv_tokens: int = 0
     ) -> None:
-        """kv_tokens: tokens whose keys and values are held at once (0: as many as max_rows texts have, memory allowing)."""
+        """kv_tokens: tokens whose keys and values are held at once (0: enough for max_rows texts, if memory allows)."""
         self.tokenizer, self.tool, self.max_rows = tokenizer, tool, max_rows
         self.limit = model.config.sequence_len
         num_blocks = _choose_num_blocks(model, max_rows, kv_tokens)
@@ -64,12 +64,12 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.rows: list[Sequence] = []  # in the decoding batch, by row
         self.prefilling: Sequence | None = None
-        self._computed: ComputedPrompt | None = None  # held for texts that wait
+        self._computed: ComputedPrompt | None = None  # kept for waiting texts
         self._settings = RowSettings([], self.runner.device)  # of the rows that were sampled last
         self.calling: set[Sequence] = set()
-        self._waits_for_tools = False  # nothing runs, and nothing that waits finds room until a tool answers
+        self._waits_for_tools = False  # nothing runs, and no waiting text fits until a tool answers
         self._submitted = self._enqueued = 0
-        self._counting = threading.Lock()  # of what several threads may submit
+        self._counting = threading.Lock()  # several threads may submit
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._tools: ThreadPoolExecutor | None = None
         self.preemptions = self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
@@ -92,19 +92,19 @@ class Scheduler:
         self.post(lambda: self._finish(sequence, "cancelled"))
 
     def post(self, message: Callable[[], None]) -> None:
-        """Have something done in the scheduler's thread before its next step, also if it waits."""
+        """Call `message` in the scheduler's thread before its next step; wakes a waiting scheduler."""
         self._inbox.put(message)
 
     @property
     def num_waiting(self) -> int:
-        """Texts that are queued and not begun."""
+        """The number of texts that are queued but not begun."""
         return self._submitted - self._enqueued + len(self.waiting)
 
     # ------------------------------------------------------------------------- the step
 
     @property
     def is_idle(self) -> bool:
-        """True if a step would do nothing: all is done, or waits for tools."""
+        """True if a step would do nothing: everything is done or waits for tools."""
         return self._inbox.empty() and not (self.rows or self.prefilling) and (self._waits_for_tools or not self.waiting)
 
     @property
@@ -121,18 +121,18 @@ class Scheduler:
         message()
 
     def forget(self) -> None:
-        """Let nothing that was computed so far be found again."""
+        """Stop sharing anything that was computed so far."""
         self._let_go()
         self.allocator.forget()
 
     def step(self) -> None:
-        """Compute about a chunk of prompts and one token of every running text."""
+        """Compute about one chunk of prompts and one token of every running text."""
         self.take_messages()
         self._prefill()
         self._decode()
 
     def take_messages(self) -> None:
-        """Do what other threads asked for since the last step."""
+        """Process what other threads have posted since the last step."""
         while not self._inbox.empty():
             self._waits_for_tools = False
             self._inbox.get()()
@@ -146,20 +146,20 @@ class Scheduler:
             self._finish(sequence, reason, error)
 
     def end_all_on_host(self, reason: str, error: str | None = None) -> None:
-        """As `end_all` where the device fails at everything: it is not touched, and nothing can be computed afterwards."""
+        """`end_all` for a device that fails at everything: does not touch it; nothing can be computed afterwards."""
         running, self.rows = self.rows, []
         for sequence in running:
             sequence.row = None
-        for sequence in [*running, *self.calling]:  # before messages: a tool's answer would want a row
+        for sequence in [*running, *self.calling]:  # before messages: a tool's answer would need a row
             self._finish(sequence, reason, error)
         self.end_all(reason, error)
 
     def _enqueue(self, sequence: Sequence) -> None:
         self._enqueued += 1
-        if sequence.finish_reason is not None:  # cancelled before it was ever seen
+        if sequence.finish_reason is not None:  # already cancelled
             return
         seed = sequence.params.seed
-        sequence.random = Random(seed if seed >= 0 else seed % 2**64)  # of -1 and 1 it would make the same
+        sequence.random = Random(seed if seed >= 0 else seed % 2**64)  # Random treats -1 and 1 alike
         sequence.decoder = IncrementalDecoder(self.tokenizer)
         if sequence.params.max_tokens == 0 and not sequence.params.prompt_logprobs:
             self._finish(sequence, "length")
@@ -175,9 +175,9 @@ class Scheduler:
             if sequence is None:
                 self._waits_for_tools = not self.rows
                 return
-            # A text's chunks end at multiples of the chunk's size, whatever else is computed: its numbers do not depend
-            # on its company. On what was answered before they do: keys and values that a step of decoding left in
-            # shared blocks are rounded otherwise in bfloat16 than those of a chunk.
+            # A text's chunks always end at multiples of the chunk size, so its numbers do not depend on other texts in the
+            # batch. They can depend on earlier texts: decoding rounds keys and values in shared blocks differently in
+            # bfloat16 than prefill does.
             end = min(sequence.length, (sequence.computed // self.chunk + 1) * self.chunk)
             tokens = sequence.slice(sequence.computed, end)
             every = sequence.params.prompt_logprobs and not sequence.tokens
@@ -188,7 +188,8 @@ class Scheduler:
                 for row, token in zip(logits[: len(following)], following, strict=True):
                     sequence.prompt_logprobs.append(token_logprob(row, token, sequence.params.logprobs or 0))
                 logits = logits[-1:]
-            budget -= len(tokens)
+            # All weights are read for a prompt of one token, too: many short ones must not hold up running texts.
+            budget -= max(len(tokens), self.chunk // 8)
             self._advance(sequence, end)
             if end == sequence.length:
                 self.prefilling = None
@@ -200,11 +201,11 @@ class Scheduler:
                 self._sample([sequence], logits)
 
     def _admit(self) -> Sequence | None:
-        """Begin the prompt that waits longest, if a row and the memory for it are free."""
+        """Begin the prompt that has waited longest, if a row and enough memory are free."""
         if not self.waiting or not self._has_row:
             return None
         sequence = self.waiting[0]
-        known = sequence.slice(0, sequence.length - 1)  # the last token is computed in any case, for its logits
+        known = sequence.slice(0, sequence.length - 1)  # always compute the last token, for its logits
         blocks, content = self.allocator.share([] if sequence.params.prompt_logprobs else known)
         needed = -(-sequence.length // BLOCK_SIZE) - len(blocks)
         if not self._has_blocks(needed) and (self.rows or self.calling):
@@ -219,11 +220,11 @@ class Scheduler:
         return len(self.rows) + len(self.calling) < self.max_rows
 
     def _has_blocks(self, needed: int) -> bool:
-        """Whether so many are free, and one more for each running text, lest it be the first to be put back."""
+        """Whether that many blocks are free plus one for each running text, which may soon need it."""
         return needed + len(self.rows) <= self.allocator.num_free
 
     def _begin(self, sequence: Sequence, shared: list[int], content: int, needed: int, computed: int) -> None:
-        """Take the text that waits next up with full blocks that it shares, `needed` of its own, and what is computed."""
+        """Start the next waiting text with these shared full blocks and `needed` new ones; `computed` tokens are done."""
         self.waiting.popleft()
         sequence.computed, sequence.published, sequence.content = computed, len(shared), content
         if not sequence.tokens:
@@ -239,7 +240,7 @@ class Scheduler:
         return self._computed is not None and bool(self.waiting) and self._computed.serves(self.waiting[0])
 
     def _keep_prompt(self, sequence: Sequence, logits: torch.Tensor) -> None:
-        """Hold on to a prompt that was just computed, if the text that waits next begins with the same."""
+        """Keep a prompt that was just computed, if the next waiting text has the same one."""
         if not sequence.tokens:
             self._computed = ComputedPrompt(sequence.prompt, list(sequence.blocks), sequence.content, logits)
             self.allocator.use(self._computed.blocks)
@@ -247,9 +248,9 @@ class Scheduler:
                 self._let_go()
 
     def _begin_samples(self) -> None:
-        """Take up the texts that wait next and whose prompt is the one that is held."""
+        """Start the next waiting texts as long as their prompt is the one that is kept."""
         while (held := self._computed) is not None:
-            whole = len(held.tokens) // BLOCK_SIZE  # blocks; each text writes on in a copy of what follows them
+            whole = len(held.tokens) // BLOCK_SIZE  # full blocks; each text gets its own copy of the partial one after them
             needed, samples = len(held.blocks) - whole, []
             while self._next_is_sample and self._has_row and self._has_blocks(needed):
                 sequence = self.waiting[0]
@@ -263,11 +264,11 @@ class Scheduler:
                 self._sample(samples, held.logits.expand(len(samples), -1))
             elif self._next_is_sample and not self._has_row:
                 return
-            else:  # another prompt comes next, or there is no memory to hold this one
+            else:  # another prompt comes next, or there is no memory to keep this one
                 self._let_go()
 
     def _let_go(self) -> None:
-        """Hold no prompt any longer."""
+        """Release the kept prompt."""
         if self._computed is not None:
             self.allocator.release(self._computed.blocks)
             self._computed = None
@@ -288,7 +289,7 @@ class Scheduler:
         sampled, places = [], []
         for place, sequence in enumerate(rows):
             self._advance(sequence, sequence.computed + 1)
-            if sequence.computed == sequence.length:  # else what comes next is forced
+            if sequence.computed == sequence.length:  # otherwise the next token is forced
                 sampled.append(sequence)
                 places.append(place)
         if len(sampled) < len(rows):
@@ -297,7 +298,7 @@ class Scheduler:
             self._sample(sampled, logits)
 
     def _grow(self, sequence: Sequence) -> None:
-        """Give a text its next block; if none is free, the youngest texts are put back until one is."""
+        """Give a text its next block; if none is free, preempt the youngest texts until one is."""
         while (block := self.allocator.allocate()) is None:
             if self._computed is not None:
                 self._let_go()
@@ -317,7 +318,7 @@ class Scheduler:
         self.preemptions += 1
 
     def _advance(self, sequence: Sequence, computed: int) -> None:
-        """Count tokens as computed, and let others find the blocks that are full now."""
+        """Record how many tokens are computed, and publish the blocks that are full now."""
         sequence.computed = computed
         while (sequence.published + 1) * BLOCK_SIZE <= computed:
             start = sequence.published * BLOCK_SIZE
@@ -341,7 +342,7 @@ class Scheduler:
         chosen = sample(adjusted, self._settings, uniform)
         drawn = chosen.tolist()
         if min(drawn) < 0:
-            raise NanochatError("the model's logits are no numbers: its weights are damaged, or diverged in training")
+            raise NanochatError("the model's logits are not finite: its weights are damaged, or diverged in training")
         if any(p.policy_logprobs for p in params):
             for sequence, logprob in zip(sequences, policy_logprobs(adjusted, self._settings, chosen).tolist(), strict=True):
                 sequence.policy_logprobs.append(logprob)
@@ -351,7 +352,7 @@ class Scheduler:
             self._accept(sequence, token)
 
     def _mark_seen(self, sequence: Sequence, logits: torch.Tensor) -> torch.Tensor:
-        """(vocab_size,) bool: the tokens of a text, of which only the new ones are looked at."""
+        """(vocab_size,) bool: the tokens that occur in a text; each call adds only the new ones."""
         if sequence.seen is None:
             sequence.seen = torch.zeros_like(logits, dtype=torch.bool)
         new = sequence.slice(sequence.seen_length, sequence.length)
@@ -360,7 +361,7 @@ class Scheduler:
         return sequence.seen
 
     def _accept(self, sequence: Sequence, token: int) -> None:
-        """Take a sampled token and see whether the text goes on."""
+        """Add a sampled token, and decide whether the text continues."""
         params = sequence.params
         if sequence.first_token_at is None:
             sequence.first_token_at = time.perf_counter()
@@ -379,21 +380,21 @@ class Scheduler:
         self._end_or_go_on(sequence)
 
     def _append(self, sequence: Sequence, token: int, mask: int) -> None:
-        decoder = cast("IncrementalDecoder", sequence.decoder)  # it is there until the text ends
+        decoder = cast("IncrementalDecoder", sequence.decoder)  # present until the text ends
         (text, part), stopped = next_piece(decoder, token), False
-        if decoder.part != part:  # no stop text goes on in another part
+        if decoder.part != part:  # a stop text never spans two parts
             text, sequence.held_text = sequence.held_text + text, ""
-        elif sequence.params.stop and part == "text":  # what is not shown does not end an answer
+        elif sequence.params.stop and part == "text":  # hidden text (tool calls) does not end an answer
             text, stopped = self._look_for_stop(sequence, sequence.held_text + text)
         sequence.tokens.append(token)
         sequence.masks.append(mask)
-        sequence.pieces.append((text, part))  # last, and whole: other threads read up to here
+        sequence.pieces.append((text, part))  # last and complete: other threads read up to here
         if stopped:
-            sequence.decoder = None  # what it holds comes after the stop text
+            sequence.decoder = None  # anything it still holds comes after the stop text
             self._finish(sequence, "stop")
 
     def _look_for_stop(self, sequence: Sequence, text: str) -> tuple[str, bool]:
-        """(what of the text may be shown, whether a stop text ends it); what may be the beginning of one is held back."""
+        """(text that may be shown, whether a stop text ends it). Holds back a possible beginning of a stop text."""
         found = [at for at in (text.find(stop) for stop in sequence.params.stop) if at >= 0]
         if found:
             return text[: min(found)], True
@@ -428,7 +429,7 @@ class Scheduler:
         if decoder is not None and reason != "cancelled" and (rest := sequence.held_text + decoder.flush()):
             sequence.pieces.append((rest, decoder.part))
         sequence.error = error
-        sequence.finish_reason = reason  # last: other threads read nothing after it
+        sequence.finish_reason = reason  # last: other threads stop reading then
         if sequence.on_update is not None:
             sequence.on_update(sequence)
 
@@ -440,7 +441,7 @@ class Scheduler:
     def _leave_row(self, sequence: Sequence) -> None:
         if sequence.row is None:
             return
-        self.runner.move_row(len(self.rows) - 1, sequence.row)  # first: if it fails, the text is still there to be ended
+        self.runner.move_row(len(self.rows) - 1, sequence.row)  # first: if it fails, the text is still in `rows`
         last = self.rows.pop()
         if last is not sequence:
             self.rows[sequence.row], last.row = last, sequence.row
@@ -453,7 +454,7 @@ class Scheduler:
     # ------------------------------------------------------------------------- tools
 
     def _call_tool(self, sequence: Sequence) -> None:
-        """Run the tool in a thread; the text leaves the batch until the answer is there, and keeps its blocks."""
+        """Run the tool in a thread; until it answers, the text leaves the batch but keeps its blocks."""
         expression, sequence.call = self.tokenizer.decode(sequence.call or ()), None
         self._leave_row(sequence)
         self.calling.add(sequence)
@@ -463,7 +464,7 @@ class Scheduler:
         future.add_done_callback(lambda done: self.post(lambda: self._take_answer(sequence, done)))
 
     def _take_answer(self, sequence: Sequence, done: Any) -> None:
-        """Append a tool's answer as forced tokens and let the text go on."""
+        """Append a tool's answer as forced tokens and let the text continue."""
         if sequence.finish_reason is not None:
             return
         if done.exception() is not None:
@@ -484,9 +485,9 @@ class Scheduler:
 
 
 def _choose_num_blocks(model: GPT, max_rows: int, kv_tokens: int) -> int:
-    """Blocks for the asked number of tokens, or for max_rows whole texts as far as a share of free memory goes.
+    """Blocks for kv_tokens, or else for max_rows full-length texts within a share of the free memory.
 
-    Never fewer than one whole text needs. Memory is touched only when it is used.
+    Never fewer than one full-length text needs. The memory is only touched when it is used.
     """
     config, device = model.config, model.get_device()
     whole = -(-config.sequence_len // BLOCK_SIZE)

@@ -1,4 +1,4 @@
-"""What moves over a run, by the step: learning rates, weight decay, Muon's momentum, which blocks learn.
+"""What changes over a run, step by step: learning rates, weight decay, Muon's momentum, which blocks learn.
 
 Used by trainer.py, whose TrainConfig is a Schedule and more.
 """
@@ -17,7 +17,7 @@ class Schedule:
     warmup_steps: int = 40
     warmdown_ratio: float = 0.65  # the share of the updates in which the rates fall
     final_lr_frac: float = 0.05
-    expand_at: float = 0.0  # the share of the updates in which the last block learns alone
+    expand_at: float = 0.0  # the share of the updates in which only the last block learns
 
     @property
     def warmdown_steps(self) -> int:
@@ -25,14 +25,14 @@ class Schedule:
 
     @property
     def expansion_step(self) -> int:
-        """The first step at which all blocks learn; in a run of two updates or more, one at least is for all."""
+        """The first step at which all blocks learn; a run of two or more updates has at least one such step."""
         return min(round(self.expand_at * self.num_iterations), max(1, self.num_iterations - 1))
 
     def learning_rate_factor(self, step: int) -> float:
         """The share of the peak learning rate: linear warm-up, constant, linear warm-down to final_lr_frac.
 
-        Step 0 of a warm-up of n has 1/n; the step after the last would be the first with final_lr_frac. Where a short run
-        has both at once, the lower counts.
+        With n warm-up steps, step 0 has 1/n. The warm-down would reach final_lr_frac one step after the last. Where both
+        overlap in a short run, the lower factor counts.
         """
         warmup_steps = min(self.warmup_steps, self.num_iterations // 2)
         up = (step + 1) / warmup_steps if step < warmup_steps else 1.0
@@ -41,7 +41,7 @@ class Schedule:
         return min(up, progress + (1 - progress) * self.final_lr_frac)
 
     def weight_decay_factor(self, step: int) -> float:
-        """The share of the weight decay: half a wave of a cosine, from 1 to 0."""
+        """The share of the peak weight decay: half a cosine wave, from 1 to 0."""
         return 0.5 * (1 + math.cos(math.pi * step / self.num_iterations))
 
     def muon_momentum(self, step: int, peak: float = 0.95) -> float:

@@ -1,5 +1,5 @@
-"""One text in the making: what is asked, what has come of it, and what the scheduler keeps beside it. Made by whoever wants
-a text continued, filled by scheduler.py.
+"""One text being generated: the request, the result so far, and the scheduler's own state. Callers create it; scheduler.py
+fills it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nanochat.tokenizer import IncrementalDecoder
 
 @dataclass
 class TokenLogprob:
-    """What the model thought of a token, before temperature and restrictions: natural logarithms."""
+    """The natural log of the probability that the model gave a token, before temperature and restrictions."""
 
     token: int
     logprob: float
@@ -26,22 +26,22 @@ class TokenLogprob:
 
 @dataclass(eq=False)
 class Sequence:
-    """One text in the making: what is asked, what readers may follow while it grows, and what is the scheduler's own."""
+    """One text being generated: the request, fields that readers may follow as it grows, and the scheduler's own fields."""
 
     prompt: list[int]
     params: SamplingParams = field(default_factory=SamplingParams)
-    on_update: Callable[[Sequence], None] | None = None  # called in the scheduler's thread when there is news
+    on_update: Callable[[Sequence], None] | None = None  # called in the scheduler's thread after each update
 
     tokens: list[int] = field(default_factory=list)  # generated, without the token that stopped it
     masks: list[int] = field(default_factory=list)  # 1 sampled, 0 forced by a tool
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of sampled tokens and of stop_token, if asked for
     policy_logprobs: list[float] = field(default_factory=list)  # the same, as they were drawn: see SamplingParams
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of the prompt's tokens but the first, if asked for
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # of the prompt's tokens except the first, if asked for
     pieces: list[tuple[str, str]] = field(default_factory=list)  # (text, type of the part it belongs to)
     finish_reason: str | None = None  # "stop", "length" (max_tokens), "context" (full), "cancelled" or "error"
-    stop_token: int | None = None  # that ended it, if a token did
+    stop_token: int | None = None  # the token that ended it, if one did
     error: str | None = None
-    cached_tokens: int = 0  # of the prompt, found in shared blocks
+    cached_tokens: int = 0  # tokens of the prompt that were found in shared blocks
     created: float = field(default_factory=time.perf_counter)
     first_token_at: float | None = None
 
@@ -54,8 +54,8 @@ class Sequence:
     random: Random = field(init=False, repr=False)
     decoder: IncrementalDecoder | None = None
     seen: torch.Tensor | None = None  # with a repetition penalty: (vocab_size,) bool, the tokens of the text
-    seen_length: int = 0  # of the text that `seen` tells of
-    held_text: str = ""  # may be the beginning of a stop text
+    seen_length: int = 0  # tokens of the text that `seen` covers
+    held_text: str = ""  # held back because it may be the beginning of a stop text
 
     @property
     def length(self) -> int:
@@ -66,7 +66,7 @@ class Sequence:
         return self.prompt[i] if i < n else self.tokens[i - n]
 
     def token_before(self, i: int) -> int:
-        """The one before token i; the first one before itself."""
+        """The token before token i; the first token stands before itself."""
         return self.token_at(max(0, i - 1))
 
     def slice(self, start: int, end: int) -> list[int]:
@@ -79,7 +79,7 @@ class Sequence:
 
 
 def next_piece(decoder: IncrementalDecoder, token: int) -> tuple[str, str]:
-    """(text, type of its part) of the next token; one that begins another part brings the end of the last one."""
+    """(text, type of its part) for the next token; a token that begins a new part yields the end of the previous one."""
     part, text = decoder.part, decoder.feed(token)
     return (text if decoder.part == part else decoder.flush()), part
 

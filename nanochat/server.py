@@ -1,8 +1,8 @@
 """The HTTP server: OpenAI's API, the public guide's chat stream, the pages, health and metrics. Used by scripts/chat_web.py.
 
 The event loop only passes text on; models run in the threads of service.py. To add an endpoint, write a route in one of the
-functions `_add_..._routes`, and a generator in streams.py if it streams; to add a limit, see `service.Limits`; guard.py is
-what every request passes first.
+functions `_add_..._routes`, and a generator in streams.py if it streams; to add a limit, see `service.Limits`. Every request
+passes guard.py first.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from nanochat.openai_api import (
     Reply,
     RequestError,
     TokenId,
+    check_logprobs,
     check_prompt,
     check_tokens,
     explain,
@@ -61,7 +62,7 @@ class DetokenizeRequest(BaseModel):
 
 
 class TokenizeRequest(BaseModel):
-    """Either a text or messages, of which the tokens are wanted."""
+    """A text or messages, to be tokenized."""
 
     prompt: str | None = Field(None, max_length=MAX_CHARS)
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
@@ -77,9 +78,9 @@ def create_app(
     hosts: list[str] | None = None,
     defaults: ChatDefaults | None = None,
 ) -> FastAPI:
-    """The app that serves one model with one engine for each device, compiled at the start if asked for.
+    """The app that serves one model with one engine per device, compiled at the start if requested.
 
-    hosts: the names by which it may be asked (default: any). `app.state.service` is its Service.
+    hosts: the host names that it accepts (default: any). `app.state.service` is its Service.
     """
     service = Service(engines, model_name, limits or Limits(), compile)
 
@@ -109,6 +110,7 @@ def create_app(
 
 def _add_openai_routes(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
+    @app.get("/v1/models/", include_in_schema=False)  # or it would be the model of no name
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [_describe_model(service)]}
 
@@ -134,6 +136,9 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
         prompts = await asyncio.to_thread(request.prompts, service.tokenizer)
         max_tokens = 16 if request.max_tokens is None else request.max_tokens
         sequences = []
+        echoed = max(len(tokens) for tokens, _ in prompts) if request.echo else 0
+        length = min(service.context, max_tokens + echoed)
+        check_logprobs(len(prompts) * (request.n or 1), length, request.logprobs)
         for tokens, _ in prompts:
             check_prompt(tokens, service.context)
             for choice in range(request.n or 1):
@@ -152,7 +157,7 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
 def _add_chat_routes(app: FastAPI, service: Service, defaults: dict[str, Any]) -> None:
     @app.post("/chat/completions", response_model=None)
     async def chat_stream(request: ChatRequest) -> Response:
-        """The public guide's stream: {"token": text, "part": type} again and again, {"done": true} last."""
+        """The public guide's stream: any number of {"token": text, "part": type}, then {"done": true}."""
         given = {name: value for name, value in defaults.items() if getattr(request, name) is None}
         request = request.model_copy(update={**given, "n": 1})
         prompt, dropped = await _render(service, request)
@@ -161,7 +166,7 @@ def _add_chat_routes(app: FastAPI, service: Service, defaults: dict[str, Any]) -
 
     @app.post("/tokenize", response_model=None)
     async def tokenize(request: TokenizeRequest) -> Response:
-        """The tokens of a text, or of a conversation as the model reads it (vLLM's name and form)."""
+        """The tokens of a text, or of a conversation as the model reads it (same name and form as in vLLM)."""
         if (request.prompt is None) == (request.messages is None):
             raise RequestError("give either prompt or messages")
         dropped = 0
@@ -185,7 +190,7 @@ def _add_chat_routes(app: FastAPI, service: Service, defaults: dict[str, Any]) -
 def _add_status_routes(app: FastAPI, service: Service, defaults: dict[str, Any]) -> None:
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
-        """What lm-eval's remote tokenizer asks for (vLLM's name and form)."""
+        """For lm-eval's remote tokenizer (same name and form as in vLLM)."""
         return {"bos_token": "<|bos|>", "eos_token": "<|assistant_end|>", "vocab_size": service.tokenizer.get_vocab_size()}
 
     @app.head("/health", include_in_schema=False)
@@ -216,7 +221,7 @@ def _describe_model(service: Service) -> dict[str, Any]:
 
 
 def _check_model(service: Service, name: str | None) -> None:
-    """Raise RequestError 404 for a model that is not served here; no name, or "nanochat", means the one that is."""
+    """Raise RequestError 404 for a model that is not served here; no name, or "nanochat", means the served one."""
     if name and name not in (service.model_name, "nanochat"):
         raise RequestError(
             f"the model {name[:100]!r} does not exist here; this server has {service.model_name!r}",
@@ -240,22 +245,25 @@ async def _render(service: Service, request: ChatRequest) -> tuple[list[int], in
 
 
 def _tell(dropped: int) -> tuple[dict[str, int], dict[str, str]]:
-    """What a reply says of turns that no longer fit: under the key "nanochat", and in its headers."""
+    """How a reply reports dropped turns: (under the key "nanochat", in its headers)."""
     return ({"dropped_turns": dropped}, {"X-Nanochat-Dropped-Turns": str(dropped)}) if dropped else ({}, {})
 
 
 def _submit_chat(service: Service, request: ChatRequest, prompt: list[int]) -> Ticket:
+    room = service.context - len(prompt)
+    tokens = room if request.limit is None else min(request.limit, room)
+    check_logprobs(request.n or 1, tokens, request.num_logprobs)
     params = [request.params(i, request.limit, request.num_logprobs) for i in range(request.n or 1)]
     return service.submit([Sequence(prompt, p) for p in params])
 
 
 async def _write(make: Callable[[], dict[str, Any]], headers: dict[str, str] | None = None) -> Response:
-    """The reply, made and written down in a thread: what has many tokens takes seconds."""
+    """Make and serialize the reply in a thread: with many tokens this takes seconds."""
     return await asyncio.to_thread(lambda: JSONResponse(make(), headers=headers))
 
 
 async def _wait_until_done(ticket: Ticket, http: Request) -> None:
-    """A client that goes away frees its texts at once."""
+    """Wait for the answer; if the client goes away, free its texts at once."""
 
     async def wait() -> None:
         async for _ in ticket.updates():
@@ -282,7 +290,7 @@ async def _disconnect(http: Request) -> None:
 
 
 class FreshFiles(StaticFiles):
-    """Asks browsers to look each time whether a file has changed, so that no page meets scripts of another version."""
+    """Makes browsers revalidate files each time, so that a page never runs with scripts of another version."""
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)
@@ -308,7 +316,7 @@ def _add_pages(app: FastAPI) -> None:
 
 
 def _add_error_handlers(app: FastAPI) -> None:
-    """Every error in OpenAI's form, with one clear sentence."""
+    """Report every error in OpenAI's form, with one clear sentence."""
 
     @app.exception_handler(RequestError)
     async def request_error(_: Request, error: RequestError) -> JSONResponse:

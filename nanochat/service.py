@@ -1,13 +1,13 @@
-"""What stands between HTTP and the engines: a bounded queue, one model thread for each device, news for the event loop.
+"""The layer between HTTP and the engines: a bounded queue, one model thread per device, updates for the event loop.
 
-A Ticket is one request's texts. Engines write to them in their threads; the event loop is told, at most once a step, that
-there is something to read, whatever the number of texts. Used by server.py, streams.py, guard.py and
-scripts/chat_web.py.
+A Ticket holds one request's texts. Engines write to them in their threads; the event loop is notified at most once per
+step, however many texts there are. Used by server.py, streams.py, guard.py and scripts/chat_web.py.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import time
 from collections.abc import AsyncIterator
@@ -23,9 +23,9 @@ from nanochat.sequence import Sequence
 
 @dataclass(frozen=True)
 class Limits:
-    """What one server takes on."""
+    """The limits of one server."""
 
-    max_waiting: int = 256  # texts in one engine's queue; more are answered 429
+    max_waiting: int = 256  # texts in one engine's queue; more get a 429
     max_body_bytes: int = 2 << 20
     body_timeout_s: float = 30.0  # for a request to arrive
     request_timeout_s: float = 600.0  # for an answer, waiting included
@@ -34,7 +34,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class ChatDefaults:
-    """How the page and /chat/completions answer where they are not told; /v1 has OpenAI's defaults."""
+    """Default settings for answers of the page and /chat/completions; /v1 has OpenAI's defaults."""
 
     temperature: float = 0.8
     top_k: int = 50
@@ -42,7 +42,7 @@ class ChatDefaults:
 
 
 class Metrics:
-    """Prometheus metrics with vLLM's names, so that its dashboards show this server, too."""
+    """Prometheus metrics with vLLM's names, so that its dashboards work for this server, too."""
 
     def __init__(self, service: Service) -> None:
         self.registry = CollectorRegistry()
@@ -88,9 +88,9 @@ class Metrics:
                 self.each_token.observe((now - sequence.first_token_at) / (len(sequence.tokens) - 1))
 
 
-MAX_FAILURES = 3  # steps that fail one after the other: then it is not the requests' fault
-REST_S = 30  # for which a copy of the model that failed so often is avoided, where there are others
-STREAM_INTERVAL_S = 0.015  # between pieces of a stream after its first: faster than eyes, and a fraction of the work
+MAX_FAILURES = 3  # after this many failed steps in a row, blame the model's copy, not the requests
+REST_S = 30  # how long to avoid a copy that failed that often, if there are others
+STREAM_INTERVAL_S = 0.015  # between pieces of a stream after the first: faster than the eye, at a fraction of the work
 
 
 class Ticket:
@@ -107,7 +107,7 @@ class Ticket:
         return all(sequence.finish_reason is not None for sequence in self.sequences)
 
     async def updates(self) -> AsyncIterator[None]:
-        """Yields whenever there is something new to read, the last time when all is done.
+        """Yields whenever there is something new to read, and once more when all is done.
 
         Raises RequestError if a text fails or takes longer than Limits.request_timeout_s.
         """
@@ -120,21 +120,21 @@ class Ticket:
             except asyncio.TimeoutError:
                 raise RequestError(f"no end of the answer within {timeout_s:g} s", status=504, code="timeout") from None
             self.news.clear()
-            done = self.done  # before reading: what comes after it is read the next time
+            done = self.done  # before reading: later updates are read the next time
             for sequence in self.sequences:
                 if sequence.error is not None:
                     raise RequestError(sequence.error, status=500)
             yield
 
     def cancel(self) -> None:
-        """Free what still runs: the reader has left."""
+        """Cancel what still runs: the reader has left."""
         for sequence in self.sequences:
             if sequence.finish_reason is None:
                 self._worker.thread.scheduler.cancel(sequence)
 
 
 class Worker:
-    """One engine's thread and whom it has news for."""
+    """One engine's thread, and the tickets that wait for its updates."""
 
     def __init__(self, engine: Engine, service: Service, compile: bool) -> None:
         self.engine, self.service = engine, service
@@ -170,7 +170,7 @@ class Worker:
         return ticket
 
     def _tell(self) -> None:
-        """Wake the loops, once for all tickets whose news are due."""
+        """Wake each event loop once, for all tickets with updates that are due."""
         now, idle = time.perf_counter(), self.engine.scheduler.is_idle
         by_loop: dict[asyncio.AbstractEventLoop, list[Ticket]] = {}
         for ticket in list(self._updated):
@@ -179,7 +179,7 @@ class Worker:
                 by_loop.setdefault(ticket.loop, []).append(ticket)
                 self._updated.discard(ticket)
         for loop, tickets in by_loop.items():
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # it is closed, and may close at any moment: an error would end the model
                 loop.call_soon_threadsafe(_set_news, tickets)
 
 
@@ -189,7 +189,7 @@ def _set_news(tickets: list[Ticket]) -> None:
 
 
 class Service:
-    """All that serves one model: an engine for each device."""
+    """Everything that serves one model: an engine for each device."""
 
     def __init__(self, engines: list[Engine], model_name: str, limits: Limits, compile: bool) -> None:
         self.model_name, self.limits = model_name, limits
@@ -209,14 +209,14 @@ class Service:
             worker.thread.close()
 
     def cancel_all(self) -> None:
-        """End all answers where they are: their readers get what there is, and a proper end."""
+        """End all answers now: readers get what there is so far, and a proper end."""
         for worker in self.workers:
             worker.engine.scheduler.post(functools.partial(worker.engine.scheduler.end_all, "cancelled"))
 
     def submit(self, sequences: list[Sequence]) -> Ticket:
-        """Queue one request's texts with the engine that has least to do, one that fails only if all do.
+        """Queue one request's texts with the least busy engine; a failing one only if all fail.
 
-        Raises RequestError: 429 if too many wait, 400 for more texts than the queue has places, 503 if no engine works.
+        Raises RequestError: 429 if too many wait, 400 for more texts than the queue can hold, 503 if no engine works.
         """
         n, most = len(sequences), self.limits.max_waiting
         if n > most:
@@ -226,7 +226,7 @@ class Service:
         if worker.engine.scheduler.num_waiting + n > most:
             raise RequestError("too many requests are waiting: try again soon", status=429, code="queue_full")
         ticket = worker.submit(sequences)
-        worker.check()  # again: the thread may have ended in between, after its last look at what was submitted
+        worker.check()  # again: the thread may have ended before it saw this submission
         return ticket
 
     def finished(self, sequence: Sequence) -> None:
@@ -248,12 +248,12 @@ class Service:
 
     @property
     def is_ready(self) -> bool:
-        """False while models are being compiled: requests wait."""
+        """False while models are being compiled and requests wait."""
         return all(worker.thread.ready.is_set() for worker in self.workers)
 
     @property
     def is_stopped(self) -> bool:
-        """True if no thread of a model or a compiler works any more."""
+        """True if no model thread and no compiler thread is running any more."""
         return self.is_ready and not any(worker.thread.is_alive for worker in self.workers)
 
     @property

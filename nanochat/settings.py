@@ -1,8 +1,8 @@
 """The flags of a command, on its command line and in a TOML file. scripts/ and nanochat/ parse with this.
 
 `--config FILE` takes any flag by its long name, with _ or -: `depth = 12`, `no_compile = true`, `set = ["bigrams=8"]`.
-Tables are headings: they group keys as the reader likes, and their names mean nothing. The command line wins over the
-file. Training keeps what it was made with in this form (`config.toml` of its stage), so that it can be repeated.
+Tables are only headings: they group keys, and their names mean nothing. The command line overrides the file. Training
+saves its settings in this form (`config.toml` in its stage's folder), so that it can be repeated.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ else:
 
 CONFIG_FILE = "config.toml"
 NOT_IN_FILES = ("help", "config", "debug")
-# Of the public nanochat, where the nearest name misleads.
+# Flags of the public nanochat for which the suggested nearest name would be wrong.
 RENAMED = {f"{dashes}warmup-ratio": f"{dashes}warmup-steps" for dashes in ("", "--")}
 # By the type of a flag:
 METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
@@ -38,7 +38,7 @@ EXAMPLES: dict[Any, Any] = {int: 12, float: 0.5}
 
 
 class Arguments(argparse.Namespace):
-    """What a command was told, flags and file together. `vars` gives the values alone."""
+    """The settings of a command, from flags and file together. `vars` gives only the values."""
 
     __slots__ = ("_parser", "defaults", "given")
     _parser: SettingsParser
@@ -47,13 +47,13 @@ class Arguments(argparse.Namespace):
     given: set[str]
 
     def require_positive(self, *names: str) -> None:
-        """Raise NanochatError if one of these numbers, by the names that `vars` has, is below 1; None passes."""
+        """Raise NanochatError if one of these numbers (named as in `vars`) is below 1; None passes."""
         for name in names:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise NanochatError(f"--{name.replace('_', '-')} {value} is too small: choose 1 or more")
 
     def require_some(self, *names: str) -> None:
-        """Raise NanochatError if one of these numbers of what is asked, of which -1 means all, is 0."""
+        """Raise NanochatError if one of these counts, where -1 means all, is 0."""
         for name in names:
             if getattr(self, name) == 0:
                 raise NanochatError(f"--{name.replace('_', '-')} 0 asks nothing: choose 1 or more, or -1 for all")
@@ -72,14 +72,14 @@ class Arguments(argparse.Namespace):
             setattr(self, name, Path(values[name]) if name in paths and values[name] is not None else values[name])
 
     def require_between(self, low: float, high: float, *names: str) -> None:
-        """Raise NanochatError if one of these numbers is outside low to high (math.inf: any above)."""
+        """Raise NanochatError if one of these numbers is not within low to high (math.inf: no upper limit)."""
         for name in names:
             if not low <= (value := getattr(self, name)) <= high:
                 limits = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
                 raise NanochatError(f"--{name.replace('_', '-')} {value:g} is out of range: choose {limits}")
 
     def to_toml(self, values: dict[str, Any], leave_out: Sequence[str] = ()) -> str:
-        """What --config takes back to give the command these values, by the names that `vars` has, grouped as in --help."""
+        """A file for --config that gives the command these values (named as in `vars`), grouped as in --help."""
         tables: dict[str, dict[str, Any]] = {}
         for group in self._parser._action_groups:
             table = {}
@@ -97,9 +97,9 @@ class Arguments(argparse.Namespace):
 
 
 class SettingsParser(argparse.ArgumentParser):
-    """An ArgumentParser whose flags may also come from a file; its help is grouped, and its errors are one sentence.
+    """An ArgumentParser whose flags may also come from a file, with grouped help and one-sentence errors.
 
-    examples: command lines for the end of the help, where %(prog)s stands for the command.
+    examples: command lines for the end of the help; %(prog)s stands for the command.
     """
 
     def __init__(self, description: str, examples: Iterable[str] = ()) -> None:
@@ -111,17 +111,17 @@ class SettingsParser(argparse.ArgumentParser):
         common = self._common = self.add_argument_group("every command")
         common.add_argument("-h", "--help", action="help", help="show this")
         common.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS,
-                            help="flags by their long names, in TOML; the command line wins over it")  # fmt: skip
+                            help="TOML file of flags by their long names; the command line overrides it")  # fmt: skip
         common.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the trace of an error")
 
     def parse_args(self, args: Sequence[str] | None = None) -> Arguments:  # type: ignore[override] # no namespace but ours
-        """The settings of a command line, and of the file that it names.
+        """The settings from a command line and from the file that it names.
 
-        Raises NanochatError for a file with what this command does not take; leaves with exit code 2 for such flags.
+        Raises NanochatError for unknown settings in the file; exits with code 2 for unknown flags.
         """
         args = self._with_dashes(sys.argv[1:] if args is None else args)
         finder = argparse.ArgumentParser(add_help=False)
-        finder.error = self.error  # type: ignore[method-assign] # it speaks for this parser
+        finder.error = self.error  # type: ignore[method-assign] # errors are reported by this parser
         finder.add_argument("--config")
         file = finder.parse_known_args(args)[0].config
         in_file = self._read(Path(os.path.expanduser(file))) if file is not None else {}
@@ -135,21 +135,21 @@ class SettingsParser(argparse.ArgumentParser):
         values = {action.dest: value for action, value in in_file.items()}
         values |= {name: value for name, value in vars(arguments).items() if value is not not_given}
         arguments = Arguments(**{**defaults, **values})
-        arguments._parser, arguments.defaults, arguments.given = self, defaults, set(values)
+        arguments._parser, arguments.defaults, arguments.given = self, defaults, values.keys() & defaults
         for action in self._actions:
             value = getattr(arguments, action.dest, None)
             if action.type is Path and isinstance(value, Path):
-                setattr(arguments, action.dest, Path(os.path.expanduser(value)))  # as a shell does in --flag PATH alone
+                setattr(arguments, action.dest, Path(os.path.expanduser(value)))  # shells do not expand --flag=~
             for number in value if isinstance(value, list) else [value]:
                 if isinstance(number, float) and not math.isfinite(number):
-                    raise NanochatError(f"--{_long_name(action)} {number} is no finite number: give one")
+                    raise NanochatError(f"--{_long_name(action)} {number} is not a finite number: give one")
         for name in ("config", "debug"):
             vars(arguments).pop(name, None)
         return arguments
 
     def _with_dashes(self, args: Sequence[str]) -> list[str]:
-        """A command line on which a flag may be written --max_seq_len, as in the public recipes."""
-        flags = list(itertools.takewhile(lambda arg: arg != "--", args))  # what comes after that is none
+        """The command line with flags such as --max_seq_len, as in the public recipes, written with dashes."""
+        flags = list(itertools.takewhile(lambda arg: arg != "--", args))  # after -- there are no flags
         for i, (name, *value) in enumerate(flag.split("=", 1) for flag in flags):
             dashed = name.replace("_", "-")
             if name.startswith("--") and dashed in self._option_string_actions:
@@ -162,8 +162,8 @@ class SettingsParser(argparse.ArgumentParser):
             content = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise NanochatError(f"--config {path} cannot be read ({error.strerror}): check the path") from error
-        except (ValueError, RecursionError) as error:  # also a number of thousands of digits, or brackets in brackets
-            raise NanochatError(f"--config {path} is no TOML ({error}): write lines such as depth = 12") from error
+        except (ValueError, RecursionError) as error:  # also for numbers with thousands of digits, or deep nesting
+            raise NanochatError(f"--config {path} is not TOML ({error}): write lines such as depth = 12") from error
         known = {flag: action for action in self._actions if (flag := _long_name(action)) and flag not in NOT_IN_FILES}
         values: dict[argparse.Action, Any] = {}
         for key, value in _flatten(content):
@@ -178,19 +178,19 @@ class SettingsParser(argparse.ArgumentParser):
         return values
 
     def error(self, message: str) -> NoReturn:
-        """Leave with one sentence and exit code 2."""
+        """Exit with one sentence and code 2."""
         self.exit(2, f"error: {message} ({self.prog} --help lists the flags)\n")
 
     def format_help(self) -> str:
         takes = [(action, self._get_formatter()._format_args(action, action.dest.upper())) for action in self._actions]
         required = [" ".join([*action.option_strings[-1:], what]) for action, what in takes if action.required]
         self.usage = " ".join(["%(prog)s", *required, "[flags]"])
-        self._action_groups.sort(key=lambda group: group is self._common)  # what is special to the command comes first
+        self._action_groups.sort(key=lambda group: group is self._common)  # the command's own flags come first
         return super().format_help()
 
 
 def add_checkpoint_arguments(group: argparse._ActionsContainer, from_hf: bool = False) -> None:
-    """Which checkpoint of which run a command uses, or which model from elsewhere: what load_chosen_model reads."""
+    """Add the flags that choose a checkpoint of a run, or a model from elsewhere, for load_chosen_model."""
     group.add_argument("-i", "--source", default="sft", choices=STAGES, help="stage of the model")
     group.add_argument("-g", "--model-tag", default=None, metavar="TAG", help="run (default: the newest with that stage)")
     group.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
@@ -199,7 +199,7 @@ def add_checkpoint_arguments(group: argparse._ActionsContainer, from_hf: bool = 
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Flags and what they take in one column, what they mean and their defaults in the other."""
+    """Shows flags with their values in one column, meanings and defaults in the other."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34)
@@ -214,7 +214,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{', '.join(action.option_strings)} {takes}"
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        """With the default, unless that says nothing (off, none) or the text has it already."""
+        """The help text with its default, unless that says nothing (off, none) or the text has it already."""
         text = action.help or ""
         says_nothing = action.default in (None, argparse.SUPPRESS, "", -1, []) or isinstance(action.default, bool)
         if says_nothing or "default:" in text:
@@ -225,13 +225,13 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 def _program() -> str | None:
-    """How this command was called; None where nothing better is known than the name of the file."""
+    """How this command was called; None if only the name of the file is known."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     return None if spec is None or spec.name == "nanochat.cli" else f"python -m {spec.name}"
 
 
 def _long_name(action: argparse.Action) -> str | None:
-    """What a file calls it; None if it has no long form."""
+    """The flag's name in a file; None if it has no long form."""
     return next((flag[2:] for flag in action.option_strings if flag.startswith("--")), None)
 
 
@@ -255,14 +255,14 @@ def _as_toml(value: Any) -> str:
 
 
 def _convert(action: argparse.Action, what: str, value: Any) -> Any:
-    """A file's value as the command line would have given it. Raises NanochatError, which begins with `what`."""
+    """A value from a file, as the command line would give it. Raises NanochatError, beginning with `what`."""
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise NanochatError(f"{what} is neither true nor false: choose one")
         return action.const if value else action.default
     if isinstance(action, argparse._AppendAction) or action.nargs == "+":
         if not isinstance(value, list):
-            raise NanochatError(f"{what} is no list: put it into [ ]")
+            raise NanochatError(f"{what} is not a list: put it into [ ]")
         return [_convert_one(action, what, item) for item in value]
     return _convert_one(action, what, value)
 
@@ -271,7 +271,7 @@ def _convert_one(action: argparse.Action, what: str, value: Any) -> Any:
     wanted = WANTED.get(action.type, "text")
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if wanted == "text":
-        fits = isinstance(value, str) or is_number  # a step or a year may well be text
+        fits = isinstance(value, str) or is_number  # a flag that takes text may be given a number, such as a step
     else:
         fits = is_number and (action.type is float or isinstance(value, int))
     if not fits:
@@ -279,7 +279,7 @@ def _convert_one(action: argparse.Action, what: str, value: Any) -> Any:
     try:
         value = action.type(value if wanted != "text" else str(value)) if callable(action.type) else str(value)
     except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-        raise NanochatError(f"{what} does not suit --{_long_name(action)} ({error}): --help says what does") from error
+        raise NanochatError(f"{what} does not suit --{_long_name(action)} ({error}): see --help") from error
     if action.choices is not None and value not in action.choices:
         raise NanochatError(f"{what} is not among the choices: take one of {', '.join(map(str, action.choices))}")
     return value

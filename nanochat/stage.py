@@ -1,4 +1,4 @@
-"""A stage of a run: which directory it writes to, whether it goes on or starts anew, with which model, and its training.
+"""A stage of a run: the directory it writes to, whether it resumes or starts, its model, and its training.
 
 Used by the training scripts.
 """
@@ -55,17 +55,17 @@ from nanochat.training_flags import RATES, chosen_loggers
 
 @dataclass(frozen=True)
 class Stage:
-    """An opened stage: where it writes and the step it goes on from (None: it starts anew)."""
+    """An opened stage: where it writes, and the step that it resumes from (None: it starts from the beginning)."""
 
     tag: str
     name: str
     directory: Path
     resume_step: int | None
-    steps: list[int]  # found when it was opened
+    steps: list[int]  # checkpoints found when it was opened
     lock: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, compare=False)
 
     def is_complete(self, num_iterations: int) -> bool:
-        """True if the last step was saved and evaluated, so that nothing is left to do."""
+        """True if the last step was saved and evaluated: nothing is left to do."""
         if self.resume_step is None or self.resume_step < num_iterations:
             return False
         rows = [row for row in read_metrics(self.directory / METRICS_FILE) if row["step"] == num_iterations]
@@ -73,11 +73,11 @@ class Stage:
 
     @property
     def start(self) -> tuple[Path, int] | None:
-        """Where the weights to go on from are."""
+        """The checkpoint to resume from: (directory, step)."""
         return None if self.resume_step is None else (self.directory, self.resume_step)
 
     def recorded_settings(self) -> dict[str, Any]:
-        """The settings that the checkpoint to go on from was made with; {} for a stage that starts anew."""
+        """The settings recorded in the checkpoint to resume from; {} if the stage starts from the beginning."""
         if self.resume_step is None:
             return {}
         return read_meta(self.directory, self.resume_step)["settings"]
@@ -88,12 +88,11 @@ class Stage:
 
 
 def open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Stage:
-    """Decide between going on and starting anew, without ever writing over an older run.
+    """Decide whether to resume or to start, without ever overwriting an older run. Rank 0 decides for all.
 
-    resume "none": a run of a given tag must be new; without a tag the first free of d4, d4-2, d4-3 ... is taken.
-    "auto": from the newest intact checkpoint, or anew if there is none; without a tag, of the newest of those runs. A
-    number: from that step; but where torchrun or Slurm repeats a command that did so, from the newest, or the work since
-    would be done again. Rank 0 decides for all.
+    resume "none": start; a given tag must be new, and without one the first free of d4, d4-2, d4-3 ... is taken.
+    "auto": resume from the newest intact checkpoint, or start if there is none; without a tag, in the newest of those runs.
+    A number: resume from that step; if torchrun or Slurm repeats such a command, from the newest, to keep the work since.
     """
     if not re.fullmatch("auto|none|[0-9]{1,18}", resume):
         raise NanochatError(f"--resume {resume[:50]!r} is neither auto nor none nor a step: give one of these")
@@ -123,7 +122,7 @@ def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> St
                 clean_up(directory)
         if resume == "auto" or _is_second_start(directory, resume):
             step, skipped = newest_valid_step(directory)
-            if step is None and skipped:  # to begin anew would write over what may still be mended
+            if step is None and skipped:  # starting again would overwrite files that may still be repaired
                 raise NanochatError(
                     f"no checkpoint in {directory} is whole ({skipped[0].partition(':')[0]}): restore its files, or "
                     f"{way_to_begin_anew(directory)}"
@@ -149,7 +148,7 @@ def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> St
 
 
 def _newest_untagged(name: str, default_tag: str) -> str:
-    """Of the runs d4, d4-2, d4-3 ..., which commands without a tag make, the one whose checkpoint is the newest."""
+    """The run with the newest checkpoint among d4, d4-2, d4-3 ..., the names given to runs without a tag."""
     runs = [run for run in newest_of_runs(name) if re.fullmatch(rf"{re.escape(default_tag)}(-\d+)?", run[1])]
     newest = max(runs, default=(0.0, default_tag))[1]
     if len(runs) > 1:
@@ -158,7 +157,7 @@ def _newest_untagged(name: str, default_tag: str) -> str:
 
 
 def _is_second_start(directory: Path, resume: str) -> bool:
-    """Whether torchrun or Slurm repeats a command that has gone on from step `resume` already."""
+    """Whether torchrun or Slurm is repeating a command that already resumed from step `resume`."""
     if not any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")):
         return False
     settings = read_json_object(directory / SETTINGS_FILE) if (directory / SETTINGS_FILE).exists() else {}
@@ -166,15 +165,15 @@ def _is_second_start(directory: Path, resume: str) -> bool:
 
 
 def _heirs(tag: str, name: str) -> list[str]:
-    """The later stages that still need the tokenizer of a run whose base is gone; none unless the base is asked for."""
+    """When opening the base stage: later stages of that run, which still need its tokenizer. Otherwise none."""
     return [stage for stage in STAGES[1:] if name == STAGES[0] and list_steps(get_stage_dir(tag, stage))]
 
 
 def open_start(stage: Stage, source: str, step: int | None) -> tuple[Path, Tokenizer, dict[str, Any], int]:
-    """(directory, tokenizer, meta, parent's step) of the checkpoint that a stage starts from or goes on from.
+    """(directory, tokenizer, meta, parent's step) of the checkpoint that a stage starts or resumes from.
 
-    source, step: of the stage before, None for its newest; a stage that goes on keeps its parent, which may be gone or be
-    trained on since. Raises NanochatError if another is asked for.
+    source, step: the previous stage and its step (None: the newest). A resumed stage keeps its parent, even if that was
+    removed or trained further; NanochatError if another one is requested.
     """
     step = None if step is None or step < 0 else step
     if stage.resume_step is None:
@@ -194,10 +193,10 @@ def open_start(stage: Stage, source: str, step: int | None) -> tuple[Path, Token
 def begin(
     stage: Stage, model: GPT, tokenizer: Tokenizer, args: Arguments, decided: dict[str, Any], source: Source | None = None
 ) -> dict[str, Any] | None:
-    """Write what a stage is into its directory before it starts, and return its settings; None if it is done already.
+    """Record a stage's settings in its directory before it starts, and return them; None if the stage is already done.
 
-    decided: what the flags left open, num_iterations above all; source: the text that it reads. Raises NanochatError if a
-    stage that is to go on was started with another tokenizer, other settings or other text, or if ranks see different ones.
+    decided: values that the flags left open, above all num_iterations; source: the text that the stage reads. Raises
+    NanochatError if a resumed stage was started with another tokenizer, other settings or other text, or if ranks disagree.
     A collective call.
     """
     device, (_, rank, _, world_size) = model.get_device(), get_dist_info()
@@ -205,7 +204,7 @@ def begin(
         **vars(args), **describe_model(model), **decided, "device": str(device), "dtype": str(get_compute_dtype(device)),
         "world_size": world_size, "tag": stage.tag, "stage": stage.name, "tokenizer_fingerprint": tokenizer.fingerprint(),
     }  # fmt: skip
-    # Paths as text, and so that they hold wherever the next command is given:
+    # Absolute paths, because the next command may be given in another folder; as text, for JSON.
     settings = {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in settings.items()}
     check_settings(stage, settings, args)
     if stage.is_complete(settings["num_iterations"]):
@@ -213,32 +212,33 @@ def begin(
         return None
     shared = {name: settings[name] for name in ("tokenizer_fingerprint", "mixture", "num_iterations", "total_batch_size")
               if name in settings}  # fmt: skip
-    compare_ranks(shared | (source.describe()["files"] if source is not None else {}))
+    sizes = source.describe()["files"] if source is not None else {}
+    compare_ranks(shared | {f"the size of {name} in bytes": size for name, size in sizes.items()})
     if source is not None:
         check_data(stage, source)
     all_or_none(lambda: prepare_directory(stage, tokenizer, settings, args, rank))
     save_every = args.save_every if args.save_every >= 0 else args.eval_every
     if "keep_last" not in args.given and 0 < save_every * args.keep_last < settings["num_iterations"]:
-        print0(f"the newest {args.keep_last} checkpoints are kept, and the best (--keep-last)")
+        print0(f"the newest {args.keep_last} checkpoints and the best are kept (--keep-last)")
     return settings
 
 
 def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, Any], args: Arguments, rank: int) -> None:
-    """Write what the stage is (settings.json, config.toml, the tokenizer) before it starts."""
+    """Write settings.json, config.toml and the tokenizer before the stage starts."""
     if rank != 0:
         return
     for name in chosen_loggers(args):
         check_installed(name)
-    stage.lock.enter_context(lock_stage(stage.directory))  # as long as the stage lives; the trainer takes it once more
+    stage.lock.enter_context(lock_stage(stage.directory))  # for the life of the stage; the trainer takes it again
     if list_steps(stage.directory) != stage.steps:
         raise NanochatError(f"{stage.directory} was trained by another process meanwhile: give the same command again")
     if stage.resume_step is not None:
         print0(f"going on from step {stage.resume_step} of {stage.directory}")
     else:
-        (stage.directory / METRICS_FILE).unlink(missing_ok=True)  # of a start that never reached a checkpoint
+        (stage.directory / METRICS_FILE).unlink(missing_ok=True)  # left by a start that never reached a checkpoint
         if stage.name == "base":
             tokenizer.save(get_run_dir(stage.tag))
-    text = json.dumps(settings, indent=2, ensure_ascii=False)  # recipes look for the path of the data as it is
+    text = json.dumps(settings, indent=2, ensure_ascii=False)  # unescaped: recipes search it for the path of the data
     atomic_write(stage.directory / SETTINGS_FILE, text)
     left_out = ("resume", "resume_from_step", "target_minutes")  # the last: what it allowed is num_iterations
     config = args.to_toml({**settings, "model_tag": stage.tag}, leave_out=left_out)
@@ -248,7 +248,7 @@ def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, An
 def make_model(
     model_config: dict[str, Any], device: torch.device, args: argparse.Namespace, start: tuple[Path, int] | None
 ) -> GPT:
-    """The model of a stage, as its flags want it: new, or with the weights of `start`, a step of some stage."""
+    """The model that a stage's flags describe: new, or with the weights of `start`, a step of some stage."""
     if not args.fsdp:
         model = build_model(model_config, load_checkpoint(*start, device)[0] if start else None, device, args.seed)
     else:
@@ -275,50 +275,50 @@ def make_model(
 
 
 def open_metrics(stage: Stage, settings: dict[str, Any], args: argparse.Namespace) -> MetricsLog:
-    """The log of a stage, and of the loggers that its flags name."""
+    """The stage's metrics log, with the loggers that its flags name."""
     return MetricsLog(stage.directory, settings, args.run, chosen_loggers(args), get_dist_info()[1], stage.resume_step)
 
 
 def setup_optimizer(model: GPT, args: argparse.Namespace, scale: float, weight_decay: float, **settings: Any) -> MuonAdamW:
-    """The model's optimizer with the rates that were asked for, all times `scale`; settings: of OptimizerSettings."""
+    """The model's optimizer with the rates from the flags, all times `scale`; settings: more of OptimizerSettings."""
     rates = {name: getattr(args, name) * scale for name in RATES}
     return model.setup_optimizer(**rates, weight_decay=weight_decay, **settings)
 
 
 def load_optimizer(optimizer: MuonAdamW, stage_dir: Path, step: int, way_out: str = "add --load-optimizer 0") -> None:
-    """Give an optimizer the state of a step. Raises CheckpointError if that was saved without, or by another optimizer."""
+    """Load a step's optimizer state. Raises CheckpointError if it has none, or another optimizer saved it."""
     directory = step_dir(stage_dir, step)
     files = list_files(directory)
-    if OPTIMIZER_FILE not in files and MODEL_FILE in files:  # instead of which ranks write parts, of both
+    if OPTIMIZER_FILE not in files and MODEL_FILE in files:  # sharded checkpoints have neither file
         raise CheckpointError(f"{directory} was saved without optimizer state: {way_out}")
     try:
         if optimizer.sharded:
             state = optimizer.state_dict()
             load_into(directory, OPTIMIZER_FILE, state)
         else:
-            verify_checkpoint(directory, but_for=MODEL_FILE)  # which was when it was loaded
+            verify_checkpoint(directory, but_for=MODEL_FILE)  # the model file was verified when it was loaded
             state = read_tensors(directory, OPTIMIZER_FILE)
         optimizer.load_state_dict(state)
     except KeyError as error:
         raise CheckpointError(
-            f"{directory} was saved by a nanochat whose optimizer was another (it has no {error}): {way_out}"
+            f"{directory} was saved by a nanochat with another optimizer (it has no {error}): {way_out}"
         ) from None
 
 
 def train_config(settings: dict[str, Any], device: torch.device, **own: Any) -> TrainConfig:
-    """The loop's settings: those of a stage (see `begin`) by their names, and what is its own or is to differ."""
+    """The loop's settings: those of the stage with the same names (see `begin`), then `own`, which takes precedence."""
     chosen = {f.name: settings[f.name] for f in fields(TrainConfig) if f.name in settings}
     return TrainConfig(**{**chosen, "log_every": 10 if device.type == "cuda" else 1, **own})
 
 
 def train(trainer: Trainer, stage: Stage) -> None:
-    """Train a stage to its end, from where it stands."""
+    """Train a stage to its end, from the step it has reached."""
     step = stage.resume_step
     if step is not None:
         way_out = f"its weights can be used, but not trained on here: {way_to_begin_anew(stage.directory)}"
         load_optimizer(trainer.optimizer, stage.directory, step, way_out)
         trainer.load_state_dict(read_meta(stage.directory, step)["trainer"])
-        if trainer.rank == 0 and (later := set_aside(stage.directory, step)):  # when nothing can be refused any more
+        if trainer.rank == 0 and (later := set_aside(stage.directory, step)):  # last, when nothing can fail any more
             print(f"{later[0]} to {later[-1]} of an earlier attempt are set aside there and may be deleted")
     trainer.train()
 

@@ -10,13 +10,13 @@ import threading
 import time
 from collections.abc import Iterator
 
-PATIENCE_S = 3.0  # between a wish to stop and a demand
+PATIENCE_S = 3.0  # a second signal within this time counts as the same request
 
 
 class StopRequest:
-    """`asked` once there was a Ctrl-C, SIGTERM or lost terminal; a second, not at once, raises KeyboardInterrupt on the spot.
+    """`asked` is True after Ctrl-C, SIGTERM or a lost terminal; a second signal, later, raises KeyboardInterrupt at once.
 
-    torchrun passes on what the terminal has sent already: the same wish may come twice.
+    torchrun forwards signals that the terminal has sent to us as well, so one request may arrive twice.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take these signals meanwhile, in the main thread; no other can."""
+        """Handle these signals inside the `with` block; only the main thread can."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -38,12 +38,12 @@ class StopRequest:
             if self._asked_at is not None and now - self._asked_at > PATIENCE_S:
                 raise KeyboardInterrupt
             if self._asked_at is None and os.environ.get("RANK", "0") == "0":
-                with contextlib.suppress(OSError):  # not print, which may be what was interrupted
+                with contextlib.suppress(OSError):  # not print: the signal may have interrupted a print
                     os.write(2, b"\nstopping once this step is saved; again: at once\n")
             self._asked_at = self._asked_at or now
 
         numbers = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup asks for
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
             numbers.append(signal.SIGHUP)
         previous = {number: signal.signal(number, ask_to_stop) for number in numbers}
         try:
@@ -53,11 +53,16 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
+def collect_garbage() -> None:
+    """Free what is garbage, and never look at the rest again: the next call takes as long as there are new objects."""
+    gc.collect()
+    gc.freeze()
+
+
 @contextlib.contextmanager
 def frozen_garbage() -> Iterator[None]:
     """Keep Python's garbage collector, whose pauses grow with the heap, out of the training steps."""
-    gc.collect()
-    gc.freeze()
+    collect_garbage()
     gc.disable()
     try:
         yield

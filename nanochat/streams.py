@@ -58,8 +58,11 @@ class News(NamedTuple):
     last: bool
 
 
+MAX_NEWS = 256  # tokens; with alternatives to each, what they are written as takes some hundredths of a second
+
+
 class Reader:
-    """Where a stream stands in one text. Everything new is read at once, so a slow client gets fewer, larger pieces."""
+    """Where a stream stands in one text. Much is read at once, so a slow client gets fewer, larger pieces."""
 
     def __init__(self, sequence: Sequence) -> None:
         self.sequence, self.parts = sequence, Parts()
@@ -69,12 +72,13 @@ class Reader:
     def read(self) -> News | None:
         """None if there is nothing new."""
         sequence, begin = self.sequence, self.pieces
-        last = sequence.finish_reason not in (None, "error")  # of an error the ticket tells
-        if self.ended or (len(sequence.pieces) == begin and not last):
+        finished = sequence.finish_reason not in (None, "error")  # of an error the ticket tells
+        pieces = sequence.pieces[begin : begin + MAX_NEWS]
+        self.pieces += len(pieces)
+        last = finished and self.pieces == len(sequence.pieces)
+        if self.ended or not (pieces or last):
             return None
         self.ended = last
-        pieces = sequence.pieces[begin:]
-        self.pieces += len(pieces)
         tokens, masks = sequence.tokens[begin : self.pieces], sequence.masks[begin : self.pieces]
         logprobs = aligned(sequence.logprobs[self.sampled :], masks)
         self.sampled += sum(masks)
@@ -93,7 +97,7 @@ async def _news(ticket: Ticket) -> AsyncIterator[tuple[int, Reader, News]]:
     readers = [Reader(sequence) for sequence in ticket.sequences]
     async for _ in ticket.updates():
         for i, reader in enumerate(readers):
-            if (news := reader.read()) is not None:
+            while (news := reader.read()) is not None:
                 yield i, reader, news
 
 

@@ -33,17 +33,17 @@ SPECIAL_TOKENS = [
     "<|assistant_end|>",
     "<|python_start|>",  # the assistant calls the calculator ...
     "<|python_end|>",
-    "<|output_start|>",  # ... and is given what it printed
+    "<|output_start|>",  # ... and gets what it printed
     "<|output_end|>",
 ]
-# Words with one leading mark or space, digits by two at most (a small vocabulary has no room for a thousand numbers),
-# runs of punctuation, and white space whose last character stays with the word that follows.
+# Words with one leading mark or space, at most two digits at a time (a small vocabulary has no room for a thousand numbers),
+# runs of punctuation, and white space, whose last character goes to the word that follows.
 SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
-LONG_BLANK = 100_000  # characters; the pattern takes ten times as many at once
-MOST_TOKENS = 1 << 24  # of a vocabulary
-PROBE = "Some text, 2 \u00e9\u6f22\n\n  !"  # of every kind that a pattern should match
+LONG_BLANK = 100_000  # characters; the pattern can match ten times as many at once
+MOST_TOKENS = 1 << 24  # the largest vocabulary
+PROBE = "Some text, 2 \u00e9\u6f22\n\n  !"  # characters of every kind that a pattern should match
 FORMAT_VERSION = 1
 FILE_NAME = "tokenizer.json"
 PART_MARKERS = {
@@ -57,7 +57,7 @@ class Tokenizer:
 
     def __init__(self, tokens: list[bytes], pattern: str = SPLIT_PATTERN) -> None:
         """tokens: the ordinary tokens in order of rank. Raises ValueError unless these and the pattern encode any text."""
-        if missing := {bytes([value]) for value in range(256)}.difference(tokens):  # a text with one would end in a panic
+        if missing := {bytes([value]) for value in range(256)}.difference(tokens):  # encoding such a byte would panic
             raise ValueError(f"it lacks the token of the byte 0x{min(missing).hex()}")
         if len(set(tokens)) < len(tokens):
             raise ValueError("it has a token twice")
@@ -76,7 +76,7 @@ class Tokenizer:
     def _keeps_text(self) -> bool:
         try:
             return bool(self.pattern) and self.decode(self.encode(PROBE)) == PROBE
-        except BaseException as error:  # what Rust panics with, at a pattern that matches without a character, is no Exception
+        except BaseException as error:  # a Rust panic (at a pattern with empty matches) is not an Exception
             if type(error).__name__ != "PanicException":
                 raise
             return False
@@ -88,7 +88,7 @@ class Tokenizer:
         """Learn a vocabulary of `vocab_size` tokens, the special ones included, from texts.
 
         A short text gives fewer: as many as there are pairs to merge. Raises NanochatError if the size is too small for
-        256 bytes, or beyond what anybody trains.
+        the 256 bytes, or above MOST_TOKENS.
         """
         import rustbpe
 
@@ -118,7 +118,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
-        """Read a tokenizer from its file or the directory that holds it. Raises NanochatError if it is no such file."""
+        """Read a tokenizer from its file or the directory that holds it. Raises NanochatError if that is not possible."""
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
         if not path.is_file():
@@ -129,12 +129,12 @@ class Tokenizer:
                 raise ValueError("another version of the format")
             tokens = [base64.b64decode(token, validate=True) for token in content["tokens"]]
             return cls(tokens, content["pattern"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:  # the last: brackets in brackets
+        except (ValueError, KeyError, TypeError, RecursionError) as error:  # the last: deep nesting
             raise NanochatError(f"{path} is not a nanochat tokenizer ({error}): train one with scripts.tok_train") from error
 
     @functools.cache  # noqa: B019 - tokenizers live as long as the process
     def fingerprint(self) -> str:
-        """A hash of all that decides the encoding, by which a checkpoint knows its tokenizer."""
+        """A hash of everything that decides the encoding; a checkpoint records it to recognize its tokenizer."""
         digest = hashlib.sha256(json.dumps([self.pattern, SPECIAL_TOKENS]).encode("utf-8"))
         for token in self.tokens:
             digest.update(len(token).to_bytes(4, "little") + token)
@@ -186,7 +186,7 @@ class Tokenizer:
         return self._encoding.decode_bytes(list(ids))
 
     def encode_arrays(self, texts: list[str], num_threads: int = 2) -> list[np.ndarray]:
-        """The ids of each text as (n,) int32: what `encode` gives, without the detour over Python's numbers."""
+        """The ids of each text as (n,) int32: the same as `encode`, without the detour through Python ints."""
         size = -(-len(texts) // num_threads)
         parts = [texts[i : i + size] for i in range(0, len(texts), size)] if texts else []
         with ThreadPoolExecutor(num_threads) as pool:
@@ -195,7 +195,7 @@ class Tokenizer:
     def _encode(self, text: str) -> list[int]:
         try:  # not encode_ordinary, which panics instead of raising
             return self._encoding.encode(text, disallowed_special=())
-        except ValueError:  # white space so long that the pattern exhausts the stack
+        except ValueError:  # the pattern exhausts the stack on very long white space
             pieces = cut_long_blanks(text)
             if len(pieces) == 1:
                 raise
@@ -204,7 +204,7 @@ class Tokenizer:
     def _encode_array(self, text: str) -> np.ndarray:
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=()).view(np.int32)
-        except ValueError:  # half a surrogate pair, or see _encode
+        except ValueError:  # a lone surrogate, or see _encode
             return np.asarray(self._encode(text), dtype=np.int32)
 
     def encode_special(self, name: str) -> int:
@@ -227,7 +227,7 @@ class Tokenizer:
         return len(self.tokens) + len(SPECIAL_TOKENS)
 
     def get_token_bytes(self) -> np.ndarray:
-        """(vocab_size,) int32: the raw bytes of each token; 0 for special tokens, which stand for no text."""
+        """(vocab_size,) int32: the number of bytes of each token; 0 for special tokens, which stand for no text."""
         return np.array([len(token) for token in self.tokens] + [0] * len(SPECIAL_TOKENS), dtype=np.int32)
 
     # ------------------------------------------------------------------------- conversations
@@ -262,7 +262,7 @@ class Tokenizer:
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_for_completion(self, conversation: dict[str, Any]) -> list[int]:
-        """Ids that the assistant is to continue: the conversation, less a last answer, and <|assistant_start|>."""
+        """Ids for the assistant to continue: the conversation without a final answer, then <|assistant_start|>."""
         messages = list(conversation["messages"])
         if messages and messages[-1]["role"] == "assistant":
             messages.pop()
@@ -270,11 +270,11 @@ class Tokenizer:
         return [*ids, self.special_ids["<|assistant_start|>"]]
 
     def part_starts(self) -> dict[int, str]:
-        """The types of a message's parts by the special token that begins them."""
+        """The type of each part of a message, by the special token that begins it."""
         return {self.special_ids[markers[0]]: kind for kind, markers in PART_MARKERS.items()}
 
     def parse_parts(self, tokens: Iterable[int]) -> list[dict[str, str]]:
-        """The tokens of an answer as the parts of a message, so that tool calls survive into the next turn."""
+        """The tokens of an answer as parts of a message, so that tool calls survive into the next turn."""
         kinds: dict[Any, str] = self.part_starts()
         parts: list[dict[str, str]] = []
         kind = "text"
@@ -289,7 +289,7 @@ class Tokenizer:
         return parts or [{"type": "text", "text": ""}]
 
     def visualize_tokenization(self, ids: list[int], mask: list[int], with_token_id: bool = False) -> str:
-        """The tokens on a terminal, supervised ones green and the others red."""
+        """The tokens for a terminal, supervised ones in green and the others in red."""
         pieces = []
         for token_id, supervised in zip(ids, mask, strict=True):
             color = "\x1b[32m" if supervised else "\x1b[31m"
@@ -299,7 +299,7 @@ class Tokenizer:
 
 
 def _checked_messages(conversation: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The messages, a system message merged into the user's that follows. Raises NanochatError if roles do not alternate."""
+    """The messages, with a system message merged into the user's after it. Raises NanochatError if roles do not alternate."""
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not messages:
         raise NanochatError("a conversation needs a list of messages, each with role and content")
@@ -326,7 +326,7 @@ def cut_long_blanks(text: str) -> list[str]:
 
 
 def as_parts(content: str | list[dict[str, str]]) -> list[dict[str, str]]:
-    """The content of a message as a list of parts. Raises NanochatError for one that is none."""
+    """The content of a message as a list of parts. Raises NanochatError for a part that is not valid."""
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
     for part in parts:
         known = isinstance(part, dict) and part.get("type") in ("text", *PART_MARKERS)
@@ -336,12 +336,12 @@ def as_parts(content: str | list[dict[str, str]]) -> list[dict[str, str]]:
 
 
 def as_text(content: str | list[dict[str, str]]) -> str:
-    """The text of a message's content, of all its parts together. Raises NanochatError as `as_parts` does."""
+    """The text of all parts of a message's content. Raises NanochatError as `as_parts` does."""
     return "".join(part["text"] for part in as_parts(content))
 
 
 class IncrementalDecoder:
-    """Turns a stream of ids into whole characters: the bytes of one that is split over tokens wait for the rest.
+    """Turns a stream of ids into whole characters: the bytes of a character split over tokens wait for the rest.
 
     `part` is the type of the part that the last token is in: "text", "python" or "python_output".
     """
@@ -360,16 +360,16 @@ class IncrementalDecoder:
         return self._decoder.decode(self._tokenizer.tokens[token_id])
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD if a character stayed incomplete."""
+        """What is left at the end: U+FFFD if a character is incomplete."""
         return self._decoder.decode(b"", final=True)
 
 
 def get_tokenizer_dir(name_or_path: str = "default") -> Path:
     """The directory of a tokenizer: a name below <base>/tokenizers, or a path.
 
-    A name means a path only where none is called so below there and the path holds one; "default" never does.
+    A name means a path only if no tokenizer has that name and the path holds one. "default" is never a path.
     """
-    path = Path(os.path.expanduser(name_or_path))  # which, as a shell, leaves ~NOBODY as it is
+    path = Path(os.path.expanduser(name_or_path))  # like a shell, leaves ~NOBODY as it is
     if len(path.parts) > 1 or {"/", os.sep} & {*name_or_path} or name_or_path in (".", ".."):
         return path
     named = get_base_dir() / "tokenizers" / name_or_path

@@ -1,8 +1,8 @@
 """THE training loop. Pretraining, SFT and RL differ only in the loader, the loss and the callbacks that they bring.
 
-A Trainer is itself one state: `state_dict()` holds everything that decides what comes next, and a run that is stopped
-and resumed goes the way it would have gone, on the same number of ranks or on another. Order at a step: save, evaluate,
-sample, then train, so that a crash in an evaluation costs nothing.
+`state_dict()` holds everything that decides what comes next: a run that is stopped and resumed continues exactly as if
+it had not been, on the same number of ranks or on another. Order at a step: save, evaluate, sample, then train. So an
+exception in an evaluation costs nothing; a kill costs at most the checkpoint being written.
 """
 
 from __future__ import annotations
@@ -33,52 +33,53 @@ from nanochat.quantities import describe_line
 from nanochat.ranks import all_or_none, any_rank, gather_objects, sum_over_ranks
 from nanochat.runs import list_steps
 from nanochat.schedules import Schedule
-from nanochat.stopping import StopRequest, frozen_garbage
+from nanochat.stopping import StopRequest, collect_garbage, frozen_garbage
 
 Evaluation = Callable[[], dict[str, float]]
+COLLECT_EVERY = 200  # steps: a recomputed block or a save leaves some garbage that refers to itself
 NOT_SAVED = "warning: a checkpoint could not be written; training goes on."
 
 
 class Loader(Protocol):
-    """An endless source of micro-batches whose place can be saved and restored exactly."""
+    """An endless source of micro-batches whose position can be saved and restored exactly."""
 
     def __iter__(self) -> Iterator[Batch]: ...
     def __next__(self) -> Batch: ...
-    def state_dict(self) -> dict[str, Any]: ...  # of this rank, JSON
-    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None: ...  # of all ranks there were
+    def state_dict(self) -> dict[str, Any]: ...  # this rank's, as JSON
+    def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None: ...  # those of all ranks that saved
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Schedule):
-    """A schedule, and what else the loop needs to know. Periods are in steps; 0 or less: never (but for the last step)."""
+    """A schedule and the loop's other settings. Periods are in steps; 0 or less: only at the last step."""
 
     total_batch_size: int  # tokens in an update, over all ranks; 0: it varies, and speed is not counted in tokens
     grad_accum_steps: int = 1
     eval_first: bool = False  # evaluate also before the first update
     sample_every: int = 2000  # below 0: not at the last step either
-    save_every: int = -1  # below 0: before each evaluation, which may end the process without a word
-    keep_last: int = -1  # checkpoints, besides the best; 0 or less keeps all
-    compare_every: int = 100  # make sure that all ranks still hold the same parameters
-    best_metric: str = "-val/bpb"  # of an evaluation, what the best checkpoint has the most of; - for the least
+    save_every: int = -1  # below 0: before each evaluation, which may kill the process (out of memory)
+    keep_last: int = -1  # newest checkpoints to keep, besides the best; 0 or less keeps all
+    compare_every: int = 100  # check that all ranks still hold the same parameters
+    best_metric: str = "-val/bpb"  # the evaluation's metric by which the best checkpoint is chosen; with -: lower is better
     log_every: int = 1
     compile: bool = True
     stage_name: str = "training"
 
 
 def count_supervised(batch: Batch) -> torch.Tensor:
-    """Tokens that have a target: what `summed_loss` is a sum over."""
+    """The number of tokens that have a target: `summed_loss` sums over these."""
     return (batch[1] >= 0).sum()
 
 
 class Trainer:
     """Trains `model` from `loader` until `config.num_iterations` updates are done.
 
-    evaluations: pairs (period in steps, () -> {"val/bpb": ...}), called with the model in eval mode, those of one step in
-    their order; sample: () -> [{"prompt": ..., "text": ...}];
-    loss_fn: (model, batch) -> loss, a sum over rows, since a pass may take few of a batch's rows at a time (passes.py); the
-    trainer divides it by the whole step's sum of count_fn(batch);
-    step_metrics: () -> what else the newest step's row says.
-    meta: what else a checkpoint must say besides the model's config (tokenizer, settings, lineage), JSON.
+    evaluations: pairs (period in steps, () -> {"val/bpb": ...}), called in this order with the model in eval mode.
+    sample: () -> [{"prompt": ..., "text": ...}].
+    loss_fn: (model, batch) -> loss, a sum over rows, since a pass may take only some rows at a time (passes.py); the
+    trainer divides it by the sum of count_fn(batch) over the step.
+    step_metrics: () -> more entries for the newest step's row of metrics.
+    meta: what a checkpoint records besides the model's config (tokenizer, settings, lineage), as JSON.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Trainer:
         self.stage_dir, self.metrics, self.meta = stage_dir, metrics, meta
         self._resume = f"the same command and --model-tag {stage_dir.parent.name} --resume auto"
         self.evaluations = evaluations
-        self.sample_fn = None if model.is_sharded else sample  # which takes a whole model
+        self.sample_fn = None if model.is_sharded else sample  # sampling needs an unsharded model
         self.count_fn, self.step_metrics = count_fn, step_metrics
         self._passes, self._loss_scale = Passes(model, loss_fn), LossScale(model.get_compute_dtype())
         self.ddp, self.rank, _, self.world_size = get_dist_info()
@@ -109,11 +110,11 @@ class Trainer:
         self._flops_per_token = [model.estimate_flops(idle_blocks) for idle_blocks in (model.config.n_layer - 1, 0)]
         self.matmul_rate: float | None = None  # of all ranks together, FLOP/s; None until it is measured
         self.step = 0
-        self.time_s = 0.0  # of training alone, over all sittings
-        self._logged_time_s = 0.0  # as it was when the newest row was written
+        self.time_s = 0.0  # spent in training only, over all sessions of the run
+        self._logged_time_s = 0.0  # time_s when the newest row was written
         self.results: dict[str, float] = {}  # of the newest evaluations
         self._best = Best(stage_dir, config.best_metric, is_writer=self.rank == 0)
-        self._saved_step: int | None = None  # the newest checkpoint is of this state
+        self._saved_step: int | None = None  # the step of the newest checkpoint
         self._writer = CheckpointWriter(stage_dir, config.keep_last)
         self._pending: list[torch.Tensor] = []  # losses not yet read from the device
         self._stop = StopRequest()
@@ -121,9 +122,9 @@ class Trainer:
     # ------------------------------------------------------------------------- state
 
     def state_dict(self, loader_state: dict[str, Any] | None = None) -> dict[str, Any]:
-        """What, with the model's and the optimizer's tensors, decides how the run goes on; JSON. A collective call.
+        """All that decides how the run continues, apart from the tensors of model and optimizer; JSON. A collective call.
 
-        loader_state: this rank's loader's, if not as it is now.
+        loader_state: an earlier state of this rank's loader, to save in place of the present one.
         """
         return {
             "step": self.step, "time_s": self.time_s, "results": self.results, "best": self._best.record,
@@ -131,25 +132,25 @@ class Trainer:
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on as the trainer that gave this state would have; it may have had another number of ranks."""
+        """Continue as the trainer that saved this state would have; it may have had another number of ranks."""
         self.step, self.time_s, self.results = state["step"], state["time_s"], state["results"]
         self._logged_time_s = self.time_s
         self._saved_step = self.step
         self._loss_scale.load_state_dict(state.get("loss_scale", {}))
         self.loader.load_state_dict(state["loader"])
-        self._best.load(state["best"])  # last, since it writes
+        self._best.load(state["best"])  # last, because it writes a file
         self._best.fall_back(list_steps(self.stage_dir))
 
     def save(self, wait: bool = False, loader_state: dict[str, Any] | None = None) -> None:
-        """Begin to write a checkpoint of this step; with `wait`, until it is on disk (a collective call).
+        """Begin to write a checkpoint of this step; `wait`: return once it is on disk (a collective call).
 
-        With `wait`, raises OSError if it cannot be written. Otherwise that is reported when the next one is due, and training
-        goes on: the checkpoints that there are stay.
+        With `wait`, raises OSError if it cannot be written. Otherwise a failure is reported when the next checkpoint is due,
+        and training goes on; earlier checkpoints stay.
         """
         self._compare_ranks()
         self._check_finite()
         if self.rank == 0:
-            self._report_failed_save()  # which may have been the best one's
+            self._report_failed_save()  # first: if the best checkpoint was not written, the record of it changes
         meta = {"model_config": asdict(self.model.config), **self.meta, "trainer": self.state_dict(loader_state)}
         optimizer_state = self.optimizer.state_dict()
         if self.model.is_sharded:
@@ -168,7 +169,7 @@ class Trainer:
             write()
 
     def _save_sharded(self, optimizer_state: dict[str, torch.Tensor], meta: dict[str, Any], wait: bool) -> None:
-        """Each rank writes its part while all wait: there is no room for a second copy of such a model."""
+        """Each rank writes its part while all wait: there is no memory for a second copy of such a model."""
         try:
             states = {MODEL_FILE: self.model.state_dict(), OPTIMIZER_FILE: optimizer_state}
             save_sharded(self.stage_dir, self.step, states, meta)
@@ -181,7 +182,7 @@ class Trainer:
             self.progress.print(f"{NOT_SAVED} {describe_error(error)}")
 
     def _report_failed_save(self) -> bool:
-        """Wait for what is being written; whether that has failed."""
+        """Wait for the checkpoint being written; True if it failed."""
         try:
             self._writer.wait()
             return False
@@ -195,17 +196,17 @@ class Trainer:
             self._saved_step = None
         if self.step > 0 and self.step != self._saved_step:
             self.save(wait=True, loader_state=loader_state)
-            self.progress.print(f"step {self.step} is saved; once the cause is mended, go on with {self._resume}")
+            self.progress.print(f"step {self.step} is saved; once the cause is fixed, go on with {self._resume}")
 
     def _check_finite(self) -> None:
-        """Raise NanochatError if parameters are no longer numbers: such a checkpoint would take a good one's place."""
-        params: list[Any] = [p for group in self.optimizer.groups for p in group.params]  # which of a sharded model are parts
+        """Raise NanochatError if parameters are not finite: such a checkpoint would take the place of a good one."""
+        params: list[Any] = [p for group in self.optimizer.groups for p in group.params]
         parts = [p.to_local() if self.model.is_sharded else p for p in params]
         if any_rank(not torch.stack([part.isfinite().all() for part in parts]).all()):
-            raise NanochatError(self._describe_divergence())
+            raise NanochatError(f"parameters are no longer numbers at step {self.step}: {self._way_out()}")
 
     def _compare_ranks(self) -> None:
-        """Raise NanochatError if ranks no longer hold the same parameters, by a checksum of their bits."""
+        """Raise NanochatError if checksums show that ranks no longer hold the same parameters."""
         if not self.ddp or self.model.is_sharded:
             return
         names, sums = zip(*((name, p.data.view(torch.int32).sum()) for name, p in self.model.named_parameters()), strict=True)
@@ -257,16 +258,18 @@ class Trainer:
                 self._sample()
             if last:
                 if any_rank(self._stop.asked):
-                    raise KeyboardInterrupt  # all is saved; what comes after this command is not to begin
+                    raise KeyboardInterrupt  # all is saved, but the command after this one must not start
                 return
             if self._due(config.compare_every):
                 self._compare_ranks()
+            if self._due(COLLECT_EVERY):
+                collect_garbage()
             self._get_up_to_speed()
             self._train_step()
             self._check_stop()
 
     def _choose_blocks(self) -> None:
-        """Let the last block learn alone, or all."""
+        """Decide which blocks learn in this step: only the last one, or all."""
         idle_before = self.model.idle_blocks
         expanded = self.step >= self.config.expansion_step
         self.model.idle_blocks = 0 if expanded else self.model.config.n_layer - 1
@@ -283,17 +286,17 @@ class Trainer:
         self.config = replace(self.config, compile=False)
 
     def _get_up_to_speed(self) -> None:
-        """Measure the device and compile: before the first update, or on a CPU, where it takes half a minute, after it.
+        """Measure the device and compile: before the first update, or after it in a new run on a CPU.
 
-        So a new run shows within seconds that data, memory and loss are right; a resumed run computes what the
-        uninterrupted one did. A GPU's memory may be too small for a batch that is not compiled.
+        On a CPU this takes half a minute, and a first update without it shows within seconds that data, memory and loss are
+        right; a resumed run computes what the uninterrupted one did. A GPU may have no memory for an uncompiled batch.
         """
         waits = self.device.type == "cpu" and self.step == 0 and not self.model.is_compiled
         if self.matmul_rate is None and not waits:
             self.matmul_rate = measure_matmul_rate(self.device, self.model.get_compute_dtype()) * self.world_size
         if not self.config.compile or self.model.is_compiled:
             return
-        # Uncompiled and not in pieces, blocks would keep several times as much for the backward pass.
+        # Uncompiled blocks keep several times as much for the backward pass; if not run in pieces, recompute them.
         self.model.recompute_blocks = self._recompute_blocks or (waits and not self._passes.in_pieces)
         if waits:
             return
@@ -305,7 +308,7 @@ class Trainer:
             self.model.compile()
 
     def _settle(self) -> None:
-        """Wait for what a GPU still trains before something else is computed: it belongs to the time of training."""
+        """Before anything else is computed, wait for training queued on a GPU, and count it as training time."""
         periods = (self.config.save_every, self.config.sample_every, *(period for period, _ in self.evaluations))
         if any(map(self._due, periods)):
             started = time.perf_counter()
@@ -323,7 +326,7 @@ class Trainer:
         scale = self._loss_scale.factor
         loss = self._passes.run(batches, count.clamp(min=1) / scale) / scale
         factor = self._set_schedules()
-        # Answers that all earned the same (in RL, whose batches vary) teach nothing; momentum alone would move the model on.
+        # In RL (total_batch_size 0), answers that all earn the same teach nothing: momentum would still move the model.
         learns = config.total_batch_size > 0 or bool(count)
         if learns and self._loss_scale.unscale(self.model.parameters()):
             self.optimizer.step()
@@ -336,14 +339,14 @@ class Trainer:
             self.time_s += time.perf_counter() - started
 
     def _fetch(self) -> tuple[list[Batch], torch.Tensor]:
-        """This update's batches, and what its loss is divided by, over all ranks; 0 if there is nothing to learn in it.
+        """This update's batches, and the count over all ranks that its loss is divided by (0: nothing to learn).
 
-        If the data fails on any rank, all save the state before this update and leave.
+        If the data fails on any rank, all ranks save the state before this update and stop.
         """
         loader_state = self.loader.state_dict()
         try:
             batches = all_or_none(lambda: [next(self.loader) for _ in range(self.config.grad_accum_steps)])
-        except Exception:  # whatever it is, nothing that was learned may be lost
+        except Exception:  # whatever it is, nothing learned so far may be lost
             self._save_before_leaving(loader_state)
             raise
         count = torch.stack([self.count_fn(batch) for batch in batches]).sum()
@@ -351,7 +354,7 @@ class Trainer:
         return batches, count
 
     def _set_schedules(self) -> float:
-        """Move learning rates, momentum and weight decay to this step; returns the learning rate's factor."""
+        """Set learning rates, momentum and weight decay for this step; returns the learning rate's factor."""
         factor, decay_factor = self.config.learning_rate_factor(self.step), self.config.weight_decay_factor(self.step)
         for group in self.optimizer.groups:
             group.lr = group.initial_lr * factor
@@ -360,14 +363,14 @@ class Trainer:
         return factor
 
     def _log(self, factor: float, started: float) -> None:
-        """Read the pending losses from the device (this waits for it) and write one row for the steps since the last."""
+        """Read the pending losses (this waits for the device) and write one row for the steps since the last row."""
         losses = torch.stack(self._pending)
-        sum_over_ranks(losses)  # each rank has its share
+        sum_over_ranks(losses)  # each rank holds its share of the loss
         values = losses.tolist()
         self._pending.clear()
         self.time_s += time.perf_counter() - started
         if not all(map(math.isfinite, values)):
-            raise NanochatError(self._describe_divergence())
+            raise NanochatError(f"the loss is no longer a number at step {self.step}: {self._way_out()}")
         steps = len(values)
         elapsed, self._logged_time_s = self.time_s - self._logged_time_s, self.time_s
         row = {"step": self.step, "time_s": round(self.time_s, 4), "train/loss": sum(values) / steps, "train/lrm": factor}
@@ -386,18 +389,16 @@ class Trainer:
         self.progress.update(self.step, *describe_line(row | self.results))
 
     def _work(self, steps: int) -> int:
-        """Floating-point operations of the first `steps` updates for each token of an update."""
+        """Floating-point operations in the first `steps` updates, per token of a batch."""
         alone = min(steps, self.config.expansion_step)
         one_block, all_blocks = self._flops_per_token
         return alone * one_block + (steps - alone) * all_blocks
 
-    def _describe_divergence(self) -> str:
-        last_good = self._last_good()  # first, since it waits for one that is being written
-        goes_on = "resume from it" if list_steps(self.stage_dir) else "begin anew"
-        return (
-            f"the loss is no longer a number at step {self.step}: {last_good}; {goes_on} with a lower learning "
-            "rate (--matrix-lr, --embedding-lr)"
-        )
+    def _way_out(self) -> str:
+        """Of a run that has diverged."""
+        last_good = self._last_good()  # first, since it waits for a checkpoint that is being written
+        goes_on = "resume from it" if list_steps(self.stage_dir) else "start again"
+        return f"{last_good}; {goes_on} with a lower learning rate (--matrix-lr, --embedding-lr)"
 
     def _last_good(self) -> str:
         self._report_failed_save()
@@ -412,8 +413,8 @@ class Trainer:
             with torch.no_grad():
                 results = {name: value for evaluate in evaluations for name, value in evaluate().items()}
         except (Exception, KeyboardInterrupt) as error:
-            # Reached by all ranks together (see all_or_none), unless a sharded model failed while they computed together, or
-            # a Ctrl-C met only some of them.
+            # All ranks get here together (see all_or_none), unless a sharded model failed in the middle of a collective
+            # computation or only some ranks received the Ctrl-C.
             together = not isinstance(error, KeyboardInterrupt) and not is_lost_connection(error) and not self.model.is_sharded
             if together or not self.ddp:
                 self._save_before_leaving()
@@ -427,13 +428,13 @@ class Trainer:
         self.progress.print(f"step {self.step}: {text}")
 
     def _sample(self) -> None:
-        """Show what the model writes. Rank 0 alone; the others wait at the next collective."""
+        """Show what the model writes. Only rank 0 does; the others wait at the next collective."""
         if self.sample_fn is None or self.rank != 0:
             return
         self.model.eval()
         try:
             samples = self.sample_fn()
-        except Exception as error:  # whatever it is, it is no reason to lose what was learned
+        except Exception as error:  # whatever it is, training goes on
             reason = describe_error(error) or repr(error)
             self.progress.print(f"warning: no samples at step {self.step}; training goes on. {reason}")
             samples = []
@@ -446,14 +447,14 @@ class Trainer:
     # ------------------------------------------------------------------------- stopping
 
     def _check_stop(self) -> None:
-        if any_rank(self._stop.asked):  # every rank saves or none does
+        if any_rank(self._stop.asked):  # all ranks must agree: saving is collective
             self.save(wait=True)
             self.progress.print(f"stopped after step {self.step}; saved. Go on with {self._resume}")
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """No two processes train the same stage. Raises NanochatError if another one does."""
+        """Keep other processes from training this stage. Raises NanochatError if one already does."""
         if self.rank != 0:
             yield
             return

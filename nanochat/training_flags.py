@@ -1,4 +1,4 @@
-"""Flags that the training scripts share, and what is made of their values. What only one of them has stands there."""
+"""Flags that all training scripts share, and functions that read them. A script defines its own flags itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nanochat.loggers import LOGGERS
 from nanochat.optim import OptimizerSettings
 
 RATES = {"matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr"}
-# Fields of GPTConfig and OptimizerSettings that --set does not take, since their flags do more than to set them.
+# Fields of GPTConfig and OptimizerSettings that --set refuses, because their flags do more than set the field.
 OF_FLAGS = {name: "--" + name.replace("_", "-") for name in (*sorted(RATES), "weight_decay", "window_pattern")} | {
     "sequence_len": "--max-seq-len",
     "vocab_size": "--tokenizer",
@@ -27,16 +27,16 @@ def add_training_arguments(
     generates: bool = False,
     model_tag: str = "the run to start from, and to write into (default: the newest)",
 ) -> argparse._ArgumentGroup:
-    """Flags that every training script has; returns the group of those that say how a run goes, for more of them.
+    """Add the flags that every training script has; returns the group "run", so that a script can add to it.
 
-    generates: the stage writes what it learns from, which takes a whole model. model_tag: what the run is called.
+    generates: the stage learns from text that it generates, which takes an unsharded model. model_tag: help of that flag.
     """
     run = parser.add_argument_group("run")
     run.add_argument(
         "--run",
         default="dummy",
         metavar="NAME",
-        help="the run's name in loggers; alone it implies --log-to wandb ('dummy': no logger)",
+        help="the run's name in loggers; without --log-to it means wandb ('dummy': no logger)",
     )
     run.add_argument(
         "--log-to",
@@ -53,52 +53,55 @@ def add_training_arguments(
         "--resume",
         default="none",
         metavar="auto|none|STEP",
-        help="go on from the newest checkpoint, from none, from STEP",
+        help="auto: continue from the newest checkpoint, if any; none: start, but never over an existing run; "
+        "STEP: continue from there",
     )
     run.add_argument("--save-every", type=int, default=-1, metavar="STEPS",
-                     help="save every so often (0: at the end, -1: before each evaluation)")  # fmt: skip
-    run.add_argument("--keep-last", type=int, default=3, metavar="K", help="checkpoints to keep, and the best (-1: all)")
-    run.add_argument("--eval-every", type=int, default=eval_every, metavar="STEPS", help="validate (-1: at the end)")
+                     help="steps between checkpoints (0: only at the end; -1: before each evaluation)")  # fmt: skip
+    run.add_argument("--keep-last", type=int, default=3, metavar="K", help="keep the newest K and the best (-1: all)")
+    run.add_argument("--eval-every", type=int, default=eval_every, metavar="STEPS", help="validate (-1: only at the end)")
     run.add_argument("--sample-every", type=int, default=sample_every, metavar="STEPS",
-                     help="show what the model writes (0: at the end, -1: never)")  # fmt: skip
+                     help="show samples of the model's text (0: only at the end; -1: never)")  # fmt: skip
     if not generates:
         run.add_argument("--eval-tokens", type=int, default=None, metavar="N",
                          help="validation tokens to use (default: 2^18, on a GPU 2^22; -1: all)")  # fmt: skip
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
+    machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best one available")
     machine.add_argument("--device-batch-size", type=int, default=-1, metavar="ROWS",
-                         help="rows at a time (-1: as fit)")  # fmt: skip
+                         help="rows in a micro-batch (-1: as many as fit)")  # fmt: skip
     if generates:
         parser.set_defaults(fsdp=False)
     else:
-        machine.add_argument("--fsdp", action="store_true", help="cut the model over all ranks: for models beyond one GPU")
+        machine.add_argument("--fsdp", action="store_true", help="shard the model over all ranks, if one GPU cannot hold it")
     machine.add_argument("--activation-checkpointing", action="store_true",
-                         help="compute blocks again in the backward pass: slower by a third, for less memory")  # fmt: skip
-    machine.add_argument("--fp8", action="store_true", help="multiply in 8 bits: on GPUs that do (Ada, Hopper and later)")
+                         help="recompute blocks in the backward pass: a third slower, but less memory")  # fmt: skip
+    machine.add_argument("--fp8", action="store_true", help="multiply in 8 bits (GPUs from Ada and Hopper on)")
     machine.add_argument("--no-compile", dest="compile", action="store_false", help="run eagerly")
     return run
 
 
 def chosen_loggers(args: argparse.Namespace) -> list[str]:
-    """What its flags name; a --run of its own alone means wandb."""
+    """The loggers that the flags name; --run without any means wandb."""
     named = [*args.log_to, *(["tensorboard"] if args.tensorboard else [])]
     return named or (["wandb"] if args.run != "dummy" else [])
 
 
 def add_rate_arguments(group: argparse._ArgumentGroup) -> None:
-    """Peak learning rates, which `setup_optimizer` reads."""
+    """Add the peak learning rates, which stage.setup_optimizer reads."""
     for name, text in (
-        ("embedding_lr", "peak learning rate of embeddings"), ("unembedding_lr", "of the head"),
-        ("matrix_lr", "of matrices, which Muon updates"), ("scalar_lr", "of single numbers"),
+        ("embedding_lr", "peak learning rate of embeddings, at width 768 and before the stage's scaling"),
+        ("unembedding_lr", "the same for the head"),
+        ("matrix_lr", "peak learning rate of matrices (Muon), before the stage's scaling"),
+        ("scalar_lr", "the same for scalars"),
     ):  # fmt: skip
         flag = "--" + name.replace("_", "-")
         group.add_argument(flag, type=float, default=getattr(OptimizerSettings, name), help=text)
 
 
 def parse_switches(pairs: list[str], *settings: type) -> list[dict[str, Any]]:
-    """NAME=VALUE pairs as keyword arguments, those of each dataclass in `settings` for itself.
+    """Turn NAME=VALUE pairs into keyword arguments, one dict for each dataclass in `settings`.
 
-    Raises NanochatError for a name that none of them has, or that has a flag of its own, or a value that does not suit it.
+    Raises NanochatError for an unknown name, a name that has its own flag, or a value of the wrong kind.
     """
     parsed: list[dict[str, Any]] = [{} for _ in settings]
     known: dict[str, tuple[dict[str, Any], Any]] = {

@@ -1,4 +1,4 @@
-"""How parameters of each kind move by their gradients: the arithmetic of the optimizer. Used by optim.py and sharded_optim.py.
+"""The optimizer's arithmetic: how each kind of parameter is updated. Used by optim.py and sharded_optim.py.
 
 Methods: Muon (kellerjordan.github.io/posts/muon), in blocks (arXiv 2510.16981), Polar Express (arXiv 2505.16932), NorMuon
 (arXiv 2510.05491), cautious weight decay (arXiv 2510.12402), AdamW (arXiv 1711.05101), row-wise Adagrad (arXiv 1906.00091).
@@ -16,8 +16,8 @@ from nanochat.common import get_compute_dtype
 if TYPE_CHECKING:
     from nanochat.optim import Group
 
-# Coefficients (a, b, c) of the odd quintics a x + b x^3 + c x^5 that in turn drive singular values to 1; Polar Express,
-# five steps, for singular values of at least 1e-3, with its safety factor of 1.02.
+# Coefficients (a, b, c) of the odd quintics a x + b x^3 + c x^5. Applied in turn, they drive singular values to 1: five
+# steps of Polar Express, for singular values of at least 1e-3, with its safety factor of 1.02.
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -28,9 +28,9 @@ POLAR_EXPRESS = (
 
 
 def adamw_update(values: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, group: Group, step: int) -> None:
-    """One step of AdamW on tensors of one shape, in place, in one pass over memory; the last three float32.
+    """One step of AdamW in place, in one pass over memory. All four tensors have one shape; all but `values` are float32.
 
-    Decoupled decay; eps is added after the bias correction.
+    Weight decay is decoupled; eps is added after the bias correction.
     """
     master = values if values.dtype == torch.float32 else values.float()
     torch._fused_adamw_(
@@ -43,11 +43,11 @@ def adamw_update(values: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tens
 
 
 def rows_update(values: Tensor, grad: Tensor, mean_square: Tensor, group: Group) -> None:
-    """Move the rows of an embedding (rows, channels) that were looked up, each by its gradient in units of its own size.
+    """Update the rows of an embedding (rows, channels) that were looked up, each gradient divided by its row's usual size.
 
-    grad: dense, or sparse with whole rows; mean_square: (rows,) float32, of a row's gradients so far, 0 before the first.
-    A row that was not looked up has no gradient and stays as it is: state and work are a fraction of AdamW's, and as much
-    is learned (dev/LOG.md). Method: row-wise Adagrad, with a running mean in place of the sum.
+    grad: dense, or sparse with whole rows; mean_square: (rows,) float32, of each row's gradients so far, 0 before the first.
+    Rows that were not looked up have no gradient and do not change. State and work are a fraction of AdamW's, and the model
+    learns as much (dev/LOG.md). Method: row-wise Adagrad, with a running mean in place of the sum.
     """
     seen: slice | Tensor = slice(None)
     if grad.is_sparse:
@@ -62,17 +62,17 @@ def rows_update(values: Tensor, grad: Tensor, mean_square: Tensor, group: Group)
 
 
 def apply_update(matrices: list[Tensor], update: Tensor, group: Group, shape: torch.Size) -> None:
-    """Move matrices, or some rows of them, against their Muon update (n, rows, columns) float32, which is used up.
+    """Subtract the Muon update (n, rows, columns) float32, which is overwritten, from matrices or some of their rows.
 
-    shape: of a whole matrix. Weight decay is cautious: only where it pulls the same way as the update.
+    shape: of a whole matrix. Weight decay is cautious: it applies only where it pulls the same way as the update.
     """
     lr = group.lr * max(1.0, shape[0] / shape[1]) ** 0.5
-    if update.is_cuda:  # as few launches as can be
+    if update.is_cuda:  # as few kernel launches as possible
         if group.weight_decay:
             _decay(update, torch.stack(matrices), group)
         torch._foreach_sub_(matrices, list(update.unbind()), alpha=lr)
         return
-    for values, change in zip(matrices, update, strict=True):  # one at a time, while it is in the cache
+    for values, change in zip(matrices, update, strict=True):  # one matrix at a time, while it is in the cache
         if group.weight_decay:
             _decay(change, values, group)
         values.sub_(change, alpha=lr)
@@ -83,13 +83,13 @@ def _decay(change: Tensor, values: Tensor, group: Group) -> None:
 
 
 def second_moment_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of matrices (..., rows, columns): one number for each row or column, whichever are more."""
+    """The shape for matrices (..., rows, columns): one number for each row or each column, whichever there are more of."""
     *n, rows, columns = shape
     return (*n, rows, 1) if rows >= columns else (*n, 1, columns)
 
 
 def orthogonalize_blocks(matrices: Tensor, block: tuple[int, ...] | None) -> Tensor:
-    """`orthogonalize` for each block of matrices (n, rows, columns), with the norm that the whole matrix would have."""
+    """`orthogonalize` each block of matrices (n, rows, columns), and scale to the norm that the whole matrix would have."""
     if block is None:
         return orthogonalize(matrices)
     n, rows, columns = matrices.shape
@@ -101,13 +101,13 @@ def orthogonalize_blocks(matrices: Tensor, block: tuple[int, ...] | None) -> Ten
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices U V^T of matrices U S V^T, up to the precision that Muon needs.
+    """The nearest semi-orthogonal matrices, U V^T for U S V^T, to the precision that Muon needs.
 
     matrices: (n, rows, columns) float32; returns the same shape in the compute dtype. The iteration is made for bfloat16.
     Method: Polar Express, arXiv 2505.16932.
     """
     dtype = get_compute_dtype(matrices.device)
-    x = matrices if dtype == torch.float16 else matrices.to(dtype)  # float16 has no room for small ones before the division
+    x = matrices if dtype == torch.float16 else matrices.to(dtype)  # small values would underflow in float16: divide first
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / (torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=torch.float32) * 1.02 + 1e-6).to(x.dtype)
@@ -120,7 +120,7 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def normalize_neurons(update: Tensor, second_moment: Tensor, beta2: float) -> Tensor:
-    """Even out the sizes of the neurons' updates by their running mean square, keeping each matrix's norm.
+    """Divide each neuron's update by its running root mean square, then restore each matrix's norm.
 
     update: (n, rows, columns), changed in place; second_moment: (n, rows, 1) or (n, 1, columns). Method: NorMuon.
     """

@@ -28,7 +28,7 @@ from nanochat.scores import core_name
 from nanochat.settings import Arguments, SettingsParser
 
 KINDS = ("core", "bpb", "sample")
-WORTH_COMPILING = 100  # questions of each CORE task: with fewer, the compiler takes longer than it saves
+WORTH_COMPILING = 100  # questions of each CORE task; with fewer, compiling takes longer than it saves
 
 
 def parse_arguments(argv: list[str] | None) -> Arguments:
@@ -42,16 +42,17 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     model = parser.add_argument_group("model")
     model.add_argument("-g", "--model-tag", default=None, metavar="TAG", help="run (default: the newest)")
     model.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
-    model.add_argument("--hf-path", default=None, metavar="DIR|NAME", help="CORE of a Hugging Face model instead of ours")
+    model.add_argument("--hf-path", default=None, metavar="DIR|NAME", help="measure CORE of a Hugging Face model instead")
     measures = parser.add_argument_group("what is measured")
     measures.add_argument("--eval", default=None, metavar="KIND,...",
-                          help=f"of {', '.join(KINDS)} (default: all; without core where its data is not here)")  # fmt: skip
+                          help=f"any of {', '.join(KINDS)} (default: all, but core only if its data is here)")  # fmt: skip
     measures.add_argument("--data", default=None, metavar="NAME|PATH", help="text to measure on (default: the run's own)")
-    measures.add_argument("--split-tokens", type=int, default=-1, help="tokens of each split (-1: 2^20, or all)")
+    measures.add_argument("--split-tokens", type=int, default=-1,
+                          help="tokens of each split (-1: 2^20, or the whole split if shorter)")  # fmt: skip
     measures.add_argument("--eval-bundle", type=Path, default=None, metavar="DIR", help="CORE's data (default: downloaded)")
     measures.add_argument("--max-per-task", type=int, default=-1, help="questions of each CORE task (-1: all)")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
+    machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best one available")
     machine.add_argument(
         "--device-batch-size", type=int, default=-1, metavar="ROWS", help="rows at a time for bits per byte (-1: 8,192 tokens)"
     )
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     results: dict[str, Any] = {}
     if args.hf_path is not None:
         if args.eval and kinds != ["core"]:
-            raise NanochatError(f"--eval {args.eval}: of a Hugging Face model CORE alone is measured here: give --eval core")
+            raise NanochatError(f"--eval {args.eval}: only CORE is measured for a Hugging Face model: give --eval core")
         theirs = HuggingFaceScorer(args.hf_path, device)
         name = re.sub(r"[^A-Za-z0-9._-]+", "_", args.hf_path)[-80:]
         folder = get_base_dir() / "core" / f"{name}_{theirs.fingerprint}"
@@ -114,11 +115,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def default_kinds(args: Arguments) -> list[str]:
-    """All, but CORE only where its data is here or a flag is about it: nobody waits for a download unasked."""
+    """All kinds, but CORE only if its data is here or a flag asks for it: do not download it unasked."""
     asked = args.hf_path is not None or args.eval_bundle is not None or args.max_per_task != -1
     if asked or (get_base_dir() / "eval_bundle" / "core.yaml").exists():
         return list(KINDS)
-    print0("CORE is left out, since its data is not downloaded: --eval core fetches it and measures that")
+    print0("CORE is left out, because its data is not downloaded: --eval core fetches it and measures CORE")
     return [kind for kind in KINDS if kind != "core"]
 
 

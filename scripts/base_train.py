@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 from nanochat.common import NanochatError, compute_init, in_process_group, print0, run_command
 from nanochat.core_eval import NanochatScorer, evaluate_core, find_bundle
 from nanochat.dataloader import TokenLoader
-from nanochat.dataset import Source, default_source_name, get_source
+from nanochat.dataset import DATA_HELP, Source, default_source_name, get_source
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import batches_to_validate, evaluate_bpb
-from nanochat.machine import keep_freed_memory
 from nanochat.optim import OptimizerSettings
 from nanochat.pace import batch_worth_an_update, choose_device_batch_size, flops_in, steps_in
 from nanochat.ranks import on_rank0
@@ -46,7 +45,7 @@ from nanochat.training_flags import RATES, add_rate_arguments, add_training_argu
 from scripts import tok_train
 
 HORIZON = ("num_iterations", "target_minutes", "target_flops", "target_param_data_ratio")
-# Flags that decide which weights fit, besides the tokenizer.
+# Flags that, with the tokenizer, decide which weights fit the model.
 SHAPE = ("depth", "aspect_ratio", "head_dim", "num_kv_heads", "max_seq_len", "window_pattern", "switches")
 
 
@@ -60,46 +59,47 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         ],
     )
     data = parser.add_argument_group("data")
-    data.add_argument("--data", default=None, metavar="NAME|PATH",
-                      help="builtin, climbmix, fineweb-edu or a path (climbmix if downloaded, else builtin)")  # fmt: skip
+    data.add_argument("--data", default=None, metavar="NAME|PATH", help=DATA_HELP)
     data.add_argument(
         "--tokenizer",
         default="default",
         metavar="NAME|PATH",
-        help="as trained by scripts.tok_train; a resumed run keeps its own",
+        help="made by scripts.tok_train; a resumed run keeps its own",
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--depth", type=int, default=20, help="layers; the one dial")
+    model.add_argument("--depth", type=int, default=20, help="layers; all else follows from it")
     model.add_argument("--aspect-ratio", type=int, default=64, help="width = depth * aspect ratio")
     model.add_argument("--head-dim", type=int, default=128, help="channels of an attention head")
-    model.add_argument("--num-kv-heads", type=int, default=None, help="fewer than the heads: grouped attention")
+    model.add_argument("--num-kv-heads", type=int, default=None, help="fewer than the heads: grouped-query attention")
     model.add_argument("--max-seq-len", type=int, default=2048, help="context length")
     model.add_argument("--window-pattern", default="SSSL", metavar="LETTERS",
-                       help="L whole context, S a quarter; repeated over the layers")  # fmt: skip
+                       help="L: whole context, S: a quarter of it; repeated over the layers")  # fmt: skip
     horizon = parser.add_argument_group("horizon (the first that is above 0)")
     horizon.add_argument("--num-iterations", type=int, default=-1, help="updates")
-    horizon.add_argument("--target-minutes", type=float, default=-1.0, help="end the training about so long after the start")
-    horizon.add_argument("--target-flops", type=float, default=-1.0, help="of the whole training, for example 1e18")
+    horizon.add_argument("--target-minutes", type=float, default=-1.0, help="minutes until training ends, start-up included")
+    horizon.add_argument("--target-flops", type=float, default=-1.0, help="operations of the whole training, such as 1e18")
     horizon.add_argument("--target-param-data-ratio", type=float, default=TOKENS_PER_PARAM,
                          help="tokens per parameter of blocks and head")  # fmt: skip
     optimization = parser.add_argument_group("optimization")
-    optimization.add_argument("--total-batch-size", type=int, default=-1, help="tokens in an update (-1: by depth)")
+    optimization.add_argument("--total-batch-size", type=int, default=-1,
+                              help="tokens in an update (-1: chosen from the tokens of the run)")  # fmt: skip
     add_rate_arguments(optimization)
     optimization.add_argument("--weight-decay", type=float, default=OptimizerSettings.weight_decay,
-                              help="of matrices, at depth 12")  # fmt: skip
+                              help="weight decay of matrices at depth 12, scaled from there")  # fmt: skip
     optimization.add_argument("--warmup-steps", type=int, default=TrainConfig.warmup_steps,
-                              help="steps until the rates are at their peak")  # fmt: skip
+                              help="steps until the rates reach their peak")  # fmt: skip
     optimization.add_argument("--warmdown-ratio", type=float, default=TrainConfig.warmdown_ratio,
-                              help="share of the steps in which they fall")  # fmt: skip
+                              help="share of the run over which the rates fall")  # fmt: skip
     optimization.add_argument("--final-lr-frac", type=float, default=TrainConfig.final_lr_frac,
-                              help="share of the peak at the last step")  # fmt: skip
+                              help="rate at the last step, as a share of the peak")  # fmt: skip
     optimization.add_argument("--expand-at", type=float, default=-1.0, metavar="SHARE",
-                              help="of the updates, for the last block alone (0: none; -1: by --target-minutes)")  # fmt: skip
-    optimization.add_argument("--seed", type=int, default=42, help="of the weights at the start")
+                              help="train only the last block for this share of the updates (0: never; "
+                              "-1: decide from --target-minutes)")  # fmt: skip
+    optimization.add_argument("--seed", type=int, default=42, help="seed of the initial weights")
     optimization.add_argument("--set", dest="switches", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
-                              help="for experiments: fields of GPTConfig and OptimizerSettings that have no flag")  # fmt: skip
+                              help="for experiments: fields of GPTConfig and OptimizerSettings without a flag")  # fmt: skip
     measuring = parser.add_argument_group("measuring")
-    measuring.add_argument("--core-metric-every", type=int, default=-1, metavar="STEPS", help="CORE (-1: never)")
+    measuring.add_argument("--core-metric-every", type=int, default=-1, metavar="STEPS", help="measure CORE (-1: never)")
     measuring.add_argument("--core-metric-max-per-task", type=int, default=500, help="questions of each CORE task (-1: all)")
     measuring.add_argument("--eval-bundle", type=Path, default=None, metavar="DIR", help="CORE's data (default: downloaded)")
     run = add_training_arguments(parser, model_tag="the run's name (default: d and the depth)")
@@ -119,11 +119,11 @@ class Plan(NamedTuple):
     horizon: Horizon
     rows: int  # of a micro-batch
     expand_at: float  # the share of the updates in which the last block learns alone
-    target_flops: float  # by which config.toml plans the same run
+    target_flops: float  # written to config.toml, to plan the same run again
 
 
 def plan(args: Arguments, model: GPT, world_size: int, holds: Callable[[float], bool]) -> Plan:
-    """How long to train and in what batches. holds: whether there are so many tokens of text."""
+    """How long to train and in what batches. holds: whether the text has that many tokens."""
     target_flops, least_batch = args.target_flops, 0
     by_time = args.target_minutes > 0 and args.num_iterations <= 0
     if by_time:
@@ -137,7 +137,7 @@ def plan(args: Arguments, model: GPT, world_size: int, holds: Callable[[float], 
     )  # fmt: skip
     batch_size = horizon.total_batch_size
     rows = choose_device_batch_size(model, args.device_batch_size, batch_size, world_size)
-    if by_time:  # once more, by what a batch of this size really takes
+    if by_time:  # plan again with the measured time of a batch of this size
         steps = steps_in(model, args.target_minutes, rows, batch_size, args.compile, expand_at)
         target_flops = steps * batch_size * flops_per_token
         horizon = plan_horizon(model.config, flops_per_token, target_flops=target_flops, total_batch_size=batch_size)
@@ -145,10 +145,10 @@ def plan(args: Arguments, model: GPT, world_size: int, holds: Callable[[float], 
 
 
 def choose_expansion(asked: float, model: GPT, flops_in_time: float, holds: Callable[[float], bool]) -> float:
-    """The share of the updates in which the last block learns alone. Raises NanochatError if others would never learn.
+    """The share of the updates in which only the last block learns. Raises NanochatError if others would never learn.
 
-    asked: --expand-at; flops_in_time: what --target-minutes allow, or 0. Models that --target-flops compares are all trained
-    in one way.
+    asked: --expand-at; flops_in_time: the operations that fit into --target-minutes, or 0 without that flag. Runs under
+    --target-flops never choose it by themselves: they are made to be compared, so all train the same way.
     """
     if asked >= 1:
         raise NanochatError(f"--expand-at {asked:g} leaves no updates for the other blocks: give less than 1")
@@ -162,15 +162,16 @@ def choose_expansion(asked: float, model: GPT, flops_in_time: float, holds: Call
 
 
 def mean_flops(model: GPT, expand_at: float) -> float:
-    """Floating-point operations for a token, over a run whose last block learns alone for a share of it."""
+    """Mean floating-point operations per token, in a run that trains only the last block for a share expand_at of it."""
     one_block, all_blocks = (model.estimate_flops(idle_blocks) for idle_blocks in (model.config.n_layer - 1, 0))
     return expand_at * one_block + (1 - expand_at) * all_blocks
 
 
 def peak_weight_decay(args: Arguments, horizon: Horizon) -> float:
-    """At most an eighth of a matrix decays in one update: in a run of few updates the rule would ask for more.
+    """The peak weight decay, capped so that one update takes away at most an eighth of a matrix.
 
-    Tall matrices, whose rate is doubled (updates.apply_update), lose a quarter.
+    In a run of few updates the rule would ask for more. For tall matrices, whose rate is doubled (updates.apply_update),
+    the cap is a quarter.
     """
     most = 0.125 / max(args.matrix_lr * horizon.lr_scale, 1e-9)
     return min(args.weight_decay * horizon.weight_decay_scale, most)
@@ -178,18 +179,17 @@ def peak_weight_decay(args: Arguments, horizon: Horizon) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    keep_freed_memory()
     _, rank, _, world_size, device = compute_init(args.device_type, args.seed)
     if args.fsdp and args.core_metric_every > 0:
         raise NanochatError("--core-metric-every needs a whole model: leave it out with --fsdp, and run base_eval afterwards")
     resume = str(args.resume_from_step) if args.resume_from_step >= 0 else args.resume
     stage = open_stage("base", args.model_tag, f"d{args.depth}", resume)
 
-    # What to train, for how long, in what portions
+    # What to train, for how long, in what batches
     stage.adopt(args, "data", "total_batch_size", *HORIZON, "expand_at")
     source, tokenizer = open_text(args, stage)
     model_switches, optimizer_switches = parse_switches(args.switches, GPTConfig, OptimizerSettings)
-    OptimizerSettings(**optimizer_switches)  # which refuses what means nothing before anything is written
+    OptimizerSettings(**optimizer_switches)  # refuses meaningless values before anything is written
     config = describe_config(args, tokenizer, model_switches)
     shape = {name: vars(args)[name] for name in SHAPE}
     check_settings(stage, {**shape, "tokenizer_fingerprint": tokenizer.fingerprint()}, args)
@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
         f"pretraining {stage.tag}: depth {args.depth}, {settings['num_params']:,} parameters, "
         f"{horizon.num_iterations:,} steps of {horizon.total_batch_size:,} tokens, {device} in "
         f"{settings['dtype'].removeprefix('torch.')}"
-        + (f"; the last block alone for the first {expand_at:.0%}" if expand_at and args.depth > 1 else "")
+        + (f"; only the last block for the first {expand_at:.0%}" if expand_at and args.depth > 1 else "")
     )
 
     # The parts
@@ -247,11 +247,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def open_text(args: Arguments, stage: Stage) -> tuple[Source, Tokenizer]:
-    """What is read, and the tokenizer that reads it: the run's own where it goes on."""
+    """The training text and its tokenizer; a resumed run keeps its own tokenizer."""
     source = get_source(args.data or default_source_name())
-    args.data = source.name  # as a path that holds wherever the next command is given
+    args.data = source.name  # as an absolute path: the next command may be given in another folder
     if stage.resume_step is not None and args.tokenizer == args.defaults["tokenizer"]:
-        tokenizer = Tokenizer.load(get_run_dir(stage.tag))  # the copy that the run keeps: another may have been trained since
+        tokenizer = Tokenizer.load(get_run_dir(stage.tag))  # the run's copy: the default one may have been trained again
     else:
         on_rank0(lambda: make_default_tokenizer(args.tokenizer, args.data))
         tokenizer = get_tokenizer(args.tokenizer)
@@ -260,7 +260,7 @@ def open_text(args: Arguments, stage: Stage) -> tuple[Source, Tokenizer]:
 
 
 def describe_config(args: Arguments, tokenizer: Tokenizer, switches: dict[str, Any]) -> GPTConfig:
-    """The model that the flags ask for; switches: fields that are set by name."""
+    """The model that the flags ask for; switches: fields set with --set."""
     config = model_config(
         args.depth, tokenizer.get_vocab_size(), args.max_seq_len, args.aspect_ratio, args.head_dim, args.window_pattern,
         args.num_kv_heads,
@@ -269,7 +269,7 @@ def describe_config(args: Arguments, tokenizer: Tokenizer, switches: dict[str, A
 
 
 def core_evaluation(args: Arguments, model: GPT, tokenizer: Tokenizer, bundle: Path) -> Callable[[], dict[str, float]]:
-    """What --core-metric-every measures."""
+    """The evaluation for --core-metric-every."""
 
     def evaluate() -> dict[str, float]:
         results = evaluate_core(NanochatScorer(model, tokenizer), bundle, args.core_metric_max_per_task)
@@ -280,13 +280,13 @@ def core_evaluation(args: Arguments, model: GPT, tokenizer: Tokenizer, bundle: P
 
 
 def make_default_tokenizer(name: str, data: str) -> None:
-    """Train the default tokenizer on the same text if nobody has yet, so that the first command works alone."""
+    """Train the default tokenizer on the same text if there is none, so that base_train works as the first command."""
     if name != "default" or (get_tokenizer_dir(name) / FILE_NAME).exists():
         return
-    print("no tokenizer was trained yet: training one")
+    print("no tokenizer yet: training one")
     if not in_process_group():
         tok_train.main(["--data", data])
-    else:  # in a process of its own: no other thread runs meanwhile, so to the other ranks this one would seem dead
+    else:  # in a subprocess: training blocks all threads of its process, so the other ranks would think this one dead
         subprocess.run([sys.executable, "-m", "scripts.tok_train", "--data", data], check=False)
 
 

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         import readline  # arrows and history for input(), and lines longer than a terminal's 4,095 bytes
 
         readline.parse_and_bind("set enable-bracketed-paste on")  # what is pasted is one message, however many its lines
-    print(f"nanochat {meta['tag']} ({args.source}, step {meta['step']}). {HELP}")
+    print(f"nanochat {meta['tag']} ({meta['origin']}). {HELP}")
     interrupted = False
     while True:
         try:

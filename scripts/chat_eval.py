@@ -18,7 +18,6 @@ from nanochat.checkpoint_manager import load_chosen_model
 from nanochat.common import NanochatError, compute_init, run_command
 from nanochat.engine import Engine
 from nanochat.eval_results import merge_eval, read_eval
-from nanochat.machine import keep_freed_memory
 from nanochat.progress import Progress
 from nanochat.ranks import from_rank0
 from nanochat.runs import get_stage_dir
@@ -64,7 +63,6 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     if args.unsafe_execution:
         os.environ["NANOCHAT_UNSAFE_EXECUTION"] = "1"
-    keep_freed_memory()
     _, rank, _, _, device = compute_init(args.device_type)
     model, tokenizer, meta = load_chosen_model(args, device)
     tasks, missing = collect_tasks(args.task_name, args.task_data)

@@ -1,6 +1,6 @@
 """Reinforce a chat model on a task with rewards: python -m scripts.chat_rl --task GSM8K.
 
-Reads the SFT checkpoint of --model-tag (default: the newest run), writes into the same run's rl directory.
+Reads the SFT checkpoint of --model-tag (default: the newest run) and writes into the same run's rl directory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from nanochat.checkpoint_manager import find_run, load_model
 from nanochat.common import NanochatError, compute_init, print0, run_command
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
-from nanochat.machine import keep_freed_memory
 from nanochat.pace import choose_answer_rows
 from nanochat.rl import OBJECTIVES, RolloutLoader, RolloutSettings, make_policy_loss
 from nanochat.same_run import check_mixture
@@ -37,27 +36,27 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     data = parser.add_argument_group("data")
     data.add_argument("-i", "--source", default="sft", choices=("base", "sft"), help="stage of the model to start from")
     data.add_argument("--model-step", type=int, default=None, help="checkpoint to start from (default: the newest)")
-    data.add_argument("--task", default="GSM8K", metavar="NAME", help="what is rewarded; measured on its part held out")
-    data.add_argument("--task-data", type=Path, default=None, metavar="DIR", help="local folder instead of the hub")
+    data.add_argument("--task", default="GSM8K", metavar="NAME", help="task to learn; its held-out part is for measuring")
+    data.add_argument("--task-data", type=Path, default=None, metavar="DIR", help="read tasks from here, not from the hub")
     rollouts = parser.add_argument_group("rollouts")
     rollouts.add_argument("--objective", default="dapo", metavar="|".join(OBJECTIVES), help="how answers are compared")
     rollouts.add_argument("--examples-per-step", type=int, default=16, help="problems in an update, over all ranks")
-    rollouts.add_argument("--num-samples", type=int, default=16, help="answers to each")
-    rollouts.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer at most")
-    rollouts.add_argument("--temperature", type=float, default=1.0, help="of the sampling")
-    rollouts.add_argument("--top-k", type=int, default=0, help="0: all tokens")
-    rollouts.add_argument("--kl-weight", type=float, default=0.0, help="of the distance from the model at the start")
-    rollouts.add_argument("--max-rows", type=int, default=64, help="answers that are written together")
+    rollouts.add_argument("--num-samples", type=int, default=16, help="answers to each problem")
+    rollouts.add_argument("--max-new-tokens", type=int, default=256, help="most tokens in an answer")
+    rollouts.add_argument("--temperature", type=float, default=1.0, help="sampling temperature")
+    rollouts.add_argument("--top-k", type=int, default=0, help="sample from the K likeliest tokens (0: from all)")
+    rollouts.add_argument("--kl-weight", type=float, default=0.0, help="penalty on KL from the starting model")
+    rollouts.add_argument("--max-rows", type=int, default=64, help="answers generated at the same time")
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--num-epochs", type=int, default=1, help="passes over the task")
     optimization.add_argument("--num-iterations", type=int, default=-1, help="updates, instead of epochs")
     add_rate_arguments(optimization)
-    optimization.add_argument("--weight-decay", type=float, default=0.0, help="of matrices")
-    optimization.add_argument("--init-lr-frac", type=float, default=0.05, help="start from this share of those rates")
-    optimization.add_argument("--seed", type=int, default=42, help="of the sampling")
+    optimization.add_argument("--weight-decay", type=float, default=0.0, help="weight decay of matrices")
+    optimization.add_argument("--init-lr-frac", type=float, default=0.05, help="multiply all learning rates by this")
+    optimization.add_argument("--seed", type=int, default=42, help="seed of the sampling")
     measuring = parser.add_argument_group("measuring")
-    measuring.add_argument("--eval-examples", type=int, default=400, help="problems of the part held out")
-    measuring.add_argument("--eval-samples", type=int, default=8, help="answers to each: pass@1 and pass@8")
+    measuring.add_argument("--eval-examples", type=int, default=400, help="held-out problems to answer")
+    measuring.add_argument("--eval-samples", type=int, default=8, help="N answers to each, for pass@1 and pass@N")
     add_training_arguments(parser, eval_every=60, sample_every=0, generates=True)
     args = parser.parse_args(argv)
     args.require_positive("examples_per_step", "num_samples", "max_new_tokens", "max_rows", "eval_examples", "eval_samples")
@@ -67,12 +66,12 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
 
 
 def load_reference(parent: dict[str, Any], stage: Stage, device: torch.device) -> GPT:
-    """The model that --kl-weight holds on to. Raises NanochatError if it has been trained anew since this stage began."""
+    """The model that --kl-weight measures from. Raises NanochatError if its weights changed since this stage began."""
     model, _, meta = load_model(parent["stage"], device, "eval", stage.tag, parent["step"])
-    if parent.get("weights", meta["weights"]) != meta["weights"]:  # a run from before that was recorded goes on
+    if parent.get("weights", meta["weights"]) != meta["weights"]:  # older runs did not record them: let them go on
         raise NanochatError(
             f"{parent['stage']} step {parent['step']} of run {stage.tag!r} has other weights than when {stage.directory} was "
-            "begun from it, and --kl-weight needs those: put them back, or remove that folder to reinforce anew"
+            "begun from it, and --kl-weight needs those: put them back, or remove that folder to start again"
         )
     return model
 
@@ -86,7 +85,6 @@ def check_room(max_new_tokens: int, sequence_len: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    keep_freed_memory()
     _, rank, _, world_size, device = compute_init(args.device_type, args.seed)
     tag = find_run(args.source, args.model_tag, heir="rl" if args.resume != "none" else None)
     stage = open_stage("rl", tag, tag, args.resume)
@@ -97,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         seed=args.seed,
     )  # fmt: skip
 
-    # Where it starts, and for how long it goes on
+    # Where to start, and how long to train
     start_dir, tokenizer, meta, parent_step = open_start(stage, args.source, args.model_step)
     check_room(args.max_new_tokens, meta["model_config"]["sequence_len"])
     train_task, val_task = (build_judged_task(args.task, split, args.task_data) for split in ("train", "val"))
@@ -145,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
         train_config(
             settings, device, stage_name="reinforcing", total_batch_size=0, grad_accum_steps=loader.micro_batches,
             warmup_steps=0, warmdown_ratio=1.0, final_lr_frac=0.0, eval_first=True, best_metric="val/pass@1", log_every=1,
-            compile=False,  # rows of ever-changing lengths: the time is in the answering
+            compile=False,  # row lengths keep changing, and most of the time goes into answering
         ),
         stage.directory, open_metrics(stage, settings, args),
         {"tokenizer": tokenizer.fingerprint(), "settings": settings, "parent": parent},

@@ -1,6 +1,6 @@
 """Fine-tune a base model on conversations: python -m scripts.chat_sft.
 
-Reads the base checkpoint of --model-tag (default: the newest run), writes into the same run's sft directory.
+Reads the base checkpoint of --model-tag (default: the newest run) and writes into the same run's sft directory.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from nanochat.conversation_loader import ConversationLoader, check_answers, esti
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.loss_eval import batches_to_validate, evaluate_bpb
-from nanochat.machine import keep_freed_memory
 from nanochat.model_config import read_config
 from nanochat.pace import choose_device_batch_size, steps_in
 from nanochat.ranks import from_rank0
@@ -43,7 +42,7 @@ from nanochat.training_flags import RATES, add_rate_arguments, add_training_argu
 from tasks import build_mixture, with_absolute_paths
 
 DEFAULT_TASKS = "SmolTalk,MMLU*3,GSM8K*4,Identity*2,SimpleSpelling,SpellingBee"
-LEAST_UPDATES = 50  # of a pass over the conversations, for which the batch gives way
+LEAST_UPDATES = 50  # in a pass over the conversations: where there would be fewer, the batch is made smaller
 
 
 def parse_arguments(argv: list[str] | None) -> Arguments:
@@ -53,27 +52,27 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     )
     data = parser.add_argument_group("data")
     data.add_argument("--model-step", type=int, default=None, help="base checkpoint to start from (default: the newest)")
-    data.add_argument("--from-hf", default=None, metavar="DIR|NAME", help="start from a Hugging Face model: makes it a run")
+    data.add_argument("--from-hf", default=None, metavar="DIR|NAME", help="import a Hugging Face model as a run to start from")
     data.add_argument("--tasks", default=None, metavar="NAME[*TIMES],...",
-                      help=f"mixture; :MOST cuts a task (default: {DEFAULT_TASKS})")  # fmt: skip
-    data.add_argument("--task-data", type=Path, default=None, metavar="DIR", help="local folder instead of the hub")
+                      help=f"mixture; NAME:MOST takes at most MOST conversations (default: {DEFAULT_TASKS})")  # fmt: skip
+    data.add_argument("--task-data", type=Path, default=None, metavar="DIR", help="read tasks from here, not from the hub")
     data.add_argument("--max-seq-len", type=int, default=-1, help="row length (-1: the base model's context)")
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--num-iterations", type=int, default=-1, help="updates (-1: one pass over the mixture)")
     optimization.add_argument(
-        "--target-minutes", type=float, default=-1.0, help="end about so long after the start, if sooner"
+        "--target-minutes", type=float, default=-1.0, help="stop after about this long, if that is sooner"
     )
     optimization.add_argument(
-        "--total-batch-size", type=int, default=-1, help="tokens in an update (-1: the base's, fewer where a pass is short)"
+        "--total-batch-size", type=int, default=-1, help="tokens in an update (-1: the base model's, fewer if a pass is short)"
     )
     add_rate_arguments(optimization)
-    optimization.add_argument("--weight-decay", type=float, default=0.0, help="of matrices")
-    optimization.add_argument("--init-lr-frac", type=float, default=0.6, help="start from this share of those rates")
-    optimization.add_argument("--warmup-steps", type=int, default=0, help="steps until the rates are at their peak")
-    optimization.add_argument("--warmdown-ratio", type=float, default=0.5, help="share of the steps in which they fall")
-    optimization.add_argument("--final-lr-frac", type=float, default=0.0, help="share of the peak at the last step")
-    optimization.add_argument("--load-optimizer", type=int, choices=(0, 1), default=1, help="keep the base's momenta")
-    optimization.add_argument("--seed", type=int, default=42, help="of the order of the conversations")
+    optimization.add_argument("--weight-decay", type=float, default=0.0, help="weight decay of matrices")
+    optimization.add_argument("--init-lr-frac", type=float, default=0.6, help="multiply all learning rates by this")
+    optimization.add_argument("--warmup-steps", type=int, default=0, help="steps until the rates reach their peak")
+    optimization.add_argument("--warmdown-ratio", type=float, default=0.5, help="share of the run over which they fall")
+    optimization.add_argument("--final-lr-frac", type=float, default=0.0, help="last rate, as a share of the peak")
+    optimization.add_argument("--load-optimizer", type=int, choices=(0, 1), default=1, help="1: keep the base's state")
+    optimization.add_argument("--seed", type=int, default=42, help="seed of the order of the conversations")
     add_training_arguments(parser, sample_every=0)
     args = parser.parse_args(argv)
     args.require_between(0, math.inf, *sorted(RATES), "weight_decay", "init_lr_frac", "warmup_steps")
@@ -83,9 +82,9 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
 
 
 def default_tasks() -> str:
-    """The mixture of a stage that was told none: with the user's own identity, where the public recipes keep one.
+    """The mixture without --tasks, with the user's own identity file if it lies where public recipes keep it.
 
-    Raises NanochatError if a mixture cannot name that.
+    Raises NanochatError if the path of that file has a comma.
     """
     path = get_base_dir() / "identity_conversations.jsonl"
     if not path.exists():
@@ -100,9 +99,9 @@ def default_tasks() -> str:
 
 
 def choose_batch(usual: int, together: int, tokens_in_pass: int) -> int:
-    """Tokens in an update: the base model's `usual`, less where a pass over the conversations would be few updates.
+    """Tokens in an update: the base model's `usual`, or fewer if a pass over the conversations would be few updates.
 
-    together: tokens that the ranks take at a time, of which it is a multiple.
+    together: tokens that all ranks take at a time; the result is a multiple of it.
     """
     batch = fit_batch(usual, together) if usual % together else usual
     while batch * LEAST_UPDATES > tokens_in_pass and batch % (2 * together) == 0:
@@ -111,7 +110,7 @@ def choose_batch(usual: int, together: int, tokens_in_pass: int) -> int:
 
 
 def find_base(args: Arguments) -> str:
-    """The run whose base model is tuned, imported first where --from-hf names one."""
+    """The run whose base model is fine-tuned; --from-hf imports it first."""
     if args.from_hf is None:
         return find_run("base", args.model_tag, heir="sft" if args.resume != "none" else None)
     from nanochat.hf.load import import_run
@@ -120,7 +119,7 @@ def find_base(args: Arguments) -> str:
 
 
 def change_context(model_config: dict[str, Any], sequence_len: int) -> None:
-    """Give a base model's config another context, and say so where layers see further or less far by that."""
+    """Give a base model's config another context, and report it if this changes how far layers see."""
     before = read_config(model_config).windows()
     model_config["sequence_len"] = sequence_len
     after = read_config(model_config).windows()
@@ -139,7 +138,7 @@ def plan(
         total_batch_size = total_batch_size or choose_batch(base_batch, together, tokens)
         num_iterations = num_iterations or max(1, round(tokens / total_batch_size))
     rows = choose_device_batch_size(model, args.device_batch_size, total_batch_size, world_size)
-    if args.target_minutes > 0:  # stop sooner if the time is up, or was when the stage was begun
+    if args.target_minutes > 0:  # stop early if time is short; a resumed stage keeps the number decided at its start
         steps = stage.recorded_settings().get("num_iterations")
         steps = steps or steps_in(model, args.target_minutes, rows, total_batch_size, args.compile)
         num_iterations = min(num_iterations, steps)
@@ -148,13 +147,12 @@ def plan(
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    keep_freed_memory()
     _, rank, _, world_size, device = compute_init(args.device_type, args.seed)
     base_tag = find_base(args)
     stage = open_stage("sft", base_tag, base_tag, args.resume)
     stage.adopt(args, "tasks", "task_data", "max_seq_len", "total_batch_size", "num_iterations", "target_minutes")
 
-    # Where it starts: the base model, its tokenizer, its settings
+    # The starting point: the base model, its tokenizer, its settings
     start_dir, tokenizer, meta, base_step = open_start(stage, "base", args.model_step)
     model_config = meta["model_config"]
     if args.max_seq_len > 0:

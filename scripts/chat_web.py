@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -20,14 +21,14 @@ from nanochat.checkpoint_manager import load_chosen_model
 from nanochat.common import NanochatError, compute_init, run_command
 from nanochat.engine import Engine
 from nanochat.guard import CarefulProtocol
-from nanochat.machine import in_own_thread, keep_freed_memory
+from nanochat.machine import in_own_thread
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
 from nanochat.server import create_app
 from nanochat.service import ChatDefaults, Limits, Service
 from nanochat.settings import Arguments, SettingsParser, add_checkpoint_arguments
 
-# The last two are this machine, as containers on it call it.
+# The last two are the names by which containers reach this machine.
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]", "host.docker.internal", "host.containers.internal")
 
 
@@ -37,30 +38,32 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         examples=["%(prog)s --model-tag demo", "%(prog)s --host 0.0.0.0 --port 8080 --api-key SECRET"],
     )
     add_checkpoint_arguments(parser, from_hf=True)
-    answers = parser.add_argument_group("answers", "of the page and of /chat/completions, where they do not ask for another")
+    answers = parser.add_argument_group("answers", "defaults for the page and /chat/completions; a request may differ")
     usual = ChatDefaults()
     answers.add_argument("-t", "--temperature", type=float, default=usual.temperature, help="0: always the likeliest token")
     answers.add_argument("-k", "--top-k", type=int, default=usual.top_k, help="sample from the k likeliest (0: from all)")
-    answers.add_argument("-m", "--max-tokens", type=int, default=usual.max_tokens, help="length of an answer at most")
+    answers.add_argument("-m", "--max-tokens", type=int, default=usual.max_tokens, help="most tokens in an answer")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
-    machine.add_argument("-n", "--num-gpus", type=int, default=1, help="one copy of the model, and one thread, on each")
+    machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best one available")
+    machine.add_argument("-n", "--num-gpus", type=int, default=1, help="GPUs, each with a copy of the model and a thread")
     machine.add_argument("--weights", default="auto", choices=("auto", "int8"), help="int8: half the memory of bfloat16")
     machine.add_argument("--max-rows", type=int, default=32, help="texts that are computed together")
     machine.add_argument("--kv-tokens", type=int, default=0, help="tokens held in memory (default: what --max-rows texts "
-                         "need, at most a quarter of what is free)")  # fmt: skip
+                         "need, at most a quarter of the free memory)")  # fmt: skip
     machine.add_argument("--no-compile", dest="compile", action="store_false", help="decode without torch.compile")
     network = parser.add_argument_group("network")
-    network.add_argument("-p", "--port", type=int, default=8000, help="of http://HOST:PORT")
-    network.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in")
+    network.add_argument("-p", "--port", type=int, default=8000, help="port to listen on")
+    network.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
     network.add_argument("--allow-host", action="append", default=[], metavar="NAME",
-                         help="without a key, answer to such names alone (default: at 127.0.0.1 this machine's)")  # fmt: skip
-    network.add_argument("--api-key", default=os.environ.get("NANOCHAT_API_KEY"), help="asked for (default: NANOCHAT_API_KEY)")
-    network.add_argument("--cors-origin", action="append", metavar="URL", help="let pages from there call the API")
+                         help="host name to accept when there is no key, besides this machine's at 127.0.0.1")  # fmt: skip
+    network.add_argument("--api-key", default=os.environ.get("NANOCHAT_API_KEY"),
+                         help="clients must send this (default: NANOCHAT_API_KEY)")  # fmt: skip
+    network.add_argument("--cors-origin", action="append", metavar="URL", help="let pages from this origin call the API")
     network.add_argument("--max-waiting", type=int, default=Limits.max_waiting, help="texts in the queue; more get 429")
     network.add_argument("--request-timeout", type=float, default=Limits.request_timeout_s, metavar="SECONDS",
-                         help="for a whole answer")  # fmt: skip
-    network.add_argument("--grace", type=float, default=Limits.grace_s, metavar="SECONDS", help="for answers when stopped")
+                         help="limit for a whole answer")  # fmt: skip
+    network.add_argument("--grace", type=float, default=Limits.grace_s, metavar="SECONDS",
+                         help="to finish running answers on shutdown")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -68,24 +71,24 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     if min(args.num_gpus, args.max_rows, args.max_waiting) < 1:
         raise NanochatError("--num-gpus, --max-rows and --max-waiting must be at least 1")
-    SamplingParams(args.temperature, args.top_k, max_tokens=args.max_tokens)  # raises if a default has no meaning
+    SamplingParams(args.temperature, args.top_k, max_tokens=args.max_tokens)  # raises if a default is invalid
     defaults = ChatDefaults(args.temperature, args.top_k, args.max_tokens)
     args.require_between(0, 86400, "grace", "request_timeout")
+    args.require_between(1, 65535, "port")
     if args.api_key is not None:
-        args.api_key = args.api_key.strip()  # of the line end that a secret from a file has
+        args.api_key = args.api_key.strip()  # a secret read from a file may end with a newline
         if not args.api_key or not args.api_key.isascii() or not args.api_key.isprintable():
             raise NanochatError("the API key is empty or has characters that no client sends: set one, or leave out --api-key")
     check_port(args.host, args.port)
     origins = [check_origin(origin) for origin in args.cors_origin or ()]
+    hosts = allowed_hosts(args.host, args.api_key, [check_host(name) for name in args.allow_host])
     *_, device = compute_init(args.device_type)
-    keep_freed_memory()
     engines, meta = in_own_thread(lambda: load_engines(args, choose_devices(device, args.num_gpus)))
     limits = Limits(max_waiting=args.max_waiting, request_timeout_s=args.request_timeout, grace_s=args.grace)
-    hosts = allowed_hosts(args.host, args.api_key, args.allow_host)
     app = create_app(engines, meta["tag"], limits, args.api_key, origins, args.compile, hosts, defaults)
     url = f"http://{in_url(args.host)}:{args.port}"
     others = "; --host 0.0.0.0 lets other machines in" if is_local(args.host) else ""
-    print(f"{meta['tag']} ({args.source}, step {meta['step']}) is at {url} (Ctrl-C stops it{others})", flush=True)
+    print(f"{meta['tag']} ({meta['origin']}) is at {url} (Ctrl-C stops it{others})", flush=True)
     if not args.api_key:
         print(f"for programs: OPENAI_BASE_URL={url}/v1, any API key", flush=True)
     if args.compile:
@@ -96,18 +99,18 @@ def main(argv: list[str] | None = None) -> int:
         app, host=args.host, port=args.port, http=CarefulProtocol, log_level="warning",
         timeout_graceful_shutdown=int(args.grace) + 5,
     )  # fmt: skip
-    with contextlib.suppress(KeyboardInterrupt):  # how one stops a server
+    with contextlib.suppress(KeyboardInterrupt):  # the usual way to stop a server
         Server(config, app.state.service).run()
     if not app.state.service.is_stopped:
-        # Stopped while the compiler worked, or by Ctrl-C again and again. A thread in compiled code cannot be told to end,
-        # and Python's own end would pull the interpreter from under it: the process would abort with a core dump.
+        # Stopped during compilation, or by repeated Ctrl-C. A thread in compiled code cannot be stopped, and a normal exit
+        # of Python would end the interpreter under it: the process would abort with a core dump.
         sys.stdout.flush()
         os._exit(0)
     return 0
 
 
 def load_engines(args: Arguments, devices: list[torch.device]) -> tuple[list[Engine], dict[str, Any]]:
-    """(an engine on each device, what the checkpoint says of itself)."""
+    """(an engine for each device, the checkpoint's meta)."""
     engines = []
     for device in devices:
         model, tokenizer, meta = load_chosen_model(args, device)
@@ -117,9 +120,9 @@ def load_engines(args: Arguments, devices: list[torch.device]) -> tuple[list[Eng
 
 
 class Server(uvicorn.Server):
-    """Gives running answers a while when it is told to stop, then ends them properly.
+    """When told to stop, gives running answers some time, then ends them properly.
 
-    Those that wait for the compiler are ended at once.
+    Answers that wait for the compiler end at once.
     """
 
     def __init__(self, config: uvicorn.Config, service: Service) -> None:
@@ -133,12 +136,12 @@ class Server(uvicorn.Server):
             timer.daemon = True
             timer.start()
         super().handle_exit(sig, frame)
-        if self.force_exit:  # by Ctrl-C once more: nobody asked for the traces of what is cut off
+        if self.force_exit:  # a second Ctrl-C: do not print traces of the requests that are cut off
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
 
 
 def choose_devices(device: torch.device, count: int) -> list[torch.device]:
-    """The devices to serve from. Raises NanochatError if there are not so many."""
+    """The devices to serve from. Raises NanochatError if there are not that many."""
     if count == 1:
         return [device]
     available = torch.cuda.device_count() if device.type == "cuda" else 0
@@ -156,30 +159,38 @@ def is_local(host: str) -> bool:
 
 
 def allowed_hosts(host: str, api_key: str | None, named: Sequence[str] = ()) -> list[str] | None:
-    """The names by which a server that no key protects may be asked; None: by any. named: by --allow-host."""
+    """The host names that a server without a key accepts; None: any. named: those from --allow-host."""
     if api_key:
         return None
-    return [name.lower() for name in named] or ([*LOCAL_HOSTS, in_url(host)] if is_local(host) else None)
+    local = [*LOCAL_HOSTS, in_url(host)] if is_local(host) else []  # always: the address that main shows is one of them
+    return [*local, *named] or None
+
+
+def check_host(name: str) -> str:
+    """A name as browsers send it, without a port. Raises NanochatError if it is none, which would never match."""
+    if not re.fullmatch(r"[\w.-]+|\[[\da-f:.]+\]", name.lower(), re.ASCII):
+        raise NanochatError(f"--allow-host {name} is no name of a machine: give NAME, without http:// and without a port")
+    return name.lower()
 
 
 def check_origin(origin: str) -> str:
-    """An origin as browsers send it. Raises NanochatError if it is none, which would never match."""
+    """An origin as browsers send it. Raises NanochatError for anything else, which would never match."""
     origin = origin.rstrip("/").lower()
     url = urlsplit(origin)
     if origin != "*" and origin != f"{url.scheme}://{url.netloc}":
-        raise NanochatError(f"--cors-origin {origin} is no origin: give http://HOST:PORT, without a path")
+        raise NanochatError(f"--cors-origin {origin} is not an origin: give http://HOST:PORT, without a path")
     return origin
 
 
 def check_port(host: str, port: int) -> None:
-    """Raise NanochatError if the port cannot be had, before a model is loaded for nothing."""
+    """Raise NanochatError if the port is not available, before a model is loaded in vain."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
-            raise NanochatError(f"port {port} of {host} cannot be had ({error}): choose another with --port") from error
+            raise NanochatError(f"port {port} of {host} is not available ({error}): choose another with --port") from error
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from nanochat.checkpoint_manager import load_chosen_model
 from nanochat.common import NanochatError, compute_init, run_command, synchronize
 from nanochat.engine import Engine
 from nanochat.kv_cache import BLOCK_SIZE, KVBlocks
-from nanochat.machine import keep_freed_memory, measure_memory_rate
+from nanochat.machine import measure_memory_rate
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Scheduler
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     *_, device = compute_init(args.device_type)
     model, tokenizer, meta = load_chosen_model(args, device)
-    report = {"model": f"{meta['tag']} ({args.source}, step {meta['step']})"}
+    report = {"model": f"{meta['tag']} ({meta['origin']})"}
     return run(model, tokenizer, args, report)
 
 
@@ -68,7 +68,6 @@ def run(model: Any, tokenizer: Any, args: argparse.Namespace, report: dict[str, 
     limit = model.config.sequence_len
     if min(batch_sizes) < 1 or args.prompt_tokens < 1 or args.new_tokens < 2:
         raise NanochatError("batch sizes and --prompt-tokens must be at least 1, --new-tokens at least 2")
-    keep_freed_memory()
     device = model.get_device()
     engine = Engine(prepare_for_inference(model, args.weights), tokenizer, max_rows=max(batch_sizes))
     ahead = -(-max(batch_sizes) * args.prompt_tokens // engine.scheduler.chunk)  # of the last: by a token for each chunk

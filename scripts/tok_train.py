@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.common import NanochatError, run_command
-from nanochat.dataset import Source, default_source_name, get_source
+from nanochat.dataset import DATA_HELP, Source, default_source_name, get_source
 from nanochat.files import atomic_write, read_json_object
 from nanochat.progress import Progress
 from nanochat.settings import Arguments, SettingsParser
@@ -19,8 +19,7 @@ from nanochat.tokenizer import FILE_NAME, Tokenizer, get_tokenizer_dir
 
 def parse_arguments(argv: list[str] | None) -> Arguments:
     parser = SettingsParser("Train a tokenizer.", examples=["%(prog)s --data builtin --vocab-size 4096 --tokenizer small"])
-    parser.add_argument("--data", default=None, metavar="NAME|PATH",
-                        help="builtin, climbmix, fineweb-edu or a path (climbmix if downloaded, else builtin)")  # fmt: skip
+    parser.add_argument("--data", default=None, metavar="NAME|PATH", help=DATA_HELP)
     parser.add_argument("--tokenizer", default="default", metavar="NAME|PATH", help="where to keep it")
     parser.add_argument("--max-chars", type=int, default=2_000_000_000, help="stop reading after so many characters")
     parser.add_argument("--doc-cap", type=int, default=10_000, help="characters to use of one document")

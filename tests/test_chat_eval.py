@@ -119,7 +119,7 @@ def test_a_stopped_evaluation_goes_on(
     answered.clear()
     capsys.readouterr()
     assert evaluate_task(engine, task, -1, 8, answering, path) == whole and not answered
-    assert capsys.readouterr().out == f"9 of 9 answers are an earlier run's: remove {path} to have them anew\n"
+    assert capsys.readouterr().out == f"9 of 9 answers are an earlier run's: remove {path} to answer them again\n"
 
 
 def test_answers_to_other_problems_are_not_used(engine: Engine, tmp_path: Path) -> None:

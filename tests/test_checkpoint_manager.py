@@ -369,7 +369,7 @@ def test_state_that_is_read_in_parts_and_is_not_there_is_named(stage_dir: Path, 
     else:
         save_checkpoint(stage_dir, 1, *states.values(), {})
     load_optimizer(ShardedOptimizer(("b",)), stage_dir, 1)
-    with pytest.raises(CheckpointError, match=r"whose optimizer was another \(it has no '.*c'\): add --load-optimizer 0"):
+    with pytest.raises(CheckpointError, match=r"with another optimizer \(it has no '.*c'\): add --load-optimizer 0"):
         load_optimizer(ShardedOptimizer(("b", "c")), stage_dir, 1)
     save_checkpoint(stage_dir, 1, STATE, None, {})
     with pytest.raises(CheckpointError, match="was saved without optimizer state: add --load-optimizer 0"):
@@ -397,7 +397,7 @@ def test_another_format_is_refused_in_a_sentence(tiny_run: Path, version: int, w
             del manifest["digest"]
             (directory / "manifest.json").write_text(json.dumps(manifest))
     assert find_run("base") == "tiny"
-    sentence = f"step_000006 has format {version}, and this nanochat reads 2 alone: {way_out}$"
+    sentence = f"step_000006 has format {version}, but this nanochat reads only 2: {way_out}$"
     uses: list[Callable[[], object]] = [
         lambda: load_model("base", "cpu", "eval"),
         lambda: load_checkpoint(stage_dir, 6),

@@ -192,7 +192,7 @@ def test_ids_that_the_vocabulary_lacks_are_named_by_their_file(tmp_path: Path, t
         table = pa.table({"tokens": pa.array(ids, pa.list_(pa.int32()))})
         table = table.replace_schema_metadata({"nanochat.tokenizer": tokenizer.fingerprint()})
         pq.write_table(table, tmp_path / f"{name}.parquet")
-    reason = r"b\.parquet holds ids outside of the vocabulary of 4\d\d tokens: write it anew"
+    reason = r"b\.parquet holds ids outside of the vocabulary of 4\d\d tokens: write it again"
     with _loader(get_source(str(tmp_path)), tokenizer) as loader, pytest.raises(NanochatError, match=reason):
         next(loader)
 

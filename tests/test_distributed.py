@@ -69,7 +69,8 @@ def test_ranks_with_different_texts_do_not_train(
     process = launch(2, str(tmp_path / "ranks.py"), *SMALL, "--num-iterations=2", "--model-tag=apart")
     _, errors = process.communicate(timeout=300)
     sizes = [(tmp_path / rank / "train.jsonl").stat().st_size for rank in ("0", "1")]
-    assert f"error: train.jsonl is {sizes[0]} on rank 0, but {sizes[1]} on rank 1" in errors, errors[-3000:]
+    sentence = f"error: the size of train.jsonl in bytes is {sizes[0]} on rank 0, but {sizes[1]} on rank 1"
+    assert sentence in errors, errors[-3000:]
     assert not (base_dir / "runs").exists()
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -141,7 +142,11 @@ def test_many_threads_at_once(usable_launchers: list[str], adopted_children) -> 
 
 def test_streams_and_limits_of_one_program(usable_launchers: list[str]) -> None:
     result = execute_code("import sys\nprint(1)\nprint(2, file=sys.stderr)\nraise ValueError('three\\nlines')", 20)
-    assert result == ExecutionResult(False, "1\n", "2\n", "ValueError: three\nlines")
+    assert result == ExecutionResult(False, "1\n", "2\n", "ValueError: three lines")
+    for text in ("'\\ud800' * 500", "'a\\r\\u2028b'"):
+        error = execute_code(f"raise ValueError({text})", 20).error
+        assert error is not None
+        assert error.encode() and len(error.splitlines()) == 1
     assert execute_code("x = bytes(50 << 20)", 20, 128 << 20).success
     too_much = execute_code("x = bytes(128 << 20)", 20, 128 << 20)
     assert (too_much.error, too_much.memory_exceeded) == ("memory limit of 128 MiB", True)
@@ -161,6 +166,33 @@ def test_closed_sandbox(usable_launchers: list[str], adopted_children) -> None:
     with pytest.raises(NanochatError, match="closed"):
         sandbox.run("pass")
     assert adopted_children() == []
+
+
+def test_whoever_asks_is_told_why_no_process_began(usable_launchers: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    works = execution.find_launcher()
+    trouble = iter([OSError("too many"), MemoryError(), ValueError("a\nb"), NanochatError("use another Python")])
+    told = []
+
+    def launcher() -> list[str]:
+        if error := next(trouble, None):
+            raise error
+        return works()
+
+    def ask() -> None:
+        for _ in range(5):
+            try:
+                told.append(sandbox.run("print(1)", 20).stdout)
+            except NanochatError as error:
+                told.append(str(error))
+
+    monkeypatch.setattr(execution, "choose_launcher", lambda unsafe: launcher)
+    with Sandbox(1) as sandbox:
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(60)
+    reasons = ("too many", "MemoryError", "a")
+    assert told[:3] == [f"no process for a program ({reason}): end others, or raise that limit" for reason in reasons]
+    assert told[3:] == ["use another Python", "1\n"]
 
 
 PARENT_TO_KILL = """

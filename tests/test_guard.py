@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 
 import pytest
 from fastapi.testclient import TestClient
@@ -12,7 +13,7 @@ from nanochat import guard
 from nanochat.engine import Engine
 from nanochat.server import create_app
 from nanochat.service import Limits
-from tests.helpers import serve
+from tests.helpers import serve, wait_for
 from tests.test_server import CHAT, HELLO, _request
 
 
@@ -34,12 +35,8 @@ def test_headers_have_an_end_and_come_in_time(engine: Engine, monkeypatch: pytes
         with contextlib.suppress(ConnectionError):
             for _ in range(64):
                 endless.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 2**16)
-        for connection, end in ((silent, b""), (slow, b"}"), (endless, b"Connection: close\r\n\r\n")):
-            connection.settimeout(10)
-            received = b""
-            with contextlib.suppress(ConnectionError):
-                while more := connection.recv(2**16):
-                    received += more
+        for connection, end in ((silent, b""), (slow, b"}"), (endless, b"Invalid HTTP request received.")):
+            received = _read_all(connection)
             assert received.endswith(end) and received.count(b"200 OK") == (connection is slow)
             connection.close()
 
@@ -63,3 +60,55 @@ def test_slow_and_broken_clients_do_not_stop_the_others(engine: Engine) -> None:
             received += crowd[2].recv(1)
         for connection in crowd:
             connection.close()
+
+
+def _read_all(connection: socket.socket) -> bytes:
+    """What comes until the server closes."""
+    connection.settimeout(10)
+    received = b""
+    with contextlib.suppress(ConnectionError):
+        while more := connection.recv(2**16):
+            received += more
+    return received
+
+
+@pytest.mark.parametrize("key", ["secret", "wrong"])
+def test_what_follows_a_request_has_an_end(engine: Engine, key: str) -> None:
+    """Trailers behind an answered body, and requests sent ahead by the thousand: no connection makes the server keep them."""
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n".encode()
+    trailers = head + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n"
+    health = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    with serve(create_app([engine], "tiny", api_key="secret")) as port:
+        for first, more in ((trailers, b"a: " + b"b" * 2**14 + b"\r\n"), (health, health * 500)):
+            connection = socket.create_connection(("127.0.0.1", port))
+            connection.sendall(first)
+            with pytest.raises(ConnectionError):
+                for _ in range(10_000):
+                    connection.sendall(more)
+            connection.close()
+
+
+def test_a_client_that_leaves_frees_its_place_though_it_has_asked_for_more(engine: Engine) -> None:
+    app = create_app([engine], "tiny")
+    with serve(app) as port:
+        connection = socket.create_connection(("127.0.0.1", port))
+        connection.sendall(2 * _request({**HELLO, "max_tokens": 100_000, "ignore_eos": True, "stream": True}))
+        assert connection.recv(100)
+        connection.close()
+        wait_for(lambda: not app.state.service.stats()["running"], "the text to be given up", 10)
+
+
+@pytest.mark.parametrize("protocol", ["h2c", "websocket"])
+def test_who_offers_another_protocol_is_answered_in_this_one(engine: Engine, protocol: str) -> None:
+    """As curl --http2 and Java's clients do, with the body in a packet of its own."""
+    request = _request(HELLO)
+    offer = f"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: {protocol}\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
+    head, _, body = request.replace(b"\r\n", b"\r\n" + offer.encode(), 1).partition(b"\r\n\r\n")
+    with serve(create_app([engine], "tiny")) as port:
+        connection = socket.create_connection(("127.0.0.1", port))
+        connection.sendall(head + b"\r\n\r\n")
+        time.sleep(0.1)
+        connection.sendall(body)
+        connection.settimeout(20)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 200 OK")
+        connection.close()

@@ -323,6 +323,21 @@ def test_another_model_is_not_written_over(tiny_run: Path, tmp_path: Path) -> No
         export_hf.main(["--model-tag=tiny", "--output", str(tmp_path)])
 
 
+def test_a_directory_by_another_of_its_names(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("empty", "work"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for name in (".", "../work"):
+        with pytest.raises(NanochatError, match="is the working directory"):
+            export_hf.main(["--model-tag=none", "--output", name])  # before the model is looked for
+    Path("link").symlink_to("../empty")
+    export(make_plain_model(tokenizer), tokenizer, META, Path("link"))
+    assert Path("link").is_symlink() and {path.name for path in (tmp_path / "empty").iterdir()} <= OUR_FILES
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["link"]
+
+
 def test_what_transformers_own_class_cannot_say_is_named(tiny_run: Path, tmp_path: Path) -> None:
     with pytest.raises(NanochatError, match="value embeddings, .*pairs.*first embedding.*1.2 times as long"):
         export_hf.main(["--model-tag=tiny", "--format=nanochat", "--output", str(tmp_path / "export")])

@@ -46,7 +46,22 @@ def test_conversations_as_programs_keep_them(client: TestClient, messages: list[
 @pytest.mark.parametrize("messages", [[GREETING], [QUESTION, GREETING], [RULES, GREETING]])
 def test_there_must_be_something_to_answer(client: TestClient, messages: list[dict]) -> None:
     error = client.post(CHAT, json={"messages": messages}).json()["error"]
-    assert error["message"] == "the last message must be the user's" and error["param"] == "messages"
+    assert error["message"].startswith("the last message must be the user's: ") and error["param"] == "messages"
+
+
+@pytest.mark.parametrize("empty", ["", [], [{"type": "text", "text": ""}]])
+def test_what_is_empty_changes_nothing(empty: str | list) -> None:
+    """A client's empty system field above all."""
+    padded = [{"role": "system", "content": empty}]
+    for message in (QUESTION, GREETING, QUESTION):
+        padded += [{"role": message["role"], "content": empty}, message, {"role": message["role"], "content": empty}]
+    found, expected = (
+        ChatRequest.model_validate({"messages": messages}).conversation()["messages"]
+        for messages in (padded, [QUESTION, GREETING, QUESTION])
+    )
+    for mine, theirs in zip(found, expected, strict=True):
+        texts = ["".join(p["text"] for p in c) if isinstance(c := turn["content"], list) else c for turn in (mine, theirs)]
+        assert mine["role"] == theirs["role"] and texts[0] == texts[1]
 
 
 def test_a_long_conversation_goes_on(client: TestClient) -> None:

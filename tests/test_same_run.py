@@ -92,7 +92,7 @@ def test_files_are_read_in_the_order_in_which_the_run_knows_them(base_dir: Path,
 def test_validation_files_that_come_later_are_refused(texts: Path, base_dir: Path) -> None:
     _train(texts)
     _write(texts / "val.jsonl", range(12, 20))
-    with pytest.raises(NanochatError, match=r"validation has files of its own \(val.jsonl\) in .*: what it was held out from"):
+    with pytest.raises(NanochatError, match=r"validation has files of its own \(val.jsonl\) in .*: text that was held out"):
         _train(texts, "--resume=3")
 
 

@@ -171,3 +171,17 @@ def test_a_prompt_is_held_no_longer_than_texts_wait_for_it(engine: Engine, end: 
     while not one_row.is_idle:
         one_row.step()
     assert one_row.allocator.num_free == one_row.allocator.num_blocks - 1
+
+
+def test_many_short_prompts_do_not_hold_up_running_texts(engine: Engine) -> None:
+    """A prefill reads all weights, however few tokens it has."""
+    running = Sequence([1, 2], SamplingParams(max_tokens=100, ignore_eos=True))
+    engine.scheduler.submit(running)
+    engine.scheduler.step()
+    short = [Sequence([3, i], SamplingParams(max_tokens=1)) for i in range(40)]
+    for text in short:
+        engine.scheduler.submit(text)
+    before = len(running.tokens)
+    engine.scheduler.step()
+    assert len(running.tokens) == before + 1
+    assert 0 < sum(text.finish_reason is not None for text in short) <= 10

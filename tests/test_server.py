@@ -20,8 +20,9 @@ import torch
 from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
+from nanochat import openai_api
 from nanochat.engine import Engine
-from nanochat.openai_api import MAX_CHARS, MAX_MESSAGES, MAX_PARTS, MAX_TOKENS, CompletionRequest, token_text
+from nanochat.openai_api import MAX_CHARS, MAX_MESSAGES, MAX_PARTS, MAX_TOKENS, ChatRequest, CompletionRequest, token_text
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Scheduler
 from nanochat.sequence import Sequence
@@ -229,7 +230,7 @@ def test_bad_requests_get_one_clear_sentence(client: TestClient, path: str, chan
 
 def test_one_more_than_the_documented_limits_is_refused(client: TestClient) -> None:
     page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8").replace("\n", " ")
-    limits = f"a conversation at {MAX_MESSAGES:,} messages or {MAX_CHARS:,} characters, a message at {MAX_PARTS:,} parts"
+    limits = f"conversation may have {MAX_MESSAGES:,} messages or {MAX_CHARS:,} characters, a message {MAX_PARTS:,} parts"
     assert limits in page
     user, part = {"role": "user", "content": "x"}, {"type": "text", "text": "x"}
     for messages, field in (
@@ -298,7 +299,8 @@ def test_unknown_models_and_places(client: TestClient) -> None:
     error = client.post(CHAT, json={**HELLO, "model": "gpt-9"})
     assert error.status_code == 404 and error.json()["error"]["code"] == "model_not_found"
     assert client.get("/v1/models/gpt-9").status_code == 404
-    assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
+    for path in ("/v1/models", "/v1/models/"):
+        assert client.get(path).json()["data"][0]["id"] == "tiny"
     assert client.get("/v1/models/tiny").json()["id"] == "tiny"
     assert "message" in client.get("/nowhere").json()["error"]
     assert client.get(CHAT).status_code == 405
@@ -379,6 +381,31 @@ def _request(body: dict[str, Any], path: str = CHAT) -> bytes:
     content = json.dumps(body).encode()
     lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {len(content)}"]
     return "\r\n".join([*lines, "\r\n"]).encode() + content
+
+
+def test_a_wrong_item_of_a_list_is_told_once() -> None:
+    """Errors of a million take ten seconds and a gigabyte, in which nobody is served."""
+    messages = [{"role": "user", "content": [0] * MAX_PARTS}] * MAX_MESSAGES
+    for body in ({"messages": messages}, {"messages": [{**HELLO["messages"][0], "nanochat": {"parts": [0] * MAX_PARTS}}]}):
+        with pytest.raises(ValidationError) as failure:
+            ChatRequest.model_validate(body)
+        assert failure.value.error_count() < 10
+
+
+def test_a_reply_holds_no_more_log_probabilities_than_can_be_written(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_api, "MAX_LOGPROB_VALUES", 12 * 4)
+    for path, asked in (
+        (CHAT, {**HELLO, "logprobs": True, "top_logprobs": 3}),
+        (TEXT, {"prompt": "a", "max_tokens": 12, "logprobs": 3}),
+    ):
+        assert client.post(path, json=asked).status_code == 200
+        for more in ({"n": 2}, {"max_tokens": 13}):
+            error = client.post(path, json={**asked, **more}).json()["error"]
+            assert "ask for fewer texts, tokens (max_tokens) or alternatives" in error["message"]
+    prompt = {"prompt": "a long text", "max_tokens": 12, "logprobs": 3, "echo": True}
+    assert client.post(TEXT, json=prompt).status_code == 400
 
 
 @pytest.mark.parametrize("stream", [True, False])

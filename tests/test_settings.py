@@ -70,9 +70,9 @@ def test_a_file_may_give_what_a_command_requires(tmp_path: Path) -> None:
         ('set = "bigrams=8"', ("bigrams=8", "[ ]")),
         ("depth = 4\n[model]\ndepth = 5", ("depth", "more than once")),
         ("max_seq_len = 4\nmax-seq-len = 4", ("max-seq-len", "more than once")),
-        ("depth = x", ("no TOML", "line 1")),
-        (f"seed = {'9' * 6000}", ("no TOML", "4300 digits")),
-        (f"set = {'[' * 5000}", ("no TOML",)),
+        ("depth = x", ("not TOML", "line 1")),
+        (f"seed = {'9' * 6000}", ("not TOML", "4300 digits")),
+        (f"set = {'[' * 5000}", ("not TOML",)),
     ],
 )
 def test_what_is_wrong_with_a_file_is_one_sentence(content: str, named: tuple[str, ...], tmp_path: Path) -> None:
@@ -93,7 +93,7 @@ def test_a_value_must_be_among_the_choices(tmp_path: Path) -> None:
 def test_a_file_must_be_there_and_be_text(tmp_path: Path) -> None:
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     for path, sentence in ((tmp_path / "absent.toml", "absent.toml"), (tmp_path, "cannot be read"),
-                           ("~nobody.here/a.toml", "cannot be read"), (tmp_path / "bytes.toml", "no TOML")):  # fmt: skip
+                           ("~nobody.here/a.toml", "cannot be read"), (tmp_path / "bytes.toml", "not TOML")):  # fmt: skip
         with pytest.raises(NanochatError, match=sentence):
             base_train.parse_arguments(["--config", str(path)])
 
@@ -110,13 +110,13 @@ def test_a_wrong_flag_is_one_sentence(flags: list[str], named: str, capsys: pyte
 
 @pytest.mark.parametrize(
     ("module", "flags", "words"),
-    [(base_train, ["--target-minutes=nan"], "--target-minutes nan is no finite number"),
-     (base_train, ["--expand-at", "NaN"], "--expand-at nan is no finite number"),
-     (base_train, ["--target-flops=inf"], "--target-flops inf is no finite number"),
+    [(base_train, ["--target-minutes=nan"], "--target-minutes nan is not a finite number"),
+     (base_train, ["--expand-at", "NaN"], "--expand-at nan is not a finite number"),
+     (base_train, ["--target-flops=inf"], "--target-flops inf is not a finite number"),
      (base_train, ["--expand-at=-0.5"], "--expand-at -0.5 is out of range: choose 0 to 1"),
      (base_train, ["--warmup-steps=-5"], "--warmup-steps -5 is out of range: choose 0 or more"),
      (chat_sft, ["--warmup-steps=-5"], "--warmup-steps -5 is out of range: choose 0 or more"),
-     (chat_rl, ["--temperature=nan"], "--temperature nan is no finite number"),
+     (chat_rl, ["--temperature=nan"], "--temperature nan is not a finite number"),
      (base_train, ["--core-metric-max-per-task=0"], "--core-metric-max-per-task 0 asks nothing: .* -1 for all"),
      (base_eval, ["--max-per-task=0"], "--max-per-task 0 asks nothing: .* -1 for all"),
      (chat_eval, ["--max-problems=0"], "--max-problems 0 asks nothing: .* -1 for all")],
@@ -127,7 +127,7 @@ def test_numbers_that_mean_nothing_are_refused(module: Any, flags: list[str], wo
 
 
 def test_no_file_gives_nan(tmp_path: Path) -> None:
-    with pytest.raises(NanochatError, match="--target-minutes nan is no finite number"):
+    with pytest.raises(NanochatError, match="--target-minutes nan is not a finite number"):
         parse(base_train, "target_minutes = nan", tmp_path)
 
 

@@ -116,7 +116,7 @@ def test_a_run_says_what_it_is_and_what_it_keeps(corpus: Path, capsys: pytest.Ca
         _train(corpus, f"run{number}", *flags)
         printed = capsys.readouterr().out
         assert f"pretraining run{number}: depth 2, " in printed
-        assert ("the newest 3 checkpoints are kept, and the best (--keep-last)" in printed) == (number == 0)
+        assert ("the newest 3 checkpoints and the best are kept (--keep-last)" in printed) == (number == 0)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,7 @@ def test_another_way_on_from_an_earlier_step_leaves_nothing_in_between(
     stage_dir, weights = tiny_run / "base", _weights(tiny_run / "base", 6)
     _train(corpus, "tiny", "--resume=3", "--matrix-lr=0.006", "--device-type=")
     printed = capsys.readouterr().out
-    assert "going on with --matrix-lr 0.006: until here it was 0.0126" in printed
+    assert "going on with --matrix-lr 0.006: until now it was 0.0126" in printed
     assert "abandoned_step_000006_1 to abandoned_step_000006_1" in printed
     assert list_steps(stage_dir) == [3, 6]
     shutil.rmtree(stage_dir / "step_000006")
@@ -307,12 +307,11 @@ def test_ctrl_c_in_the_last_evaluation_ends_what_comes_after_it(tmp_path: Path) 
     assert read_metrics(tmp_path / "metrics.jsonl")[-1]["val/bpb"] == 1.0
 
 
-def test_accumulation_changes_nothing(corpus: Path) -> None:
-    """One batch of four rows is the same update as four of one row."""
+def test_accumulation_changes_nothing(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One batch of four rows is the same update as four of one row: rows are drawn alike. Unlike ones: test_passes.py."""
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
     one, four = _train(corpus, "one", "--device-batch-size=4"), _train(corpus, "four", "--device-batch-size=1")
-    for a, b in zip(_losses(one), _losses(four), strict=True):
-        assert a == pytest.approx(b, abs=2e-2)  # rows are drawn alike; bfloat16 sums differ by rounding
-    assert _losses(one)[0] == pytest.approx(_losses(four)[0], abs=1e-3)
+    assert _losses(one) == pytest.approx(_losses(four), abs=1e-4)
 
 
 def test_loss_falls_and_metrics_are_complete(tiny_run: Path) -> None:
@@ -380,7 +379,7 @@ def test_a_model_that_is_cut_writes_no_samples(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_no_numbers_are_not_saved(corpus: Path) -> None:
-    with pytest.raises(NanochatError, match=r"no longer a number at step \d: the last good checkpoint is step \d"):
+    with pytest.raises(NanochatError, match=r"no longer numbers at step \d: the last good checkpoint is step \d"):
         _train(corpus, "inf", "--matrix-lr=1e38", "--save-every=1")
     stage_dir = Path(os.environ["NANOCHAT_BASE_DIR"]) / "runs" / "inf" / "base"
     assert list_steps(stage_dir)
@@ -424,11 +423,11 @@ def test_an_older_optimizer_is_named(corpus: Path, tiny_run: Path, monkeypatch: 
         return {name: value for name, value in read_tensors(*arguments).items() if "mean_square" not in name}
 
     monkeypatch.setattr(nanochat.stage, "read_tensors", without_embeddings)
-    with pytest.raises(NanochatError, match="whose optimizer was another .* not trained on here: choose another --model-tag"):
+    with pytest.raises(NanochatError, match="with another optimizer .* not trained on here: choose another --model-tag"):
         _train(corpus, "tiny", "--resume=3", "--save-every=3")
     shutil.rmtree(tiny_run / "sft")
     flags = ["--model-tag=tiny", "--tasks=Arithmetic:60", "--num-iterations=1", "--no-compile", "--device-type=cpu"]
-    with pytest.raises(NanochatError, match="whose optimizer was another .*: add --load-optimizer 0$"):
+    with pytest.raises(NanochatError, match="with another optimizer .*: add --load-optimizer 0$"):
         chat_sft.main(flags)
     shutil.rmtree(tiny_run / "sft")
     assert chat_sft.main([*flags, "--load-optimizer=0", "--eval-tokens=128"]) == 0

@@ -7,12 +7,14 @@ import json
 import math
 import shutil
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nanochat import checkpoint_writer
+from nanochat import trainer as trainer_module
 from nanochat.checkpoint_manager import read_meta
 from nanochat.common import NanochatError
 from nanochat.metrics import read_metrics
@@ -62,7 +64,7 @@ def test_what_an_evaluation_ends_is_saved_though_a_save_has_failed(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("save_every", "words"), [(0, "no checkpoint exists yet; begin anew"), (1, "step 1 in .*; resume from it")]
+    ("save_every", "words"), [(0, "no checkpoint exists yet; start again"), (1, "step 1 in .*; resume from it")]
 )
 def test_a_loss_that_is_no_number_says_what_to_do_next(
     save_every: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -122,3 +124,25 @@ def test_a_stage_is_complete_only_when_all_evaluations_of_its_last_step_are_made
     assert stage.is_complete(6)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [(row["val/core"], row.get("val/x")) for row in rows if "val/core" in row] == [(0.1, None), (0.1, 0.2)]
+
+
+def test_garbage_that_refers_to_itself_does_not_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's collector rests while a run trains, and recomputed blocks leave such garbage."""
+    monkeypatch.setattr(trainer_module, "COLLECT_EVERY", 3)
+    trainer = make_trainer(tmp_path)
+    left: list[weakref.ref] = []
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself = self
+            left.append(weakref.ref(self))
+
+    def evaluate() -> dict[str, float]:
+        alive = sum(reference() is not None for reference in left)
+        Cycle()
+        return {"alive": alive}
+
+    trainer.evaluations = [(1, evaluate)]
+    trainer.train()
+    alive = [row["alive"] for row in read_metrics(tmp_path / "metrics.jsonl") if "alive" in row]
+    assert len(alive) > 4 and max(alive) <= 3

@@ -39,9 +39,10 @@ def export(
     """Write a model, as of checkpoint_manager.load_model, into the directory `output`; returns its form.
 
     form: one of FORMATS; repo: the name on the hub that the model card is to show. `output` appears whole or not at all.
-    Raises NanochatError if the form cannot express the model or `output` holds anything but an earlier export.
+    Raises NanochatError if the form cannot express the model or `output` is not one that `check_output` allows.
     """
     check_output(output)
+    output = output.resolve()  # its own name, not that of a link or ".."
     if form == "auto":
         form = "custom" if native_obstacles(model) else "nanochat"
     config, state = (to_custom if form == "custom" else to_native)(model)
@@ -74,11 +75,13 @@ def export(
 
 
 def check_output(output: Path) -> None:
-    """Raise NanochatError if a directory holds what an export would destroy."""
+    """Raise NanochatError if a directory holds what an export would destroy, or cannot be replaced by one."""
     if not output.exists():
         return
     if not output.is_dir():
         raise NanochatError(f"--output {output} is a file: name a directory")
+    if output.samefile("."):
+        raise NanochatError(f"--output {output} is the working directory, which cannot be replaced: name another directory")
     found = {path.name for path in output.iterdir()}
     ours = ORIGIN_KEY in read_json(output / CONFIG_FILE) if CONFIG_FILE in found else not found
     if strangers := found if not ours else found - OUR_FILES:

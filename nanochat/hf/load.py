@@ -1,6 +1,6 @@
 """Reads models that lie in Hugging Face's form, our own exports above all. Used by the scripts' --from-hf.
 
-Nothing of what lies there is executed: weights and JSON are read, the chat template is rendered in a sandbox.
+Nothing of what lies there is executed: weights, JSON and the text of the chat template are read.
 """
 
 from __future__ import annotations
@@ -11,10 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -22,7 +19,8 @@ from nanochat.checkpoint_manager import build_model, load_checkpoint, lock_stage
 from nanochat.common import NanochatError, first_line, print0
 from nanochat.files import read_json_object
 from nanochat.gpt import GPT
-from nanochat.hf.tokenizer_json import GUARD, from_tokenizer_json
+from nanochat.hf.export import TEMPLATE_FILE, read_resource
+from nanochat.hf.tokenizer_json import from_tokenizer_json
 from nanochat.hf.weights import CUSTOM_TYPE, NATIVE_TYPE, from_custom, from_native
 from nanochat.ranks import on_rank0
 from nanochat.runs import get_run_dir, get_stage_dir, list_steps
@@ -40,14 +38,13 @@ def load_hf(name: str, device: torch.device | str) -> tuple[GPT, Tokenizer, dict
     directory = find_directory(name)
     content = _read_config(directory, name)
     tokenizer = from_tokenizer_json(directory / "tokenizer.json")
-    check_chat_template(directory, tokenizer)
+    check_chat_template(directory)
     size = tokenizer.get_vocab_size()
     if content.get("vocab_size", size) < size:
         raise NanochatError(
             f"{name} has {content['vocab_size']} rows for a vocabulary of {size}: its files do not belong together"
         )
-    if content["model_type"] == NATIVE_TYPE:
-        content["vocab_size"] = size  # what is more is padding
+    content["vocab_size"] = size  # what is more is padding
     try:
         convert = from_custom if content["model_type"] == CUSTOM_TYPE else from_native
         config, state = convert(content, _read_weights(directory))
@@ -110,41 +107,17 @@ def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
 # ----------------------------------------------------------------------------- chat template
 
 
-class _Generation(Extension):
-    """transformers' {% generation %} ... {% endgeneration %}, which marks what the model says: here its content alone."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Any) -> Any:
-        next(parser.stream)
-        return parser.parse_statements(["name:endgeneration"], drop_needle=True)
-
-
-def check_chat_template(directory: Path, tokenizer: Tokenizer) -> None:
-    """Raise NanochatError if the template does not parse; say so if it renders a conversation otherwise than we do."""
-    path = directory / "chat_template.jinja"
+def check_chat_template(directory: Path) -> None:
+    """Say so if the model has another chat template than nanochat's. It is a program, and so not rendered to be compared."""
+    path = directory / TEMPLATE_FILE
     if path.is_file():
-        template: Any = path.read_text(encoding="utf-8")
+        template: Any = path.read_text(encoding="utf-8", errors="replace")
     else:
         path = directory / "tokenizer_config.json"
         template = read_json_object(path).get("chat_template") if path.is_file() else None
     if not isinstance(template, str):  # a base model may have none, and others several
         return
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}, {"role": "user", "content": "So"}]
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
-    try:
-        compiled = environment.from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise NanochatError(f"the chat template in {path} does not parse: {error} (line {error.lineno})") from error
-    try:
-        text = compiled.render(
-            messages=messages, add_generation_prompt=True, bos_token="<|bos|>", eos_token="<|assistant_end|>"
-        )
-    except Exception:  # it is a program, and may do anything that the sandbox stops
-        text = ""
-    if text.replace(GUARD, "") != tokenizer.decode(tokenizer.render_for_completion({"messages": messages})):
+    if template.split() != read_resource("templates", TEMPLATE_FILE).split():
         print0(f"note: the chat template in {path} differs from nanochat's, which is used instead")
 
 

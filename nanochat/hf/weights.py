@@ -219,6 +219,10 @@ def _is_padded(name: str) -> bool:
 
 
 def _pad(tensor: torch.Tensor, config: GPTConfig) -> torch.Tensor:
-    """Rows of zeros for the padding of the vocabulary, and none beyond it."""
+    """Rows of zeros for the padding of the vocabulary, and none beyond it. Raises NanochatError if it has not all rows."""
     tensor = tensor[: config.vocab_size]
+    if len(tensor) < config.vocab_size:
+        raise NanochatError(
+            f"the weights hold {len(tensor)} rows for a vocabulary of {config.vocab_size}: export the model anew"
+        )
     return F.pad(tensor, (0, 0, 0, config.padded_vocab_size - len(tensor)))
