@@ -134,6 +134,11 @@ def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> St
             if step not in list_steps(directory):
                 raise no_such_step(directory, step)
     directory = get_stage_dir(tag, name)
+    if step is not None and (origin := read_meta(directory, step).get("imported")):
+        raise NanochatError(
+            f"the base model of run {tag!r} came from {origin['from']}: it can be fine-tuned, but not trained on here; "
+            f"{way_to_begin_anew(directory)}"
+        )
     if step is None and (heirs := _heirs(tag, name)):
         raise NanochatError(
             f"run {tag!r} has {' and '.join(heirs)} checkpoints, whose tokenizer that of a new base model would replace: "

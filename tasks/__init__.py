@@ -68,12 +68,26 @@ def build_judged_task(name: str, split: str, data_dir: Path | None = None) -> Ta
     return task
 
 
+# A path may hold * and :, as in C:\..., but no comma.
+ENTRY = re.compile(r"(.*\.jsonl|[^*:]*)(?:\*(\d{0,3}))?(?::(\d{0,18}))?")
+
+
+def with_absolute_paths(spec: str) -> str:
+    """A mixture as it is recorded, whose paths lead to the same files wherever a later command is given."""
+    entries = [entry.strip() for entry in spec.split(",")]
+    for i, entry in enumerate(entries):
+        if (parsed := ENTRY.fullmatch(entry)) and (name := parsed[1]).endswith(".jsonl"):
+            path = os.path.join(os.getcwd(), os.path.expanduser(name))
+            if "," not in path:  # which would end the entry: then it is found only from here
+                entries[i] = path + entry[len(name) :]
+    return ",".join(entries)
+
+
 def build_mixture(spec: str, split: str, data_dir: Path | None = None) -> TaskMixture:
     """Tasks interleaved: "NAME[*TIMES][:MOST],..." sees NAME that many times, and at most its first MOST conversations."""
     tasks: list[Task] = []
     for entry in filter(None, (part.strip() for part in spec.split(","))):
-        # A path may hold * and :, as in C:\..., but no comma.
-        parsed = re.fullmatch(r"(.*\.jsonl|[^*:]*)(?:\*(\d{0,3}))?(?::(\d{0,18}))?", entry)
+        parsed = ENTRY.fullmatch(entry)
         if parsed is None:
             forms = "NAME, NAME*TIMES or NAME*TIMES:MOST, with TIMES below 1000"
             raise NanochatError(f"{entry[:100]!r} is no entry of a mixture: write {forms}")
