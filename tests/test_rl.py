@@ -27,7 +27,7 @@ from nanochat.tokenizer import Tokenizer
 from scripts import chat_rl
 from tasks.common import Conversation, Task
 from tests.helpers import load_all, make_document, make_model, write_gsm8k
-from tests.many_ranks import run
+from tests.many_ranks import REINFORCE, run
 
 FLAGS = [
     "--model-tag=tiny", "--task=Arithmetic", "--examples-per-step=3", "--num-samples=4", "--max-new-tokens=12",
@@ -422,16 +422,6 @@ def test_reward_rises(ending: Engine) -> None:
         rewards.append(loader.metrics()["rl/reward"])
     assert sum(rewards[:3]) / 3 < 0.15
     assert sum(rewards[-3:]) / 3 > 0.5
-
-
-# Rewards by what an answer is, since a model that has learned nothing earns none.
-REINFORCE = """
-import sys
-from nanochat.rl import RolloutLoader
-from scripts import chat_rl
-RolloutLoader._judge = lambda self, problem, answer: sum(answer.tokens) % 7 / 6
-sys.exit(chat_rl.main(sys.argv[1:]))
-"""
 
 
 @pytest.mark.slow
