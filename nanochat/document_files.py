@@ -256,17 +256,17 @@ def parse_line(line: str, address: str, number: int, wanted: str | None = None, 
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise NanochatError(f"{address}, line {number}, is not JSON ({error.msg}): mend or remove it") from error
+        raise NanochatError(f"{address}, line {number}, is not JSON ({error.msg}): fix or remove it") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets
         reason = str(error).partition(":")[0]
-        raise NanochatError(f"{address}, line {number}, cannot be read ({reason}): mend or remove it") from error
+        raise NanochatError(f"{address}, line {number}, cannot be read ({reason}): fix or remove it") from error
     if not isinstance(row, dict):
         found = type(row).__name__
-        raise NanochatError(f"{address}, line {number}, is a {found}, not an object with a text: mend or remove it")
+        raise NanochatError(f"{address}, line {number}, is a {found}, not an object with a text: fix or remove it")
     column = text_column(f"{address}, line {number},", list(row), wanted, way_out)
     text = row[column]
     if text is not None and not isinstance(text, str):
-        raise NanochatError(f"{address}, line {number}, holds no text in {column} ({type(text).__name__}): mend or remove it")
+        raise NanochatError(f"{address}, line {number}, holds no text in {column} ({type(text).__name__}): fix or remove it")
     return as_unicode(text or "")
 
 
