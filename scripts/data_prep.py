@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     layout = Layout(Path(os.path.expanduser(args.output)).absolute())
     inputs = list_inputs(args.input)
     if any(layout.output in Path(path).parents for path in inputs) or layout.output.is_relative_to(args.input):
-        raise NanochatError(f"one of --output {layout.output} and --input {args.input} is inside the other: choose another folder")
+        raise NanochatError(f"--output {layout.output} and --input {args.input} overlap: choose another folder")
     tokenizer = None if args.no_tokenize else get_tokenizer(args.tokenizer)
     settings = _open_output(args, layout, inputs, tokenizer)
     if layout.manifest.exists():
