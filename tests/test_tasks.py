@@ -51,7 +51,7 @@ def test_slices_are_those_of_range(start: int, stop: int | None, step: int) -> N
 
 def test_bad_slices_are_refused() -> None:
     for bad in ({"start": -1}, {"step": 0}, {"start": 5, "stop": 3}):
-        with pytest.raises(NanochatError, match="is not one: 0 <= start <= stop and step >= 1"):
+        with pytest.raises(NanochatError, match="is not valid: 0 <= start <= stop and step >= 1"):
             Count(10, **bad)
 
 
