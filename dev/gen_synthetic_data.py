@@ -108,7 +108,7 @@ def read_facts(path: Path) -> Facts:
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise NanochatError(f"--facts {path} is not TOML ({error}): mend it, or name it .txt") from error
+        raise NanochatError(f"--facts {path} is not TOML ({error}): fix it, or name it .txt") from error
     if unknown := set(values) - {"facts", *CHOICES}:
         raise NanochatError(f"--facts {path} has {', '.join(sorted(unknown))}: known are facts, {', '.join(CHOICES)}")
     facts = values.pop("facts", "")

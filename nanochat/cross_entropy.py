@@ -1,9 +1,9 @@
 """Cross-entropy of soft-capped logits without ever holding them all. Used by gpt.py, loss_kernel.py, rl.py
 and memory.py.
 
-The logits of 8,192 tokens over 32,768 words are 1 GB in float32, several times over with their gradients. Here they are
-made, used and forgotten in chunks of tokens; when a gradient is wanted it is computed in the same pass, since the
-gradient of a cross-entropy needs nothing from later layers but a scalar factor.
+The logits of 8,192 tokens over 32,768 words take 1 GB in float32, and several times that with their gradients. Here they
+are made, used and discarded in chunks of tokens. If a gradient is wanted, it is computed in the same pass, since the
+gradient of a cross-entropy needs only a scalar factor from later layers.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 ChunkLoss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], tuple[torch.Tensor, ...]]  # see `chunk_loss`
 IGNORE_INDEX = -1
-CHUNK_BYTES, CHUNK_TOKENS = 32 << 20, 1024  # of float32 logits in a chunk, at most: what suits a CPU's cache and products
-CACHE_BYTES = 2 << 20  # of float32 logits that are worked on at a time, uncompiled
-PRODUCT_ROWS = 2048  # of the head's gradient that are added up at a time
-GPU_CHUNK_BYTES = 1 << 30  # enough tokens for the products to fill a large GPU, but at most a 64th of its memory
+CHUNK_BYTES, CHUNK_TOKENS = 32 << 20, 1024  # upper limits of a chunk of float32 logits: suits a CPU's cache and products
+CACHE_BYTES = 2 << 20  # float32 logits processed at a time when uncompiled
+PRODUCT_ROWS = 2048  # rows of the head's gradient that are summed at a time
+GPU_CHUNK_BYTES = 1 << 30  # enough tokens to fill a large GPU, but at most a 64th of its memory
 
 
 def softcap(logits: torch.Tensor, cap: float) -> torch.Tensor:
@@ -40,7 +40,7 @@ def softcapped_cross_entropy(
 
     x: (N, C) features; weight: (vocab_size, C); targets: (N,) int64, -1 where there is nothing to predict.
     reduction "mean" is over the supervised tokens, and 0 (not NaN) if there are none; "sum"; "none" gives (N,), 0 at
-    ignored positions. loss_of: what computes as `chunk_loss` does, faster, from a caller that compiles.
+    ignored positions. loss_of: a faster equivalent of `chunk_loss`, from a caller that compiles.
     """
     if reduction == "none":
         return token_losses(x, weight, targets, cap)
@@ -70,10 +70,10 @@ def _chunk_size(num_tokens: int, vocab_size: int, device: torch.device) -> int:
 def token_losses(
     x: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, cap: float, temperature: float = 1.0, top_k: int = 0
 ) -> torch.Tensor:
-    """(N,) losses by autograd, each chunk's logits recomputed in the backward pass; arguments as above.
+    """(N,) losses through autograd, recomputing each chunk's logits in the backward pass; arguments as above.
 
-    They are those of the distribution that sampling at `temperature` among the `top_k` likeliest tokens (0: all) draws
-    from; the target always counts as one of these, whatever rounding made of it.
+    The losses are for the distribution of sampling at `temperature` among the `top_k` likeliest tokens (0: all); the target
+    always counts as one of these, even if rounding would exclude it.
     """
 
     def chunk_losses(x_chunk: torch.Tensor, weight: torch.Tensor, target_chunk: torch.Tensor) -> torch.Tensor:
@@ -85,7 +85,7 @@ def token_losses(
         return torch.nn.functional.cross_entropy(logits, target_chunk, ignore_index=IGNORE_INDEX, reduction="none")
 
     weight = weight.to(x.dtype)
-    # Half a chunk: its float32 logits exist several times over here, and buffers of 32 MiB and more would be fetched anew from
+    # Half a chunk: several copies of its float32 logits exist here, and buffers of 32 MiB and more would be requested from
     # the system each time (cpu.keep_freed_memory).
     size = max(1, _chunk_size(x.size(0), weight.size(0), x.device) // 2)
     chunks = zip(x.split(size), targets.split(size), strict=True)
@@ -98,14 +98,13 @@ def token_losses(
 
 
 def softmax_gradient(logits: torch.Tensor, cap: float, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a chunk's loss and gradient need of all its logits at once, in one pass; the targets' own share comes after.
+    """The part of a chunk's loss and gradient that needs all its logits, in one pass; the targets' own share comes later.
 
-    logits: (n, vocab_size); factor: (n, 1) float32, -2 * cap in every row. A tensor, since the compiler would else make two
-    loops, of all numbers and of each row, with float32 exponentials in memory between them: up to three times as slow.
-    With z = softcap(logits): returns the sums of exp(z - cap), (n, 1) float32, and
-    exp(z - cap) * dz/dlogits in the dtype of logits, which is the gradient but for the division by those sums. Written with
-    r = 1 / (1 + exp(2 logits / cap)), since tanh = 1 - 2r, so z - cap = -2 cap r (never above 0: no maximum to find
-    first) and dz/dlogits = 4 (r - r^2): one exponential in place of a tanh, which on a CPU is half of the whole cost.
+    logits: (n, vocab_size); factor: (n, 1) float32, -2 * cap in every row; a tensor, because otherwise the compiler makes
+    two loops with float32 exponentials in memory between them, up to three times as slow. With z = softcap(logits), returns
+    the sums of exp(z - cap), (n, 1) float32, and exp(z - cap) * dz/dlogits in the dtype of logits: the gradient before the
+    division by those sums. With r = 1 / (1 + exp(2 logits / cap)), tanh = 1 - 2r, so z - cap = -2 cap r (never above 0: no
+    maximum is needed) and dz/dlogits = 4 (r - r^2): one exponential instead of a tanh, which on a CPU is half of the cost.
     """
     r = (logits.float() * (2 / cap)).exp_().add_(1).reciprocal_()  # in place: uncompiled, each would take a chunk's memory
     exponentials = (factor * r).exp_()
@@ -114,7 +113,7 @@ def softmax_gradient(logits: torch.Tensor, cap: float, factor: torch.Tensor) -> 
 
 
 def gradient_by_rows(logits: torch.Tensor, cap: float, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`softmax_gradient` uncompiled: its nine passes, on a CPU over as many rows at a time as a core's cache holds."""
+    """`softmax_gradient` uncompiled: nine passes, on a CPU over as many rows at a time as fit into a core's cache."""
     if logits.device.type != "cpu":
         return softmax_gradient(logits, cap, factor)
     rows = max(1, CACHE_BYTES // (4 * logits.size(1)))
@@ -133,16 +132,15 @@ def chunk_loss(
 ) -> tuple[torch.Tensor, ...]:
     """(loss, gradient, scale, scaled) of one chunk, whose features are x (n, C).
 
-    loss: () float32, summed. gradient * scale: d loss / d logits, (n, vocab_size), where scale (n, 1) float32 is the caller's
-    to apply. scaled: x * scale in x's dtype.
-    Applied after the products, the scale costs next to nothing. Logits may be used up.
+    loss: () float32, summed. gradient * scale: d loss / d logits, (n, vocab_size); the caller applies scale (n, 1) float32
+    after the products, where it costs almost nothing. scaled: x * scale in x's dtype. The logits may be overwritten.
     """
     sums, gradient = gradient_of(logits, cap, logits.new_full((logits.size(0), 1), -2 * cap, dtype=torch.float32))
     supervised = (targets != IGNORE_INDEX)[:, None]
     columns = targets.clamp(min=0)[:, None]
     tanh = torch.tanh(logits.gather(1, columns).float() / cap)
     loss = ((sums.log() + cap - cap * tanh) * supervised).sum()
-    # Computed anew at the targets: rounding would swallow the little that a token already certain still has to learn.
+    # Recomputed at the targets: rounding would lose the tiny gradient of a token that is already almost certain.
     # Flat and in place: scatter_ would copy the whole gradient.
     at_target = (1 - tanh * tanh) * ((cap * tanh - cap).exp() - sums)
     flat_index = torch.arange(targets.numel(), device=targets.device) * gradient.size(1) + columns[:, 0]
@@ -154,13 +152,13 @@ def chunk_loss(
 def half_loss(
     logits: torch.Tensor, targets: torch.Tensor, x: torch.Tensor, cap: float, loss_of: ChunkLoss
 ) -> tuple[torch.Tensor, ...]:
-    """`chunk_loss` for float16, which has room for the gradient only once it was divided by the sums of exponentials."""
+    """`chunk_loss` for float16, whose range holds the gradient only after division by the sums of exponentials."""
     loss, gradient, scale, _ = loss_of(logits.float(), targets, x, cap)
     return loss, gradient.mul_(scale).to(x.dtype), torch.ones_like(scale), x
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b, for a float32 total; on a GPU in the product itself, else by rows that the cache holds."""
+    """total += a @ b for a float32 total; on a GPU inside the product, otherwise in portions of rows that fit the cache."""
     if total.device.type == "cuda" and a.dtype != torch.float32:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
         return
@@ -169,7 +167,7 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 class _FusedLoss(torch.autograd.Function):
-    """Summed loss whose gradients are made in the forward pass, chunk by chunk; the backward pass uses them up."""
+    """Summed loss whose gradients are made in the forward pass, chunk by chunk; the backward pass overwrites them."""
 
     @staticmethod
     def forward(

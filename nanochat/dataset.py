@@ -41,14 +41,14 @@ from nanochat.progress import Progress
 from nanochat.settings import SettingsParser
 from nanochat.tokenizer import Tokenizer
 
-FOR_DATA_PREP = (".gz", ".zst")  # kinds of files that often hold text, and that training passes over
-VAL_SHARE = 0.02  # of the documents, by hash, where no file is named for validation
-FILES_AHEAD = 2  # that are fetched, if they are far, while one is read
+FOR_DATA_PREP = (".gz", ".zst")  # kinds of files that often hold text, but that training ignores
+VAL_SHARE = 0.02  # share of the documents, by hash, if no file is named for validation
+FILES_AHEAD = 2  # remote files that are fetched while one is read
 FOOTERS_AT_A_TIME = 16
 
 
 class Source:
-    """Documents in a fixed order, in two splits. Files named for validation are that split; else a hash decides."""
+    """Documents in a fixed order, in two splits. Files named for validation form that split; otherwise a hash decides."""
 
     name: str
 
@@ -59,9 +59,9 @@ class Source:
     def numbered(self, split: str, start: int = 0) -> Iterator[tuple[int, Document]]:
         """(number, document) of a split ("train" or "val") in ascending order, from number `start` on.
 
-        Every row of the split's files has a number. Rows without content, and those that a hash puts into the other
-        split, are passed over, so numbers have gaps and never depend on where reading began. What is before `start` is
-        skipped by the metadata of parquet files, and read through in others. Raises NanochatError for a damaged file.
+        Every row of the split's files has a number. Rows without content, and those that a hash puts into the other split,
+        are skipped, so numbers have gaps and never depend on where reading began. Rows before `start` are skipped by
+        metadata in parquet files and read through in others. Raises NanochatError for a damaged file.
         """
         if split not in ("train", "val"):
             raise ValueError(f"split must be train or val, not {split!r}")
@@ -76,7 +76,7 @@ class Source:
         return self.val_files if split == "val" and self.val_files else self.train_files
 
     def address(self, split: str, number: int) -> str:
-        """The address of the file that holds a split's document of that number."""
+        """The address of the file that holds the document with this number."""
         files = self._files(split)
         return files[self._file_with(files, number)[0]].address
 
@@ -88,7 +88,7 @@ class Source:
             yield str(text)
 
     def holds(self, num_tokens: float, tokenizer: Tokenizer) -> bool:
-        """Whether the documents to train on have about so many tokens. Read only as far as it takes to know."""
+        """Whether the training documents have about that many tokens. Reads only as far as necessary."""
         first = [document for _, document in itertools.islice(self.numbered("train"), 100)]
         sample = "".join(text for text in first if isinstance(text, str))[:1_000_000]
         bytes_per_token = len(sample.encode()) / len(tokenizer.encode(sample)) if sample else 4.0
@@ -135,7 +135,7 @@ class Source:
 
     @staticmethod
     def _file_with(files: list[DocumentFile], start: int) -> tuple[int, int]:
-        """(index of the file in which row `start` is, number of its first row)."""
+        """(index of the file that has row `start`, number of its first row)."""
         first = 0
         with concurrent.futures.ThreadPoolExecutor(FOOTERS_AT_A_TIME) as pool:
             for index, file in enumerate(files):
@@ -148,19 +148,19 @@ class Source:
 
     @functools.cached_property
     def hash_limit(self) -> int | None:
-        """Documents with a lower hash are for validation, at least one; None where files are."""
+        """Documents with a lower hash are for validation, at least one; None if there are files for validation."""
         if self.val_files:
             return None
         documents = itertools.chain.from_iterable(batch for _, batch in self._batches(self.train_files, 0))
         hashes = {_hash(document) for document in itertools.islice(filter(_has_content, documents), 1000)}
         if not hashes:
             raise NanochatError(f"{self.name} holds no text: give other files")
-        if len(hashes) == 1:  # also if it is there a thousand times
+        if len(hashes) == 1:  # even if it occurs a thousand times
             raise NanochatError(f"{self.name} holds a single document: add a file whose name says val for validation")
         return max(int(VAL_SHARE * 2**32), min(hashes) + 1)
 
     def describe(self) -> dict[str, Any]:
-        """What is read, for the record of a run: names and sizes of the files, as they were listed, and how they are split."""
+        """A description for the record of a run: names and sizes of the files, as listed, and how they are split."""
         files = {file.name: file.size for file in (*self.train_files, *self.val_files)}
         return {"source": self.name, "files": files, "hash_limit": self.hash_limit}
 
@@ -175,7 +175,7 @@ def _hash(document: Document) -> int:
 
 
 def _check_kind(file: DocumentFile, fingerprint: str | None) -> None:
-    """Raises NanochatError if the file is not, like the first one, of texts or of this tokenizer's tokens."""
+    """Raises NanochatError unless the file holds the same as the first one: texts, or this tokenizer's tokens."""
     found = file.footer().tokenizer
     if found != fingerprint:
         holds = ["texts" if f is None else f"tokens of the tokenizer {f}" for f in (found, fingerprint)]
@@ -241,12 +241,12 @@ def _json_object(file: DocumentFile) -> dict[str, Any]:
 
 
 def _absolute(path: str) -> str:
-    """A path as it is recorded, which names the same files wherever a later command is given. Raises NanochatError."""
+    """An absolute path for the record, so that a later command in another folder finds the files. Raises NanochatError."""
     path = os.path.join(os.getcwd(), os.path.expanduser(path.removeprefix("file://")))
     try:
         path.encode()
     except UnicodeEncodeError as error:
-        raise NanochatError(f"--data {path!r} has bytes in its name that are no text: rename it") from error
+        raise NanochatError(f"--data {path!r} has a name that is not valid text: rename it") from error
     return path
 
 
@@ -291,7 +291,7 @@ HUB_REPOSITORIES = {
 
 
 def hub_files(name: str) -> tuple[Path, list[Path]]:
-    """(the directory of a hub data set, its shards on disk): the public nanochat's, where only that holds some."""
+    """(the directory of a hub data set, its shards on disk): the public nanochat's folder if only that holds some."""
     ours = get_base_dir() / "data" / name
     public = HUB_REPOSITORIES[name].public_folder
     for directory in (ours, get_base_dir() / public) if public else (ours,):
@@ -320,7 +320,7 @@ DATA_HELP = f"{', '.join(SOURCES)}, or a path, glob or address of files (default
 
 
 def default_source_name() -> str:
-    """What commands read when no --data is given: "climbmix" where it was downloaded, else "builtin", and says so."""
+    """The data without --data: "climbmix" if it was downloaded, else "builtin", which is reported."""
     if hub_files("climbmix")[1]:
         return "climbmix"
     print0(
@@ -351,7 +351,7 @@ def download(name: str, num_shards: int, workers: int = 4) -> None:
     directory, _ = hub_files(name)
     num_shards = repository.num_shards - 1 if num_shards < 0 else min(num_shards, repository.num_shards - 1)
     names = [*map(repository.file, range(num_shards)), repository.val_file]
-    disable_progress_bars()  # one for each file; ours is of all
+    disable_progress_bars()  # the library shows one per file; ours covers all
     with (
         concurrent.futures.ThreadPoolExecutor(workers) as pool,
         Progress(f"downloading {name}", len(names), unit="shard") as progress,
@@ -372,7 +372,7 @@ def _download_one(repository: HubRepository, file_name: str, directory: Path) ->
 
     path = directory / file_name
     try:
-        for force in (False, True):  # a file that came whole but does not open is fetched once more
+        for force in (False, True):  # a complete file that does not open is fetched once more
             if force or not path.exists():
                 hf_hub_download(repository.repo_id, file_name, repo_type="dataset", local_dir=directory, force_download=force)
             if _opens(path):

@@ -1,7 +1,7 @@
-"""Files of documents: parquet, JSON lines and plain text, read from any row on. Used by dataset.py, data_prep.py
+"""Files of documents (parquet, JSON lines, plain text) that can be read from any row on. Used by dataset.py, data_prep.py
 and raw_files.py.
 
-A document is a text, or, in a parquet file that scripts/data_prep wrote, the token ids of one.
+A document is a text or, in a parquet file written by scripts/data_prep, its token ids.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ Document = str | np.ndarray  # a text, or token ids: (length,) int32, read-only,
 # (row of the first, documents) until the end of the file; the last may be empty, and ends at the number of rows
 Batches = Iterator[tuple[int, list[Document]]]
 
-TEXT_FILE_CHARS = 4000  # a plain text file is cut into documents at the first blank line after so many characters,
-LONGEST_TEXT_CHARS = 4 * TEXT_FILE_CHARS  # or, if none comes before so many, at the end of a line or a word
+TEXT_FILE_CHARS = 4000  # a plain text file is cut into documents at the first blank line after this many characters,
+LONGEST_TEXT_CHARS = 4 * TEXT_FILE_CHARS  # or, if there is none before this many, at the end of a line or word
 TEXT_COLUMNS = ("text", "content", "body")
 TOKEN_COLUMN = "tokens"
 TOKENIZER_KEY = b"nanochat.tokenizer"  # in a parquet schema's metadata: the fingerprint of the tokenizer that made it
 BATCH_ROWS = 1024
-# What file systems call the properties of a file that change with its content.
+# Names that file systems give to the properties of a file that change with its content.
 VERSION_KEYS = (
     "ETag", "etag", "blob_id", "md5Hash", "md5", "content_md5", "Content-MD5", "generation", "version_id",
     "LastModified", "Last-Modified", "last_modified", "mtime", "modified", "updated", "created",
@@ -48,17 +48,17 @@ VERSION_KEYS = (
 
 @dataclass(frozen=True)
 class Footer:
-    """What is known of a file without reading its documents. `num_rows` is None where only reading tells."""
+    """What is known about a file without reading its documents. `num_rows` is None if only reading can tell."""
 
     num_rows: int | None
     tokenizer: str | None  # the fingerprint, None for a file of texts
 
 
 class DocumentFile:
-    """A local file with a suffix of READERS, as it was when it was listed. Rows are numbered from 0, empty ones included.
+    """A local file with a suffix of READERS, as it was when it was listed. Rows are numbered from 0, including empty ones.
 
-    `name` and `size` (bytes) go into the record of a run, `address` into errors. Everything that reads raises
-    NanochatError, naming the file, if it is damaged, gone, or of another size than when it was listed.
+    `name` and `size` (bytes) go into the record of a run, `address` into errors. All methods that read raise NanochatError,
+    naming the file, if it is damaged, missing, or has another size than when it was listed.
     """
 
     way_out = "remove or replace it"
@@ -73,10 +73,10 @@ class DocumentFile:
         return Path(self.name).suffix.lower()
 
     def fetch(self, following: Sequence[DocumentFile] = ()) -> None:
-        """Bring the file to this machine, if it is far, and begin to bring those that will be read after it."""
+        """Fetch the file if it is remote, and begin to fetch those that will be read after it."""
 
     def open_bytes(self) -> BinaryIO:
-        """The whole file, on this machine."""
+        """The whole file, opened on this machine."""
         return open(self.path, "rb")
 
     def footer(self) -> Footer:
@@ -93,7 +93,7 @@ class DocumentFile:
             return _parquet_footer(file, self.address)
 
     def num_rows(self) -> int:
-        """The number of rows: by a parquet file's metadata; other files are read through once."""
+        """The number of rows: from a parquet file's metadata; other files are read through once."""
         if self._num_rows is None:
             self._num_rows = self.footer().num_rows
         if self._num_rows is None:
@@ -108,7 +108,7 @@ class DocumentFile:
             self._check_size(file)
             for row, documents in read(file, self.address, start):
                 yield row, documents
-            self._check_size(file)  # cut between two lines while it was read, it would look whole
+            self._check_size(file)  # a file truncated between two lines would look complete
             self._num_rows = row + len(documents)
 
     def _check_size(self, file: BinaryIO) -> None:
@@ -130,7 +130,7 @@ class DocumentFile:
 
 
 class RemoteFile(DocumentFile):
-    """A file that is fetched whole to the cache when it is read; of its footer alone, only that is."""
+    """A file that is fetched completely into the cache when it is read; for the footer alone, only that part is."""
 
     way_out = "replace it; if it is sound there, remove the folder data/cache below NANOCHAT_BASE_DIR"
 
@@ -151,7 +151,7 @@ class RemoteFile(DocumentFile):
             return super().read_footer()
         try:
             return retry(self._read_far_footer)
-        except (ValueError, NotImplementedError):  # a server that gives no parts of files
+        except (ValueError, NotImplementedError):  # the server does not serve parts of files
             return super().read_footer()
         except Exception as error:
             raise remote_error(self.address, error) from error
@@ -170,7 +170,7 @@ def _parquet_footer(file: BinaryIO, address: str) -> Footer:
 
 
 def _column(schema: pa.Schema, address: str) -> tuple[str, str | None]:
-    """(name of the column to read, fingerprint of its tokenizer or None for a text)."""
+    """(name of the column to read, fingerprint of its tokenizer, or None for text)."""
     fingerprint = (schema.metadata or {}).get(TOKENIZER_KEY)
     kind = schema.field(TOKEN_COLUMN).type if schema.names.count(TOKEN_COLUMN) == 1 else None
     holds_ids = isinstance(kind, (pa.ListType, pa.LargeListType)) and pa.types.is_integer(kind.value_type)
@@ -188,7 +188,7 @@ def _column(schema: pa.Schema, address: str) -> tuple[str, str | None]:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a column holds texts: plainly, by a dictionary, or, as it is null in every row, none."""
+    """Whether a column holds texts: plain, dictionary-encoded, or null in every row."""
     value_type = kind.value_type if pa.types.is_dictionary(kind) else kind
     tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
     return any(test(value_type) for test in tests)
@@ -226,7 +226,7 @@ def _texts(column: pa.Array) -> list[Document]:
 
 
 def _token_ids(column: pa.Array) -> list[Document]:
-    ids = column.values.cast(pa.int32()).to_numpy()  # once for all documents, which are views of it
+    ids = column.values.cast(pa.int32()).to_numpy()  # one array; documents are views of it
     offsets = column.offsets.to_pylist()
     return [ids[begin:end] for begin, end in itertools.pairwise(offsets)]
 
@@ -242,7 +242,7 @@ def _in_batches(documents: Iterator[Document], row: int) -> Batches:
 
 
 def _read_jsonl(file: BinaryIO, address: str, start: int) -> Batches:
-    """One document a line; an empty line is one without content."""
+    """One document per line; an empty line is a document without content."""
     lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n")
     passed = sum(1 for _ in itertools.islice(lines, start))
     yield from _in_batches((parse_line(line, address, n) for n, line in enumerate(lines, passed + 1)), passed)
@@ -250,28 +250,28 @@ def _read_jsonl(file: BinaryIO, address: str, start: int) -> Batches:
 
 
 def parse_line(line: str, address: str, number: int, wanted: str | None = None, way_out: str = "rename one") -> str:
-    """The text of a line of JSON, "" where there is none. Raises NanochatError, naming file and line."""
+    """The text in a line of JSON, "" if there is none. Raises NanochatError, naming file and line."""
     if not line.strip():
         return ""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise NanochatError(f"{address}, line {number}, is not JSON ({error.msg}): mend or remove it") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets
+        raise NanochatError(f"{address}, line {number}, is not JSON ({error.msg}): fix or remove it") from error
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits; deep nesting
         reason = str(error).partition(":")[0]
-        raise NanochatError(f"{address}, line {number}, cannot be read ({reason}): mend or remove it") from error
+        raise NanochatError(f"{address}, line {number}, cannot be read ({reason}): fix or remove it") from error
     if not isinstance(row, dict):
         found = type(row).__name__
-        raise NanochatError(f"{address}, line {number}, is a {found}, not an object with a text: mend or remove it")
+        raise NanochatError(f"{address}, line {number}, is a {found}, not an object with a text: fix or remove it")
     column = text_column(f"{address}, line {number},", list(row), wanted, way_out)
     text = row[column]
     if text is not None and not isinstance(text, str):
-        raise NanochatError(f"{address}, line {number}, holds no text in {column} ({type(text).__name__}): mend or remove it")
+        raise NanochatError(f"{address}, line {number}, holds no text in {column} ({type(text).__name__}): fix or remove it")
     return as_unicode(text or "")
 
 
 def _read_text(file: BinaryIO, address: str, start: int) -> Batches:
-    lines = io.TextIOWrapper(file, encoding="utf-8-sig")  # which Windows and old books begin with a mark
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig")  # skips the byte order mark
     documents = cut_into_documents(lines)
     passed = sum(1 for _ in itertools.islice(documents, start))
     yield from _in_batches(documents, passed)
@@ -279,7 +279,7 @@ def _read_text(file: BinaryIO, address: str, start: int) -> Batches:
 
 
 def cut_into_documents(file: TextIO) -> Iterator[str]:
-    """Plain text as documents of TEXT_FILE_CHARS to LONGEST_TEXT_CHARS characters or a little more; a short last one."""
+    """Plain text as documents of about TEXT_FILE_CHARS to LONGEST_TEXT_CHARS characters; the last may be shorter."""
     document: list[str] = []
     chars, rest = 0, ""
     while line := rest + file.readline(LONGEST_TEXT_CHARS):
@@ -304,7 +304,7 @@ READERS: dict[str, Callable[[BinaryIO, str, int], Batches]] = {
 
 # ----------------------------------------------------------------------------- listing
 
-Listing = dict[PurePath, Callable[[], DocumentFile]]  # by its way from the folder that was given; how to get it, if wanted
+Listing = dict[PurePath, Callable[[], DocumentFile]]  # path relative to the given folder: how to make the file
 
 
 def is_remote(address: str) -> bool:
@@ -312,16 +312,16 @@ def is_remote(address: str) -> bool:
 
 
 def list_local(path: str) -> Listing:
-    """The files at a path, below a folder, or that a glob matches, by links too; named by their way from there."""
+    """The files at a path, below a folder, or matching a glob, following links; named by their relative path."""
     expanded = Path(os.path.expanduser(re.sub(r"^/(?=[A-Za-z]:)", "", path.removeprefix("file://"))))  # file:///C:/...
     if expanded.is_dir():
         root, found = expanded, _walk(expanded)
-    elif expanded.exists():  # whatever its name looks like
+    elif expanded.exists():  # even if its name looks like a glob
         root, found = expanded.parent, iter([expanded])
     else:
         root = Path(*_before_magic(expanded))
         found = map(Path, glob.glob(str(expanded), recursive=True))
-    once: dict[str, Path] = {}  # each file by one of its names, its own where that is found as well
+    once: dict[str, Path] = {}  # each file once, preferably by its own name instead of a link's
     for path_found in sorted(found, key=lambda file: (file.is_symlink(), file)):
         if path_found.is_file():
             once.setdefault(os.path.realpath(path_found), path_found)
@@ -335,7 +335,7 @@ def _before_magic(path: PurePath) -> Iterator[str]:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """All that lies below a folder, below links to folders as well, but no folder twice and nothing hidden."""
+    """Everything below a folder, including linked folders, but no folder twice and nothing hidden."""
     visited = {os.path.realpath(folder)}
     for parent, folders, names in os.walk(folder, followlinks=True):
         for name in sorted(folders):
@@ -348,17 +348,17 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(parent, name) for name in names if not name.startswith("."))
 
 
-VAL = "val(id|idation)?"  # how validation is named
+VAL = "val(id|idation)?"  # names of the validation split
 
 
 def is_of_split(split: str, path: PurePath) -> bool:
-    """Whether the name of a file, or of a folder that it was found in, says that it is of a split, a regular expression."""
+    """Whether the name of a file, or of a folder it was found in, names the split (a regular expression)."""
     names = (*path.parent.parts, path.stem)
     return any(re.search(rf"(^|[^a-z]){split}([^a-z]|$)", name.lower()) for name in names)
 
 
 def without_strangers(paths: list[PurePath]) -> list[PurePath]:
-    """The files, by their way below a folder, less what is nothing to learn from: a test split, a README.md. Says so."""
+    """The files, by relative path, without those not meant for training, such as a test split or README.md. Reports them."""
     has_train = any(is_of_split("train", path) for path in paths)
     has_rows = any(path.suffix.lower() not in (".md", ".txt") for path in paths)
     left_out = [
@@ -374,7 +374,7 @@ def without_strangers(paths: list[PurePath]) -> list[PurePath]:
 
 
 def list_remote(address: str) -> Listing:
-    """The files at an fsspec address, as `list_local` gives a machine's own. Raises NanochatError if it cannot be listed."""
+    """The files at an fsspec address, like `list_local`. Raises NanochatError if it cannot be listed."""
     try:
         filesystem, path = url_to_fs(address, **_filesystem_options(address))
         infos = retry(lambda: _list_filesystem(filesystem, path))
@@ -390,11 +390,11 @@ def list_remote(address: str) -> Listing:
 
 
 def _filesystem_options(address: str) -> dict[str, Any]:
-    """What `url_to_fs` is told for file systems whose defaults do not suit large files."""
+    """Options of `url_to_fs` for file systems whose defaults do not suit large files."""
     if address.startswith("hf://"):
         from huggingface_hub.utils import disable_progress_bars
 
-        for name in ("http_get", "xet_get"):  # bars from several threads and ranks would cover the training log
+        for name in ("http_get", "xet_get"):  # progress bars of several threads and ranks would clutter the training log
             disable_progress_bars(f"huggingface_hub.{name}")
     if address.startswith(("http://", "https://")):
         with contextlib.suppress(ImportError):  # url_to_fs says so
@@ -418,13 +418,13 @@ def _list_filesystem(filesystem: AbstractFileSystem, path: str) -> dict[str, dic
 
 
 def _properties(info: dict[str, Any]) -> dict[str, Any]:
-    """Size and version of a Shard; a size of -1 where the listing does not tell."""
+    """Size and version of a Shard; size -1 if the listing does not tell."""
     size = info.get("size")
     return {"size": -1 if size is None else size, "version": str([info[key] for key in VERSION_KEYS if info.get(key)])}
 
 
 def _remote_file(shard: Shard) -> RemoteFile:
-    """Raises NanochatError if the server does not tell the size, without which a whole file is not known from a cut one."""
+    """Raises NanochatError if the server does not tell the size: a truncated file could not be recognized."""
     if shard.size < 0:  # as in the listing of a web server
         try:
             info = retry(lambda: shard.filesystem.info(shard.path))

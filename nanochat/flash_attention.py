@@ -1,21 +1,20 @@
-"""Causal attention with sliding windows, on whatever this machine has. Used by gpt.py, kv_cache.py, core_eval.py, memory.py
-and doctor.py.
+"""Causal attention with sliding windows, on any hardware. Used by gpt.py, kv_cache.py, core_eval.py, memory.py and doctor.py.
 
-`plan_attention` chooses, once for each device, dtype and head size, and for texts of one shape or of many, the fastest backend
-that a probe launch shows to work, and makes the mask that it needs; `plan.backend(q, k, v, plan)` is then all that runs in the
-hot path. The backends:
+`plan_attention` chooses the fastest backend that passes a probe launch, once for each device, dtype and head size, for texts
+of one shape or of many, and makes the mask that it needs. The hot path then only runs `plan.backend(q, k, v, plan)`. The
+backends:
 
 - "fa4": FlashAttention 4, where `flash_attn.cute` is installed (the package flash-attn-4)
 - "flex": FlexAttention compiled to a Triton kernel (CUDA, texts of one shape); skips the masked blocks. On Hopper and later,
-  layers that see everything go to cuDNN
-- "fa3": FlashAttention 3, where `flash_attn_interface` is installed and the others do not run: gradients that are the same
-  each time take it twice as long as FlashAttention 4 where there is a window (dev/LOG.md, "A fourth time on an H200")
+  layers that see everything use cuDNN
+- "fa3": FlashAttention 3, where `flash_attn_interface` is installed and the others do not run: with a window, deterministic
+  gradients take it twice as long as FlashAttention 4 (dev/LOG.md, "A fourth time on an H200")
 - "plain": matrix products of blocks of queries with the blocks of keys that they can see, so that causality and windows
-  save time on any device; whole-context layers, on a CPU only beyond LONGEST_PLAIN_CONTEXT, go to PyTorch's
+  save time on any device; whole-context layers (on a CPU only beyond LONGEST_PLAIN_CONTEXT) use PyTorch's
   scaled_dot_product_attention
 
-To add a backend, list a pair in `list_backends`: `attend_x(q, k, v, plan)`, and what makes its mask. Whole texts attend
-through it, those of training above all; what is generated attends in kv_cache.py.
+To add a backend, list a pair in `list_backends`: `attend_x(q, k, v, plan)` and the function that makes its mask. This module
+is for whole texts, above all in training; generation attends in kv_cache.py.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ logger = logging.getLogger(__name__)
 
 QK_SCALE = 1.2  # the length that gpt.py gives to each normalized query and key, in units of sqrt(head_dim)
 LOG2_E = math.log2(math.e)
-LONGEST_PLAIN_CONTEXT = 2048  # beyond it the T * T / 2 scores of a whole-context layer are better not written down
-SMALLEST_BLOCK, MOST_BLOCKS = 128, 8  # of a text in `attend_plain`: smaller ones save nothing more
+LONGEST_PLAIN_CONTEXT = 2048  # beyond it, storing the T * T / 2 scores of a whole-context layer does not pay
+SMALLEST_BLOCK, MOST_BLOCKS = 128, 8  # of a text in `attend_plain`: smaller blocks save nothing more
 
 
 class Attention(Protocol):
-    """Where a layer's queries find their keys: in the text itself (AttentionPlan), or in a cache (kv_cache.py)."""
+    """Where a layer's queries find their keys: in the text itself (AttentionPlan) or in a cache (kv_cache.py)."""
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         """q: (B, T, H, D); k, v: (B, T, KV, D) of the same tokens, each of which sees itself and `window` before it.
@@ -57,14 +56,14 @@ class AttentionPlan(NamedTuple):
     backend: Callable[..., torch.Tensor]
     window: int
     mask: Any
-    compiled: bool = False  # its kernels, by themselves: a compiled model on a CPU leaves attention outside its graphs
+    compiled: bool = False  # compile its kernels separately: on a CPU, a compiled model's graphs leave out attention
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-        """As of Attention; the layer's window is the one that this was planned for."""
+        """See Attention; `window` must be the one that this was planned for."""
         return self.backend(q, k, v, self)
 
     def block_size(self, T: int) -> int | None:
-        """Tokens in a block if `attend_plain` takes texts of T tokens cut into blocks (`lay_out`); None: as they are."""
+        """Tokens in a block if `attend_plain` takes texts of T tokens in blocks (see `lay_out`); None: uncut."""
         if not self.compiled or self.backend is not attend_plain or self.mask is None:
             return None
         size: int = self.mask[0].size(0)
@@ -84,8 +83,8 @@ def plan_attention(
 
     Its `backend(q, k, v, plan)` takes q: (B, T, H, D) and k, v: (B, T, KV, D) with H a multiple of KV, queries and keys
     of length at most QK_SCALE * sqrt(D) each, and returns (B, T, H, D) in q's dtype. Plans are cached: asking for one
-    costs a dictionary look-up. compiled: for a model whose blocks are compiled (see GPT.compile); head_dim: D, which not
-    every backend takes; fixed_shape: for texts that are always as many and as long, to which a kernel may be fitted.
+    costs a dictionary look-up. compiled: for a model whose blocks are compiled (see GPT.compile); head_dim: D, since not
+    every backend takes every size; fixed_shape: batches always have one shape, so a kernel may be specialized for it.
     """
     return _plan(T, min(window, T), device, dtype, compiled, head_dim, compiled or fixed_shape)
 
@@ -96,7 +95,7 @@ def _plan(
 ) -> AttentionPlan:
     attend, make_mask = choose_backend(device, dtype, head_dim, fixed_shape)
     own_kernels = compiled and device.type == "cpu" and dtype != torch.float16
-    with torch.inference_mode(False):  # what is made while generating serves training as well
+    with torch.inference_mode(False):  # training may use masks that were made while generating
         return AttentionPlan(attend, window, make_mask(T, window, device), own_kernels)
 
 
@@ -104,16 +103,16 @@ Backend = tuple[Callable[..., torch.Tensor], Callable[[int, int, torch.device], 
 
 
 def list_backends(device: torch.device, dtype: torch.dtype, fixed_shape: bool) -> list[tuple[str, Backend]]:
-    """(name, (attend, make_mask)) of what may be faster than "plain" on such a device, the fastest first; none is tried."""
+    """(name, (attend, make_mask)) of backends that may be faster than "plain" here, the fastest first; does not try them."""
     found: list[tuple[str, Backend]] = []
-    # Evaluations and RL meet texts of ever-changing shapes. FlexAttention would be compiled for each of the first eight, and
-    # then write all scores to memory.
+    # In evaluations and RL, shapes keep changing: FlexAttention would be compiled for each of the first eight, and then
+    # write all scores to memory.
     # Before Ampere, Triton multiplies without tensor cores.
     if device.type == "cuda" and fixed_shape and torch.cuda.get_device_capability(device) >= (8, 0):
         found.append(("flex", (attend_flex, flex_mask)))
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        # Both packages bring their own kernels. Wrapped here and not at import, since importing the compiler costs every
-        # command a second.
+        # Both packages bring their own kernels. Wrapped here because importing the compiler would cost every command a
+        # second.
         fa4, fa3 = (torch.compiler.disable(attend) for attend in (attend_fa4, attend_fa3))
         found = [("fa4", (fa4, no_mask)), *found, ("fa3", (fa3, no_mask))]
     return found
@@ -126,8 +125,8 @@ def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, fixe
         try:
             _probe(backend, device, dtype, head_dim)
         except ModuleNotFoundError:
-            continue  # that most machines lack FlashAttention is no news
-        except Exception as error:  # whatever a foreign kernel throws, the answer is the next backend
+            continue  # most machines lack FlashAttention: not worth a line
+        except Exception as error:  # whatever a foreign kernel raises, try the next backend
             logger.info("attention backend %s is not usable here: %s", name, first_line(error)[:200])
             continue
         return backend
@@ -154,10 +153,10 @@ def _probe(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim:
 
 
 def plain_mask(T: int, window: int, device: torch.device) -> list[torch.Tensor] | None:
-    """What `attend_plain` adds to scores, float32: 0 where a query sees a key, else -inf. None: PyTorch's kernel does it all.
+    """The masks that `attend_plain` adds to scores, float32: 0 where a query sees a key, else -inf. None: PyTorch's kernel.
 
-    Texts are cut into blocks of equal size, and there is one mask (block, block) for each distance between the block of the
-    query and that of the key, as far as the window reaches.
+    Texts are cut into blocks of equal size. There is one mask (block, block) for each distance between a query's block and
+    a key's, as far as the window reaches.
     """
     if window >= T - 1 and (device.type != "cpu" or T > LONGEST_PLAIN_CONTEXT):
         return None
@@ -171,7 +170,7 @@ def plain_mask(T: int, window: int, device: torch.device) -> list[torch.Tensor] 
 
 
 def attend_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-    """Attention by matrix products of blocks; see `plan_attention`. q, k, v may be laid out for it already, see `lay_out`."""
+    """Attention by matrix products of blocks; see `plan_attention`. q, k, v may already be laid out (see `lay_out`)."""
     if plan.mask is None or q.dtype == torch.float16:
         return _attend_by_pytorch(q, k, v, None if plan.mask is None else plan.window)
     T, is_laid_out = q.size(1), q.dim() == 5
@@ -183,7 +182,7 @@ def attend_plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Attent
 
 
 def _attend_by_pytorch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None) -> torch.Tensor:
-    """For whole contexts; with a window for float16 alone: it needs each query's maximum, over all blocks of keys at once."""
+    """For whole contexts; with a window only for float16, which needs each query's maximum over all blocks of keys."""
     visible = None
     if window is not None:
         distance = torch.arange(q.size(1), device=q.device)[:, None] - torch.arange(q.size(1), device=q.device)
@@ -193,9 +192,9 @@ def _attend_by_pytorch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window
 
 
 def lay_out(x: torch.Tensor, size: int | None) -> torch.Tensor:
-    """(B, T, H, D) cut into blocks of `size` tokens, (blocks, B, H, size, D), contiguous; the last one filled with zeros.
+    """(B, T, H, D) cut into blocks of `size` tokens, (blocks, B, H, size, D), contiguous; the last one padded with zeros.
 
-    None: as it is, but for the heads, which come first in memory, as PyTorch's own attention wants them.
+    size None: the same shape, but with heads first in memory, as PyTorch's own attention wants them.
     """
     if size is None:
         return x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -208,10 +207,10 @@ def lay_out(x: torch.Tensor, size: int | None) -> torch.Tensor:
 class _DiagonalAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(D) + mask) v, for q, k, v as `lay_out` makes them: (blocks, B, H, size, D) to (B, T, H, D).
 
-    All pairs of a query's and a key's block that are equally far from each other are one batch of products, whose operands
-    are contiguous: the last blocks of queries and the first of keys. Slices of longer rows would be copied before each
-    product. Four kernels, compiled once for all layers and windows, do the rest. No maximum is looked for: lengths are
-    bounded, so scores are, and subtracting their bound is as safe. The division by the sum comes last, on D columns, not T.
+    All pairs of a query block and a key block at the same distance form one batch of products, whose operands are
+    contiguous: the last blocks of queries and the first blocks of keys. (Slices of longer rows would be copied first.) Four
+    kernels, compiled once for all layers and windows, do the rest. The softmax needs no maximum: queries and keys have
+    bounded length, so it subtracts the bound of the scores. It divides by the sums last, on D columns instead of T.
     """
 
     @staticmethod
@@ -256,7 +255,7 @@ class _DiagonalAttention(torch.autograd.Function):
 
 
 def _diagonals(masks: list[torch.Tensor], blocks: int, rows: int) -> Iterator[tuple[torch.Tensor, slice, slice]]:
-    """(mask, queries, keys) for each distance between blocks, where a block is so many rows of the flattened tensors."""
+    """(mask, queries, keys) for each distance between blocks; a block is `rows` rows of the flattened tensors."""
     for distance, mask in enumerate(masks[:blocks]):
         yield mask, slice(distance * rows, None), slice(0, (blocks - distance) * rows)
 
@@ -266,7 +265,7 @@ def _write_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> Non
 
 
 def divide_by_sums(y: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-    """y (blocks, B, H, size, D) over sums (blocks, B, H, size, 1) float32, as (B, blocks, size, H, D)."""
+    """y (blocks, B, H, size, D) divided by sums (blocks, B, H, size, 1) float32, as (B, blocks, size, H, D)."""
     return (y / sums).to(y.dtype).permute(1, 0, 3, 2, 4).contiguous()
 
 
@@ -282,8 +281,8 @@ def output_gradient(grad_y: torch.Tensor, y: torch.Tensor, sums: torch.Tensor) -
 def attention_weights(scores: torch.Tensor, mask: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """exp(scores * scale + mask - their bound) in the dtype of scores, (..., Tq, Tk), and its sums (..., Tq, 1) float32.
 
-    float16 ends at 6e-8, and exp(-2 * bound) is 1e-14 with heads of 128: there each query's maximum takes the bound's place.
-    Powers of two, since the compiler writes those of e to memory, in float32, before it adds them up.
+    In float16 each query's maximum replaces the bound: exp(-2 * bound) is 1e-14 with heads of 128, and float16 ends at 6e-8.
+    Uses powers of two: the compiler would write powers of e to memory in float32 before summing them.
     """
     scale *= LOG2_E
     bound: Any = QK_SCALE**2 * LOG2_E**2 / scale
@@ -307,7 +306,7 @@ def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
 def attend_masked(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
     """Attention with a mask for each row, (B, 1, T, T) in q's dtype, added to the scores; see `plan_attention`."""
     q, k, v = heads_first(q, k, v)
-    if q.device.type == "cpu" and q.size(2) <= LONGEST_PLAIN_CONTEXT // 2:  # few enough scores to write all of them down
+    if q.device.type == "cpu" and q.size(2) <= LONGEST_PLAIN_CONTEXT // 2:  # few enough scores to store them all
         weights, sums = attention_weights(q @ k.mT, plan.mask, q.size(-1) ** -0.5)
         return ((weights @ v) / sums).to(q.dtype).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=plan.mask).transpose(1, 2)
@@ -331,7 +330,7 @@ def repeat_kv(x: torch.Tensor, num_heads: int) -> torch.Tensor:
 def flex_mask(T: int, window: int, device: torch.device) -> Any:
     """FlexAttention's block mask: which blocks of the score matrix are empty, full or cut by the window's edge.
 
-    None where a layer sees everything and cuDNN has a kernel that is faster at it (dev/LOG.md, "On an H200").
+    None where a layer sees everything and cuDNN's kernel is faster (dev/LOG.md, "On an H200").
     """
     from torch.nn.attention.flex_attention import create_block_mask
 
@@ -345,7 +344,7 @@ def flex_mask(T: int, window: int, device: torch.device) -> Any:
 
 
 def attend_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
-    """FlexAttention: a compiled kernel that skips the blocks outside the window; see `plan_attention`."""
+    """FlexAttention: a compiled kernel that skips blocks outside the window; see `plan_attention`."""
     if plan.mask is None:
         return _attend_whole(q, k, v)
     from torch.nn.attention.flex_attention import flex_attention
@@ -356,7 +355,7 @@ def attend_flex(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Attenti
 
 
 def _attend_whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal attention without a window by the first of these kernels that takes such tensors."""
+    """Causal attention without a window, with the first of these kernels that accepts the tensors."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     q, k, v = heads_first(q, k, v)
@@ -389,9 +388,9 @@ def attend_fa4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Attentio
 def _flash_attention(
     module: str, boundless: int | None, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan
 ) -> torch.Tensor:
-    """What both packages call flash_attn_func, its gradients the same each time, so that a run can be repeated.
+    """Call flash_attn_func, as both packages name it, with deterministic gradients, so that a run can be repeated.
 
-    boundless: what stands for a side without a limit.
+    boundless: the value for a side of the window without a limit.
     """
     window = (boundless, boundless) if plan.window >= q.size(1) - 1 else (plan.window, 0)
     flash_attn_func = importlib.import_module(module).flash_attn_func

@@ -1,10 +1,10 @@
 """Matrix products in 8 bits, twice as fast as bfloat16 on Hopper and later. Used by layers.py, where
 stage.py switched it on for `--fp8`.
 
-Every operand is scaled by a number of its own, so that its largest entry is the largest that the format holds. Activations
-and weights are e4m3 (3 bits of mantissa), gradients e5m2 (more range); products are summed in higher precision. The master
-weights stay float32, the optimizer and the head see nothing of it, and a model in `eval()` computes as if it were not there.
-Method: arXiv 2209.05433, with the scale of the tensor at hand.
+Each operand has its own scale, so that its largest entry becomes the largest that the format holds. Activations and weights
+are e4m3 (3 bits of mantissa), gradients e5m2 (more range); products are summed in higher precision. Master weights stay
+float32, optimizer and head are not affected, and neither is a model in `eval()`.
+Method: arXiv 2209.05433, with the scale of the current tensor.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import torch
 
 from nanochat.common import NanochatError
 
-MULTIPLE = 16  # of which the kernels want both sides of a matrix
+MULTIPLE = 16  # the kernels need both sides of a matrix to be multiples of this
 LOWEST_CAPABILITY = (8, 9)
 
 
 def enable_fp8(model: torch.nn.Module, device: torch.device) -> int:
-    """Let every matrix of the blocks whose sides the kernels accept be multiplied in 8 bits; returns how many.
+    """Multiply every matrix of the blocks whose shape the kernels accept in 8 bits; returns how many there are.
 
-    Raises NanochatError where the device has no such kernels.
+    Raises NanochatError if the device has no such kernels.
     """
     from nanochat.layers import Linear
 
@@ -41,13 +41,13 @@ def is_eligible(weight: torch.Tensor) -> bool:
 
 def fp8_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x @ weight.T, differentiable: in 8 bits where x (..., in) has a multiple of 16 rows. weight: (out, in) float32."""
-    if x.numel() // x.size(-1) % MULTIPLE:  # texts of any length, as in reinforcement
+    if x.numel() // x.size(-1) % MULTIPLE:  # texts have any length in reinforcement learning
         return torch.nn.functional.linear(x, weight.to(x.dtype))
     return _Fp8Linear.apply(x.reshape(-1, x.size(-1)), weight).view(*x.shape[:-1], weight.size(0))
 
 
 def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x in 8 bits, the scale () float32 that brings it back); all on the device, nothing is waited for."""
+    """(x in 8 bits, the scale () float32 that undoes it), computed on the device without synchronizing."""
     largest = torch.finfo(dtype).max
     scale = x.abs().amax().float().clamp(min=1e-12) / largest
     return (x.float() / scale).clamp(-largest, largest).to(dtype), scale
@@ -56,7 +56,7 @@ def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
 def multiply(
     a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype, fast: bool
 ) -> torch.Tensor:
-    """a @ b.T for quantized a (m, k) and b (n, k), both row by row, which is how the kernels want them.
+    """a @ b.T for quantized a (m, k) and b (n, k), both row-major, as the kernels need.
 
     fast: sum with fewer bits, good enough for a forward pass.
     """
@@ -64,7 +64,7 @@ def multiply(
 
 
 class _Fp8Linear(torch.autograd.Function):
-    """What is kept for the backward pass is kept in 8 bits as well."""
+    """Keeps its inputs for the backward pass in 8 bits, too."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -79,6 +79,6 @@ class _Fp8Linear(torch.autograd.Function):
         x_dtype, weight_dtype = ctx.dtypes
         grad8, grad_scale = quantize(grad, torch.float8_e5m2)
         grad_x = multiply((grad8, grad_scale), (weight.T.contiguous(), weight_scale), x_dtype, fast=False)
-        # The sum over tokens in the dtype of activations, as without fp8; the optimizer adds up in float32.
+        # Sum over tokens in the dtype of activations, as without fp8; the optimizer accumulates in float32.
         grad_weight = multiply((grad8.T.contiguous(), grad_scale), (x.T.contiguous(), x_scale), x_dtype, fast=False)
         return grad_x, grad_weight.to(weight_dtype)

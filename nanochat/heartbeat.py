@@ -1,8 +1,8 @@
 """Meets the other ranks, and ends this process when one of them has gone. Used by common.compute_init.
 
-A collective that waits for a dead process or a cut link may wait for ten minutes, and says little when it gives up. So
-every rank counts up a number in the rendezvous store and watches the numbers of the others: one that stands still, or a
-store that cannot be reached, ends the process with one sentence, and torchrun starts the job again or gives it up.
+A collective that waits for a dead process or over a cut link may hang for ten minutes, and says little when it gives up. So
+every rank increments a counter in the rendezvous store and watches those of the others. If one stands still, or the store
+cannot be reached, the process ends with one sentence, and torchrun restarts the job or gives up.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ LEFT = 1 << 40  # added to the number of a rank that has left as it should
 
 
 def fresh_store(store: dist.Store, rank: int, world_size: int, timeout_s: float = 600.0) -> dist.Store:
-    """A part of the rendezvous store that only the ranks of this very attempt use.
+    """A part of the rendezvous store that only the ranks of this attempt use.
 
-    torchrun keeps one store for all attempts of a job. After a restart it still holds the addresses of processes that are
-    dead, and whoever reads them before they are written anew never connects. So rank 0 draws a name for the attempt and tells
-    each rank that asks for it with a token of its own, until all have confirmed. Raises TimeoutError.
+    torchrun keeps one store for all attempts of a job. After a restart it still holds the addresses of dead processes, and
+    a rank that reads them before they are overwritten never connects. So rank 0 draws a name for the attempt and sends it to
+    each rank that asks with a token of its own, until all have confirmed. Raises TimeoutError.
     """
     token = uuid.uuid4().hex
     if rank != 0:
@@ -42,7 +42,7 @@ def fresh_store(store: dist.Store, rank: int, world_size: int, timeout_s: float 
     deadline = time.monotonic() + timeout_s
     while missing:
         for other in sorted(missing):
-            if store.check([f"hello/{other}"]):  # perhaps of a dead process, whose token nobody waits for
+            if store.check([f"hello/{other}"]):  # perhaps left by a dead process; then nobody waits for its token
                 store.set(f"welcome/{other}/{store.get(f'hello/{other}').decode()}", token)
             if store.check([f"here/{other}/{token}"]):
                 missing.remove(other)
@@ -53,7 +53,7 @@ def fresh_store(store: dist.Store, rank: int, world_size: int, timeout_s: float 
 
 
 def silence_limit_s() -> float:
-    """NANOCHAT_HEARTBEAT_S or LIMIT_S. Raises NanochatError if it is no number of seconds."""
+    """NANOCHAT_HEARTBEAT_S or LIMIT_S. Raises NanochatError if it is not a number of seconds."""
     from nanochat.common import NanochatError  # which imports this module
 
     text = os.environ.get("NANOCHAT_HEARTBEAT_S") or str(LIMIT_S)
@@ -68,7 +68,7 @@ def silence_limit_s() -> float:
 class Heartbeat:
     """Daemon threads of this rank. `give_up(reason)` is called once if another rank is gone; the default exits.
 
-    Raises NanochatError if no `limit_s` is given and NANOCHAT_HEARTBEAT_S is none.
+    Raises NanochatError if no `limit_s` is given and NANOCHAT_HEARTBEAT_S is not valid.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Heartbeat:
     ) -> None:  # fmt: skip
         self.rank, self.world_size = rank, world_size
         self.beat_s, self.limit_s = beat_s, silence_limit_s() if limit_s is None else limit_s
-        # A connection of its own: others wait in theirs. torch's stub lacks the method.
+        # A separate connection, because other threads block on theirs. torch's stub lacks the method.
         self._store: dist.Store = store.clone()  # type: ignore[attr-defined]
         self._store.set_timeout(timedelta(seconds=self.limit_s))
         self._give_up = give_up or self._exit
@@ -88,7 +88,7 @@ class Heartbeat:
             thread.start()
 
     def stop(self) -> None:
-        """This rank leaves as it should: the others are told."""
+        """Tell the others that this rank is leaving properly."""
         self._stopped.set()
         # A thread that returns from the store's C++ once the interpreter has ended aborts the process.
         for thread in self._threads:
@@ -118,7 +118,7 @@ class Heartbeat:
                 return
 
     def _watch(self) -> None:
-        """A store behind a cut link may not even time out."""
+        """End the process if the store does not answer: behind a cut link, calls may not even time out."""
         while not self._stopped.wait(self.beat_s):
             if time.monotonic() - self._answered_at > self.limit_s + 3 * self.beat_s:
                 self._end(f"the rendezvous store did not answer for {self.limit_s:.0f} s")

@@ -1,9 +1,9 @@
-"""Dealing training data to a fixed number of lanes, so that the order of the data does not depend on the number of ranks.
+"""Deals training data to a fixed number of lanes, so that its order does not depend on the number of ranks.
 
-Used by dataloader.py and conversation_loader.py; rl.py takes the order of an epoch from here. A lane packs what it was
-dealt by itself; row number g of the whole training is the next one of lane g % lanes. A rank runs the lanes rank, rank +
-world_size, ... and so makes every world_size-th row: any number of ranks that divides the lanes reads the same rows for
-the same update, and may take over from any other such number.
+Used by dataloader.py and conversation_loader.py; rl.py takes the order of an epoch from here. Each lane packs what it was
+dealt independently; row g of the whole training is the next one of lane g % lanes. A rank runs the lanes rank, rank +
+world_size, ... and so makes every world_size-th row. Any number of ranks that divides the lanes reads the same rows for the
+same update, and can take over from any other such number.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ LANES = 16
 
 
 def count_lanes(world_size: int) -> int:
-    """How many lanes there are: LANES, or the next number that the ranks divide."""
+    """The number of lanes: LANES, or the next number that is divisible by the ranks."""
     return math.lcm(LANES, world_size)
 
 
 def rank_lanes(lanes: int, rank: int, world_size: int) -> list[int]:
-    """The lanes of a rank, in the order in which they give rows. Raises NanochatError if the ranks do not divide them."""
+    """The lanes of a rank, in the order of their rows. Raises NanochatError if the ranks do not divide the lanes."""
     if lanes % world_size:
         fitting = ", ".join(str(n) for n in range(1, lanes + 1) if lanes % n == 0)
         raise NanochatError(
@@ -36,7 +36,7 @@ def rank_lanes(lanes: int, rank: int, world_size: int) -> list[int]:
 
 
 def rows_of_rank(rows: Sequence[int], world_size: int) -> int:
-    """Rows that each of world_size ranks is to count as made, from the counts of the ranks that saved.
+    """The number of rows that each of world_size ranks counts as made, from the counts of the ranks that saved.
 
     Raises NanochatError if they cannot be shared evenly.
     """
@@ -47,7 +47,7 @@ def rows_of_rank(rows: Sequence[int], world_size: int) -> int:
 
 @functools.lru_cache(4)
 def epoch_order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """In which order a pass over n things takes them: a permutation of 0 to n - 1, for each epoch another one."""
+    """The order of a pass over n things: a permutation of 0 to n - 1, different for each epoch."""
     order = np.random.default_rng([seed % 2**64, epoch]).permutation(n)
     order.flags.writeable = False  # it is shared
     return order

@@ -1,4 +1,4 @@
-"""What this machine does in a second, and how its threads are made to serve. Used by whatever measures or plans."""
+"""Measures how fast this machine is, and manages its threads and memory. Used by everything that measures or plans."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ T = TypeVar("T")
 
 @functools.lru_cache
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.25) -> float:
-    """Floating-point operations a second of a large matrix product on this device: what MFU is a share of.
+    """Floating-point operations per second of a large matrix product on this device: the reference for MFU.
 
-    The best of many rounds, since other work on the machine can only slow it down. A CPU of few cores takes small
-    products, of which more fit between two disturbances; one of many needs a large one.
+    The best of many rounds, since other work on the machine can only slow it down. A CPU with few cores gets small products,
+    which are less likely to be disturbed; one with many cores needs a large one.
     """
     sizes = (8192,) if device.type == "cuda" else (1024, 2048)
 
@@ -33,7 +33,7 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float
 
     best = 0.0
     for size in sizes:
-        if best and 2 * size**3 / best > 10 * seconds:  # float16 on a CPU, which would take a minute
+        if best and 2 * size**3 / best > 10 * seconds:  # float16 on a CPU would take a minute
             break
         best = max(best, rate(size))
     return best
@@ -41,14 +41,14 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float
 
 @functools.lru_cache
 def measure_memory_rate(device: torch.device, seconds: float = 0.5) -> float:
-    """Bytes a second that this device reads from its main memory: what MBU is a share of. The best of several rounds."""
+    """Bytes per second that this device reads from its main memory: the reference for MBU. The best of several rounds."""
     size = (4 << 30) if device.type == "cuda" else (256 << 20)
     x = torch.ones(size // 4, dtype=torch.float32, device=device)
     return size / _fastest(x.sum, device, seconds)
 
 
 def _fastest(work: Callable[[], Any], device: torch.device, seconds: float) -> float:
-    """Seconds of the fastest of the rounds that `seconds` allow, at least one."""
+    """Seconds of the fastest round, of as many as fit into `seconds` but at least one."""
     synchronize(device)
     deadline = time.perf_counter() + seconds
     fastest = seconds_of(work, device)
@@ -58,7 +58,7 @@ def _fastest(work: Callable[[], Any], device: torch.device, seconds: float) -> f
 
 
 def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that some work takes, until the device is done with it."""
+    """Seconds that `work` takes until the device has finished it."""
     started = time.perf_counter()
     work()
     synchronize(device)
@@ -66,9 +66,9 @@ def seconds_of(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def expected_mfu(device: torch.device, dtype: torch.dtype) -> float:
-    """The share of a device's matmul rate that training makes use of, roughly, for plans.
+    """Roughly the share of a device's matmul rate that training reaches, for planning.
 
-    dev/LOG.md: 54 to 71% on CPUs without AMX. With it, 17 to 28%: products are faster there than memory can feed them.
+    dev/LOG.md: 54 to 71% on CPUs without AMX; 17 to 28% with it, where products are faster than memory can feed them.
     """
     if device.type == "cpu" and dtype == torch.bfloat16 and has_instructions("AMX"):
         return 0.25
@@ -76,11 +76,11 @@ def expected_mfu(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def in_own_thread(work: Callable[[], T]) -> T:
-    """Do the work in a thread that ends with it, and return its result.
+    """Run `work` in a temporary thread and return its result.
 
-    OpenMP keeps a team of threads for every thread that ever computed, and stops spinning for work once there are more of
-    them than cores: with a second team alive, small operations took six times as long. What is computed once, before
-    another thread takes over, belongs here.
+    OpenMP keeps a team of threads for every thread that ever computed. Once these outnumber the cores it stops spinning for
+    work: with a second team alive, small operations took six times as long. Use this for one-time work before another
+    thread takes over.
     """
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(work).result()

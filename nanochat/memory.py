@@ -1,8 +1,8 @@
-"""What training needs of a device's memory, computed without one: python -m nanochat.memory --gb 24 80 141.
+"""Computes how much device memory training needs, without a device: python -m nanochat.memory --gb 24 80 141.
 
-Parameters, gradients and optimizer state are counted; what a forward pass keeps for the backward pass is counted by
-running the model on the meta device, uncompiled, with attention that keeps what a fused kernel keeps. Printed is the
-largest depth that fits each size. Computed, not measured: compiled training keeps less.
+It counts parameters, gradients and optimizer state, and finds what a forward pass keeps for the backward pass by running the
+model on the meta device, uncompiled, with attention that keeps what a fused kernel keeps. It prints the largest depth that
+fits each size. The numbers are computed, not measured: compiled training keeps less.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MOST_GB = 10_000  # beyond any device there is; models for more take minutes to 
 
 @dataclass(frozen=True)
 class Layout:
-    """How training is spread: over how many devices, whole or cut, with blocks recomputed or not."""
+    """How training is laid out: the number of devices, sharded or not, with blocks recomputed or not."""
 
     world_size: int = 1
     fsdp: bool = False
@@ -37,10 +37,10 @@ class Layout:
 
 
 def training_bytes(config: GPTConfig, rows: int = 1, layout: Layout = Layout()) -> int:
-    """The most that one device holds at a time, in bytes, for micro-batches of `rows` sequences.
+    """The peak memory of one device, in bytes, for micro-batches of `rows` sequences.
 
-    That is in the backward pass, or in the optimizer's step, which works on copies of the matrices of one shape. Recorded
-    passes (passes.py) hold on to what they take, where there is room for it twice.
+    The peak is in the backward pass, or in the optimizer's step, which copies the matrices of one shape. Recorded passes
+    (passes.py) keep their memory, but only if there is room for it twice.
     """
     with torch.device("meta"):
         model = GPT(config)
@@ -50,8 +50,8 @@ def training_bytes(config: GPTConfig, rows: int = 1, layout: Layout = Layout()) 
     weights = 8 * counts["total"]  # with their gradients
     if layout.fsdp:
         block = sum(parameter.numel() for parameter in model.blocks[0].parameters())
-        # Whole at a time: a block and the next in bfloat16, a block's gradient, and what is not in blocks. That goes for all
-        # tables, since FSDP2 cuts what has no differentiable input, as look-ups, again only at the end of the backward pass.
+        # Unsharded at a time: a block and the next in bfloat16, a block's gradient, and everything outside blocks. That
+        # includes all tables: FSDP2 reshards modules without differentiable inputs only after the backward pass.
         whole = counts["total"] - counts["matrices"]
         weights = weights // layout.world_size + (2 * 2 + 4) * block + 8 * whole
     passes = activation_bytes(config, rows, layout.recompute) + loss_bytes(config, rows)
@@ -59,22 +59,22 @@ def training_bytes(config: GPTConfig, rows: int = 1, layout: Layout = Layout()) 
 
 
 def optimizer_bytes(groups: Iterable[Group]) -> int:
-    """The state that an optimizer keeps for its groups, of all ranks together."""
+    """The bytes of optimizer state for these groups, over all ranks."""
     return sum(map(_state_bytes, groups))
 
 
 def step_bytes(groups: Sequence[Group], layout: Layout) -> int:
-    """About what an update takes on each device, besides weights, gradients and the optimizer's state."""
+    """Roughly the bytes that an update takes on each device, besides weights, gradients and optimizer state."""
     matrices = [_count(group) for group in groups if group.kind == "muon"]
     others = [p.numel() for group in groups if group.kind != "muon" for p in group.params]
     n = layout.world_size
     copies = 4 * sum(matrices)  # of gradients, stacked by their shapes
     if layout.fsdp:
-        copies = 2 * copies // n  # what goes out and what comes in
+        copies = 2 * copies // n  # sent and received
     elif n > 1:
-        copies += copies // n + 4 * sum(others)  # all travel at a time, matrices from a stack of a rank's own
-    # At a time: of the matrices of one shape their updates, a stack of them, and the product of both that weight decay asks
-    # for (updates.apply_update; orthogonalizing takes no more); or the update of a table.
+        copies += copies // n + 4 * sum(others)  # all are in flight at once, matrices from a rank's own stack
+    # At a time: for the matrices of one shape, their updates, a stack of them, and the product of both for weight decay
+    # (updates.apply_update; orthogonalizing takes no more); or the update of one table.
     return copies + max(12 * max(matrices), 4 * max(others)) // n
 
 
@@ -85,7 +85,7 @@ def loss_bytes(config: GPTConfig, rows: int) -> int:
 
 
 def _state_bytes(group: Group) -> int:
-    """A momentum for each number of Muon's, a number for each row of an embedding's, two for each of AdamW's."""
+    """Muon: one momentum per number; embeddings: one number per row; AdamW: two per number."""
     if group.kind == "rows":
         return 4 * sum(table.size(0) for table in group.params)
     return {"muon": 4, "adamw": 8}[group.kind] * _count(group)
@@ -96,7 +96,7 @@ def _count(group: Group) -> int:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps what a fused kernel keeps: its inputs, its output, and a number for each query and head."""
+    """Keeps what a fused kernel keeps: its inputs, its output, and one number per query and head."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -110,19 +110,19 @@ class _FusedAttention(torch.autograd.Function):
 
 
 def activation_bytes(config: GPTConfig, rows: int, recompute: bool = False) -> int:
-    """What a forward pass in bfloat16 over `rows` full sequences keeps for the backward pass, without the loss."""
+    """Bytes that a forward pass in bfloat16 over `rows` full sequences keeps for the backward pass, without the loss."""
     everything = _kept_bytes(config, rows)
     if not recompute:
         return everything
     kv_dim = config.n_kv_head * config.head_dim
     embeddings = sum(config.has_value_embedding(layer) for layer in range(config.n_layer)) * kv_dim
     inputs = 2 * rows * config.sequence_len * (config.n_embd * (config.n_layer + 2) + embeddings)
-    return inputs + everything // config.n_layer  # of all blocks what goes in, of one what is inside
+    return inputs + everything // config.n_layer  # the inputs of all blocks, and the inside of one
 
 
 @functools.lru_cache
 def _kept_bytes(config: GPTConfig, rows: int) -> int:
-    """Layers come in pairs that keep the same, one with a value embedding and one without: two of them tell of all."""
+    """Counted on two layers, one with a value embedding and one without: all other pairs keep the same."""
     if config.n_layer > 4 and config.n_layer % 2 == 0:
         one_pair, two_pairs = (_kept_bytes(replace(config, n_layer=n), rows) for n in (2, 4))
         return one_pair + (config.n_layer // 2 - 1) * (two_pairs - one_pair)
@@ -135,7 +135,7 @@ def _count_kept_bytes(config: GPTConfig, rows: int) -> int:
         idx = torch.zeros(rows, config.sequence_len, dtype=torch.long)
     model.compute_dtype = torch.bfloat16
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # a tensor that is kept twice is there once
+    kept: dict[int, torch.UntypedStorage] = {}  # a tensor that is kept twice counts once
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()

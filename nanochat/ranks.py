@@ -1,4 +1,4 @@
-"""What the processes of a run do together: tell each other, and fail together. Alone, each is what one process does.
+"""What the processes of a run do together: exchange values, and fail together. They also work in a single process.
 
 Used by whatever several ranks run.
 """
@@ -46,7 +46,7 @@ def on_rank0(work: Callable[[], T]) -> T:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on any rank (a collective call); asks between the hosts, without waiting for a device."""
+    """Whether the flag is set on any rank (a collective call on the hosts, which does not wait for a device)."""
     if not in_process_group():
         return flag
     flags = torch.tensor(int(flag))
@@ -63,9 +63,8 @@ def sum_over_ranks(tensor: torch.Tensor) -> None:
 def all_or_none(work: Callable[[], T]) -> T:
     """This rank's share of something that all ranks do (a collective call).
 
-    Inside of `work` there may be collectives only where either all ranks come to them or all have raised before. If it fails
-    on any rank it raises on all of them, so that they can save together: its own error where it happened,
-    NanochatError elsewhere.
+    `work` may contain collectives only if either all ranks reach them or all have raised before. If it fails on any rank, it
+    raises on all of them, so that they can save together: the error itself where it happened, NanochatError elsewhere.
     """
     failure = None
     try:

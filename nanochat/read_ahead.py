@@ -1,4 +1,4 @@
-"""A thread that runs an iterator ahead of whoever consumes it. Used by dataloader.py."""
+"""A thread that runs an iterator ahead of its consumer. Used by dataloader.py."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 class ReadAhead(Generic[T]):
-    """Iterates over `items`, made in a thread up to `depth` ahead; what it raises reaches the consumer.
+    """Iterates over `items`, produced in a thread up to `depth` ahead; its errors reach the consumer.
 
-    Close it, or forget it, to end the thread, as the end of the process does: a thread that returned from torch's C++ after
-    the interpreter had ended would abort the process. `items` must not refer to the object that holds this one.
+    Closing or dropping it ends the thread, as does the end of the process: a thread that returned from torch's C++ after
+    the interpreter has ended would abort the process. `items` must not refer to the object that holds this one.
     """
 
     def __init__(self, items: Iterable[T], depth: int) -> None:
@@ -32,7 +32,7 @@ class ReadAhead(Generic[T]):
         kind, item = self._queue.get()
         if kind == "item":
             return item
-        self._queue.put((kind, item))  # so that asking once more does not wait for ever
+        self._queue.put((kind, item))  # so that another call does not wait forever
         raise item
 
     def close(self) -> None:
@@ -42,7 +42,7 @@ class ReadAhead(Generic[T]):
 
 def _end(thread: threading.Thread, closed: threading.Event) -> None:
     closed.set()
-    if thread is not threading.current_thread():  # in which garbage may be collected too
+    if thread is not threading.current_thread():  # garbage may be collected in that thread, too
         thread.join(timeout=5)
 
 
@@ -61,5 +61,5 @@ def _run(items: Iterable[Any], items_queue: queue.Queue[tuple[str, Any]], closed
             if not put("item", item):
                 return
         put("end", StopIteration())
-    except BaseException as error:  # whatever it is, a panic of Rust's too, it belongs to the consumer, who waits for it
+    except BaseException as error:  # whatever it is, even a Rust panic, pass it to the waiting consumer
         put("end", error)

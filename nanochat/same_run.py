@@ -66,7 +66,7 @@ def check_settings(stage: Stage, new: dict[str, Any], args: Arguments) -> None:
             print0(f"going on with {flag} {value}: until now it was {before}")
         if key in FREE_SETTINGS or before == value:
             continue
-        if key not in args.defaults:  # what follows from the flags, as num_params
+        if key not in args.defaults:  # follows from the flags, as num_params does
             raise NanochatError(
                 f"this nanochat makes {key} {value} of these settings, and run {stage.tag!r} has {before}: use the version "
                 f"that began it to go on, or {anew}"

@@ -1,4 +1,4 @@
-"""Making what is too long for a context fit it: prompts of tokens, conversations of messages."""
+"""Shortens what is too long for a context: prompts of tokens, conversations of messages."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from nanochat.tokenizer import Tokenizer
 
 
 def prompt_room(context: int, answer: int | None = None) -> int:
-    """Tokens of a context that a prompt may take: an answer, at most so many tokens long, claims a quarter at most."""
+    """Tokens of a context that a prompt may take; the rest, at most a quarter, is for an answer of up to `answer` tokens."""
     return context - max(1, min(context if answer is None else answer, context // 4))
 
 
 def trim_prompt(tokens: list[int], most: int) -> list[int]:
-    """At most so many tokens: too long a prompt loses its oldest ones but for the first, as its end matters most."""
+    """At most `most` tokens: a longer prompt loses its oldest tokens except the first, since its end matters most."""
     return tokens if len(tokens) <= most else [tokens[0], *tokens[len(tokens) - most + 1 :]]
 
 

@@ -15,9 +15,9 @@ from nanochat.settings import Arguments, SettingsParser, add_checkpoint_argument
 from nanochat.tokenizer import IncrementalDecoder
 from nanochat.trimming import prompt_room, trim_conversation
 
-HELP = "Type a message; 'clear' begins anew, 'quit' or Ctrl-D leaves, Ctrl-C stops an answer."
+HELP = "Type a message; 'clear' starts a new conversation, 'quit' or Ctrl-D leaves, Ctrl-C stops an answer."
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-# What a model writes is shown, not obeyed: some terminals set their clipboard by such characters.
+# Control characters in a model's text must not reach the terminal: some can, for example, set the clipboard.
 CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")})
 
 
@@ -27,12 +27,12 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         examples=["%(prog)s", '%(prog)s --model-tag demo --temperature 0 -p "What is 23 + 58?"'],
     )
     add_checkpoint_arguments(parser, from_hf=True)
-    parser.add_argument("-p", "--prompt", default=None, help="answer this and leave")
+    parser.add_argument("-p", "--prompt", default=None, help="answer this and exit")
     parser.add_argument("-t", "--temperature", type=float, default=0.6, help="0: always the likeliest token")
     parser.add_argument("-k", "--top-k", type=int, default=50, help="sample from the k likeliest tokens (0: from all)")
-    parser.add_argument("-m", "--max-tokens", type=int, default=256, help="length of an answer at most")
-    parser.add_argument("--seed", type=int, default=42, help="of the sampling")
-    parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
+    parser.add_argument("-m", "--max-tokens", type=int, default=256, help="most tokens in an answer")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the sampling")
+    parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best one available")
     return parser.parse_args(argv)
 
 
@@ -44,10 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.prompt is not None:
         chat.answer(args.prompt)
         return 0
-    with contextlib.suppress(ImportError):  # Windows lacks it
+    with contextlib.suppress(ImportError):  # not on Windows
         import readline  # arrows and history for input(), and lines longer than a terminal's 4,095 bytes
 
-        readline.parse_and_bind("set enable-bracketed-paste on")  # what is pasted is one message, however many its lines
+        readline.parse_and_bind("set enable-bracketed-paste on")  # pasted lines are one message
     print(f"nanochat {meta['tag']} ({meta['origin']}). {HELP}")
     interrupted = False
     while True:
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         except EOFError:
             print()
             return 0
-        except KeyboardInterrupt:  # it drops a line half typed, or was meant for an answer that ended just before
+        except KeyboardInterrupt:  # drops a half-typed line, or came just after an answer ended
             if interrupted:
                 print()
                 return 0
@@ -69,14 +69,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Chat:
-    """A conversation that goes on: what was said, and how to go on from it."""
+    """A conversation: what was said so far, and how to continue it."""
 
     def __init__(self, engine: Engine, args: Arguments) -> None:
         self.engine, self.args, self.tokenizer = engine, args, engine.tokenizer
         self.messages: list[dict[str, Any]] = []
         self.name = "nanochat: " if args.prompt is None else ""
         if os.name == "nt":
-            os.system("")  # from here on its older consoles understand colours
+            os.system("")  # makes older Windows consoles understand colours
         has_color = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         dim, self.plain = (DIM, PLAIN) if has_color else ("", "")
         special = self.tokenizer.encode_special
@@ -86,19 +86,19 @@ class Chat:
         }  # fmt: skip
 
     def take(self, text: str) -> None:
-        """Do what was typed."""
+        """Process one input line."""
         if text.lower() == "clear":
             self.messages.clear()
             print("A new conversation.")
         elif text:
             try:
                 self.answer(text)
-            except NanochatError as error:  # too long a message is no reason to lose the conversation
+            except NanochatError as error:  # keep the conversation if a message is too long
                 print(error)
 
     def answer(self, text: str) -> None:
-        """Print the model's answer as it comes, and remember both sides."""
-        if self.args.source == "base":  # knows no turns: it continues the text
+        """Print the model's answer as it arrives, and remember both sides."""
+        if self.args.source == "base":  # a base model knows no turns: it continues the text
             self._stream(self.tokenizer.encode(text, prepend="<|bos|>"))
             return
         room = prompt_room(self.engine.model.config.sequence_len, self.args.max_tokens)
@@ -117,7 +117,7 @@ class Chat:
             prompt, 1, max_tokens=self.args.max_tokens, temperature=self.args.temperature, top_k=self.args.top_k,
             seed=self.args.seed,
         )  # fmt: skip
-        name = self.name  # shown with the first token: what goes wrong before is not the model's word
+        name = self.name  # shown with the first token, so that an earlier error does not follow the name
         try:
             for (token,), _ in stream:
                 print(name, end="")

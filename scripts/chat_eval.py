@@ -1,6 +1,6 @@
 """Measure a chat model on tasks: python -m scripts.chat_eval -a "ARC-Easy|GSM8K".
 
-Without -a, the six tasks of ChatCORE. Stopped and run again, it goes on where it was.
+Without -a, the six tasks of ChatCORE. If it is stopped and run again, it continues where it was.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     add_checkpoint_arguments(model)
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument("-a", "--task-name", default=None, metavar="NAME|...",
-                       help=f"of {', '.join(judged_tasks())} (default: those of ChatCORE that can be had)")  # fmt: skip
-    tasks.add_argument("-x", "--max-problems", type=int, default=-1, help="of each task (-1: all)")
-    tasks.add_argument("--task-data", type=Path, default=None, metavar="DIR", help="local folder instead of the hub")
-    tasks.add_argument("--unsafe-execution", action="store_true", help="run programs of the model without isolation")
+                       help=f"any of {', '.join(judged_tasks())} (default: those of ChatCORE that are available)")  # fmt: skip
+    tasks.add_argument("-x", "--max-problems", type=int, default=-1, help="problems of each task (-1: all)")
+    tasks.add_argument("--task-data", type=Path, default=None, metavar="DIR", help="read tasks from here, not from the hub")
+    tasks.add_argument("--unsafe-execution", action="store_true", help="run the model's programs without isolation")
     answers = parser.add_argument_group("answers")
     answers.add_argument("-n", "--num-samples", type=int, default=1, help="answers to a problem, for pass@k")
-    answers.add_argument("-m", "--max-new-tokens", type=int, default=256, help="length of an answer at most")
+    answers.add_argument("-m", "--max-new-tokens", type=int, default=256, help="most tokens in an answer")
     answers.add_argument("-t", "--temperature", type=float, default=0.0, help="0: always the likeliest token")
     answers.add_argument("-k", "--top-k", type=int, default=50, help="sample from the k likeliest tokens (0: from all)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("-b", "--batch-size", type=int, default=32, help="problems at a time")
-    machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
+    machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best one available")
     args = parser.parse_args(argv)
     args.require_positive("num_samples", "max_new_tokens", "batch_size")
     if args.num_samples > 1 and args.temperature == 0:
         n = args.num_samples
         raise NanochatError(
-            f"--num-samples {n} at temperature 0 is the same answer {n} times: give --temperature, such as 0.8"
+            f"--num-samples {n} at temperature 0 gives the same answer {n} times: give --temperature, such as 0.8"
         )
     args.require_some("max_problems")
     return args
@@ -85,14 +85,14 @@ def main(argv: list[str] | None = None) -> int:
         mean = chatcore({name: result.as_dict() for name, result in results.items()})
         before = read_eval(stage_dir)
         known = before.get("chatcore", {}).get("tasks", 0) if before.get("step") == meta["step"] else 0
-        if mean is not None and args.temperature == 0 and mean["tasks"] >= known:  # else it belongs to other scores
+        if mean is not None and args.temperature == 0 and mean["tasks"] >= known:  # otherwise the mean is of other scores
             merge_eval(stage_dir, meta["step"], {"chatcore": mean})
         show(results, mean, missing)
     return 0
 
 
 def collect_tasks(names: str | None, data_dir: Path | None) -> tuple[dict[str, Task], dict[str, str]]:
-    """The tasks by name, and those of ChatCORE that cannot be had with the reason. One that was asked for must be there."""
+    """The tasks by name, and ChatCORE tasks that are not available with the reason. Requested tasks must be available."""
     if names is not None:
         asked = [task_name(name) for name in re.split(r"[|,]", names) if name]
         if not asked:
@@ -104,10 +104,10 @@ def collect_tasks(names: str | None, data_dir: Path | None) -> tuple[dict[str, T
             tasks[name] = build_judged_task(name, "test", data_dir)
         except NanochatError as error:
             missing[name] = str(error)
-    agreed = from_rank0(list(tasks))  # what a slow machine's sandbox lacked alone must not part the ranks
+    agreed = from_rank0(list(tasks))  # all ranks must measure the same tasks, even if a slow machine's sandbox fails
     for name in agreed:
         if name in missing:
-            raise NanochatError(f"{name} can be measured on rank 0, and not here: {missing[name]}")
+            raise NanochatError(f"{name} can be measured on rank 0, but not here: {missing[name]}")
     return {name: tasks[name] for name in agreed}, missing
 
 

@@ -84,7 +84,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
 def default_tasks() -> str:
     """The mixture without --tasks, with the user's own identity file if it lies where public recipes keep it.
 
-    Raises NanochatError if the path of that file has a comma.
+    Raises NanochatError if a mixture cannot name that file.
     """
     path = get_base_dir() / "identity_conversations.jsonl"
     if not path.exists():

@@ -34,15 +34,15 @@ from nanochat.settings import Arguments, SettingsParser
 from nanochat.training_flags import RATES
 
 AXES = {"steps": "step", "tokens": "tokens trained on", "time": "minutes of training", "flops": "FLOPs of training"}
-# Settings that say nothing of training, or nothing to a reader.
+# Settings that say nothing about training, or nothing to a reader.
 NAMES = {"tag", "mixture", "model_tag", "run", "log_to", "resume", "resume_from_step", "stage"}
-# Settings that a run may change on its way, though the result depends on them.
+# Settings that a resumed run may change although the result depends on them.
 DECISIVE = {*RATES, "data", "tokenizer", "from_hf", "model_step", "fp8", "dtype"}
 
 
 @dataclass
 class Run:
-    """A stage of a run, as it was left on disk."""
+    """A stage of a run, as found on disk."""
 
     name: str
     settings: dict[str, Any]
@@ -60,13 +60,13 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="model tag, or the directory of a run")
     parser.add_argument("--output", type=Path, default=Path("compare.html"), metavar="FILE", help="the page to write")
     parser.add_argument("--x", choices=AXES, default="steps", help="what the curves are drawn over")
-    parser.add_argument("--stage", choices=STAGES, default="base", help="of the runs")
+    parser.add_argument("--stage", choices=STAGES, default="base", help="stage of the runs")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    directories = {find_run_dir(run).resolve(): run for run in args.runs}  # the same one twice is one
+    directories = {find_run_dir(run).resolve(): run for run in args.runs}  # a run given twice counts once
     plain = [directory.name for directory in directories]
     runs = [
         read_run(directory, args.stage, directory.name if plain.count(directory.name) == 1 else given)
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def find_run_dir(run: str) -> Path:
-    """The directory of a run that is named by its tag or its path. Raises NanochatError if there is none."""
+    """The directory of a run, given its tag or path. Raises NanochatError if there is none."""
     path = Path(os.path.expanduser(run))
     path = path.parent if path.name in STAGES else path
     for directory in (get_runs_dir() / run, path):
@@ -123,7 +123,7 @@ def read_run(directory: Path, stage: str, name: str) -> Run:
 
 
 def final_numbers(runs: list[Run]) -> list[list[str]]:
-    """A row for each number that any of the runs has, what it is first."""
+    """A row for each number that any of the runs has, beginning with its name."""
 
     def last(name: str, form: str) -> Callable[[Run], str]:
         return lambda run: format(run.values(name)[-1], form)
@@ -162,7 +162,7 @@ def _or_dash(number: Callable[[Run], str], run: Run) -> str:
 
 
 def differing_settings(runs: list[Run]) -> list[list[str]]:
-    """A row for each setting that is not the same in all runs, those that decide the result first."""
+    """A row for each setting that differs between the runs; those that affect the result come first."""
     keys = dict.fromkeys(key for run in runs for key in run.settings if key not in NAMES)
     ordered = sorted(keys, key=lambda key: key in FREE_SETTINGS - DECISIVE)
     rows = [[key.replace("_", " "), *(format_value(run.settings.get(key, "-")) for run in runs)] for key in ordered]
@@ -170,7 +170,7 @@ def differing_settings(runs: list[Run]) -> list[list[str]]:
 
 
 def show(table: Section) -> None:
-    """On the terminal."""
+    """Print a table on the terminal."""
     drawn = Table(box=None, pad_edge=False)
     for i, column in enumerate(table.columns):
         drawn.add_column(column, justify="right" if i else "left", overflow="fold")
@@ -183,7 +183,7 @@ def show(table: Section) -> None:
 
 
 def draw_curves(runs: list[Run], x: str) -> list[Picture]:
-    """A panel for each kind of series that any run has, and in it a curve for each run, always of the same colour."""
+    """A panel for each kind of series that any run has, with a curve for each run, always in the same colour."""
     logged = {name for run in runs for row in run.rows for name in row}
     names = ["rl/reward", "train/loss", *sorted(name for name in logged if name.startswith("val/")), "train/tok_per_s"]
     kinds: dict[str, list[str]] = {}
@@ -220,7 +220,7 @@ def over(x: str, run: Run, steps: list[int]) -> list[float]:
 
 
 def draw_scores(runs: list[Run]) -> list[Section]:
-    """The tasks of CORE and of chat that any of the runs was measured by: a bar for each run."""
+    """The CORE and chat tasks that any of the runs was measured on, with a bar for each run."""
     sections = []
     for title, value, tasks_of in (
         ("CORE: centred accuracy", "centered", lambda run: run.results.get("core", {}).get("tasks", {})),
@@ -228,7 +228,7 @@ def draw_scores(runs: list[Run]) -> list[Section]:
     ):
         bars = []
         for name in dict.fromkeys(name for run in runs for name in tasks_of(run)):
-            label = name  # of a task's first bar alone
+            label = name  # only the first bar of a task has a label
             for color, run in enumerate(runs):
                 if task := tasks_of(run).get(name):
                     base = task["baseline"] if value == "centered" else 0.0

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from nanochat.data_prep import Layout, PrepSettings, ReadShard, Stage
 
-MAX_JOBS = 1000  # of a Slurm array; most clusters allow 1001
+MAX_JOBS = 1000  # in a Slurm array; most clusters allow 1001
 MINHASH_BANDS = 14  # datatrove's own: 14 bands of 8 hashes find texts that share about 3 of 4 five-word sequences
 
 
@@ -46,24 +46,24 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     parser.add_argument("--output", required=True, metavar="DIR", help="where the shards go; all machines must see it")
     text = parser.add_argument_group("text")
     text.add_argument("--text-column", default=None, metavar="NAME", help="default: text, content or body")
-    text.add_argument("--val-documents", type=int, default=None, help="for validation (default: 2%%, at most 10,000)")
-    text.add_argument("--seed", type=int, default=42, help="of the order")
+    text.add_argument("--val-documents", type=int, default=None, help="validation documents (default: 2%%, at most 10,000)")
+    text.add_argument("--seed", type=int, default=42, help="seed of the order")
     text.add_argument("--no-dedup", action="store_true", help="keep documents with the same text")
     text.add_argument("--min-hash", action="store_true", help="drop near-duplicates as well")
     shards = parser.add_argument_group("shards")
-    shards.add_argument("--tokenizer", default="default", metavar="NAME|PATH", help="whose tokens to write")
+    shards.add_argument("--tokenizer", default="default", metavar="NAME|PATH", help="tokenizer of the shards")
     shards.add_argument("--no-tokenize", action="store_true", help="write shards of text")
-    shards.add_argument("--shard-tokens", type=int, default=100_000_000, help="about how many a shard holds")
+    shards.add_argument("--shard-tokens", type=int, default=100_000_000, help="approximate tokens in a shard")
     machine = parser.add_argument_group("machines")
     machine.add_argument("--executor", default="local", choices=["local", "slurm", "ray"], help="who runs the tasks")
     machine.add_argument(
-        "--tasks", type=int, default=None, help="to divide the input files among (default: one each, at most 1000)"
+        "--tasks", type=int, default=None, help="tasks that share the input files (default: one per file, at most 1000)"
     )
     machine.add_argument("--workers", type=int, default=None, help="tasks at a time (default: all cores, or no limit)")
     machine.add_argument("--cpus-per-task", type=int, default=1, help="slurm, ray")
     machine.add_argument("--mem-per-cpu", type=int, default=4, metavar="GB", help="slurm, ray")
     machine.add_argument("--partition", default=None, help="slurm")
-    machine.add_argument("--time", default="12:00:00", help="slurm: limit for one task")
+    machine.add_argument("--time", default="12:00:00", help="slurm: time limit of one task")
     machine.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE",
                          help="slurm: another option, for example account=NAME; may be repeated")  # fmt: skip
     args = parser.parse_args(argv)
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     layout = Layout(Path(os.path.expanduser(args.output)).absolute())
     inputs = list_inputs(args.input)
     if any(layout.output in Path(path).parents for path in inputs) or layout.output.is_relative_to(args.input):
-        raise NanochatError(f"--output {layout.output} and --input {args.input} lie in each other: choose another folder")
+        raise NanochatError(f"--output {layout.output} and --input {args.input} overlap: choose another folder")
     tokenizer = None if args.no_tokenize else get_tokenizer(args.tokenizer)
     settings = _open_output(args, layout, inputs, tokenizer)
     if layout.manifest.exists():
@@ -136,7 +136,7 @@ def _check_installed(args: Arguments) -> None:
 
 
 def _open_output(args: Arguments, layout: Layout, inputs: dict[str, int], tokenizer: Tokenizer | None) -> PrepSettings:
-    """The settings of this output, written at the first call. Raises NanochatError if it was begun with others."""
+    """The settings of this output, written on the first call. Raises NanochatError if it was begun with others."""
     from nanochat.data_prep import PrepSettings
 
     begun: Any = json.loads(layout.settings.read_text(encoding="utf-8")) if layout.settings.exists() else None
@@ -160,7 +160,7 @@ def _open_output(args: Arguments, layout: Layout, inputs: dict[str, int], tokeni
             raise NanochatError(f"{layout.output} was begun {difference}: use that again, or another --output")
     if not begun:
         try:
-            if tokenizer:  # so that the shards and what reads them stay together
+            if tokenizer:  # keeps the tokenizer together with its shards
                 tokenizer.save(layout.output)
             atomic_write(layout.settings, json.dumps(asdict(settings), indent=1))
         except OSError as error:
@@ -189,17 +189,17 @@ def list_inputs(address: str) -> dict[str, int]:
     """{path: bytes} of the readable files at a local or remote address, sorted. Raises NanochatError if there are none."""
     found = list_remote(address) if is_remote(address) else list_local(address)
     if not found:
-        raise NanochatError(f"--input {address} is no file, folder or glob of files: check the path")
+        raise NanochatError(f"--input {address} is not a file, folder or glob of files: check the path")
     files = [found[path]() for path in without_strangers([path for path in sorted(found) if kind_of(path.name)])]
     if not files:
-        raise NanochatError(f"--input {address} holds no .parquet, .jsonl, .txt or .md file (but the first also .gz, .zst)")
+        raise NanochatError(f"--input {address} holds no .parquet, .jsonl, .txt or .md file (all but parquet also .gz, .zst)")
     return {file.shard.path if isinstance(file, RemoteFile) else file.path.absolute().as_posix(): file.size for file in files}
 
 
 def estimate_tokens(
     address: str, inputs: dict[str, int], column: str | None, tokenizer: Tokenizer | None, sample_bytes: int = 4_000_000
 ) -> int:
-    """About how many tokens the files hold, by the first text of about eight of them; 4 bytes each without a tokenizer."""
+    """An estimate of the tokens in the files, from the first texts of about eight; without a tokenizer, 4 bytes per token."""
     fs = url_to_fs(address)[0]
     text_bytes, tokens, token_bytes = 0.0, 0, 0
     sampled = list(inputs)[:: -(-len(inputs) // 8)]
@@ -214,7 +214,7 @@ def estimate_tokens(
 
 
 def _sample(fs: Any, path: str, size: int, column: str | None, sample_bytes: int) -> tuple[list[str], float]:
-    """(first texts of a file, bytes of text that all of it holds by the share of it that they are)."""
+    """(first texts of a file, estimated bytes of text in the whole file)."""
     texts, text_bytes, share = [], 0, 1.0
     with fs.open(path, "rb") as file:
         reader = read_texts(file, path, column)
@@ -222,7 +222,7 @@ def _sample(fs: Any, path: str, size: int, column: str | None, sample_bytes: int
             texts.append(text)
             text_bytes += len(text.encode())
             if text_bytes >= sample_bytes:
-                if kind_of(path) == ".parquet":  # whose columns are not read from front to back
+                if kind_of(path) == ".parquet":  # columns are not read from front to back
                     with fs.open(path, "rb") as again:
                         share = len(texts) / pq.read_metadata(again).num_rows
                 else:
@@ -232,7 +232,7 @@ def _sample(fs: Any, path: str, size: int, column: str | None, sample_bytes: int
 
 
 def build_stages(settings: PrepSettings, layout: Layout) -> list[Stage]:
-    """All that is to be done, in order."""
+    """All stages of the work, in order."""
     from nanochat import data_prep as steps
 
     read, write = steps.ReadShard(settings, layout), steps.WriteShard(settings, layout)
@@ -249,7 +249,7 @@ def build_stages(settings: PrepSettings, layout: Layout) -> list[Stage]:
 def _near_duplicates(settings: PrepSettings, layout: Layout, read: ReadShard) -> tuple[list[Stage], list[PipelineStep]]:
     """Stages that find near-duplicates with datatrove's MinHash, and the step that then drops them.
 
-    It works on shards, whose documents are always the same ones, so what is kept does not depend on the number of tasks.
+    It works on shards, whose documents are always the same, so the result does not depend on the number of tasks.
     """
     from datatrove.pipeline.dedup import minhash
     from datatrove.utils.hashing import HashConfig
@@ -301,7 +301,7 @@ def _run_here(args: Arguments, stages: list[Stage], layout: Layout) -> None:
 
 
 def _submit(args: Arguments, stages: list[Stage], layout: Layout) -> None:
-    """With Slurm: one array of jobs for each stage, after the one before; returns when they are in the queue."""
+    """With Slurm: one job array per stage, each after the previous one; returns when they are in the queue."""
     from datatrove.executor import SlurmPipelineExecutor
 
     if not args.partition:
@@ -328,11 +328,11 @@ def _submit(args: Arguments, stages: list[Stage], layout: Layout) -> None:
             job_ids.append(str(executor.job_id))
             atomic_write(jobs_file, ",".join(job_ids))
             print(f"{stage.name}: {stage.tasks} tasks, job {executor.job_id}")
-    print(f"submitted; {layout.manifest} appears when all is done, and the same command goes on if jobs failed")
+    print(f"submitted; {layout.manifest} appears when all is done; if jobs fail, the same command continues")
 
 
 def _in_queue(job_ids: str) -> str:
-    """Those of the jobs that are waiting or running, or "" if Slurm knows none of them any more."""
+    """Those of the jobs that are waiting or running; "" if Slurm no longer knows any of them."""
     result = subprocess.run(["squeue", "--noheader", "--format=%i", f"--jobs={job_ids}"], capture_output=True, text=True)
     return " ".join(result.stdout.split()) if result.returncode == 0 else ""
 

@@ -1,7 +1,7 @@
-"""How fast a model answers: python -m scripts.infer_bench [-g TAG].
+"""Measure how fast a model answers: python -m scripts.infer_bench [-g TAG].
 
-For each batch size: time to the first token of one more prompt, time for each token, throughput, memory, and the share
-of the machine's memory bandwidth that decoding uses (MBU). A table for people, and one JSON line last.
+For each batch size: time to the first token of one more prompt, time per token, throughput, memory, and the share of the
+machine's memory bandwidth that decoding uses (MBU). Prints a table, then one line of JSON.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         examples=["%(prog)s --model-tag d12", "%(prog)s --batch-sizes 1,32 --prompt-tokens 1000 --weights int8"],
     )
     add_checkpoint_arguments(parser)
-    parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
+    parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best one available")
     add_measurement_arguments(parser)
     return parser.parse_args(argv)
 
 
 def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-sizes", default="1,2,4,8,16,32", metavar="B,B,...", help="texts at a time")
-    parser.add_argument("--prompt-tokens", type=int, default=256, help="of each text")
-    parser.add_argument("--new-tokens", type=int, default=128, help="for each text")
+    parser.add_argument("--prompt-tokens", type=int, default=256, help="prompt length of each text")
+    parser.add_argument("--new-tokens", type=int, default=128, help="tokens generated for each text")
     parser.add_argument("-t", "--temperature", type=float, default=0.0, help="0: always the likeliest token")
     parser.add_argument("-k", "--top-k", type=int, default=0, help="sample from the k likeliest tokens (0: from all)")
     parser.add_argument("--weights", default="auto", choices=("auto", "int8"), help="int8: half the memory of bfloat16")
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(model: Any, tokenizer: Any, args: argparse.Namespace, report: dict[str, Any]) -> int:
-    """Measure every batch size and print the result; `report` is what the JSON line begins with."""
+    """Measure every batch size and print the result; `report`: first entries of the JSON line."""
     try:
         batch_sizes = [int(size) for size in args.batch_sizes.split(",")]
     except ValueError:
@@ -70,7 +70,7 @@ def run(model: Any, tokenizer: Any, args: argparse.Namespace, report: dict[str, 
         raise NanochatError("batch sizes and --prompt-tokens must be at least 1, --new-tokens at least 2")
     device = model.get_device()
     engine = Engine(prepare_for_inference(model, args.weights), tokenizer, max_rows=max(batch_sizes))
-    ahead = -(-max(batch_sizes) * args.prompt_tokens // engine.scheduler.chunk)  # of the last: by a token for each chunk
+    ahead = -(-max(batch_sizes) * args.prompt_tokens // engine.scheduler.chunk)  # one token per chunk of prompts
     if args.prompt_tokens + ahead + args.new_tokens > limit:
         raise NanochatError(
             f"{args.prompt_tokens} prompt and {args.new_tokens} new tokens, and {ahead} that the first text is ahead of the "
@@ -99,9 +99,9 @@ def run(model: Any, tokenizer: Any, args: argparse.Namespace, report: dict[str, 
 
 
 def measure(engine: Engine, B: int, args: argparse.Namespace, memory_rate: float) -> dict[str, float]:
-    """Decode B prompts of random tokens together; their first tokens are timed apart from the rest.
+    """Decode B prompts of random tokens together; their first tokens are timed separately.
 
-    Raises NanochatError if so many texts are never computed together.
+    Raises NanochatError if B texts never run together.
     """
     device, vocab_size = engine.model.get_device(), engine.tokenizer.get_vocab_size()
     generator = torch.Generator().manual_seed(B)
@@ -124,7 +124,7 @@ def measure(engine: Engine, B: int, args: argparse.Namespace, memory_rate: float
         firsts.append((sequence.first_token_at or 0.0) - sequence.created)
     rounds = []
     for first in (3, 3 + B):
-        batch = sequences(prompts[first : first + B], None)  # as long as it takes: those read first are ahead of the others
+        batch = sequences(prompts[first : first + B], None)  # no limit: those read first are ahead of the others
         steps = _time_steps(scheduler, batch, args.new_tokens - 1)
         kv_tokens = sum(sequence.length for sequence in batch) - B * len(steps) / 2  # in the middle of them
         for sequence in batch:
@@ -147,9 +147,9 @@ def measure(engine: Engine, B: int, args: argparse.Namespace, memory_rate: float
 
 
 def _time_steps(scheduler: Scheduler, batch: list[Sequence], count: int) -> list[float]:
-    """Seconds of so many steps that each compute a token of every text and no prompt; fewer if a text ends before.
+    """Seconds of `count` steps that each compute one token of every text and no prompt; fewer if a text ends early.
 
-    Others are not counted: a text that calls the calculator leaves the batch until its answer is there.
+    Other steps are not counted: a text that calls the calculator leaves the batch until the result is there.
     """
     steps: list[float] = []
     while len(steps) < count and all(sequence.finish_reason is None for sequence in batch):

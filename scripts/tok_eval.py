@@ -1,6 +1,6 @@
 """Compare a tokenizer's compression with GPT-2's and GPT-4's: python -m scripts.tok_eval.
 
-Those two are shown where tiktoken has them cached; nothing is downloaded, and a line says how to fetch what is missing.
+Those two are shown if tiktoken has them cached. Nothing is downloaded; a line says how to fetch what is missing.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ TEXTS = {
 
 def main(argv: list[str] | None = None) -> int:
     parser = SettingsParser(
-        "Compare a tokenizer's compression with GPT-2's and GPT-4's, where tiktoken has those cached; says how to fetch them.",
+        "Compare a tokenizer's compression with GPT-2's and GPT-4's, if tiktoken has those cached; says how to fetch them.",
         examples=["%(prog)s --tokenizer demo --data builtin"],
     )
-    parser.add_argument("--tokenizer", default="default", metavar="NAME|PATH", help="as trained by scripts.tok_train")
+    parser.add_argument("--tokenizer", default="default", metavar="NAME|PATH", help="made by scripts.tok_train")
     parser.add_argument("--data", default=None, metavar="NAME|PATH", help="measure on this text as well")
-    parser.add_argument("--max-chars", type=int, default=2_000_000, help="of that text")
+    parser.add_argument("--max-chars", type=int, default=2_000_000, help="characters of that text")
     args = parser.parse_args(argv)
     args.require_positive("max_chars")
 
@@ -109,7 +109,7 @@ def read_some(data: str, split: str, max_chars: int) -> list[str]:
 
 
 def is_cached(files: tuple[str, ...]) -> bool:
-    """Whether tiktoken would read these files from its cache, so that nothing is fetched."""
+    """Whether tiktoken would read these files from its cache instead of fetching them."""
     folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     cache = Path(folder) if folder else Path(tempfile.gettempdir()) / "data-gym-cache"
     return all((cache / hashlib.sha1((OPENAI + file).encode()).hexdigest()).exists() for file in files)

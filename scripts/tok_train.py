@@ -21,10 +21,10 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     parser = SettingsParser("Train a tokenizer.", examples=["%(prog)s --data builtin --vocab-size 4096 --tokenizer small"])
     parser.add_argument("--data", default=None, metavar="NAME|PATH", help=DATA_HELP)
     parser.add_argument("--tokenizer", default="default", metavar="NAME|PATH", help="where to keep it")
-    parser.add_argument("--max-chars", type=int, default=2_000_000_000, help="stop reading after so many characters")
+    parser.add_argument("--max-chars", type=int, default=2_000_000_000, help="stop reading after this many")
     parser.add_argument("--doc-cap", type=int, default=10_000, help="characters to use of one document")
-    parser.add_argument("--vocab-size", type=int, default=32768, help="tokens, the special ones included")
-    parser.add_argument("--force", action="store_true", help="train even if the same has been trained before")
+    parser.add_argument("--vocab-size", type=int, default=32768, help="tokens, including the special ones")
+    parser.add_argument("--force", action="store_true", help="train even if the same tokenizer exists already")
     args = parser.parse_args(argv)
     args.require_positive("max_chars", "doc_cap")
     return args
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     counts = {"documents": 0, "characters": 0}
     with Progress("reading text", total=None, unit="document") as progress:
         tokenizer = Tokenizer.train(_texts(source, args.max_chars, args.doc_cap, counts, progress), args.vocab_size)
-    if counts["characters"] == 0:  # what may be there already is better
+    if counts["characters"] == 0:  # keep an existing tokenizer
         raise NanochatError(f"{source.name} has no train document with text: give more text")
     seconds = time.perf_counter() - started
     path = tokenizer.save(directory)
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _recipe(args: Arguments, source: Source, num_files: int) -> dict[str, Any]:
-    """All that decides the tokenizer: of the text, only the first files, which were read."""
+    """Everything that decides the tokenizer; of the text, only the first files, which were read."""
     return {
         "source": source.name,
         "files": [[file.name, file.size] for file in source.train_files[:num_files]],
@@ -71,7 +71,7 @@ def _recipe(args: Arguments, source: Source, num_files: int) -> dict[str, Any]:
 
 
 def _is_done(directory: Path, args: Arguments, source: Source) -> bool:
-    """Whether the same text would be read. Where --max-chars ended it, files that come later do not matter."""
+    """Whether the same text would be read again. If --max-chars ended the reading, later files do not matter."""
     path = directory / "meta.json"
     if not path.exists() or not (directory / FILE_NAME).exists():
         return False
@@ -82,12 +82,12 @@ def _is_done(directory: Path, args: Arguments, source: Source) -> bool:
         num_files = len(recipe["files"]) if meta["characters"] >= args.max_chars else len(source.train_files)
         return recipe == _recipe(args, source, num_files) and meta["fingerprint"] == tokenizer.fingerprint()
     except (NanochatError, LookupError, TypeError):
-        print(f"what is in {directory} is damaged, or of an older version: training anew")
+        print(f"what is in {directory} is damaged or from an older version: training again")
         return False
 
 
 def _texts(source: Source, max_chars: int, doc_cap: int, counts: dict[str, int], progress: Progress) -> Iterator[str]:
-    """The source's training documents, each cut to doc_cap, until max_chars are read; counts what it gives."""
+    """The source's training documents, each cut to doc_cap, until max_chars are read; counts what it yields."""
     for text in source.documents("train"):
         text = text[:doc_cap]
         counts["documents"] += 1

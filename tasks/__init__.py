@@ -12,7 +12,7 @@ from nanochat.common import NanochatError
 from tasks.common import Task, TaskMixture
 
 # name: (module, class, further arguments). Each class is called with (split, data_dir=..., **arguments); the splits are
-# "train", "val" (held out of the training data) and "test" (for the final measure alone).
+# "train", "val" (held out of the training data) and "test" (only for the final measurement).
 TASKS: dict[str, tuple[str, str, dict[str, object]]] = {
     "ARC-Easy": ("arc", "ARC", {"subset": "ARC-Easy"}),
     "ARC-Challenge": ("arc", "ARC", {"subset": "ARC-Challenge"}),
@@ -30,7 +30,7 @@ TASKS: dict[str, tuple[str, str, dict[str, object]]] = {
 
 
 def task_name(name: str) -> str:
-    """The name as TASKS has it, in whatever case it came; a path to a .jsonl file as it is. Raises NanochatError."""
+    """The name as spelled in TASKS, whatever its case; a path to a .jsonl file unchanged. Raises NanochatError."""
     if name.endswith(".jsonl"):
         return name
     found = {known.lower(): known for known in TASKS}.get(name.lower())
@@ -45,7 +45,7 @@ def build_task(name: str, split: str, data_dir: Path | None = None, stop: int | 
     if name not in TASKS:
         from tasks.customjson import CustomJSON
 
-        return CustomJSON(Path(os.path.expanduser(name)), split, **slicing)  # no shell does it behind a comma
+        return CustomJSON(Path(os.path.expanduser(name)), split, **slicing)  # shells do not expand ~ after a comma
     task: Task = _task_class(name)(split, data_dir=data_dir, **TASKS[name][2], **slicing)
     return task
 
@@ -56,7 +56,7 @@ def _task_class(name: str) -> Any:
 
 
 def judged_tasks() -> list[str]:
-    """The names of those whose answers can be judged; the others only teach."""
+    """The names of the tasks whose answers can be judged; the others only teach."""
     return [name for name in TASKS if _task_class(name).evaluate is not Task.evaluate]
 
 
@@ -68,7 +68,7 @@ def build_judged_task(name: str, split: str, data_dir: Path | None = None) -> Ta
     return task
 
 
-# A path may hold * and :, as in C:\..., but no comma.
+# A path may contain * and :, as in C:\..., but no comma.
 ENTRY = re.compile(r"(.*\.jsonl|[^*:]*)(?:\*(\d{0,3}))?(?::(\d{0,18}))?")
 
 
@@ -84,13 +84,13 @@ def with_absolute_paths(spec: str) -> str:
 
 
 def build_mixture(spec: str, split: str, data_dir: Path | None = None) -> TaskMixture:
-    """Tasks interleaved: "NAME[*TIMES][:MOST],..." sees NAME that many times, and at most its first MOST conversations."""
+    """Tasks interleaved: "NAME[*TIMES][:MOST],..." takes at most the first MOST conversations of NAME, TIMES times."""
     tasks: list[Task] = []
     for entry in filter(None, (part.strip() for part in spec.split(","))):
         parsed = ENTRY.fullmatch(entry)
         if parsed is None:
             forms = "NAME, NAME*TIMES or NAME*TIMES:MOST, with TIMES below 1000"
-            raise NanochatError(f"{entry[:100]!r} is no entry of a mixture: write {forms}")
+            raise NanochatError(f"{entry[:100]!r} is not an entry of a mixture: write {forms}")
         name, times, most = parsed.groups()
         if 0 in (int(times or 1), int(most or 1)):
             raise NanochatError(f"{entry[:100]!r} takes nothing of {name[:100]}: leave it out, or write a number above 0")

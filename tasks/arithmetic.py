@@ -1,4 +1,4 @@
-"""Arithmetic in words, answered through the calculator: what a small model can be good at. Made, not read."""
+"""Generated arithmetic in words, answered with the calculator: something that a small model can be good at."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from nanochat.tools import use_calculator
 from tasks.common import Conversation, GeneratedTask, split_by_hash
 
-HELD_OUT = {"val": 0.1, "test": 0.1}  # of all pairs of operands, by hash: none of them is ever trained on
+HELD_OUT = {"val": 0.1, "test": 0.1}  # shares of all pairs of operands, by hash; these are never trained on
 QUESTIONS = {
     "+": ("What is {a} + {b}?", "What is {a} plus {b}?", "Add {a} and {b}.", "{a} + {b} = ?", "How much is {a} + {b}?",
           "Compute {a} + {b}.", "What is the sum of {a} and {b}?", "Can you add {a} and {b}?", "{a} plus {b}?",

@@ -1,4 +1,4 @@
-"""What a task is: conversations to learn from, and a judge of answers. One file a task beside this one.
+"""What a task is: conversations to learn from, and a judge of answers. Each task has its own file beside this one.
 
 A conversation is {"messages": [{"role", "content"}, ...]}, whose last message is the reference answer; content is a text
 or a list of parts {"type": "text" | "python" | "python_output", "text"}. A task may put more keys beside the messages
@@ -26,9 +26,9 @@ Conversation = dict[str, Any]
 
 
 class Task(ABC):
-    """Conversations number start, start + step, ... below stop of a data set.
+    """The conversations start, start + step, ... below stop of a data set.
 
-    eval_type "generative": the answer is written and judged by `evaluate`; "categorical": the likeliest of the letters.
+    eval_type "generative": `evaluate` judges a generated answer; "categorical": the likeliest letter is the answer.
     """
 
     eval_type = "generative"
@@ -36,7 +36,7 @@ class Task(ABC):
 
     def __init__(self, start: int = 0, stop: int | None = None, step: int = 1) -> None:
         if start < 0 or step < 1 or (stop is not None and stop < start):
-            raise NanochatError(f"a slice of {start}:{stop}:{step} is not one: 0 <= start <= stop and step >= 1")
+            raise NanochatError(f"a slice of {start}:{stop}:{step} is not valid: 0 <= start <= stop and step >= 1")
         self.start, self.stop, self.step = start, stop, step
 
     @abstractmethod
@@ -45,17 +45,17 @@ class Task(ABC):
 
     @abstractmethod
     def get_example(self, index: int) -> Conversation:
-        """A conversation of the whole data set; always the same for the same index."""
+        """One conversation of the whole data set, always the same for the same index."""
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool | float:
-        """Whether (or how far) a completion answers the conversation; a task that only teaches leaves it undefined.
+        """Whether (or how well) a completion answers the conversation; not defined for a task that only teaches.
 
-        completion: the whole answer as text, special tokens such as <|python_start|> spelled out.
+        completion: the whole answer as text, with special tokens such as <|python_start|> spelled out.
         """
         raise NotImplementedError
 
     def reward(self, conversation: Conversation, completion: str) -> float:
-        """What RL gives for a completion."""
+        """The reward that RL gives for a completion."""
         return float(self.evaluate(conversation, completion))
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ class Task(ABC):
 class RowTask(Task):
     """A task that makes each conversation from a row of a data set, `self.rows`; a subclass says how.
 
-    `convert` raises KeyError, TypeError or ValueError for a row that is none of its kind.
+    `convert` raises KeyError, TypeError or ValueError for a row of the wrong kind.
     """
 
     rows: Sequence[dict[str, Any]]
@@ -89,7 +89,7 @@ class RowTask(Task):
 
 
 class GeneratedTask(Task):
-    """A task whose conversations are made from their number; a subclass says how many there are in each split."""
+    """A task that generates each conversation from its number; a subclass says how many each split has."""
 
     SIZES: ClassVar[dict[str, int]]
 
@@ -128,11 +128,11 @@ class TaskSequence(Task):
         return which, index - (self.ends[which - 1] if which else 0)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool | float:
-        raise NanochatError("judge with the single tasks: a conversation does not say which one it is from")
+        raise NanochatError("judge with the single tasks: a conversation does not say which task it is from")
 
 
 class TaskMixture(TaskSequence):
-    """Tasks evenly interleaved, each spread over the whole; list one twice to see it twice as often."""
+    """Tasks evenly interleaved, each spread over the whole mixture; list a task twice to see it twice as often."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         super().__init__(tasks)
@@ -146,7 +146,7 @@ class TaskMixture(TaskSequence):
 def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
     """A multiple-choice question for the user to ask.
 
-    The letter comes after its choice: for small models binding a choice to a letter that follows is easier.
+    The letter comes after its choice: for small models it is easier to bind a choice to a letter that follows it.
     """
     lines = [f"Multiple Choice question: {question}"]
     lines += [f"- {choice}={letter}" for letter, choice in zip(letters, choices, strict=True)]
@@ -154,9 +154,9 @@ def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> 
 
 
 def multiple_choice(question: str, choices: Sequence[str], answer: int) -> Conversation:
-    """A conversation that asks for the letter of a choice and is answered with it. Raises ValueError for no such choice."""
+    """A conversation that asks for the letter of a choice and answers with it. Raises ValueError if there is none."""
     if not 0 <= answer < len(choices):
-        raise ValueError(f"answer {answer} is none of {len(choices)} choices")
+        raise ValueError(f"answer {answer} is not one of {len(choices)} choices")
     letters = [chr(ord("A") + i) for i in range(len(choices))]
     messages = [
         {"role": "user", "content": render_mc(question, letters, choices)},
@@ -175,9 +175,9 @@ def evaluate_letter(conversation: Conversation, completion: str) -> bool:
 
 
 def read_jsonl(path: Path, check: Callable[[Any], object] = lambda row: None) -> list[Any]:
-    """The values of a JSONL file. Raises NanochatError naming file and line, also of a value that `check` refuses.
+    """The values of a JSONL file. Raises NanochatError naming file and line, also for a value that `check` refuses.
 
-    Half a surrogate pair becomes U+FFFD: no page and no file could hold it.
+    Lone surrogates become U+FFFD: no page and no file could hold them.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines(): U+2028 may stand in a string
@@ -192,10 +192,10 @@ def read_jsonl(path: Path, check: Callable[[Any], object] = lambda row: None) ->
             rows.append(json.loads(as_unicode(json.dumps(row, ensure_ascii=False))) if "\\ud" in line.lower() else row)
             check(rows[-1])
         except json.JSONDecodeError as error:
-            raise NanochatError(f"{path}, line {number}, is not JSON ({error.msg}): mend or remove it") from error
+            raise NanochatError(f"{path}, line {number}, is not JSON ({error.msg}): fix or remove it") from error
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise NanochatError(f"{path}, line {number}, is no row of this task ({reason}): mend or remove it") from error
+            raise NanochatError(f"{path}, line {number}, is not a row of this task ({reason}): fix or remove it") from error
     return rows
 
 
@@ -213,7 +213,7 @@ class ArrowRows(Sequence):
 
 
 def split_by_hash(key: str, val: float, test: float) -> str:
-    """The split that a key belongs to, of which the shares `val` and `test` are held out."""
+    """The split that a key belongs to; val, test: the shares that are held out."""
     place = hashlib.sha256(key.encode()).digest()[0] / 256
     return "val" if place < val else "test" if place < val + test else "train"
 
@@ -228,7 +228,7 @@ def load_rows(
 ) -> Sequence[dict[str, Any]]:
     """The rows of a data set: the first of local_names (JSONL) below data_dir, else `subset/split-*.parquet` on the hub.
 
-    Raises NanochatError that says where the data was looked for, or which line `check` (RowTask.convert) refuses.
+    Raises NanochatError saying where the data was looked for, or which line `check` (RowTask.convert) refuses.
     """
     if data_dir is not None:
         for name in local_names:
@@ -239,7 +239,7 @@ def load_rows(
 
 
 def _download_split(repo_id: str, subset: str, split: str) -> list[Path]:
-    """The files of a split; without a network those that were fetched before."""
+    """The files of a split; without a network, those that were fetched before."""
     from huggingface_hub import snapshot_download
 
     pattern = f"{subset}/{split}-*.parquet"
@@ -253,6 +253,6 @@ def _download_split(repo_id: str, subset: str, split: str) -> list[Path]:
     if not (paths := sorted(Path(folder).glob(pattern))):
         raise NanochatError(f"{repo_id} has no {pattern}: its files have moved; give a local folder with --task-data")
     of = re.search(r"-of-(\d+)\.parquet$", paths[0].name)
-    if of and len(paths) < int(of[1]):  # what was begun with a network goes on with one
+    if of and len(paths) < int(of[1]):  # an earlier download was not finished
         raise NanochatError(f"of {int(of[1])} files of {repo_id} only {len(paths)} are here: check the network, and try again")
     return paths

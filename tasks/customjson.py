@@ -11,9 +11,9 @@ from tasks.common import Conversation, Task, read_jsonl
 
 
 class CustomJSON(Task):
-    """A conversation a line: a list of {"role", "content"}, or {"messages": that list}.
+    """One conversation per line: a list of {"role", "content"}, or {"messages": that list}.
 
-    Every twentieth line is held out for "val". Raises NanochatError naming the line that is no conversation.
+    Every twentieth line is held out for "val". Raises NanochatError naming a line that is not a conversation.
     """
 
     def __init__(self, path: Path, split: str = "train", **slicing: int) -> None:
@@ -40,11 +40,11 @@ def _as_conversation(row: object, path: Path, number: int) -> Conversation:
     except NanochatError as error:
         lines = path.read_text(encoding="utf-8").split("\n")
         line = [n for n, text in enumerate(lines, 1) if text.strip()][number - 1]
-        raise NanochatError(f"{path}, line {line}: conversation {number} {error}: mend or remove it") from error
+        raise NanochatError(f"{path}, line {line}: conversation {number} {error}: fix or remove it") from error
 
 
 def _checked(messages: object) -> list[dict[str, Any]]:
-    """Raises NanochatError, whose sentence lacks its subject."""
+    """The messages, checked. Raises NanochatError with a sentence that still needs its subject."""
     if not isinstance(messages, list) or len(messages) < 2:
         raise NanochatError("is not a list of at least two messages")
     for i, message in enumerate(messages, 1):

@@ -1,4 +1,4 @@
-"""Questions about Python's standard library, from the builtin corpus: whole sentences to learn answering with."""
+"""Questions about Python's standard library, from the builtin corpus: they teach answering in whole sentences."""
 
 from __future__ import annotations
 

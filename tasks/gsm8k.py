@@ -8,7 +8,7 @@ from typing import Any
 
 from tasks.common import Conversation, RowTask, load_rows
 
-NUM_VAL = 473  # questions at the end of the training split that are held out (a tenth of it at most)
+NUM_VAL = 473  # questions held out at the end of the training split (at most a tenth of it)
 CALL = re.compile(r"<<([^=<>]+)=([^<>]+)>>")
 ANSWER = re.compile(r"####\s*\$?(-?[\d,]*\.?\d+)")
 
@@ -47,7 +47,7 @@ class GSM8K(RowTask):
 
 
 def extract_answer(text: str) -> str | None:
-    """The number behind the last ####, without commas and trailing zeros of a fraction; None if there is none."""
+    """The number after the last ####, without commas and without trailing zeros of a fraction; None if there is none."""
     found = ANSWER.findall(text)
     if not found:
         return None

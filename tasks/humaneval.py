@@ -14,14 +14,14 @@ from nanochat.execution import Sandbox, choose_launcher
 from tasks.common import Conversation, RowTask, load_rows
 
 FENCED = re.compile(r"```[ \t]*\w*[ \t]*\r?\n(.*?)(?:```|\Z)", re.DOTALL)
-TIMEOUT_S = 5.0  # a problem's tests take the reference solution a few ms, one of them 1 s
+TIMEOUT_S = 5.0  # the reference solutions take a few ms for their tests, one of them 1 s
 _LOCK = threading.Lock()
 
 
 class HumanEval(RowTask):
-    """164 problems, for measuring only: there is no training split. Answers are run in isolation (execution.py).
+    """164 problems, only for measuring: there is no training split. Answers run in isolation (execution.py).
 
-    Raises NanochatError where nothing isolates programs: before other tasks are measured, and data fetched.
+    Raises NanochatError if nothing can isolate programs: before other tasks are measured and before data is fetched.
     """
 
     def __init__(self, split: str, data_dir: Path | None = None, **slicing: int) -> None:
@@ -46,7 +46,7 @@ class HumanEval(RowTask):
 
 
 def _shared_sandbox() -> Sandbox:
-    """The process's own, made when the first answer is judged."""
+    """This process's sandbox, made when the first answer is judged."""
     with _LOCK:
         return _make_sandbox()
 
@@ -59,10 +59,10 @@ def _make_sandbox() -> Sandbox:
 
 
 def build_program(conversation: Conversation, completion: str) -> str:
-    """The completion's first fenced block, or all of it, between the problem's own lines and its tests.
+    """The completion's first fenced block, or all of it, placed between the problem's prompt and its tests.
 
-    The lines bring imports and helpers that the answer may leave out; the function that they begin is defined again, or
-    gets the body that the answer is.
+    The prompt has imports and helpers that the answer may omit. An answer either defines the prompt's function again or
+    is its body.
     """
     fenced = FENCED.search(completion)
     answer = fenced[1] if fenced else completion

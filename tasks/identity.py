@@ -1,4 +1,4 @@
-"""Who the model is: short conversations composed from many phrasings. Your own: a CustomJSON file instead."""
+"""Who the model is: short conversations composed from many phrasings. For your own, use a CustomJSON file instead."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import random
 
 from tasks.common import Conversation, GeneratedTask, split_by_hash
 
-HELD_OUT = {"val": 0.1, "test": 0.15}  # of all greetings with a question, by hash: none of them opens a talk to train on
+HELD_OUT = {"val": 0.1, "test": 0.15}  # shares of all greetings with a question, by hash; never used in train
 GREETINGS = ("", "", "", "Hello! ", "Hi! ", "Hey, ", "Good morning. ", "Hi there. ")
 TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "name": (
@@ -52,7 +52,7 @@ TOPICS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 class Identity(GeneratedTask):
     """Conversations of one or two turns about the model itself.
 
-    An opening, a greeting and the first question, is in one split only; those without a greeting are all in train.
+    An opening (a greeting and the first question) is in one split only; those without a greeting are all in train.
     """
 
     SIZES = {"train": 2_000, "val": 100, "test": 100}
@@ -83,7 +83,7 @@ def _compose(rng: random.Random) -> list[dict[str, str]]:
 
 
 def split_of(opening: str) -> str:
-    """The split that a conversation belongs to that opens so, in whatever case; without a greeting, train."""
+    """The split of conversations with this opening, whatever its case; without a greeting, train."""
     words = opening.lower().rstrip("?.!")
     if not any(words.startswith(greeting.lower()) for greeting in GREETINGS if greeting):
         return "train"

@@ -1,7 +1,7 @@
-"""Saying a few words again, as they are: what spelling and counting begin with. Made from the builtin corpus's text.
+"""Repeating a few words exactly, the first step of spelling and counting. Generated from the builtin corpus's text.
 
-A small model learns to spell the words it is taught; to take up a word that none of its lessons had, it must have learned to
-repeat any token at all.
+A small model learns to spell the words it is taught; to pick up a word that no lesson had, it must have learned to repeat
+any token.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def get_documents(split: str) -> list[str]:
 
 
 class Repeat(GeneratedTask):
-    """One to six words out of the middle of a document."""
+    """One to six words from the middle of a document."""
 
     SIZES = {"train": 20_000, "val": 200, "test": 256}
 

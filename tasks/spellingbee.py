@@ -1,7 +1,7 @@
-"""Spelling words and counting their letters, by hand and with the calculator. Made from the builtin corpus's words.
+"""Spelling words and counting their letters, by hand and with the calculator. Generated from the builtin corpus's words.
 
-An answer has a word behind a space, as most questions do: the tokens are the same then, and to repeat them is all that a small
-model has to do. Without the space " continuity" becomes other tokens, whose spelling it would have to know.
+An answer puts a space before the word, as most questions do. Then the tokens are the same, and a small model only has to
+repeat them. Without the space, "continuity" becomes other tokens, whose spelling it would have to know.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ QUESTIONS = (
     "In {word}, how many {letter}?", 'How many "{letter}" does "{word}" have?', 'How many "{letter}" are in "{word}"?',
 )  # fmt: skip
 SPELLING = ("Spell the word: {word}", "Spell {word}.", "How do you spell {word}?", "Spell the word {word}.", 'Spell "{word}".')
-INVENTED = 0.3  # of the words to learn from are made of parts of others
+INVENTED = 0.3  # share of the training words that are made of parts of others
 
 
 @functools.lru_cache
 def get_words() -> list[str]:
-    """Lowercase words of 3 to 12 letters of the builtin corpus, the most frequent first."""
+    """Lowercase words of 3 to 12 letters in the builtin corpus, the most frequent first."""
     counts = Counter(w for text in get_source("builtin").documents("train") for w in re.findall(r"\b[a-z]{3,12}\b", text))
     frequent = [(-count, word) for word, count in counts.items() if count >= 3]
     return [word for _, word in sorted(frequent)[:NUM_WORDS]]
@@ -41,7 +41,7 @@ def _known() -> frozenset[str]:
 
 
 def _word(rng: random.Random, split: str) -> str:
-    """A word of the split: every twentieth is val's, and as many are test's."""
+    """A word of the split: every twentieth word is in val, and as many are in test."""
     words = get_words()
     while True:
         index = rng.randrange(len(words))
@@ -50,12 +50,12 @@ def _word(rng: random.Random, split: str) -> str:
 
 
 def _lesson_word(rng: random.Random, split: str) -> str:
-    """A word to be asked about: a real one, but for some of those to learn from."""
+    """A word to ask about: a real one, except for some in the training split."""
     return _invent(rng) if split == "train" and rng.random() < INVENTED else _word(rng, split)
 
 
 def _invent(rng: random.Random) -> str:
-    """The beginning of one word and the end of another, of 3 to 12 letters: tokens where no real word has them."""
+    """The beginning of one word and the end of another, 3 to 12 letters: combinations of tokens that no real word has."""
     while True:
         first, last = _word(rng, "train"), _word(rng, "train")
         word = first[: rng.randint(1, len(first))] + last[rng.randrange(len(last)) :]
@@ -68,7 +68,7 @@ def _spell(word: str) -> str:
 
 
 class SpellingBee(GeneratedTask):
-    """How often a letter is in a word: the word is spelled out and counted, and the count checked by the calculator."""
+    """How often a letter occurs in a word: the word is spelled out and counted, and the calculator checks the count."""
 
     SIZES = {"train": 20_000, "val": 200, "test": 256}
 

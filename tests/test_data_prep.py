@@ -411,7 +411,7 @@ def test_unreadable_folders_and_files_are_named(prepare, tmp_path: Path) -> None
 
 
 def test_output_in_input_is_refused(prepare, raw: Path) -> None:
-    with pytest.raises(NanochatError, match="lie in each other"):
+    with pytest.raises(NanochatError, match="overlap"):
         prepare("out", "--output", str(raw / "shards"))
 
 

@@ -276,7 +276,7 @@ def test_text_of_every_arrow_type_is_read(tmp_path: Path, kind: pa.DataType) -> 
 @pytest.mark.parametrize("value", ["1" * 5000, "[" * 100_000 + "]" * 100_000])
 def test_a_line_beyond_what_json_can_read_is_named(tmp_path: Path, value: str) -> None:
     (tmp_path / "a.jsonl").write_text(f'{{"text": "fine"}}\n{{"text": {value}}}\n', encoding="utf-8")
-    with pytest.raises(NanochatError, match=r"a\.jsonl, line 2, cannot be read \(.*\): mend or remove it") as error:
+    with pytest.raises(NanochatError, match=r"a\.jsonl, line 2, cannot be read \(.*\): fix or remove it") as error:
         list(get_source(str(tmp_path)).documents("train"))
     assert len(str(error.value)) < 300
 

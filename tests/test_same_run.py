@@ -120,5 +120,5 @@ def test_a_text_is_found_again_from_elsewhere(
     if os.name != "nt":
         undecodable = os.fsdecode(b"caf\xe9")
         texts.rename(undecodable)
-        with pytest.raises(NanochatError, match="has bytes in its name that are no text: rename it"):
+        with pytest.raises(NanochatError, match="has a name that is not valid text: rename it"):
             get_source(undecodable)

@@ -51,7 +51,7 @@ def test_slices_are_those_of_range(start: int, stop: int | None, step: int) -> N
 
 def test_bad_slices_are_refused() -> None:
     for bad in ({"start": -1}, {"step": 0}, {"start": 5, "stop": 3}):
-        with pytest.raises(NanochatError, match="is not one: 0 <= start <= stop and step >= 1"):
+        with pytest.raises(NanochatError, match="is not valid: 0 <= start <= stop and step >= 1"):
             Count(10, **bad)
 
 
@@ -281,7 +281,7 @@ def test_mixture_spec() -> None:
     with pytest.raises(NanochatError, match=r"C:.chats.jsonl"):  # looked for there: the drive's colon begins no number
         build_mixture(r"C:\chats.jsonl*2:10", "train")
     for too_large in ("Arithmetic*" + "9" * 20, "Arithmetic:" + "9" * 5000):
-        with pytest.raises(NanochatError, match=r"is no entry of a mixture: .* with TIMES below 1000"):
+        with pytest.raises(NanochatError, match=r"is not an entry of a mixture: .* with TIMES below 1000"):
             build_mixture(too_large, "train")
     for nothing in ("Identity*0", "Identity:0", "Identity*2:00"):
         with pytest.raises(NanochatError, match=r"'Identity[*:0-9]+' takes nothing of Identity: leave it out"):
@@ -327,7 +327,7 @@ def test_custom_conversations(tmp_path: Path) -> None:
      ('[{"role": "assistant", "content": ""}, {"role": "user", "content": ""}]', "message 1 is from 'assistant'"),
      (json.dumps([{"role": r, "content": ""} for r in ("system", "user", "user")]), "message 3 is from 'user'"),
      ('[{"role": "system", "content": ""}, {"role": "user", "content": ""}]', "conversation 2 has no answer of the assistant"),
-     ("[" * 100_000, "line 2, is no row of this task")],
+     ("[" * 100_000, "line 2, is not a row of this task")],
 )  # fmt: skip
 def test_malformed_conversations_are_named(tmp_path: Path, line: str, message: str) -> None:
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -363,7 +363,7 @@ def test_malformed_rows_are_named_by_file_and_line(tmp_path: Path, name: str, fi
     path = tmp_path / file
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(good) + "\n\n" + line, encoding="utf-8")
-    with pytest.raises(NanochatError, match=rf"{path.name}, line 3, is no row of this task"):
+    with pytest.raises(NanochatError, match=rf"{path.name}, line 3, is not a row of this task"):
         build_task(name, "val" if name == "SmolTalk" else "test", tmp_path)
 
 
@@ -372,7 +372,7 @@ def test_malformed_parts_of_a_conversation_are_named_by_file_and_line(tmp_path: 
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]
     bad = [talk[0], {"role": "assistant", "content": part}]
     (tmp_path / "bad.jsonl").write_text(json.dumps(talk) + "\n\n" + json.dumps(bad), encoding="utf-8")
-    with pytest.raises(NanochatError, match=r"bad\.jsonl, line 3: conversation 2 is damaged in message 2 .* mend or"):
+    with pytest.raises(NanochatError, match=r"bad\.jsonl, line 3: conversation 2 is damaged in message 2 .* fix or"):
         CustomJSON(tmp_path / "bad.jsonl")
 
 
