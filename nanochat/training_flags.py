@@ -64,7 +64,8 @@ def add_training_arguments(
                      help="show samples of the model's text (0: only at the end; -1: never)")  # fmt: skip
     if not generates:
         run.add_argument("--eval-tokens", type=int, default=None, metavar="N",
-                         help="validation tokens to use (default: 2^18, on a GPU 2^22; -1: all)")  # fmt: skip
+                         help="validation tokens to use, in whole batches of all ranks, at least one (default: 2^18, on a GPU "
+                              "2^22; -1: all)")  # fmt: skip
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best one available")
     machine.add_argument("--device-batch-size", type=int, default=-1, metavar="ROWS",

@@ -48,7 +48,8 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
                           help=f"any of {', '.join(KINDS)} (default: all, but core only if its data is here)")  # fmt: skip
     measures.add_argument("--data", default=None, metavar="NAME|PATH", help="text to measure on (default: the run's own)")
     measures.add_argument("--split-tokens", type=int, default=-1,
-                          help="tokens of each split (-1: 2^20, or the whole split if shorter)")  # fmt: skip
+                          help="tokens of each split, in whole batches of all ranks, at least one (-1: 2^20, or the whole "
+                               "split if shorter)")  # fmt: skip
     measures.add_argument("--eval-bundle", type=Path, default=None, metavar="DIR", help="CORE's data (default: downloaded)")
     measures.add_argument("--max-per-task", type=int, default=-1, help="questions of each CORE task (-1: all)")
     machine = parser.add_argument_group("machine")
