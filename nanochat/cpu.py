@@ -49,7 +49,7 @@ def usable_cores() -> int:
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory instead of giving it back to the system after every step.
 
-    A training step on a CPU frees and takes hundreds of large buffers; fetching their pages anew from the system each
+    A training step on a CPU frees and takes hundreds of large buffers; requesting their pages from the system again each
     time took up to half of the element-wise work. Only what is larger than 32 MB, which would leave holes that little
     fits into, comes from the system. Elsewhere (musl, macOS, Windows) there is nothing to do.
     """

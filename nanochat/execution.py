@@ -284,7 +284,7 @@ def _describe_exit(exit_code: int) -> str:
 def build_filter() -> bytes | None:
     """The filter of system calls as a BPF program; None where libseccomp is missing.
 
-    The namespaces and limits hold without it, but for shared memory and sockets of the machine itself (AF_VSOCK).
+    The namespaces and limits hold without it, except for shared memory and the machine's own sockets (AF_VSOCK).
     """
     try:
         import pyseccomp
