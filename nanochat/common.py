@@ -35,6 +35,7 @@ DEFAULT_BASE_DIR = "~/.cache/nanochat"
 LESS_MEMORY = (  # names no flags, because they differ between commands
     "choose fewer rows at a time, a shorter context or a smaller model; python -m nanochat.memory says what training needs"
 )
+SET_BY_TORCHRUN = "unset RANK, LOCAL_RANK and WORLD_SIZE, or start with torchrun, which sets them all"
 OURS = ("nanochat", "scripts", "tasks")  # our packages
 
 
@@ -207,7 +208,7 @@ def describe_unexpected(error: Exception) -> str:
 
 def print0(*args: object, **kwargs: Any) -> None:
     """Print on rank 0 only."""
-    if int(os.environ.get("RANK", 0)) == 0:
+    if number_from_torchrun("RANK") == 0:
         print(*args, **kwargs)
 
 
@@ -223,7 +224,26 @@ def get_dist_info() -> tuple[bool, int, int, int]:
     """(ddp, rank, local_rank, world_size); (False, 0, 0, 1) outside torchrun."""
     if not is_ddp_requested():
         return False, 0, 0, 1
-    return True, int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, local_rank, world_size = map(number_from_torchrun, ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    return True, rank, local_rank, world_size
+
+
+def number_from_torchrun(name: str, most: int = 65535) -> int:
+    """An environment variable that torchrun sets, 0 where it did not. Raises NanochatError if it is no such number."""
+    text = os.environ.get(name, "0")
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) <= most):
+        raise NanochatError(f"{name}={text[:50]!r} is no whole number from 0 to {most}: {SET_BY_TORCHRUN}")
+    return int(text)
+
+
+def _check_meeting_point(rank: int, world_size: int) -> None:
+    """Raises NanochatError if the environment does not say where the ranks meet, and which of how many this one is."""
+    if rank >= world_size:
+        raise NanochatError(f"RANK={rank} is not below WORLD_SIZE={world_size}: {SET_BY_TORCHRUN}")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise NanochatError(f"RANK, LOCAL_RANK and WORLD_SIZE are set, but not {name}: {SET_BY_TORCHRUN}")
+    number_from_torchrun("MASTER_PORT")
 
 
 def autodetect_device_type() -> str:
@@ -275,6 +295,7 @@ def compute_init(device_type: str = "", seed: int = 42) -> tuple[bool, int, int,
             free, total = torch.cuda.mem_get_info(device)
             torch.cuda.set_per_process_memory_fraction(0.95 * free / total, device)
     if ddp and not dist.is_initialized():
+        _check_meeting_point(rank, world_size)
         backend = "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo"  # gloo too, for collectives on the host
         device_id = device if device_type == "cuda" else None
         timeout = timedelta(minutes=10)

@@ -310,10 +310,8 @@ class HubSource(Source):
         val = [path for path in files if path.name == repository.val_file]
         train = [path for path in files if path.name != repository.val_file]
         if not val or not train:
-            there = f"{directory}: run python -m nanochat.dataset --data {name} -n 8"
-            if not train:
-                raise NanochatError(f"no training shard is in {there}")
-            raise NanochatError(f"the validation shard {repository.val_file} is missing in {there}")
+            what = f"the validation shard {repository.val_file}" if train else "every training shard"
+            raise NanochatError(f"{what} is missing in {directory}: run python -m nanochat.dataset --data {name} -n 8")
         super().__init__(map(DocumentFile, train), map(DocumentFile, val))
 
 

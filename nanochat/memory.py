@@ -24,6 +24,7 @@ from nanochat.scaling import count_params, model_config
 from nanochat.settings import SettingsParser
 
 RESERVED = 0.08  # of the device, for its context and for gaps
+MOST_GB = 10_000  # beyond any device there is; models for more take minutes to count
 
 
 @dataclass(frozen=True)
@@ -174,8 +175,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vocab-size", type=int, default=32768, help="tokens")
     parser.add_argument("--rows", type=int, default=1, help="sequences in a micro-batch")
     args = parser.parse_args(argv)
-    if min(args.gb) <= 0 or args.world_size < 1 or args.rows < 1:
-        raise NanochatError("sizes, devices and rows must be above 0")
+    args.require_positive("world_size", "max_seq_len", "vocab_size", "rows")
+    for size in args.gb:
+        if not 0 < size <= MOST_GB:
+            raise NanochatError(f"--gb {size:g} is no device's memory: choose above 0 and at most {MOST_GB:,}")
     n = args.world_size
     layouts = {
         "1 device": Layout(),

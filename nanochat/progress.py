@@ -17,6 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
+from nanochat.common import number_from_torchrun
+
 T = TypeVar("T")
 REFRESH_S = 0.2  # on a terminal
 LINE_S = 10.0  # elsewhere: seconds between lines, and at least a twentieth of the work
@@ -52,7 +54,7 @@ class Progress:
         place = os.environ.get("NANOCHAT_STAGE")
         self.stage = f"[{place}] {stage}" if place else stage
         self.total, self.unit, self.start, self.work = total, unit, start, work
-        self.active = int(os.environ.get("RANK", 0)) == 0
+        self.active = number_from_torchrun("RANK") == 0
         self._console = _Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._bar: RichProgress | None = None
         self._shown_at, self._shown_step = 0.0, start

@@ -30,7 +30,8 @@ FREE_SETTINGS = {
     "device", "dtype", "fp8", "world_size", "fsdp", "activation_checkpointing", "device_batch_size",
     "compile", "eval_every", "eval_tokens", "sample_every", "save_every", "keep_last",
     "device_type", *RATES,
-    "data", "task_data", "tokenizer", "from_hf", "model_tag", "tag", "model_step",  # their content is compared, not the path
+    # Their content is compared, not the path:
+    "data", "tasks", "task_data", "tokenizer", "from_hf", "model_tag", "tag", "model_step",
     "core_metric_every", "core_metric_max_per_task", "eval_bundle", "max_rows", "eval_examples", "eval_samples",
 }  # fmt: skip
 
@@ -63,11 +64,17 @@ def check_settings(stage: Stage, new: dict[str, Any], args: Arguments) -> None:
         before = old.get(key, args.defaults[key] if key in args.given else value)  # a flag newer than the run
         if key in RATES and before != value:
             print0(f"going on with {flag} {value}: until now it was {before}")
-        if key not in FREE_SETTINGS and before != value:
+        if key in FREE_SETTINGS or before == value:
+            continue
+        if key not in args.defaults:  # follows from the flags, as num_params does
             raise NanochatError(
-                f"run {stage.tag!r} was started with {flag} {before}, not {value}: use the same settings to go on "
-                f"(--config {stage.directory / CONFIG_FILE} has them), or {anew}"
+                f"this nanochat makes {key} {value} of these settings, and run {stage.tag!r} has {before}: use the version "
+                f"that began it to go on, or {anew}"
             )
+        raise NanochatError(
+            f"run {stage.tag!r} was started with {flag} {before}, not {value}: use the same settings to go on "
+            f"(--config {stage.directory / CONFIG_FILE} has them), or {anew}"
+        )
 
 
 def check_data(stage: Stage, source: Source) -> None:

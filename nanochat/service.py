@@ -7,6 +7,7 @@ step, however many texts there are. Used by server.py, streams.py, guard.py and 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import time
 from collections.abc import AsyncIterator
@@ -178,7 +179,7 @@ class Worker:
                 by_loop.setdefault(ticket.loop, []).append(ticket)
                 self._updated.discard(ticket)
         for loop, tickets in by_loop.items():
-            if not loop.is_closed():
+            with contextlib.suppress(RuntimeError):  # it is closed, and may close at any moment: an error would end the model
                 loop.call_soon_threadsafe(_set_news, tickets)
 
 

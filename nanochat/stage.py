@@ -94,8 +94,8 @@ def open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Sta
     "auto": resume from the newest intact checkpoint, or start if there is none; without a tag, in the newest of those runs.
     A number: resume from that step; if torchrun or Slurm repeats such a command, from the newest, to keep the work since.
     """
-    if resume not in ("auto", "none") and not resume.isdigit():
-        raise NanochatError(f"--resume {resume!r} is neither auto nor none nor a step: give one of these")
+    if not re.fullmatch("auto|none|[0-9]{1,18}", resume):
+        raise NanochatError(f"--resume {resume[:50]!r} is neither auto nor none nor a step: give one of these")
     if resume == "none" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         raise NanochatError("torchrun started this job again, but it may not go on from a checkpoint: add --resume auto")
     return on_rank0(lambda: _open_stage(name, tag, default_tag, resume))
@@ -134,6 +134,11 @@ def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> St
             if step not in list_steps(directory):
                 raise no_such_step(directory, step)
     directory = get_stage_dir(tag, name)
+    if step is not None and (origin := read_meta(directory, step).get("imported")):
+        raise NanochatError(
+            f"the base model of run {tag!r} came from {origin['from']}: it can be fine-tuned, but not trained on here; "
+            f"{way_to_begin_anew(directory)}"
+        )
     if step is None and (heirs := _heirs(tag, name)):
         raise NanochatError(
             f"run {tag!r} has {' and '.join(heirs)} checkpoints, whose tokenizer that of a new base model would replace: "
@@ -235,7 +240,8 @@ def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, An
             tokenizer.save(get_run_dir(stage.tag))
     text = json.dumps(settings, indent=2, ensure_ascii=False)  # unescaped: recipes search it for the path of the data
     atomic_write(stage.directory / SETTINGS_FILE, text)
-    config = args.to_toml({**settings, "model_tag": stage.tag}, leave_out=("resume", "resume_from_step"))
+    left_out = ("resume", "resume_from_step", "target_minutes")  # the last: what it allowed is num_iterations
+    config = args.to_toml({**settings, "model_tag": stage.tag}, leave_out=left_out)
     atomic_write(stage.directory / CONFIG_FILE, config)
 
 

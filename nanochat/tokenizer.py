@@ -365,11 +365,16 @@ class IncrementalDecoder:
 
 
 def get_tokenizer_dir(name_or_path: str = "default") -> Path:
-    """The directory of a tokenizer: a path, or a name below <base>/tokenizers."""
+    """The directory of a tokenizer: a name below <base>/tokenizers, or a path.
+
+    A name means a path only if no tokenizer has that name and the path holds one. "default" is never a path.
+    """
     path = Path(os.path.expanduser(name_or_path))  # like a shell, leaves ~NOBODY as it is
-    if path.exists() or len(path.parts) > 1:
+    if len(path.parts) > 1 or {"/", os.sep} & {*name_or_path} or name_or_path in (".", ".."):
         return path
-    return get_base_dir() / "tokenizers" / name_or_path
+    named = get_base_dir() / "tokenizers" / name_or_path
+    is_here = path.is_file() or (path / FILE_NAME).is_file()
+    return path if is_here and name_or_path != "default" and not (named / FILE_NAME).exists() else named
 
 
 def get_tokenizer(name_or_path: str = "default") -> Tokenizer:

@@ -119,8 +119,10 @@ def parse_switches(pairs: list[str], *settings: type) -> list[dict[str, Any]]:
         try:
             if isinstance(default, bool):
                 target[name] = {"true": True, "false": False}[text.lower()]
+            elif isinstance(default, int):
+                target[name] = int(text)  # 2.7 would be cut to 2
             else:
                 target[name] = text if isinstance(default, str) else type(default)(ast.literal_eval(text))
-        except (ValueError, SyntaxError, TypeError, KeyError):
+        except (ValueError, SyntaxError, TypeError, KeyError, OverflowError):
             raise NanochatError(f"--set {pair}: the value must be like {default!r}") from None
     return parsed

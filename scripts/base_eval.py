@@ -87,6 +87,9 @@ def main(argv: list[str] | None = None) -> int:
             raise NanochatError(f"run {meta['tag']!r} was not pretrained here, so its text is not known: name one with --data")
         source = get_source(data)
         source.check_tokens(tokenizer)
+        recorded = meta.get("data", {})
+        if recorded.get("source") == source.name and recorded.get("hash_limit") and not source.val_files:
+            source.hash_limit = recorded["hash_limit"]  # by files that came or went since, it would be another
     T = model.config.sequence_len
     rows = args.device_batch_size if args.device_batch_size > 0 else max(1, 8192 // T)
     most = max(1, (args.split_tokens if args.split_tokens > 0 else 2**20) // (rows * T * world_size))

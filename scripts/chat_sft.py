@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint_manager import find_run
-from nanochat.common import compute_init, get_base_dir, print0, run_command
+from nanochat.common import NanochatError, compute_init, get_base_dir, print0, run_command
 from nanochat.conversation_loader import ConversationLoader, check_answers, estimate_tokens
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
@@ -39,7 +39,7 @@ from nanochat.stage import (
 )
 from nanochat.trainer import Trainer
 from nanochat.training_flags import RATES, add_rate_arguments, add_training_arguments
-from tasks import build_mixture
+from tasks import build_mixture, with_absolute_paths
 
 DEFAULT_TASKS = "SmolTalk,MMLU*3,GSM8K*4,Identity*2,SimpleSpelling,SpellingBee"
 LEAST_UPDATES = 50  # in a pass over the conversations: where there would be fewer, the batch is made smaller
@@ -82,10 +82,18 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
 
 
 def default_tasks() -> str:
-    """The mixture without --tasks, with the user's own identity file if it lies where public recipes keep it."""
+    """The mixture without --tasks, with the user's own identity file if it lies where public recipes keep it.
+
+    Raises NanochatError if a mixture cannot name that file.
+    """
     path = get_base_dir() / "identity_conversations.jsonl"
     if not path.exists():
         return DEFAULT_TASKS
+    if "," in str(path):
+        raise NanochatError(
+            f"{path} cannot be in the mixture, where a comma ends an entry: set NANOCHAT_BASE_DIR to a folder without one, or "
+            "give --tasks"
+        )
     print0(f"{path} takes the place of Identity in the mixture (--tasks chooses another)")
     return DEFAULT_TASKS.replace("Identity", str(path))
 
@@ -150,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.max_seq_len > 0:
         change_context(model_config, args.max_seq_len)
     sequence_len = model_config["sequence_len"]
-    args.tasks = from_rank0(args.tasks or default_tasks())
+    args.tasks = from_rank0(with_absolute_paths(args.tasks or default_tasks()))
     train_task = build_mixture(args.tasks, "train", args.task_data)
     val_task = build_mixture(args.tasks, "val", args.task_data)
     mixture = check_mixture(stage, train_task, args.tasks)

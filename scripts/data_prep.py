@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 from fsspec.core import url_to_fs
 
 from nanochat.common import NanochatError, run_command
@@ -83,8 +87,39 @@ def main(argv: list[str] | None = None) -> int:
     if layout.manifest.exists():
         print(f"{layout.output} is complete: {_describe(layout)}")
         return 0
-    _RUN_STAGES[args.executor](args, build_stages(settings, layout), layout)
+    stages = build_stages(settings, layout)
+    if args.executor == "slurm":
+        _submit(args, stages, layout)
+    else:
+        with _lock(layout):
+            _run_here(args, stages, layout)
     return 0
+
+
+@contextlib.contextmanager
+def _lock(layout: Layout) -> Iterator[None]:
+    """While this lasts no other command may prepare this output here; the system ends it with the process.
+
+    Two would write, and clean up, each other's files. Raises NanochatError if another process is at it.
+    """
+    lock, owner = FileLock(layout.output / "work" / ".lock", timeout=0), layout.output / "work" / "owner"
+    owner.parent.mkdir(exist_ok=True)
+    try:
+        lock.acquire()
+    except Timeout:
+        who = "another process"
+        with contextlib.suppress(OSError):  # it has only just begun, or ends just now
+            who = owner.read_text(encoding="utf-8")
+        raise NanochatError(
+            f"{layout.output} is being prepared by {who}: wait for it, stop it, or choose another --output; if none lives "
+            f"on any machine, remove {lock.lock_file}"
+        ) from None
+    try:
+        atomic_write(owner, f"process {os.getpid()} on {platform.node()}")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
 
 
 def _check_installed(args: Arguments) -> None:
@@ -301,8 +336,6 @@ def _in_queue(job_ids: str) -> str:
     result = subprocess.run(["squeue", "--noheader", "--format=%i", f"--jobs={job_ids}"], capture_output=True, text=True)
     return " ".join(result.stdout.split()) if result.returncode == 0 else ""
 
-
-_RUN_STAGES = {"local": _run_here, "ray": _run_here, "slurm": _submit}
 
 if __name__ == "__main__":
     sys.exit(run_command(main))

@@ -68,16 +68,32 @@ def build_judged_task(name: str, split: str, data_dir: Path | None = None) -> Ta
     return task
 
 
+# A path may contain * and :, as in C:\..., but no comma.
+ENTRY = re.compile(r"(.*\.jsonl|[^*:]*)(?:\*(\d{0,3}))?(?::(\d{0,18}))?")
+
+
+def with_absolute_paths(spec: str) -> str:
+    """A mixture as it is recorded, whose paths lead to the same files wherever a later command is given."""
+    entries = [entry.strip() for entry in spec.split(",")]
+    for i, entry in enumerate(entries):
+        if (parsed := ENTRY.fullmatch(entry)) and (name := parsed[1]).endswith(".jsonl"):
+            path = os.path.join(os.getcwd(), os.path.expanduser(name))
+            if "," not in path:  # which would end the entry: then it is found only from here
+                entries[i] = path + entry[len(name) :]
+    return ",".join(entries)
+
+
 def build_mixture(spec: str, split: str, data_dir: Path | None = None) -> TaskMixture:
     """Tasks interleaved: "NAME[*TIMES][:MOST],..." takes at most the first MOST conversations of NAME, TIMES times."""
     tasks: list[Task] = []
     for entry in filter(None, (part.strip() for part in spec.split(","))):
-        # A path may contain * and :, as in C:\..., but no comma.
-        parsed = re.fullmatch(r"(.*\.jsonl|[^*:]*)(?:\*(\d{0,3}))?(?::(\d{0,18}))?", entry)
+        parsed = ENTRY.fullmatch(entry)
         if parsed is None:
             forms = "NAME, NAME*TIMES or NAME*TIMES:MOST, with TIMES below 1000"
             raise NanochatError(f"{entry[:100]!r} is not an entry of a mixture: write {forms}")
         name, times, most = parsed.groups()
+        if 0 in (int(times or 1), int(most or 1)):
+            raise NanochatError(f"{entry[:100]!r} takes nothing of {name[:100]}: leave it out, or write a number above 0")
         stop = (int(most) if split == "train" else max(1, int(most) // 20)) if most else None
         task = build_task(name, split, data_dir, stop)
         tasks += [task] * (int(times or 1) if split == "train" else 1)

@@ -1,4 +1,6 @@
-"""Starts the commands as torchrun does, on several ranks and nodes. Used by test_distributed.py and test_lost_ranks.py."""
+"""Starts the commands as torchrun does, on several ranks and nodes. Used by test_distributed.py, test_lost_ranks.py and
+test_rl.py.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +26,14 @@ SMALL = [
     "--keep-last=-1", "--matrix-lr=0.013", "--embedding-lr=0.2", "--unembedding-lr=0.005", "--scalar-lr=0.33",
 ]  # fmt: skip
 WHOLE = "whole"  # the run that others are compared with
+# scripts.chat_rl, with rewards by what an answer is, since a model that has learned nothing earns none.
+REINFORCE = """
+import sys
+from nanochat.rl import RolloutLoader
+from scripts import chat_rl
+RolloutLoader._judge = lambda self, problem, answer: sum(answer.tokens) % 7 / 6
+sys.exit(chat_rl.main(sys.argv[1:]))
+"""
 
 _started: list[subprocess.Popen] = []
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat.checkpoint_manager import read_meta
 from nanochat.common import NanochatError
 from nanochat.loss_eval import batches_to_validate
 from nanochat.runs import list_steps
+from nanochat.stage import Stage
 from scripts import chat_sft
 from tests.helpers import write_gsm8k
 
@@ -37,6 +39,14 @@ def test_an_identity_of_ones_own_is_learned_and_kept(
     own.unlink()
     with pytest.raises(NanochatError, match=own.name):  # nor is it another one now
         chat_sft.main([*FLAGS, "--resume=auto"])
+
+
+def test_a_folder_with_a_comma_holds_no_entry_of_a_mixture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "a,b"))
+    assert chat_sft.default_tasks() == chat_sft.DEFAULT_TASKS
+    (tmp_path / "a,b" / "identity_conversations.jsonl").write_text("[]", encoding="utf-8")
+    with pytest.raises(NanochatError, match="a,b.identity_conversations.jsonl cannot be .* a comma ends an entry"):
+        chat_sft.default_tasks()
 
 
 def test_a_file_that_comes_later_changes_no_run(tiny_run: Path, base_dir: Path, capsys: pytest.CaptureFixture) -> None:
@@ -74,6 +84,28 @@ def test_a_resumed_stage_knows_its_tasks_files_and_its_rows(
         chat_sft.main([*FLAGS, "--max-seq-len=32", "--resume=1"])
 
 
+def test_conversations_of_ones_own_are_found_again(tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From another folder, by --resume and by --config; and a stage that recorded the path as it was typed goes on."""
+    shutil.rmtree(tiny_run / "sft")
+    shutil.copytree(tiny_run, tiny_run.parent / "again")
+    talk = [{"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am Sam."}]
+    (tmp_path / "mine.jsonl").write_text("\n".join([json.dumps(talk)] * 40), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert chat_sft.main([*FLAGS, "--tasks=Arithmetic:60, mine.jsonl*2"]) == 0
+    shutil.rmtree(tiny_run / "sft" / "step_000002")
+    monkeypatch.chdir(tiny_run)
+    for flags in ([*FLAGS, "--resume=auto"], ["--config", str(tiny_run / "sft" / "config.toml"), "--model-tag=again"]):
+        assert chat_sft.main(flags) == 0
+    recorded = json.loads((tiny_run / "sft" / "settings.json").read_text(encoding="utf-8"))["tasks"]
+    assert recorded == f"Arithmetic:60,{tmp_path / 'mine.jsonl'}*2"
+    shutil.rmtree(tiny_run / "sft" / "step_000002")
+    monkeypatch.setattr(Stage, "recorded_settings", lambda stage: read_meta(*stage.start)["settings"] | {"tasks": typed})
+    typed = "Arithmetic:60,mine.jsonl*2"
+    monkeypatch.chdir(tmp_path)
+    assert chat_sft.main([*FLAGS, "--resume=auto"]) == 0
+    assert list_steps(tiny_run / "sft") == [1, 2]
+
+
 def test_the_sooner_of_updates_and_minutes_ends_a_stage(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(tiny_run / "sft")
     monkeypatch.setattr(chat_sft, "steps_in", lambda *_: 2)
@@ -85,6 +117,19 @@ def test_the_sooner_of_updates_and_minutes_ends_a_stage(tiny_run: Path, monkeypa
     for again in (flags, flags[:-2]):  # also without the two
         assert chat_sft.main([*again, "--resume=auto"]) == 0
         assert list_steps(tiny_run / "sft") == [2]
+
+
+def test_a_stage_by_time_is_repeated_by_its_updates(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many a slower machine, or the same when more goes on beside it, would do in that time."""
+    config = tiny_run / "sft" / "config.toml"
+    shutil.rmtree(tiny_run / "sft")
+    shutil.copytree(tiny_run, tiny_run.parent / "again")
+    monkeypatch.setattr(chat_sft, "steps_in", lambda *_: 3)
+    assert chat_sft.main([*FLAGS, "--num-iterations=-1", "--tasks=Arithmetic:60", "--target-minutes=1"]) == 0
+    monkeypatch.setattr(chat_sft, "steps_in", lambda *_: 1)
+    for flags in (["--resume=auto"], ["--model-tag=again"]):
+        assert chat_sft.main(["--config", str(config), *flags]) == 0
+    assert list_steps(tiny_run.parent / "again" / "sft")[-1] == list_steps(tiny_run / "sft")[-1] == 3
 
 
 @pytest.mark.parametrize(

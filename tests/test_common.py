@@ -114,6 +114,27 @@ def test_a_gpu_that_is_missing_or_too_old_is_named(
         compute_init()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"MASTER_ADDR": ""}, "RANK, LOCAL_RANK and WORLD_SIZE are set, but not MASTER_ADDR: unset RANK"),
+        ({"MASTER_PORT": ""}, "but not MASTER_PORT"),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT='abc' is no whole number"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT='65536' is no whole number from 0 to 65535"),
+        ({"RANK": ""}, "RANK='' is no whole number .* or start with torchrun"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1' is no"),
+        ({"WORLD_SIZE": "\N{SUPERSCRIPT TWO}"}, "WORLD_SIZE='\N{SUPERSCRIPT TWO}' is no"),
+        ({"RANK": "2"}, "RANK=2 is not below WORLD_SIZE=2"),
+    ],
+)
+def test_what_torchrun_did_not_set_is_named(monkeypatch: pytest.MonkeyPatch, change: dict[str, str], message: str) -> None:
+    good = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for name, value in {**good, **change}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(NanochatError, match=message):
+        compute_init("cpu")
+
+
 def test_errors_of_nccl_are_lost_ranks_only_where_it_says_so() -> None:
     head = "NCCL error in: NCCLUtils.cpp:94, {}, NCCL version 2.27\n{}: Call to {} failed.\nLast error:\n{}"
     lost = torch.distributed.DistBackendError(head.format("remote process exited", "ncclRemoteError", "x", "socket closed"))

@@ -331,6 +331,26 @@ def test_a_lost_document_is_noticed(prepare) -> None:
     assert not (output / "manifest.json").exists()
 
 
+def test_two_commands_do_not_prepare_one_output(
+    prepare, raw: Path, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second says who is at it and changes nothing."""
+    flags = ["--input", str(raw), "--output", str(tmp_path / "out"), "--tokenizer", str(tokenizer_dir), SHARD_TOKENS]
+    read, second = ReadDocuments.run, []
+
+    def run(self: ReadDocuments, *place: Any) -> Any:
+        if not second:
+            command = [sys.executable, "-m", "scripts.data_prep", *flags]
+            second.append(subprocess.run(command, capture_output=True, text=True, timeout=60))
+        return read(self, *place)
+
+    monkeypatch.setattr(ReadDocuments, "run", run)
+    output = prepare("out")
+    assert second[0].returncode == 1
+    assert f"is being prepared by process {os.getpid()} on " in second[0].stderr
+    assert _shards(output) == _shards(prepare("alone"))
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_to_the_same_shards(prepare, raw: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
     whole = _shards(prepare("whole"))

@@ -211,8 +211,13 @@ def test_idle_blocks_change_nothing_but_the_cost() -> None:
 
 
 def test_config_refuses_what_cannot_be() -> None:
-    for bad in ({"n_embd": 100, "n_head": 3}, {"n_head": 4, "n_kv_head": 3}, {"window_pattern": "SX"}):
-        with pytest.raises(NanochatError):
+    for bad, reason in (
+        ({"n_embd": 100, "n_head": 3}, "n_embd 100 over n_head 3 is no head size"),
+        ({"n_embd": 64, "n_head": 4, "n_kv_head": 3}, "n_kv_head 3 does not divide n_head 4"),
+        ({"window_pattern": "SX"}, "window_pattern 'SX' may hold only S and L"),
+        ({"qk_scale": 0}, "qk_scale 0 must be above 0"),
+    ):
+        with pytest.raises(NanochatError, match=reason):
             GPTConfig(**bad)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from nanochat.hf.export import export, push
 from nanochat.hf.load import check_chat_template, import_run, load_hf
 from nanochat.hf.weights import NORM_EPS
 from nanochat.tokenizer import Tokenizer
-from scripts import base_eval, chat_cli, chat_sft, export_hf
+from scripts import base_eval, base_train, chat_cli, chat_sft, export_hf
 from tests.helpers import make_document, make_model
 from tests.hub_server import ModelHub, serve_folder
 from tests.test_hf_export import META, make_plain_model, some_ids
@@ -145,6 +146,8 @@ def test_fine_tuning_from_an_export(tiny_run: Path, tmp_path: Path, capsys: pyte
         import_run(output, "little-model")
     with pytest.raises(NanochatError, match="not pretrained here.*--data"):
         base_eval.main(["--model-tag=little-model", "--device-type=cpu", "--eval=bpb"])
+    with pytest.raises(NanochatError, match=f"'little-model' came from {re.escape(output)}: it can be fine-tuned, but not"):
+        base_train.main(["--model-tag=little-model", "--device-type=cpu", "--resume=auto"])
 
 
 def test_fine_tuning_a_plain_model_makes_it_one_of_ours(tokenizer: Tokenizer, tmp_path: Path) -> None:

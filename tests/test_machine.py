@@ -187,6 +187,14 @@ def test_the_guides_imports() -> None:
     assert all(map(callable, (compute_cleanup, compute_init, get_dist_info, print0, GPT, GPTConfig, Task)))
 
 
+def _mode(call: ast.Call) -> str:
+    """In which a call of open opens a file: open(path, mode), filesystem.open(path, mode) or path.open(mode)."""
+    modes = [keyword.value for keyword in call.keywords if keyword.arg == "mode"] or call.args[1:2]
+    if not modes and isinstance(call.func, ast.Attribute):
+        modes = call.args[:1]
+    return str(modes[0].value) if modes and isinstance(modes[0], ast.Constant) else "r"
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=str)
 def test_sources_run_on_every_system(path: Path) -> None:
     """UTF-8 is named wherever text is read or written, and nothing that only Unix has is imported or used."""
@@ -203,11 +211,8 @@ def test_sources_run_on_every_system(path: Path) -> None:
         if isinstance(node, ast.Call):
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
             keywords = {keyword.arg for keyword in node.keywords}
-            texts = [str(arg.value) for arg in node.args if isinstance(arg, ast.Constant)]
             of_os = isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") == "os"
-            if name in ("read_text", "write_text") or (
-                name == "open" and not of_os and not any("b" in text for text in texts[-1:])
-            ):
+            if name in ("read_text", "write_text") or (name == "open" and not of_os and "b" not in _mode(node)):
                 assert "encoding" in keywords, f"line {node.lineno} opens text without encoding"
 
 

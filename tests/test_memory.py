@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nanochat import memory
+from nanochat.common import NanochatError
 from nanochat.memory import Layout, activation_bytes, largest_depth, loss_bytes, main, step_bytes, training_bytes
 from nanochat.scaling import model_config
 from tests.helpers import make_model
@@ -103,6 +104,13 @@ def test_the_largest_table_is_whole_while_it_is_read() -> None:
 def test_the_table(capsys: pytest.CaptureFixture) -> None:
     assert main(["--gb", "2", "--max-seq-len=256", "--vocab-size=4096"]) == 0
     assert capsys.readouterr().out.count("2 GB: d") == 5
+
+
+@pytest.mark.parametrize("flag", ["gb", "world-size", "max-seq-len", "vocab-size", "rows"])
+def test_sizes_that_mean_nothing_are_refused(flag: str) -> None:
+    for value in ("0", "-1", *(["1e30", "nan"] if flag == "gb" else [])):
+        with pytest.raises(NanochatError, match=f"^--{flag} {value.replace('1e30', '1e.30')} is "):
+            main([f"--{flag}", value])
 
 
 def test_two_pairs_of_layers_tell_of_all() -> None:

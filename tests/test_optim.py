@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from nanochat.common import NanochatError
-from nanochat.gpt import GPTConfig
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import UNITS, Group, MuonAdamW
 from nanochat.scaling import (
     accumulation_steps,
     count_params,
-    default_device_batch_size,
     expansion_share,
     model_config,
     plan_horizon,
@@ -261,14 +260,32 @@ def test_an_optimizer_that_has_done_nothing_yet_has_a_state() -> None:
 # ----------------------------------------------------------------------------- schedules and scaling
 
 
-@pytest.mark.parametrize("depth", range(1, 27))
+@pytest.mark.parametrize("depth", range(1, 13))
 def test_every_depth_makes_a_model(depth: int) -> None:
-    config = model_config(depth, 4096)
-    assert config.head_dim % 8 == 0
-    assert config.n_embd >= 64 * depth
-    odd = model_config(depth, 4096, aspect_ratio=50, head_dim=40)
-    assert odd.head_dim == 40
-    assert odd.n_embd >= 50 * depth
+    """Of so many blocks, as wide as asked for and no wider than whole heads need; a smaller one is smaller in every part."""
+    for aspect_ratio, head_dim in ((64, 128), (50, 40)):
+        config = model_config(depth, 4096, aspect_ratio=aspect_ratio, head_dim=head_dim)
+        with torch.device("meta"):
+            model = GPT(config)
+        assert len(model.blocks) == depth and config.head_dim == head_dim
+        assert 0 <= config.n_embd - depth * aspect_ratio < head_dim
+        assert model.blocks[-1].mlp.c_fc.weight.shape == (4 * config.n_embd, config.n_embd)
+        assert model.wte.weight.shape == (config.padded_vocab_size, config.n_embd)
+        assert config.windows()[-1] == config.sequence_len
+        assert sum(p.numel() for p in model.parameters()) == count_params(config)["total"]
+        if depth > 1:
+            smaller = count_params(model_config(depth - 1, 4096, aspect_ratio=aspect_ratio, head_dim=head_dim))
+            assert smaller["matrices"] < count_params(config)["matrices"]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_new_model_knows_nothing(depth: int) -> None:
+    """Each token is as likely as any other: the loss is the logarithm of their number."""
+    model = GPT(model_config(depth, 512, sequence_len=64))
+    model.init_weights()
+    idx = torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(depth))
+    assert model(idx).shape == (2, 64, 512)
+    assert model(idx[:, :-1], idx[:, 1:]).item() == pytest.approx(math.log(512), abs=0.1)
 
 
 def test_depth_alone_decides_a_run() -> None:
@@ -319,17 +336,8 @@ def test_a_batch_that_does_not_divide_names_the_nearest() -> None:
         accumulation_steps(100, 16, 512, 1)
 
 
-def test_device_batch_divides_and_fits() -> None:
-    for total, T, ranks, most in ((524288, 2048, 8, 65536), (8192, 512, 1, 8192), (3 * 512, 512, 1, 1024), (512, 2048, 1, 9)):
-        rows = default_device_batch_size(total, T, ranks, most)
-        assert rows >= 1
-        assert rows == 1 or (total % (rows * T * ranks) == 0 and rows * T <= most)
-
-
 def test_flops_grow_with_context_only_by_attention() -> None:
     base = GPTConfig(sequence_len=1024, vocab_size=64, n_layer=2, n_head=1, n_kv_head=1, n_embd=64, window_pattern="L")
-    from nanochat.gpt import GPT
-
     with torch.device("meta"):
         short, long = (GPT(dataclasses.replace(base, sequence_len=T)).estimate_flops() for T in (1024, 2048))
     assert long - short == pytest.approx(12 * 64 * 2 * 512, rel=1e-3)

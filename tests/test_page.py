@@ -258,6 +258,32 @@ def test_a_half_written_answer_outlives_a_reload(page: playwright.Page) -> None:
     assert "stopped" in page.locator(".message.assistant").inner_text()
 
 
+def test_an_answer_is_drawn_in_its_own_conversation_alone(page: playwright.Page) -> None:
+    """Even if it goes on for a while after it was stopped, and a frame of it is still to be drawn."""
+    pretend(page, {"token": "the first answer", "part": "text"})
+    ask(page, "first question")
+    page.keyboard.press("Control+Shift+O")
+    page.evaluate("""() => {
+        const other = [...document.querySelectorAll("#conversations .open")].find((b) => b.textContent === "first question");
+        const later = window.requestAnimationFrame.bind(window);
+        window.requestAnimationFrame = (draw) => { later(draw); other.click(); };
+        const data = (event) => new TextEncoder().encode(`data: ${JSON.stringify(event)}\n\n`);
+        window.fetch = async () => new Response(new ReadableStream({ start(c) {
+            c.enqueue(data({ token: "another answer", part: "text" }));
+            window.end = () => { c.enqueue(data({ done: true })); c.close(); };
+        } }));
+    }""")
+    page.fill("#text", "second question")
+    page.keyboard.press("Enter")
+    page.get_by_text("the first answer").wait_for()
+    page.evaluate("() => new Promise((done) => { setTimeout(done, 100); })")  # some frames
+    assert page.locator(".message.assistant .content").all_inner_texts() == ["the first answer"]
+    page.evaluate("window.end()")
+    settle(page)
+    page.locator("#conversations").get_by_text("second question").click()
+    assert page.locator(".message.assistant .content").all_inner_texts() == ["another answer"]
+
+
 def test_a_reader_who_went_up_stays_there(page: playwright.Page) -> None:
     for i in range(6):
         pretend(page, {"token": f"line {i}\n\n" * 20, "part": "text"})

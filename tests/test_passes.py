@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 
 from nanochat import passes
 from nanochat.gpt import GPT
+from nanochat.metrics import read_metrics
 from nanochat.passes import Batch, Passes, summed_loss
-from tests.helpers import make_model
+from tests.helpers import RandomBatches, make_model, make_trainer
 
 BATCH = (torch.arange(7 * 64).view(7, 64) % 300, torch.arange(1, 1 + 7 * 64).view(7, 64) % 300)
 
@@ -46,3 +50,37 @@ def test_sparse_gradients_are_no_larger_than_their_tables() -> None:
     for found, dense in zip(*gradients, strict=True):
         assert found is not None and found._nnz() <= found.size(0)
         torch.testing.assert_close(found.to_dense(), dense, rtol=1e-4, atol=1e-7)
+
+
+class Parts(RandomBatches):
+    """One batch, again and again, in so many parts."""
+
+    def __init__(self, batch: Batch, parts: int) -> None:
+        super().__init__()
+        self.parts = list(zip(*(tensor.chunk(parts) for tensor in batch), strict=True))
+
+    def __next__(self) -> Batch:
+        self.step += 1
+        return self.parts[(self.step - 1) % len(self.parts)]
+
+
+def test_an_update_is_the_same_in_any_number_of_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each token counts as much as any other, however many of a part's tokens have a target."""
+    inputs, targets = (tensor[:4] for tensor in BATCH)
+    targets = targets.clone()
+    for row, supervised in enumerate((64, 1, 0, 23)):
+        targets[row, supervised:] = -1
+    whole = make_model()
+    loss = whole(inputs, targets)
+    loss.backward()
+    for parts in (1, 2, 4):
+        trainer = make_trainer(tmp_path / str(parts), num_iterations=1, total_batch_size=256, grad_accum_steps=parts)
+        trainer.loader = Parts((inputs, targets), parts)
+        found: list[torch.Tensor] = []
+        parameters = list(trainer.model.parameters())
+        monkeypatch.setattr(trainer.optimizer, "step", lambda of=parameters, to=found: to.extend(p.grad for p in of))
+        trainer.train()
+        (row,) = [row for row in read_metrics(tmp_path / str(parts) / "metrics.jsonl") if "train/loss" in row]
+        assert row["train/loss"] == pytest.approx(loss.item(), rel=1e-5)
+        for gradient, parameter in zip(found, whole.parameters(), strict=True):
+            torch.testing.assert_close(gradient.to_dense(), parameter.grad.to_dense(), rtol=1e-4, atol=1e-6)

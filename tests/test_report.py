@@ -312,9 +312,15 @@ def test_two_commands_may_store_results_at_once(tmp_path: Path) -> None:
     assert read_eval(tmp_path)["tasks"].keys() == set(names)
 
 
-def test_a_report_shows_the_newest_numbers_and_samples() -> None:
+def test_a_report_shows_the_newest_numbers_and_samples(tiny_run: Path) -> None:
     rows = [{"step": s, "time_s": 1.0 * s, "train/loss": 1.0, "train/tok_per_s": 100.0, "train/mfu": 0.25} for s in (1, 2)]
     rows += [{"step": 1, "time_s": 1.0, "val/bpb": 0.5}, {"step": 2, "time_s": 1.0, "val/bpb": 0.7}]
-    assert "0.7000" in report._overview_row("base", rows) and report._mfu_axis(rows)[0] == 400
-    rows = [{"step": step, "sample/prompt": "a", "sample/text": str(step)} for step in (1, 2)]
-    assert [sample["text"] for sample in report._samples({}, rows)] == ["2"]
+    share = make_panels(rows)["train/tok_per_s"].share
+    assert share is not None and share[0] == 400  # tokens/s at 100% MFU
+    rows += [{"step": s, "sample/prompt": "a prompt", "sample/text": text} for s, text in ((1, "old words"), (2, "new words"))]
+    lines = [json.dumps(row) + "\n" for row in sorted(rows, key=lambda row: row["step"])]
+    (tiny_run / "base" / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+    markdown, _ = write_report(tiny_run)
+    text = markdown.read_text(encoding="utf-8")
+    assert "| Pretraining | 2 | - | 0:02 | 1.0000 | 0.7000 | 100 | 25.0% | - |" in text
+    assert "new words" in text and "old words" not in text

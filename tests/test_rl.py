@@ -22,11 +22,12 @@ from nanochat.lanes import epoch_order
 from nanochat.rl import OBJECTIVES, RolloutLoader, RolloutSettings, compute_advantages, make_policy_loss, policy_logprobs
 from nanochat.runs import get_stage_dir, list_steps
 from nanochat.sampling import SamplingParams
+from nanochat.sequence import Sequence as Answer
 from nanochat.tokenizer import Tokenizer
 from scripts import chat_rl
 from tasks.common import Conversation, Task
 from tests.helpers import load_all, make_document, make_model, write_gsm8k
-from tests.many_ranks import run
+from tests.many_ranks import REINFORCE, run
 
 FLAGS = [
     "--model-tag=tiny", "--task=Arithmetic", "--examples-per-step=3", "--num-samples=4", "--max-new-tokens=12",
@@ -63,6 +64,15 @@ def ending(engine: Engine) -> Engine:
 
 def _settings(**changes: object) -> RolloutSettings:
     return RolloutSettings(**{"examples_per_step": 3, "num_samples": 4, "max_tokens": 10, **changes})
+
+
+def _draw(loader: RolloutLoader) -> tuple[list[Answer], list[tuple[torch.Tensor, ...]]]:
+    """(the answers of an update, its batches)."""
+    answers: list[Answer] = []
+    run = loader.engine.run
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader.engine, "run", lambda these: answers.extend(these) or run(these))
+        return answers, [next(loader) for _ in range(loader.micro_batches)]
 
 
 def test_advantages_compare_answers_to_the_same_problem() -> None:
@@ -110,11 +120,11 @@ def test_tool_output_is_not_learned(engine: Engine) -> None:
         return result
 
     engine.model.logits = loaded
-    loader = RolloutLoader(engine, Vowels(), _settings(max_tokens=40), micro_batches=1)
-    answers, *_ = loader._roll_out()
-    inputs, targets, *_ = loader._pack([(answer, 1.0) for answer in answers])
+    settings = _settings(max_tokens=40, kl_weight=0.1)  # so that all answers have a say
+    answers, [(inputs, targets, *_)] = _draw(RolloutLoader(engine, Vowels(), settings, micro_batches=1))
+    assert len(answers) == len(inputs)
     outputs = 0
-    for row, answer in enumerate(answers):
+    for row, answer in enumerate(sorted(answers, key=lambda answer: answer.length)):
         text = answer.prompt + answer.tokens
         for i, token in enumerate(answer.tokens):
             place = len(answer.prompt) + i - 1
@@ -140,9 +150,9 @@ def test_the_gradient_is_that_of_the_weighted_likelihood(ending: Engine) -> None
     for objective, kl_weight in (("dapo", 0.0), ("grpo", 0.0), ("reinforce", 0.0), ("dapo", 0.3)):
         settings = _settings(objective=objective, kl_weight=kl_weight)
         loader = RolloutLoader(ending, Vowels(), settings, micro_batches=3)
-        answers, rewards, *counted = loader._roll_out()
-        metrics = loader._count(*counted)
-        batches = loader._make_batches(answers, rewards, metrics["rl/reward"])
+        answers, batches = _draw(loader)
+        earned = [Vowels().evaluate({}, ending.tokenizer.decode(a.tokens)) * (a.stop_token is not None) for a in answers]
+        rewards = torch.tensor(earned).view(3, 4)
         loss_fn, count_fn = make_policy_loss(settings, reference if kl_weight else None)
         count = sum(count_fn(batch) for batch in batches)
         ending.model.zero_grad()
@@ -225,10 +235,13 @@ def test_an_answer_that_never_ends_earns_nothing(ending: Engine) -> None:
         def evaluate(self, conversation: Conversation, completion: str) -> bool:
             return True
 
-    loader = RolloutLoader(ending, Kind(), _settings(num_samples=8, max_tokens=4), micro_batches=1)
-    answers, rewards, *_ = loader._roll_out()
-    assert rewards.flatten().tolist() == [float(answer.stop_token is not None) for answer in answers]
-    assert 0 < rewards.mean() < 1
+    settings = _settings(objective="reinforce", num_samples=8, max_tokens=4)
+    loader = RolloutLoader(ending, Kind(), settings, micro_batches=1)
+    answers, [(_, _, advantages, *_)] = _draw(loader)
+    answers.sort(key=lambda answer: answer.length)
+    rewards = torch.tensor([float(answer.stop_token is not None) for answer in answers])
+    assert 0 < rewards.mean() < 1 and loader.metrics()["rl/reward"] == pytest.approx(rewards.mean().item())
+    torch.testing.assert_close(advantages[:, 0], rewards - rewards.mean())
 
 
 def test_weights_that_changed_share_nothing_with_the_old(engine: Engine) -> None:
@@ -411,16 +424,6 @@ def test_reward_rises(ending: Engine) -> None:
     assert sum(rewards[-3:]) / 3 > 0.5
 
 
-# Rewards by what an answer is, since a model that has learned nothing earns none.
-REINFORCE = """
-import sys
-from nanochat.rl import RolloutLoader
-from scripts import chat_rl
-RolloutLoader._judge = lambda self, problem, answer: sum(answer.tokens) % 7 / 6
-sys.exit(chat_rl.main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.slow
 def test_two_ranks_reinforce_and_measure_like_one(tiny_run: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same answers, rewards and scores; the update differs by rounding alone."""
@@ -457,10 +460,12 @@ def test_seeds_of_two_runs_share_no_draw(engine: Engine, monkeypatch: pytest.Mon
     assert len({*drawn[0], *drawn[1]}) == 24
 
 
-def test_a_reference_is_kept_to_where_rewards_say_nothing(engine: Engine) -> None:
-    loader = RolloutLoader(engine, Vowels(), _settings(examples_per_step=2, max_tokens=4, kl_weight=0.1), 1)
-    (batch,) = loader._make_batches(loader._roll_out()[0], torch.ones(2, 4), 0.0)
-    assert len(batch[0]) == 8
+def test_a_reference_is_kept_to_where_rewards_say_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RolloutLoader, "_judge", lambda *_: 1.0)
+    for kl_weight, rows in ((0.1, 8), (0.0, 0)):
+        settings = _settings(examples_per_step=2, max_tokens=4, kl_weight=kl_weight)
+        _, targets, *_ = next(RolloutLoader(engine, Vowels(), settings, 1))
+        assert (targets >= 0).any(dim=1).sum() == rows
 
 
 def test_prompts_that_were_cut_are_counted(tokenizer: Tokenizer) -> None:
@@ -475,10 +480,14 @@ def test_prompts_that_were_cut_are_counted(tokenizer: Tokenizer) -> None:
     assert loader.metrics()["rl/shortened_prompts"] == 2
 
 
-def test_shares_of_unfinished_answers_and_mixed_groups(engine: Engine) -> None:
-    loader = RolloutLoader(engine, Vowels(), _settings(examples_per_step=2, max_tokens=4), 1)
-    answers, *_ = loader._roll_out()
-    for i, answer in enumerate(answers):
-        answer.stop_token = 1 if i < 3 else None
-    found = loader._count(loader._sum_up(answers, torch.tensor([[1.0, 1, 0, 1], [1, 1, 1, 1]]), shortened=0), seconds=1.0)
-    assert found["rl/unfinished"] == 5 / 8 and found["rl/mixed_groups"] == 0.5
+def test_shares_of_unfinished_answers_and_mixed_groups(ending: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RolloutLoader, "_judge", lambda self, problem, answer: float(len(answer.tokens) > 1))
+    loader = RolloutLoader(ending, Vowels(), _settings(examples_per_step=8, max_tokens=4), 1)
+    answers, _ = _draw(loader)
+    found = loader.metrics()
+    unfinished = [answer.stop_token is None for answer in answers]
+    assert found["rl/unfinished"] == sum(unfinished) / 32 and 0 < sum(unfinished) < 32
+    groups = [{len(answer.tokens) > 1 for answer in answers[i : i + 4]} for i in range(0, 32, 4)]
+    mixed = sum(len(group) == 2 for group in groups)
+    assert found["rl/mixed_groups"] == mixed / 8 and 0 < mixed < 8
+    assert found["rl/answer_tokens"] == sum(sum(answer.masks) for answer in answers) / 32

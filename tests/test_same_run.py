@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nanochat.checkpoint_manager import read_meta
 from nanochat.common import NanochatError
-from nanochat.dataset import get_source
+from nanochat.dataloader import TokenLoader
+from nanochat.dataset import Source, get_source
 from nanochat.same_run import check_data
 from nanochat.stage import Stage
 from nanochat.tokenizer import Tokenizer
-from scripts import base_train
+from scripts import base_eval, base_train
 from tests.conftest import TINY_TRAINING
 from tests.helpers import make_document
 
@@ -50,6 +52,24 @@ def test_what_a_hash_holds_out_is_never_learned_from(texts: Path, base_dir: Path
         assert set(held_out) <= set(resumed.documents("val"))
         assert not set(held_out) & set(resumed.documents("train"))
     assert any(moved)  # without the run's own limit
+
+
+def test_what_is_measured_was_not_learned_from(texts: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the file that had the document of the lowest hash, which decides what is held out, has gone since."""
+    _write(texts / "b.jsonl", range(100, 400))
+    _train(texts)
+    learned = set(get_source(str(texts)).documents("train"))
+    (texts / "b.jsonl").unlink()
+    assert set(get_source(str(texts)).documents("val")) & learned
+    measured = []
+
+    def open_loader(source: Source, tokenizer: Tokenizer, rows: int, length: int, split: str, *more: Any, **rest: Any) -> Any:
+        measured.extend(source.documents(split) if split == "val" else [])
+        return TokenLoader(source, tokenizer, rows, length, "train", *more, **rest)
+
+    monkeypatch.setattr(base_eval, "TokenLoader", open_loader)
+    assert base_eval.main(["--model-tag=r", "--eval=bpb", "--device-type=cpu", "--split-tokens=512"]) == 0
+    assert not set(measured) & learned
 
 
 def test_files_are_read_in_the_order_in_which_the_run_knows_them(base_dir: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ def test_batches_divide_into_micro_batches(sequence_len: int, world_size: int) -
     assert total % (sequence_len * world_size) == 0
     for most in (2**17, 2**15, 2**13):  # tokens that a device takes
         rows = default_device_batch_size(total, sequence_len, world_size, most)
+        assert total % (rows * sequence_len * world_size) == 0
         assert most / 2 < rows * sequence_len <= most or rows * sequence_len * world_size == total
 
 
@@ -53,3 +54,4 @@ def test_the_optimizers_memory_is_counted_as_it_is() -> None:
 def test_the_smallest_plans() -> None:
     assert model_config(4, 200_000).bigrams == 2
     assert plan_horizon(model_config(4, 512), 1e6, target_flops=1.0).num_iterations == 1
+    assert default_device_batch_size(512, 2048, 1, 9) == 1  # a row that is longer than the batch, and than what fits

@@ -230,7 +230,7 @@ def test_bad_requests_get_one_clear_sentence(client: TestClient, path: str, chan
 
 def test_one_more_than_the_documented_limits_is_refused(client: TestClient) -> None:
     page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8").replace("\n", " ")
-    limits = f"A conversation may have {MAX_MESSAGES:,} messages or {MAX_CHARS:,} characters, a message {MAX_PARTS:,} parts"
+    limits = f"conversation may have {MAX_MESSAGES:,} messages or {MAX_CHARS:,} characters, a message {MAX_PARTS:,} parts"
     assert limits in page
     user, part = {"role": "user", "content": "x"}, {"type": "text", "text": "x"}
     for messages, field in (

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,11 +17,11 @@ from fastapi.testclient import TestClient
 
 from nanochat.common import NanochatError
 from nanochat.engine import Engine, EngineThread
-from nanochat.openai_api import ChatRequest, CompletionRequest, token_text
+from nanochat.openai_api import ChatRequest, CompletionRequest, SamplingRequest, token_text
 from nanochat.sampling import RowSettings, SamplingParams
 from nanochat.sequence import Sequence
 from nanochat.server import create_app
-from nanochat.service import MAX_FAILURES, ChatDefaults
+from nanochat.service import MAX_FAILURES, ChatDefaults, Limits, Service
 from nanochat.tokenizer import Tokenizer
 from scripts.chat_web import allowed_hosts, check_host, check_origin, check_port, choose_devices, in_url
 from tests.helpers import make_model, wait_for
@@ -168,6 +169,27 @@ def test_long_replies_are_written_beside_the_event_loop(client: TestClient, monk
     assert on_the_loop and not any(on_the_loop)
 
 
+def test_a_loop_that_closes_does_not_end_the_model(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may do so just after it was asked whether it has."""
+    worker = Service([engine], "tiny", Limits(), compile=False).workers[0]
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+
+    async def submit() -> None:
+        worker.submit([Sequence([1, 2], params)])
+
+    loop = asyncio.new_event_loop()
+    loop.run_until_complete(submit())
+    loop.close()
+    later = Sequence([1, 2], replace(params, max_tokens=9))
+    engine.scheduler.submit(later)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "is_closed", lambda: False)
+        worker.thread.start()
+        wait_for(lambda: later.finish_reason or not worker.thread.is_alive, "the later text")
+    assert later.finish_reason == "length"
+    worker.thread.close()
+
+
 # ----------------------------------------------------------------------------- asked wrongly
 
 
@@ -186,6 +208,9 @@ def test_a_body_that_is_not_said_to_be_json(client: TestClient, path: str) -> No
 def test_every_setting_reaches_the_sampler(kind: type) -> None:
     asked = {"temperature": 0.3, "top_p": 0.4, "top_k": 5, "min_p": 0.06, "repetition_penalty": 1.7, "seed": 8,
              "stop": ["a", "b"], "ignore_eos": True}  # fmt: skip
+    arguments, refused = {"max_tokens"}, {"presence_penalty", "frequency_penalty", "logit_bias"}
+    others = {"model", "n", "stream", "stream_options"}  # which say what is answered, and how
+    assert asked.keys() == SamplingRequest.model_fields.keys() - arguments - refused - others
     body = {"messages": HELLO["messages"]} if kind is ChatRequest else {"prompt": "x"}
     expected = {**asked, "stop": ("a", "b"), "seed": 10, "max_tokens": 7, "logprobs": 2}
     assert kind(**body, **asked).params(2, 7, 2) == SamplingParams(**expected)

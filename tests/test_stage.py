@@ -163,6 +163,14 @@ def _arguments(argv: list[str]) -> Arguments:
     return parser.parse_args(argv)
 
 
+def test_what_no_flag_gives_is_not_called_one(base_dir: Path) -> None:
+    """A model of other size by the same flags is of another nanochat."""
+    save_checkpoint(get_stage_dir("r", "base"), 5, STATE, None, {"settings": {"seed": 1, "num_params": 8}})
+    new = {"seed": 1, "tokenizer_fingerprint": "x", "num_params": 7}
+    with pytest.raises(NanochatError, match="makes num_params 7 of these settings, and run 'r' has 8: use the version that"):
+        check_settings(open_stage("base", "r", "r", "auto"), new, _arguments([]))
+
+
 def test_a_run_that_is_older_than_a_flag_was_made_with_its_default(base_dir: Path, tmp_path: Path) -> None:
     """What the stage made of the default does not matter, nor does what no flag gives."""
     save_checkpoint(get_stage_dir("r", "base"), 5, STATE, None, {"settings": {"seed": 1}})
@@ -188,3 +196,23 @@ def test_ranks_that_see_different_things_are_told_apart(second: dict, found: str
     monkeypatch.setattr(same_run, "gather_objects", lambda mine: [mine, second])
     with pytest.raises(NanochatError, match=found):
         compare_ranks({"a": 1, "b": 2})
+
+
+@pytest.mark.parametrize("resume", ["\N{SUPERSCRIPT TWO}", "\N{ARABIC-INDIC DIGIT TWO}", "9" * 5000, "-1", "", "auto "])
+def test_what_is_no_step_is_refused(resume: str) -> None:
+    with pytest.raises(NanochatError, match="is neither auto nor none nor a step"):
+        open_stage("base", "r", "d4", resume)
+
+
+@pytest.mark.parametrize("pair", ["bigrams=2.7", "bigrams=1e999", "bigrams=True", "n_head=x", "muon_momentum=1" + 400 * "0"])
+def test_set_takes_no_value_of_another_kind(pair: str) -> None:
+    """Nor makes one of it: 2.7 would be 2 without a word."""
+    with pytest.raises(NanochatError, match=rf"^--set {pair}: the value must be like"):
+        parse_switches([pair], GPTConfig, OptimizerSettings)
+
+
+@pytest.mark.parametrize("name", ["sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"])
+def test_a_model_has_some_of_everything(name: str) -> None:
+    for value in (0, -1):
+        with pytest.raises(NanochatError, match=f"^{name} {value} is too small: choose 1 or more"):
+            replace(GPTConfig(), **{name: value})

@@ -51,7 +51,7 @@ def test_slices_are_those_of_range(start: int, stop: int | None, step: int) -> N
 
 def test_bad_slices_are_refused() -> None:
     for bad in ({"start": -1}, {"step": 0}, {"start": 5, "stop": 3}):
-        with pytest.raises(NanochatError):
+        with pytest.raises(NanochatError, match="is not valid: 0 <= start <= stop and step >= 1"):
             Count(10, **bad)
 
 
@@ -283,6 +283,9 @@ def test_mixture_spec() -> None:
     for too_large in ("Arithmetic*" + "9" * 20, "Arithmetic:" + "9" * 5000):
         with pytest.raises(NanochatError, match=r"is not an entry of a mixture: .* with TIMES below 1000"):
             build_mixture(too_large, "train")
+    for nothing in ("Identity*0", "Identity:0", "Identity*2:00"):
+        with pytest.raises(NanochatError, match=r"'Identity[*:0-9]+' takes nothing of Identity: leave it out"):
+            build_mixture(f"Arithmetic:40,{nothing}", "val")
     assert len(build_mixture("Arithmetic:40,Identity*3:20", "val")) == 3  # a twentieth of each, once
     assert "GSM8K" in TASKS
 

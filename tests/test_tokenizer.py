@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanochat.common import NanochatError
-from nanochat.tokenizer import LONG_BLANK, SPECIAL_TOKENS, IncrementalDecoder, Tokenizer, cut_long_blanks, get_tokenizer
+from nanochat.tokenizer import (
+    LONG_BLANK,
+    SPECIAL_TOKENS,
+    IncrementalDecoder,
+    Tokenizer,
+    cut_long_blanks,
+    get_tokenizer,
+    get_tokenizer_dir,
+)
 from scripts import tok_train
 from tests.helpers import make_document
 
@@ -339,3 +347,22 @@ def test_a_folder_here_is_found_by_its_name(tokenizer: Tokenizer, tmp_path: Path
     tokenizer.save(tmp_path / "mine")
     monkeypatch.chdir(tmp_path)
     assert get_tokenizer("mine").fingerprint() == tokenizer.fingerprint()
+    assert get_tokenizer("mine/tokenizer.json").fingerprint() == tokenizer.fingerprint()
+
+
+def test_a_folder_here_does_not_take_the_name_of_a_tokenizer(
+    tokenizer: Tokenizer, tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it is written as a path."""
+    named = base_dir / "tokenizers"
+    for name in ("default", "small", "notes"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert get_tokenizer_dir("notes") == named / "notes"  # where a new one goes, since none is here
+    for name in ("default", "small"):
+        tokenizer.save(tmp_path / name)
+        assert get_tokenizer_dir(name) == (named / name if name == "default" else Path(name))
+        tokenizer.save(named / name)
+        assert get_tokenizer_dir(name) == named / name
+        for path in (f"./{name}", f"{name}/", str(tmp_path / name)):
+            assert get_tokenizer_dir(path) == Path(path)

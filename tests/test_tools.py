@@ -210,7 +210,8 @@ def _events(response: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("extension", "place"),
-    [("x", ""), ({}, ".parts"), ({"parts": 5}, ".parts"), ({"parts": [5]}, ".parts.0"), ({"parts": [{}] * 501}, ".parts"),
+    [("x", ""), ({}, ".parts"), ({"parts": 5}, ".parts"), ({"parts": [5]}, ".parts.0"),
+     ({"parts": [{"type": "text", "text": ""}] * 501}, ".parts"),
      ({"parts": [{"type": "tool", "text": "x"}]}, ".parts.0.type"), ({"parts": [{"type": "python"}]}, ".parts.0.text"),
      ({"parts": [{"type": "python", "text": 5}]}, ".parts.0.text"),
      ({"parts": [{"type": "text", "text": "x" * 200_001}]}, ".parts.0.text")],

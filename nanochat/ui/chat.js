@@ -239,7 +239,7 @@ function redraw() {
   drawing = true;
   requestAnimationFrame(() => {
     drawing = false;
-    if (!running) return;
+    if (running?.conversation !== current) return;  // an answer goes on until the browser has heard that it was stopped
     const box = [...log.querySelectorAll(".message.assistant")].at(-1);
     if (!box) return;
     const atEnd = isAtEnd();
