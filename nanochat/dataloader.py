@@ -19,7 +19,7 @@ import torch
 
 from nanochat.common import NanochatError, to_device
 from nanochat.dataset import Document, Source
-from nanochat.lanes import count_lanes, rank_lanes, rows_of_rank
+from nanochat.lanes import count_lanes, lightest_lane, rank_lanes, rows_of_rank
 from nanochat.read_ahead import ReadAhead
 from nanochat.tokenizer import Tokenizer
 
@@ -56,7 +56,7 @@ class TokenLoader:
         self.loop = loop
         lanes = count_lanes(world_size)
         self._lanes = {lane: _Lane(self.row_len) for lane in rank_lanes(lanes, rank, world_size)}
-        self._place = _Place(_Reading(0, 0, (0,) * lanes), 0, 0, _look(self._lanes))
+        self._place = _Place(_Reading(0, 0, (0,) * lanes, by_bytes=True), 0, 0, _look(self._lanes))
         self._batches: ReadAhead[tuple[np.ndarray, np.ndarray, _Place]] | None = None
 
     def _start(self) -> ReadAhead[tuple[np.ndarray, np.ndarray, _Place]]:
@@ -100,7 +100,8 @@ class TokenLoader:
         Raises NanochatError if the data is not the same, or if this number of ranks cannot share it.
         """
         self.close()
-        readings = [_Reading(epoch, number, tuple(loads)) for epoch, number, loads in (s["reading"] for s in states)]
+        saved_readings = [state["reading"] for state in states]
+        readings = [_Reading(epoch, number, tuple(loads), *more) for epoch, number, loads, *more in saved_readings]
         mine = rank_lanes(len(readings[0].loads), self.rank, self.world_size)
         saved = {int(number): (lane, reading) for state, reading in zip(states, readings, strict=True)
                  for number, lane in state["lanes"].items()}  # fmt: skip
@@ -162,6 +163,7 @@ class _Reading(NamedTuple):
     epoch: int
     number: int  # of the next document
     loads: tuple[int, ...]  # the amount dealt to each lane of all ranks; at each epoch's start the smallest is subtracted
+    by_bytes: bool = False  # what is counted; False in runs of older versions: characters, and ties go to the first lane
 
 
 class _LaneState(NamedTuple):
@@ -237,7 +239,7 @@ class _Dealt(NamedTuple):
 def _deal(
     source: Source, split: str, loop: bool, reading: _Reading, first: dict[int, tuple[int, int]], vocab_size: int
 ) -> Iterator[_Dealt]:
-    """Deal each document to the lane that got the least so far, in characters (or tokens, if it is tokenized already).
+    """Deal each document to the lane that got the least so far, in UTF-8 bytes (or tokens, if it is tokenized already).
 
     Every rank reads all documents and yields those for its own lanes: first[lane] is the first one that lane still needs.
     So all ranks deal alike without communication, and the lanes differ by about one document's length at most.
@@ -246,21 +248,32 @@ def _deal(
     while True:
         number = -1
         for number, document in source.numbered(split, start):
-            lane = loads.index(min(loads))
-            loads[lane] += len(document)
+            if reading.by_bytes:
+                lane = lightest_lane(loads, epoch, number)
+                loads[lane] += _size(document)
+            else:
+                lane = loads.index(min(loads))
+                loads[lane] += len(document)
             if lane in first and (epoch, number) >= first[lane]:
                 if not isinstance(document, str) and not 0 <= document.min() <= document.max() < vocab_size:
                     raise NanochatError(
                         f"{source.address(split, number)} holds ids outside of the vocabulary of {vocab_size} tokens: "
                         "write it again with python -m scripts.data_prep"
                     )
-                yield _Dealt(lane, epoch, number, document, _Reading(epoch, number + 1, tuple(loads)))
+                yield _Dealt(lane, epoch, number, document, _Reading(epoch, number + 1, tuple(loads), reading.by_bytes))
         if number < 0 and start == 0:
             raise NanochatError(f"{source.name} has no {split} document: give more text")
         if not loop:
             return
         epoch, start = epoch + 1, 0
         loads = [load - min(loads) for load in loads]
+
+
+def _size(document: Document) -> int:
+    """In bytes of UTF-8, which tell more of the number of tokens than characters do; of tokens, how many."""
+    if not isinstance(document, str) or document.isascii():
+        return len(document)
+    return len(document.encode("utf-8", "surrogatepass"))
 
 
 def _tokenize(dealt: Iterable[_Dealt], tokenizer: Tokenizer) -> Iterator[list[_Dealt]]:

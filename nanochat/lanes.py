@@ -9,6 +9,7 @@ same update, and can take over from any other such number.
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 from collections.abc import Sequence
 
@@ -33,6 +34,19 @@ def rank_lanes(lanes: int, rank: int, world_size: int) -> list[int]:
             f"go on with one of {fitting}"
         )
     return list(range(rank, lanes, world_size))
+
+
+def lightest_lane(loads: Sequence[int], epoch: int, number: int) -> int:
+    """The lane that was dealt the least; of several, one chosen by a hash of the document's epoch and number.
+
+    If ties went to the lanes in turn, equally long documents of two kinds in turn would fill each lane with a single kind.
+    """
+    least = min(loads)
+    lightest = [lane for lane, load in enumerate(loads) if load == least]
+    if len(lightest) == 1:
+        return lightest[0]
+    digest = hashlib.blake2b(f"{epoch} {number}".encode(), digest_size=8).digest()
+    return lightest[int.from_bytes(digest, "little") % len(lightest)]
 
 
 def rows_of_rank(rows: Sequence[int], world_size: int) -> int:
