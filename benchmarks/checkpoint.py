@@ -1,8 +1,8 @@
 """What a checkpoint costs training: python -m benchmarks.checkpoint [--depth 4] [--no-compile]
 
-The trainer saves every so many steps, on random tokens. Reported: what a step waits for the snapshot, the first time, when
-its buffers are new, and later; how long the checkpoint is then written in the background; and how much longer the steps
-are that begin meanwhile.
+The trainer saves at regular intervals, on random tokens. Reports how long a step waits for the snapshot (the first time,
+when its buffers are new, and later), how long the checkpoint is then written in the background, and how much longer steps
+take meanwhile.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CONTEXT, VOCAB_SIZE, WARMUP_STEPS = 512, 4096, 4
 
 
 class RandomTokens:
-    """A loader that costs nothing: one batch, again and again."""
+    """A loader that costs nothing: it repeats one batch."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         tokens = torch.randint(VOCAB_SIZE, (rows, CONTEXT + 1), device=device)
@@ -51,7 +51,7 @@ class RandomTokens:
 
 
 class TimedWriter(CheckpointWriter):
-    """Notes how long each checkpoint takes to be on disk."""
+    """Records how long each checkpoint takes to reach the disk."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -67,7 +67,7 @@ class TimedWriter(CheckpointWriter):
 
 
 class TimedTrainer(Trainer):
-    """Notes how long training waits for each save, and each step's time: of those begun while one is written, and others."""
+    """Records how long training waits for each save, and the time of each step, with and without a write in progress."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

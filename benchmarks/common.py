@@ -22,7 +22,7 @@ from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 
 def real_data(*parts: str) -> Path:
-    """A path below NANOCHAT_TEST_DATA. Raises NanochatError where that is absent."""
+    """A path below NANOCHAT_TEST_DATA. Raises NanochatError if that does not exist."""
     folder = find_test_data()
     if folder is None:
         raise NanochatError("this benchmark needs real text: set NANOCHAT_TEST_DATA to its folder")
@@ -43,7 +43,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, depth: int, head_dim: int, max_seq_len: int, vocab_size: int) -> None:
-    """The shape of a model, which `shape_of` reads; given are what it is without flags."""
+    """Add flags for a model's shape, with these defaults; `shape_of` reads them."""
     parser.add_argument("--depth", type=int, default=depth)
     parser.add_argument("--head-dim", type=int, default=head_dim)
     parser.add_argument("--max-seq-len", type=int, default=max_seq_len)
@@ -55,7 +55,7 @@ def shape_of(args: argparse.Namespace) -> GPTConfig:
 
 
 def any_tokenizer(vocab_size: int) -> Tokenizer:
-    """A tokenizer of so many tokens, from 265 to 65,000, for prompts of random ids: bytes and pairs of bytes."""
+    """A tokenizer with `vocab_size` tokens (265 to 65,000), bytes and pairs of bytes, for prompts of random ids."""
     single = [bytes([a]) for a in range(256)]
     pairs = (a + b for a in single for b in single)
     return Tokenizer([*single, *itertools.islice(pairs, vocab_size - len(single) - len(SPECIAL_TOKENS))])
@@ -70,7 +70,7 @@ def run_module(module: str, *flags: str, base_dir: Path, **environment: str) -> 
 
 
 def print_result(result: dict[str, Any]) -> None:
-    """A line for each number, then all of them as one JSON line, the last of the output."""
+    """Print a line for each number, then all of them as one JSON line, the last of the output."""
     for name, value in result.items():
         print(
             f"{name.replace('_', ' '):>28}  {value:,}" if isinstance(value, int) else f"{name.replace('_', ' '):>28}  {value}"

@@ -1,8 +1,8 @@
 """How much faster CORE is than one question at a time: python -m benchmarks.core_eval [--questions 50]
 
 A model of depth 4, width 192, context 512 and vocabulary 4,096 with random weights, on the tasks of NANOCHAT_TEST_DATA.
-One question at a time is what one would write first: all candidates of a question in one batch, all of their logits. The
-two take turns, task by task, so that what else the machine does falls on both.
+One question at a time is the obvious way: all candidates of a question in one batch, with all their logits. The two take
+turns, task by task, so that other load on the machine affects both.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """How fast raw text becomes shards: python -m benchmarks.data_prep [--megabytes 60]
 
-scripts.data_prep over the text below NANOCHAT_TEST_DATA, repeated until there is enough, with one task and with two, without
-and with --min-hash; against tiktoken encoding the same text with as many threads, which is all that must be done. A copy of
-the text has a letter of its own after every fourth word: neither copies nor near-duplicates of another are to be dropped.
+Runs scripts.data_prep on the text below NANOCHAT_TEST_DATA, repeated until there is enough, with one task and with two,
+without and with --min-hash. The comparison is tiktoken encoding the same text with as many threads, the least possible work.
+Each copy of the text has its own letter after every fourth word, so that no copy is dropped as a (near-)duplicate.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ FOUR_WORDS = re.compile(r"(?:\S+\s+){4}")
 
 
 def repeat_texts(texts: list[str], megabytes: float) -> list[str]:
-    """The texts, and copies of them that share no sequence of five words, of so many megabytes in all."""
+    """The texts, and copies of them that share no sequence of five words, `megabytes` in all."""
     result: list[str] = []
     size = 0
     for copy, text in ((copy, text) for copy in itertools.count() for text in texts):

@@ -25,7 +25,7 @@ from nanochat.tokenizer import Tokenizer
 
 
 def measure_share(loader: TokenLoader, tokenizer: Tokenizer, context: int, steps: int = 10) -> float:
-    """Of the time of some training steps, what the trainer waits for its batch; measured beside the loader's own threads."""
+    """The share of training time spent waiting for batches; the loader's own threads run meanwhile."""
     model = build_model(asdict(model_config(4, tokenizer.get_vocab_size(), context, head_dim=64)), None, "cpu").train()
     optimizer = model.setup_optimizer()
     waited = total = 0.0

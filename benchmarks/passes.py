@@ -1,8 +1,8 @@
-"""What a training update takes at any depth, without text: python -m benchmarks.passes --depth 12 [--fp8] [--profile FILE]
+"""Measure training updates at any depth, without text: python -m benchmarks.passes --depth 12 [--fp8] [--profile FILE]
 
-A new model of the default shape learns random tokens, drawn as unevenly as those of a text (Zipf), in updates of the size
-that pretraining would choose. Reported: tokens a second, the share of the device's own matmul rate (MFU), the milliseconds
-of a forward and backward pass and of the optimizer's step, peak memory, and with --profile the kernels that took longest.
+A new model of the default shape learns random tokens, drawn as unevenly as in a text (Zipf), in updates of the size that
+pretraining would choose. Reports tokens per second, the share of the device's own matmul rate (MFU), milliseconds of a
+forward and backward pass and of the optimizer's step, peak memory and, with --profile, the kernels that took longest.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from nanochat.scaling import accumulation_steps, default_device_batch_size, plan
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure updates of a model of any depth.")
     add_model_arguments(parser, depth=12, head_dim=128, max_seq_len=2048, vocab_size=32768)
-    parser.add_argument("--total-batch-size", type=int, default=-1, help="tokens in an update (-1: by depth)")
-    parser.add_argument("--device-batch-size", type=int, default=32, metavar="ROWS", help="at most, in a pass")
-    parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
-    parser.add_argument("--updates", type=int, default=3, help="to take the median of")
+    parser.add_argument("--total-batch-size", type=int, default=-1, help="tokens in an update (-1: as base_train)")
+    parser.add_argument("--device-batch-size", type=int, default=32, metavar="ROWS", help="most rows in a pass")
+    parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best one available")
+    parser.add_argument("--updates", type=int, default=3, help="updates to take the median of")
     parser.add_argument("--fp8", action="store_true")
     parser.add_argument("--profile", type=Path, default=None, metavar="FILE", help="write a table of the longest kernels")
     return parser.parse_args(argv)
@@ -92,7 +92,7 @@ class Update:
                 "compile_s": round(time.perf_counter() - started, 1)}  # fmt: skip
 
     def measure(self, updates: int, matmul_rate: float) -> dict[str, Any]:
-        """Medians over so many updates; matmul_rate: the device's, in FLOP/s."""
+        """Medians over that many updates; matmul_rate: the device's, in FLOP/s."""
         self.run()
         works = (self.run, self.forward_backward, self.optimizer.step)
         seconds, pass_s, step_s = (statistics.median(seconds_of(work, self.device) for _ in range(updates)) for work in works)
@@ -108,7 +108,7 @@ class Update:
         }
 
     def profile(self, rows: int = 60) -> str:
-        """A table of what one pass and one step of the optimizer spent their time with, the longest first."""
+        """A table of where one pass and one optimizer step spent their time, the longest first."""
         from torch.profiler import ProfilerActivity, profile
 
         gpu = self.device.type == "cuda"

@@ -1,8 +1,8 @@
 """How much of the engine's speed reaches clients: python -m benchmarks.serve [--clients 32]
 
-The model of benchmarks/decode.py first generates alone, then behind HTTP: clients in a process of their own, each with a
-connection, stream completions of 128 tokens from prompts of 256. Reported: both rates and their ratio, the time to the
-first token (median and 99th percentile), and failures.
+The model of benchmarks/decode.py first generates without HTTP, then behind it: clients in another process, each with its own
+connection, stream completions of 128 tokens from prompts of 256. Reports both rates and their ratio, the time to the first
+token (median and 99th percentile), and failures.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measure serving at depth 4.")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=4, help="requests of each client")
-    parser.add_argument("--threads", type=int, default=0, help="that the model computes with (0: as many as cores)")
+    parser.add_argument("--threads", type=int, default=0, help="threads of the model (0: one per core)")
     parser.add_argument("--port", type=int, default=None, help=argparse.SUPPRESS)  # of the server, in the clients' process
     args = parser.parse_args(argv)
     if args.port is not None:
@@ -81,7 +81,7 @@ def make_prompts(count: int, seed: int) -> list[list[int]]:
 
 
 def measure_engine(engine: Engine, clients: int, rounds: int, seed: int) -> float:
-    """Tokens a second of as many requests without HTTP: as many at a time as there are clients, prompts included."""
+    """Tokens per second of the same requests without HTTP, as many at a time as there are clients, prompts included."""
     params = SamplingParams(0, max_tokens=NEW_TOKENS, ignore_eos=True)
     waiting = [Sequence(prompt, params) for prompt in make_prompts(clients * rounds, seed)]
     running: list[Sequence] = []

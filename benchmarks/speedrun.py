@@ -1,9 +1,9 @@
-"""How much is learned in so many seconds: python -m benchmarks.speedrun --budget 216 --seeds 3 [flags of base_train]
+"""Measures how much is learned in a given time: python -m benchmarks.speedrun --budget 216 --seeds 3 [flags of base_train]
 
-Trains from nothing, by the command that users type, on the text below NANOCHAT_TEST_DATA (or --data), until --budget
-seconds after the command was given; each seed with an empty compile cache, so that all of the start-up counts. Reported:
-validation bits per byte against seconds, tokens and FLOPs for each seed, and the spread over seeds. Seconds are the
-start-up's and the training's; those of the evaluations in between, which a user need not make, are not among them.
+Trains from scratch, with the command that users type, on the text below NANOCHAT_TEST_DATA (or --data), until --budget seconds
+after the command was given; each seed has an empty compile cache, so that the whole start-up counts. Reports validation bits
+per byte against seconds, tokens and FLOPs for each seed, and the spread over seeds. Seconds include start-up and training,
+but not the evaluations in between, which a user need not make.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=1, help="runs, with seeds 1, 2, ...")
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--data", default=None, help="as base_train's (default: pretrain/ of NANOCHAT_TEST_DATA)")
-    parser.add_argument("--device", default="", metavar="cuda|mps|cpu", help="default: the best that is here")
+    parser.add_argument("--device", default="", metavar="cuda|mps|cpu", help="default: the best one available")
     parser.add_argument("--plot", type=Path, default=None, metavar="FILE", help="draw the curves, as .png or .svg")
     args, flags = parser.parse_known_args(argv)  # whatever else is given goes to base_train
 

@@ -1,9 +1,9 @@
 """How fast and how well a depth-4 model trains: python -m benchmarks.train [--steps 400]
 
-A model of width 256, context 512 and vocabulary 4,096 is trained by the command that users type, on the text below
-NANOCHAT_TEST_DATA, with an empty compile cache. Reported: the share of this machine's own matmul rate that training
-reaches (MFU), the seconds from the command to its first optimizer step and to its first compiled one, the same of a
-second run that finds the cache filled, the most memory that each of them held, and the validation bits per byte at the end.
+Trains a model of width 256, context 512 and vocabulary 4,096 with the command that users type, on the text below
+NANOCHAT_TEST_DATA, with an empty compile cache. Reports the share of this machine's own matmul rate that training reaches
+(MFU), the seconds from the command to its first optimizer step and to its first compiled one, the same for a second run with
+a filled cache, the peak memory of both, and the final validation bits per byte.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         before = describe_machine(device)
 
         def train(tag: str, steps: int) -> tuple[float, float, list[dict[str, Any]], dict[str, Any]]:
-            """When it started, the seconds it took, its metrics and settings."""
+            """(start time, seconds taken, metrics, settings) of a training run."""
             started = time.time()
             run_module(
                 "scripts.base_train", f"--data={data}", *MODEL, f"--num-iterations={steps}", f"--model-tag={tag}",

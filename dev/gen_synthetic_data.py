@@ -1,9 +1,9 @@
-"""Conversations about the model itself, written by another model: python -m dev.gen_synthetic_data --facts facts.toml
+"""Generates conversations about the model itself with another model: python -m dev.gen_synthetic_data --facts facts.toml
 
-Any endpoint that speaks OpenAI's API serves: a hosted one, or one of this machine (`python -m scripts.chat_web`). Each
-conversation follows a plan, drawn by --seed and its number from topics, personas, styles, first messages and languages, so
-that many conversations about few facts still differ. What is malformed, cut off or nearly the same as another is dropped.
-Writes a JSONL that tasks/customjson.py reads; started again, it goes on. Needs the extra `synthetic`.
+Works with any endpoint that has OpenAI's API: a hosted one, or one on this machine (`python -m scripts.chat_web`). Each
+conversation follows a plan of topic, persona, style, first message and language, drawn from --seed and its number, so that
+many conversations about few facts still differ. Malformed, truncated and nearly identical conversations are dropped. Writes a
+JSONL file for tasks/customjson.py; if it is started again, it continues. Needs the extra `synthetic`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from tasks.common import read_jsonl
 
 Messages = list[dict[str, str]]
 
-# What plans are drawn from. A TOML file of facts may replace each of these lists by one of its own, of the same name.
+# The choices for plans. A TOML file of facts may replace each of these lists with its own list of the same name.
 CHOICES: dict[str, tuple[str, ...]] = {
     "topics": (
         "what the assistant is called", "who made it and why", "how it was trained", "what it is good at", "what it is bad at",

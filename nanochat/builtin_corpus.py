@@ -1,4 +1,4 @@
-"""The `builtin` corpus: English prose that every Python installation carries, so that a first model needs no download.
+"""The `builtin` corpus: English prose from the Python installation itself, so that a first model needs no download.
 
 Docstrings of the standard library and of the installed packages, and the language reference of `pydoc`, found by parsing
 the source files (nothing is imported), cleaned, deduplicated and split by hash. Used by dataset.py.
@@ -31,7 +31,7 @@ from nanochat.common import NanochatError
 from nanochat.cpu import usable_cores
 from nanochat.files import atomic_write, read_json_object
 
-HARVEST_VERSION = 1  # part of the manifest: a change to the rules below makes the corpus anew
+HARVEST_VERSION = 1  # part of the manifest; increase it when the rules below change, to rebuild the corpus
 MANIFEST_FILE, FILES = "manifest.json", ("train.parquet", "val.parquet", "summaries.jsonl")
 VAL_SHARE = 0.02
 MIN_CHARS = 120  # shorter documents teach little
@@ -46,8 +46,8 @@ COMMON_WORDS = frozenset(
 def harvest(directory: Path) -> Path:
     """Write train.parquet, val.parquet, summaries.jsonl and manifest.json into a directory, unless they are there.
 
-    The manifest records the versions harvested from. Whatever is installed later, a corpus stays as it is, since runs read
-    it; without its folder it is made anew. Returns the directory. Takes about 5 s on two cores.
+    The manifest records the versions harvested from. Runs read a corpus, so it stays the same whatever is installed later;
+    delete its folder to rebuild it. Returns the directory. Takes about 5 s on two cores.
     """
     if _is_intact(directory):
         return directory
@@ -81,7 +81,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def _is_intact(directory: Path) -> bool:
-    """Whether a harvest by these rules is there, as it was written: its manifest too may be damaged."""
+    """Whether a harvest by the current rules is there and undamaged, including its manifest."""
     try:
         manifest = read_json_object(directory / MANIFEST_FILE)
     except NanochatError:
@@ -123,7 +123,7 @@ def _collect() -> tuple[list[str], list[tuple[str, str]]]:
             seen.add(key)
             unique.append(text)
             size += len(text)
-    # In the order of their hashes: neighbours in a package are no neighbours in a batch.
+    # Sort by hash, so that neighbours in a package are not neighbours in a batch.
     unique.sort(key=lambda text: hashlib.sha256(text.encode("utf-8")).digest())
     return unique, sorted(dict(summaries).items())
 
@@ -159,7 +159,7 @@ def _parse_files(files: list[tuple[str, str]]) -> tuple[list[str], list[tuple[st
         try:
             source = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
-            continue  # not ours to mend: the corpus does without this file
+            continue  # the corpus does without this file
         if '"""' not in source and "'''" not in source:
             continue
         try:
@@ -188,7 +188,7 @@ def _docstrings(tree: ast.Module) -> Iterator[tuple[str, str]]:
         if isinstance(node, definitions) and (docstring := ast.get_docstring(node, clean=False)):
             public = node in top_level and not node.name.startswith("_")
             yield (node.name if public else ""), docstring
-        for block in ("body", "orelse", "handlers", "finalbody"):  # statements alone: expressions define nothing
+        for block in ("body", "orelse", "handlers", "finalbody"):  # only statements: expressions define nothing
             pending += getattr(node, block, ())
 
 

@@ -330,10 +330,7 @@ def verify_checkpoint(directory: Path, but_for: str = "") -> None:
 
 
 def list_files(directory: Path, but_for: str = "") -> dict[str, dict[str, Any]]:
-    """{name: {"sha256", "bytes"}} from the manifest. Raises CheckpointError if a file is missing or has another size.
-
-    Does not read the files.
-    """
+    """{name: {"sha256", "bytes"}} from the manifest. Raises CheckpointError if a file is missing or of another size."""
     manifest = _read_json(directory / MANIFEST_FILE)
     files: Any = manifest.get("files")
     whole = isinstance(files, dict) and all(isinstance(f, dict) and {"sha256", "bytes"} <= set(f) for f in files.values())

@@ -1,6 +1,6 @@
 """One name for every command: `nanochat train --depth 4` is `python -m scripts.base_train --depth 4`.
 
-The table is all that there is; a command's module, and PyTorch with it, is imported when the command runs.
+This is only a table; a command's module, and PyTorch with it, is imported when the command runs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COMMANDS = {
 
 
 def main() -> int:
-    """Run the command that sys.argv names; a name that is none gets the nearest one and exit code 2."""
+    """Run the command that sys.argv names; for an unknown name, suggest the nearest one and return exit code 2."""
     name, *rest = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help", "help"):
         try:
@@ -58,7 +58,7 @@ def overview() -> str:
 
 
 def unknown(name: str) -> str:
-    """One sentence for a name that is no command; the name of a script counts as its command's."""
+    """One sentence for a name that is not a command; the name of a script counts as its command's name."""
     of_scripts = {module.rpartition(".")[2]: command for command, (module, _) in COMMANDS.items()}
     nearest = difflib.get_close_matches(name, [*COMMANDS, *of_scripts], 1)
     hint = f"did you mean {of_scripts.get(nearest[0], nearest[0])}?" if nearest else "nanochat --help lists them"

@@ -1,4 +1,4 @@
-"""What this machine can compile, and whether kernels of ours run on it. Used by whatever compiles."""
+"""What this machine can compile, and whether our own kernels run on it. Used by everything that compiles."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nanochat.common import first_line, logger
 
 
 def can_compile(device: torch.device) -> str | None:
-    """None where torch.compile works for this device, else one clause that says what is missing."""
+    """None if torch.compile works for this device, else a clause that says what is missing."""
     if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
         return "TORCHDYNAMO_DISABLE is set"
     if device.type == "cuda":
@@ -34,15 +34,15 @@ def can_compile(device: torch.device) -> str | None:
 
 
 def try_to_compile(device: torch.device) -> str | None:
-    """As `can_compile`, but on a CPU a small kernel is built as well: a compiler may be there and lack what it needs."""
+    """Like `can_compile`, but on a CPU also builds a small kernel: a compiler may be installed but lack what it needs."""
     return can_compile(device) or (_why_no_kernel() if device.type == "cpu" else None)
 
 
 @functools.lru_cache
 def _why_no_kernel() -> str | None:
-    """None where the compiler builds a kernel that loads.
+    """None if the compiler builds a kernel that loads.
 
-    It costs a second the first time, which the next kernel is then spared.
+    The first time this takes a second, which the next kernel then saves.
     """
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(64))
@@ -54,7 +54,7 @@ def _why_no_kernel() -> str | None:
 
 @functools.lru_cache
 def _why_no_triton() -> str | None:
-    """None where Triton runs; it builds a small library for its driver first."""
+    """None if Triton runs; it first builds a small library for its driver."""
     try:
         from triton.runtime import driver
 
@@ -67,13 +67,13 @@ def _why_no_triton() -> str | None:
 
 
 def is_usable(kernel: str, probe: Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]) -> bool:
-    """Whether a kernel of ours runs here and gives what PyTorch gives; the log says why not. probe: makes pairs of the two."""
+    """Whether one of our kernels runs here with PyTorch's results; the log says why not. probe: returns pairs to compare."""
     try:
         for found, expected in probe():
             difference = ((found - expected).norm() / expected.norm()).item()
             if not difference < 0.02:
                 raise RuntimeError(f"its result is off by {difference:.3g}")
-    except Exception as error:  # whatever a compiler throws, PyTorch's own code serves
+    except Exception as error:  # whatever the compiler raises, PyTorch's own code is used
         logger.info("%s is not usable here: %s", kernel, first_line(error)[:200])
         return False
     return True
@@ -81,7 +81,7 @@ def is_usable(kernel: str, probe: Callable[[], Iterable[tuple[torch.Tensor, torc
 
 @contextlib.contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
-    """A stream of a GPU that is not the default one, for what precedes the capture of a CUDA graph."""
+    """A non-default stream of a GPU, for the warm-up before a CUDA graph is captured."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of processor time, of so many on the clock
+CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's quota: microseconds of processor time per period
 INSTRUCTIONS = {  # as PyTorch asks for them; older versions cannot ask for all
     "AVX2": "_is_avx2_supported", "AVX-512": "_is_avx512_supported", "AVX512-BF16": "_is_avx512_bf16_supported",
     "AMX": "_is_amx_tile_supported",
@@ -38,7 +38,7 @@ def cpu_name() -> str:
 
 
 def usable_cores() -> int:
-    """Cores that this process may compute on: by its affinity and its container's quota, shared by this machine's ranks."""
+    """Cores that this process may use: limited by affinity and container quota, and shared by this machine's ranks."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # no container, or "max"
         quota, period = CGROUP_QUOTA.read_text(encoding="ascii").split()
@@ -49,7 +49,7 @@ def usable_cores() -> int:
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory instead of giving it back to the system after every step.
 
-    A training step on a CPU frees and takes hundreds of large buffers; fetching their pages anew from the system each
+    A training step on a CPU frees and takes hundreds of large buffers; requesting their pages from the system again each
     time took up to half of the element-wise work. Only what is larger than 32 MB, which would leave holes that little
     fits into, comes from the system. Elsewhere (musl, macOS, Windows) there is nothing to do.
     """

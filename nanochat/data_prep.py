@@ -1,8 +1,8 @@
 """Steps that turn raw text into shuffled, deduplicated, tokenized shards, for datatrove. Used by scripts/data_prep.py.
 
-Every document has a key, a hash of the seed and of its text, and every shard is a range of keys. ScatterDocuments sorts
-documents by shard, ReadShard gives a shard in the order of its keys, WriteShard writes it. So the order is random, it is
-the same whatever number of tasks did the work, and equal texts meet in one place, where all but the first are dropped.
+Every document has a key, a hash of the seed and its text, and every shard is a range of keys. ScatterDocuments sorts
+documents by shard, ReadShard yields a shard in the order of its keys, WriteShard writes it. So the order is random but does
+not depend on the number of tasks, and equal texts meet in one place, where all but the first are dropped.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ from nanochat.raw_files import read_texts
 from nanochat.tokenizer import Tokenizer
 
 ROW_GROUP_DOCUMENTS = 1024
-RUN_BYTES = 256 * 2**20  # of documents that a task holds in memory before it writes them as a run
-ROW_BYTES = 200  # what a document costs in memory beside its text
-VAL_SHARE, MAX_VAL_DOCUMENTS = 0.02, 10_000  # where --val-documents is not given
+RUN_BYTES = 256 * 2**20  # documents that a task holds in memory before it writes them as a run
+ROW_BYTES = 200  # memory that a document takes besides its text
+VAL_SHARE, MAX_VAL_DOCUMENTS = 0.02, 10_000  # defaults without --val-documents
 
 
 @dataclass(frozen=True)
 class PrepSettings:
-    """What decides the shards, kept as settings.json in the output."""
+    """Everything that determines the shards; saved as settings.json in the output."""
 
     input: str
     inputs: dict[str, int]  # the files, in the order in which they are read, and their bytes
@@ -69,7 +69,7 @@ class PrepSettings:
 
 
 class Layout:
-    """Where things are in an output directory; all but the shards and three JSON files is below work/."""
+    """The layout of an output directory; everything except the shards and three JSON files is below work/."""
 
     def __init__(self, output: Path) -> None:
         self.output, self.settings, self.manifest = output, output / "settings.json", output / "manifest.json"
@@ -81,7 +81,7 @@ class Layout:
         return self.output / "work" / "log" / stage
 
     def counts(self, stage: str) -> list[dict[str, int]]:
-        """What each task of a stage has counted, by datatrove's statistics; {} for tasks that counted nothing."""
+        """The counts of each task of a stage, from datatrove's statistics; {} for tasks that counted nothing."""
         counts = []
         for path in sorted((self.log(stage) / "stats").glob("*.json")):
             steps = [step["stats"] for step in json.loads(path.read_text(encoding="utf-8"))]
@@ -109,7 +109,7 @@ def shard_of(key: bytes, num_shards: int) -> int:
 
 
 class ReadDocuments(PipelineStep):
-    """Files rank, rank + world_size, ... of the input, row by row; empty rows are counted and left out."""
+    """Reads the input files rank, rank + world_size, ... row by row; empty rows are counted and left out."""
 
     type, name = "READER", "nanochat documents"
 
@@ -132,7 +132,7 @@ RUN_SCHEMA = pa.schema([("key", pa.binary(16)), ("file", pa.uint32()), ("row", p
 
 
 class ScatterDocuments(PipelineStep):
-    """Writes documents to runs, files in which those of one shard are together, and the task's lowest keys.
+    """Writes documents to runs (files in which the documents of each shard are together), and the task's lowest keys.
 
     A run starts with num_shards + 1 little-endian uint64: where in the file each shard's part starts, and the file's end.
     A part is an Arrow stream of RUN_SCHEMA, or nothing. A trillion tokens are some 16,000 runs, not tasks times shards files.
@@ -186,7 +186,7 @@ class ScatterDocuments(PipelineStep):
 
 
 class _LowestKeys:
-    """The lowest distinct keys of those that were added, a given number of them."""
+    """Keeps a given number of the lowest distinct keys that were added."""
 
     def __init__(self, number: int) -> None:
         self._keys: set[bytes] = set()
@@ -205,7 +205,7 @@ class _LowestKeys:
 
 @contextlib.contextmanager
 def _written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends, and goes away when it fails."""
+    """A temporary path that becomes `path` when the block ends, and is removed if it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
@@ -247,9 +247,9 @@ class ChooseValidation(PipelineStep):
 
 
 class ReadShard(PipelineStep):
-    """The documents of the shard with the task's number, in the order of their keys; of equal ones, the input's first.
+    """The documents of the shard with the task's number, in the order of their keys; of equal ones, the first in the input.
 
-    Without dedup equal ones stay in one shard, so that none is in both splits, but not beside each other.
+    Without dedup, equal documents stay in one shard, so that none is in both splits, but not next to each other.
     """
 
     type, name = "SHUFFLE", "nanochat gather"
@@ -317,14 +317,14 @@ class WriteShard(PipelineStep):
 
 
 def shard_name(split: str, shard: int) -> str:
-    """The name of a shard; "val" in it is what tells nanochat."""
+    """The name of a shard; nanochat recognizes validation by "val" in it."""
     if split == "train":
         return f"shard_{shard:05d}.parquet"
     return f"shard_val_{shard:05d}.parquet" if shard else "shard_val.parquet"
 
 
 class _ShardWriter:
-    """A parquet file of row groups of ROW_GROUP_DOCUMENTS; there is none unless a document was added."""
+    """Writes a parquet file with row groups of ROW_GROUP_DOCUMENTS; makes no file unless a document is added."""
 
     def __init__(self, path: Path, tokenizer: Tokenizer | None, num_threads: int) -> None:
         self.path, self.tokenizer, self.num_threads = path, tokenizer, num_threads
@@ -337,7 +337,7 @@ class _ShardWriter:
             kind = pa.uint16() if tokenizer.get_vocab_size() <= 65536 else pa.int32()
             metadata = {TOKENIZER_KEY: tokenizer.fingerprint()}
             self.schema = pa.schema([(TOKEN_COLUMN, pa.list_(kind))], metadata=metadata)
-            # Parquet stores 4 bytes an id: the upper ones apart, zstd leaves 1.45 of them, less than of a dictionary.
+            # Parquet stores 4 bytes per id. With the bytes split into streams, zstd leaves 1.45, less than a dictionary.
             self.encoding = {"use_dictionary": False, "column_encoding": {f"{TOKEN_COLUMN}.list.element": "BYTE_STREAM_SPLIT"}}
 
     def __enter__(self) -> _ShardWriter:
@@ -418,7 +418,7 @@ class WriteManifest(PipelineStep):
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps that so many tasks run side by side, when all tasks of the stage before are done."""
+    """Steps that a number of tasks run in parallel, once all tasks of the previous stage are done."""
 
     name: str
     steps: list[PipelineStep]
@@ -468,7 +468,7 @@ class LocalExecutor(LocalPipelineExecutor):
                 yield
         except BrokenProcessPool as error:
             raise NanochatError(
-                "a worker process died, perhaps for want of memory: the same command with fewer --workers goes on from here"
+                "a worker process died, perhaps out of memory: the same command with fewer --workers continues from here"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)

@@ -1,7 +1,7 @@
-"""What this machine has, what nanochat will use of it and why, and what to expect: python -m nanochat.doctor
+"""Reports what this machine has, what nanochat will use and why, and what to expect: python -m nanochat.doctor
 
-For people one screen of text, with a way out of each problem; for machines --json. Exit code 1 if something essential is
-broken. Rates are measured; times are computed from them and from a share of the matmul rate (expected_mfu).
+Prints one screen of text, with a way out of each problem; --json is for machines. Exit code 1 if something essential is
+broken. Rates are measured; times are computed from them and the expected share of the matmul rate (expected_mfu).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ HUB_TIMEOUT_S, SANDBOX_TIMEOUT_S = 2.0, 4.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: what was found, and if that is a problem, the way out of it. essential: nothing works before."""
+    """One line: what was found and, if it is a problem, the way out. essential: nothing works until it is solved."""
 
     section: str
     name: str
@@ -138,7 +138,7 @@ def _what_is_wrong(requirement: Requirement) -> str | None:
 
 
 def examine_device(device: torch.device) -> Iterator[Finding]:
-    """How it computes, and why."""
+    """How the device computes, and why."""
     yield Finding("used", "device", device.type)
     try:
         dtype = get_compute_dtype(device)
@@ -158,7 +158,7 @@ def examine_device(device: torch.device) -> Iterator[Finding]:
 
 
 def _describe_attention(device: torch.device, dtype: torch.dtype) -> str:
-    """What flash_attention.choose_backend will try first to train; its probe takes longer than all of this."""
+    """The backend that flash_attention.choose_backend will try first in training; probing it here would take too long."""
     absent: list[str] = []
     for name, _ in list_backends(device, dtype, fixed_shape=True):
         title, package = KERNELS[name]
@@ -218,7 +218,7 @@ def examine_sandbox() -> Finding:
 
 
 class Probe:
-    """A check that may hang, in a thread that nobody waits for at the end."""
+    """A check that may hang, so it runs in a thread that is not joined at exit."""
 
     def __init__(self, name: str, check: Callable[[], Finding], timeout_s: float) -> None:
         self.name, self.timeout_s = name, timeout_s
@@ -236,7 +236,7 @@ class Probe:
 
 
 def expect(device: torch.device) -> dict[str, Any]:
-    """Measured rates, the training that they allow at some depths, and the largest depth that memory allows."""
+    """Measured rates, the training times that follow for some depths, and the largest depth that fits in memory."""
     dtype = get_compute_dtype(device)
     matmul, memory_rate = measure_matmul_rate(device, dtype), measure_memory_rate(device)
     count = torch.cuda.device_count() if device.type == "cuda" else 1

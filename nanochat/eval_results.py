@@ -1,4 +1,4 @@
-"""A stage's eval.json: what its newest checkpoint was measured at. Written by base_eval and chat_eval, read by reports."""
+"""A stage's eval.json: the results of its newest checkpoint. Written by base_eval and chat_eval, read by reports."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def merge_eval(stage_dir: Path, step: int, results: dict[str, Any]) -> None:
     """Add results to the stage's eval.json; those of an earlier step, or of other weights, are dropped.
 
-    A step before the one that eval.json is of gets a file of its own, which no report reads.
+    Results of a step before the one in eval.json go into a separate file, which no report reads.
     """
     stamp = {"step": step, **_weights(stage_dir, step)}
     path = stage_dir / EVAL_FILE
@@ -47,7 +47,7 @@ def merge_eval(stage_dir: Path, step: int, results: dict[str, Any]) -> None:
 
 
 def _set_damaged_aside(path: Path) -> None:
-    """Rename an eval.json that cannot be read, so that new results, minutes of work, can be stored."""
+    """Rename an unreadable eval.json, so that new results (minutes of work) can be stored."""
     try:
         is_whole = type(read_json(path).get("step", 0)) is int
     except NanochatError:
@@ -55,11 +55,11 @@ def _set_damaged_aside(path: Path) -> None:
     if not is_whole:
         aside = path.with_name(f"{path.name}.damaged")
         os.replace(path, aside)
-        complain(f"{path} is damaged: it is now {aside.name}, and the new results begin another")
+        complain(f"{path} is damaged: it is now {aside.name}, and the new results start a new file")
 
 
 def read_eval(stage_dir: Path) -> dict[str, Any]:
-    """The stage's eval.json; {} if the weights that it is of are no longer there, but others are."""
+    """The stage's eval.json; {} if its weights have since been replaced by others."""
     results = read_json(stage_dir / EVAL_FILE)
     if not results or not (steps := list_steps(stage_dir)):
         return results
@@ -69,7 +69,7 @@ def read_eval(stage_dir: Path) -> dict[str, Any]:
 
 
 def _agrees(results: dict[str, Any], stamp: dict[str, Any]) -> bool:
-    """Whether results are of that step and those weights, so far as they say."""
+    """Whether results belong to this step and these weights, as far as they say."""
     return all(results.get(name, value) == value for name, value in stamp.items())
 
 

@@ -1,14 +1,14 @@
 """Runs model-written programs in isolation. Used by the tasks whose answers are programs
 (tasks/humaneval.py); doctor.py asks what isolates here.
 
-A program gets a process of its own, in new user, mount, process, network, IPC and UTS namespaces, made by bwrap or, where
-that is missing, by unshare. It sees a read-only root with Python and three devices, one small writable folder in memory,
-no network, no other process, no environment; limits and a filter of system calls keep it to one thread. A program that
-has ended, failed or overstepped a limit takes all of this with it: nothing passes from one to the next.
+Each program gets its own process in new user, mount, process, network, IPC and UTS namespaces, made by bwrap or, if that is
+missing, by unshare. It sees a read-only root with Python and three devices, a small writable folder in memory, no network, no
+other process and no environment; limits and a filter of system calls keep it to one thread. When a program ends, fails or
+exceeds a limit, all of this goes with it: nothing passes from one program to the next.
 
-execution_worker.py is the side that runs inside. Processes are started ahead (Sandbox), so that a program need not wait
-for Python. A child that is to die with its parent dies with the *thread* that started it (prctl(2), PR_SET_PDEATHSIG):
-one thread starts all of a Sandbox's.
+execution_worker.py is the side that runs inside. Processes are started ahead of time (Sandbox), so that a program need not
+wait for Python. A child that must die with its parent dies with the *thread* that started it (prctl(2), PR_SET_PDEATHSIG),
+so one thread starts all processes of a Sandbox.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ ENVIRONMENT = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "LANG": "C.UTF-8"}
 DEVICES = ("null", "zero", "urandom")
 DROP_PRIVILEGES = 'setpriv --no-new-privs --bounding-set=-all --inh-caps=-all --ambient-caps=-all "$@"'
 
-# System calls that a program has no use for: more processes, other processes, the network, memory outside of the limit,
-# namespaces and mounts, and what has often been a way into the kernel.
+# System calls that a program does not need: for more processes, other processes, the network, memory outside of the limit,
+# namespaces and mounts, and calls that have often been a way into the kernel.
 DENIED_CALLS = """
     fork vfork clone execve execveat unshare setns mount umount umount2 pivot_root chroot mount_setattr move_mount open_tree
     fsopen fsmount fsconfig fspick ptrace process_vm_readv process_vm_writev process_madvise pidfd_open pidfd_getfd
@@ -81,7 +81,7 @@ def execute_code(
 ) -> ExecutionResult:
     """Run one program for at most `timeout` seconds, in isolation unless `unsafe` (default: NANOCHAT_UNSAFE_EXECUTION=1).
 
-    Raises NanochatError where nothing isolates it. For many programs a Sandbox is faster.
+    Raises NanochatError if nothing can isolate it. For many programs a Sandbox is faster.
     """
     process = _Process(choose_launcher(unsafe))
     try:
@@ -93,7 +93,7 @@ def execute_code(
 class Sandbox:
     """A pool: `size` processes wait for a program while up to `size` others run one. Usable from many threads.
 
-    Raises NanochatError where nothing isolates programs and `unsafe` is not set. To be closed, or used in a `with`.
+    Raises NanochatError if nothing can isolate programs and `unsafe` is not set. Close it, or use it in a `with`.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class Sandbox:
                 break
             try:
                 self._waiting.put(_Process(self._launcher))
-            except Exception as error:  # too many processes or files, no memory: whoever asks next is told
+            except Exception as error:  # too many processes or files, no memory: the next caller gets it
                 self._waiting.put(error)
         self._waiting.put(None)
         while (process := self._waiting.get()) is not None:
@@ -211,7 +211,7 @@ class _Process:
             raise NanochatError(reason[-1] if reason else f"no sign of life in {START_TIMEOUT_S:g} s")
 
     def _gather(self, output: list[bytearray], key: bytes, deadline: float) -> str | None:
-        """Gather output until the verdict, the end or the deadline; "timeout", or which limit was overstepped."""
+        """Gather output until the verdict, the end or the deadline; returns "timeout" or the limit that was exceeded."""
         with selectors.DefaultSelector() as selector:
             for pipe, buffer in zip((self._process.stdout, self._process.stderr, self._report), output, strict=True):
                 selector.register(pipe, selectors.EVENT_READ, buffer)
@@ -284,7 +284,7 @@ def _describe_exit(exit_code: int) -> str:
 def build_filter() -> bytes | None:
     """The filter of system calls as a BPF program; None where libseccomp is missing.
 
-    The namespaces and limits hold without it, but for shared memory and sockets of the machine itself (AF_VSOCK).
+    The namespaces and limits hold without it, except for shared memory and the machine's own sockets (AF_VSOCK).
     """
     try:
         import pyseccomp

@@ -1,4 +1,4 @@
-"""Files that a crash at any byte leaves whole, and JSON that may be anything. Used by whatever reads and writes files."""
+"""Writes files that survive a crash at any point, and reads JSON that may be damaged. Used by everything that does either."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from nanochat.common import NanochatError
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The content of a JSON file that holds an object. Raises NanochatError where it is missing, cut or something else."""
+    """The content of a JSON file that holds an object. Raises NanochatError if it is missing, truncated or not an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("not an object")
         return content
-    except (OSError, ValueError, RecursionError) as error:  # the last: brackets in brackets
+    except (OSError, ValueError, RecursionError) as error:  # the last: deep nesting
         raise NanochatError(f"{path} cannot be read ({error})") from error
 
 
 def atomic_write(path: Path | str, content: bytes | str) -> None:
-    """Write a file so that a reader, or a crash at any byte, sees the old content or the new, never a part.
+    """Write a file so that readers see the old content or the new, never a part, even after a crash at any point.
 
-    It has the mode of a file that open() makes, so that others may read it where the umask lets them.
+    It gets the mode that open() would give it, so that others may read it if the umask lets them.
     """
     path = Path(path)
     data = content.encode("utf-8") if isinstance(content, str) else content
@@ -56,7 +56,7 @@ def replace(source: Path, target: Path) -> None:
 
 
 def replace_directory(temporary: Path, target: Path) -> None:
-    """Give a directory its name; the one that has it gives way only now. A crash leaves that as `.NAME.old`, whole."""
+    """Rename a directory to `target`, replacing an existing one. A crash leaves the old one complete as `.NAME.old`."""
     if not target.exists():
         os.rename(temporary, target)
         return
@@ -68,21 +68,21 @@ def replace_directory(temporary: Path, target: Path) -> None:
 
 
 def share_mode(model: Path) -> None:
-    """Give a file's mode to all beside and below it: safetensors makes some that only their owner may read."""
+    """Give a file's mode to everything beside and below it: safetensors makes files that only their owner can read."""
     for path in model.parent.rglob("*"):
         if path.is_file():
-            with contextlib.suppress(OSError):  # a file system that knows no modes
+            with contextlib.suppress(OSError):  # a file system without modes
                 shutil.copymode(model, path)
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left of writing a file. None may be writing it at the time."""
+    """Remove what killed processes left behind while writing a file. No process may be writing it now."""
     for left in path.parent.glob(f".{path.name}.*.tmp"):
         left.unlink(missing_ok=True)
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """The values of a file that is appended to, [] if there is none; a line that a crash cut short is passed over."""
+    """The values of a file of JSON lines, [] if there is none; a line that a crash cut short is skipped."""
     values = []
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
@@ -93,7 +93,7 @@ def read_json_lines(path: Path) -> list[Any]:
 
 
 def append_json_lines(path: Path, values: Iterable[Any]) -> None:
-    """Add a line for each value, never to one that a crash cut short."""
+    """Append a line for each value, starting a new line after one that a crash cut short."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
         if file.tell():

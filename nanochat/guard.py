@@ -1,4 +1,4 @@
-"""What a request must be before anything looks into it. Used by server.py and, for the connection, scripts/chat_web.py."""
+"""Checks requests before anything is parsed. Used by server.py and, for connections, by scripts/chat_web.py."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class CarefulProtocol(H11Protocol):
         self._stop_watching()
 
     def send_400_response(self, msg: str) -> None:
-        """Also to what is no HTTP behind a request whose answer has begun, which is too late to refuse."""
+        """Refuse what is not HTTP; after a request whose answer has begun, it is too late: only close the connection."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
         else:
             self.transport.close()
 
     def _watch_head(self) -> None:
-        """The next headers have begun or are to begin: they have to be here in time."""
+        """Start the time limit for the next request's headers, or stop it once they have arrived."""
         if self.conn.their_state is not h11.IDLE:
             self._stop_watching()
         elif self._deadline is None:
@@ -66,12 +66,12 @@ class CarefulProtocol(H11Protocol):
         self._deadline = None
 
     def _should_upgrade(self) -> bool:
-        """To nothing: who offers WebSocket or HTTP/2 (as curl --http2 does) is answered in HTTP/1.1, without a warning."""
+        """Never: clients that offer WebSocket or HTTP/2 (such as curl --http2) are answered in HTTP/1.1, without a warning."""
         return False
 
 
 class Guard:
-    """Refuses, before anything is parsed: requests without the API key or by another name, bodies too large or too slow."""
+    """Refuses, before parsing, requests without the API key or for another host name, and bodies too large or too slow."""
 
     def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None, hosts: list[str] | None) -> None:
         self.app, self.limits, self.api_key, self.hosts = app, limits, api_key, hosts
@@ -92,7 +92,7 @@ class Guard:
             await self.app(scope, receive, send)
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
-        """A page of the internet whose name suddenly means this machine (DNS rebinding) still asks by that name."""
+        """Stops DNS rebinding: a web page whose name suddenly resolves to this machine still sends that name."""
         host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).lower()
         if self.hosts is not None and host and host not in self.hosts:
             way_out = f"ask it as {self.hosts[0]}, or start it with --allow-host {host[:100]} or with --api-key"
@@ -106,7 +106,7 @@ class Guard:
             raise RequestError("this server needs an API key: send Authorization: Bearer KEY", 401, code="invalid_api_key")
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
-        """Read the whole body, within its limits; what the app receives afterwards."""
+        """Read the whole body within its limits; returns the `receive` that replays it to the app."""
         limit = self.limits.max_body_bytes
         too_large = RequestError(f"the body is larger than {limit:,} bytes: send less", status=413)
         length = headers.get(b"content-length", b"0")

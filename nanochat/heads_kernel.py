@@ -1,10 +1,10 @@
 """Queries, keys and values on a GPU: one kernel for the backward pass of norms and rotary positions. Used by gpt.py.
 
-The gradients of queries and keys are read once, beside what the product made, and written once, together with those of the
-values, where the product's own backward pass wants all three: 6 reads and writes of a tensor of queries' size where compiled
-code makes 10 and a copy of the values.
+It reads the gradients of queries and keys and the output of the matrix product once, and writes their gradients and those of
+the values once, where the product's own backward pass needs them: 6 reads and writes of a tensor the size of the queries,
+where compiled code makes 10 and a copy of the values.
 
-Needs Triton, so that it is imported only where the model is compiled for a GPU.
+Needs Triton, so it is imported only where the model is compiled for a GPU.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import triton.language as tl
 from nanochat.compilation import is_usable
 from nanochat.layers import in_heads
 
-ROWS = 16  # tokens of a program
-EPSILON = torch.finfo(torch.float32).eps  # which F.rms_norm adds to the mean square, whatever the dtype
+ROWS = 16  # tokens per program
+EPSILON = torch.finfo(torch.float32).eps  # F.rms_norm adds this to the mean square, whatever the dtype
 
 
 @functools.lru_cache
 def works(device: torch.device) -> bool:
-    """Whether the kernel runs on this device and gives what PyTorch gives."""
+    """Whether the kernel runs on this device and agrees with PyTorch."""
     return is_usable("the kernel of queries' and keys' gradients", lambda: _probe(device))
 
 
@@ -45,7 +45,7 @@ def _probe(device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def fused_heads(
     qkv: torch.Tensor, sizes: Sequence[int], scale: float, rotary: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """layers.in_heads of qkv.split(sizes, dim=-1), for positions that all rows share: cos and sin (1, T, 1, D)."""
+    """layers.in_heads of qkv.split(sizes, dim=-1), with positions that all rows share: cos and sin (1, T, 1, D)."""
     if rotary[0].size(0) > 1:
         return in_heads(qkv.split(sizes, dim=-1), scale, rotary)
     q, k, v = _Heads.apply(qkv, *rotary, sizes, scale)
@@ -98,7 +98,7 @@ def _heads_backward_kernel(  # type: ignore[no-untyped-def]
     q, k, v, qkv, cos, sin, out, N, T, scale, epsilon,
     H: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Some tokens a program, one head after the other, so that cosines and sines are read once."""
+    """Each program takes some tokens and goes through their heads in turn, so that cosines and sines are read once."""
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, WIDTH)[None, :]  # of the first half of a head
     inside = (row < N) & (column < D // 2)

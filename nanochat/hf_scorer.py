@@ -14,14 +14,14 @@ import torch
 from nanochat.common import NanochatError, first_line, get_compute_dtype
 from nanochat.core_eval import BATCH_TOKENS, Candidate, Question, batches_by_length, in_halves, padded
 
-LOGIT_BYTES = 4 << 30  # of a batch: other models have up to eight times as many words as ours
-LONGEST_CONTEXT = 4096  # also of models that can do more: no CORE question is longer
+LOGIT_BYTES = 4 << 30  # for a batch: other models have up to eight times as many words as ours
+LONGEST_CONTEXT = 4096  # also for models that can do more: no CORE question is longer
 
 
 class HuggingFaceScorer:
-    """A causal language model from a folder or the hub. Raises NanochatError where it cannot be loaded.
+    """A causal language model from a folder or the hub. Raises NanochatError if it cannot be loaded.
 
-    fingerprint: a hash that other weights, or the same elsewhere, do not have.
+    fingerprint: a hash that differs for other weights, and for the same weights elsewhere.
     """
 
     def __init__(self, path: str, device: torch.device) -> None:
@@ -37,10 +37,10 @@ class HuggingFaceScorer:
         except (OSError, ValueError) as error:
             where = "folder" if Path(path).exists() else "model of the hub"
             reason = first_line(error)[:300]
-            raise NanochatError(f"--hf-path {path!r} is no {where} that transformers can load: {reason}") from error
+            raise NanochatError(f"--hf-path {path!r} is not a {where} that transformers can load: {reason}") from error
         self.device = device
         self.context = min(LONGEST_CONTEXT, getattr(self.model.config, "max_position_embeddings", LONGEST_CONTEXT))
-        # What stands before a text that begins a document: the model must see something before its first token.
+        # The token before the beginning of a document: the model must see something before the first token.
         special = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
         first = next((token for token in special if token is not None), None)
         if first is None:
@@ -79,7 +79,7 @@ class HuggingFaceScorer:
 
 
 def _identify(path: str) -> tuple[str, str]:
-    """(revision, fingerprint): of the hub its commit; of a folder where it lies, and the size and time of each file."""
+    """(revision, fingerprint): from the hub's commit, or from a folder's path and the size and time of each file."""
     folder, revision = Path(path), "main"
     if folder.is_dir():
         known = [(file.name, file.stat()) for file in sorted(folder.iterdir()) if file.is_file()]

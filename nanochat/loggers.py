@@ -1,8 +1,8 @@
-"""Where a run's numbers go beside metrics.jsonl: Weights & Biases, TensorBoard, trackio. Used by metrics.py,
-stage.py and training_flags.py.
+"""Loggers for a run's numbers besides metrics.jsonl: Weights & Biases, TensorBoard, trackio. Used by metrics.py, stage.py
+and training_flags.py.
 
-To add one, write a class with the members of Logger and enter it in LOGGERS: flags, help and replaying follow.
-All get the same numbers under the same names, those of metrics.jsonl.
+To add one, write a class with the members of Logger and enter it in LOGGERS; flags, help and replaying follow.
+All get the same numbers under the names of metrics.jsonl.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from nanochat.common import NanochatError, complain
 from nanochat.files import atomic_write
 
 PROJECT = "nanochat"
-OPEN_S = 10.0  # seconds that the start waits for a logger, so that what it asks or says comes before the progress
-CLOSE_S = 30.0  # and the end, for what is still to be sent
-MAX_WAITING = 20_000  # rows; a logger that is further behind has stopped
+OPEN_S = 10.0  # seconds to wait for a logger at the start, so that its prompts and messages come before the progress
+CLOSE_S = 30.0  # seconds to wait at the end, for rows still to be sent
+MAX_WAITING = 20_000  # rows; a logger that is further behind counts as stopped
 
 
 @dataclass(frozen=True)
 class LoggedRun:
-    """What a logger is told of the stage whose numbers it gets."""
+    """What a logger is told about the stage whose numbers it gets."""
 
     stage_dir: Path
     name: str
     settings: Mapping[str, Any]
-    resume_step: int | None = None  # the step it goes on from; None: it begins
+    resume_step: int | None = None  # the step it resumes from; None: it starts
 
 
 class Logger(Protocol):
-    """Made with a LoggedRun, which it opens: a new one, or the very one that it wrote before where the run is resumed.
+    """Opens the LoggedRun that it is made with: a new run, or the same one as before if the run is resumed.
 
-    package: what it imports, an extra of pyproject.toml by the same name; None: nothing that might be missing.
+    package: the package it imports, also an extra of pyproject.toml; None: nothing that might be missing.
     """
 
     package: ClassVar[str | None]
@@ -48,7 +48,7 @@ class Logger(Protocol):
 
 
 class WandbLogger:
-    """One Weights & Biases run for a stage; its id is kept in the stage's directory. WANDB_MODE=offline is heeded."""
+    """One Weights & Biases run per stage; its id is kept in the stage's directory. WANDB_MODE=offline works."""
 
     package: ClassVar[str | None] = "wandb"
 
@@ -65,7 +65,7 @@ class WandbLogger:
         atomic_write(id_file, self._run.id)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
-        if step >= self._run.step:  # it has what a killed run did after its checkpoint, and refuses it a second time
+        if step >= self._run.step:  # it already has, and would refuse, steps after the checkpoint of a killed run
             self._run.log(dict(numbers), step=step)
 
     def close(self) -> None:
@@ -73,7 +73,7 @@ class WandbLogger:
 
 
 class TensorBoardLogger:
-    """Event files in `tensorboard/` of the stage. A resumed run hides what it wrote after the step it goes on from."""
+    """Event files in `tensorboard/` of the stage. A resumed run hides what was written after the step it resumes from."""
 
     package: ClassVar[str | None] = "tensorboard"
 
@@ -124,9 +124,9 @@ def check_installed(name: str) -> None:
 
 
 class BackgroundLogger:
-    """A logger in a thread of its own: it may wait for a network, or break, and the training goes on as without it.
+    """Runs a logger in its own thread: it may wait for a network, or fail, without affecting the training.
 
-    If it breaks, or falls too far behind, one warning says how to send what it missed, and it gets nothing more.
+    If it fails or falls too far behind, one warning says how to send what it missed, and it gets nothing more.
     """
 
     def __init__(self, name: str, run: LoggedRun) -> None:
@@ -162,7 +162,7 @@ class BackgroundLogger:
             while (row := self._rows.get()) is not None:
                 logger.log(*row)
             logger.close()
-        except Exception as error:  # of somebody else's package, service or disk: whatever it is, it is not the training's
+        except Exception as error:  # whatever goes wrong in a package, service or disk, training goes on
             self._give_up(f"{type(error).__name__}: {error}")
         finally:
             self._opened.set()
@@ -173,7 +173,7 @@ class BackgroundLogger:
             self._broken.set()
         if not known:
             complain(
-                f"warning: nothing more goes to {self._name} ({' '.join(reason.split())}). The run is not touched by that, "
+                f"warning: nothing more goes to {self._name} ({' '.join(reason.split())}). The run is not affected, "
                 f"metrics.jsonl has everything, and this sends it later: "
                 f"python -m nanochat.metrics {self._run.stage_dir.parent.name} --to {self._name}"
             )

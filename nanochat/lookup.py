@@ -1,12 +1,11 @@
-"""Looking up the rows of a table on a GPU, with a gradient that is fast and the same each time. Used by layers.py and gpt.py.
+"""Embedding look-up on a GPU with a fast, deterministic gradient. Used by layers.py and gpt.py.
 
-The gradient of a row is the sum over the places that looked it up. Places are sorted by row once for all tables that are
-read with the same ids; then every program adds up one chunk of them, by a product with a matrix of zeros and ones, whatever
-rows they are of. What a chunk's border cuts, a second kernel joins: one number for each chunk that a row's places fill.
-Nothing is added atomically: each sum is made in one order, and a run can be repeated to the last bit. The sums go right
-into the table's `.grad`, of which a pass touches the rows that it looked up and no others.
+The gradient of a row is the sum over the places that looked it up. Places are sorted by row, once for all tables that are
+read with the same ids. Each program then sums one chunk of places, by a product with a matrix of zeros and ones. A second
+kernel joins the sums of rows whose places span several chunks. Nothing is added atomically: each sum has one order, so a run
+can be repeated to the last bit. Sums go directly into the table's `.grad`, and only looked-up rows are touched.
 
-Needs Triton, so that it is imported only where the model is compiled for a GPU.
+Needs Triton, so it is imported only where the model is compiled for a GPU.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ CHUNK, WIDTH = 128, 64  # places that a program adds up, channels of these (dev/
 
 
 class Order(NamedTuple):
-    """Ids sorted, (N,), and the place of each among the unsorted ones, (N,); both int64."""
+    """Sorted ids, (N,), and the place of each among the unsorted ids, (N,); both int64."""
 
     ids: torch.Tensor
     places: torch.Tensor
 
 
 def sort_ids(idx: torch.Tensor, rows: int) -> Order:
-    """The order in which `look_up` adds up gradients, for ids of any shape, of tables of so many rows.
+    """The order in which `look_up` sums gradients, for ids of any shape into tables with that many rows.
 
-    An id that is no row stops the process, as PyTorch's own look-up would; the kernels below check none.
+    An id outside the table stops the process, as PyTorch's own look-up would; the kernels below do not check ids.
     """
     order = Order(*idx.flatten().sort(stable=True))
     torch._assert_async((order.ids[0] >= 0) & (order.ids[-1] < rows))
@@ -38,9 +37,9 @@ def sort_ids(idx: torch.Tensor, rows: int) -> Order:
 
 
 def look_up(table: torch.Tensor, idx: torch.Tensor, order: Order, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of a table (rows, C) float32 for ids of any shape, (*shape, C) in a dtype; order: `sort_ids(idx, rows)`.
+    """Rows of a table (rows, C) float32 for ids of any shape: (*shape, C) in `dtype`; order: `sort_ids(idx, rows)`.
 
-    Its gradient is added to `table.grad` by `backward()`; `torch.autograd.grad` finds none.
+    `backward()` adds its gradient to `table.grad`; `torch.autograd.grad` does not see it.
     """
     rows: torch.Tensor = _LookUp.apply(table, idx, order, dtype)
     return rows
@@ -108,7 +107,7 @@ def _sum_chunks(grad, ids, places, table, cut, N, C, CHUNK: tl.constexpr, WIDTH:
 
 @triton.jit
 def _join_runs(ids, table, cut, N, C, CHUNK: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Join the parts of the run that begins in a chunk and goes on after it."""
+    """Join the parts of the run that begins in a chunk and continues after it."""
     chunk = tl.program_id(0).to(tl.int64)
     begin, end = chunk * CHUNK, (chunk + 1) * CHUNK
     columns = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)

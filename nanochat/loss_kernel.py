@@ -1,6 +1,6 @@
-"""The loss on a GPU: one kernel for all that happens between its products. Used by gpt.py, see cross_entropy.py.
+"""The loss on a GPU: one kernel for everything between its matrix products. Used by gpt.py; see cross_entropy.py.
 
-Needs Triton, so that it is imported only where the model is compiled for a GPU.
+Needs Triton, so it is imported only where the model is compiled for a GPU.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ WIDTH, WARPS = 4096, 4  # logits that a program reads at a time (dev/LOG.md, "A 
 
 
 def chunk_loss(logits: torch.Tensor, targets: torch.Tensor, x: torch.Tensor, cap: float) -> tuple[torch.Tensor, ...]:
-    """As cross_entropy.chunk_loss; the gradient takes the place of the logits. A target that is no word stops the process."""
+    """Like cross_entropy.chunk_loss; the gradient overwrites the logits. A target outside the vocabulary stops the process."""
     n, vocab_size = logits.shape
-    torch._assert_async(((targets >= IGNORE_INDEX) & (targets < vocab_size)).all())  # or the kernel would write elsewhere
+    torch._assert_async(((targets >= IGNORE_INDEX) & (targets < vocab_size)).all())  # stay in bounds
     losses = torch.empty(n, device=x.device)
     scale, scaled = losses.new_empty(n, 1), torch.empty_like(x)
     channels = triton.next_power_of_2(x.size(1))

@@ -1,7 +1,7 @@
-"""The one door by which numbers leave a run: metrics.jsonl always, and the loggers that were asked for (loggers.py).
+"""Where a run logs its numbers: always metrics.jsonl, and the loggers that were requested (loggers.py).
 
-Used by trainer.py; read by report.py and others. One JSON object a line, always with "step", "time_s" (seconds of training)
-and "timestamp" (of the row, seconds since 1970). A finished run can be sent to a logger as well:
+Used by trainer.py; read by report.py and others. Each line is a JSON object with "step", "time_s" (seconds of training) and
+"timestamp" (of the row, seconds since 1970). A finished run can also be sent to a logger:
 python -m nanochat.metrics RUN --to tensorboard
 """
 
@@ -27,10 +27,10 @@ SAMPLE = ("sample/prompt", "sample/text")
 
 
 class MetricsLog:
-    """Appends rows to `<stage_dir>/metrics.jsonl` on rank 0 and does nothing on the others.
+    """Appends rows to `<stage_dir>/metrics.jsonl` on rank 0 and does nothing on the other ranks.
 
-    run: what the loggers call the run; "dummy": its tag and stage. log_to: names of LOGGERS. resume_step: the step that the
-    run goes on from, so that the loggers go on as well. Raises NanochatError if one of the loggers is not installed.
+    run: the run's name in loggers; "dummy": its tag and stage. log_to: names of LOGGERS. resume_step: the step that the run
+    resumes from, so that loggers continue there. Raises NanochatError if one of the loggers is not installed.
     """
 
     def __init__(
@@ -53,13 +53,13 @@ class MetricsLog:
         path = stage_dir / METRICS_FILE
         torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - open for the life of the run
-        # A crash may have cut the last line short: what follows must not be glued to it.
+        # A crash may have cut the last line short: start a new line after it.
         self._unwritten = b"\n" if torn else b""
         logged_run = LoggedRun(stage_dir, _name(run, stage_dir), settings, resume_step)
         self._loggers = [BackgroundLogger(name, logged_run) for name in names]
 
     def log(self, row: dict[str, Any]) -> None:
-        """Write one row; it is with the system when this returns, or, if the disk is full, tried again with the next."""
+        """Write one row to the system before returning; if the disk is full, try again with the next row."""
         if self._file is None:
             return
         row = {"timestamp": round(time.time(), 3), **row}
@@ -77,7 +77,7 @@ class MetricsLog:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
             if not complained:
-                complain(f"metrics cannot be written now ({error.strerror}); training goes on and they are kept")
+                complain(f"metrics cannot be written now ({error.strerror}); training goes on and keeps them for later")
 
     def close(self) -> None:
         if self._file is not None:
@@ -93,47 +93,47 @@ def _name(run: str, stage_dir: Path) -> str:
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a row, for loggers; none of a sample's."""
+    """The numbers of a row, for loggers; none for a sample."""
     if "sample/text" in row:
         return {}
     return {k: v for k, v in row.items() if isinstance(v, int | float) and k not in ("step", "timestamp")}
 
 
 def thinned(count: int, most: int) -> list[int]:
-    """Indices of at most `most` of `count` points or so, evenly apart, the last one among them."""
+    """Indices of about `most` of `count` points, evenly spaced, including the last one."""
     stride = -(-count // most) or 1
     return sorted({*range(0, count, stride), count - 1} - {-1})
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; what a resumed run did again replaces what it had done before.
+    """The rows of a metrics.jsonl; rows that a resumed run wrote again replace the earlier ones.
 
-    Lines that are no rows are passed over.
+    Invalid lines are skipped.
     """
     rows: dict[Any, dict[str, Any]] = {}  # in the order of their steps
     for row in read_json_lines(path):
         if not isinstance(row, dict) or type(row.get("step")) is not int:
             continue
-        for name in SAMPLE:  # of which older versions wrote down half a surrogate pair, or a list of parts
+        for name in SAMPLE:  # older versions wrote lone surrogates, or lists of parts
             if name in row:
                 row[name] = as_unicode(row[name] if isinstance(row[name], str) else json.dumps(row[name]))
-        newest = row["step"] - ("train/loss" in row)  # an update comes before all else of its step
+        newest = row["step"] - ("train/loss" in row)  # within a step, the update comes first
         while rows and next(reversed(rows.values()))["step"] > newest:  # back in time: the run was resumed here
             rows.popitem()
-        what = (row["step"], frozenset(row), row.get("sample/prompt"))  # samples have many rows a step
-        rows.pop(what, None)  # a step that is gone on from is evaluated once more
+        what = (row["step"], frozenset(row), row.get("sample/prompt"))  # a step may have many rows of samples
+        rows.pop(what, None)  # a step is evaluated again when a run resumes from it
         rows[what] = row
     return list(rows.values())
 
 
 def series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
-    """(steps, values) of one number."""
+    """(steps, values) of one logged number."""
     chosen = [row for row in rows if isinstance(row.get(name), int | float) and -math.inf < row[name] < math.inf]
     return [row["step"] for row in chosen], [row[name] for row in chosen]
 
 
 def smooth(values: list[float]) -> list[float]:
-    """The mean around each value, nearer ones counting more: it neither lags behind nor leads, except at the ends."""
+    """A weighted mean around each value, nearer ones counting more: it neither lags nor leads, except at the ends."""
     decay = min(0.95, 1 - 8 / (len(values) + 8))
 
     def sums(values: list[float]) -> list[tuple[float, float]]:
@@ -151,7 +151,7 @@ def smooth(values: list[float]) -> list[float]:
 
 
 def replay(stage_dir: Path, to: str, run: str = "dummy") -> int:
-    """Send what a stage has logged so far to a logger, as a run of its own; returns the number of rows."""
+    """Send what a stage has logged so far to a logger, as a separate run; returns the number of rows."""
     settings = read_json_object(stage_dir / SETTINGS_FILE)
     rows = [(row["step"], _numbers(row)) for row in read_metrics(stage_dir / METRICS_FILE)]
     purge_all = -1 if to == "tensorboard" else None  # its directory has room for one: what it holds is replaced
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         "Send the metrics of a run that was trained without a logger to one.", examples=["%(prog)s d12 --to tensorboard"]
     )
     parser.add_argument("run_dir", metavar="RUN", help="model tag, or the directory of a run")
-    parser.add_argument("--to", required=True, choices=LOGGERS, help="where its numbers go")
+    parser.add_argument("--to", required=True, choices=LOGGERS, help="logger to send its numbers to")
     parser.add_argument("--run", default="dummy", metavar="NAME", help="what it is called there (default: its tag and stage)")
     args = parser.parse_args(argv)
     check_installed(args.to)

@@ -1,6 +1,6 @@
 """Pictures of runs: curves, bars with intervals, shares of a whole. Used by report.py and scripts/compare.py.
 
-Each is drawn once by matplotlib and leaves as SVG, whose colours and font are the page's (light or dark), and as PNG.
+Each is drawn once by matplotlib and saved as PNG and as SVG, which takes colours (light or dark) and font from the page.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# As drawn, and in a page the CSS variable of the same place: templates/page.css has both their light and dark values.
+# Colours as drawn; in a page, CSS variables replace them (templates/page.css has their light and dark values).
 COLORS = ("#2b6cb0", "#c2560c", "#2f855a", "#8b46c1", "#c53030", "#0f7c86", "#a16207", "#b83280")
 TEXT, SOFT, LINE = "#1d2430", "#667085", "#dfe3ea"
 VARIABLES = {TEXT: "text", SOFT: "soft", LINE: "line"} | {color: f"c{i}" for i, color in enumerate(COLORS)}
 PANEL, WIDE = 4.6, 9.4  # inches: one of two columns of a page, and both
-MAX_POINTS = 800  # of a curve: more than a page shows
+MAX_POINTS = 800  # in a curve: more than a page shows
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Curve:
     y: Sequence[float]
     raw: Sequence[float] | None = None
     dots: bool = False
-    color: int | None = None  # by number; None: by its place in the panel
+    color: int | None = None  # index of the colour; None: by position in the panel
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Bar:
 
 @dataclass
 class Shares:
-    """Parts of a whole, by name: one bar across the picture."""
+    """Named parts of a whole, drawn as one bar across the picture."""
 
     label: str
     parts: Mapping[str, float]
@@ -92,7 +92,7 @@ def draw_panel(panel: Panel) -> Figure:
         axis.yaxis.set_major_formatter("{x:,.0f}")
     if panel.from_zero:
         axis.set_ylim(0, 1.12 * values[-1] or 1)
-    elif len(values) > 50 and not panel.curves[0].dots:  # the fall of the first steps would hide all that comes after
+    elif len(values) > 50 and not panel.curves[0].dots:  # the steep fall of the first steps would hide the rest
         low, high = values[0], values[int(0.97 * (len(values) - 1))]
         margin = 0.08 * (high - low) or 0.1
         axis.set_ylim(low - 2 * margin, high + 2 * margin)
@@ -111,7 +111,7 @@ def draw_panel(panel: Panel) -> Figure:
 def draw_bars(title: str, bars: Sequence[Bar], percent: bool = True, names: Sequence[str] = ()) -> Figure:
     """Bars from top to bottom in their order, each with its interval; a tick marks what guessing gives.
 
-    names: what the colours mean, by their numbers.
+    names: the legend, by index of the colour.
     """
     figure = _figure(WIDE, 0.75 + 0.27 * len(bars) + 0.25 * bool(names))
     axis = figure.subplots()
@@ -144,7 +144,7 @@ def draw_bars(title: str, bars: Sequence[Bar], percent: bool = True, names: Sequ
 
 
 def draw_shares(title: str, wholes: Sequence[Shares]) -> Figure:
-    """What each whole is made of, as one bar each; a part has the same colour in all of them."""
+    """One bar for each whole, divided into its parts; a part has the same colour in all bars."""
     figure = _figure(WIDE, 1.15 + 0.42 * len(wholes))
     axis = figure.subplots()
     names = list(dict.fromkeys(name for whole in wholes for name, value in whole.parts.items() if value))
@@ -170,20 +170,20 @@ def draw_shares(title: str, wholes: Sequence[Shares]) -> Figure:
 
 
 def to_svg(figure: Figure, description: str) -> str:
-    """An <svg> for a page that defines the variables of page.css; it stands alone as well, in light colours.
+    """An <svg> for a page that defines the variables of page.css; on its own, it has light colours.
 
-    Pictures of one page must have different descriptions: from these come the names of their parts.
+    Pictures on one page need different descriptions, because the ids of their parts are derived from them.
     """
     import matplotlib
 
     text = io.StringIO()
-    # Letters stay letters, so that they have the page's font and can be searched.
+    # Keep text as text, so that it has the page's font and can be searched.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": description}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # which repeat from one picture to the next
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # these ids repeat between pictures
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", svg)
     for color, name in VARIABLES.items():
         svg = svg.replace(f": {color}", f": var(--{name}, {color})")
@@ -197,7 +197,7 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 def _figure(width: float, height: float) -> Figure:
-    """Not by way of pyplot, which keeps every figure and chooses a window system."""
+    """A figure made without pyplot, which keeps every figure and chooses a window system."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

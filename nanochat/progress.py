@@ -25,16 +25,16 @@ LINE_S = 10.0  # elsewhere: seconds between lines, and at least a twentieth of t
 
 
 class _Console(Console):
-    """Once the reader of its output has gone, or the terminal, it is silent: that ends no work."""
+    """A console that goes silent when the reader of its output or the terminal has gone, instead of ending the work."""
 
     def on_broken_pipe(self) -> None:
-        with contextlib.suppress(OSError):  # so that nobody else's print finds the pipe broken either
+        with contextlib.suppress(OSError):  # so that other prints do not fail on the broken pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         self.quiet = True
 
     @contextlib.contextmanager
     def unharmed(self) -> Iterator[None]:
-        """What cannot be written is kept while a disk is full, and else left out."""
+        """Keep output that cannot be written while a disk is full; otherwise drop it."""
         try:
             yield
         except OSError as error:
@@ -42,10 +42,10 @@ class _Console(Console):
 
 
 class Progress:
-    """Shows stage, steps done, what else it is told and the time left; a context manager. Silent but on rank 0.
+    """Shows the stage, steps done, further text and the time left; a context manager. Silent except on rank 0.
 
-    total: None where nobody knows. start: steps done before, by an earlier sitting. work: what so many steps take, in any
-    unit, where some take longer than others. The environment's NANOCHAT_STAGE ("2/6") goes before the stage.
+    total: None if unknown. start: steps done in an earlier session. work: maps a number of steps to their cost in any unit,
+    if some steps take longer than others. The environment's NANOCHAT_STAGE ("2/6") is shown before the stage.
     """
 
     def __init__(
@@ -104,13 +104,13 @@ class Progress:
             self.print(f"{self.stage}: {self.unit} {done}  {self._describe(step, now, parts)}")
 
     def watch(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, each a step that is done when the next is asked for."""
+        """Yield the items; each counts as a step done when the next one is requested."""
         for step, item in enumerate(items, self.start + 1):
             yield item
             self.update(step)
 
     def print(self, text: str) -> None:
-        """A message of its own, above the bar."""
+        """Print a message above the bar."""
         if self.active:
             with self._console.unharmed():
                 self._console.print(text, markup=False)

@@ -1,6 +1,6 @@
-"""The numbers that a run logs: what they are called, how they are written and drawn. A line for each.
+"""The numbers that a run logs: their titles, and how they are printed and drawn. One line for each.
 
-Used by trainer.py, report.py, runs_api.py and scripts/compare.py. A number that has no line here goes by its name.
+Used by trainer.py, report.py, runs_api.py and scripts/compare.py. A number without a line here is shown by its name.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from fnmatch import fnmatchcase
 
 @dataclass(frozen=True)
 class Quantity:
-    """title: of its curve. noisy: that is smoothed. scale: times the value, what the title speaks of.
+    """title: of its curve. noisy: smooth the curve. scale: factor from the value to the title's unit.
 
-    line: how the progress line has it, with {name} (after the slash) and {value}; "": not at all.
+    line: format for the progress line, with {name} (the part after the slash) and {value}; "": not shown.
     """
 
     title: str
@@ -24,7 +24,7 @@ class Quantity:
     line: str = ""
 
 
-# By the name in metrics.jsonl, or what that begins with, before *; on the progress line in this order.
+# By name in metrics.jsonl, or by its beginning, before *; the progress line has this order.
 QUANTITIES = {
     "train/loss": Quantity("training loss, nats per token", noisy=True, line="loss {value:.4f}"),
     "rl/reward": Quantity("reward of the sampled answers", noisy=True, line="reward {value:.3f}"),
@@ -54,7 +54,7 @@ def quantity(name: str) -> Quantity:
 
 
 def describe_line(numbers: Mapping[str, float]) -> list[str]:
-    """What a progress line says of these numbers, by their names in metrics.jsonl."""
+    """The parts of a progress line for these numbers, given by their names in metrics.jsonl."""
     shown = [(kind_of(name), name, value) for name, value in numbers.items() if quantity(name).line]
     shown.sort(key=lambda item: list(QUANTITIES).index(item[0]))
     return [QUANTITIES[kind].line.format(name=name.partition("/")[2], value=value) for kind, name, value in shown]

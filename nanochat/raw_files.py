@@ -1,6 +1,6 @@
-"""Raw text as data preparation reads it: open files of any of our kinds, compressed or not. Used by data_prep.py.
+"""Reads raw text for data preparation: open files of any supported kind, compressed or not. Used by data_prep.py.
 
-Training reads document_files.py's files, which can begin anywhere; here every row is read once, from the first on.
+Training reads with document_files.py, which can begin at any row; here every row is read once, from the first on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def kind_of(path: str) -> str | None:
     plain = Path(name)
     if plain.suffix in COMPRESSIONS:
         plain = plain.with_suffix("")
-        if plain.suffix == ".parquet":  # which is compressed inside
+        if plain.suffix == ".parquet":  # parquet is compressed inside
             return None
         if plain.suffix == ".json":
             return ".jsonl"
@@ -36,7 +36,7 @@ def kind_of(path: str) -> str | None:
 
 
 def read_texts(file: Any, path: str, column: str | None) -> Iterator[str]:
-    """The text of every row of an open file, "" where there is none. Raises NanochatError, naming the file."""
+    """The text of every row of an open file, "" if there is none. Raises NanochatError, naming the file."""
     try:
         if kind_of(path) == ".parquet":
             texts = _read_parquet(file, path, column)

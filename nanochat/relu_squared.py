@@ -1,10 +1,10 @@
-"""The MLP on a Hopper GPU: products that square, or multiply by the slope of the square, what they have just made.
+"""The MLP on a Hopper GPU: matrix products with a fused ReLU squared, or with its derivative in the backward pass.
 
-Used by gpt.py. Written to memory and read again by kernels of their own, the hidden activations of a model of depth 12 cost a
-twentieth of a training pass. Here relu(x @ up.T)**2 is all that leaves the first product; the backward pass needs no more,
-since the slope of a square is twice its root. Elsewhere, and where the probe fails, PyTorch's own products serve.
+Used by gpt.py. In separate kernels, writing and reading the hidden activations takes a twentieth of a training pass at depth
+12. Here the first product only writes relu(x @ up.T)**2. The backward pass needs no more, since the derivative of a square
+is twice its root. On other GPUs, or if the probe fails, PyTorch's own products are used.
 
-Needs Triton, so that it is imported only where the model is compiled for a GPU.
+Needs Triton, so it is imported only where the model is compiled for a GPU.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HOPPER = (9, 0)
 
 @functools.lru_cache
 def works(device: torch.device) -> bool:
-    """Whether the kernels run on this device, once forward and backward, and give what PyTorch gives."""
+    """Whether the kernels run on this device, forward and backward, and agree with PyTorch."""
     if torch.cuda.get_device_capability(device) != HOPPER:
         return False  # older GPUs lack the copy engine, newer ones were not measured
     return is_usable("the kernel of products that square", lambda: _probe(device))
@@ -113,8 +113,8 @@ def _multiply(  # type: ignore[no-untyped-def]
     a, b, out, squares, tiles, tiles_across, K, programs,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """Forward a program for each multiprocessor, which fetches the next tile while it finishes one. Backward, where
-    finishing one means reading as well, small programs, two on a multiprocessor, each working while the other waits.
+    """Forward: one program per multiprocessor, which fetches the next tile while it finishes one. Backward, where finishing
+    a tile also means reading: small programs, two per multiprocessor, so that one works while the other waits.
     """
     if BACKWARD:
         _tile(tl.program_id(0), a, b, out, squares, tiles_across, K, ROWS, COLUMNS, DEPTH, BACKWARD)
@@ -128,7 +128,7 @@ def _tile(  # type: ignore[no-untyped-def]
     tile, a, b, out, squares, tiles_across, K,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the result. Those of the same rows are neighbours: what they read of `a` stays in the cache."""
+    """One tile of the result. Tiles of the same rows run next to each other, so what they read of `a` stays in the cache."""
     row, column = tile // tiles_across * ROWS, tile % tiles_across * COLUMNS
     result = tl.zeros((ROWS, COLUMNS), tl.float32)
     for k in range(0, K, DEPTH):

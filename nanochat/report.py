@@ -1,7 +1,7 @@
 """The report card of a run: report.md and report.html in its directory. python -m nanochat.report [--model-tag TAG]
 
-Everything comes from what the stages left behind (settings.json, metrics.jsonl, eval.json, a checkpoint's meta.json), so an
-unfinished run has a report as well. The page is one file: styles and pictures are in it, and it needs no JavaScript.
+Everything comes from files of the stages (settings.json, metrics.jsonl, eval.json, a checkpoint's meta.json), so unfinished
+runs have a report as well. The page is one file with styles and pictures included, and needs no JavaScript.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from nanochat.settings import SettingsParser
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ON_AXES = {"train/tokens", "train/flops", "train/mfu"}  # what is logged and needs no curve of its own
+ON_AXES = {"train/tokens", "train/flops", "train/mfu"}  # logged, but without curves of their own
 SHOWN_SETTINGS = (
     "depth", "data", "tasks", "max_seq_len", "window_pattern", "num_iterations", "total_batch_size", "expand_at",
     "device_batch_size", "num_params", "num_scaling_params", "flops_per_token", "matrix_lr", "embedding_lr",
@@ -51,7 +51,7 @@ SHOWN_SETTINGS = (
 
 @dataclass
 class Picture:
-    """What a section shows: in the page as SVG, beside report.md as plots/NAME.png. wide: over both columns."""
+    """A picture in a section: SVG in the page, plots/NAME.png beside report.md. wide: over both columns."""
 
     name: str
     description: str
@@ -61,14 +61,14 @@ class Picture:
 
 @dataclass
 class Section:
-    """A heading with any of: rows of a table, a note to it, pictures, pairs of prompt and text."""
+    """A heading with any of: a table, a note below it, pictures, pairs of prompt and text."""
 
     title: str
     columns: list[str] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)
     pictures: list[Picture] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
-    continues: bool = False  # the samples go on with their prompts, instead of answering them
+    continues: bool = False  # samples continue their prompts instead of answering them
     note: str = ""
 
 
@@ -111,7 +111,7 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
 
 
 def render(template: str, path: Path, context: dict[str, Any]) -> Path:
-    """Write a file from one of nanochat/templates; only a page is escaped: samples are whatever a model wrote."""
+    """Write a file from one of nanochat/templates. HTML is escaped, since samples may contain anything."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("nanochat", "templates"), autoescape=template.endswith(".html"),
         trim_blocks=True, lstrip_blocks=True,
@@ -127,13 +127,13 @@ def as_cell(text: Any) -> str:
 
 
 def _mark_tokens(text: str) -> Markup:
-    """Text for a page, its special tokens set off, its empty lines never more than one."""
+    """Text for a page, with special tokens highlighted and at most one empty line in a row."""
     text = re.sub(r"\n\s*\n", "\n\n", text).rstrip()
     return Markup(re.sub(r"&lt;\|(\w+)\|&gt;", r"<code>\1</code>", str(escape(text))))
 
 
 def _facts(stage: str, rows: list[dict[str, Any]], results: dict[str, Any]) -> dict[str, str]:
-    """The few numbers that the page begins with."""
+    """The key numbers at the top of the page."""
     facts = {}
     _, values = series(rows, "val/bpb")
     if stage == "base" and values:
@@ -165,7 +165,7 @@ def _system_section() -> Section:
 
 
 def _git_commit() -> str | None:
-    """The commit of the code that runs, "dirty" if it was changed since; None outside a checkout."""
+    """The commit of the running code, with "dirty" if there are changes; None outside a checkout."""
     try:
         run = subprocess.run(
             ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10
@@ -205,7 +205,7 @@ def _settings_section(stage: str, settings: dict[str, Any]) -> Section:
 
 
 def settings_table(settings: dict[str, Any]) -> list[list[str]]:
-    """Rows of (name, value): the settings that say what a stage was; of a path its last part, for readers elsewhere."""
+    """Rows of (name, value): the settings that describe a stage; only the last part of paths."""
     shown = {key: settings[key] for key in SHOWN_SETTINGS if settings.get(key) is not None}
     if os.path.isabs(data := str(shown.get("data", ""))):
         shown["data"] = os.path.basename(data)
@@ -218,7 +218,7 @@ def format_value(value: Any) -> str:
 
 
 def _curves_section(stage: str, rows: list[dict[str, Any]], plots: Path) -> list[Section]:
-    """Everything of a stage that was logged over its steps."""
+    """Curves of everything that a stage logged over its steps."""
     title, pictures = STAGE_TITLES[stage], []
     for kind, panel in make_panels(rows).items():
         name = f"{stage}_{re.sub('[^a-z]+', '_', kind)}"
@@ -227,9 +227,9 @@ def _curves_section(stage: str, rows: list[dict[str, Any]], plots: Path) -> list
 
 
 def make_panels(rows: list[dict[str, Any]]) -> dict[str, Panel]:
-    """A panel for each kind of series of two points or more: what is trained on, what it is measured by, the rest.
+    """A panel for each kind of series with at least two points: training, then validation, then the rest.
 
-    pass@1 and pass@8 share one; bits per byte and CORE do not. What was 0 all the time has none.
+    pass@1 and pass@8 share a panel; bits per byte and CORE do not. Series that are always 0 have none.
     """
     counts = Counter(name for row in rows for name, value in row.items() if isinstance(value, int | float))
     happened = {name for row in rows for name, value in row.items() if value and "/" in name}
@@ -258,13 +258,13 @@ def _make_panel(kind: str, names: Sequence[str], rows: list[dict[str, Any]]) -> 
 
 
 def _mfu_axis(rows: list[dict[str, Any]]) -> tuple[float, str] | None:
-    """Tokens per second that the machine's whole matmul rate would give, as an axis."""
+    """(tokens per second at 100% of the machine's matmul rate, label), for a second axis."""
     row = next((row for row in rows if row.get("train/mfu") and row.get("train/tok_per_s")), None)
     return (row["train/tok_per_s"] / row["train/mfu"], "MFU, %") if row else None
 
 
 def _model_section(stage_dir: Path, plots: Path) -> list[Section]:
-    """What the model is made of, from its newest checkpoint: parameters, and operations for each token of training."""
+    """The parts of the model in the newest checkpoint: their parameters, and operations per training token."""
     steps = list_steps(stage_dir)
     if not steps:
         return []
@@ -288,7 +288,7 @@ def _model_section(stage_dir: Path, plots: Path) -> list[Section]:
 
 
 def count_parts(model: GPT) -> dict[str, tuple[int, int]]:
-    """(parameters, FLOPs to train on one token) of each part; together the model's own counts. A meta device will do."""
+    """(parameters, FLOPs to train on one token) of each part; they add up to the model's own counts. Works on meta."""
     counts = model.num_scaling_params()
     attention = sum(p.numel() for block in model.blocks for p in block.attn.parameters())
     mlp = counts["matrices"] - attention
@@ -361,7 +361,7 @@ def _evaluation_sections(stage: str, results: dict[str, Any], rows: list[dict[st
 
 
 def _samples(results: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What the newest evaluation kept, three answers of each task, else what was shown last while training."""
+    """Samples of the newest evaluation, three answers per task, else those shown last during training."""
     samples = list(results.get("samples", []))
     for task, examples in results.get("examples", {}).items():
         samples += [
@@ -375,7 +375,7 @@ def _samples(results: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[s
 
 
 def find_newest_run() -> str:
-    """The run that was written to last. Raises NanochatError if there is none."""
+    """The run that was written to most recently. Raises NanochatError if there is none."""
     found = (path for path in get_runs_dir().glob("*") if is_tag(path.name))
     runs = [path for path in found if any((path / stage / SETTINGS_FILE).exists() for stage in STAGES)]
     if not runs:
@@ -390,7 +390,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest)")
     args = parser.parse_args(argv)
     if args.command == "reset":  # as the public recipes begin
-        print("nothing to reset: every run has a report of its own")
+        print("nothing to reset: every run has its own report")
         return 0
     for path in write_report(get_run_dir(args.model_tag or find_newest_run())):
         print(path)

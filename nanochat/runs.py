@@ -1,4 +1,4 @@
-"""Where runs, their stages and checkpoints are. Used by whatever reads or writes a run."""
+"""Where runs, their stages and checkpoints are stored. Used by everything that reads or writes a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nanochat.common import NanochatError, get_base_dir
 STAGE_TITLES = {"base": "Pretraining", "sft": "Supervised fine-tuning", "rl": "Reinforcement learning"}
 STAGES = tuple(STAGE_TITLES)
 SETTINGS_FILE = "settings.json"  # of a stage
-MANIFEST_FILE = "manifest.json"  # of a checkpoint, which is complete when it is there
+MANIFEST_FILE = "manifest.json"  # of a checkpoint, which is complete once it has this file
 
 
 def get_runs_dir() -> Path:

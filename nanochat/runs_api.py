@@ -1,6 +1,6 @@
-"""What the runs page shows, as JSON: the runs of the base directory, their curves, samples and evaluations.
+"""The data of the runs page, as JSON: the runs of the base directory, their curves, samples and evaluations.
 
-Read anew whenever it has changed, so a run that is training is followed live. Used by server.py.
+Files are read again whenever they change, so a run can be followed while it trains. Used by server.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nanochat.openai_api import RequestError
 from nanochat.quantities import QUANTITIES, kind_of, quantity
 from nanochat.runs import SETTINGS_FILE, STAGE_TITLES, STAGES, get_run_dir, get_runs_dir, is_tag, list_steps
 
-MAX_POINTS = 600  # of a curve: more than a screen shows
+MAX_POINTS = 600  # in a curve: more than a screen shows
 
 
 def add_run_routes(app: FastAPI) -> None:
@@ -37,7 +37,7 @@ def add_run_routes(app: FastAPI) -> None:
             run_dir = get_run_dir(tag)
         except NanochatError as error:
             raise RequestError(str(error), param="tag") from None
-        try:  # os.path, since Path.is_dir fails on a name that is too long for a file
+        try:  # os.path, since Path.is_dir raises for a name that is too long
             found = [run_dir / stage for stage in STAGES if os.path.isdir(run_dir / stage)]
             stages = {stage_dir.name: describe_stage(stage_dir, _stamp(stage_dir)) for stage_dir in found}
         except NanochatError as error:
@@ -58,14 +58,14 @@ def describe_run(run_dir: Path) -> dict[str, Any]:
 
 
 def _stamp(stage_dir: Path) -> tuple[tuple[int, int], ...]:
-    """(time of the last change, size) of what tells of a stage; of the directory itself, as checkpoints come and go."""
+    """(time of the last change, size) of a stage's files, and of its directory, where checkpoints come and go."""
     paths = [stage_dir, *(stage_dir / name for name in (METRICS_FILE, SETTINGS_FILE, EVAL_FILE))]
     return tuple((info.st_mtime_ns, info.st_size) for info in (path.stat() for path in paths if path.exists()))
 
 
 @functools.lru_cache(maxsize=8)
 def describe_stage(stage_dir: Path, stamp: tuple[tuple[int, int], ...]) -> dict[str, Any]:
-    """What a stage has done; read once for each `stamp`, since long runs take a second."""
+    """What a stage has done; read once per `stamp`, since long runs take a second."""
     rows = read_metrics(stage_dir / METRICS_FILE)
     names = {name for row in rows for name, value in row.items() if isinstance(value, int | float)}
     names -= {"step", "time_s", "timestamp", "train/tokens", "train/flops"}
@@ -86,7 +86,7 @@ def describe_stage(stage_dir: Path, stamp: tuple[tuple[int, int], ...]) -> dict[
 
 
 def _curve(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
-    """A series with its title and [[step, value], ...], thinned to what a screen shows; the last point is always there."""
+    """A series with its title and [[step, value], ...], thinned to what a screen shows but always with the last point."""
     shown, (steps, values) = quantity(name), series(rows, name)
     values = [value * shown.scale for value in (smooth(values) if shown.noisy else values)]
     title = shown.title + (f", {name.partition('/')[2]}" if kind_of(name).endswith("@*") else "")

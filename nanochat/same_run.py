@@ -127,10 +127,10 @@ def check_mixture(stage: Stage, task: Task, tasks: str) -> dict[str, Any] | None
     raise NanochatError(
         f"the mixture, {len(task):,} conversations, is not the one that run {stage.tag!r} was started with "
         f"({before['conversations']:,}): it has other files or another choice of tasks, or a newer nanochat makes other "
-        f"conversations; restore them to go on, or remove {stage.directory} to begin this stage anew"
+        f"conversations; restore them to go on, or remove {stage.directory} to start this stage again"
     )
 
 
 def way_to_begin_anew(directory: Path) -> str:
     """The end of a sentence: how to start a stage again. Later stages cannot use another tag: it has no model for them."""
-    return "choose another --model-tag" if directory.name == STAGES[0] else f"remove {directory} to do it anew"
+    return "choose another --model-tag" if directory.name == STAGES[0] else f"remove {directory} to start it again"

@@ -1,4 +1,4 @@
-"""What a model writes, to be looked at while it trains and in reports. Used by the training scripts and base_eval."""
+"""Samples of a model's text, for people to look at during training and in reports. Used by training scripts and base_eval."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def continue_openings(
 
 
 def sample_answers(engine: Engine, task: Task, count: int = 4, max_tokens: int = 64) -> list[dict[str, str]]:
-    """The first questions of a task, of a mixture one of each kind, as [{"prompt", "text"}] with the likeliest answers."""
+    """A task's first questions (one per kind in a mixture) with the model's greedy answers, as [{"prompt", "text"}]."""
     kinds = getattr(task, "tasks", [task])
     examples = (kind[i] for i in range(count) for kind in kinds if i < len(kind))
     chosen = itertools.islice(examples, max(count, len(kinds)))

@@ -1,5 +1,5 @@
-"""What a share of right answers says: its interval, what guessing would give, several tries. Used by the
-evaluations and by what shows their results.
+"""Statistics of right answers: intervals, centring on guessing, several tries. Used by the evaluations and by everything
+that shows their results.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float
 
 
 def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """The chance that k of the samples, drawn without replacement, hold a right one: unbiased for any k <= num_samples.
+    """The chance that k samples, drawn without replacement, include a right one: unbiased for any k <= num_samples.
 
     Method: arXiv 2107.03374, equation 1.
     """
@@ -27,14 +27,14 @@ def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
 
 
 def centered(accuracy: float, baseline: float) -> float:
-    """0 for what guessing gives, 1 for all right."""
+    """Accuracy rescaled to 0 for guessing and 1 for all right."""
     return (accuracy - baseline) / (1 - baseline)
 
 
 def centered_mean(tasks: Iterable[Mapping[str, Any]]) -> tuple[float, float, float]:
     """(mean, low, high) of the centred accuracies of tasks, each with "accuracy", "low", "high" and "baseline".
 
-    The interval adds the tasks' own ones as independent errors.
+    The interval combines those of the tasks as independent errors.
     """
     tasks = list(tasks)
     mean = sum(centered(task["accuracy"], task["baseline"]) for task in tasks) / len(tasks)
@@ -44,7 +44,7 @@ def centered_mean(tasks: Iterable[Mapping[str, Any]]) -> tuple[float, float, flo
 
 
 def core_name(results: Mapping[str, Any]) -> str:
-    """What the mean of CORE's tasks is called in results: "core_metric", or "core_partial" where some had no data."""
+    """The name of CORE's mean in results: "core_metric", or "core_partial" if some tasks had no data."""
     return "core_metric" if "core_metric" in results else "core_partial"
 
 

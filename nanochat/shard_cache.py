@@ -1,6 +1,6 @@
-"""Fetches the shards of remote data sets to the local disk and keeps the latest used of them. Used by document_files.py.
+"""Fetches shards of remote data sets to the local disk and keeps the most recently used. Used by document_files.py.
 
-Readers read whole local files and never wait for a network in steady state, since the next shard is fetched meanwhile.
+Readers read whole local files. In steady state they never wait for the network, since the next shard is fetched meanwhile.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from fsspec import AbstractFileSystem
 
 from nanochat.common import NanochatError, first_line, get_base_dir
 
-RETRY_WAITS_S = (1.0, 4.0, 15.0)  # between the attempts; what a server answers for good is not tried again
+RETRY_WAITS_S = (1.0, 4.0, 15.0)  # between attempts; permanent errors are not retried
 DEFAULT_LIMIT_GB = 50.0
-ROOM_WAIT_S = 60.0  # for what others fetch at the same time, and may be evicted only then
+ROOM_WAIT_S = 60.0  # for downloads of other processes, which cannot be evicted before they end
 LEFTOVER_AGE_S = 24 * 3600
 OPEN_ATTEMPTS = 5
 
@@ -35,11 +35,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Shard:
-    """A remote file as it was listed. `version` is whatever the server says that changes with the content."""
+    """A remote file as it was listed. `version` is any property from the server that changes with the content."""
 
     url: str
     filesystem: AbstractFileSystem
-    path: str  # in the file system
+    path: str  # within the file system
     size: int  # bytes
     version: str
 
@@ -50,7 +50,7 @@ class Shard:
 
     @property
     def entry(self) -> str:
-        """Its file name in the cache: readable, and another one for another URL or content."""
+        """Its file name in the cache: readable, and different for another URL or content."""
         path = self.name
         readable = re.sub(r"[^A-Za-z0-9._]+", "-", path.stem)[-60:]
         key = hashlib.blake2b(f"{self.url}\n{self.size}\n{self.version}".encode(), digest_size=8).hexdigest()
@@ -60,8 +60,8 @@ class Shard:
 class ShardCache:
     """Whole shards in a folder of limited size, which any number of processes may share.
 
-    A shard is fetched by one process at a time, under a lock that ends with its process, to a temporary name, and gets
-    its own name once it is whole. The least recently used make room. One that is open elsewhere lives until it is closed.
+    One process at a time fetches a shard, under a lock that ends with the process, to a temporary name; a complete shard
+    gets its own name. The least recently used are evicted. An evicted shard that is open elsewhere lives until it is closed.
     """
 
     def __init__(self, directory: Path, limit_bytes: int) -> None:
@@ -85,16 +85,16 @@ class ShardCache:
         return self._fetch(shard, keep=set())
 
     def open_shard(self, shard: Shard) -> BinaryIO:
-        """The shard, open for reading: from now on no eviction can take it away."""
+        """The shard, opened for reading: eviction can no longer take it away."""
         for _ in range(OPEN_ATTEMPTS):
             with contextlib.suppress(FileNotFoundError):  # evicted since it was fetched
                 return open(self.fetch(shard), "rb")
         raise NanochatError(f"{shard.url} was evicted from the cache before it could be read: raise NANOCHAT_CACHE_GB")
 
     def prefetch(self, shards: Iterable[Shard]) -> None:
-        """Fetch shards in the background. A failure shows when the shard is asked for."""
+        """Fetch shards in the background. A failure is reported when the shard is requested."""
         wanted = {shard.entry: shard for shard in shards}
-        keep = {self._reading, *wanted}  # no prefetch takes their room
+        keep = {self._reading, *wanted}  # a prefetch must not evict these
         underway = {e: thread for e, thread in list(self._prefetches.items()) if e in wanted or thread.is_alive()}
         for entry, shard in wanted.items():
             if entry not in underway and shard not in self:
@@ -122,7 +122,7 @@ class ShardCache:
         return path
 
     def _download(self, shard: Shard, path: Path, keep: set[str]) -> None:
-        # The size is in the name, so that whoever makes room counts it from the start.
+        # The final size is in the name, so that other processes count it when they make room.
         temporary = self.directory / f"{shard.entry}.{shard.size}.{secrets.token_hex(4)}.tmp"
         deadline = time.monotonic() + ROOM_WAIT_S
         try:
@@ -137,14 +137,14 @@ class ShardCache:
                 os.fsync(file.fileno())
                 size = os.fstat(file.fileno()).st_size
             if size != shard.size:
-                raise OSError(f"{size} bytes came, where {shard.size} were listed: it was cut, or has changed")
+                raise OSError(f"{size} bytes arrived, but {shard.size} were listed: it was truncated, or has changed")
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
     def _lock(self, name: str, timeout_s: float = -1) -> FileLock:
         if name != "room":
-            name = name.rpartition("-")[2][:2]  # of the hash: never more than 256 lock files, which nobody removes
+            name = name.rpartition("-")[2][:2]  # of the hash: at most 256 lock files, which are never removed
         return FileLock(self.directory / "locks" / f"{name}.lock", timeout=timeout_s)
 
     # ------------------------------------------------------------------------- room
@@ -152,7 +152,7 @@ class ShardCache:
     def _make_room(self, shard: Shard, keep: set[str], can_wait: bool) -> bool:
         """Evict the least recently used until the shard fits. Raises NanochatError if it cannot.
 
-        can_wait: return False where it will fit once others have what they fetch now, which cannot be evicted before.
+        can_wait: return False if it will fit once other processes' downloads, which cannot be evicted yet, are done.
         """
         files = [(status.st_mtime_ns, path, size) for path, status, size in self._files()]
         room = self.limit_bytes - sum(size for _, _, size in files)
@@ -173,7 +173,7 @@ class ShardCache:
         return True
 
     def _files(self) -> Iterator[tuple[Path, os.stat_result, int]]:
-        """(path, status, bytes it takes or will take) of every shard, those on their way included."""
+        """(path, status, bytes it takes or will take) of every shard, including those being fetched."""
         for path in self.directory.iterdir():
             with contextlib.suppress(FileNotFoundError):
                 status = path.stat()
@@ -182,7 +182,7 @@ class ShardCache:
                     yield path, status, int(declared[1]) if declared else status.st_size
 
     def _remove_leftovers(self) -> None:
-        """Remove files of downloads that were killed: their lock is free. What has no lock goes when it is a day old."""
+        """Remove files of killed downloads (their lock is free). Files without a lock are removed after a day."""
         for path, status, _ in list(self._files()):
             if path.suffix != ".tmp":
                 continue
@@ -193,14 +193,14 @@ class ShardCache:
                 path.unlink(missing_ok=True)
 
     def _remove_temporary(self, entry: str) -> None:
-        """What a killed process left of this entry, whose lock we hold."""
+        """Remove what a killed process left of this entry, whose lock we hold."""
         for path, _, _ in list(self._files()):
             if path.name.startswith(f"{entry}.") and path.suffix == ".tmp":
                 path.unlink(missing_ok=True)
 
 
 def get_shard_cache() -> ShardCache:
-    """This process's cache, in <base dir>/data/cache, of NANOCHAT_CACHE_GB (default 50)."""
+    """This process's cache, in <base dir>/data/cache, with a size of NANOCHAT_CACHE_GB (default 50)."""
     value = os.environ.get("NANOCHAT_CACHE_GB") or str(DEFAULT_LIMIT_GB)
     try:
         limit_gb = float(value)
@@ -218,7 +218,7 @@ _cache_at = functools.cache(ShardCache)
 
 
 def retry(action: Callable[[], T]) -> T:
-    """The action's result, after more attempts where it fails in a way that may pass."""
+    """The action's result; temporary failures are retried."""
     for wait_s in RETRY_WAITS_S:
         try:
             return action()
@@ -236,7 +236,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _unwrap(error: Exception) -> Exception:
-    """fsspec's web file system says FileNotFoundError whatever its server or the network did."""
+    """The real cause: fsspec's web file system raises FileNotFoundError for every failure of server or network."""
     cause = error.__cause__
     if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and not hasattr(cause, "response"):
         return error if _status(cause) == 404 else cause
@@ -270,9 +270,9 @@ def remote_error(url: str, error: Exception) -> NanochatError:
     elif isinstance(error, PermissionError) and error.filename:
         way_out = "choose another folder, for example with NANOCHAT_BASE_DIR"
     elif status in (401, 403) or isinstance(error, PermissionError) or "credentials" in reason.lower():
-        way_out = "log in where it is kept (hf auth login, or the variables of its cloud, such as AWS_ACCESS_KEY_ID)"
+        way_out = "log in to its host (hf auth login, or the variables of its cloud, such as AWS_ACCESS_KEY_ID)"
     elif status == 404 or isinstance(error, FileNotFoundError):
-        reason, way_out = "it is not there", "check the address, and for what is not public log in (for example hf auth login)"
+        reason, way_out = "it is not there", "check the address, and log in if it is not public (for example hf auth login)"
     elif isinstance(error, (ValueError, NotImplementedError)):
         way_out = "check the address"
     return NanochatError(f"{url} cannot be read ({reason}): {way_out}")

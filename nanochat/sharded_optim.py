@@ -1,7 +1,7 @@
-"""Muon and AdamW on parameters of which each rank holds some rows (sharding.py). Built by optim.py, the same interface.
+"""Muon and AdamW for parameters whose rows are spread over the ranks (sharding.py). Built by optim.py; same interface.
 
-AdamW works on the rows alone. Muon needs whole matrices: each rank owns some of a group's, receives their rows from all
-ranks, orthogonalizes them and sends the rows of the result back; momentum and weights never leave the rows.
+AdamW works on local rows only. Muon needs whole matrices: each rank owns some of a group's, receives their rows from all
+ranks, orthogonalizes them and sends the rows of the result back; momentum and weights stay where their rows are.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nanochat.updates import (
 
 
 def local_rows(values: Tensor, like: DTensor) -> Tensor:
-    """This rank's rows of a tensor, whole or already cut, that is laid out as the parameter `like`; float32."""
+    """This rank's rows, in float32, of a tensor (whole or already sharded) with the layout of the parameter `like`."""
     if not isinstance(values, DTensor):
         values = values.to(like.device, torch.float32)
         values = distribute_tensor(values, like.device_mesh, like.placements, src_data_rank=None)
@@ -33,7 +33,7 @@ def local_rows(values: Tensor, like: DTensor) -> Tensor:
 
 
 def as_sharded(rows: Tensor, like: DTensor) -> DTensor:
-    """The inverse of `local_rows`: all ranks' rows as one tensor, or what is kept of each row in place of its numbers."""
+    """The inverse of `local_rows`: all ranks' rows as one tensor. `rows` may also be state with other numbers per row."""
     shape = torch.Size((like.size(0), *rows.shape[1:]))
     return DTensor.from_local(rows, like.device_mesh, like.placements, shape=shape, stride=rows.stride())
 
@@ -62,7 +62,7 @@ class ShardedAdamWUnit:
             adamw_update(rows, local_grad(self.param), self.state["exp_avg"], self.state["exp_avg_sq"], self.group, step)
 
     def finish_gather(self) -> None:
-        """Does nothing: each rank keeps its rows alone."""
+        """Does nothing: each rank only keeps its own rows."""
 
     def gather_state(self) -> dict[str, Tensor]:
         return {f"{self.name}/{kind}": as_sharded(rows, self.param) for kind, rows in self.state.items()}
@@ -85,7 +85,7 @@ class ShardedRowsUnit(ShardedAdamWUnit):
 
 
 class ShardedMuonUnit:
-    """Matrices of one shape. n of them, of which this rank owns `owned` and holds `height` rows of each."""
+    """n matrices of one shape; this rank owns `owned` of them and holds `height` rows of each."""
 
     def __init__(self, group: Group, names: list[str], params: list[Any], rank: int, world_size: int) -> None:
         self.group, self.names, self.params = group, names, params  # DTensors, which torch types as parameters
@@ -104,7 +104,7 @@ class ShardedMuonUnit:
         self._buffers: tuple[Tensor, ...] = ()  # kept until the collective that uses them is done
 
     def _send(self, rows: Tensor, sent: list[int], received: list[int]) -> None:
-        """Begin to exchange rows of `columns` numbers; what arrives is the first buffer."""
+        """Begin to exchange rows of `columns` numbers; they arrive in the first buffer."""
         arriving = rows.new_empty(sum(received), self.columns)
         group = self.params[0].device_mesh.get_group()
         self._work = dist.all_to_all_single(arriving, rows, received, sent, group=group, async_op=True)
@@ -117,18 +117,18 @@ class ShardedMuonUnit:
         return arrived
 
     def _splits(self) -> tuple[list[int], list[int]]:
-        """Rows that this rank exchanges with each other: (of their matrices, that it holds; of its own, that they hold)."""
+        """Rows exchanged with each other rank: (rows held here of its matrices, rows that it holds of this rank's)."""
         return [count * self.height for count in self.counts], [self.owned * height for height in self.heights]
 
     def start_reduce(self) -> None:
-        """Nesterov momentum on the rows held here, which then go to the owners of their matrices."""
+        """Apply Nesterov momentum to the rows held here, then send them to the owners of their matrices."""
         grad = torch.stack([local_grad(param).float() for param in self.params])
         self.momentum.lerp_(grad, 1 - self.group.momentum)
         held, owned = self._splits()
         self._send(grad.lerp_(self.momentum, self.group.momentum).flatten(0, 1), held, owned)
 
     def update(self, step: int) -> None:
-        """The directions of the matrices owned here, whose rows then begin to go back to where they came from."""
+        """Compute the updates of the matrices owned here, and begin to send their rows back."""
         rows = self._received()
         held, owned = self._splits()
         if self.owned:
@@ -147,7 +147,7 @@ class ShardedMuonUnit:
     # ------------------------------------------------------------------------- state
 
     def gather_state(self) -> dict[str, Tensor]:
-        """Momentum in rows; the second moment, which is small, whole on every rank."""
+        """Momentum as sharded rows; the small second moment whole on every rank."""
         per_rank = self.counts[0]
         share = self.second_moment.new_zeros(per_rank, *self.second_moment.shape[1:])
         share[: self.owned] = self.second_moment

@@ -1,8 +1,8 @@
-"""Models beyond one GPU's memory: parameters cut over all ranks by PyTorch's fully_shard (FSDP2). Used with --fsdp.
+"""Models too large for one GPU: shards parameters over all ranks with PyTorch's fully_shard (FSDP2). Used with --fsdp.
 
-Each rank holds its rows of every parameter. A block's matrices are whole only while it computes; gradients arrive as
-sums, cut the same way; sharded_optim.py updates the parts. Checkpoints are written by torch.distributed.checkpoint, each
-rank its own parts, and can be read by any number of ranks, and whole by one process without any group.
+Each rank holds its rows of every parameter. A block's matrices are whole only while it computes; gradients arrive as sums,
+sharded the same way, and sharded_optim.py updates the parts. Each rank writes its own parts of a checkpoint with
+torch.distributed.checkpoint; any number of ranks can read it, or one process as a whole without a process group.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from nanochat.common import NanochatError, first_line, get_compute_dtype
 from nanochat.gpt import GPT
 
-# What the metadata of a checkpoint of tensors are made of, by module.
+# The classes that the metadata of a checkpoint of tensors consist of, by module.
 RECORDS = {
     "torch": ("Size",),
     "torch.serialization": ("_get_layout",),
@@ -38,7 +38,7 @@ RECORDS = {
 
 
 def shard(model: GPT, device: torch.device) -> None:
-    """Cut the parameters of a model, preferably one still on the meta device, over all ranks.
+    """Shard the parameters of a model, preferably one still on the meta device, over all ranks.
 
     Blocks are sent in the compute dtype; embeddings, head and scalars in float32. Raises NanochatError
     outside torchrun.
@@ -62,14 +62,14 @@ def shard(model: GPT, device: torch.device) -> None:
 
 
 def end_pass(model: nn.Module) -> None:
-    """After a pass that ended with an error: without this, later ones would give other gradients or none, and not say so."""
-    model.zero_grad(set_to_none=True)  # of parameters that are whole just now
+    """Clean up after a pass that failed: otherwise later passes would silently give wrong gradients, or none."""
+    model.zero_grad(set_to_none=True)  # of parameters that are whole at the moment
     if isinstance(model, FSDPModule):
         model.reset_iter_state()
 
 
 def fill(target: torch.Tensor, values: torch.Tensor) -> None:
-    """Copy a whole tensor into a parameter or state, of which this rank may hold a part only. No communication."""
+    """Copy a whole tensor into a parameter or state, of which this rank may hold only a part. No communication."""
     values = values.to(target.device, target.dtype)
     if isinstance(target, DTensor):
         values = distribute_tensor(values, target.device_mesh, target.placements, src_data_rank=None)
@@ -78,7 +78,7 @@ def fill(target: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def write_sharded(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write parts into `directory`, each rank its own and those that all have once (a collective call).
+    """Write parts into `directory`: each rank its own; what all ranks have is written once (a collective call).
 
     Raises OSError on every rank if one of them fails.
     """
@@ -90,16 +90,16 @@ def write_sharded(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _errno(reason: BaseException) -> int | None:
-    """What the system said, if it did: PyTorch's writer notices a full disk only by how little of a tensor went there."""
+    """The system's errno, if there is one: PyTorch's writer notices a full disk only because a tensor is cut short."""
     if "inline_container" in str(reason) and "unexpected pos" in str(reason):
         return errno.ENOSPC
     return reason.errno if isinstance(reason, OSError) else None
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Makes of a pickle what PyTorch writes of tensors into a checkpoint's .metadata, and does not even import all else.
+    """Unpickles only what PyTorch writes about tensors into a checkpoint's .metadata, and does not even import the rest.
 
-    Above all no functions, and no BytesStorageMetadata: what that names, PyTorch would unpickle without any check.
+    Above all no functions, and no BytesStorageMetadata: PyTorch would unpickle what that names without any check.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -107,11 +107,11 @@ class _MetadataUnpickler(pickle.Unpickler):
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_path or is_dtype or name in RECORDS.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} is nothing that PyTorch writes there of tensors")
+        raise pickle.UnpicklingError(f"{module}.{name} is not something that PyTorch writes there about tensors")
 
 
 class _Reader(dcp.FileSystemReader):
-    """PyTorch's, but no code of a checkpoint's author runs when its metadata, a pickle, are read."""
+    """PyTorch's reader, but reading the metadata (a pickle) runs no code of the checkpoint's author."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
         path = Path(self.path) / ".metadata"
@@ -120,27 +120,27 @@ class _Reader(dcp.FileSystemReader):
                 _MetadataUnpickler(file).load()
         except (pickle.UnpicklingError, AttributeError, ImportError, EOFError) as error:
             raise NanochatError(
-                f"{path} is not read ({first_line(error)}): take the checkpoint from whoever trained it"
+                f"{path} is not read ({first_line(error)}): get the checkpoint from whoever trained it"
             ) from error
-        return super().read_metadata()  # of this file, never of one for a single rank
+        return super().read_metadata()  # always from this file, never from one for a single rank
 
 
 def read_sharded(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Fill tensors, whole or in parts, with those of their names. Reads what is needed; no communication.
+    """Fill tensors (whole or sharded) by name. Reads only what is needed; no communication.
 
-    Raises KeyError for a tensor that is not there.
+    Raises KeyError for a missing tensor.
     """
     reader = _Reader(directory)
-    known = reader.read_metadata().state_dict_metadata  # here: what is raised within `load` comes out as a trace of its own
+    known = reader.read_metadata().state_dict_metadata  # read here: errors inside `load` come out wrapped in a trace
     if absent := next((name for name in tensors if name not in known), None):
         raise KeyError(absent)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it may be: that is the point
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended here
         dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
 
 
 def read_whole(directory: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """All tensors whose names begin with the prefix, which is left out, whole and on the CPU."""
+    """All tensors whose names begin with the prefix (which is removed), whole and on the CPU."""
     entries: dict[str, Any] = _Reader(directory).read_metadata().state_dict_metadata
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype)
                for name, entry in entries.items() if name.startswith(prefix)}  # fmt: skip

@@ -1,6 +1,6 @@
-"""Answers as server-sent events, while they are being written: OpenAI's chunks and the public guide's stream.
+"""Streams answers as server-sent events while they are generated: OpenAI's chunks and the public guide's stream.
 
-Used by server.py. What one event of OpenAI's says is made in openai_api.py.
+Used by server.py. openai_api.py makes the content of OpenAI's events.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 def stream(ticket: Ticket, events: AsyncIterator[str], headers: dict[str, str] | None = None) -> StreamingResponse:
-    """The response that sends a ticket's events, made by one of the generators below."""
+    """The response that sends a ticket's events, which one of the generators below makes."""
     headers = {**HEADERS, **(headers or {})}
     return StreamingResponse(_until_left(ticket, events), media_type="text/event-stream", headers=headers)
 
 
 async def _until_left(ticket: Ticket, events: AsyncIterator[str]) -> AsyncIterator[str]:
-    """A failure in the middle of a stream becomes its last event; a client that leaves frees its texts."""
+    """Turn a failure during a stream into its last event; if the client leaves, free its texts."""
     try:
         async for event in events:
             yield event
@@ -54,7 +54,7 @@ class News(NamedTuple):
 
     pieces: list[tuple[str, str]]
     tokens: list[int]
-    logprobs: list[TokenLogprob | None]  # of the tokens: None for those that a tool forced, and where nobody asked
+    logprobs: list[TokenLogprob | None]  # of the tokens; None if a tool forced the token or they were not requested
     last: bool
 
 
@@ -62,7 +62,7 @@ MAX_NEWS = 256  # tokens; with alternatives to each, what they are written as ta
 
 
 class Reader:
-    """Where a stream stands in one text. Much is read at once, so a slow client gets fewer, larger pieces."""
+    """A stream's position in one text. It reads much at once, so a slow client gets fewer, larger pieces."""
 
     def __init__(self, sequence: Sequence) -> None:
         self.sequence, self.parts = sequence, Parts()
@@ -72,7 +72,7 @@ class Reader:
     def read(self) -> News | None:
         """None if there is nothing new."""
         sequence, begin = self.sequence, self.pieces
-        finished = sequence.finish_reason not in (None, "error")  # of an error the ticket tells
+        finished = sequence.finish_reason not in (None, "error")  # the ticket reports errors
         pieces = sequence.pieces[begin : begin + MAX_NEWS]
         self.pieces += len(pieces)
         last = finished and self.pieces == len(sequence.pieces)
@@ -85,7 +85,7 @@ class Reader:
         return News(pieces, tokens, logprobs, last)
 
     def with_stop_token(self, news: News) -> tuple[list[int], list[TokenLogprob | None]]:
-        """(tokens, log-probabilities) of a completion, whose last news have those of the token that ended it, too."""
+        """(tokens, log-probabilities) of a completion; the last news include the stop token."""
         stop_token = self.sequence.stop_token
         if not news.last or stop_token is None:
             return news.tokens, news.logprobs
@@ -121,7 +121,7 @@ async def chat_chunks(ticket: Ticket, reply: Reply) -> AsyncIterator[str]:
 
 
 async def completion_chunks(ticket: Ticket, reply: Reply, prompts: int) -> AsyncIterator[str]:
-    """The text, a call of the calculator left out. prompts: how many the request has."""
+    """The text without calculator calls. prompts: how many the request has."""
     offsets = [TextOffsets(reply.tokenizer) for _ in ticket.sequences]
     async for i, reader, news in _news(ticket):
         text, content = spoken(news.pieces), None

@@ -1,7 +1,7 @@
 """The calculator that the model may call. Used by engine.py and tasks/arithmetic.py.
 
 It parses an expression and walks the tree: nothing is ever evaluated as code, and every operand is bounded before an
-operation, so that no input takes long or much memory. It needs no signals and may be used from any thread.
+operation, so that no input takes much time or memory. It needs no signals and can be used from any thread.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import operator
 import re
 
-MAX_CHARS = 256  # of an expression
+MAX_CHARS = 256  # in an expression
 MAX_DEPTH = 32
 MAX_DIGITS = 64  # of an integer, at every step
 MAX_EXPONENT = 256
@@ -31,7 +31,7 @@ OPERATORS = {
 
 
 class _NotAllowed(Exception):
-    """The expression is outside of what the calculator does."""
+    """The calculator does not support the expression."""
 
 
 def use_calculator(expression: str) -> str | None:

@@ -1,4 +1,4 @@
-# absolute NAME|PATH|ADDRESS: what --data takes, with a path counted from where the caller is; sourced by recipes
+# absolute NAME|PATH|ADDRESS: a value for --data, with a path relative to the caller made absolute; sourced by recipes
 
 absolute() {
     case "$1" in

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a chat with a model of your own, on a laptop, without any download of data: bash runs/demo.sh
-# Every stage is reused or resumed when it is run again. Writes below NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
+# If it is run again, stages are reused or resumed. Writes below NANOCHAT_BASE_DIR (default ~/.cache/nanochat).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,7 +9,7 @@ python=.venv/bin/python
 tag=demo
 tasks="Arithmetic:9000,Identity:2000,DocQA*2,SpellingBee:6500,SimpleSpelling:13000,Repeat:13000"
 
-# stage NUMBER COMMAND...: one step of the way, its number shown in the progress display
+# stage NUMBER COMMAND...: run one step, with its number in the progress display
 stage() {
     export NANOCHAT_STAGE="$1/6"
     shift

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# One model of each depth, each with the settings that its depth implies: bash runs/miniseries.sh [NAME|PATH] [flags of base_train]
-# On a GPU; a laptop manages DEPTHS="2 3 4". DEPTHS, NPROC and SERIES (the beginning of the runs' names) may be set. Run
-# again, it goes on where it was.
+# One model for each depth, with the settings that its depth implies: bash runs/miniseries.sh [NAME|PATH] [flags of base_train]
+# For a GPU; a laptop can do DEPTHS="2 3 4". DEPTHS, NPROC and SERIES (the prefix of the runs' names) may be set. If it is
+# run again, it continues where it was.
 source "$(dirname "$0")/series.sh" "$@"
 series="${SERIES:-mini}"
 

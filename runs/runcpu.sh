@@ -9,7 +9,7 @@ bash runs/setup.sh
 python=.venv/bin/python
 tag="${MODEL_TAG:-cpu}"
 
-# A run that began on this text keeps its tokenizer: a file that came since would make it another.
+# A run that has begun on this text keeps its tokenizer: with new files, it would be a different one.
 base_dir=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}
 tokenizer="$base_dir/runs/$tag"
 if [ ! -e "$tokenizer/tokenizer.json" ] || ! grep -qF "\"data\": \"$data\"" "$tokenizer/base/settings.json" 2>/dev/null; then

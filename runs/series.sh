@@ -1,4 +1,4 @@
-# What the two series share; sourced by them, with their arguments: [NAME|PATH] [flags of base_train]
+# Shared by the two series, which source it with their arguments: [NAME|PATH] [flags of base_train]
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/absolute.sh"
 data=()  # none given: climbmix where it was downloaded, else the builtin text
@@ -12,7 +12,7 @@ launch=(python -m)
 nproc="${NPROC:-${NPROC_PER_NODE:-1}}"
 [ "$nproc" = 1 ] || launch=(torchrun --standalone --nproc_per_node="$nproc" --shutdown-timeout=300 -m --)
 
-# train TAG FLAGS...: one run of a series, gone on with where it was. They are many: each keeps its newest and its best alone.
+# train TAG FLAGS...: start or resume one run of a series. There are many, so each keeps only its newest and best checkpoint.
 train() {
     "${launch[@]}" scripts.base_train ${data[@]+"${data[@]}"} --model-tag="$1" --resume=auto --sample-every=-1 --keep-last=1 "${@:2}" ${flags[@]+"${flags[@]}"}
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes .venv beside this checkout and installs nanochat into it: bash runs/setup.sh [dev|wandb|tensorboard ...]
-# With uv when it is there and its network allows, else python -m venv and pip. Run again, it does nothing.
+# Makes .venv in this checkout and installs nanochat into it: bash runs/setup.sh [dev|wandb|tensorboard ...]
+# Uses uv if it is installed and works with the network, else python -m venv and pip. Does nothing if run again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,7 +9,7 @@ fail() { printf 'error: %s\n' "$*" >&2; exit 1; }
 
 if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi >/dev/null 2>&1; then device=gpu; else device=cpu; fi
 stamp=.venv/.nanochat-installed
-# What was installed for a GPU serves without one; the other way round pip would keep the build for the CPU.
+# An installation for a GPU also works without one; the other way round, pip would keep the build for the CPU.
 case ",$(cut -d ' ' -f 1 "$stamp" 2>/dev/null)," in
     *,gpu,*) device=gpu ;;
     *,cpu,*) [ "$device" = cpu ] || { say "a GPU is here now: making .venv anew"; rm -rf .venv; } ;;
@@ -18,7 +18,7 @@ extras="$device"
 for extra in "$@"; do extras="$extras,$extra"; done
 wanted="$extras $(cksum <pyproject.toml)"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
-# What is installed with more extras serves one that asks for fewer.
+# An installation with more extras is enough for a call that asks for fewer.
 if [ -f "$stamp" ] && [ "$(sed 's/^[^ ]* //' "$stamp")" = "$(cksum <pyproject.toml)" ]; then
     missing=0
     for extra in ${extras//,/ }; do
@@ -78,8 +78,8 @@ else
     install_with_pip
 fi
 if [ "$device" = cpu ]; then
-    # The C++ compiler's precompiled header, made now, so that no first training step waits for it. Optional: without a
-    # compiler training runs eagerly, and says so.
+    # Make the C++ compiler's precompiled header now, so that the first training step need not wait for it. Optional: without
+    # a compiler, training runs eagerly and says so.
     .venv/bin/python -c 'import torch; torch.compile(lambda x: x + 1)(torch.zeros(64))' >/dev/null 2>&1 || true
 fi
 printf '%s' "$wanted" >"$stamp"

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The full pipeline at depth 24 on a node of GPUs: bash runs/speedrun.sh
 # In a terminal that outlives the connection: screen -L -Logfile speedrun.log -S speedrun bash runs/speedrun.sh
-# DEPTH, NPROC (or NPROC_PER_NODE), MODEL_TAG, WANDB_RUN and SHARDS (of text: 240 are for depth 24, 30 for depth 12) may be set. Run again
-# after an interruption, it goes on where it was.
+# May be set: DEPTH, NPROC (or NPROC_PER_NODE), MODEL_TAG, WANDB_RUN and SHARDS (of text: 240 for depth 24, 30 for depth 12).
+# If it is interrupted, run it again: it continues where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,7 +19,7 @@ extras=()
 bash runs/setup.sh ${extras[@]+"${extras[@]}"}
 source .venv/bin/activate
 export OMP_NUM_THREADS=1
-# By PyTorch, which an old driver or CUDA_VISIBLE_DEVICES lets see fewer GPUs than nvidia-smi.
+# Ask PyTorch: with an old driver or CUDA_VISIBLE_DEVICES it sees fewer GPUs than nvidia-smi.
 : "${nproc:=$(python -c 'import torch; print(torch.cuda.device_count())' || echo 0)}"
 if [ "$nproc" -lt 1 ]; then
     echo "error: PyTorch cannot use the GPU that nvidia-smi sees: nanochat doctor tells more" >&2
@@ -28,12 +28,12 @@ fi
 # A stopped run has five minutes to finish its step and save it; torchrun alone would leave it 30 seconds.
 launch() { torchrun --standalone --nproc_per_node="$nproc" --shutdown-timeout=300 -m -- "$@"; }
 
-# The tokenizer needs 8 shards; while it is trained, the rest of what pretraining reads comes.
+# The tokenizer needs 8 shards; the rest of the pretraining data is downloaded while it trains.
 python -m nanochat.dataset --data=climbmix -n 8
 python -m nanochat.dataset --data=climbmix -n "${SHARDS:-240}" &
 download=$!
 trap 'kill "$download" 2>/dev/null || true' EXIT
-# A run that began keeps its tokenizer: trained again on the shards that came meanwhile, it would be another.
+# A run that has begun keeps its tokenizer: trained again, on more shards than before, it would be a different one.
 base_dir=${NANOCHAT_BASE_DIR:-~/.cache/nanochat}  # not $HOME, which may be unset
 tokenizer="$base_dir/runs/$tag"
 if [ ! -e "$tokenizer/tokenizer.json" ]; then

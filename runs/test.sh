@@ -3,6 +3,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash runs/setup.sh dev
-# Tests run side by side, each process with one thread. Some wait for others' processes: one more keeps all cores busy.
+# Tests run in parallel, each process with one thread. Some wait for other processes: one more keeps all cores busy.
 export OMP_NUM_THREADS=1
 exec .venv/bin/python -m pytest -n "$(($(getconf _NPROCESSORS_ONLN) + 1))" "$@"

@@ -323,9 +323,7 @@ def test_another_model_is_not_written_over(tiny_run: Path, tmp_path: Path) -> No
         export_hf.main(["--model-tag=tiny", "--output", str(tmp_path)])
 
 
-def test_a_directory_by_another_of_its_names(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_directory_by_another_of_its_names(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("empty", "work"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "work")

@@ -205,7 +205,7 @@ def test_what_the_hub_refuses_is_said(tiny_run: Path, tmp_path: Path, hub: type[
     flags = ["--model-tag=tiny", "--output", str(tmp_path / "export")]
     with pytest.raises(NanochatError, match="'nobody/model' could not be sent to the hub"):
         export_hf.main([*flags, "--push-to-hub=nobody/model"])
-    with pytest.raises(NanochatError, match="neither a directory nor to be had from the hub"):
+    with pytest.raises(NanochatError, match="neither a directory nor available from the hub"):
         load_hf("nobody/model", "cpu")
     with pytest.raises(NanochatError, match="--push-to-hub"):
         export_hf.main([*flags, "--private"])
@@ -235,7 +235,7 @@ def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
         ("config.json", {"num_attention_heads": "x"}, "has num_attention_heads 'x', not"),
         ("config.json", {"vocab_size": "x"}, "has vocab_size 'x', not"),
         ("config.json", {"max_position_embeddings": -5}, "has max_position_embeddings -5, not"),
-        ("config.json", {"num_key_value_heads": "x"}, "is damaged .*: fetch or export the model anew"),
+        ("config.json", {"num_key_value_heads": "x"}, "is damaged .*: fetch or export the model again"),
         ("config.json", {"layer_windows": None}, "is damaged"),
         ("config.json", {"rotary_base": "x"}, "is damaged|rotary_base 'x', which is not a number above 0"),
         ("config.json", {"rotary_base": None}, "is damaged|rotary_base 'None', which is not"),

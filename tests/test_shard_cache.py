@@ -144,7 +144,7 @@ def test_a_cut_download_leaves_no_entry(tmp_path: Path) -> None:
     far = _Far({"a.parquet": 100})
     far.cut["a.parquet"] = 50
     cache, (shard,) = ShardCache(tmp_path, 1000), far.shards()
-    with pytest.raises(NanochatError, match=r"far://a\.parquet .*50 bytes came, where 100 were listed"):
+    with pytest.raises(NanochatError, match=r"far://a\.parquet .*50 bytes arrived, but 100 were listed"):
         cache.fetch(shard)
     assert _names(tmp_path) == []
     assert len(far.gets) == 3

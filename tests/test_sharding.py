@@ -57,6 +57,6 @@ def test_no_code_of_a_checkpoint_runs(checkpoint: Path, tmp_path: Path, where: s
         content = b"charmful_module\nx\n."
     (checkpoint / ".metadata").write_bytes(content)
     for read in (lambda: read_whole(checkpoint, "model/"), lambda: read_sharded(checkpoint, dict(TENSORS))):
-        with pytest.raises(NanochatError, match=r"is nothing that PyTorch writes there of tensors"):
+        with pytest.raises(NanochatError, match=r"is not something that PyTorch writes there about tensors"):
             read()
     assert not made.exists()

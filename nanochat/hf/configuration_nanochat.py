@@ -8,13 +8,12 @@ from transformers import PretrainedConfig
 
 
 class NanochatConfig(PretrainedConfig):
-    """Everything that decides the model's shape.
+    """Everything that determines the model's shape.
 
     layer_windows: for each layer, how many tokens before itself a token sees.
-    value_embedding_layers: the layers whose values gain an embedding of the token, through a gate that reads the first
+    value_embedding_layers: the layers that add an embedding of the token to the values, through a gate that reads the first
     `gate_channels` channels.
-    bigram_rows: of the table of pairs of tokens, in which a pair lies at `(previous * pair_factor + token) % bigram_rows`;
-    0: there is no such table.
+    bigram_rows: rows of the bigram table; a pair is in row `(previous * pair_factor + token) % bigram_rows`. 0: no table.
     qk_scale: the length of each query and key, in units of sqrt(head size).
     """
 

@@ -1,4 +1,4 @@
-"""Writes a checkpoint as a directory that Hugging Face's libraries load, and sends it to their hub. Used by
+"""Writes a checkpoint as a directory that Hugging Face's libraries load, and uploads it to their hub. Used by
 scripts/export_hf.py.
 """
 
@@ -36,9 +36,9 @@ ORIGIN_KEY = "nanochat_export"  # in config.json: which run, stage and step; als
 def export(
     model: GPT, tokenizer: Tokenizer, meta: dict[str, Any], output: Path, form: str = "auto", repo: str | None = None
 ) -> str:
-    """Write a model, as of checkpoint_manager.load_model, into the directory `output`; returns its form.
+    """Write a model (from checkpoint_manager.load_model) into the directory `output`; returns its format.
 
-    form: one of FORMATS; repo: the name on the hub that the model card is to show. `output` appears whole or not at all.
+    form: one of FORMATS; repo: the name on the hub for the model card. `output` appears as a whole or not at all.
     Raises NanochatError if the form cannot express the model or `output` is not one that `check_output` allows.
     """
     check_output(output)
@@ -114,7 +114,7 @@ def read_resource(folder: str, name: str) -> str:
 
 
 def model_card(model: GPT, meta: dict[str, Any], form: str, repo: str | None) -> str:
-    """README.md: what the model is, how it is used, and what was measured of it and of those it came from."""
+    """README.md: what the model is, how to use it, and the results of it and of the models it came from."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("nanochat", "templates"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
@@ -135,7 +135,7 @@ def model_card(model: GPT, meta: dict[str, Any], form: str, repo: str | None) ->
 
 
 def _lineage(meta: dict[str, Any]) -> list[tuple[str, int]]:
-    """(stage, step) of the checkpoint and of those that it was made from, the oldest first."""
+    """(stage, step) of the checkpoint and its ancestors, the oldest first."""
     line, parent = [(meta["stage"], meta["step"])], meta.get("parent")
     while parent:
         line.insert(0, (parent["stage"], parent["step"]))
@@ -145,7 +145,7 @@ def _lineage(meta: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def _measured(tag: str, stage: str, step: int) -> list[list[str]]:
-    """Rows of (what, value, interval, problems) that were measured at that very step of a stage."""
+    """Rows of (what, value, interval, problems) that were measured at exactly this step of a stage."""
     stage_dir = get_stage_dir(tag, stage)
     results = read_eval(stage_dir)
     if results.get("step") != step:
@@ -165,7 +165,7 @@ def _measured(tag: str, stage: str, step: int) -> list[list[str]]:
 
 
 def push(directory: Path, repo: str, private: bool) -> str:
-    """Send an export to the Hugging Face hub, into a repository that is made if need be; returns its address.
+    """Upload an export to the Hugging Face hub, creating the repository if necessary; returns its address.
 
     Raises NanochatError if the hub refuses.
     """

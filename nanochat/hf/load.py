@@ -1,6 +1,6 @@
-"""Reads models that lie in Hugging Face's form, our own exports above all. Used by the scripts' --from-hf.
+"""Reads models in Hugging Face's format, above all our own exports. Used by the scripts' --from-hf.
 
-Nothing of what lies there is executed: weights, JSON and the text of the chat template are read.
+Nothing from them is executed: only weights, JSON and the text of the chat template are read.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from nanochat.runs import get_run_dir, get_stage_dir, list_steps
 from nanochat.tokenizer import Tokenizer
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
-ROWS_IN_A_BATCH = 32  # of fine-tuning, unless --total-batch-size says otherwise
+ROWS_IN_A_BATCH = 32  # for fine-tuning, unless --total-batch-size says otherwise
 
 
 def load_hf(name: str, device: torch.device | str) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """(model, tokenizer, meta) from a directory or a repository of the hub, as checkpoint_manager.load_model gives them.
+    """(model, tokenizer, meta) from a directory or a hub repository, as checkpoint_manager.load_model returns them.
 
     Raises NanochatError, one sentence, if there is no model that nanochat can compute.
     """
@@ -44,14 +44,14 @@ def load_hf(name: str, device: torch.device | str) -> tuple[GPT, Tokenizer, dict
         raise NanochatError(
             f"{name} has {content['vocab_size']} rows for a vocabulary of {size}: its files do not belong together"
         )
-    content["vocab_size"] = size  # what is more is padding
+    content["vocab_size"] = size  # further rows are padding
     try:
         convert = from_custom if content["model_type"] == CUSTOM_TYPE else from_native
         config, state = convert(content, _read_weights(directory))
     except KeyError as error:
         raise NanochatError(f"{name} is incomplete: it has no {error}") from error
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise NanochatError(f"{name} is damaged ({first_line(error)}): fetch or export the model anew") from error
+        raise NanochatError(f"{name} is damaged ({first_line(error)}): fetch or export the model again") from error
     model = build_model(asdict(config), {key: tensor.float() for key, tensor in state.items()}, device)
     model.eval()
     tag = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name.rstrip("/\\")).resolve().name if Path(name).is_dir() else name)
@@ -59,7 +59,7 @@ def load_hf(name: str, device: torch.device | str) -> tuple[GPT, Tokenizer, dict
 
 
 def find_directory(name: str) -> Path:
-    """The directory of that name, or of a repository of the hub after it was downloaded."""
+    """The directory of that name, or that of a hub repository, which is downloaded."""
     path = Path(os.path.expanduser(name))
     if path.is_dir():
         return path
@@ -72,13 +72,13 @@ def find_directory(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise NanochatError(f"--from-hf {name}: neither a directory nor to be had from the hub ({reason})") from error
+        raise NanochatError(f"--from-hf {name}: neither a directory nor available from the hub ({reason})") from error
 
 
 def _read_config(directory: Path, name: str) -> dict[str, Any]:
     path = directory / "config.json"
     if not path.is_file():
-        raise NanochatError(f"--from-hf {name} is no model: it has no config.json")
+        raise NanochatError(f"--from-hf {name} is not a model: it has no config.json")
     content = read_json_object(path)
     if content.get("model_type") not in (CUSTOM_TYPE, NATIVE_TYPE):
         raise NanochatError(
@@ -86,9 +86,9 @@ def _read_config(directory: Path, name: str) -> dict[str, Any]:
             f"{NATIVE_TYPE}"
         )
     for key in SIZES:
-        value = content.get(key, 1)  # what is absent is named where it is needed
+        value = content.get(key, 1)  # missing keys are reported where they are needed
         if type(value) is not int or value < 1:
-            raise NanochatError(f"{path} has {key} {value!r}, not a whole number above 0: fetch or export the model anew")
+            raise NanochatError(f"{path} has {key} {value!r}, not a whole number above 0: fetch or export the model again")
     return content
 
 
@@ -100,7 +100,7 @@ def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
         try:
             state |= load_file(directory / name)
         except (OSError, SafetensorError) as error:
-            raise NanochatError(f"{directory / name} cannot be read ({error}): fetch or export the model anew") from error
+            raise NanochatError(f"{directory / name} cannot be read ({error}): fetch or export the model again") from error
     return state
 
 
@@ -108,7 +108,7 @@ def _read_weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def check_chat_template(directory: Path) -> None:
-    """Say so if the model has another chat template than nanochat's. It is a program, and so not rendered to be compared."""
+    """Report if the model's chat template differs from nanochat's. Templates are programs, so it is compared as text."""
     path = directory / TEMPLATE_FILE
     if path.is_file():
         template: Any = path.read_text(encoding="utf-8", errors="replace")
@@ -125,9 +125,9 @@ def check_chat_template(directory: Path) -> None:
 
 
 def import_run(name: str, tag: str | None) -> str:
-    """Make a model the base of a run of ours, so that it can be fine-tuned; returns the run's tag (a collective call).
+    """Import a model as the base of a run, so that it can be fine-tuned; returns the run's tag (a collective call).
 
-    The run that was made of the same model before is used again. Raises NanochatError if the tag is another model's.
+    A run made earlier from the same model is used again. Raises NanochatError if the tag belongs to another model.
     """
     return on_rank0(lambda: _import_run(name, tag))
 

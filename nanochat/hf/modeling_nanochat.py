@@ -21,7 +21,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_nanochat import NanochatConfig
 
-# What this version of transformers calls the keys and values of what came before.
+# The name of the key/value cache in this version of transformers.
 CACHE_NAME = "cache" if "cache" in {field.name for field in fields(CausalLMOutputWithPast)} else "past_key_values"
 
 
@@ -39,7 +39,7 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
 def visible_keys(
     query_positions: torch.Tensor, num_keys: int, window: int, attention_mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """(B or 1, 1, T, num_keys) bool: each token sees itself and the `window` before it, but no padding.
+    """(B or 1, 1, T, num_keys) bool: each token sees itself and the `window` tokens before it, but no padding.
 
     query_positions: (T,), places in the rows, padding included; attention_mask: (B, tokens so far), 0 for padding.
     """
@@ -47,7 +47,7 @@ def visible_keys(
     visible = ((distance >= 0) & (distance <= window))[None]
     if attention_mask is not None:
         real = F.pad(attention_mask.bool(), (0, num_keys - attention_mask.size(1)))  # a static cache is longer than the text
-        visible = visible & real[:, None] | (distance == 0)  # padding sees itself: an empty row would be no number
+        visible = visible & real[:, None] | (distance == 0)  # padding sees itself: an empty row would give NaN
     return visible[:, None]
 
 
@@ -174,10 +174,10 @@ class NanochatModel(NanochatPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """input_ids: (B, T); attention_mask: (B, tokens so far), 0 for padding; previous_ids: see `embed`.
 
-        past_key_values: what older versions of transformers call the cache.
+        past_key_values: the cache's name in older versions of transformers.
         """
         if input_ids is None:
-            raise ValueError("a nanochat model needs input_ids: its value embeddings cannot be had from inputs_embeds")
+            raise ValueError("a nanochat model needs input_ids: its value embeddings cannot be derived from inputs_embeds")
         cache = past_key_values if cache is None else cache
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
@@ -210,11 +210,11 @@ class NanochatModel(NanochatPreTrainedModel):
         past: int,
         previous_ids: torch.Tensor | None,
     ) -> torch.Tensor:
-        """(B, T, hidden_size): what is looked up for each token, and for it and its predecessor together.
+        """(B, T, hidden_size): each token's embedding plus its bigram's.
 
-        cache: a Cache or None; the last tokens that went into it are noted on it, as `last_ids`.
-        previous_ids: (B, T), the token before each; None: that of the first is the last one that went into the cache. The
-        first token of a text counts as its own predecessor.
+        cache: a Cache or None; the last tokens that went into it are stored on it as `last_ids`.
+        previous_ids: (B, T), the token before each; None: the first one follows the last token in the cache. The first token
+        of a text counts as its own predecessor.
         """
         x = self.wte(input_ids)
         if self.bigrams is None:
@@ -229,7 +229,7 @@ class NanochatModel(NanochatPreTrainedModel):
             previous_ids = torch.where(follows_text, previous_ids, input_ids)
         if cache is not None:
             cache.last_ids = input_ids[:, -1:]
-        previous_ids = previous_ids.long()  # the product leaves the range of 32 bits
+        previous_ids = previous_ids.long()  # the product does not fit into 32 bits
         return x + self.bigrams((previous_ids * self.config.pair_factor + input_ids) % self.config.bigram_rows)
 
 
@@ -268,7 +268,7 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, T, vocab_size) float32, of the last `logits_to_keep` tokens if that is not 0, or those at its places.
+        """Logits (B, T, vocab_size) float32; of the last `logits_to_keep` tokens if not 0, or at its indices.
 
         labels: (B, T), the tokens themselves (they are shifted here), -100 where there is nothing to learn.
         """
@@ -286,7 +286,7 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE_NAME: getattr(outputs, CACHE_NAME)})
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """As everywhere, with the tokens before those that are not in the cache yet, whatever beams were reordered."""
+        """The usual inputs, plus the tokens before those not yet in the cache, also after beams were reordered."""
         inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         new = inputs["input_ids"].size(1)
         if new < input_ids.size(1):
@@ -297,5 +297,5 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(
         config: NanochatConfig, *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor | None:
-        """The mask of padding as it is: the windows are applied in `visible_keys`, also with a static cache."""
+        """The padding mask unchanged: `visible_keys` applies the windows, also with a static cache."""
         return attention_mask

@@ -1,7 +1,7 @@
-"""Our tokenizer as the tokenizer.json of the `tokenizers` library, and back. Used by export.py and load.py.
+"""Converts our tokenizer to and from the tokenizer.json of the `tokenizers` library. Used by export.py and load.py.
 
-Both are byte-pair encodings. tiktoken merges the pair that makes the lowest-ranked token; `tokenizers` wants a list of
-pairs, so all splits of a token into two others stand there, in the order of the tokens that they make. It writes bytes as
+Both are byte-pair encodings. tiktoken merges the pair that makes the lowest-ranked token; `tokenizers` needs a list of
+pairs, so we list all splits of a token into two others, in the order of the tokens that they make. It writes bytes as
 printable characters, as GPT-2's vocabulary did.
 """
 

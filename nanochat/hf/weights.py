@@ -223,6 +223,6 @@ def _pad(tensor: torch.Tensor, config: GPTConfig) -> torch.Tensor:
     tensor = tensor[: config.vocab_size]
     if len(tensor) < config.vocab_size:
         raise NanochatError(
-            f"the weights hold {len(tensor)} rows for a vocabulary of {config.vocab_size}: export the model anew"
+            f"the weights hold {len(tensor)} rows for a vocabulary of {config.vocab_size}: export the model again"
         )
     return F.pad(tensor, (0, 0, 0, config.padded_vocab_size - len(tensor)))
