@@ -477,7 +477,7 @@ def test_logits_that_are_no_numbers_end_the_request_and_not_the_engine(engine: E
     head = engine.model.lm_head.weight.data
     row = head[0].clone()
     head[0] = float("nan")
-    with pytest.raises(NanochatError, match="no numbers"):
+    with pytest.raises(NanochatError, match="logits are not finite"):
         engine.complete([prompt], params)
     head[0] = row
     assert engine.complete([prompt], params)[0].tokens == expected

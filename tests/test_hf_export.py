@@ -297,7 +297,7 @@ def test_the_command_writes_all_files_and_replaces_only_its_own(
     output = tmp_path / "export"
     assert export_hf.main(["--model-tag=tiny", "--output", str(output)]) == 0
     assert {path.name for path in output.iterdir()} == OUR_FILES
-    assert "in the form 'custom'" in capsys.readouterr().out
+    assert "in the format 'custom'" in capsys.readouterr().out
     assert export_hf.main(["--model-tag=tiny", "--source=base", "--step=3", "--output", str(output)]) == 0
     assert json.loads((output / "config.json").read_text(encoding="utf-8"))["nanochat_export"]["step"] == 3
     assert [path.name for path in tmp_path.glob(".export*")] == []

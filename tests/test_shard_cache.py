@@ -83,11 +83,14 @@ def _names(directory: Path) -> list[str]:
 
 
 def _size(directory: Path) -> int:
-    size = 0
-    for path in directory.glob("*.*"):
-        with contextlib.suppress(FileNotFoundError):  # renamed or evicted meanwhile
-            size += path.stat().st_size
-    return size
+    """Of files that were there together: a thread that evicts one and fetches another must not have both counted."""
+    while True:
+        before, size = set(directory.glob("*.*")), 0
+        for path in before:
+            with contextlib.suppress(FileNotFoundError):  # renamed or evicted meanwhile
+                size += path.stat().st_size
+        if set(directory.glob("*.*")) == before:
+            return size
 
 
 def test_a_shard_is_fetched_once(tmp_path: Path) -> None:
