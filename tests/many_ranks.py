@@ -29,10 +29,11 @@ WHOLE = "whole"  # the run that others are compared with
 # scripts.chat_rl, with rewards by what an answer is, since a model that has learned nothing earns none.
 REINFORCE = """
 import sys
+from nanochat.common import run_command
 from nanochat.rl import RolloutLoader
 from scripts import chat_rl
 RolloutLoader._judge = lambda self, problem, answer: sum(answer.tokens) % 7 / 6
-sys.exit(chat_rl.main(sys.argv[1:]))
+sys.exit(run_command(chat_rl.main))
 """
 
 _started: list[subprocess.Popen] = []
