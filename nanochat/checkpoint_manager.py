@@ -22,17 +22,16 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from nanochat.common import NanochatError, get_dist_info
-from nanochat.files import read_json_object, remove_leftovers, replace_directory, share_mode
+from nanochat.files import locked, read_json_object, remove_leftovers, replace_directory, share_mode
 from nanochat.gpt import GPT
 from nanochat.model_config import read_config
 from nanochat.ranks import any_rank
@@ -187,27 +186,10 @@ def _later_than_all(now: float) -> float:
     return max([now, *(created + 1e-3 for created, _ in newest_of_runs("*"))])
 
 
-@contextlib.contextmanager
-def lock_stage(stage_dir: Path) -> Iterator[None]:
-    """Keep other processes from writing to the stage. The system releases the lock when the process ends.
-
-    On a file system without locks the file itself is the lock, and a killed process leaves it behind. Raises NanochatError
-    if another process holds the lock.
-    """
-    stage_dir.mkdir(parents=True, exist_ok=True)
-    path = stage_dir / ".lock"
-    lock = FileLock(path, timeout=0, is_singleton=True)  # reentrant within this process
-    try:
-        lock.acquire()
-    except Timeout:
-        raise NanochatError(
-            f"{stage_dir} is being trained by another process: wait for it, stop it, or choose another --model-tag; if none "
-            f"lives on any machine, remove {path}"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+def lock_stage(stage_dir: Path) -> contextlib.AbstractContextManager[None]:
+    """Keep other processes from writing to the stage. Raises NanochatError if one holds the lock."""
+    busy = f"{stage_dir} is being trained by another process: wait for it, stop it, or choose another --model-tag"
+    return locked(stage_dir / ".lock", busy)
 
 
 def clean_up(stage_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Writes files that survive a crash at any point, and reads JSON that may be damaged. Used by everything that does either."""
+"""Writes files that survive a crash at any point, locks folders, reads JSON that may be damaged. Used by whatever does so."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from nanochat.common import NanochatError
 
@@ -101,3 +103,22 @@ def append_json_lines(path: Path, values: Iterable[Any]) -> None:
             if file.read(1) != b"\n":
                 file.write(b"\n")
         file.write("".join(json.dumps(value) + "\n" for value in values).encode("utf-8"))
+
+
+@contextlib.contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold a lock file, more than once if this process asks again. The system releases it when the process ends.
+
+    On a file system without locks the file itself is the lock, and a killed process leaves it behind. Raises NanochatError,
+    which begins with `busy`, if another process holds the lock.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0, is_singleton=True)  # reentrant within this process
+    try:
+        lock.acquire()
+    except Timeout:
+        raise NanochatError(f"{busy}; if none lives on any machine, remove {path}") from None
+    try:
+        yield
+    finally:
+        lock.release()

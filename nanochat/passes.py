@@ -16,6 +16,7 @@ import torch
 from nanochat.common import NanochatError, first_line
 from nanochat.compilation import side_stream
 from nanochat.gpt import GPT
+from nanochat.layers import Embedding
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ class Passes:
 
     def __init__(self, model: GPT, loss_fn: Callable[[GPT, Batch], torch.Tensor] = summed_loss) -> None:
         self.model, self.loss_fn = model, loss_fn
+        self._tables = list(model.tables().values())
         self._tried: Shape | None = None  # of the pass that was recorded, or that did not fit in memory
         self._newest: Shape | None = None
         self._recording: _Recording | None = None
@@ -52,13 +54,12 @@ class Passes:
         if recording:
             recording.begin()
         loss = torch.zeros((), device=self.model.get_device())
-        sparse = [table.weight for table in self.model.tables().values() if table.sparse]
         for batch in self._pieces(batches):
             if recording and self._shape_of(batch) == self._tried:
                 loss += recording.replay(batch, count)
             else:
                 loss += self.once(batch, count)
-            _join_rows(sparse)
+            _join_rows(self._tables)
         return loss
 
     @property
@@ -109,14 +110,15 @@ class Passes:
             self.model.zero_grad(set_to_none=True)
 
 
-def _join_rows(tables: Sequence[torch.Tensor]) -> None:
+def _join_rows(tables: Sequence[Embedding]) -> None:
     """Add up what sparse gradients of tables (rows, channels) say of one row, before they grow larger than dense ones.
 
     PyTorch only appends a pass's rows to those of the passes before.
     """
     for table in tables:
-        if table.grad is not None and table.grad._nnz() > table.size(0):
-            table.grad = table.grad.coalesce()
+        grad = table.weight.grad
+        if table.sparse and grad is not None and grad._nnz() > table.weight.size(0):
+            table.weight.grad = grad.coalesce()
 
 
 class _Recording:

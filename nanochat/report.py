@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -184,9 +185,6 @@ def _overview_row(stage: str, rows: list[dict[str, Any]]) -> list[str]:
         values = series(rows, name)[1]  # without those of a run that diverged, which are no numbers
         return form.format(choose(values)) if values else "-"
 
-    def middle(values: list[float]) -> float:
-        return sorted(values)[len(values) // 2]
-
     return [
         STAGE_TITLES[stage],
         f"{train[-1]['step']:,}",
@@ -194,8 +192,8 @@ def _overview_row(stage: str, rows: list[dict[str, Any]]) -> list[str]:
         format_seconds(train[-1].get("time_s", 0.0)),
         cell("train/loss", "{:.4f}"),
         cell("val/bpb", "{:.4f}"),
-        cell("train/tok_per_s", "{:,.0f}", middle),
-        cell("train/mfu", "{:.1%}", middle),
+        cell("train/tok_per_s", "{:,.0f}", statistics.median_high),
+        cell("train/mfu", "{:.1%}", statistics.median_high),
         cell("train/peak_memory_mb", "{:.2f} GB", lambda values: values[-1] / 1e3),
     ]
 

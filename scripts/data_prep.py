@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
-from filelock import FileLock, Timeout
 from fsspec.core import url_to_fs
 
 from nanochat.common import NanochatError, run_command
 from nanochat.cpu import usable_cores
 from nanochat.document_files import RemoteFile, is_remote, list_local, list_remote, without_strangers
-from nanochat.files import atomic_write
+from nanochat.files import atomic_write, locked
 from nanochat.raw_files import kind_of, read_texts
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.tokenizer import Tokenizer, get_tokenizer
@@ -102,24 +101,13 @@ def _lock(layout: Layout) -> Iterator[None]:
 
     Two would write, and clean up, each other's files. Raises NanochatError if another process is at it.
     """
-    lock, owner = FileLock(layout.output / "work" / ".lock", timeout=0), layout.output / "work" / "owner"
-    owner.parent.mkdir(exist_ok=True)
-    try:
-        lock.acquire()
-    except Timeout:
-        who = "another process"
-        with contextlib.suppress(OSError):  # it has only just begun, or ends just now
-            who = owner.read_text(encoding="utf-8")
-        raise NanochatError(
-            f"{layout.output} is being prepared by {who}: wait for it, stop it, or choose another --output; if none lives "
-            f"on any machine, remove {lock.lock_file}"
-        ) from None
-    try:
+    folder = layout.output / "work"
+    owner = folder / "owner"
+    who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+    busy = f"{layout.output} is being prepared by {who}: wait for it, stop it, or choose another --output"
+    with locked(folder / ".lock", busy):
         atomic_write(owner, f"process {os.getpid()} on {platform.node()}")
         yield
-    finally:
-        owner.unlink(missing_ok=True)
-        lock.release()
 
 
 def _check_installed(args: Arguments) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from filelock import SoftFileLock
 
-from nanochat import checkpoint_manager, model_config
+from nanochat import checkpoint_manager, files, model_config
 from nanochat.checkpoint_manager import (
     CheckpointError,
     clean_up,
@@ -318,7 +318,7 @@ def test_all_of_a_step_is_on_disk_before_it_is_seen(stage_dir: Path, monkeypatch
 
 def test_a_lock_that_outlived_its_process_is_named(stage_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a file system has no locks, the file alone says that a stage is taken, and a killed process leaves it behind."""
-    monkeypatch.setattr(checkpoint_manager, "FileLock", SoftFileLock)
+    monkeypatch.setattr(files, "FileLock", SoftFileLock)
     stage_dir.mkdir(parents=True)
     stale = stage_dir / ".lock"
     stale.write_text("1\nanother-host\n")
