@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
+from pydantic import ValidationError
 
+from nanochat import openai_api
 from nanochat.engine import Engine
-from nanochat.openai_api import ChatRequest
+from nanochat.openai_api import MAX_MESSAGES, MAX_PARTS, ChatRequest
 from nanochat.server import create_app
 from nanochat.tokenizer import Tokenizer
 from tests.helpers import make_model
@@ -83,3 +85,28 @@ def test_a_completions_logprobs_are_the_same_streamed_and_whole(client: TestClie
             assert [value for chunk in chunks if chunk["logprobs"] for value in chunk["logprobs"][name]] == values, name
         ended += whole["finish_reason"] == "stop"
     assert ignore_eos or ended
+
+
+def test_a_wrong_item_of_a_list_is_told_once() -> None:
+    """Errors of a million take ten seconds and a gigabyte, in which nobody is served."""
+    messages = [{"role": "user", "content": [0] * MAX_PARTS}] * MAX_MESSAGES
+    for body in ({"messages": messages}, {"messages": [{**QUESTION, "nanochat": {"parts": [0] * MAX_PARTS}}]}):
+        with pytest.raises(ValidationError) as failure:
+            ChatRequest.model_validate(body)
+        assert failure.value.error_count() < 10
+
+
+def test_a_reply_holds_no_more_log_probabilities_than_can_be_written(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openai_api, "MAX_LOGPROB_VALUES", 12 * 4)
+    for path, asked in (
+        (CHAT, {"messages": [QUESTION], "max_tokens": 12, "logprobs": True, "top_logprobs": 3}),
+        (TEXT, {"prompt": "a", "max_tokens": 12, "logprobs": 3}),
+    ):
+        assert client.post(path, json=asked).status_code == 200
+        for more in ({"n": 2}, {"max_tokens": 13}):
+            error = client.post(path, json={**asked, **more}).json()["error"]
+            assert "ask for fewer texts, tokens (max_tokens) or alternatives" in error["message"]
+    prompt = {"prompt": "a long text", "max_tokens": 12, "logprobs": 3, "echo": True}
+    assert client.post(TEXT, json=prompt).status_code == 400
