@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from random import Random
 from typing import Any, NamedTuple, cast
 
 import psutil
@@ -25,8 +24,8 @@ from nanochat.gpt import GPT
 from nanochat.kv_cache import BLOCK_SIZE, BlockAllocator, KVBlocks
 from nanochat.runner import ModelRunner
 from nanochat.sampling import RowSettings, penalize_repetition, policy_logprobs, sample
-from nanochat.sequence import Sequence, next_piece, token_logprob
-from nanochat.tokenizer import IncrementalDecoder, Tokenizer
+from nanochat.sequence import Sequence, token_logprob
+from nanochat.tokenizer import Tokenizer
 
 CHUNK = {"cpu": 256, "cuda": 2048}  # a step begins no further prompt after this many tokens
 MEMORY_SHARE = 0.25  # share of the free memory that is used for keys and values
@@ -158,9 +157,7 @@ class Scheduler:
         self._enqueued += 1
         if sequence.finish_reason is not None:  # already cancelled
             return
-        seed = sequence.params.seed
-        sequence.random = Random(seed if seed >= 0 else seed % 2**64)  # Random treats -1 and 1 alike
-        sequence.decoder = IncrementalDecoder(self.tokenizer)
+        sequence.begin(self.tokenizer)
         if sequence.params.max_tokens == 0 and not sequence.params.prompt_logprobs:
             self._finish(sequence, "length")
         else:
@@ -336,8 +333,7 @@ class Scheduler:
         penalized = [i for i, p in enumerate(params) if p.repetition_penalty != 1]
         adjusted = logits.clone() if penalized else logits
         for i in penalized:
-            seen = self._mark_seen(sequences[i], logits[i])
-            adjusted[i] = penalize_repetition(logits[i], seen, params[i].repetition_penalty)
+            adjusted[i] = penalize_repetition(logits[i], sequences[i].mark_seen(logits[i]), params[i].repetition_penalty)
         uniform = [0.0 if p.greedy else s.random.random() for s, p in zip(sequences, params, strict=True)]
         chosen = sample(adjusted, self._settings, uniform)
         drawn = chosen.tolist()
@@ -350,15 +346,6 @@ class Scheduler:
             if sequence.params.logprobs is not None:
                 sequence.logprobs.append(token_logprob(logits[i], token, sequence.params.logprobs))
             self._accept(sequence, token)
-
-    def _mark_seen(self, sequence: Sequence, logits: torch.Tensor) -> torch.Tensor:
-        """(vocab_size,) bool: the tokens that occur in a text; each call adds only the new ones."""
-        if sequence.seen is None:
-            sequence.seen = torch.zeros_like(logits, dtype=torch.bool)
-        new = sequence.slice(sequence.seen_length, sequence.length)
-        sequence.seen[torch.tensor(new, device=logits.device)] = True
-        sequence.seen_length = sequence.length
-        return sequence.seen
 
     def _accept(self, sequence: Sequence, token: int) -> None:
         """Add a sampled token, and decide whether the text continues."""
@@ -380,27 +367,8 @@ class Scheduler:
         self._end_or_go_on(sequence)
 
     def _append(self, sequence: Sequence, token: int, mask: int) -> None:
-        decoder = cast("IncrementalDecoder", sequence.decoder)  # present until the text ends
-        (text, part), stopped = next_piece(decoder, token), False
-        if decoder.part != part:  # a stop text never spans two parts
-            text, sequence.held_text = sequence.held_text + text, ""
-        elif sequence.params.stop and part == "text":  # hidden text (tool calls) does not end an answer
-            text, stopped = self._look_for_stop(sequence, sequence.held_text + text)
-        sequence.tokens.append(token)
-        sequence.masks.append(mask)
-        sequence.pieces.append((text, part))  # last and complete: other threads read up to here
-        if stopped:
-            sequence.decoder = None  # anything it still holds comes after the stop text
+        if sequence.append(token, mask):
             self._finish(sequence, "stop")
-
-    def _look_for_stop(self, sequence: Sequence, text: str) -> tuple[str, bool]:
-        """(text that may be shown, whether a stop text ends it). Holds back a possible beginning of a stop text."""
-        found = [at for at in (text.find(stop) for stop in sequence.params.stop) if at >= 0]
-        if found:
-            return text[: min(found)], True
-        held = max(n for stop in sequence.params.stop for n in range(min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
-        sequence.held_text = text[len(text) - held :]
-        return text[: len(text) - held], False
 
     def _end_or_go_on(self, sequence: Sequence) -> None:
         if sequence.finish_reason is not None:
@@ -425,13 +393,7 @@ class Scheduler:
         self.calling.discard(sequence)
         self._leave_row(sequence)
         self._release(sequence)
-        decoder, sequence.decoder, sequence.seen = sequence.decoder, None, None
-        if decoder is not None and reason != "cancelled" and (rest := sequence.held_text + decoder.flush()):
-            sequence.pieces.append((rest, decoder.part))
-        sequence.error = error
-        sequence.finish_reason = reason  # last: other threads stop reading then
-        if sequence.on_update is not None:
-            sequence.on_update(sequence)
+        sequence.end(reason, error)
 
     def _enter_row(self, sequence: Sequence) -> None:
         sequence.row = len(self.rows)

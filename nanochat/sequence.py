@@ -1,5 +1,6 @@
-"""One text being generated: the request, the result so far, and the scheduler's own state. Callers create it; scheduler.py
-fills it.
+"""One text being generated: the request, the result so far, how tokens become text, and the scheduler's own state.
+
+Callers create it; scheduler.py fills it.
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
+from typing import cast
 
 import torch
 
 from nanochat.sampling import SamplingParams
-from nanochat.tokenizer import IncrementalDecoder
+from nanochat.tokenizer import IncrementalDecoder, Tokenizer
 
 
 @dataclass
@@ -76,6 +78,56 @@ class Sequence:
     @property
     def text(self) -> str:
         return "".join(text for text, _ in self.pieces)
+
+    # ------------------------------------------------------------------------- from begin to end, called by the scheduler
+
+    def begin(self, tokenizer: Tokenizer) -> None:
+        seed = self.params.seed
+        self.random = Random(seed if seed >= 0 else seed % 2**64)  # Random treats -1 and 1 alike
+        self.decoder = IncrementalDecoder(tokenizer)
+
+    def append(self, token: int, mask: int) -> bool:
+        """Add a token and the text that it completes; True if a stop text ends the answer with it."""
+        decoder = cast("IncrementalDecoder", self.decoder)  # present until the text ends
+        (text, part), stopped = next_piece(decoder, token), False
+        if decoder.part != part:  # a stop text never spans two parts
+            text, self.held_text = self.held_text + text, ""
+        elif self.params.stop and part == "text":  # hidden text (tool calls) does not end an answer
+            text, stopped = self._look_for_stop(self.held_text + text)
+        self.tokens.append(token)
+        self.masks.append(mask)
+        self.pieces.append((text, part))  # last and complete: other threads read up to here
+        if stopped:
+            self.decoder = None  # anything it still holds comes after the stop text
+        return stopped
+
+    def _look_for_stop(self, text: str) -> tuple[str, bool]:
+        """(text that may be shown, whether a stop text ends it). Holds back a possible beginning of a stop text."""
+        found = [at for at in map(text.find, self.params.stop) if at >= 0]
+        if found:
+            return text[: min(found)], True
+        held = max(n for stop in self.params.stop for n in range(min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
+        self.held_text = text[len(text) - held :]
+        return text[: len(text) - held], False
+
+    def mark_seen(self, logits: torch.Tensor) -> torch.Tensor:
+        """(vocab_size,) bool, on the device of logits (vocab_size,): the tokens that occur; a call adds only the new ones."""
+        if self.seen is None:
+            self.seen = torch.zeros_like(logits, dtype=torch.bool)
+        new = self.slice(self.seen_length, self.length)
+        self.seen[torch.tensor(new, device=logits.device)] = True
+        self.seen_length = self.length
+        return self.seen
+
+    def end(self, reason: str, error: str | None = None) -> None:
+        """Release what only a growing text needs, show the text that was held back, and tell the caller."""
+        decoder, self.decoder, self.seen = self.decoder, None, None
+        if decoder is not None and reason != "cancelled" and (rest := self.held_text + decoder.flush()):
+            self.pieces.append((rest, decoder.part))
+        self.error = error
+        self.finish_reason = reason  # last: other threads stop reading then
+        if self.on_update is not None:
+            self.on_update(self)
 
 
 def next_piece(decoder: IncrementalDecoder, token: int) -> tuple[str, str]:
