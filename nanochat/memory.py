@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,8 +45,8 @@ def training_bytes(config: GPTConfig, rows: int = 1, layout: Layout = Layout()) 
     with torch.device("meta"):
         model = GPT(config)
     counts = model.num_scaling_params()
-    groups = model.setup_optimizer().groups
-    state = optimizer_bytes(groups) // layout.world_size
+    optimizer = model.setup_optimizer()
+    state = optimizer.state_bytes() // layout.world_size
     weights = 8 * counts["total"]  # with their gradients
     if layout.fsdp:
         block = sum(parameter.numel() for parameter in model.blocks[0].parameters())
@@ -55,17 +55,12 @@ def training_bytes(config: GPTConfig, rows: int = 1, layout: Layout = Layout()) 
         whole = counts["total"] - counts["matrices"]
         weights = weights // layout.world_size + (2 * 2 + 4) * block + 8 * whole
     passes = activation_bytes(config, rows, layout.recompute) + loss_bytes(config, rows)
-    return weights + state + max(passes, step_bytes(groups, layout))
-
-
-def optimizer_bytes(groups: Iterable[Group]) -> int:
-    """The bytes of optimizer state for these groups, over all ranks."""
-    return sum(map(_state_bytes, groups))
+    return weights + state + max(passes, step_bytes(optimizer.groups, layout))
 
 
 def step_bytes(groups: Sequence[Group], layout: Layout) -> int:
     """Roughly the bytes that an update takes on each device, besides weights, gradients and optimizer state."""
-    matrices = [_count(group) for group in groups if group.kind == "muon"]
+    matrices = [sum(p.numel() for p in group.params) for group in groups if group.kind == "muon"]
     others = [p.numel() for group in groups if group.kind != "muon" for p in group.params]
     n = layout.world_size
     copies = 4 * sum(matrices)  # of gradients, stacked by their shapes
@@ -82,17 +77,6 @@ def loss_bytes(config: GPTConfig, rows: int) -> int:
     """A chunk of logits and its gradient in bfloat16, and the gradient of the head in float32."""
     chunk = min(GPU_CHUNK_BYTES, 4 * config.vocab_size * rows * config.sequence_len)
     return chunk + 4 * config.vocab_size * config.n_embd
-
-
-def _state_bytes(group: Group) -> int:
-    """Muon: one momentum per number; embeddings: one number per row; AdamW: two per number."""
-    if group.kind == "rows":
-        return 4 * sum(table.size(0) for table in group.params)
-    return {"muon": 4, "adamw": 8}[group.kind] * _count(group)
-
-
-def _count(group: Group) -> int:
-    return sum(parameter.numel() for parameter in group.params)
 
 
 class _FusedAttention(torch.autograd.Function):

@@ -184,6 +184,10 @@ class MuonAdamW:
 
     # ------------------------------------------------------------------------- state
 
+    def state_bytes(self) -> int:
+        """Bytes of this rank's state."""
+        return sum(tensor.nbytes for unit in self._units for tensor in unit.state.values())
+
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors in a flat dict: "lm_head.weight/exp_avg", ... (a collective call).
 
@@ -206,7 +210,7 @@ class _Unit:
 
     A row is the smallest part that a rank can update by itself: one number for AdamW, one row of an embedding, one matrix
     for Muon. A new kind defines how parameters become rows, what state each row has and how rows are updated. Register it
-    in UNITS and in SHARDED_UNITS (sharded_optim.py), and count its bytes in memory.py.
+    in UNITS and in SHARDED_UNITS (sharded_optim.py).
     """
 
     def __init__(self, group: Group, names: list[str], params: list[nn.Parameter], rank: int, world_size: int) -> None:

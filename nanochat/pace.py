@@ -13,7 +13,6 @@ from nanochat.common import NanochatError, get_dist_info, print0, seconds_since_
 from nanochat.compilation import try_to_compile
 from nanochat.gpt import GPT
 from nanochat.machine import expected_mfu, measure_matmul_rate, seconds_of
-from nanochat.memory import optimizer_bytes
 from nanochat.optim import MuonAdamW
 from nanochat.passes import Passes
 from nanochat.ranks import any_rank, from_rank0, gather_objects
@@ -121,9 +120,8 @@ def _fits(model: GPT, rows: int, engine_share: float = 0.0) -> bool:
     """
     device = model.get_device()
     idx = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=device)
-    with torch.device("meta"):  # an optimizer allocates its state when it is made; here only the sizes are wanted
-        groups = GPT(model.config).setup_optimizer().groups
-    state_bytes = optimizer_bytes(groups) // get_dist_info()[3]
+    with torch.device("meta"):  # an optimizer allocates its state when it is made; here only the size is wanted
+        state_bytes = GPT(model.config).setup_optimizer().state_bytes()
     engine_bytes = int(engine_share * torch.cuda.mem_get_info(device)[0]) if engine_share else 0
     try:
         reserve = torch.empty(state_bytes + engine_bytes, dtype=torch.uint8, device=device)
