@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, overload
@@ -245,7 +245,7 @@ class Tokenizer:
             ids.extend(tokens)
             mask.extend([supervised] * len(tokens))
 
-        for message in _checked_messages(conversation):
+        for message in _turns(conversation):
             if message["role"] == "user":
                 add([self.special_ids["<|user_start|>"]], 0)
                 add(self.encode(as_text(message["content"])), 0)
@@ -298,22 +298,40 @@ class Tokenizer:
         return "|".join(pieces)
 
 
-def _checked_messages(conversation: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The messages, with a system message merged into the user's after it. Raises NanochatError if roles do not alternate."""
-    messages = conversation.get("messages") if isinstance(conversation, dict) else None
+def check_messages(messages: object) -> list[dict[str, Any]]:
+    """The messages, if they are those of a conversation: user and assistant in turn, after a system message if there is one.
+
+    Raises NanochatError with a sentence that still needs its subject, the conversation.
+    """
     if not isinstance(messages, list) or not messages:
-        raise NanochatError("a conversation needs a list of messages, each with role and content")
-    first = 1
-    if messages[0].get("role") == "system":
-        if len(messages) < 2 or messages[1].get("role") != "user":
-            raise NanochatError("a system message must be followed by a user's message")
-        text = f"{as_text(messages[0]['content'])}\n\n{as_text(messages[1]['content'])}"
-        messages, first = [{"role": "user", "content": text}, *messages[2:]], 2
-    for i, message in enumerate(messages):
+        raise NanochatError("is not a list of messages")
+    for i, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str | list) or "role" not in message:
+            raise NanochatError(f"has message {i} without role and content")
+        try:
+            as_parts(message["content"])
+        except NanochatError as error:
+            raise NanochatError(f"is damaged in message {i} ({error})") from error
+    first = int(messages[0]["role"] == "system")
+    if len(messages) == first:
+        raise NanochatError("has only a system message")
+    for i, message in enumerate(messages[first:]):
         expected = "assistant" if i % 2 else "user"
-        if message.get("role") != expected:
-            raise NanochatError(f"message {i + first} of a conversation is from {message.get('role')!r}, not {expected!r}")
-        yield message
+        if message["role"] != expected:
+            raise NanochatError(f"is out of turn: message {first + i + 1} is from {message['role']!r}, not {expected!r}")
+    return messages
+
+
+def _turns(conversation: dict[str, Any]) -> list[dict[str, Any]]:
+    """The messages of user and assistant; a system message becomes the beginning of the first one."""
+    try:
+        messages = check_messages(conversation.get("messages") if isinstance(conversation, dict) else None)
+    except NanochatError as error:
+        raise NanochatError(f"a conversation {error}") from error
+    if messages[0]["role"] != "system":
+        return messages
+    text = f"{as_text(messages[0]['content'])}\n\n{as_text(messages[1]['content'])}"
+    return [{"role": "user", "content": text}, *messages[2:]]
 
 
 def cut_long_blanks(text: str) -> list[str]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from nanochat.common import NanochatError
-from nanochat.tokenizer import as_parts
+from nanochat.tokenizer import check_messages
 from tasks.common import Conversation, Task, read_jsonl
 
 
@@ -36,29 +35,11 @@ class CustomJSON(Task):
 
 def _as_conversation(row: object, path: Path, number: int) -> Conversation:
     try:
-        return {"messages": _checked(row.get("messages") if isinstance(row, dict) else row)}
+        messages = check_messages(row.get("messages") if isinstance(row, dict) else row)
+        if all(message["role"] != "assistant" for message in messages):
+            raise NanochatError("has no answer of the assistant")
     except NanochatError as error:
         lines = path.read_text(encoding="utf-8").split("\n")
         line = [n for n, text in enumerate(lines, 1) if text.strip()][number - 1]
         raise NanochatError(f"{path}, line {line}: conversation {number} {error}: fix or remove it") from error
-
-
-def _checked(messages: object) -> list[dict[str, Any]]:
-    """The messages, checked. Raises NanochatError with a sentence that still needs its subject."""
-    if not isinstance(messages, list) or len(messages) < 2:
-        raise NanochatError("is not a list of at least two messages")
-    for i, message in enumerate(messages, 1):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str | list) or "role" not in message:
-            raise NanochatError("has a message without role and content")
-        try:
-            as_parts(message["content"])
-        except NanochatError as error:
-            raise NanochatError(f"is damaged in message {i} ({error})") from error
-    first = int(messages[0]["role"] == "system")
-    for i, message in enumerate(messages[first:]):
-        expected = "assistant" if i % 2 else "user"
-        if message["role"] != expected:
-            raise NanochatError(f"is out of turn: message {first + i + 1} is from {message['role']!r}, not {expected!r}")
-    if len(messages) < first + 2:
-        raise NanochatError("has no answer of the assistant")
-    return messages
+    return {"messages": messages}
