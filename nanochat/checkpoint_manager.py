@@ -459,8 +459,11 @@ def load_chosen_model(args: argparse.Namespace, device: torch.device | str) -> t
         return model, tokenizer, {**meta, "origin": f"{args.source}, step {meta['step']}"}
     from nanochat.hf.load import load_hf
 
-    if args.model_tag is not None or args.step is not None:
-        raise NanochatError(f"--from-hf {name} is no checkpoint of a run: leave out --model-tag and --step, or --from-hf")
+    given = getattr(args, "given", ())
+    if any(flag in given for flag in ("source", "model_tag", "step")):
+        raise NanochatError(
+            f"--from-hf {name} is no checkpoint of a run: leave out --source, --model-tag and --step, or --from-hf"
+        )
     model, tokenizer, meta = load_hf(name, device)
     return model, tokenizer, {**meta, "origin": f"from {name}"}
 

@@ -43,7 +43,8 @@ def usable_cores() -> int:
     with contextlib.suppress(OSError, ValueError):  # no container, or "max"
         quota, period = CGROUP_QUOTA.read_text(encoding="ascii").split()
         cores = min(cores, math.ceil(int(quota) / int(period)))
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, cores // max(1, int(ranks) if ranks.isdecimal() else 1))
 
 
 def keep_freed_memory() -> None:

@@ -35,6 +35,11 @@ class HuggingFaceScorer:
             model: Any = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=get_compute_dtype(device))
             self.model = model.to(device).eval()
         except (OSError, ValueError) as error:
+            if "trust_remote_code" in str(error):
+                raise NanochatError(
+                    f"--hf-path {path!r} brings its own code, which is not run here: measure an export of nanochat by its "
+                    "run, with --model-tag"
+                ) from error
             where = "folder" if Path(path).exists() else "model of the hub"
             reason = first_line(error)[:300]
             raise NanochatError(f"--hf-path {path!r} is not a {where} that transformers can load: {reason}") from error

@@ -1,8 +1,9 @@
 """The flags of a command, on its command line and in a TOML file. scripts/ and nanochat/ parse with this.
 
 `--config FILE` takes any flag by its long name, with _ or -: `depth = 12`, `no_compile = true`, `set = ["bigrams=8"]`.
-Tables are only headings: they group keys, and their names mean nothing. The command line overrides the file. Training
-saves its settings in this form (`config.toml` in its stage's folder), so that it can be repeated.
+Tables are only headings: they group keys, and their names mean nothing. The command line overrides the file, except that it
+cannot switch off a flag without a value. Training saves its settings in this form (`config.toml` in its stage's folder), so
+that it can be repeated.
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ class Arguments(argparse.Namespace):
                 raise NanochatError(f"--{name.replace('_', '-')} {value} is too small: choose 1 or more")
 
     def require_some(self, *names: str) -> None:
-        """Raise NanochatError if one of these counts, where -1 means all, is 0."""
+        """Raise NanochatError if one of these counts, which may be -1, is 0."""
         for name in names:
             if getattr(self, name) == 0:
-                raise NanochatError(f"--{name.replace('_', '-')} 0 asks nothing: choose 1 or more, or -1 for all")
+                raise NanochatError(f"--{name.replace('_', '-')} 0 asks nothing: choose 1 or more, or leave it out")
 
     def leave_open(self, *names: str) -> None:
         """For these numbers, 0 or less means not given: they become their defaults."""

@@ -59,7 +59,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     )
     machine.add_argument("--no-compile", dest="compile", action="store_false", help="run CORE eagerly")
     args = parser.parse_args(argv)
-    args.require_some("max_per_task")
+    args.require_some("max_per_task", "split_tokens")
     return args
 
 
@@ -89,8 +89,13 @@ def main(argv: list[str] | None = None) -> int:
         source = get_source(data)
         source.check_tokens(tokenizer)
         recorded = meta.get("data", {})
-        if recorded.get("source") == source.name and recorded.get("hash_limit") and not source.val_files:
+        if recorded.get("source") == source.name and "hash_limit" in recorded and not source.val_files:
             source.hash_limit = recorded["hash_limit"]  # by files that came or went since, it would be another
+            if source.hash_limit is None:
+                raise NanochatError(
+                    f"the validation files of run {meta['tag']!r} are gone from {source.name}: restore them, or name other "
+                    "text with --data"
+                )
     T = model.config.sequence_len
     rows = args.device_batch_size if args.device_batch_size > 0 else max(1, 8192 // T)
     most = max(1, (args.split_tokens if args.split_tokens > 0 else 2**20) // (rows * T * world_size))

@@ -28,6 +28,7 @@ from nanochat.server import create_app
 from nanochat.service import ChatDefaults, Limits, Service
 from nanochat.settings import Arguments, SettingsParser, add_checkpoint_arguments
 
+ANY_ADDRESS = ("0.0.0.0", "::")
 # The last two are the names by which containers reach this machine.
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]", "host.docker.internal", "host.containers.internal")
 
@@ -86,7 +87,8 @@ def main(argv: list[str] | None = None) -> int:
     engines, meta = in_own_thread(lambda: load_engines(args, choose_devices(device, args.num_gpus)))
     limits = Limits(max_waiting=args.max_waiting, request_timeout_s=args.request_timeout, grace_s=args.grace)
     app = create_app(engines, meta["tag"], limits, args.api_key, origins, args.compile, hosts, defaults)
-    url = f"http://{in_url(args.host)}:{args.port}"
+    shown = args.allow_host[0] if hosts and args.host in ANY_ADDRESS else in_url(args.host)
+    url = f"http://{shown}:{args.port}"
     others = "; --host 0.0.0.0 lets other machines in" if is_local(args.host) else ""
     print(f"{meta['tag']} ({meta['origin']}) is at {url} (Ctrl-C stops it{others})", flush=True)
     if not args.api_key:
@@ -160,10 +162,10 @@ def is_local(host: str) -> bool:
 
 def allowed_hosts(host: str, api_key: str | None, named: Sequence[str] = ()) -> list[str] | None:
     """The host names that a server without a key accepts; None: any. named: those from --allow-host."""
-    if api_key:
+    if api_key or not (named or is_local(host)):
         return None
-    local = [*LOCAL_HOSTS, in_url(host)] if is_local(host) else []  # always: the address that main shows is one of them
-    return [*local, *named] or None
+    own = [] if host in ANY_ADDRESS else [in_url(host).lower()]  # the address that main shows
+    return [*LOCAL_HOSTS, *own, *named]
 
 
 def check_host(name: str) -> str:

@@ -122,9 +122,14 @@ def test_chat_with_an_export(
     monkeypatch.setattr("builtins.input", lambda prompt: "quit")
     assert chat_cli.main(["--from-hf", str(exported[1]), "--device-type=cpu"]) == 0
     assert f"nanochat export (from {exported[1]})" in capsys.readouterr().out
-    for flag in ("--model-tag=tiny", "--step=0"):
-        with pytest.raises(NanochatError, match="no checkpoint of a run: leave out --model-tag and --step"):
+    for flag in ("--source=sft", "--model-tag=tiny", "--step=0"):
+        with pytest.raises(NanochatError, match="no checkpoint of a run: leave out --source, --model-tag and --step"):
             chat_cli.main(["--from-hf", str(exported[1]), flag, "--device-type=cpu"])
+
+
+def test_an_exports_own_code_is_not_run_to_measure_it(exported: tuple[GPT, Path]) -> None:
+    with pytest.raises(NanochatError, match="brings its own code, which is not run here: measure an export of nanochat by"):
+        base_eval.main(["--hf-path", str(exported[1]), "--eval=core", "--device-type=cpu"])
 
 
 def test_fine_tuning_from_an_export(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

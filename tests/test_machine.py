@@ -240,8 +240,9 @@ def test_cores_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch, tmp_pa
         cpu.CGROUP_QUOTA.write_text(f"{quota}\n", encoding="ascii")
         assert cpu.usable_cores() == cores
     cpu.CGROUP_QUOTA.unlink()
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert cpu.usable_cores() == 2
+    for ranks, cores in (("3", 2), ("0", 8), ("", 8), ("many", 8)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert cpu.usable_cores() == cores
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,14 @@ def test_what_is_measured_was_not_learned_from(texts: Path, base_dir: Path, monk
     assert not set(measured) & learned
 
 
+def test_nothing_is_measured_on_training_text_when_the_validation_files_are_gone(texts: Path, base_dir: Path) -> None:
+    _write(texts / "val.jsonl", range(90, 95))
+    _train(texts)
+    (texts / "val.jsonl").unlink()
+    with pytest.raises(NanochatError, match=r"the validation files of run 'r' are gone from .*: restore them, or name other"):
+        base_eval.main(["--model-tag=r", "--eval=bpb", "--device-type=cpu", "--split-tokens=512"])
+
+
 def test_files_are_read_in_the_order_in_which_the_run_knows_them(base_dir: Path, tmp_path: Path) -> None:
     """Shards of a download may arrive in any order, some between two resumptions."""
     shards = tmp_path / "shards"

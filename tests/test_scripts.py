@@ -134,7 +134,7 @@ def test_a_base_directory_that_may_not_be_written(tmp_path: Path) -> None:
         (chat_eval.main, ["--model-tag=tiny", "-b", "0"], "--batch-size 0 is too small"),
         (chat_eval.main, ["--model-tag=tiny", "-n", "0"], "--num-samples 0 is too small"),
         (chat_eval.main, ["--model-tag=tiny", "-m", "0"], "--max-new-tokens 0 is too small"),
-        (chat_eval.main, ["--model-tag=tiny", "-x", "0"], "--max-problems 0 asks nothing: choose 1 or more, or -1 for all"),
+        (chat_eval.main, ["--model-tag=tiny", "-x", "0"], "--max-problems 0 asks nothing: choose 1 or more, or leave it out"),
         (chat_cli.main, ["--model-tag=tiny", "-p", "word " * 500], "does not fit"),
         (chat_cli.main, ["--source=rl"], "rl"),
         (tok_train.main, ["--data=builtin", "--vocab-size=100"], "100"),

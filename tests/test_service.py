@@ -256,7 +256,9 @@ def test_which_servers_answer_to_some_names_alone(host: str, key: str | None, na
 
 
 def test_a_server_may_be_given_names_that_a_key_makes_needless() -> None:
-    assert allowed_hosts("0.0.0.0", None, ["my.example"]) == ["my.example"]
+    anywhere, one_address = (set(allowed_hosts(host, None, ["my.example"]) or ()) for host in ("0.0.0.0", "192.0.2.7"))
+    assert {"127.0.0.1", "my.example"} <= anywhere and "0.0.0.0" not in anywhere
+    assert one_address == anywhere | {"192.0.2.7"}
     assert allowed_hosts("0.0.0.0", "secret", ["my.example"]) is None
     assert {"127.0.0.1", "localhost", "my.example"} <= set(allowed_hosts("127.0.0.1", None, ["my.example"]) or ())
 
