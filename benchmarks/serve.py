@@ -23,6 +23,7 @@ from benchmarks.common import any_tokenizer, print_result
 from benchmarks.decode import build_model
 from nanochat.common import compute_init, run_command
 from nanochat.engine import Engine
+from nanochat.guard import CarefulProtocol
 from nanochat.machine import in_own_thread
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=4, help="requests of each client")
     parser.add_argument("--threads", type=int, default=0, help="threads of the model (0: one per core)")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="decode without torch.compile")
     parser.add_argument("--port", type=int, default=None, help=argparse.SUPPRESS)  # of the server, in the clients' process
     args = parser.parse_args(argv)
     if args.port is not None:
@@ -54,11 +56,12 @@ def main(argv: list[str] | None = None) -> int:
             tokenizer,
             max_rows=32,
         )
-        engine.compile()
+        if args.compile:
+            engine.compile()
         return engine, [measure_engine(engine, args.clients, args.rounds, seed) for seed in range(2)][-1]
 
     engine, alone = in_own_thread(begin)
-    server = uvicorn.Server(uvicorn.Config(create_app([engine], "bench"), port=0, log_level="warning"))
+    server = uvicorn.Server(uvicorn.Config(create_app([engine], "bench"), port=0, http=CarefulProtocol, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -1,13 +1,15 @@
-"""Benchmarks that need no text run anywhere, and their numbers belong together."""
+"""Benchmarks run to their end on small inputs, and their numbers belong together."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import passes, speedrun
+from benchmarks import checkpoint, data_prep, dataloader, decode, passes, speedrun, train
 from nanochat.gpt import GPT
 from nanochat.scaling import model_config
 from nanochat.tokenizer import Tokenizer
@@ -27,6 +29,60 @@ def test_passes_of_any_shape_are_measured(
     flops = GPT(model_config(1, 300, 64, head_dim=64)).estimate_flops()
     assert result["mfu"] == pytest.approx(result["tokens_per_s"] * flops / (1e9 * result["matmul_gflops"]), rel=0.1, abs=1e-4)
     assert "aten::mm" in profile.read_text(encoding="utf-8")
+
+
+def result_of(capsys: pytest.CaptureFixture) -> dict[str, Any]:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.fixture
+def texts(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text in place of the real one."""
+    shutil.copytree(corpus, tmp_path / "data" / "pretrain")
+    monkeypatch.setenv("NANOCHAT_TEST_DATA", str(tmp_path / "data"))
+
+
+@pytest.mark.slow
+def test_checkpoints_are_timed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "disk").mkdir()
+    flags = ["--depth=1", "--rows=1", "--saves=2", "--save-every=5", "--no-compile", f"--dir={tmp_path / 'disk'}"]
+    assert checkpoint.main(flags) == 0
+    result = result_of(capsys)
+    assert result["write_mb_per_s"] == pytest.approx(result["checkpoint_mb"] / result["write_s"], rel=0.1)
+    assert min(result["step_ms"], result["snapshot_ms"]) > 0
+    assert not any((tmp_path / "disk").iterdir())
+
+
+@pytest.mark.slow
+def test_decoding_is_timed(capsys: pytest.CaptureFixture) -> None:
+    shape = ["--depth=1", "--max-seq-len=64", "--vocab-size=300"]
+    assert decode.main([*shape, "--batch-sizes=1,2", "--prompt-tokens=8", "--new-tokens=4", "--no-compile"]) == 0
+    assert "depth 1, width 64" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_loading_is_timed(texts: None, capsys: pytest.CaptureFixture) -> None:
+    assert dataloader.main(["--seconds=0.1", "--vocab-size=300", "--rows=2", "--context=64"]) == 0
+    result = result_of(capsys)
+    assert result["ratio"] == pytest.approx(result["tokens_per_s"] / result["tiktoken_tokens_per_s"], abs=0.001)
+    assert 0 <= result["share_of_step"] < 1 < result["tokens_per_s"]
+
+
+@pytest.mark.slow
+def test_preparation_is_timed(texts: None, capsys: pytest.CaptureFixture) -> None:
+    assert data_prep.main(["--megabytes=0.01", "--vocab-size=300"]) == 0
+    result = result_of(capsys)
+    assert result["prep_1_dropped"] == result["prep_2_dropped"] == 0  # copies differ
+    assert all(result[f"{name}_{tasks}_tokens_per_s"] > 0 for name in ("prep", "min_hash") for tasks in (1, 2))
+
+
+@pytest.mark.slow
+def test_training_is_timed(texts: None, capfd: pytest.CaptureFixture) -> None:
+    assert train.main(["--steps=2", "--vocab-size=300", "--depth=1", "--no-compile", "--eval-tokens=512"]) == 0
+    result = result_of(capfd)
+    assert result["mfu"] == pytest.approx(result["train_gflops"] / result["matmul_gflops"], abs=1e-3)
+    assert 0 < result["first_step_s"] <= result["first_compiled_step_s"] <= result["command_s"]
+    assert 0 < result["val_bpb"] < 10
 
 
 @pytest.mark.slow
