@@ -133,7 +133,7 @@ def save_sharded(stage_dir: Path, step: int, states: dict[str, dict[str, torch.T
     from nanochat.sharding import write_sharded
 
     tensors = {f"{file_name}/{name}": tensor for file_name, state in states.items() for name, tensor in state.items()}
-    rank0 = get_dist_info()[1] == 0
+    rank0 = get_dist_info().rank == 0
     temporary = _temporary(stage_dir, step)
     parts: list[tuple[bool, Callable[[], Any]]] = [
         (rank0, lambda: begin_checkpoint(stage_dir, step)),

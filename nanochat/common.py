@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import psutil
@@ -220,12 +220,20 @@ def is_ddp_requested() -> bool:
     return all(name in os.environ for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
 
 
-def get_dist_info() -> tuple[bool, int, int, int]:
-    """(ddp, rank, local_rank, world_size); (False, 0, 0, 1) outside torchrun."""
+class DistInfo(NamedTuple):
+    """Which of a job's processes this one is; outside torchrun, the only one."""
+
+    ddp: bool = False
+    rank: int = 0
+    local_rank: int = 0  # on this machine
+    world_size: int = 1
+
+
+def get_dist_info() -> DistInfo:
+    """What torchrun's variables say."""
     if not is_ddp_requested():
-        return False, 0, 0, 1
-    rank, local_rank, world_size = map(number_from_torchrun, ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    return True, rank, local_rank, world_size
+        return DistInfo()
+    return DistInfo(True, *map(number_from_torchrun, ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
 
 
 def number_from_torchrun(name: str, most: int = 65535) -> int:

@@ -26,7 +26,7 @@ def flops_in(model: GPT, minutes: float) -> float:
     """Roughly the floating-point operations that all ranks do in `minutes` of training, to choose a batch size."""
     device, dtype = model.get_device(), model.get_compute_dtype()
     rate = expected_mfu(device, dtype) * from_rank0(measure_matmul_rate(device, dtype))
-    return rate * get_dist_info()[3] * 60 * minutes
+    return rate * get_dist_info().world_size * 60 * minutes
 
 
 def batch_worth_an_update(model: GPT) -> int:
@@ -64,7 +64,7 @@ def steps_in(model: GPT, minutes: float, rows: int, total_batch_size: int, compi
     idx = torch.randint(model.config.vocab_size, (rows, T), generator=generator).to(device)
     passes, count = Passes(model), torch.tensor(idx.numel(), device=device)
     optimizer = _idle_optimizer(model)
-    accumulated = accumulation_steps(total_batch_size, rows, T, get_dist_info()[3])
+    accumulated = accumulation_steps(total_batch_size, rows, T, get_dist_info().world_size)
 
     def seconds_of_step(idle_blocks: int) -> float:
         model.idle_blocks = idle_blocks

@@ -32,7 +32,7 @@ def on_rank0(work: Callable[[], T]) -> T:
     """
     result: T | None = None
     failure: Exception | None = None
-    if get_dist_info()[1] == 0:
+    if get_dist_info().rank == 0:
         try:
             result = work()
         except Exception as error:

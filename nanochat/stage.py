@@ -199,10 +199,10 @@ def begin(
     NanochatError if a resumed stage was started with another tokenizer, other settings or other text, or if ranks disagree.
     A collective call.
     """
-    device, (_, rank, _, world_size) = model.get_device(), get_dist_info()
+    device, here = model.get_device(), get_dist_info()
     settings = {
         **vars(args), **describe_model(model), **decided, "device": str(device), "dtype": str(get_compute_dtype(device)),
-        "world_size": world_size, "tag": stage.tag, "stage": stage.name, "tokenizer_fingerprint": tokenizer.fingerprint(),
+        "world_size": here.world_size, "tag": stage.tag, "stage": stage.name, "tokenizer_fingerprint": tokenizer.fingerprint(),
     }  # fmt: skip
     # Absolute paths, because the next command may be given in another folder; as text, for JSON.
     settings = {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in settings.items()}
@@ -216,7 +216,7 @@ def begin(
     compare_ranks(shared | {f"the size of {name} in bytes": size for name, size in sizes.items()})
     if source is not None:
         check_data(stage, source)
-    all_or_none(lambda: prepare_directory(stage, tokenizer, settings, args, rank))
+    all_or_none(lambda: prepare_directory(stage, tokenizer, settings, args, here.rank))
     save_every = args.save_every if args.save_every >= 0 else args.eval_every
     if "keep_last" not in args.given and 0 < save_every * args.keep_last < settings["num_iterations"]:
         print0(f"the newest {args.keep_last} checkpoints and the best are kept (--keep-last)")
@@ -276,7 +276,7 @@ def make_model(
 
 def open_metrics(stage: Stage, settings: dict[str, Any], args: argparse.Namespace) -> MetricsLog:
     """The stage's metrics log, with the loggers that its flags name."""
-    return MetricsLog(stage.directory, settings, args.run, chosen_loggers(args), get_dist_info()[1], stage.resume_step)
+    return MetricsLog(stage.directory, settings, args.run, chosen_loggers(args), get_dist_info().rank, stage.resume_step)
 
 
 def setup_optimizer(model: GPT, args: argparse.Namespace, scale: float, weight_decay: float, **settings: Any) -> MuonAdamW:

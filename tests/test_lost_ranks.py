@@ -119,7 +119,7 @@ from scripts import base_train
 from nanochat.common import NanochatError, get_dist_info, run_command
 sum_up = loss_eval._sum_up
 def fail_on_rank_1(*arguments):
-    if get_dist_info()[1] == 1:
+    if get_dist_info().rank == 1:
         raise NanochatError("the validation shard is gone")
     return sum_up(*arguments)
 loss_eval._sum_up = fail_on_rank_1
