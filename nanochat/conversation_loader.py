@@ -56,6 +56,7 @@ class ConversationLoader:
         self.loop, self.seed = loop, seed
         self.rows = 0  # made by this rank
         self.counts: Counter[str] = Counter()
+        self._unusable: set[int] = set()  # conversations whose answers begin behind a row's end: not tokenized again
         self._set_lanes(count_lanes(world_size))
 
     def _set_lanes(self, num_lanes: int) -> None:
@@ -78,19 +79,19 @@ class ConversationLoader:
 
     def _refill(self, lane: _Lane) -> None:
         """Read conversations until the lane has enough to choose from or the data ends."""
-        unusable: set[int] = set()
         while len(lane.buffer) < LANE_CONVERSATIONS and (index := self._index(lane.cursor)) is not None:
             lane.cursor += self.num_lanes
-            ids, mask = self._render(index)
-            if not mask[1 : self.row_len].any():
-                self.counts["skipped"] += 1
-                unusable.add(index)
-                if len(unusable) == len(self.task):
+            if index not in self._unusable:
+                ids, mask = self._render(index)
+                if mask[1 : self.row_len].any():
+                    lane.buffer.append((index, ids, mask))
+                    continue
+                self._unusable.add(index)
+                if self.loop and len(self._unusable) == len(self.task):
                     raise NanochatError(
                         f"no conversation has an assistant's token within {self.row_len - 1} tokens: raise --max-seq-len"
                     )
-                continue
-            lane.buffer.append((index, ids, mask))
+            self.counts["skipped"] += 1
 
     # ------------------------------------------------------------------------- packing
 
