@@ -26,6 +26,7 @@ from nanochat.tokenizer import Tokenizer
 LANE_DOCUMENTS, LANE_ROWS = 32, 32  # a lane holds this many documents to choose from, or this many rows if they are long
 CHUNK_DOCUMENTS, CHUNK_SIZE = 128, 1_000_000  # documents tokenized at a time; fewer if they exceed this many characters
 CHUNKS_AHEAD = 4
+FAR = 4096  # documents: rather than to read so many in vain, open the file once more
 BATCHES_AHEAD = 4
 
 
@@ -92,7 +93,8 @@ class TokenLoader:
         lanes = {str(number): {"next": list(lane.next), "candidates": [list(p[:3]) for p in lane.candidates],
                                "waiting": [list(p[:3]) for p in lane.waiting]}
                  for number, lane in place.lanes.items()}  # fmt: skip
-        return {"reading": list(place.reading), "rows": place.rows, "tokens": place.tokens, "lanes": lanes}
+        return {"reading": list(place.reading), "rows": place.rows, "tokens": place.tokens, "lanes": lanes,
+                "counted": self.source.counted_rows(self.split)}  # fmt: skip
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
         """Continue as the loaders that saved these states would have; states: one for each rank at that time.
@@ -100,6 +102,8 @@ class TokenLoader:
         Raises NanochatError if the data is not the same, or if this number of ranks cannot share it.
         """
         self.close()
+        for state in states:
+            self.source.know_rows(self.split, state.get("counted", {}))
         saved_readings = [state["reading"] for state in states]
         readings = [_Reading(epoch, number, tuple(loads), *more) for epoch, number, loads, *more in saved_readings]
         mine = rank_lanes(len(readings[0].loads), self.rank, self.world_size)
@@ -122,13 +126,14 @@ class TokenLoader:
         self._place = _Place(earliest, rows, placed, _look(self._lanes))
 
     def _read_again(self, numbers: set[int]) -> dict[int, np.ndarray]:
-        """The tokens of the documents with these numbers, in one pass."""
+        """The tokens of the documents with these numbers; those between that are far from all of them are not read."""
         found: dict[int, Document] = {}
-        for number, document in self.source.numbered(self.split, min(numbers)) if numbers else ():
-            if number in numbers:
-                found[number] = document
-            if len(found) == len(numbers):
-                break
+        for first, last in _spans(sorted(numbers)):
+            for number, document in self.source.numbered(self.split, first):
+                if number in numbers:
+                    found[number] = document
+                if number >= last:
+                    break
         if len(found) < len(numbers):
             raise NanochatError(f"{self.source.name} lacks documents that were there when this run began: restore them")
         return dict(zip(found, _encode(list(found.values()), self.tokenizer), strict=True))
@@ -181,6 +186,13 @@ class _Place(NamedTuple):
     rows: int  # made by this rank
     tokens: int  # text tokens in these rows
     lanes: dict[int, _LaneState]
+
+
+def _spans(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """(first, last) of ascending numbers without a gap of FAR: a lane may hold an epoch's last documents and first ones."""
+    begins = [i for i, number in enumerate(numbers) if i == 0 or number - numbers[i - 1] >= FAR]
+    for begin, end in itertools.pairwise([*begins, len(numbers)]):
+        yield numbers[begin], numbers[end - 1]
 
 
 def _look(lanes: dict[int, _Lane]) -> dict[int, _LaneState]:

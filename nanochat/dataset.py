@@ -61,7 +61,8 @@ class Source:
 
         Every row of the split's files has a number. Rows without content, and those that a hash puts into the other split,
         are skipped, so numbers have gaps and never depend on where reading began. Rows before `start` are skipped by
-        metadata in parquet files and read through in others. Raises NanochatError for a damaged file.
+        metadata in parquet files; other files are read through, unless `know_rows` said how many they hold. Raises
+        NanochatError for a damaged file.
         """
         if split not in ("train", "val"):
             raise ValueError(f"split must be train or val, not {split!r}")
@@ -79,6 +80,16 @@ class Source:
         """The address of the file that holds the document with this number."""
         files = self._files(split)
         return files[self._file_with(files, number)[0]].address
+
+    def counted_rows(self, split: str) -> dict[str, int]:
+        """The number of rows, by name, of the files that had to be read through to learn it."""
+        files = ((file, file.counted_rows) for file in self._files(split) if file.suffix != ".parquet")
+        return {file.name: rows for file, rows in files if rows is not None}
+
+    def know_rows(self, split: str, counted: dict[str, int]) -> None:
+        """Take over what `counted_rows` gave, so that reading can begin behind those files without reading them again."""
+        for file in self._files(split):
+            file.counted_rows = counted.get(file.name, file.counted_rows)
 
     def documents(self, split: str) -> Iterator[str]:
         """The texts of a split. Raises NanochatError if the source holds tokens."""

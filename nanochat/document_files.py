@@ -65,7 +65,7 @@ class DocumentFile:
 
     def __init__(self, path: Path, name: str = "") -> None:
         self.path, self.name, self.address, self.size = path, name or path.name, str(path), path.stat().st_size
-        self._num_rows: int | None = None
+        self.counted_rows: int | None = None  # once it was read through
         self._footer: Footer | None = None
 
     @property
@@ -94,12 +94,12 @@ class DocumentFile:
 
     def num_rows(self) -> int:
         """The number of rows: from a parquet file's metadata; other files are read through once."""
-        if self._num_rows is None:
-            self._num_rows = self.footer().num_rows
-        if self._num_rows is None:
+        if self.counted_rows is None:
+            self.counted_rows = self.footer().num_rows
+        if self.counted_rows is None:
             for _ in self.batches(sys.maxsize):
                 pass
-        return self._num_rows or 0
+        return self.counted_rows or 0
 
     def batches(self, start: int = 0) -> Batches:
         """The documents from row `start` on; see Batches."""
@@ -109,7 +109,7 @@ class DocumentFile:
             for row, documents in read(file, self.address, start):
                 yield row, documents
             self._check_size(file)  # a file truncated between two lines would look complete
-            self._num_rows = row + len(documents)
+            self.counted_rows = row + len(documents)
 
     def _check_size(self, file: BinaryIO) -> None:
         size = os.fstat(file.fileno()).st_size
@@ -136,7 +136,7 @@ class RemoteFile(DocumentFile):
 
     def __init__(self, shard: Shard) -> None:
         self.shard, self.name, self.address, self.size = shard, str(shard.name), shard.url, shard.size
-        self._num_rows, self._footer = None, None
+        self.counted_rows, self._footer = None, None
 
     def fetch(self, following: Sequence[DocumentFile] = ()) -> None:
         cache = get_shard_cache()

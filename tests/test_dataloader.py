@@ -335,6 +335,43 @@ def test_held_out_conversations_without_an_answer_are_noticed_before_the_trainin
         check_answers(_Letters(20, usable=0), tokenizer, 64)
 
 
+def test_to_go_on_nothing_is_read_but_what_comes_and_what_waits(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though files of lines do not say how many they hold, and an epoch's last documents wait with the first of the next."""
+    monkeypatch.setattr(dataloader, "FAR", 20)
+    monkeypatch.setattr(dataloader, "LANE_DOCUMENTS", 2)
+    for name, size in (("a", 300), ("b", 300), ("c", 300), ("val", 5)):
+        lines = "".join(json.dumps({"text": make_document(seed)}) + "\n" for seed in range(size))
+        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+
+    def go_on(batches: int) -> set[str]:
+        """The files that are read to go on after so many batches."""
+        with _loader(get_source(str(tmp_path)), tokenizer, batch_size=8) as loader:
+            for _ in range(batches):
+                next(loader)
+            state, expected = _states([loader]), next(loader)
+        source = get_source(str(tmp_path))
+        opened = []
+        for file in source.train_files:
+            monkeypatch.setattr(
+                file, "open_bytes", lambda file=file, openly=file.open_bytes: opened.append(file.name) or openly()
+            )
+        with _loader(source, tokenizer, batch_size=8) as loader:
+            loader.load_state_dict(state)
+            opened_to_load = set(opened)
+            assert all(map(torch.equal, next(loader), expected))
+        return opened_to_load
+
+    with _loader(get_source(str(tmp_path)), tokenizer, batch_size=8) as loader:
+        last = 0
+        while loader.stats()["epoch"] == 0:
+            next(loader)
+            last += 1
+    assert go_on(last // 2) == {"b.jsonl"}
+    assert go_on(last) == {"a.jsonl", "c.jsonl"}
+
+
 def test_long_documents_are_tokenized_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """128 books would fill the memory."""
     monkeypatch.setattr(dataloader, "CHUNK_SIZE", 1000)
