@@ -19,7 +19,14 @@ from nanochat.scaling import (
     plan_horizon,
 )
 from nanochat.sharded_optim import SHARDED_UNITS
-from nanochat.updates import normalize_neurons, orthogonalize, orthogonalize_blocks, rows_update, second_moment_shape
+from nanochat.updates import (
+    POLAR_EXPRESS,
+    normalize_neurons,
+    orthogonalize,
+    orthogonalize_blocks,
+    rows_update,
+    second_moment_shape,
+)
 from tests.helpers import make_model
 
 
@@ -43,6 +50,21 @@ def test_orthogonalize_drives_singular_values_to_one(shape: tuple[int, ...], mon
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
     cosine = (result * (u @ vh)).sum() / (result.norm() * (u @ vh).norm())
     assert cosine > 0.98
+
+
+@pytest.mark.parametrize("shape", [(16, 64), (64, 16), (16, 32), (16, 24)])
+def test_steps_on_gram_matrices_are_steps_on_the_matrices(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of gradients that are zero, or have few directions, or directions of very different sizes."""
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
+    generator = torch.Generator().manual_seed(0)
+    u, _, vh = torch.linalg.svd(torch.randn(5, *shape, generator=generator), full_matrices=False)
+    sizes = [torch.ones(16), torch.logspace(0, -6, 16), torch.eye(16)[3], 1e6 * torch.logspace(-3, 0, 16), torch.zeros(16)]
+    x = u * torch.stack(sizes)[:, None] @ vh
+    expected = x.double() / (torch.linalg.matrix_norm(x, keepdim=True) * 1.02 + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        gram = expected @ expected.mT
+        expected = a * expected + (b * gram + c * gram @ gram) @ expected
+    torch.testing.assert_close(orthogonalize(x), expected.float(), rtol=0, atol=2e-3)  # bfloat16 is 0.03 to 0.3 off
 
 
 @pytest.mark.parametrize("block", [(8, 32), (16, 8)])
