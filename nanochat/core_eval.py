@@ -1,9 +1,10 @@
 """The CORE metric: 22 tasks of few-shot questions, centred so that guessing scores 0. Used by scripts/base_eval and
 base_train, hf_scorer.py and lm_eval_adapter.py.
 
-Tasks, prompts and centring: DCLM, arXiv 2406.11794, section 3.5, on the evaluation bundle's data. A question has one or
-more candidate texts; the one that the model finds likeliest is its answer. The shared beginning of candidates is computed
-once, and questions of similar length are computed together.
+Tasks, prompts and centring: DCLM, arXiv 2406.11794, section 3.5, on the evaluation bundle's data. Questions and examples are
+drawn as in the public nanochat, so the prompts are those of its published numbers. A question has one or more candidate
+texts; the one that the model finds likeliest is its answer. The shared beginning of candidates is computed once, and
+questions of similar length are computed together.
 
 To evaluate another kind of model, write a class with the three members of `Scorer`.
 """
@@ -71,7 +72,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Question:
-    index: int  # line of the task's file
+    index: int  # among the items that its examples were drawn from
     candidates: list[Candidate]
     gold: int
     truncated: bool
@@ -422,18 +423,19 @@ def _evaluate_task(
 ) -> list[dict[str, Any]]:
     """One row for each question, in order, from all ranks."""
     items = read_items(task)
-    chosen = list(range(len(items)))
-    random.Random(1337).shuffle(chosen)
-    chosen = chosen[:max_per_task] if max_per_task > 0 else chosen
+    lines = list(range(len(items)))
+    random.Random(1337).shuffle(lines)
+    count = min(max_per_task, len(lines)) if max_per_task > 0 else len(lines)
+    items = [items[i] for i in lines[: max(count, task.num_fewshot + 1)]]  # the examples are of the questions asked
     _, rank, _, world_size = get_dist_info()
-    mine = chosen[rank::world_size]
+    mine = range(rank, count, world_size)
 
     def judge_mine() -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
         for at in range(0, len(mine), 256):  # make prompts in portions, to bound memory
             questions = [build_question(task, items, index, scorer) for index in mine[at : at + 256]]
             for question, scores in zip(questions, scorer.score(questions), strict=True):
-                rows.append(_judge(task, question, scores))
+                rows.append({"index": lines[question.index], **_judge(task, question, scores)})
             report(task.label, len(rows), len(mine))
         return rows
 
@@ -442,7 +444,7 @@ def _evaluate_task(
 
 
 def _judge(task: CoreTask, question: Question, scores: list[tuple[float, bool]]) -> dict[str, Any]:
-    row = {"index": question.index, "truncated": question.truncated, "logprobs": [round(mean, 6) for mean, _ in scores]}
+    row = {"truncated": question.truncated, "logprobs": [round(mean, 6) for mean, _ in scores]}
     if task.kind == "language_modeling":
         return {**row, "correct": scores[0][1]}
     chosen = max(range(len(scores)), key=lambda i: scores[i][0])
@@ -451,7 +453,8 @@ def _judge(task: CoreTask, question: Question, scores: list[tuple[float, bool]])
 
 def _rows_name(task: CoreTask, max_per_task: int) -> str:
     """The file name for a task's outcomes; it changes with the questions and the way they are asked."""
-    asked = hashlib.sha256(repr((task.kind, task.num_fewshot, task.delimiter)).encode("utf-8"))
+    how = (task.kind, task.num_fewshot, task.delimiter, "examples of shuffled items")  # once they were of the file's order
+    asked = hashlib.sha256(repr(how).encode("utf-8"))
     asked.update(task.path.read_bytes())
     return f"{task.label}{f'_{max_per_task}' if max_per_task > 0 else ''}_{asked.hexdigest()[:12]}.jsonl"
 

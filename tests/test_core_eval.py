@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -117,6 +118,31 @@ def test_the_examples_are_all_questions_but_the_one_that_is_asked(scorer: Nanoch
             text = scorer.tokenizer.decode(question.candidates[item.get("gold", 0)].tokens)
             assert [text.count(name) for name in names] == [1] * len(items)
             assert max(names, key=text.index) == names[index]
+
+
+@pytest.mark.parametrize("most", [-1, 6])
+def test_the_examples_are_those_of_published_numbers(tokenizer: Tokenizer, bundle: Path, most: int) -> None:
+    """Items are shuffled and cut to those that are asked; each then draws its examples by its own place among them."""
+    texts: list[str] = []
+
+    class Listener:
+        context = 10_000
+
+        def encode(self, text: str) -> list[int]:
+            texts.append(text)
+            return tokenizer.encode(text, prepend="<|bos|>")
+
+        def score(self, questions: list[Question]) -> list[list[tuple[float, bool]]]:
+            return [[(0.0, True) for _ in question.candidates] for question in questions]
+
+    evaluate_core(Listener(), bundle, max_per_task=most)
+    for task in read_tasks(bundle)[:2]:
+        items = read_items(task)
+        random.Random(1337).shuffle(items)
+        items = items[:most] if most > 0 else items
+        for place, item in enumerate(items):
+            drawn = random.Random(1234 + place).sample([i for i in range(len(items)) if i != place], task.num_fewshot)
+            assert set(render(task, item, [items[i] for i in drawn])[0]) <= set(texts)
 
 
 @pytest.mark.parametrize("knows", [True, False])
