@@ -22,9 +22,11 @@ import shutil
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -117,15 +119,14 @@ def find_bundle(path: Path | None) -> Path:
 def _download_bundle(folder: Path) -> None:
     """Fetch and unpack the bundle; it becomes visible as a whole or not at all."""
     print(f"downloading the evaluation bundle from {BUNDLE_URL}")
-    try:
-        with urllib.request.urlopen(BUNDLE_URL, timeout=60) as response:
-            archive = zipfile.ZipFile(io.BytesIO(response.read()))
-    except (OSError, zipfile.BadZipFile) as error:
-        raise NanochatError(
-            f"the evaluation bundle cannot be downloaded ({error}): give a folder with --eval-bundle"
-        ) from error
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        archive.extractall(temporary)
+        try:
+            with urllib.request.urlopen(BUNDLE_URL, timeout=60) as response:
+                zipfile.ZipFile(io.BytesIO(response.read())).extractall(temporary)
+        except (OSError, HTTPException, zipfile.BadZipFile, zlib.error) as error:  # no network, or only a part came through
+            raise NanochatError(
+                f"the evaluation bundle cannot be downloaded ({error}): give a folder with --eval-bundle"
+            ) from error
         found = next(Path(temporary).rglob("core.yaml"), None)
         if found is None:
             raise NanochatError(f"{BUNDLE_URL} holds no core.yaml: give a folder with --eval-bundle")
@@ -146,14 +147,14 @@ def read_tasks(bundle: Path) -> list[CoreTask]:
             )
             for entry in entries
         ]  # fmt: skip
-    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (OSError, LookupError, TypeError, ValueError, yaml.YAMLError) as error:
         raise NanochatError(f"{bundle} is not a readable evaluation bundle ({type(error).__name__}: {error})") from error
 
 
-FIELDS = {
-    "multiple_choice": ("query", "choices", "gold"),
-    "schema": ("context_options", "continuation", "gold"),
-    "language_modeling": ("context", "continuation"),
+FIELDS: dict[str, dict[str, type]] = {
+    "multiple_choice": {"query": str, "choices": list, "gold": int},
+    "schema": {"context_options": list, "continuation": str, "gold": int},
+    "language_modeling": {"context": str, "continuation": str},
 }
 
 
@@ -164,13 +165,8 @@ def read_items(task: CoreTask) -> list[dict[str, Any]]:
         for number, line in enumerate(file, 1):
             try:
                 item = json.loads(line)
-                missing = [name for name in FIELDS[task.kind] if name not in item]
-                if missing:
-                    raise ValueError(f"it has no {missing[0]!r}")
-                options = item.get("choices") or item.get("context_options")
-                if options is not None and not 0 <= item["gold"] < len(options):
-                    raise ValueError(f"gold {item['gold']} is not one of the {len(options)} choices")
-            except (ValueError, TypeError, KeyError) as error:
+                _check_item(item, FIELDS[task.kind])
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise NanochatError(
                     f"{task.path}:{number}: not a {task.kind} question ({error}): restore the bundle"
                 ) from error
@@ -178,6 +174,20 @@ def read_items(task: CoreTask) -> list[dict[str, Any]]:
     if not items:
         raise NanochatError(f"{task.path} is empty: restore the bundle, or give another with --eval-bundle")
     return items
+
+
+def _check_item(item: dict[str, Any], wanted: dict[str, type]) -> None:
+    """Raise ValueError or TypeError if a question lacks one of these fields, or has a value of another type in it."""
+    for name, kind in wanted.items():
+        if name not in item:
+            raise ValueError(f"it has no {name!r}")
+        if type(item[name]) is not kind:
+            raise ValueError(f"its {name!r} is {str(item[name])[:40]!r}")
+        if kind is list:
+            if not all(isinstance(text, str) for text in item[name]):
+                raise ValueError(f"not all of its {name!r} are texts")
+            if not 0 <= item["gold"] < len(item[name]):
+                raise ValueError(f"gold {item['gold']} is not one of the {len(item[name])} choices")
 
 
 # ----------------------------------------------------------------------------- prompts

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import http.client
+import io
 import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +251,10 @@ def test_outcomes_of_other_questions_are_not_used(scorer: NanochatScorer, bundle
         ("{", "arc_easy.jsonl:2"),
         ('{"query": "x"}', "choices"),
         ('{"query": "x", "choices": ["a"], "gold": 3}', "gold 3"),
+        ('{"query": "x", "choices": ["a"], "gold": 0.0}', "'gold' is '0.0'"),
+        ('{"query": "x", "choices": [], "gold": 0}', "gold 0"),
+        ('{"query": "x", "choices": ["a", null], "gold": 0}', "texts"),
+        ('{"query": 5, "choices": ["a"], "gold": 0}', "'query' is '5'"),
         ("7", ":2"),
     ],
 )
@@ -264,6 +271,28 @@ def test_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nanochat.core_eval.BUNDLE_URL", (tmp_path / "absent.zip").as_uri())
     with pytest.raises(NanochatError, match="give a folder with --eval-bundle"):
         find_bundle(None)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_download_leaves_no_bundle(
+    damage: str, bundle: Path, base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.make_archive(str(tmp_path / "bundle"), "zip", bundle))
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.compress_size)
+    content[largest.header_offset + 30 + len(largest.filename) + largest.compress_size // 2] ^= 0xFF
+
+    class Response(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if damage == "cut":
+                raise http.client.IncompleteRead(b"PK", 98)
+            return bytes(content)
+
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: Response())
+    with pytest.raises(NanochatError, match="give a folder with --eval-bundle"):
+        find_bundle(None)
+    assert not (base_dir / "eval_bundle").exists()
 
 
 def test_a_bundle_is_downloaded_once(bundle: Path, tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
