@@ -9,7 +9,6 @@ of arXiv 2203.15556); over budgets, the exponents of the best size and of the be
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -18,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from nanochat.common import NanochatError, run_command
-from nanochat.metrics import METRICS_FILE, read_metrics
-from nanochat.runs import get_runs_dir
+from nanochat.eval_results import read_json
+from nanochat.metrics import METRICS_FILE, read_metrics, series
+from nanochat.runs import SETTINGS_FILE, get_runs_dir
 from nanochat.settings import SettingsParser
 
 COLUMNS = ("run", "depth", "size", "tokens", "flops", "tokens_per_param", "bpb")
@@ -28,12 +28,10 @@ COLUMNS = ("run", "depth", "size", "tokens", "flops", "tokens_per_param", "bpb")
 def read_run(folder: Path) -> dict[str, Any] | None:
     """A row of the table; None for a run without a validation result. size: parameters as scaling laws count them."""
     stage_dir = folder / "base"
-    if not (stage_dir / "settings.json").exists() or not (stage_dir / METRICS_FILE).exists():
-        return None
-    settings = json.loads((stage_dir / "settings.json").read_text(encoding="utf-8"))
+    settings = read_json(stage_dir / SETTINGS_FILE)
     rows = read_metrics(stage_dir / METRICS_FILE)
-    measured = [row["val/bpb"] for row in rows if "val/bpb" in row]
-    if not measured:
+    _, measured = series(rows, "val/bpb")  # without those of a run that diverged, which are no numbers
+    if not settings or not measured:
         return None
     tokens, size = settings["num_iterations"] * settings["total_batch_size"], settings["num_scaling_params"]
     flops = max(row.get("train/flops", 0) for row in rows)
@@ -57,7 +55,7 @@ def analyse(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
             by_budget[row["budget"]].append(row)
     optima = []
     for budget, group in sorted(by_budget.items()):
-        if len(group) >= 3 and (size := best_size(group)):
+        if len({row["size"] for row in group}) >= 3 and (size := best_size(group)):
             # FLOPs for each token grow with the size: between the runs, as a power of it.
             slope, offset = np.polyfit(np.log([r["size"] for r in group]), np.log([r["tokens"] for r in group]), 1)
             optima.append({"budget": budget, "size": size, "tokens": float(np.exp(offset + slope * np.log(size)))})
