@@ -236,6 +236,8 @@ def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
         ("config.json", {"vocab_size": 100}, "do not belong together"),
         ("config.json", {"num_hidden_layers": 2, "layer_windows": [128, 512], "value_embedding_layers": [1]}, "do not fit"),
         ("config.json", {"num_hidden_layers": None}, "has num_hidden_layers None, not a whole number above 0: fetch or"),
+        ("config.json", {"num_hidden_layers": 10**9}, "has 1000000000 layers in config.json, but"),
+        ("config.json", {"bigram_rows": -1}, "bigrams -1 is too small"),
         ("config.json", {"num_attention_heads": 0}, "has num_attention_heads 0, not"),
         ("config.json", {"num_attention_heads": "x"}, "has num_attention_heads 'x', not"),
         ("config.json", {"vocab_size": "x"}, "has vocab_size 'x', not"),
