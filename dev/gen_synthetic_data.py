@@ -96,7 +96,7 @@ def read_facts(path: Path) -> Facts:
     Raises NanochatError naming what is wrong in the file.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise NanochatError(f"--facts {path} cannot be read ({error}): give a text or a TOML file in UTF-8") from error
     if path.suffix != ".toml":
@@ -245,7 +245,7 @@ def find_json(text: str) -> Any:
     for match in re.finditer(r"[\[{]", text):
         try:
             return json.JSONDecoder().raw_decode(text, match.start())[0]
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # also a number or a nesting that has no end
             continue
     raise RejectedError("the reply holds no JSON")
 

@@ -1,15 +1,14 @@
-"""What a series of runs says about size and horizon: python -m dev.scaling_analysis --runs 'law-*'
+"""Fits scaling laws to a series of runs: python -m dev.scaling_analysis --runs 'law-*'
 
-Reads the runs that runs/miniseries.sh or runs/scaling_laws.sh left below NANOCHAT_BASE_DIR, prints a table of their sizes,
-tokens, FLOPs and validation bits per byte, and writes scaling.csv and scaling.png beside them. Where there are three or
-more sizes under one budget, a parabola through bits per byte against log(size) gives the budget's best size (approach 2
-of arXiv 2203.15556); over budgets, the exponents of the best size and of the best number of tokens.
+Reads the runs that runs/miniseries.sh or runs/scaling_laws.sh left in NANOCHAT_BASE_DIR, prints a table of their sizes,
+tokens, FLOPs and validation bits per byte, and writes scaling.csv and scaling.png beside them. For each budget with three
+or more sizes, the minimum of a parabola through bits per byte against log(size) is the best size (approach 2 of
+arXiv 2203.15556). From several budgets follow the exponents by which the best size and number of tokens grow.
 """
 
 from __future__ import annotations
 
 import csv
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -18,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from nanochat.common import NanochatError, run_command
-from nanochat.metrics import METRICS_FILE, read_metrics
-from nanochat.runs import get_runs_dir
+from nanochat.eval_results import read_json
+from nanochat.metrics import METRICS_FILE, read_metrics, series
+from nanochat.runs import SETTINGS_FILE, get_runs_dir
 from nanochat.settings import SettingsParser
 
 COLUMNS = ("run", "depth", "size", "tokens", "flops", "tokens_per_param", "bpb")
@@ -28,12 +28,10 @@ COLUMNS = ("run", "depth", "size", "tokens", "flops", "tokens_per_param", "bpb")
 def read_run(folder: Path) -> dict[str, Any] | None:
     """A row of the table; None for a run without a validation result. size: parameters as scaling laws count them."""
     stage_dir = folder / "base"
-    if not (stage_dir / "settings.json").exists() or not (stage_dir / METRICS_FILE).exists():
-        return None
-    settings = json.loads((stage_dir / "settings.json").read_text(encoding="utf-8"))
+    settings = read_json(stage_dir / SETTINGS_FILE)
     rows = read_metrics(stage_dir / METRICS_FILE)
-    measured = [row["val/bpb"] for row in rows if "val/bpb" in row]
-    if not measured:
+    _, measured = series(rows, "val/bpb")  # without those of a run that diverged, which are no numbers
+    if not settings or not measured:
         return None
     tokens, size = settings["num_iterations"] * settings["total_batch_size"], settings["num_scaling_params"]
     flops = max(row.get("train/flops", 0) for row in rows)
@@ -44,21 +42,21 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 
 
 def best_size(rows: list[dict[str, Any]]) -> float | None:
-    """The size at the bottom of a parabola through bpb against log(size); None if it opens the wrong way."""
+    """The size at the minimum of a parabola through bpb against log(size); None if the parabola has no minimum."""
     a, b, _ = np.polyfit([np.log(row["size"]) for row in rows], [row["bpb"] for row in rows], 2)
     return float(np.exp(-b / (2 * a))) if a > 0 else None
 
 
 def analyse(rows: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """{"budget", "size", "tokens"} of each budget that was spent on three or more sizes and has a best one."""
+    """{"budget", "size", "tokens"} at the optimum of each budget that has three or more sizes and an optimum."""
     by_budget: dict[float, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         if row["budget"] > 0:
             by_budget[row["budget"]].append(row)
     optima = []
     for budget, group in sorted(by_budget.items()):
-        if len(group) >= 3 and (size := best_size(group)):
-            # FLOPs for each token grow with the size: between the runs, as a power of it.
+        if len({row["size"] for row in group}) >= 3 and (size := best_size(group)):
+            # FLOPs per token grow with size, so interpolate tokens between the runs as a power of it.
             slope, offset = np.polyfit(np.log([r["size"] for r in group]), np.log([r["tokens"] for r in group]), 1)
             optima.append({"budget": budget, "size": size, "tokens": float(np.exp(offset + slope * np.log(size)))})
     return optima
@@ -83,7 +81,7 @@ def draw(rows: list[dict[str, Any]], optima: list[dict[str, float]], path: Path)
         right.axvline(optimum["size"], color="grey", linestyle=":", linewidth=1)
     left.set(xscale="log", xlabel="FLOPs", ylabel="validation bits per byte")
     right.set(xscale="log", xlabel="parameters (matrices and head)")
-    for axis in (left.xaxis, right.xaxis):  # numbers at 1, 2 and 5 of each decade: others run into each other
+    for axis in (left.xaxis, right.xaxis):  # label only 1, 2 and 5 of each decade: more labels would overlap
         axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(ticker.LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(9, 9)))
         axis.set_minor_formatter(ticker.NullFormatter())

@@ -1,9 +1,10 @@
 """The CORE metric: 22 tasks of few-shot questions, centred so that guessing scores 0. Used by scripts/base_eval and
 base_train, hf_scorer.py and lm_eval_adapter.py.
 
-Tasks, prompts and centring: DCLM, arXiv 2406.11794, section 3.5, on the evaluation bundle's data. A question has one or
-more candidate texts; the one that the model finds likeliest is its answer. The shared beginning of candidates is computed
-once, and questions of similar length are computed together.
+Tasks, prompts and centring: DCLM, arXiv 2406.11794, section 3.5, on the evaluation bundle's data. Questions and examples are
+drawn as in the public nanochat, so the prompts are those of its published numbers. A question has one or more candidate
+texts; the one that the model finds likeliest is its answer. The shared beginning of candidates is computed once, and
+questions of similar length are computed together.
 
 To evaluate another kind of model, write a class with the three members of `Scorer`.
 """
@@ -21,9 +22,11 @@ import shutil
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -71,7 +74,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Question:
-    index: int  # line of the task's file
+    index: int  # among the items that its examples were drawn from
     candidates: list[Candidate]
     gold: int
     truncated: bool
@@ -116,15 +119,14 @@ def find_bundle(path: Path | None) -> Path:
 def _download_bundle(folder: Path) -> None:
     """Fetch and unpack the bundle; it becomes visible as a whole or not at all."""
     print(f"downloading the evaluation bundle from {BUNDLE_URL}")
-    try:
-        with urllib.request.urlopen(BUNDLE_URL, timeout=60) as response:
-            archive = zipfile.ZipFile(io.BytesIO(response.read()))
-    except (OSError, zipfile.BadZipFile) as error:
-        raise NanochatError(
-            f"the evaluation bundle cannot be downloaded ({error}): give a folder with --eval-bundle"
-        ) from error
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        archive.extractall(temporary)
+        try:
+            with urllib.request.urlopen(BUNDLE_URL, timeout=60) as response:
+                zipfile.ZipFile(io.BytesIO(response.read())).extractall(temporary)
+        except (OSError, HTTPException, zipfile.BadZipFile, zlib.error) as error:  # no network, or only a part came through
+            raise NanochatError(
+                f"the evaluation bundle cannot be downloaded ({error}): give a folder with --eval-bundle"
+            ) from error
         found = next(Path(temporary).rglob("core.yaml"), None)
         if found is None:
             raise NanochatError(f"{BUNDLE_URL} holds no core.yaml: give a folder with --eval-bundle")
@@ -145,14 +147,14 @@ def read_tasks(bundle: Path) -> list[CoreTask]:
             )
             for entry in entries
         ]  # fmt: skip
-    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError) as error:
+    except (OSError, LookupError, TypeError, ValueError, yaml.YAMLError) as error:
         raise NanochatError(f"{bundle} is not a readable evaluation bundle ({type(error).__name__}: {error})") from error
 
 
-FIELDS = {
-    "multiple_choice": ("query", "choices", "gold"),
-    "schema": ("context_options", "continuation", "gold"),
-    "language_modeling": ("context", "continuation"),
+FIELDS: dict[str, dict[str, type]] = {
+    "multiple_choice": {"query": str, "choices": list, "gold": int},
+    "schema": {"context_options": list, "continuation": str, "gold": int},
+    "language_modeling": {"context": str, "continuation": str},
 }
 
 
@@ -163,13 +165,8 @@ def read_items(task: CoreTask) -> list[dict[str, Any]]:
         for number, line in enumerate(file, 1):
             try:
                 item = json.loads(line)
-                missing = [name for name in FIELDS[task.kind] if name not in item]
-                if missing:
-                    raise ValueError(f"it has no {missing[0]!r}")
-                options = item.get("choices") or item.get("context_options")
-                if options is not None and not 0 <= item["gold"] < len(options):
-                    raise ValueError(f"gold {item['gold']} is not one of the {len(options)} choices")
-            except (ValueError, TypeError, KeyError) as error:
+                _check_item(item, FIELDS[task.kind])
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise NanochatError(
                     f"{task.path}:{number}: not a {task.kind} question ({error}): restore the bundle"
                 ) from error
@@ -177,6 +174,20 @@ def read_items(task: CoreTask) -> list[dict[str, Any]]:
     if not items:
         raise NanochatError(f"{task.path} is empty: restore the bundle, or give another with --eval-bundle")
     return items
+
+
+def _check_item(item: dict[str, Any], wanted: dict[str, type]) -> None:
+    """Raise ValueError or TypeError if a question lacks one of these fields, or has a value of another type in it."""
+    for name, kind in wanted.items():
+        if name not in item:
+            raise ValueError(f"it has no {name!r}")
+        if type(item[name]) is not kind:
+            raise ValueError(f"its {name!r} is {str(item[name])[:40]!r}")
+        if kind is list:
+            if not all(isinstance(text, str) for text in item[name]):
+                raise ValueError(f"not all of its {name!r} are texts")
+            if not 0 <= item["gold"] < len(item[name]):
+                raise ValueError(f"gold {item['gold']} is not one of the {len(item[name])} choices")
 
 
 # ----------------------------------------------------------------------------- prompts
@@ -422,18 +433,19 @@ def _evaluate_task(
 ) -> list[dict[str, Any]]:
     """One row for each question, in order, from all ranks."""
     items = read_items(task)
-    chosen = list(range(len(items)))
-    random.Random(1337).shuffle(chosen)
-    chosen = chosen[:max_per_task] if max_per_task > 0 else chosen
+    lines = list(range(len(items)))
+    random.Random(1337).shuffle(lines)
+    count = min(max_per_task, len(lines)) if max_per_task > 0 else len(lines)
+    items = [items[i] for i in lines[: max(count, task.num_fewshot + 1)]]  # the examples are of the questions asked
     _, rank, _, world_size = get_dist_info()
-    mine = chosen[rank::world_size]
+    mine = range(rank, count, world_size)
 
     def judge_mine() -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
         for at in range(0, len(mine), 256):  # make prompts in portions, to bound memory
             questions = [build_question(task, items, index, scorer) for index in mine[at : at + 256]]
             for question, scores in zip(questions, scorer.score(questions), strict=True):
-                rows.append(_judge(task, question, scores))
+                rows.append({"index": lines[question.index], **_judge(task, question, scores)})
             report(task.label, len(rows), len(mine))
         return rows
 
@@ -442,7 +454,7 @@ def _evaluate_task(
 
 
 def _judge(task: CoreTask, question: Question, scores: list[tuple[float, bool]]) -> dict[str, Any]:
-    row = {"index": question.index, "truncated": question.truncated, "logprobs": [round(mean, 6) for mean, _ in scores]}
+    row = {"truncated": question.truncated, "logprobs": [round(mean, 6) for mean, _ in scores]}
     if task.kind == "language_modeling":
         return {**row, "correct": scores[0][1]}
     chosen = max(range(len(scores)), key=lambda i: scores[i][0])
@@ -451,7 +463,8 @@ def _judge(task: CoreTask, question: Question, scores: list[tuple[float, bool]])
 
 def _rows_name(task: CoreTask, max_per_task: int) -> str:
     """The file name for a task's outcomes; it changes with the questions and the way they are asked."""
-    asked = hashlib.sha256(repr((task.kind, task.num_fewshot, task.delimiter)).encode("utf-8"))
+    how = (task.kind, task.num_fewshot, task.delimiter, "examples of shuffled items")  # once they were of the file's order
+    asked = hashlib.sha256(repr(how).encode("utf-8"))
     asked.update(task.path.read_bytes())
     return f"{task.label}{f'_{max_per_task}' if max_per_task > 0 else ''}_{asked.hexdigest()[:12]}.jsonl"
 

@@ -261,7 +261,7 @@ class _Process:
 
 
 def _find_verdict(report: bytearray, key: bytes) -> str | None:
-    """ "ok", "memory" or why the program failed, if the report's last line is whole and rightly signed."""
+    """ "ok", "memory" or why the program failed; None unless the report's last line is complete and correctly signed."""
     if not report.endswith(b"\n"):
         return None
     verdict, _, signature = bytes(report).rstrip(b"\n").rpartition(b"\n")[2].rpartition(b" ")
@@ -275,25 +275,25 @@ def _find_verdict(report: bytearray, key: bytes) -> str | None:
 
 
 def _describe_exit(exit_code: int) -> str:
-    """A launcher exits with 128 + the signal that ended the worker; subprocess has -signal for its own child."""
+    """A launcher exits with 128 + the signal that ended the worker; subprocess gives -signal for its own child."""
     number = -exit_code if exit_code < 0 else exit_code - 128
     return f"ended with signal {number}" if number > 0 else f"ended before its end with exit code {exit_code}"
 
 
 @functools.lru_cache(maxsize=1)
 def build_filter() -> bytes | None:
-    """The filter of system calls as a BPF program; None where libseccomp is missing.
+    """The system call filter as a BPF program; None where libseccomp is missing.
 
-    The namespaces and limits hold without it, except for shared memory and the machine's own sockets (AF_VSOCK).
+    Without it, namespaces and limits still hold, but leave open shared memory and sockets to the host (AF_VSOCK).
     """
     try:
         import pyseccomp
-    except (ImportError, RuntimeError, OSError, AttributeError):  # the package, the library, or a function of it
+    except (ImportError, RuntimeError, OSError, AttributeError):  # no package, no library, or one that lacks a function
         return None
     program = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
     for code, names in ((errno.EPERM, DENIED_CALLS), (errno.ENOSYS, ["clone3"])):  # ENOSYS: the C library then tries clone
         for name in names:
-            with contextlib.suppress(ValueError, OSError):  # not a call of this architecture, or younger than the library
+            with contextlib.suppress(ValueError, OSError):  # unknown on this architecture, or newer than the library
                 program.add_rule(pyseccomp.ERRNO(code), name)
     with tempfile.TemporaryFile() as file:
         program.export_bpf(file)
@@ -314,7 +314,7 @@ def choose_launcher(unsafe: bool | None) -> Callable[[], list[str]]:
 
 @functools.lru_cache(maxsize=1)
 def find_launcher() -> Callable[[], list[str]]:
-    """The first launcher that really starts a worker here. Raises NanochatError that says what each lacks."""
+    """The first launcher that manages to start a worker here. Raises NanochatError that says what each lacks."""
     way_out = "or run programs without isolation with --unsafe-execution (NANOCHAT_UNSAFE_EXECUTION=1)"
     if sys.platform != "linux":
         raise NanochatError(f"programs of a model can be isolated only on Linux, not on {sys.platform}: use Linux, {way_out}")
@@ -349,19 +349,19 @@ def why_unusable(name: str) -> str | None:
 
 
 def python_command(worker: str) -> list[str]:
-    """The base interpreter, without the packages of a virtual environment; the report's fd is to follow."""
+    """The base interpreter without a virtual environment's packages; the caller appends the report's fd."""
     return [os.path.realpath(sys.executable), "-I", "-S", "-X", "utf8", worker]
 
 
 def plain_command() -> list[str]:
-    """No isolation: limits only."""
+    """Starts a worker without isolation, under limits only."""
     return python_command(str(WORKER))
 
 
 def root_layout() -> tuple[list[str], dict[str, str]]:
-    """(folders to show read-only at their own place, symbolic links {path: target}): all that Python needs.
+    """What Python needs: (folders to mount read-only at the same path, symbolic links as {path: target}).
 
-    Raises NanochatError if Python's files cannot be shown without the home folder.
+    Raises NanochatError if mounting Python's files would expose the home folder.
     """
     folders, links = ["/usr"], {}
     for path in ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"):
@@ -388,7 +388,7 @@ def bwrap_command() -> list[str]:
         command += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
     command += ["--ro-bind", str(WORKER), "/sandbox/worker.py", "--size", str(DISK_BYTES), "--tmpfs", "/scratch"]
     command += ["--remount-ro", "/", "--chdir", "/scratch"]
-    # What bwrap cannot do: limit the number of files, and show a device that not even its owner can change.
+    # What bwrap cannot do: limit the number of files, and mount devices so that not even their owner can change them.
     command += "--uid 0 --gid 0 --cap-drop ALL --cap-add CAP_SYS_ADMIN --cap-add CAP_SETPCAP sh -c".split()
     lines = ["set -e", f"mount -t tmpfs -o remount,nr_inodes={DISK_FILES},nosuid,nodev sandbox /scratch"]
     lines += ["for device in /dev/*; do mount -o remount,bind,ro,nosuid $device; done", f"exec {DROP_PRIVILEGES}"]
@@ -396,9 +396,9 @@ def bwrap_command() -> list[str]:
 
 
 def unshare_command() -> list[str]:
-    """The same by hand: a shell, as process 1 of the new namespaces, builds the root and starts the worker in it."""
+    """The same without bwrap: a shell, process 1 of the new namespaces, builds the root and starts the worker in it."""
     folders, links = root_layout()
-    # /sys is there to be mounted on, and nothing that is to be shown lies below it.
+    # /sys serves as the mount point: it always exists, and nothing below it is needed.
     lines = ["set -e", "mount -t tmpfs -o size=1m,mode=755 sandbox /sys", "cd /sys", "mkdir dev old proc sandbox scratch"]
     for folder in map(shlex.quote, folders):
         lines.append(f"mkdir -p .{folder}; mount --rbind {folder} .{folder}")
@@ -407,18 +407,18 @@ def unshare_command() -> list[str]:
     for source, path in [(str(WORKER), "sandbox/worker.py"), *((f"/dev/{name}", f"dev/{name}") for name in DEVICES)]:
         lines.append(f": > {path}; mount --bind {shlex.quote(source)} {path}")
     lines += [
-        # Each mount by itself: read-only is not inherited by the mounts below.
+        # Remount each one: mounts below a read-only mount do not become read-only with it.
         "while read -r _ _ _ _ point _; do",
         "  case $point in /sys|/sys/*) ;; *) continue;; esac",
         '  point=$(printf %b "$point"); options=remount,bind,ro,nosuid',
         "  case $point in /sys/dev/*) ;; *) options=$options,nodev;; esac",
-        '  [ ! -e "$point" ] || mount -o $options "$point"',  # below the old /sys there are mounts, now hidden
+        '  [ ! -e "$point" ] || mount -o $options "$point"',  # the old /sys has mounts below it, now hidden
         "done < /proc/self/mountinfo",
         f"mount -t tmpfs -o size={DISK_BYTES},nr_inodes={DISK_FILES},mode=700,nosuid,nodev sandbox scratch",
         "mount --rbind /proc proc",  # for umount, which looks there
         "pivot_root . old; umount -l /old; umount -l /proc; cd /scratch",
         DROP_PRIVILEGES,
-        "exit $?",  # the line above is not the last: a shell that turns into the worker would make it process 1
+        "exit $?",  # after a last command, the shell would turn into it, and the worker into process 1
     ]
     unshare = "setpriv --pdeathsig KILL unshare --user --map-root-user --mount --pid --net --ipc --uts --kill-child".split()
     return [*unshare, "sh", "-c", "\n".join(lines), "sh", *python_command("/sandbox/worker.py")]

@@ -1,12 +1,13 @@
-"""Runs one program and says how it ended. Started by execution.py, inside its isolation; the standard library only.
+"""Runs one program and reports how it ended. Started by execution.py inside the isolation; uses only the standard library.
 
-It is ready before it has a program: common modules are imported by then, and a byte on the report pipe says so. The
-request comes over stdin, as one JSON object up to the end of the file; an empty one means that the caller is gone.
-Then limits are set, the program runs, and the verdict goes to the report pipe. Nothing of the process is used twice.
+The worker starts before there is a program for it: it imports common modules, then writes a byte to the report pipe. The
+request arrives on stdin as one JSON object, ended by the end of the file; an empty one means that the caller is gone. The
+worker then sets limits, runs the program and writes the verdict to the report pipe. Each program gets a new process.
 
-The program lives in this process and may rewrite all of it. A verdict is therefore signed with a key that came with the
-request and is kept in no variable, and nothing that a program may easily have replaced is used to send it. A program that
-is written to find this key in its own memory can: this keeps honest mistakes and cheap tricks from counting as success.
+The program runs in this process and can change anything in it. The verdict is therefore signed with a key that arrives with
+the request and is kept in no variable, and is sent without using anything that a program could easily replace. A program
+written to search its own memory can still find the key: the signature stops honest mistakes and cheap tricks from counting
+as success.
 """
 
 import builtins
@@ -21,7 +22,7 @@ from typing import Any, TextIO
 
 try:
     import ctypes
-except ImportError:  # a Python built without it cannot install the filter of system calls, and says so when it has to
+except ImportError:  # a Python built without it cannot install the system call filter, and fails when it has to
     ctypes = None  # type: ignore[assignment]
 
 try:
@@ -32,23 +33,23 @@ except ImportError:  # not a Unix
 WARM = """
     abc bisect collections copy dataclasses datetime decimal enum fractions functools heapq itertools math operator random re
     statistics string time typing
-""".split()  # what programs often import: they need not wait for it
+""".split()  # modules that programs often import: imported ahead, so that no program waits for them
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 38  # linux/prctl.h
 SECCOMP_MODE_FILTER = 2
 SIGKILL = 9
-MAX_ERROR_CHARS = 300  # as a literal at most tenfold, so that a verdict fits into PIPE_BUF and is written at once
+MAX_ERROR_CHARS = 300  # up to ten times that as a literal; the verdict still fits into PIPE_BUF, so one write sends it whole
 
 
 def main() -> None:
-    """Be ready, take a request, run it, report; never returns from a program."""
+    """Get ready, read a request, run it and report; does not return once a program has run."""
     report_fd = int(sys.argv.pop())
     for name in WARM:
         importlib.import_module(name)
-    with contextlib.suppress(OSError):  # without isolation it has a session already
-        os.setsid()  # or signals to its process group would reach the launcher, outside of the namespaces
+    with contextlib.suppress(OSError):  # without isolation, this process already leads a session
+        os.setsid()  # otherwise signals to its process group would reach the launcher, outside the namespaces
     if sys.platform == "linux" and ctypes:
         prctl(PR_SET_PDEATHSIG, SIGKILL)
-        prctl(PR_SET_DUMPABLE, 0)  # a limit of 0 on core files does not keep them from a core_pattern that is a pipe
+        prctl(PR_SET_DUMPABLE, 0)  # where core_pattern is a pipe, a core file limit of 0 has no effect
     os.write(report_fd, b"+")
     content = sys.stdin.buffer.read()
     if not content:
@@ -59,10 +60,10 @@ def main() -> None:
     set_limits(request["memory_bytes"], request["cpu_s"], request["file_bytes"])
     if bpf := bytes.fromhex(request.pop("filter")):
         install_filter(bpf)
-    sys.settrace = lambda function: None  # a tracer may make a caller jump to another line
+    sys.settrace = lambda function: None  # a tracer could make the caller jump to another line
     sys.setprofile = lambda function: None
-    # The key goes from the request into the state of a hash. While the program runs, that and `finish` are on the stack
-    # of this frame, and have no name.
+    # The key goes straight from the request into a hash. While the program runs, this hash and `finish` are only on this
+    # frame's stack, without a name.
     globals().pop("finish")(
         os.write,
         os._exit,
@@ -72,7 +73,7 @@ def main() -> None:
 
 
 def leave_only(report_fd: int) -> None:
-    """stdin becomes /dev/null, the report pipe fd 3; all fds beyond are closed. The launchers' variables go."""
+    """Turn stdin into /dev/null and the report pipe into fd 3, close all other fds, and unset the launchers' variables."""
     for name in ("PWD", "OLDPWD"):
         os.environ.pop(name, None)
     null = os.open(os.devnull, os.O_RDONLY)
@@ -83,13 +84,13 @@ def leave_only(report_fd: int) -> None:
 
 
 def set_limits(memory_bytes: int, cpu_s: int, file_bytes: int) -> None:
-    """Set for good what the program may use: neither processes nor threads, and no memory outside of its own."""
+    """Limit for good what the program may use: no further processes or threads, and only so much memory, time and disk."""
     limits = {"AS": memory_bytes, "CPU": cpu_s, "FSIZE": file_bytes, "NOFILE": 64}
     for name, value in {**limits, "CORE": 0, "NPROC": 0, "MEMLOCK": 0, "MSGQUEUE": 0}.items():
         try:
             resource.setrlimit(getattr(resource, "RLIMIT_" + name), (value, value))
         except (AttributeError, ValueError, OSError):
-            if sys.platform == "linux":  # elsewhere some are unknown
+            if sys.platform == "linux":  # other systems lack some of them
                 raise
 
 
@@ -114,8 +115,8 @@ def install_filter(bpf: bytes) -> None:
 def run_program(code: str, stdout: TextIO, stderr: TextIO) -> bytes:
     """Run a program as __main__; returns the verdict: b"ok", b"memory", or b"error " and an ASCII literal of the reason.
 
-    All that may call code of the program happens here: the text of its exception, and flushing what it printed. If that
-    fails the worker fails, too. No name is looked up after the program from which it could make b"ok" out of an error.
+    Everything that may call the program's code happens here: turning its exception into text, and flushing its output. If
+    that fails, so does the worker. No name looked up after the program could let it turn an error into b"ok".
     """
     module = types.ModuleType("__main__")
     vars(module)["__builtins__"] = builtins
@@ -130,13 +131,13 @@ def run_program(code: str, stdout: TextIO, stderr: TextIO) -> bytes:
         for stream in (stdout, stderr):
             try:  # noqa: SIM105 - contextlib is Python code, which the program may have replaced
                 stream.flush()
-            except Exception:  # it closed the stream
+            except Exception:  # the program closed the stream
                 pass
     return b"ok"
 
 
 def finish(write: Any, leave: Any, sign: Any, verdict: bytes) -> None:
-    """Send the signed verdict and end at once: no exit handler and no destructor of the program runs."""
+    """Send the signed verdict and exit at once, without running the program's exit handlers and destructors."""
     sign.update(verdict)
     write(3, b"\n" + verdict + b" " + sign.hexdigest().encode() + b"\n")
     leave(0)

@@ -58,9 +58,10 @@ class GPTConfig:
     rotary_base: float = ROTARY_BASE
 
     def __post_init__(self) -> None:
-        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise NanochatError(f"{name} {getattr(self, name)} is too small: choose 1 or more")
+        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "bigrams"):
+            least = 0 if name == "bigrams" else 1
+            if getattr(self, name) < least:
+                raise NanochatError(f"{name} {getattr(self, name)} is too small: choose {least} or more")
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 8:
             raise NanochatError(
                 f"n_embd {self.n_embd} over n_head {self.n_head} is no head size divisible by 8: "

@@ -31,10 +31,13 @@ class HuggingFaceScorer:
             raise NanochatError("--hf-path needs transformers: bash runs/setup.sh eval") from None
         try:
             revision, self.fingerprint = _identify(path)
-            self.tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-            model: Any = AutoModelForCausalLM.from_pretrained(path, revision=revision, dtype=get_compute_dtype(device))
+            how: dict[str, Any] = {"revision": revision, "trust_remote_code": False}  # None: ask at the terminal
+            self.tokenizer = AutoTokenizer.from_pretrained(path, **how)
+            model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=get_compute_dtype(device), **how)
             self.model = model.to(device).eval()
-        except (OSError, ValueError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # damaged files make the library raise a dozen kinds, all with the same way out
             if "trust_remote_code" in str(error):
                 raise NanochatError(
                     f"--hf-path {path!r} brings its own code, which is not run here: measure an export of nanochat by its "

@@ -1,7 +1,7 @@
 """Lets lm-evaluation-harness measure our checkpoints: python -m nanochat.lm_eval_adapter --tasks arc_easy.
 
-The harness has no entry point for other models than its own, so this module registers "nanochat" and hands over to the
-harness's command; a program imports it and calls lm_eval.simple_evaluate(model="nanochat"). Needs the extra `eval`.
+The harness has no entry point for external models, so this module registers "nanochat" and then runs the harness's own
+command. Programs import it and call lm_eval.simple_evaluate(model="nanochat"). Needs the extra `eval`.
 """
 
 from __future__ import annotations
@@ -39,17 +39,18 @@ except ImportError as error:
     raise NanochatError(MISSING) from error
 
 ARGUMENTS = {"source": str, "model_tag": str, "step": int, "device": str, "batch_tokens": int}
-CHAT_MARK = "<|nanochat_messages|>"  # begins a context that is a conversation: JSON, then how the answer begins
+CHAT_MARK = "<|nanochat_messages|>"  # marks a context that is a conversation: JSON follows, then the answer's beginning
 SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p"}  # of answers
-MOST_CANDIDATES, CHUNK = 64, 256  # of a question; questions at a time: what is done is in the harness's cache
+MOST_CANDIDATES = 64  # of a question
+CHUNK = 256  # questions at a time; finished ones are in the harness's cache
 
 
 @register_model("nanochat")
 class NanochatLM(TemplateLM):
-    """A checkpoint as the harness wants it. Every text begins with <|bos|>; too long ones are cut on the left, after it."""
+    """A checkpoint behind the harness's interface. Every text begins with <|bos|>; a long one loses the tokens after it."""
 
     def __init__(self, **arguments: Any) -> None:
-        """arguments: see ARGUMENTS. Raises NanochatError for others, and if there is no such checkpoint or device."""
+        """arguments: see ARGUMENTS. Raises NanochatError for any other, and if the checkpoint or device does not exist."""
         super().__init__()
         for name, value in arguments.items():
             if name not in ARGUMENTS:
@@ -60,7 +61,7 @@ class NanochatLM(TemplateLM):
         if (source := given.get("source", "base")) not in STAGES:
             raise NanochatError(f"source={source} in --model_args is no stage of a run: choose from {', '.join(STAGES)}")
         _, self._rank, _, self._world_size, self._device = compute_init(given.get("device", ""))
-        # Not self.tokenizer: the base class takes that for one of Hugging Face's.
+        # Not self.tokenizer: the base class would take it for a Hugging Face tokenizer.
         model, self.bpe, self.meta = load_model(source, self._device, "eval", given.get("model_tag"), given.get("step"))
         self.scorer = NanochatScorer(model, self.bpe, given.get("batch_tokens"))
         self.trimmed = 0  # requests since the last report
@@ -71,8 +72,8 @@ class NanochatLM(TemplateLM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> NanochatLM:
-        device = (additional_config or {}).get("device")  # the harness's batch sizes are not ours: we count tokens
-        asked = {"device": device} if device not in (None, "cuda:0") else {}  # the latter is said when nobody asked
+        device = (additional_config or {}).get("device")  # its batch sizes are ignored: ours are in tokens
+        asked = {"device": device} if device not in (None, "cuda:0") else {}  # cuda:0 is the harness's default
         return cls(**{**asked, **arg_dict})
 
     @property
@@ -80,22 +81,22 @@ class NanochatLM(TemplateLM):
         return self.bpe.get_bos_token_id()  # what stands between documents, and before the first
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Tokens of a context and what follows it; add_special_tokens: False for what does not begin a text."""
+        """Tokens of a context and its continuation; add_special_tokens: False for text that begins no document."""
         if string.startswith(CHAT_MARK):
             messages, end = json.JSONDecoder().raw_decode(string, len(CHAT_MARK))
             return self.bpe.render_for_completion({"messages": messages}) + self.bpe.encode(string[end:])
         return self.bpe.encode(string, prepend=None if add_special_tokens is False else "<|bos|>")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The messages as JSON behind a mark, for tok_encode: no text can spell special tokens.
+        """The messages as JSON after a mark, which tok_encode renders; so text that spells a special token stays text.
 
-        Without add_generation_prompt the last message is the beginning of the answer.
+        Without add_generation_prompt, the last message is the beginning of the answer.
         """
         messages, begun = (chat_history, "") if add_generation_prompt else (chat_history[:-1], chat_history[-1]["content"])
         return CHAT_MARK + json.dumps(messages, ensure_ascii=False) + begun
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As the harness does it, but always the tokens of the whole text, also where one spans the two."""
+        """Splits as the harness does, but always into the tokens of the whole text, even if one spans both parts."""
         if (before := context.rstrip()) == context + continuation:
             raise NanochatError(f"an empty continuation cannot be judged; its context ends with {context[-40:]!r}")
         tokens = self.tok_encode(context + continuation)
@@ -104,7 +105,7 @@ class NanochatLM(TemplateLM):
 
     def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **more: Any) -> list[tuple[float, bool]]:
         """(log P(judged | before), whether it is the likeliest) for each (arguments for the cache, before, judged)."""
-        # What follows the same context is one question; a task's texts without a context may be thousands, though.
+        # Continuations of one context form a question, in parts: texts without any context may be thousands.
         numbered = groupby(enumerate(requests), lambda item: (item[0] // MOST_CANDIDATES, item[1][1]))
         groups, results = [[request for _, request in group] for _, group in numbered], []
         for at in tqdm(range(0, len(groups), CHUNK), desc="log-likelihoods", disable=self.rank != 0):
@@ -119,7 +120,7 @@ class NanochatLM(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """log P(text). Past the context it goes on in windows, each with the last token of the one before."""
+        """log P(text). Text beyond the context is judged in windows, each begun by the last token of the one before."""
         texts = [self.tok_encode(request.args[0], add_special_tokens=False) for request in requests]
         windows = [list(get_rolling_token_windows(text, self.eot_token_id, self.scorer.context - 1, 1)) for text in texts]
         scores = iter(self._loglikelihood_tokens([(None, *make_disjoint_window(w)) for text in windows for w in text]))
@@ -129,11 +130,11 @@ class NanochatLM(TemplateLM):
         return results
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """The answer to each context up to one of the texts "until", or "max_gen_toks"; greedy unless asked otherwise."""
+        """The answer to each context, up to a text of "until" or "max_gen_toks" tokens; greedy unless told otherwise."""
         engine, results = Engine(self.scorer.model, self.bpe), []
         for at in tqdm(range(0, len(requests), CHUNK), desc="answers", disable=self.rank != 0):
             part = requests[at : at + CHUNK]
-            # Each has a seed of its own: a request that is repeated wants another answer each time.
+            # Each request has its own seed: one that is repeated wants different answers.
             sequences = [self._sequence(request.args[0], request.args[1], 42 + at + i) for i, request in enumerate(part)]
             engine.run(sequences)
             for request, sequence in zip(part, sequences, strict=True):
@@ -150,7 +151,7 @@ class NanochatLM(TemplateLM):
         top_k, top_p = asked.get("top_k", 0), asked.get("top_p", 1.0)
         most, stop = asked["max_gen_toks"], tuple(text for text in asked["until"] if text)
         params = SamplingParams(temperature, top_k, top_p, seed=seed, max_tokens=most, stop=stop)
-        room = min(max(1, most), self.scorer.context // 2)  # the prompt may have half of the context in any case
+        room = min(max(1, most), self.scorer.context // 2)  # the prompt may always take half of the context
         return Sequence(self._trim(self.tok_encode(context), self.scorer.context - room), params)
 
     def _candidate(self, before: list[int], judged: list[int]) -> Candidate:
@@ -188,7 +189,7 @@ class NanochatLM(TemplateLM):
 
 
 def main(argv: list[str] | None = None) -> int:
-    sys.argv = ["lm_eval", "run", "--model", "nanochat", *(argv or [])]  # there the harness's command looks for them
+    sys.argv = ["lm_eval", "run", "--model", "nanochat", *(argv or [])]  # where the harness's command reads them
     try:
         cli_evaluate()
     except (TypeError, ValueError) as error:

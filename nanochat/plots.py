@@ -40,7 +40,7 @@ class Curve:
 
 @dataclass
 class Panel:
-    """One set of axes. from_zero: the axis begins at 0; share: (values per 100%, label) of a second axis on the right."""
+    """One set of axes. from_zero: the axis shows 0; share: (values per 100%, label) of a second axis on the right."""
 
     title: str
     curves: list[Curve]
@@ -91,7 +91,8 @@ def draw_panel(panel: Panel) -> Figure:
     if values[-1] >= 1e4:
         axis.yaxis.set_major_formatter("{x:,.0f}")
     if panel.from_zero:
-        axis.set_ylim(0, 1.12 * values[-1] or 1)
+        low, high = min(0.0, values[0]), max(0.0, values[-1])  # rewards may be negative
+        axis.set_ylim(1.12 * low, 1.12 * high if high > low else 1)
     elif len(values) > 50 and not panel.curves[0].dots:  # the steep fall of the first steps would hide the rest
         low, high = values[0], values[int(0.97 * (len(values) - 1))]
         margin = 0.08 * (high - low) or 0.1

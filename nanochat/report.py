@@ -124,7 +124,7 @@ def render(template: str, path: Path, context: dict[str, Any]) -> Path:
 
 def as_cell(text: Any) -> str:
     """A text whose pipes and line ends do not break a table or a list of Markdown."""
-    return str(text).replace("|", "\\|").replace("\n", " ")
+    return re.sub(r"\r\n?|\n", " ", str(text).replace("|", "\\|"))
 
 
 def _mark_tokens(text: str) -> Markup:

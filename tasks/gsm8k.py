@@ -47,9 +47,12 @@ class GSM8K(RowTask):
 
 
 def extract_answer(text: str) -> str | None:
-    """The number after the last ####, without commas and without trailing zeros of a fraction; None if there is none."""
-    found = ANSWER.findall(text)
-    if not found:
+    """The number after the first #### that has one, as GSM8K's authors judge; None if there is none.
+
+    Without commas and trailing zeros of a fraction.
+    """
+    found = ANSWER.search(text)
+    if found is None:
         return None
-    number = found[-1].replace(",", "")
+    number = found[1].replace(",", "")
     return number.rstrip("0").rstrip(".") if "." in number else number

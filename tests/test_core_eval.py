@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import http.client
+import io
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +123,31 @@ def test_the_examples_are_all_questions_but_the_one_that_is_asked(scorer: Nanoch
             assert max(names, key=text.index) == names[index]
 
 
+@pytest.mark.parametrize("most", [-1, 6])
+def test_the_examples_are_those_of_published_numbers(tokenizer: Tokenizer, bundle: Path, most: int) -> None:
+    """Items are shuffled and cut to those that are asked; each then draws its examples by its own place among them."""
+    texts: list[str] = []
+
+    class Listener:
+        context = 10_000
+
+        def encode(self, text: str) -> list[int]:
+            texts.append(text)
+            return tokenizer.encode(text, prepend="<|bos|>")
+
+        def score(self, questions: list[Question]) -> list[list[tuple[float, bool]]]:
+            return [[(0.0, True) for _ in question.candidates] for question in questions]
+
+    evaluate_core(Listener(), bundle, max_per_task=most)
+    for task in read_tasks(bundle)[:2]:
+        items = read_items(task)
+        random.Random(1337).shuffle(items)
+        items = items[:most] if most > 0 else items
+        for place, item in enumerate(items):
+            drawn = random.Random(1234 + place).sample([i for i in range(len(items)) if i != place], task.num_fewshot)
+            assert set(render(task, item, [items[i] for i in drawn])[0]) <= set(texts)
+
+
 @pytest.mark.parametrize("knows", [True, False])
 def test_the_likeliest_candidate_is_the_answer(tokenizer: Tokenizer, bundle: Path, knows: bool) -> None:
     """Whose answer is likelier than all others is always right; whose answer is less likely than another, never."""
@@ -222,6 +251,10 @@ def test_outcomes_of_other_questions_are_not_used(scorer: NanochatScorer, bundle
         ("{", "arc_easy.jsonl:2"),
         ('{"query": "x"}', "choices"),
         ('{"query": "x", "choices": ["a"], "gold": 3}', "gold 3"),
+        ('{"query": "x", "choices": ["a"], "gold": 0.0}', "'gold' is '0.0'"),
+        ('{"query": "x", "choices": [], "gold": 0}', "gold 0"),
+        ('{"query": "x", "choices": ["a", null], "gold": 0}', "texts"),
+        ('{"query": 5, "choices": ["a"], "gold": 0}', "'query' is '5'"),
         ("7", ":2"),
     ],
 )
@@ -238,6 +271,28 @@ def test_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nanochat.core_eval.BUNDLE_URL", (tmp_path / "absent.zip").as_uri())
     with pytest.raises(NanochatError, match="give a folder with --eval-bundle"):
         find_bundle(None)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_damaged_download_leaves_no_bundle(
+    damage: str, bundle: Path, base_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.make_archive(str(tmp_path / "bundle"), "zip", bundle))
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.compress_size)
+    content[largest.header_offset + 30 + len(largest.filename) + largest.compress_size // 2] ^= 0xFF
+
+    class Response(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if damage == "cut":
+                raise http.client.IncompleteRead(b"PK", 98)
+            return bytes(content)
+
+    monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: Response())
+    with pytest.raises(NanochatError, match="give a folder with --eval-bundle"):
+        find_bundle(None)
+    assert not (base_dir / "eval_bundle").exists()
 
 
 def test_a_bundle_is_downloaded_once(bundle: Path, tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,6 +232,12 @@ def test_json_is_found_in_what_models_write_around_it(wrapped: str) -> None:
     assert [message["role"] for message in messages] == ["user", "assistant"] * 2
 
 
+@pytest.mark.parametrize("endless", ["[" * 20_000, '[{"role": ' * 5_000, f"[{'1' * 5_000}]"])
+def test_a_reply_that_repeats_itself_holds_no_json(endless: str) -> None:
+    with pytest.raises(RejectedError, match="no JSON"):
+        find_json(endless)
+
+
 def test_half_a_character_is_refused() -> None:
     with pytest.raises(RejectedError, match="half"):
         check_conversation([{"role": "user", "content": "\ud83d"}, {"role": "assistant", "content": "b"}])
@@ -239,7 +245,7 @@ def test_half_a_character_is_refused() -> None:
 
 def test_facts_in_toml_replace_choices(tmp_path: Path) -> None:
     path = tmp_path / "facts.toml"
-    path.write_text('facts = ["It is called Möwe.", "It is small."]\nlanguages = ["Dutch"]\n', encoding="utf-8")
+    path.write_text('facts = ["It is called Möwe.", "It is small."]\nlanguages = ["Dutch"]\n', encoding="utf-8-sig")
     facts = gen_synthetic_data.read_facts(path)
     assert facts.text == "- It is called Möwe.\n- It is small."
     assert {draw_plan(facts, 0, number).language for number in range(20)} == {"Dutch"}

@@ -382,6 +382,13 @@ def test_the_card_shows_what_was_measured_of_these_weights(tiny_run: Path) -> No
     assert shown == [[False], [True]]
 
 
+def test_the_card_of_a_run_that_diverged_leaves_out_what_is_no_number(tiny_run: Path) -> None:
+    metrics = tiny_run / "base" / "metrics.jsonl"
+    for value, shown in ((None, []), (1.5, ["1.5000"])):
+        metrics.write_text(json.dumps({"step": 6, "val/bpb": value}), encoding="utf-8")
+        assert [row[1] for row in _measured("tiny", "base", 6)] == shown
+
+
 def test_what_transformers_class_takes_and_what_it_leaves_out(tokenizer: Tokenizer) -> None:
     model = make_plain_model(tokenizer)
     with torch.no_grad():

@@ -127,9 +127,23 @@ def test_chat_with_an_export(
             chat_cli.main(["--from-hf", str(exported[1]), flag, "--device-type=cpu"])
 
 
-def test_an_exports_own_code_is_not_run_to_measure_it(exported: tuple[GPT, Path]) -> None:
+def test_an_exports_own_code_is_not_run_to_measure_it(exported: tuple[GPT, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is anybody asked at the terminal whether to run it."""
+    monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail(prompt))
     with pytest.raises(NanochatError, match="brings its own code, which is not run here: measure an export of nanochat by"):
         base_eval.main(["--hf-path", str(exported[1]), "--eval=core", "--device-type=cpu"])
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("model.safetensors", "x" * 99), ("config.json", "[]"), ("tokenizer.json", "{}"),
+     ("config.json", '{"model_type": "gpt2", "n_head": 0}'), ("config.json", '{"model_type": "gpt2", "n_layer": "x"}')],
+)  # fmt: skip
+def test_a_damaged_model_cannot_be_measured(file: str, content: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    export(make_plain_model(tokenizer), tokenizer, META, tmp_path / "export")
+    (tmp_path / "export" / file).write_text(content, encoding="utf-8")
+    with pytest.raises(NanochatError, match="is not a folder that transformers can load"):
+        base_eval.main(["--hf-path", str(tmp_path / "export"), "--eval=core", "--device-type=cpu"])
 
 
 def test_fine_tuning_from_an_export(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,6 +250,8 @@ def test_a_directory_that_is_no_model(tmp_path: Path) -> None:
         ("config.json", {"vocab_size": 100}, "do not belong together"),
         ("config.json", {"num_hidden_layers": 2, "layer_windows": [128, 512], "value_embedding_layers": [1]}, "do not fit"),
         ("config.json", {"num_hidden_layers": None}, "has num_hidden_layers None, not a whole number above 0: fetch or"),
+        ("config.json", {"num_hidden_layers": 10**9}, "has 1000000000 layers in config.json, but"),
+        ("config.json", {"bigram_rows": -1}, "bigrams -1 is too small"),
         ("config.json", {"num_attention_heads": 0}, "has num_attention_heads 0, not"),
         ("config.json", {"num_attention_heads": "x"}, "has num_attention_heads 'x', not"),
         ("config.json", {"vocab_size": "x"}, "has vocab_size 'x', not"),

@@ -108,6 +108,13 @@ def test_what_a_model_writes_cannot_break_the_page(tiny_run: Path) -> None:
     assert "1.5000" in markdown.read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_sample_is_one_line_of_the_report(tiny_run: Path, end: str) -> None:
+    merge_eval(tiny_run / "base", 6, {"samples": [{"prompt": f"a{end}b", "text": f"c{end}# d"}]})
+    markdown, _ = write_report(tiny_run)
+    assert b"\n- **a b** c # d\n" in markdown.read_bytes()
+
+
 def test_evaluations_of_one_step_are_gathered_and_of_another_dropped(tmp_path: Path) -> None:
     merge_eval(tmp_path, 5, {"tasks": {"A": {"accuracy": 0.5}}, "bpb": {"val": 2.0}})
     merge_eval(tmp_path, 5, {"tasks": {"B": {"accuracy": 0.1}}})
@@ -227,6 +234,13 @@ def test_every_series_has_a_panel_but_single_points_and_zeros() -> None:
     assert list(panels) == ["rl/reward", "train/loss", "val/pass@*", "train/lrm", "rl/own"]
     assert panels["rl/own"].title == "own"
     assert [curve.label for curve in panels["val/pass@*"].curves] == ["pass@1 0.100", "pass@8 0.400"]
+
+
+@pytest.mark.parametrize("values", [[-2.0, -1.0], [-1.0, 3.0], [0.0, 0.0], [1.0, 2.0]])
+def test_a_panel_from_zero_shows_all_values_and_zero(values: list[float]) -> None:
+    axis = draw_panel(Panel("reward", [Curve("reward", [1, 2], values)], from_zero=True)).axes[0]
+    low, high = axis.get_ylim()
+    assert low < high and low <= min(0, *values) and high >= max(0, *values)
 
 
 def test_a_picture_takes_the_colors_of_its_page_and_no_name_twice() -> None:

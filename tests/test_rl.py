@@ -397,6 +397,7 @@ def test_bad_input_of_the_command(tiny_run: Path) -> None:
         (["--model-tag=absent"], "absent"),
         (["--objective=magic"], "magic"),
         (["--examples-per-step=0"], "--examples-per-step 0 is too small"),
+        (["--num-epochs=0"], "--num-epochs 0 is too small"),
         (["--kl-weight=-1"], "--kl-weight -1 is out of range: choose 0 or more"),
     ):
         with pytest.raises(NanochatError, match=words):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 import shutil
 from pathlib import Path
@@ -30,6 +31,23 @@ def test_the_bottom_of_a_parabola_is_found() -> None:
     assert [optimum["tokens"] for optimum in optima] == pytest.approx([1e13 / 3e6, 4e13 / 6e6])
     falling = [{**row, "bpb": 2 - row["bpb"]} for row in _rows(1e13, 3e6)]
     assert best_size(falling) is None
+
+
+def test_two_sizes_have_no_best_one() -> None:
+    """However often each was trained."""
+    rows = _rows(1e13, 3e6)
+    assert analyse([rows[0], rows[0], rows[2], rows[2]]) == []
+
+
+def test_a_run_that_diverged_counts_by_what_it_was_before(tiny_run: Path, capsys: pytest.CaptureFixture) -> None:
+    metrics = tiny_run / "base" / "metrics.jsonl"
+    rows = [json.dumps({"step": step, "train/flops": 1e9, "val/bpb": bpb}) + "\n" for step, bpb in ((1, 2.5), (2, None))]
+    metrics.write_text("".join(rows), encoding="utf-8")
+    assert scaling_analysis.main(["--runs=tiny"]) == 0
+    assert "2.5000" in capsys.readouterr().out
+    metrics.write_text(rows[1], encoding="utf-8")
+    with pytest.raises(NanochatError, match="no run 'tiny'"):
+        scaling_analysis.main(["--runs=tiny"])
 
 
 def test_runs_are_read_as_they_were_left(tiny_run: Path, capsys: pytest.CaptureFixture) -> None:

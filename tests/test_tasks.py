@@ -249,7 +249,7 @@ def test_a_mark_at_the_beginning_of_a_file_is_no_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "answer"),
     [("#### 1,234", "1234"), ("so 5\n#### 7", "7"), ("#### $3.50", "3.5"), ("#### -2", "-2"), ("7", None), ("####", None),
-     ("#### 1\n#### 2", "2")],
+     ("#### 1\n#### 2", "1"), ("####\nso #### 1", "1")],
 )  # fmt: skip
 def test_gsm8k_answers(text: str, answer: str | None) -> None:
     assert extract_answer(text) == answer

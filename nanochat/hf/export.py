@@ -19,7 +19,7 @@ from nanochat.files import replace_directory, share_mode
 from nanochat.gpt import GPT
 from nanochat.hf.tokenizer_json import to_tokenizer_json
 from nanochat.hf.weights import native_obstacles, to_custom, to_native
-from nanochat.metrics import METRICS_FILE, read_metrics
+from nanochat.metrics import METRICS_FILE, read_metrics, series
 from nanochat.report import as_cell, evaluation_table, settings_table
 from nanochat.runs import SETTINGS_FILE, STAGE_TITLES, get_stage_dir, list_steps
 from nanochat.scores import core_name
@@ -150,7 +150,7 @@ def _measured(tag: str, stage: str, step: int) -> list[list[str]]:
     results = read_eval(stage_dir)
     if results.get("step") != step:
         results = {}
-    logged = [row["val/bpb"] for row in read_metrics(stage_dir / METRICS_FILE) if row["step"] == step and "val/bpb" in row]
+    _, logged = series([row for row in read_metrics(stage_dir / METRICS_FILE) if row["step"] == step], "val/bpb")
     if logged and "bpb" not in results:
         results["bpb"] = {"val": logged[-1]}
     rows = evaluation_table(results)

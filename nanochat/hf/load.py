@@ -46,8 +46,11 @@ def load_hf(name: str, device: torch.device | str) -> tuple[GPT, Tokenizer, dict
         )
     content["vocab_size"] = size  # further rows are padding
     try:
+        weights = _read_weights(directory)
+        if (layers := content["num_hidden_layers"]) > len(weights):  # a billion of them would take long to make
+            raise NanochatError(f"{name} has {layers} layers in config.json, but {len(weights)} tensors: export it again")
         convert = from_custom if content["model_type"] == CUSTOM_TYPE else from_native
-        config, state = convert(content, _read_weights(directory))
+        config, state = convert(content, weights)
     except KeyError as error:
         raise NanochatError(f"{name} is incomplete: it has no {error}") from error
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:

@@ -1,7 +1,8 @@
 """A GPT's weights under Hugging Face's names, and back. Used by export.py and load.py.
 
-Two forms. "custom": modeling_nanochat.py, which says all that gpt.py can. "nanochat": transformers' own class of that name,
-without windows, value embeddings, pairs of tokens, a share of the first embedding in later blocks, or sharper attention.
+There are two forms. "custom" is for modeling_nanochat.py, which covers all that gpt.py can do. "nanochat" is for transformers'
+own class of that name, which has no windows, value embeddings, embeddings of token pairs, share of the first embedding in
+later blocks, or scaled queries and keys.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from nanochat.gpt import GATE_CHANNELS, GPT, LOGIT_CAP, PAIR_FACTOR, GPTConfig
 
 CUSTOM_TYPE, NATIVE_TYPE = "nanochat_gpt", "nanochat"
 NORM_EPS = torch.finfo(torch.float32).eps  # what torch's rms_norm adds
-SMALLEST_FOLD = 0.25  # of a factor of the stream: NORM_EPS beside smaller ones would show in the logits
+SMALLEST_FOLD = 0.25  # least factor of the residual stream: with a smaller one, NORM_EPS would change the logits
 NATIVE_NAMES = {
     "attn.c_q": "self_attn.q_proj", "attn.c_k": "self_attn.k_proj", "attn.c_v": "self_attn.v_proj",
     "attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
 }  # fmt: skip
-# Fields of GPTConfig that the native config says, or `native_obstacles` looks at.
+# Fields of GPTConfig that the native config expresses or `native_obstacles` checks.
 NATIVE_FIELDS = {
     "sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd",
     "window_pattern", "bigrams", "value_embeddings", "qk_scale", "rotary_base",
@@ -35,9 +36,9 @@ State = dict[str, torch.Tensor]
 
 
 def to_custom(model: GPT) -> tuple[dict[str, Any], State]:
-    """(config, weights) for modeling_nanochat.py. Of tables and head the padding is left out.
+    """(config, weights) for modeling_nanochat.py, without the padding of tables and head.
 
-    Raises NanochatError for a model with a field that NanochatConfig has no place for.
+    Raises NanochatError if a field of the model has no place in NanochatConfig.
     """
     config = model.config
     content = {
@@ -59,7 +60,7 @@ def to_custom(model: GPT) -> tuple[dict[str, Any], State]:
     }
     said = _custom_config(content)
     said_of = {f.name: getattr(said, f.name, f.default) for f in fields(config) if f.name != "window_pattern"}
-    if lost := [name for name, value in said_of.items() if value != getattr(config, name)]:  # it would compute something else
+    if lost := [name for name, value in said_of.items() if value != getattr(config, name)]:  # the export would differ
         raise NanochatError(f"no form of an export can say {', '.join(lost)} of this model: nanochat/hf/ must learn it first")
     state = {}
     for name, tensor in model.state_dict().items():
@@ -69,7 +70,7 @@ def to_custom(model: GPT) -> tuple[dict[str, Any], State]:
 
 
 def from_custom(content: dict[str, Any], state: State) -> tuple[GPTConfig, State]:
-    """The other way. Raises NanochatError where config.json says what gpt.py cannot."""
+    """The reverse. Raises NanochatError if config.json asks for what gpt.py cannot compute."""
     config = _custom_config(content)
     with torch.device("meta"):
         expected = to_custom(GPT(config))[0]
@@ -97,7 +98,7 @@ def _custom_config(content: dict[str, Any]) -> GPTConfig:
 
 
 def native_obstacles(model: GPT) -> list[str]:
-    """What of this model transformers' own class cannot say; [] if it can all be said."""
+    """What transformers' own class cannot express of this model; [] if it can express everything."""
     config = model.config
     obstacles = [f.name for f in fields(config) if f.name not in NATIVE_FIELDS and getattr(config, f.name) != f.default]
     if set(config.windows()) != {config.sequence_len}:
@@ -116,7 +117,7 @@ def native_obstacles(model: GPT) -> list[str]:
 
 
 def _stream_factors(model: GPT) -> torch.Tensor:
-    """(n_layer,): by what the stream in each block differs from one whose factors are all 1, if x0 enters only the first."""
+    """(n_layer,): each block's stream relative to one whose factors are all 1, given that x0 enters only the first block."""
     factors = model.resid_lambdas.detach().double().clone()
     factors[0] += model.x0_lambdas[0].item()
     return factors.cumprod(0)
@@ -125,8 +126,8 @@ def _stream_factors(model: GPT) -> torch.Tensor:
 def to_native(model: GPT) -> tuple[dict[str, Any], State]:
     """(config, weights) for transformers' NanoChatForCausalLM.
 
-    The factors of the stream go into what writes to it: every norm takes them out again.
-    Raises NanochatError if it cannot be said.
+    The stream's factors are folded into the matrices that write to it, since every norm cancels them.
+    Raises NanochatError if that class cannot express the model.
     """
     if obstacles := native_obstacles(model):
         raise NanochatError(
@@ -156,7 +157,7 @@ def to_native(model: GPT) -> tuple[dict[str, Any], State]:
 
 
 def from_native(content: dict[str, Any], state: State) -> tuple[GPTConfig, State]:
-    """The other way. Raises NanochatError where config.json says what gpt.py cannot."""
+    """The reverse. Raises NanochatError if config.json asks for what gpt.py cannot compute."""
     for key, expected in (("hidden_act", "relu2"), ("final_logit_softcapping", LOGIT_CAP), ("attention_bias", False)):
         _demand(key, content.get(key, expected), expected)
     _demand("intermediate_size", content["intermediate_size"], 4 * content["hidden_size"])
@@ -219,7 +220,7 @@ def _is_padded(name: str) -> bool:
 
 
 def _pad(tensor: torch.Tensor, config: GPTConfig) -> torch.Tensor:
-    """Rows of zeros for the padding of the vocabulary, and none beyond it. Raises NanochatError if it has not all rows."""
+    """The tensor's rows for the vocabulary, padded with zeros. Raises NanochatError if some of them are missing."""
     tensor = tensor[: config.vocab_size]
     if len(tensor) < config.vocab_size:
         raise NanochatError(

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# What each node of a cluster runs. Started on all of them by slurm.sbatch, skypilot.yaml or pytorchjob.yaml, or by hand.
+# Runs on each node of a cluster, started there by slurm.sbatch, skypilot.yaml, pytorchjob.yaml or by hand.
 #
 # The recipe sets: NNODES, NODE_RANK (0 is the first node), RDZV_ENDPOINT (HOST:PORT of the first node; the next three ports
-# are used as well), RDZV_ID (the same on all nodes, another for another job), NANOCHAT_BASE_DIR (on a file system that all
-# nodes share), and NODE_ADDR where the other nodes cannot resolve this one's host name.
-# You may set: DEPTH, MODEL_TAG, NPROC or NPROC_PER_NODE, DATA (climbmix, fineweb-edu, builtin, or what else --data takes),
-# SHARDS (to download, of the first two), LOCAL_DATA=1 (each node downloads its own), TOKENIZER (one that exists; otherwise the
-# run gets one of VOCAB_SIZE tokens under its own name), STAGES, SAVE_EVERY (steps), SAVE_S (seconds that a stopped run has to
-# save), WANDB_RUN, BASE_FLAGS, SFT_FLAGS and EVAL_FLAGS (more flags for scripts.base_train, chat_sft and chat_eval).
+# are used as well), RDZV_ID (the same on all nodes, unique to the job), NANOCHAT_BASE_DIR (on a shared file system), and
+# NODE_ADDR where the other nodes cannot resolve this one's host name.
+# You may set: DEPTH, MODEL_TAG, NPROC or NPROC_PER_NODE, DATA (climbmix, fineweb-edu, builtin, or anything else that --data
+# takes), SHARDS (how many to download of climbmix or fineweb-edu), LOCAL_DATA=1 (each node downloads its own), TOKENIZER (an
+# existing one; by default one of VOCAB_SIZE tokens is trained, named after the run), STAGES, SAVE_EVERY (steps), SAVE_S
+# (seconds that a stopped run has to save), WANDB_RUN, BASE_FLAGS, SFT_FLAGS and EVAL_FLAGS (more flags for scripts.base_train,
+# chat_sft and chat_eval).
 #
-# SIGTERM or SIGUSR1 stops the run: the step at hand is finished and saved, and the exit code is 143. The same command again
-# goes on from there. A process that fails is started again with all the others, three times, from the newest checkpoint.
+# SIGTERM or SIGUSR1 stops the run: it finishes and saves the current step, then exits with code 143. Given again, the same
+# command continues from there. If a process fails, all are restarted from the newest checkpoint, up to three times.
 set -euo pipefail
 source "$(dirname "$0")/../absolute.sh"
 data="$(absolute "${DATA:-climbmix}")"
@@ -30,8 +31,8 @@ if [ "$nproc" -lt 1 ]; then
 fi
 export NANOCHAT_BASE_DIR OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-# Bash runs a trap only between commands, or while it waits: so each command runs in the background and is waited for.
-# The command itself ignores SIGUSR1, which Slurm sends to every process of a step: the one SIGTERM comes from here.
+# Bash runs traps only between commands or during `wait`, so each command runs in the background and is waited for.
+# The command ignores SIGUSR1, which Slurm sends to every process of a step; it gets a single SIGTERM from this script.
 stopped=""
 child=""
 stop() {
@@ -55,13 +56,13 @@ run() {
     return "$status"
 }
 
-# The first node prepares the text and the tokenizer. The others find its first stage's port closed until that is done.
+# The first node prepares the text and the tokenizer; until it is done, the other nodes find the first stage's port closed.
 if [ "$NODE_RANK" = 0 ] || [ "${LOCAL_DATA:-}" = 1 ]; then
     case "$data" in
         climbmix | fineweb-edu) run python -m nanochat.dataset --data="$data" -n "${SHARDS:-240}" ;;
     esac
 fi
-# A run that began on this data keeps its tokenizer: trained again on files that came since, it would be another.
+# A run that began on this data keeps its tokenizer: training again, with newer files, would give a different one.
 run_dir="$NANOCHAT_BASE_DIR/runs/$tag"
 tokenizer="${TOKENIZER:-$NANOCHAT_BASE_DIR/tokenizers/$tag}"
 begun() { [ -e "$run_dir/tokenizer.json" ] && grep -qF "\"data\": \"$data\"" "$run_dir/base/settings.json" 2>/dev/null; }
@@ -72,12 +73,12 @@ elif begun; then
     echo "run $tag goes on with the tokenizer that it keeps"
 elif [ "$NODE_RANK" = 0 ]; then
     run python -m scripts.tok_train --data="$data" --vocab-size="${VOCAB_SIZE:-32768}" --tokenizer="$tokenizer"
-else  # a mounted bucket shows a new file some seconds late
+else  # a mounted bucket shows a new file only after some seconds
     echo "node $NODE_RANK waits for the tokenizer that the first node trains"
     until [ -e "$tokenizer/tokenizer.json" ]; do run sleep 2; done
 fi
 
-# launch STAGE FLAG...: one stage on all processes of all nodes, each stage on a port of its own
+# launch STAGE FLAG...: run a stage on all processes of all nodes; each stage has its own port
 host="${RDZV_ENDPOINT%:*}"
 port="${RDZV_ENDPOINT##*:}"
 read -ra stages <<<"${STAGES:-base_train chat_sft base_eval chat_eval}"
@@ -90,7 +91,7 @@ launch() {
         echo "$stage: node $NODE_RANK waits for the first node to open $host:$port"
         until answers "$port"; do
             for ((later = port + 1; later <= last_port; later++)); do
-                if answers "$later"; then  # this node came back late: the stage is done
+                if answers "$later"; then  # this node was restarted late, and the stage is already done
                     echo "$stage: passed over, since the first node is in a later stage"
                     port=$((port + 1))
                     return
@@ -101,7 +102,7 @@ launch() {
     fi
     if [ "$NODE_RANK" = 0 ] && ! python -c "import socket; socket.create_server(('', $port))" 2>/dev/null; then
         echo "error: $stage: something else listens on port $port of this node: give RDZV_ENDPOINT another" >&2
-        exit 2  # torchrun would take it for the meeting point of this job, and wait
+        exit 2  # torchrun would mistake it for this job's rendezvous, and wait
     fi
     echo "$stage: $nproc processes on node $NODE_RANK of $NNODES"
     # After "--", torchrun takes no --run for an abbreviation of its own --run-path.
@@ -111,7 +112,7 @@ launch() {
     port=$((port + 1))
 }
 
-# Flags that were given, used below as macOS's old Bash wants them, which takes an empty list for an unset one.
+# Extra flags, expanded below in a way that suits macOS's old Bash, which treats an empty array as unset.
 read -ra base_flags <<<"${BASE_FLAGS:-}"
 read -ra sft_flags <<<"${SFT_FLAGS:-}"
 read -ra eval_flags <<<"${EVAL_FLAGS:-}"
