@@ -133,7 +133,8 @@ class BlockAllocator:
         self._users = [0] * num_blocks
         self._published: dict[tuple[int, tuple[int, ...]], tuple[int, int]] = {}  # (parent, tokens): (block, content)
         self._key_of: dict[int, tuple[int, tuple[int, ...]]] = {}
-        self._contents = 0  # published so far; numbers the contents from 1, and 0 is the empty text
+        self._contents = 0  # numbers the contents
+        self._empty = 0  # the empty text's, with which every prefix begins
 
     @property
     def num_free(self) -> int:
@@ -160,7 +161,7 @@ class BlockAllocator:
 
     def share(self, tokens: list[int]) -> tuple[list[int], int]:
         """(blocks, content) of the longest published prefix of `tokens`; counts one more use of these blocks."""
-        blocks, content = [], 0
+        blocks, content = [], self._empty
         for end in range(BLOCK_SIZE, len(tokens) + 1, BLOCK_SIZE):
             found = self._published.get((content, tuple(tokens[end - BLOCK_SIZE : end])))
             if found is None:
@@ -186,9 +187,11 @@ class BlockAllocator:
         return self._published[key][1]
 
     def forget(self) -> None:
-        """Make all blocks unfindable; blocks in use stay with their users."""
+        """Make all blocks unfindable, and what their users still publish; blocks in use stay with them."""
         self._published.clear()
         self._key_of.clear()
+        self._contents += 1
+        self._empty = self._contents
 
 
 class KVBlocks:

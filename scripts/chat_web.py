@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import socket
@@ -76,6 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     defaults = ChatDefaults(args.temperature, args.top_k, args.max_tokens)
     args.require_between(0, 86400, "grace", "request_timeout")
     args.require_between(1, 65535, "port")
+    args.require_between(0, math.inf, "kv_tokens")
     if args.api_key is not None:
         args.api_key = args.api_key.strip()  # a secret read from a file may end with a newline
         if not args.api_key or not args.api_key.isascii() or not args.api_key.isprintable():

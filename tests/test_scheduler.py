@@ -149,6 +149,15 @@ def test_samples_give_way_where_memory_runs_out(engine: Engine, rows: int) -> No
     assert poor.scheduler.allocator.num_free == 32
 
 
+@pytest.mark.parametrize("length", [3, BLOCK_SIZE, BLOCK_SIZE + 3])
+def test_a_text_that_runs_while_weights_change_shares_nothing_afterwards(engine: Engine, length: int) -> None:
+    running = Sequence(list(range(1, length + 1)), SamplingParams(max_tokens=3 * BLOCK_SIZE, ignore_eos=True))
+    running.on_update = lambda text: engine.forget() if len(text.tokens) == 1 else None
+    run_texts(engine, [running])
+    (after,) = run_texts(engine, [Sequence(running.prompt + running.tokens, SamplingParams(max_tokens=1))])
+    assert after.cached_tokens == 0
+
+
 @pytest.mark.parametrize("end", ["cancel", "forget", "end_all"])
 def test_a_prompt_is_held_no_longer_than_texts_wait_for_it(engine: Engine, end: str) -> None:
     one_row = Engine(engine.model, engine.tokenizer, max_rows=1).scheduler
