@@ -261,6 +261,19 @@ def test_base_eval_measures_and_shows(tiny_run: Path, capsys: pytest.CaptureFixt
     assert len(results["samples"]) == 4
 
 
+def test_bits_per_byte_of_other_text_do_not_replace_those_of_the_runs_own(tiny_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "other text").mkdir()
+    for name in ("train", "val"):
+        (tmp_path / "other text" / f"{name}.txt").write_text("A cat sees a house. " * 40, encoding="utf-8")
+    flags = ["--model-tag=tiny", "--split-tokens=256", "--eval=bpb", "--device-type=cpu"]
+    assert base_eval.main(flags) == 0
+    own = json.loads((tiny_run / "base" / "eval.json").read_text(encoding="utf-8"))["bpb"]
+    assert base_eval.main([*flags, "--data", str(tmp_path / "other text")]) == 0
+    both = json.loads((tiny_run / "base" / "eval.json").read_text(encoding="utf-8"))["bpb"]
+    assert both.keys() - own.keys() == {"train of other text", "val of other text"}
+    assert own.items() <= both.items()
+
+
 def test_chat_eval_counts_and_gives_intervals(tiny_run: Path, capsys: pytest.CaptureFixture) -> None:
     flags = ["--model-tag=tiny", "-a", "Arithmetic,Identity", "-x", "5", "-m", "8", "--device-type=cpu"]
     assert chat_eval.main(flags) == chat_eval.main([*flags, "-n", "2", "--temperature=1"]) == 0  # two results, side by side
