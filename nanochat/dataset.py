@@ -202,6 +202,8 @@ class FileSource(Source):
     def __init__(self, path: str) -> None:
         self.name = path if is_remote(path) else _absolute(path)
         found = list_remote(path) if is_remote(path) else list_local(path)
+        if not found and not is_remote(path) and os.path.isdir(self.name):
+            raise NanochatError(f"--data {path} is a folder without files (hidden ones do not count): put text into it")
         if not found:
             raise NanochatError(f"--data {path} is neither {', '.join(SOURCES)} nor an existing file, folder or glob")
         names = [name for name in sorted(found) if name.suffix.lower() in READERS]

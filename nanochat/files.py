@@ -43,8 +43,10 @@ def atomic_write(path: Path | str, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is not None:
+            error.filename, error.filename2 = str(path), None  # a message names the file that was meant
         raise
 
 

@@ -178,8 +178,9 @@ def main(argv: list[str] | None = None) -> int:
             budget = (1 - RESERVED) * size * 1e9
             depth = largest_depth(budget, args.max_seq_len, args.vocab_size, args.rows, layout)
             count = count_params(model_config(depth, args.vocab_size))["total"] if depth else 0
-            cells.append(f"{size:g} GB: d{depth} ({count / 1e9:.1f}B)")
-        print(f"{name:<48} {'   '.join(cells)}")
+            fits = f"d{depth} ({count / 1e9:.1f}B)" if depth else "none"
+            cells.append(f"{size:g} GB: {fits:<11}")
+        print(f"{name:<48} {'   '.join(cells)}".rstrip())
     return 0
 
 

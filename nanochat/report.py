@@ -35,7 +35,17 @@ from nanochat.model_config import read_config
 from nanochat.plots import Bar, Curve, Panel, Shares, draw_bars, draw_panel, draw_shares, save_png, to_svg
 from nanochat.progress import format_seconds
 from nanochat.quantities import QUANTITIES, kind_of, quantity
-from nanochat.runs import SETTINGS_FILE, STAGE_TITLES, STAGES, get_run_dir, get_runs_dir, is_tag, list_steps, step_dir
+from nanochat.runs import (
+    SETTINGS_FILE,
+    STAGE_TITLES,
+    STAGES,
+    get_run_dir,
+    get_runs_dir,
+    is_tag,
+    list_steps,
+    step_dir,
+    suggest_runs,
+)
 from nanochat.scores import centered, core_name, describe_pass_at
 from nanochat.settings import SettingsParser
 
@@ -103,7 +113,7 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
             sections += _model_section(stage_dir, plots)
         sections.append(_settings_section(stage, settings))
     if not overview.rows:
-        raise NanochatError(f"{run_dir} holds no stage to report on: train one first")
+        raise NanochatError(f"{run_dir} holds no stage to report on; {suggest_runs(run_dir.name)}")
     sections.append(_system_section())
     context = {
         "title": f"nanochat: {run_dir.name}", "made": time.strftime("%Y-%m-%d %H:%M"), "facts": facts, "sections": sections,
@@ -212,6 +222,8 @@ def settings_table(settings: dict[str, Any]) -> list[list[str]]:
 
 def format_value(value: Any) -> str:
     """A setting, as a table shows it."""
+    if isinstance(value, float) and abs(value) >= 1e6:  # FLOPs
+        return f"{value:.3g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 

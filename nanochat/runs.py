@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path
 
@@ -26,6 +27,17 @@ def get_run_dir(tag: str) -> Path:
     if not is_tag(tag):
         raise NanochatError(f"model tag {tag!r} is not a plain name: use letters, digits, '.', '_' and '-'")
     return get_runs_dir() / tag
+
+
+def suggest_runs(name: str) -> str:
+    """What to say after a name that no run has: the nearest names, or some of all."""
+    known = sorted({settings.parent.parent.name for settings in get_runs_dir().glob(f"*/*/{SETTINGS_FILE}")})
+    if nearest := difflib.get_close_matches(name, known, 3, 0.4):
+        return f"did you mean {', '.join(nearest)}?"
+    if not known:
+        return "there is none yet: make one with python -m scripts.base_train"
+    more = f" and {len(known) - 10} more" if len(known) > 10 else ""
+    return f"there are {', '.join(known[:10])}{more}"
 
 
 def get_stage_dir(tag: str, stage: str) -> Path:

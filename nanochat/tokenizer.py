@@ -386,7 +386,10 @@ def get_tokenizer_dir(name_or_path: str = "default") -> Path:
     """The directory of a tokenizer: a name below <base>/tokenizers, or a path.
 
     A name means a path only if no tokenizer has that name and the path holds one. "default" is never a path.
+    Raises NanochatError for an empty name, which a variable that is not set leaves behind.
     """
+    if not name_or_path.strip():
+        raise NanochatError("--tokenizer is empty: give a name or a path, or leave it out")
     path = Path(os.path.expanduser(name_or_path))  # like a shell, leaves ~NOBODY as it is
     if len(path.parts) > 1 or {"/", os.sep} & {*name_or_path} or name_or_path in (".", ".."):
         return path

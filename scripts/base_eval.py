@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import sys
 from pathlib import Path
@@ -82,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     model, tokenizer, meta = load_model("base", device, "eval", args.model_tag, args.step)
     source: Any = None
+    of_text = ""
     if kinds != ["core"]:
         data = args.data or meta["settings"].get("data")
         if data is None:
@@ -89,6 +91,10 @@ def main(argv: list[str] | None = None) -> int:
         source = get_source(data)
         source.check_tokens(tokenizer)
         recorded = meta.get("data", {})
+        if (
+            args.data and recorded.get("source") != source.name
+        ):  # stored beside the numbers of the run's own text, not in their place
+            of_text = f" of {os.path.basename(source.name) if os.path.isabs(source.name) else source.name}"
         if recorded.get("source") == source.name and "hash_limit" in recorded and not source.val_files:
             source.hash_limit = recorded["hash_limit"]  # by files that came or went since, it would be another
             if source.hash_limit is None:
@@ -111,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
             loader = TokenLoader(source, tokenizer, rows, T, split, rank, world_size, device, loop=False)
             with loader, Progress(f"bits per byte of {split}", total=most, unit="batch") as progress:
                 batches = progress.watch(itertools.islice(loader, most))
-                results["bpb"][split] = evaluate_bpb(model, batches, tokenizer.get_token_bytes())
+                results["bpb"][split + of_text] = evaluate_bpb(model, batches, tokenizer.get_token_bytes())
     if "sample" in kinds:
         results["samples"] = continue_openings(Engine(model, tokenizer), source, temperature=0.7)
     if rank == 0:
@@ -163,7 +169,7 @@ def show(results: dict[str, Any]) -> None:
             table.add_row(split, f"{value:.4f}")
         console.print(table)
     for sample in results.get("samples", []):
-        console.print(f"{sample['prompt']!r} -> {sample['text']!r}", markup=False)  # a sample may look like markup
+        print(f"{sample['prompt']!r} -> {sample['text']!r}")
 
 
 if __name__ == "__main__":

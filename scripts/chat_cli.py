@@ -33,7 +33,9 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     parser.add_argument("-m", "--max-tokens", type=int, default=256, help="most tokens in an answer")
     parser.add_argument("--seed", type=int, default=42, help="seed of the sampling")
     parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best one available")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.require_positive("max_tokens")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     if min(args.num_gpus, args.max_rows, args.max_waiting) < 1:
         raise NanochatError("--num-gpus, --max-rows and --max-waiting must be at least 1")
+    args.require_positive("max_tokens")
     SamplingParams(args.temperature, args.top_k, max_tokens=args.max_tokens)  # raises if a default is invalid
     defaults = ChatDefaults(args.temperature, args.top_k, args.max_tokens)
     args.require_between(0, 86400, "grace", "request_timeout")
@@ -194,7 +195,9 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
-            raise NanochatError(f"port {port} of {host} is not available ({error}): choose another with --port") from error
+            raise NanochatError(
+                f"port {port} of {host} is not available ({error}): choose another --port or --host"
+            ) from error
 
 
 if __name__ == "__main__":

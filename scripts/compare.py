@@ -6,7 +6,6 @@ stages left behind, so runs that are still training can be compared as well.
 
 from __future__ import annotations
 
-import difflib
 import os
 import statistics
 import sys
@@ -27,7 +26,7 @@ from nanochat.plots import Bar, Curve, Panel, draw_bars, draw_panel, to_svg
 from nanochat.progress import format_seconds
 from nanochat.quantities import kind_of, quantity
 from nanochat.report import Picture, Section, format_value, render
-from nanochat.runs import SETTINGS_FILE, STAGE_TITLES, STAGES, get_runs_dir
+from nanochat.runs import SETTINGS_FILE, STAGE_TITLES, STAGES, get_runs_dir, suggest_runs
 from nanochat.same_run import FREE_SETTINGS
 from nanochat.scores import centered
 from nanochat.settings import Arguments, SettingsParser
@@ -98,15 +97,7 @@ def find_run_dir(run: str) -> Path:
     for directory in (get_runs_dir() / run, path):
         if any((directory / stage / SETTINGS_FILE).exists() for stage in STAGES):
             return directory
-    known = sorted({settings.parent.parent.name for settings in get_runs_dir().glob(f"*/*/{SETTINGS_FILE}")})
-    if nearest := difflib.get_close_matches(path.name, known, 3, 0.4):
-        hint = f"did you mean {', '.join(nearest)}?"
-    elif known:
-        more = f" and {len(known) - 10} more" if len(known) > 10 else ""
-        hint = f"there are {', '.join(known[:10])}{more}"
-    else:
-        hint = "there is none yet: make one with python -m scripts.base_train"
-    raise NanochatError(f"no run {run!r} in {get_runs_dir()}, nor a directory of one; {hint}")
+    raise NanochatError(f"no run {run!r} in {get_runs_dir()}, nor a directory of one; {suggest_runs(path.name)}")
 
 
 def read_run(directory: Path, stage: str, name: str) -> Run:
@@ -165,7 +156,12 @@ def differing_settings(runs: list[Run]) -> list[list[str]]:
     """A row for each setting that differs between the runs; those that affect the result come first."""
     keys = dict.fromkeys(key for run in runs for key in run.settings if key not in NAMES)
     ordered = sorted(keys, key=lambda key: key in FREE_SETTINGS - DECISIVE)
-    rows = [[key.replace("_", " "), *(format_value(run.settings.get(key, "-")) for run in runs)] for key in ordered]
+    # Of a fingerprint, the beginning tells two apart; all of it would push the other columns off the page.
+    most = {"tokenizer_fingerprint": 12}
+    rows = [
+        [key.replace("_", " "), *(format_value(run.settings.get(key, "-"))[: most.get(key)] for run in runs)]
+        for key in ordered
+    ]
     return [row for row in rows if len(set(row[1:])) > 1]
 
 

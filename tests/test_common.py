@@ -41,6 +41,13 @@ def test_a_write_that_fails_leaves_the_old_content_alone(
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"file": "old"}
 
 
+def test_a_write_that_fails_names_the_file_that_was_meant(tmp_path: Path) -> None:
+    (tmp_path / "page.html").mkdir()
+    with pytest.raises(OSError) as failure:
+        atomic_write(tmp_path / "page.html", "new")
+    assert (failure.value.filename, failure.value.filename2) == (str(tmp_path / "page.html"), None)
+
+
 @pytest.fixture
 def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither HOME nor an entry of passwd, as of a container's user that is a bare number."""

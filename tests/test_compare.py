@@ -54,6 +54,11 @@ def test_settings_that_decide_come_first(two_runs: Path) -> None:
     runs = [compare.read_run(two_runs / name, "base", name) for name in ("tiny", "wide")]
     assert differing_settings(runs) == [["matrix lr", "0.0126", "0.5"], ["eval every", "250", "7"]]
     assert differing_settings(runs[:1]) == []
+    other = {"target_flops": 22651958329344.0, "tokenizer_fingerprint": 32 * "b3"}
+    runs = [Run("a", {"target_flops": -1.0, "tokenizer_fingerprint": 32 * "a1"}, [], {}), Run("b", other, [], {})]
+    assert differing_settings(runs) == [
+        ["target flops", "-1.0", "2.27e+13"], ["tokenizer fingerprint", 6 * "a1", 6 * "b3"],
+    ]  # fmt: skip
     names = ["eval_every", "world_size", *compare.DECISIVE]
     runs = [Run(name, dict.fromkeys(names, name), [], {}) for name in "ab"]
     ordered = [row[0].replace(" ", "_") for row in differing_settings(runs)]

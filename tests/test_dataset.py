@@ -221,6 +221,8 @@ def test_bad_data_is_named(tmp_path: Path) -> None:
     for nothing in (str(tmp_path / "nothing"), "~nobody.here/nothing"):
         with pytest.raises(NanochatError, match="neither builtin"):
             get_source(nothing)
+    with pytest.raises(NanochatError, match="is a folder without files"):
+        get_source(str(tmp_path))
     (tmp_path / "image.png").write_bytes(b"x")
     with pytest.raises(NanochatError, match="holds no"):
         get_source(str(tmp_path))

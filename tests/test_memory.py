@@ -104,6 +104,10 @@ def test_the_largest_table_is_whole_while_it_is_read() -> None:
 def test_the_table(capsys: pytest.CaptureFixture) -> None:
     assert main(["--gb", "2", "--max-seq-len=256", "--vocab-size=4096"]) == 0
     assert capsys.readouterr().out.count("2 GB: d") == 5
+    assert main(["--gb", "0.001", "2", "--max-seq-len=256", "--vocab-size=4096"]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert all("0.001 GB: none " in line for line in lines)
+    assert len({line.index("2 GB: d") for line in lines}) == 1  # one column below the other
 
 
 @pytest.mark.parametrize("flag", ["gb", "world-size", "max-seq-len", "vocab-size", "rows"])

@@ -202,7 +202,11 @@ def test_what_is_evaluated_again_after_a_resume_counts_once(tmp_path: Path) -> N
 def test_a_run_without_stages_is_an_error(base_dir: Path) -> None:
     with pytest.raises(NanochatError, match="base_train"):
         report.main([])
-    with pytest.raises(NanochatError, match="no stage"):
+    with pytest.raises(NanochatError, match="no stage to report on; there is none yet"):
+        report.main(["--model-tag=nothing"])
+    (base_dir / "runs" / "nothings" / "base").mkdir(parents=True)
+    (base_dir / "runs" / "nothings" / "base" / "settings.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(NanochatError, match=r"did you mean nothings\?"):
         report.main(["--model-tag=nothing"])
 
 

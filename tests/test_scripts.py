@@ -137,6 +137,9 @@ def test_a_base_directory_that_may_not_be_written(tmp_path: Path) -> None:
         (chat_eval.main, ["--model-tag=tiny", "-x", "0"], "--max-problems 0 asks nothing: choose 1 or more, or leave it out"),
         (chat_cli.main, ["--model-tag=tiny", "-p", "word " * 500], "does not fit"),
         (chat_cli.main, ["--source=rl"], "rl"),
+        (chat_cli.main, ["--model-tag=tiny", "-m", "0"], "--max-tokens 0 is too small"),
+        (chat_web.main, ["--model-tag=tiny", "-m", "0"], "--max-tokens 0 is too small"),
+        (tok_train.main, ["--data=builtin", "--tokenizer="], "--tokenizer is empty"),
         (tok_train.main, ["--data=builtin", "--vocab-size=100"], "100"),
         (tok_train.main, ["--data=builtin", "--max-chars=-1"], "--max-chars -1 is too small"),
         (chat_web.main, ["--model-tag=tiny", "--api-key="], "the API key is empty"),
@@ -260,6 +263,19 @@ def test_base_eval_measures_and_shows(tiny_run: Path, capsys: pytest.CaptureFixt
     assert results["step"] == 6
     assert 0 < results["bpb"]["val"] < 10
     assert len(results["samples"]) == 4
+
+
+def test_bits_per_byte_of_other_text_do_not_replace_those_of_the_runs_own(tiny_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "other text").mkdir()
+    for name in ("train", "val"):
+        (tmp_path / "other text" / f"{name}.txt").write_text("A cat sees a house. " * 40, encoding="utf-8")
+    flags = ["--model-tag=tiny", "--split-tokens=256", "--eval=bpb", "--device-type=cpu"]
+    assert base_eval.main(flags) == 0
+    own = json.loads((tiny_run / "base" / "eval.json").read_text(encoding="utf-8"))["bpb"]
+    assert base_eval.main([*flags, "--data", str(tmp_path / "other text")]) == 0
+    both = json.loads((tiny_run / "base" / "eval.json").read_text(encoding="utf-8"))["bpb"]
+    assert both.keys() - own.keys() == {"train of other text", "val of other text"}
+    assert own.items() <= both.items()
 
 
 def test_chat_eval_counts_and_gives_intervals(tiny_run: Path, capsys: pytest.CaptureFixture) -> None:

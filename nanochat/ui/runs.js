@@ -24,7 +24,7 @@ function drawCurve({ title, points }) {
   const line = svgTag("polyline", { points: points.length > 1 ? points.map(place).join(" ") : "150,50 150,50" });
   if (points.length === 1) line.style.strokeWidth = 8;
   const drawing = svgTag("svg", { viewBox: "0 0 300 100", preserveAspectRatio: "none", role: "img", "aria-label": `${title}, from ${number(ys[0])} to ${number(ys.at(-1))}` }, line);
-  const range = element("div", { class: "note" }, `${number(y0)} to ${number(y1)}, steps ${x0} to ${x1}`);
+  const range = element("div", { class: "note" }, points.length > 1 ? `${number(y0)} to ${number(y1)}, steps ${x0} to ${x1}` : `step ${x0}`);
   return element("figure", {}, element("figcaption", {}, element("span", {}, title), element("strong", {}, number(ys.at(-1)))), drawing, range);
 }
 
