@@ -91,9 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         source = get_source(data)
         source.check_tokens(tokenizer)
         recorded = meta.get("data", {})
-        if (
-            args.data and recorded.get("source") != source.name
-        ):  # stored beside the numbers of the run's own text, not in their place
+        if args.data and recorded.get("source") != source.name:  # not in the place of the run's own numbers
             of_text = f" of {os.path.basename(source.name) if os.path.isabs(source.name) else source.name}"
         if recorded.get("source") == source.name and "hash_limit" in recorded and not source.val_files:
             source.hash_limit = recorded["hash_limit"]  # by files that came or went since, it would be another

@@ -182,7 +182,8 @@ def read_jsonl(path: Path, check: Callable[[Any], object] = lambda row: None) ->
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines(): U+2028 may stand in a string
     except (OSError, UnicodeDecodeError) as error:
-        raise NanochatError(f"{path} cannot be read ({error}): check the path, or give another file") from error
+        reason = error.strerror if isinstance(error, OSError) else error  # which would name the path again
+        raise NanochatError(f"{path} cannot be read ({reason}): check the path, or give another file") from error
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -192,7 +193,9 @@ def read_jsonl(path: Path, check: Callable[[Any], object] = lambda row: None) ->
             rows.append(json.loads(as_unicode(json.dumps(row, ensure_ascii=False))) if "\\ud" in line.lower() else row)
             check(rows[-1])
         except json.JSONDecodeError as error:
-            raise NanochatError(f"{path}, line {number}, is not JSON ({error.msg}): fix or remove it") from error
+            raise NanochatError(
+                f"{path}, line {number}, is not JSON ({error.msg}, column {error.colno}): fix or remove it"
+            ) from error
         except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise NanochatError(f"{path}, line {number}, is not a row of this task ({reason}): fix or remove it") from error

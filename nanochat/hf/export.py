@@ -151,8 +151,9 @@ def _measured(tag: str, stage: str, step: int) -> list[list[str]]:
     if results.get("step") != step:
         results = {}
     _, logged = series([row for row in read_metrics(stage_dir / METRICS_FILE) if row["step"] == step], "val/bpb")
-    if logged and "bpb" not in results:
-        results["bpb"] = {"val": logged[-1]}
+    measured = results.get("bpb", {})
+    if logged and "val" not in measured:  # or only other text was measured
+        results["bpb"] = {"val": logged[-1], **measured}
     rows = evaluation_table(results)
     if core := results.get("core"):
         name = core_name(core)
