@@ -177,7 +177,7 @@ def list_inputs(address: str) -> dict[str, int]:
     """{path: bytes} of the readable files at a local or remote address, sorted. Raises NanochatError if there are none."""
     found = list_remote(address) if is_remote(address) else list_local(address)
     if not found:
-        raise NanochatError(f"--input {address} is not a file, folder or glob of files: check the path")
+        raise NanochatError(f"--input {address} is no file, nor a folder or glob of files: check the path")
     files = [found[path]() for path in without_strangers([path for path in sorted(found) if kind_of(path.name)])]
     if not files:
         raise NanochatError(f"--input {address} holds no .parquet, .jsonl, .txt or .md file (all but parquet also .gz, .zst)")
