@@ -286,7 +286,7 @@ def test_a_port_in_use_and_gpus_that_are_not_there_are_named() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(NanochatError, match="choose another with --port"):
+        with pytest.raises(NanochatError, match="choose another --port"):
             check_port("127.0.0.1", taken.getsockname()[1])
     with pytest.raises(NanochatError, match="has 0 GPUs"):
         choose_devices(torch.device("cpu"), 2)
