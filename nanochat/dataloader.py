@@ -93,8 +93,8 @@ class TokenLoader:
         lanes = {str(number): {"next": list(lane.next), "candidates": [list(p[:3]) for p in lane.candidates],
                                "waiting": [list(p[:3]) for p in lane.waiting]}
                  for number, lane in place.lanes.items()}  # fmt: skip
-        return {"reading": list(place.reading), "rows": place.rows, "tokens": place.tokens, "lanes": lanes,
-                "counted": self.source.counted_rows(self.split)}  # fmt: skip
+        counted = self.source.counted_rows(self.split) if self.rank == 0 else {}  # all ranks read the same files
+        return {"reading": list(place.reading), "rows": place.rows, "tokens": place.tokens, "lanes": lanes, "counted": counted}
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
         """Continue as the loaders that saved these states would have; states: one for each rank at that time.
@@ -102,8 +102,7 @@ class TokenLoader:
         Raises NanochatError if the data is not the same, or if this number of ranks cannot share it.
         """
         self.close()
-        for state in states:
-            self.source.know_rows(self.split, state.get("counted", {}))
+        self.source.know_rows(self.split, states[0].get("counted", {}))
         saved_readings = [state["reading"] for state in states]
         readings = [_Reading(epoch, number, tuple(loads), *more) for epoch, number, loads, *more in saved_readings]
         mine = rank_lanes(len(readings[0].loads), self.rank, self.world_size)

@@ -16,7 +16,7 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError, compute_init, get_base_dir, print0, run_command
 from nanochat.core_eval import NUM_TASKS, NanochatScorer, Scorer, evaluate_core, find_bundle
 from nanochat.dataloader import TokenLoader
-from nanochat.dataset import get_source
+from nanochat.dataset import Source, get_source
 from nanochat.engine import Engine
 from nanochat.eval_results import merge_eval
 from nanochat.hf_scorer import HuggingFaceScorer
@@ -27,6 +27,7 @@ from nanochat.runs import get_stage_dir
 from nanochat.samples import continue_openings
 from nanochat.scores import core_name
 from nanochat.settings import Arguments, SettingsParser
+from nanochat.tokenizer import Tokenizer
 
 KINDS = ("core", "bpb", "sample")
 WORTH_COMPILING = 100  # questions of each CORE task; with fewer, compiling takes longer than it saves
@@ -85,21 +86,9 @@ def main(argv: list[str] | None = None) -> int:
     source: Any = None
     of_text = ""
     if kinds != ["core"]:
-        data = args.data or meta["settings"].get("data")
-        if data is None:
-            raise NanochatError(f"run {meta['tag']!r} was not pretrained here, so its text is not known: name one with --data")
-        source = get_source(data)
-        source.check_tokens(tokenizer)
-        recorded = meta.get("data", {})
-        if args.data and recorded.get("source") != source.name:  # not in the place of the run's own numbers
+        source = open_text(args.data, meta, tokenizer)
+        if args.data and meta.get("data", {}).get("source") != source.name:  # not in the place of the run's own numbers
             of_text = f" of {os.path.basename(source.name) if os.path.isabs(source.name) else source.name}"
-        if recorded.get("source") == source.name and "hash_limit" in recorded and not source.val_files:
-            source.hash_limit = recorded["hash_limit"]  # by files that came or went since, it would be another
-            if source.hash_limit is None:
-                raise NanochatError(
-                    f"the validation files of run {meta['tag']!r} are gone from {source.name}: restore them, or name other "
-                    "text with --data"
-                )
     T = model.config.sequence_len
     rows = args.device_batch_size if args.device_batch_size > 0 else max(1, 8192 // T)
     most = max(1, (args.split_tokens if args.split_tokens > 0 else 2**20) // (rows * T * world_size))
@@ -122,6 +111,24 @@ def main(argv: list[str] | None = None) -> int:
         merge_eval(get_stage_dir(meta["tag"], "base"), meta["step"], results)
         show(results)
     return 0
+
+
+def open_text(data: str | None, meta: dict[str, Any], tokenizer: Tokenizer) -> Source:
+    """The text to measure on: `data`, or else the run's own. What the run held out for validation stays so."""
+    data = data or meta["settings"].get("data")
+    if data is None:
+        raise NanochatError(f"run {meta['tag']!r} was not pretrained here, so its text is not known: name one with --data")
+    source = get_source(data)
+    source.check_tokens(tokenizer)
+    recorded = meta.get("data", {})
+    if recorded.get("source") == source.name and "hash_limit" in recorded and not source.val_files:
+        source.hash_limit = recorded["hash_limit"]  # by files that came or went since, it would be another
+        if source.hash_limit is None:
+            raise NanochatError(
+                f"the validation files of run {meta['tag']!r} are gone from {source.name}: restore them, or name other "
+                "text with --data"
+            )
+    return source
 
 
 def default_kinds(args: Arguments) -> list[str]:

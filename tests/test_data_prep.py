@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import random
 import re
 import signal
 import stat
@@ -227,24 +226,6 @@ def test_memory_bounds_the_runs_and_changes_nothing(raw: Path, tmp_path: Path) -
         found.append([[document.text for document in reader.run(rank=shard)] for shard in range(5)])
         assert (len(list(layout.runs.iterdir())) > 5) == (name == "many")
     assert found[0] == found[1]
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.txt"])
-def test_shards_are_planned_from_a_part_of_the_input(name: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
-    rng = random.Random(1)
-    texts = ["".join(rng.choices("abcdefghij klmnop ", k=2000)) for _ in range(1000)]
-    if name == "a.parquet":
-        pq.write_table(pa.table({"text": texts}), tmp_path / name, row_group_size=100)
-    else:
-        lines = [text + "\n\n" if name == "a.txt" else json.dumps({"text": text}) + "\n" for text in texts]
-        with pa.output_stream(str(tmp_path / name), compression="detect") as stream:
-            stream.write("".join(lines).encode())
-    truth = sum(map(len, tokenizer.encode(texts)))
-    inputs = data_prep.list_inputs(str(tmp_path))
-    for sample_bytes in (1_000_000, 10**9):
-        assert data_prep.estimate_tokens(str(tmp_path), inputs, None, tokenizer, sample_bytes) == pytest.approx(
-            truth, rel=0.15
-        )
 
 
 def test_keys_ignore_case_space_and_composition() -> None:

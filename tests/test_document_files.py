@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from nanochat.dataset import get_source
 from nanochat.document_files import DocumentFile
 from nanochat.tokenizer import Tokenizer
-from scripts.data_prep import list_inputs
+from scripts.data_prep import estimate_tokens, list_inputs
 from tests.test_dataset import DOCUMENTS, _write
 
 
@@ -104,3 +108,19 @@ def test_how_much_text_there_is_is_known(tmp_path: Path, tokenizer: Tokenizer, s
     tokens = sum(len(tokenizer.encode(text)) for _, text in source.numbered("train"))
     assert source.holds(0.8 * tokens, tokenizer)
     assert not source.holds(1.5 * tokens, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet", "a.txt"])
+def test_shards_are_planned_from_a_part_of_the_input(name: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rng = random.Random(1)
+    texts = ["".join(rng.choices("abcdefghij klmnop ", k=2000)) for _ in range(1000)]
+    if name == "a.parquet":
+        pq.write_table(pa.table({"text": texts}), tmp_path / name, row_group_size=100)
+    else:
+        lines = [text + "\n\n" if name == "a.txt" else json.dumps({"text": text}) + "\n" for text in texts]
+        with pa.output_stream(str(tmp_path / name), compression="detect") as stream:
+            stream.write("".join(lines).encode())
+    truth = sum(map(len, tokenizer.encode(texts)))
+    inputs = list_inputs(str(tmp_path))
+    for sample_bytes in (1_000_000, 10**9):
+        assert estimate_tokens(str(tmp_path), inputs, None, tokenizer, sample_bytes) == pytest.approx(truth, rel=0.15)
