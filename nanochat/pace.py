@@ -6,6 +6,7 @@ Used by scripts/base_train, chat_sft and chat_rl.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 
 import torch
 
@@ -18,8 +19,10 @@ from nanochat.passes import Passes
 from nanochat.ranks import any_rank, from_rank0, gather_objects
 from nanochat.scaling import accumulation_steps, default_device_batch_size
 from nanochat.scheduler import MEMORY_SHARE
+from nanochat.schedules import Schedule
 
 ANSWER_ROWS = 32  # answers in a micro-batch of reinforcement learning, if they fit
+TIME_CHECKS = 16  # of a run by time
 
 
 def flops_in(model: GPT, minutes: float) -> float:
@@ -82,6 +85,34 @@ def steps_in(model: GPT, minutes: float, rows: int, total_batch_size: int, compi
     if elapsed >= 60 * minutes:
         raise NanochatError(f"--target-minutes {minutes:g} is over: start-up alone took {elapsed:.0f} s here; give more")
     return max(1, int((60 * minutes - elapsed) / seconds))
+
+
+class TimeLimit:
+    """Holds a run to --target-minutes: where updates have become slower than was measured, it does fewer of them.
+
+    Checked TIME_CHECKS times; in seconds of training alone, like the plan. planned: updates at the start; record(updates) is
+    called when they become fewer.
+    """
+
+    def __init__(self, minutes: float, planned: int, record: Callable[[int], None]) -> None:
+        self._seconds = 60 * minutes - seconds_since_start()
+        self._period, self.record = max(1, planned // TIME_CHECKS), record
+        self._checked = (0, 0.0)  # (step, seconds of training) at the last check
+
+    def updates(self, step: int, seconds: float, schedule: Schedule) -> int:
+        """How many updates the run is to have, after `step` of them in so many seconds (a collective call).
+
+        Fewer only if 3% of the whole run do not fit; at most half of those left are dropped at a time: a pause is no pace.
+        """
+        planned, first = schedule.num_iterations, schedule.expansion_step
+        if step <= first:  # nothing is known yet of the time that all blocks take
+            self._checked = (step, seconds)
+        if step <= first or step % self._period or step >= planned:
+            return planned
+        (step_before, seconds_before), self._checked = self._checked, (step, seconds)
+        left, pace = planned - step, (step - step_before) / (seconds - seconds_before)
+        fit = from_rank0(max(int(pace * (self._seconds - seconds)), left // 2, 1))
+        return planned if left - fit < 0.03 * planned else step + fit
 
 
 def choose_device_batch_size(model: GPT, requested: int, total_batch_size: int, world_size: int) -> int:

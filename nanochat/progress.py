@@ -44,8 +44,9 @@ class _Console(Console):
 class Progress:
     """Shows the stage, steps done, further text and the time left; a context manager. Silent except on rank 0.
 
-    total: None if unknown. start: steps done in an earlier session. work: maps a number of steps to their cost in any unit,
-    if some steps take longer than others. The environment's NANOCHAT_STAGE ("2/6") is shown before the stage.
+    total: None if unknown; it may change. start: steps done in an earlier session. work: maps a number of steps to their
+    cost in any unit, if some steps take longer than others. The environment's NANOCHAT_STAGE ("2/6") is shown before the
+    stage.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class Progress:
             if ended or now - self._shown_at >= REFRESH_S:
                 self._shown_at = now
                 with self._console.unharmed():
-                    self._bar.update(self._task, completed=step, news=self._describe(step, now, parts))
+                    self._bar.update(self._task, total=self.total, completed=step, news=self._describe(step, now, parts))
                     self._bar.refresh()
             return
         far = step - self._shown_step >= (self.total or 0) / 20 and now - max(self._shown_at, self._began) >= LINE_S

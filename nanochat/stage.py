@@ -35,7 +35,7 @@ from nanochat.checkpoint_manager import (
     set_aside,
     verify_checkpoint,
 )
-from nanochat.common import NanochatError, get_compute_dtype, get_dist_info, print0
+from nanochat.common import NanochatError, describe_error, get_compute_dtype, get_dist_info, print0
 from nanochat.dataset import Source
 from nanochat.files import atomic_write, read_json_object
 from nanochat.fp8 import enable_fp8
@@ -44,6 +44,7 @@ from nanochat.loggers import check_installed
 from nanochat.metrics import METRICS_FILE, MetricsLog, read_metrics
 from nanochat.model_config import read_config
 from nanochat.optim import MuonAdamW
+from nanochat.pace import TimeLimit
 from nanochat.ranks import all_or_none, on_rank0
 from nanochat.runs import SETTINGS_FILE, STAGES, get_run_dir, get_stage_dir, list_steps, step_dir
 from nanochat.same_run import check_data, check_settings, compare_ranks, way_to_begin_anew
@@ -238,6 +239,11 @@ def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, An
         (stage.directory / METRICS_FILE).unlink(missing_ok=True)  # left by a start that never reached a checkpoint
         if stage.name == "base":
             tokenizer.save(get_run_dir(stage.tag))
+    write_settings(stage, settings, args)
+
+
+def write_settings(stage: Stage, settings: dict[str, Any], args: Arguments) -> None:
+    """Write settings.json, and config.toml to repeat the stage with."""
     text = json.dumps(settings, indent=2, ensure_ascii=False)  # unescaped: recipes search it for the path of the data
     atomic_write(stage.directory / SETTINGS_FILE, text)
     left_out = ("resume", "resume_from_step", "target_minutes")  # the last: what it allowed is num_iterations
@@ -309,6 +315,22 @@ def train_config(settings: dict[str, Any], device: torch.device, **own: Any) -> 
     """The loop's settings: those of the stage with the same names (see `begin`), then `own`, which takes precedence."""
     chosen = {f.name: settings[f.name] for f in fields(TrainConfig) if f.name in settings}
     return TrainConfig(**{**chosen, "log_every": 10 if device.type == "cuda" else 1, **own})
+
+
+def time_limit(stage: Stage, settings: dict[str, Any], args: Arguments, by_time: bool) -> TimeLimit | None:
+    """What holds a stage that was planned by --target-minutes to them; one that resumes keeps the updates that it has."""
+    if not by_time or stage.resume_step is not None:
+        return None
+
+    def record(updates: int) -> None:
+        settings["num_iterations"] = updates
+        try:
+            if get_dist_info().rank == 0:
+                write_settings(stage, settings, args)
+        except OSError as error:  # checkpoints say so too
+            print0(f"warning: {SETTINGS_FILE} could not be written; training goes on. {describe_error(error)}")
+
+    return TimeLimit(args.target_minutes, settings["num_iterations"], record)
 
 
 def train(trainer: Trainer, stage: Stage) -> None:

@@ -27,6 +27,7 @@ from nanochat.loss_scale import LossScale
 from nanochat.machine import measure_matmul_rate
 from nanochat.metrics import MetricsLog
 from nanochat.optim import MuonAdamW
+from nanochat.pace import TimeLimit
 from nanochat.passes import Batch, Passes, summed_loss
 from nanochat.progress import Progress
 from nanochat.quantities import describe_line
@@ -79,6 +80,7 @@ class Trainer:
     loss_fn: (model, batch) -> loss, a sum over rows, since a pass may take only some rows at a time (passes.py); the
     trainer divides it by the sum of count_fn(batch) over the step.
     step_metrics: () -> more entries for the newest step's row of metrics.
+    time_limit: for a run that is to end at some time, whatever else the machine does.
     meta: what a checkpoint records besides the model's config (tokenizer, settings, lineage), as JSON.
     """
 
@@ -96,6 +98,7 @@ class Trainer:
         loss_fn: Callable[[GPT, Batch], torch.Tensor] = summed_loss,
         count_fn: Callable[[Batch], torch.Tensor] = count_supervised,
         step_metrics: Callable[[], dict[str, float]] = dict,
+        time_limit: TimeLimit | None = None,
     ) -> None:
         self.model, self.optimizer, self.loader, self.config = model, optimizer, loader, config
         self._recompute_blocks = model.recompute_blocks
@@ -103,7 +106,7 @@ class Trainer:
         self._resume = f"the same command and --model-tag {stage_dir.parent.name} --resume auto"
         self.evaluations = evaluations
         self.sample_fn = None if model.is_sharded else sample  # sampling needs an unsharded model
-        self.count_fn, self.step_metrics = count_fn, step_metrics
+        self.count_fn, self.step_metrics, self._time_limit = count_fn, step_metrics, time_limit
         self._passes, self._loss_scale = Passes(model, loss_fn), LossScale(model.get_compute_dtype())
         self.ddp, self.rank, _, self.world_size = get_dist_info()
         self.device = model.get_device()
@@ -242,8 +245,9 @@ class Trainer:
                 self.metrics.close()
 
     def _loop(self) -> None:
-        config = self.config
         while True:
+            self._keep_to_time()
+            config = self.config
             last = self.step >= config.num_iterations
             self._choose_blocks()
             self._settle()
@@ -267,6 +271,17 @@ class Trainer:
             self._get_up_to_speed()
             self._train_step()
             self._check_stop()
+
+    def _keep_to_time(self) -> None:
+        """Plan fewer updates if those that were planned no longer end in time; all schedules follow."""
+        planned = self.config.num_iterations
+        if self._time_limit is None or (fewer := self._time_limit.updates(self.step, self.time_s, self.config)) == planned:
+            return
+        expand_at = self.config.expansion_step / fewer  # blocks that have joined stay
+        self.config = replace(self.config, num_iterations=fewer, expand_at=expand_at)
+        self.progress.total = fewer
+        self.progress.print(f"step {self.step}: slower than planned; {fewer} updates in place of {planned}, to end in time")
+        self._time_limit.record(fewer)
 
     def _choose_blocks(self) -> None:
         """Decide which blocks learn in this step: only the last one, or all."""

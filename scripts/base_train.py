@@ -38,7 +38,7 @@ from nanochat.scaling import (
 )
 from nanochat.scores import core_name
 from nanochat.settings import Arguments, SettingsParser
-from nanochat.stage import Stage, begin, make_model, open_metrics, open_stage, setup_optimizer, train, train_config
+from nanochat.stage import Stage, begin, make_model, open_metrics, open_stage, setup_optimizer, time_limit, train, train_config
 from nanochat.tokenizer import FILE_NAME, Tokenizer, get_tokenizer, get_tokenizer_dir
 from nanochat.trainer import TrainConfig, Trainer
 from nanochat.training_flags import RATES, add_rate_arguments, add_training_arguments, parse_switches
@@ -120,6 +120,7 @@ class Plan(NamedTuple):
     rows: int  # of a micro-batch
     expand_at: float  # the share of the updates in which the last block learns alone
     target_flops: float  # written to config.toml, to plan the same run again
+    by_time: bool  # planned by --target-minutes
 
 
 def plan(args: Arguments, model: GPT, world_size: int, holds: Callable[[float], bool]) -> Plan:
@@ -141,7 +142,7 @@ def plan(args: Arguments, model: GPT, world_size: int, holds: Callable[[float], 
         steps = steps_in(model, args.target_minutes, rows, batch_size, args.compile, expand_at)
         target_flops = steps * batch_size * flops_per_token
         horizon = plan_horizon(model.config, flops_per_token, target_flops=target_flops, total_batch_size=batch_size)
-    return Plan(horizon, rows, expand_at, target_flops)
+    return Plan(horizon, rows, expand_at, target_flops, by_time)
 
 
 def choose_expansion(asked: float, model: GPT, flops_in_time: float, holds: Callable[[float], bool]) -> float:
@@ -198,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     def holds(tokens: float) -> bool:
         return on_rank0(lambda: source.holds(tokens, tokenizer))
 
-    horizon, rows, expand_at, target_flops = plan(args, model, world_size, holds)
+    horizon, rows, expand_at, target_flops, by_time = plan(args, model, world_size, holds)
     bundle = find_bundle(args.eval_bundle) if args.core_metric_every > 0 else None
     decided = {
         "eval_bundle": bundle, "num_iterations": horizon.num_iterations, "total_batch_size": horizon.total_batch_size,
@@ -239,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
         ),
         stage.directory, open_metrics(stage, settings, args),
         {"tokenizer": tokenizer.fingerprint(), "settings": settings, "data": source.describe(), "parent": None},
-        evaluations=evaluations, sample=sample,
+        evaluations=evaluations, sample=sample, time_limit=time_limit(stage, settings, args, by_time),
     )  # fmt: skip
     train(trainer, stage)
     loader.close()

@@ -34,6 +34,7 @@ from nanochat.stage import (
     open_stage,
     open_start,
     setup_optimizer,
+    time_limit,
     train,
     train_config,
 )
@@ -206,6 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         stage.directory, open_metrics(stage, settings, args),
         {"tokenizer": tokenizer.fingerprint(), "settings": settings, "parent": {"stage": "base", "step": base_step}},
         evaluations=[(args.eval_every, evaluate)], sample=sample,
+        time_limit=time_limit(stage, settings, args, args.target_minutes > 0),
     )  # fmt: skip
     train(trainer, stage)
     stats = loader.stats()

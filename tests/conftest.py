@@ -15,6 +15,7 @@ from nanochat import builtin_corpus
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import find_test_data
 from nanochat.engine import Engine
+from nanochat.pace import TimeLimit
 from nanochat.tokenizer import Tokenizer
 from tests.helpers import make_document, write_corpus
 from tests.many_ranks import ROOT, stop_all
@@ -78,6 +79,12 @@ def many_ranks(tokenizer: Tokenizer, base_dir: Path, monkeypatch: pytest.MonkeyP
     tokenizer.save(base_dir / "tokenizers" / "default")
     yield
     stop_all()
+
+
+@pytest.fixture
+def planned_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs by time do as many updates as planned, however slow the machine becomes."""
+    monkeypatch.setattr(TimeLimit, "updates", lambda self, step, seconds, schedule: schedule.num_iterations)
 
 
 @pytest.fixture(scope="session")

@@ -187,6 +187,7 @@ def test_a_run_can_be_repeated_from_what_it_saved(tiny_run: Path, corpus: Path) 
         assert texts[0].replace('"tiny"', '"again"') == texts[1]
 
 
+@pytest.mark.usefixtures("planned_pace")
 def test_a_run_by_time_can_be_repeated_and_gone_on_with_from_what_it_saved(base_dir: Path, corpus: Path) -> None:
     """Though its file tells steps: rates and weight decay are those of the tokens that the time allowed."""
     flags = ["--num-iterations=-1", "--target-minutes=0.02", "--weight-decay=0.2", "--data", str(corpus)]

@@ -75,6 +75,7 @@ def test_blocks_join_after_a_share_of_the_updates(corpus: Path) -> None:
             assert torch.equal(tensor, saved[6][name]), name
 
 
+@pytest.mark.usefixtures("planned_pace")
 @pytest.mark.parametrize("more", [["--target-minutes=0.003"], ["--target-flops=1e9"], ["--num-iterations=6"]])
 def test_a_budget_decides_when_blocks_join(corpus: Path, more: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Minutes, few for this model, are spent on one block first; so many updates or FLOPs train all blocks."""

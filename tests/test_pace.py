@@ -1,0 +1,87 @@
+"""Runs by time: they end in it, even if the machine becomes slower than it was when they were planned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nanochat.metrics import read_metrics
+from nanochat.pace import TimeLimit
+from nanochat.runs import list_steps
+from nanochat.schedules import Schedule
+from nanochat.settings import tomllib
+from scripts import base_train
+from tests.conftest import TINY_TRAINING
+from tests.helpers import make_trainer
+
+
+def simulate(seconds_of_step: list[float], minutes: float, **config: float) -> tuple[int, float]:
+    """(updates, seconds) of a run under a limit whose steps take so long; planned as many as there are."""
+    schedule, seconds, recorded = Schedule(len(seconds_of_step), **config), 0.0, []
+    limit = TimeLimit(minutes, schedule.num_iterations, recorded.append)
+    step = 0
+    while step < schedule.num_iterations:
+        updates = limit.updates(step, seconds, schedule)
+        assert step < updates <= schedule.num_iterations
+        schedule = Schedule(updates, expand_at=schedule.expansion_step / updates)
+        seconds += seconds_of_step[step]
+        step += 1
+    return step, seconds
+
+
+def test_a_run_ends_in_its_time_whatever_the_machine_does() -> None:
+    """100 updates were planned for 100 seconds."""
+    assert simulate([1.0] * 100, 100 / 60) == (100, 100)
+    assert simulate([1.02] * 100, 100 / 60)[0] == 100  # too little to matter
+    assert simulate([0.5] * 100, 100 / 60) == (100, 50)  # never more than planned
+    for step_at, factor in ((0, 1.25), (0, 2.0), (40, 1.5), (70, 2.0), (0, 3.0)):
+        updates, seconds = simulate([1.0] * step_at + [factor] * (100 - step_at), 100 / 60)
+        assert 93 < seconds < 110 and updates < 100, (step_at, factor)
+
+
+def test_a_pause_is_no_pace() -> None:
+    """One update in which the machine slept past the end: training still ends with a warm-down."""
+    updates, seconds = simulate([1.0] * 30 + [1000.0] + [1.0] * 69, 100 / 60)
+    assert 40 < updates < 100
+
+
+def test_blocks_that_join_late_are_not_judged_by_the_steps_before() -> None:
+    """Where the first 80 of 100 updates take a second and the others four: as planned."""
+    assert simulate([1.0] * 80 + [4.0] * 20, 160 / 60, expand_at=0.8) == (100, 160)
+    updates, seconds = simulate([1.0] * 80 + [8.0] * 20, 160 / 60, expand_at=0.8)
+    assert 80 < updates < 100
+
+
+def test_schedules_follow_a_run_that_does_fewer_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[int] = []
+    trainer = make_trainer(tmp_path, num_iterations=20, expand_at=0.1, warmdown_ratio=1.0)
+    trainer._time_limit = TimeLimit(1.0, 20, recorded.append)
+    monkeypatch.setattr(TimeLimit, "updates", lambda self, step, seconds, schedule: 10 if step >= 5 else 20)
+    trainer.train()
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in row]
+    assert recorded == list_steps(tmp_path) == [10] and rows[-1]["step"] == 10
+    lengths = [20] * 5 + [10] * 5
+    expected = [Schedule(n, 0, 1.0).learning_rate_factor(step) for step, n in enumerate(lengths)]
+    assert [row["train/lrm"] for row in rows] == pytest.approx(expected)
+    flops = [row["train/flops"] for row in rows]
+    one_block, all_blocks = (32 * trainer.model.estimate_flops(idle) for idle in (2, 0))
+    assert flops[-1] == 2 * one_block + 8 * all_blocks  # the blocks joined at step 2, a tenth of what was planned
+
+
+def test_a_shorter_run_says_so_and_is_complete(
+    corpus: Path, base_dir: Path, tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    tokenizer.save(base_dir / "tokenizers" / "default")
+    monkeypatch.setattr(base_train, "steps_in", lambda *_: 8)
+    monkeypatch.setattr(TimeLimit, "updates", lambda self, step, seconds, schedule: 5 if step >= 3 else 8)
+    flags = [*TINY_TRAINING, "--data", str(corpus), "--model-tag=short", "--num-iterations=-1", "--target-minutes=1"]
+    assert base_train.main(flags) == 0
+    assert "step 3: slower than planned; 5 updates in place of 8, to end in time" in capsys.readouterr().out
+    stage_dir = base_dir / "runs" / "short" / "base"
+    assert list_steps(stage_dir)[-1] == 5
+    assert json.loads((stage_dir / "settings.json").read_text(encoding="utf-8"))["num_iterations"] == 5
+    assert tomllib.loads((stage_dir / "config.toml").read_text(encoding="utf-8"))["horizon"]["num_iterations"] == 5
+    assert base_train.main([*flags, "--resume=auto"]) == 0
+    assert "is complete: 5 steps done" in capsys.readouterr().out
