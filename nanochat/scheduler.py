@@ -120,9 +120,13 @@ class Scheduler:
         message()
 
     def forget(self) -> None:
-        """Stop sharing anything that was computed so far."""
+        """Stop sharing anything that was computed so far; a prompt that is computed in part begins anew."""
         self._let_go()
         self.allocator.forget()
+        if self.prefilling is not None:
+            begun, self.prefilling = self.prefilling, None
+            begun.prompt_logprobs.clear()
+            self._preempt(begun)
 
     def step(self) -> None:
         """Compute about one chunk of prompts and one token of every running text."""

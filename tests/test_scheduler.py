@@ -158,6 +158,30 @@ def test_a_text_that_runs_while_weights_change_shares_nothing_afterwards(engine:
     assert after.cached_tokens == 0
 
 
+def test_a_prompt_is_computed_by_one_set_of_weights(engine: Engine) -> None:
+    """Those after the change, if they change between two of its chunks; log-probabilities of it are not doubled."""
+
+    def ask() -> list[Sequence]:
+        params = SamplingParams(temperature=0, max_tokens=4, logprobs=2, prompt_logprobs=True, ignore_eos=True)
+        return [Sequence([1 + i % 200 for i in range(engine.scheduler.chunk + 100)], params), Sequence([5] * 40, params)]
+
+    texts, chunk = ask(), engine.scheduler.chunk
+    for text in texts:
+        engine.scheduler.submit(text)
+    engine.scheduler.step()
+    assert engine.scheduler.prefilling is texts[0] and texts[0].computed == chunk
+    with torch.no_grad():
+        engine.model.blocks[0].attn.c_v.weight.neg_()
+    engine.forget()
+    while not engine.scheduler.is_idle:
+        engine.scheduler.step()
+    changed = Engine(engine.model, engine.tokenizer)
+    for text, expected in zip(texts, run_texts(changed, ask()), strict=True):
+        assert text.tokens == expected.tokens and text.prompt_logprobs == expected.prompt_logprobs
+        assert text.logprobs == expected.logprobs
+    assert engine.scheduler.allocator.num_free == engine.scheduler.allocator.num_blocks - 1
+
+
 @pytest.mark.parametrize("end", ["cancel", "forget", "end_all"])
 def test_a_prompt_is_held_no_longer_than_texts_wait_for_it(engine: Engine, end: str) -> None:
     one_row = Engine(engine.model, engine.tokenizer, max_rows=1).scheduler
