@@ -1,4 +1,4 @@
-"""What this machine can compile, and whether our own kernels run on it. Used by everything that compiles."""
+"""What this machine can compile. Used by everything that compiles."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import functools
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 
-from nanochat.common import first_line, logger
+from nanochat.common import first_line
 
 
 def can_compile(device: torch.device) -> str | None:
@@ -64,19 +64,6 @@ def _why_no_triton() -> str | None:
         return "Triton is not installed"
     except Exception as error:  # of its own, or the compiler's
         return f"Triton cannot build its driver ({first_line(error)[:200]}): install gcc and Python's headers (python3-dev)"
-
-
-def is_usable(kernel: str, probe: Callable[[], Iterable[tuple[torch.Tensor, torch.Tensor]]]) -> bool:
-    """Whether one of our kernels runs here with PyTorch's results; the log says why not. probe: returns pairs to compare."""
-    try:
-        for found, expected in probe():
-            difference = ((found - expected).norm() / expected.norm()).item()
-            if not difference < 0.02:
-                raise RuntimeError(f"its result is off by {difference:.3g}")
-    except Exception as error:  # whatever the compiler raises, PyTorch's own code is used
-        logger.info("%s is not usable here: %s", kernel, first_line(error)[:200])
-        return False
-    return True
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from nanochat.flash_attention import QK_SCALE, Attention, AttentionPlan, lay_out
 from nanochat.layers import Embedding, Linear, make_heads, norm
 
 if TYPE_CHECKING:
+    from nanochat.kernels import Heads
     from nanochat.kv_cache import KVCache
     from nanochat.lookup import Order
     from nanochat.optim import MuonAdamW
@@ -110,7 +111,7 @@ class CausalSelfAttention(nn.Module):
         self.has_value_embedding = config.has_value_embedding(layer)
         if self.has_value_embedding:
             self.ve_gate = Linear(min(GATE_CHANNELS, config.n_embd), self.n_kv_head)
-        self.fused: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None  # see Block.use_kernels
+        self.fused: Heads | None = None  # see kernels.py
 
     def project(
         self, x: torch.Tensor, value_embedding: torch.Tensor | None, rotary: tuple[torch.Tensor, torch.Tensor]
@@ -132,10 +133,10 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd)
-        self.fused: Callable[..., torch.Tensor] | None = None  # see Block.use_kernels
+        self.fused: Callable[..., torch.Tensor] | None = None  # see kernels.py
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.fused and torch.is_grad_enabled() and x.dtype == torch.bfloat16 and not self.c_fc.fp8:
+        if self.fused and torch.is_grad_enabled() and not self.c_fc.fp8:
             return self.fused(x, self.c_fc.weight.to(x.dtype), self.c_proj.weight.to(x.dtype))
         return self.c_proj(F.relu(self.c_fc(x)).square())
 
@@ -147,14 +148,6 @@ class Block(nn.Module):
         super().__init__()
         self.attn = CausalSelfAttention(config, layer)
         self.mlp = MLP(config)
-
-    def use_kernels(self) -> None:
-        """Train with our own kernels where they run. They must compute the same as `forward`: change both together."""
-        from nanochat import heads_kernel, relu_squared
-
-        device = self.mlp.c_fc.weight.device
-        self.attn.fused = heads_kernel.fused_heads if heads_kernel.works(device) else None
-        self.mlp.fused = relu_squared.mlp if relu_squared.works(device) else None
 
     def forward(
         self,
@@ -222,6 +215,7 @@ class GPT(nn.Module):
         self._compiled_block: Callable[..., torch.Tensor] | None = None
         self._compiled_norm: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._chunk_loss: ChunkLoss | None = None
+        self._sort_ids: Callable[[torch.Tensor, int], Order] | None = None  # see kernels.py
         self.recompute_blocks = False  # activation checkpointing: recompute blocks in the backward pass
         self.idle_blocks = 0  # blocks[:idle_blocks] are skipped: they do not learn yet (scaling.expansion_share)
         self.fixed_shape = True  # all training batches have one shape; False: do not compile FlexAttention for each length
@@ -311,12 +305,13 @@ class GPT(nn.Module):
         if self.is_compiled:
             return
         if self.get_device().type != "cpu":
-            from nanochat import loss_kernel
+            from nanochat.kernels import choose_kernels
 
-            self._chunk_loss = loss_kernel.chunk_loss
-            self._compiled_block = torch.compile(Block.forward, dynamic=False)
+            # They compute the same as the code in their place: change both together.
+            self._chunk_loss, self._sort_ids, heads, mlp = choose_kernels(self.get_device(), self.get_compute_dtype())
             for block in self.blocks:
-                block.use_kernels()
+                block.attn.fused, block.mlp.fused = heads, mlp
+            self._compiled_block = torch.compile(Block.forward, dynamic=False)
             return
         self._chunk_loss = functools.partial(chunk_loss, gradient_of=torch.compile(softmax_gradient, dynamic=False))
         self._compiled_norm = torch.compile(norm, dynamic=False)
@@ -333,7 +328,7 @@ class GPT(nn.Module):
     def uncompiled(self) -> GPT:
         """The same model, sharing its weights, but run uncompiled: for texts of many different lengths."""
         twin = copy.copy(self)
-        twin._compiled_block = twin._compiled_norm = twin._chunk_loss = None
+        twin._compiled_block = twin._compiled_norm = twin._chunk_loss = twin._sort_ids = None
         return twin
 
     def trunk(
@@ -382,17 +377,8 @@ class GPT(nn.Module):
         return x + self.bigrams(pairs, dtype, self.sort_ids(pairs, self.bigrams.num_embeddings))
 
     def sort_ids(self, idx: torch.Tensor, rows: int) -> Order | None:
-        """The order in which our kernel sums the gradients of a table with that many rows; None: leave it to PyTorch.
-
-        The kernel needs 16-bit values (32 bits take more shared memory than some cards have) and Ampere or later, the
-        oldest tensor cores that Triton supports.
-        """
-        learning = self.is_compiled and idx.device.type == "cuda" and torch.is_grad_enabled()
-        if not learning or self.get_compute_dtype() == torch.float32 or torch.cuda.get_device_capability(idx.device) < (8, 0):
-            return None
-        from nanochat.lookup import sort_ids
-
-        return sort_ids(idx, rows)
+        """The order in which our kernel sums the gradients of a table with that many rows; None: leave it to PyTorch."""
+        return self._sort_ids(idx, rows) if self._sort_ids is not None and torch.is_grad_enabled() else None
 
     def forward(
         self,

@@ -5,7 +5,7 @@ Used by gpt.py, runner.py, fp8.py and heads_kernel.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from nanochat.fp8 import fp8_linear
 
 if TYPE_CHECKING:
+    from nanochat.kernels import Heads
     from nanochat.lookup import Order
 
 
@@ -86,14 +87,13 @@ def make_heads(
     matrices: Sequence[Linear],
     scale: float,
     rotary: tuple[torch.Tensor, torch.Tensor],
-    fused: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = None,
+    fused: Heads | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x (B, T, C) times the matrices of queries, keys and values, then `in_heads`. fused: see heads_kernel.py."""
+    """x (B, T, C) times the matrices of queries, keys and values, then `in_heads`. fused: see kernels.py."""
     if x.device.type != "cuda" or not torch.is_grad_enabled():
         return in_heads([matrix(x) for matrix in matrices], scale, rotary)
     qkv, sizes = multiply_joined(x, matrices), [matrix.out_features for matrix in matrices]  # faster than three products
-    # In float32, where `to` has nothing to convert, PyTorch 2.11's compiler loses the fused function's gradient.
-    if fused and x.dtype != torch.float32:
+    if fused:
         return fused(qkv, sizes, scale, rotary)
     return in_heads(qkv.split(sizes, dim=-1), scale, rotary)
 

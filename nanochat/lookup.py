@@ -1,4 +1,4 @@
-"""Embedding look-up on a GPU with a fast, deterministic gradient. Used by layers.py and gpt.py.
+"""Embedding look-up on a GPU with a fast, deterministic gradient. Used by layers.py and kernels.py.
 
 The gradient of a row is the sum over the places that looked it up. Places are sorted by row, once for all tables that are
 read with the same ids. Each program then sums one chunk of places, by a product with a matrix of zeros and ones. A second

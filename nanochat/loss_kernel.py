@@ -1,4 +1,4 @@
-"""The loss on a GPU: one kernel for everything between its matrix products. Used by gpt.py; see cross_entropy.py.
+"""The loss on a GPU: one kernel for everything between its matrix products. Used by kernels.py; see cross_entropy.py.
 
 Needs Triton, so it is imported only where the model is compiled for a GPU.
 """

@@ -1,15 +1,14 @@
 """The MLP on a Hopper GPU: matrix products with a fused ReLU squared, or with its derivative in the backward pass.
 
-Used by gpt.py. In separate kernels, writing and reading the hidden activations takes a twentieth of a training pass at depth
-12. Here the first product only writes relu(x @ up.T)**2. The backward pass needs no more, since the derivative of a square
-is twice its root. On other GPUs, or if the probe fails, PyTorch's own products are used.
+Used by kernels.py. In separate kernels, writing and reading the hidden activations takes a twentieth of a training pass at
+depth 12. Here the first product only writes relu(x @ up.T)**2. The backward pass needs no more, since the derivative of a
+square is twice its root.
 
 Needs Triton, so it is imported only where the model is compiled for a GPU.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -17,21 +16,11 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from nanochat.compilation import is_usable
-
 ROWS, DEPTH, STAGES = 128, 64, 3  # of what a program multiplies at a time
-HOPPER = (9, 0)
 
 
-@functools.lru_cache
-def works(device: torch.device) -> bool:
-    """Whether the kernels run on this device, forward and backward, and agree with PyTorch."""
-    if torch.cuda.get_device_capability(device) != HOPPER:
-        return False  # older GPUs lack the copy engine, newer ones were not measured
-    return is_usable("the kernel of products that square", lambda: _probe(device))
-
-
-def _probe(device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def probe(device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(what the kernels compute, what PyTorch does), forward and backward."""
     generator = torch.Generator(device).manual_seed(0)
     with torch.enable_grad():
         inputs = [
@@ -90,7 +79,7 @@ def _(a: torch.Tensor, b: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
 
 
 def _launch(a: torch.Tensor, b: torch.Tensor, squares: torch.Tensor | None) -> torch.Tensor:
-    from triton.tools.tensor_descriptor import TensorDescriptor  # not in old versions: works() finds out
+    from triton.tools.tensor_descriptor import TensorDescriptor  # not in old versions: probe() finds out
 
     (M, K), N = a.shape, b.size(0)
     out = a.new_empty(M, N)

@@ -24,6 +24,7 @@ from nanochat.engine import Engine
 from nanochat.flash_attention import QK_SCALE, AttentionPlan
 from nanochat.fp8 import LOWEST_CAPABILITY, enable_fp8
 from nanochat.gpt import GPT, LOGIT_CAP, GPTConfig
+from nanochat.kernels import choose_kernels
 from nanochat.layers import Embedding, in_heads
 from nanochat.memory import training_bytes
 from nanochat.metrics import read_metrics
@@ -212,7 +213,7 @@ def test_it_learns_what_a_cpu_learns(fp8: bool) -> None:
 @pytest.mark.parametrize("size", [(20_000, 72, 520), (700, 136, 520), (1, 64, 64)])
 def test_the_fused_mlp(size: tuple[int, int, int]) -> None:
     """Whole tiles and parts of some: forward and backward as in float64."""
-    if not relu_squared.works(GPU):
+    if choose_kernels(GPU, torch.bfloat16).mlp is None:
         pytest.skip("this GPU is no Hopper")
     N, C, H = size
     generator = torch.Generator().manual_seed(N)
@@ -231,7 +232,7 @@ def test_the_fused_mlp(size: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize(("heads", "kv_heads", "D", "T"), [(3, 3, 64, 100), (4, 2, 48, 50), (6, 1, 128, 33)])
 def test_heads_by_one_kernel(heads: int, kv_heads: int, D: int, T: int, compiled: bool) -> None:
     """Queries, keys, values and the gradient of what they are made of, as on a CPU; also where they are next to 0."""
-    assert heads_kernel.works(GPU)
+    assert choose_kernels(GPU, torch.bfloat16).heads is heads_kernel.fused_heads
     sizes = [heads * D, kv_heads * D, kv_heads * D]
     qkv, angles = 0.5 * torch.randn(2, T, sum(sizes)), torch.rand(T, D // 2)
     qkv[0, :9] *= 1e-3

@@ -12,10 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import nanochat
 from nanochat import compilation, cpu, flash_attention, machine, pace
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError, get_base_dir, get_compute_dtype
 from nanochat.engine import Engine
+from nanochat.kernels import choose_kernels
 from nanochat.sampling import SamplingParams
 from scripts import base_train
 from tests.conftest import TINY_TRAINING
@@ -38,6 +40,31 @@ def test_attention_kernels_that_cannot_launch_are_passed_over(broken: str, chose
     monkeypatch.setattr(flash_attention, "_probe", probe)
     attend, _ = flash_attention.choose_backend.__wrapped__(torch.device("cuda", 0), torch.bfloat16, 128, True)
     assert attend.__name__ == f"attend_{chosen}"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "broken", "chosen"),
+    [
+        ((9, 0), "bfloat16", "", {"sort_ids", "heads", "mlp"}),
+        ((9, 0), "bfloat16", "heads_kernel relu_squared", {"sort_ids"}),
+        ((9, 0), "float16", "", {"sort_ids", "heads"}),
+        ((9, 0), "float32", "", set()),
+        ((10, 0), "bfloat16", "", {"sort_ids", "heads"}),
+        ((7, 5), "float16", "", {"heads"}),
+    ],
+)
+def test_our_own_kernels_are_used_where_they_agree_with_pytorch(
+    capability: tuple[int, int], dtype: str, broken: str, chosen: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("heads_kernel", "lookup", "loss_kernel", "relu_squared"):
+        found = torch.full((2,), 1.5 if name in broken else 1.0)
+        fake = SimpleNamespace(probe=lambda device, found=found: [(found, torch.ones(2))])
+        fake.fused_heads = fake.sort_ids = fake.chunk_loss = fake.mlp = lambda *inputs: None
+        monkeypatch.setitem(sys.modules, f"nanochat.{name}", fake)
+        monkeypatch.setattr(nanochat, name, fake, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    kernels = choose_kernels.__wrapped__(torch.device("cuda", 0), getattr(torch, dtype))
+    assert {name for name, kernel in kernels._asdict().items() if kernel is not None} == {"chunk_loss", *chosen}
 
 
 def test_a_command_imports_the_compiler_only_to_compile() -> None:
