@@ -13,8 +13,8 @@ backends:
   save time on any device; whole-context layers (on a CPU only beyond LONGEST_PLAIN_CONTEXT) use PyTorch's
   scaled_dot_product_attention
 
-To add a backend, list a pair in `list_backends`: `attend_x(q, k, v, plan)` and the function that makes its mask. This module
-is for whole texts, above all in training; generation attends in kv_cache.py.
+To add a backend, list it in `list_backends`. This module is for whole texts, above all in training; generation attends in
+kv_cache.py.
 """
 
 from __future__ import annotations
@@ -93,55 +93,60 @@ def plan_attention(
 def _plan(
     T: int, window: int, device: torch.device, dtype: torch.dtype, compiled: bool, head_dim: int, fixed_shape: bool
 ) -> AttentionPlan:
-    attend, make_mask = choose_backend(device, dtype, head_dim, fixed_shape)
+    backend = choose_backend(device, dtype, head_dim, fixed_shape)
     own_kernels = compiled and device.type == "cpu" and dtype != torch.float16
     with torch.inference_mode(False):  # training may use masks that were made while generating
-        return AttentionPlan(attend, window, make_mask(T, window, device), own_kernels)
+        return AttentionPlan(backend.attend, window, backend.make_mask(T, window, device), own_kernels)
 
 
-Backend = tuple[Callable[..., torch.Tensor], Callable[[int, int, torch.device], Any]]
+class Backend(NamedTuple):
+    """A way to attend: `attend(q, k, v, plan)`, where plan.mask is what `make_mask(T, window, device)` returns."""
+
+    name: str
+    attend: Callable[..., torch.Tensor]
+    make_mask: Callable[[int, int, torch.device], Any]
 
 
-def list_backends(device: torch.device, dtype: torch.dtype, fixed_shape: bool) -> list[tuple[str, Backend]]:
-    """(name, (attend, make_mask)) of backends that may be faster than "plain" here, the fastest first; does not try them."""
-    found: list[tuple[str, Backend]] = []
+def list_backends(device: torch.device, dtype: torch.dtype, fixed_shape: bool) -> list[Backend]:
+    """Backends that may be faster than "plain" here, the fastest first; does not try them."""
+    found: list[Backend] = []
     # In evaluations and RL, shapes keep changing: FlexAttention would be compiled for each of the first eight, and then
     # write all scores to memory.
     # Before Ampere, Triton multiplies without tensor cores.
     if device.type == "cuda" and fixed_shape and torch.cuda.get_device_capability(device) >= (8, 0):
-        found.append(("flex", (attend_flex, flex_mask)))
+        found.append(Backend("flex", attend_flex, flex_mask))
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         # Both packages bring their own kernels. Wrapped here because importing the compiler would cost every command a
         # second.
         fa4, fa3 = (torch.compiler.disable(attend) for attend in (attend_fa4, attend_fa3))
-        found = [("fa4", (fa4, no_mask)), *found, ("fa3", (fa3, no_mask))]
+        found = [Backend("fa4", fa4, no_mask), *found, Backend("fa3", fa3, no_mask)]
     return found
 
 
 @functools.lru_cache
 def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, fixed_shape: bool) -> Backend:
-    """(attend, make_mask) of the first backend whose probe launch, forward and backward, succeeds on this device."""
-    for name, backend in list_backends(device, dtype, fixed_shape):
+    """The first backend whose probe launch, forward and backward, succeeds on this device."""
+    for backend in list_backends(device, dtype, fixed_shape):
         try:
             _probe(backend, device, dtype, head_dim)
         except ModuleNotFoundError:
             continue  # most machines lack FlashAttention: not worth a line
         except Exception as error:  # whatever a foreign kernel raises, try the next backend
-            logger.info("attention backend %s is not usable here: %s", name, first_line(error)[:200])
+            logger.info("attention backend %s is not usable here: %s", backend.name, first_line(error)[:200])
             continue
         return backend
-    return attend_plain, plain_mask
+    return Backend("plain", attend_plain, plain_mask)
 
 
 def _probe(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
     """Run forward and backward on a small input; a kernel that loads but cannot launch fails here."""
-    attend, make_mask = backend
     T, D = 256, head_dim
     for window in (128, T):
         with torch.enable_grad():
             q, k, v = (F.rms_norm(torch.randn(1, T, 2, D, device=device), (D,)).to(dtype).requires_grad_() for _ in range(3))
             expected = attend_plain(q, k, v, AttentionPlan(attend_plain, window, plain_mask(T, window, device)))
-            result = attend(q, k, v, AttentionPlan(attend, window, make_mask(T, window, device)))
+            plan = AttentionPlan(backend.attend, window, backend.make_mask(T, window, device))
+            result = backend.attend(q, k, v, plan)
             result.sum().backward()
             synchronize(device)
         difference = (result - expected).abs().max().item()

@@ -136,10 +136,10 @@ def test_only_our_own_attention_is_given_blocks() -> None:
 
 
 def test_a_backend_of_any_device_can_be_probed() -> None:
-    cpu, good = torch.device("cpu"), (flash_attention.attend_plain, flash_attention.plain_mask)
+    cpu, good = torch.device("cpu"), flash_attention.choose_backend(torch.device("cpu"), torch.float32, 64, False)
     flash_attention._probe(good, cpu, torch.float32, 64)
     with pytest.raises(RuntimeError, match="off by"):
-        flash_attention._probe((lambda *inputs: 2 * good[0](*inputs), good[1]), cpu, torch.float32, 64)
+        flash_attention._probe(good._replace(attend=lambda *inputs: 2 * good.attend(*inputs)), cpu, torch.float32, 64)
 
 
 def test_init_weights_sets_everything() -> None:
