@@ -15,26 +15,34 @@ from fnmatch import fnmatchcase
 class Quantity:
     """title: of its curve. noisy: smooth the curve. scale: factor from the value to the title's unit.
 
-    line: format for the progress line, with {name} (the part after the slash) and {value}; "": not shown.
+    form: format of the value in tables, in that unit. line: format for the progress line, with {name} (the part after the
+    slash) and {value}; "": not shown.
     """
 
     title: str
+    form: str = "{:.4f}"
     noisy: bool = False
     scale: float = 1
     line: str = ""
+
+    def show(self, value: float) -> str:
+        """The value as a table shows it."""
+        return self.form.format(value * self.scale)
 
 
 # By name in metrics.jsonl, or by its beginning, before *; the progress line has this order.
 QUANTITIES = {
     "train/loss": Quantity("training loss, nats per token", noisy=True, line="loss {value:.4f}"),
-    "rl/reward": Quantity("reward of the sampled answers", noisy=True, line="reward {value:.3f}"),
-    "train/tok_per_s": Quantity("tokens per second", noisy=True, line="tok/s {value:,.0f}"),
-    "train/mfu": Quantity("MFU, share of the matmul rate", noisy=True, line="MFU {value:.0%}"),
+    "rl/reward": Quantity("reward of the sampled answers", "{:.3f}", noisy=True, line="reward {value:.3f}"),
+    "train/tok_per_s": Quantity("tokens per second", "{:,.0f}", noisy=True, line="tok/s {value:,.0f}"),
+    "train/mfu": Quantity("MFU, share of the matmul rate", "{:.1%}", noisy=True, line="MFU {value:.0%}"),
     "val/bpb": Quantity("validation bits per byte", line="bpb {value:.4f}"),
     "val/core*": Quantity("CORE"),
-    "val/pass@*": Quantity("held-out problems solved", line="{name} {value:.1%}"),
+    "val/pass@*": Quantity("held-out problems solved", "{:.1%}", line="{name} {value:.1%}"),
     "train/lrm": Quantity("learning rate, share of its peak"),
-    "train/peak_memory_mb": Quantity("most memory held, GB", scale=1e-3),
+    "train/peak_memory_mb": Quantity("most memory held, GB", "{:.2f} GB", scale=1e-3),
+    "train/tokens": Quantity("tokens trained on", "{:,.0f}"),
+    "train/flops": Quantity("FLOPs of training", "{:.3g}"),
     "rl/mixed_groups": Quantity("groups with right and wrong answers", noisy=True),
     "rl/answer_tokens": Quantity("tokens in an answer", noisy=True),
     "rl/unfinished": Quantity("answers cut off", noisy=True),
@@ -55,6 +63,9 @@ def quantity(name: str) -> Quantity:
 
 def describe_line(numbers: Mapping[str, float]) -> list[str]:
     """The parts of a progress line for these numbers, given by their names in metrics.jsonl."""
-    shown = [(kind_of(name), name, value) for name, value in numbers.items() if quantity(name).line]
-    shown.sort(key=lambda item: list(QUANTITIES).index(item[0]))
-    return [QUANTITIES[kind].line.format(name=name.partition("/")[2], value=value) for kind, name, value in shown]
+    return [
+        shown.line.format(name=name.partition("/")[2], value=value)
+        for kind, shown in QUANTITIES.items()
+        for name, value in numbers.items()
+        if shown.line and kind_of(name) == kind
+    ]

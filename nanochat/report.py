@@ -191,20 +191,20 @@ def _overview_row(stage: str, rows: list[dict[str, Any]]) -> list[str]:
     if not train:
         return [STAGE_TITLES[stage], "0", *["-"] * 7]
 
-    def cell(name: str, form: str, choose: Callable[[list[float]], float] = lambda values: values[-1]) -> str:
+    def cell(name: str, choose: Callable[[list[float]], float] = lambda values: values[-1]) -> str:
         values = series(rows, name)[1]  # without those of a run that diverged, which are no numbers
-        return form.format(choose(values)) if values else "-"
+        return quantity(name).show(choose(values)) if values else "-"
 
     return [
         STAGE_TITLES[stage],
         f"{train[-1]['step']:,}",
-        cell("train/tokens", "{:,}"),
+        cell("train/tokens"),
         format_seconds(train[-1].get("time_s", 0.0)),
-        cell("train/loss", "{:.4f}"),
-        cell("val/bpb", "{:.4f}"),
-        cell("train/tok_per_s", "{:,.0f}", statistics.median_high),
-        cell("train/mfu", "{:.1%}", statistics.median_high),
-        cell("train/peak_memory_mb", "{:.2f} GB", lambda values: values[-1] / 1e3),
+        cell("train/loss"),
+        cell("val/bpb"),
+        cell("train/tok_per_s", statistics.median_high),
+        cell("train/mfu", statistics.median_high),
+        cell("train/peak_memory_mb"),
     ]
 
 

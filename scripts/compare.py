@@ -32,7 +32,7 @@ from nanochat.scores import centered
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.training_flags import RATES
 
-AXES = {"steps": "step", "tokens": "tokens trained on", "time": "minutes of training", "flops": "FLOPs of training"}
+AXES = {"steps": "step", "time": "minutes of training"} | {x: quantity(f"train/{x}").title for x in ("tokens", "flops")}
 # Settings that say nothing about training, or nothing to a reader.
 NAMES = {"tag", "mixture", "model_tag", "run", "log_to", "resume", "resume_from_step", "stage"}
 # Settings that a resumed run may change although the result depends on them.
@@ -116,26 +116,26 @@ def read_run(directory: Path, stage: str, name: str) -> Run:
 def final_numbers(runs: list[Run]) -> list[list[str]]:
     """A row for each number that any of the runs has, beginning with its name."""
 
-    def last(name: str, form: str) -> Callable[[Run], str]:
-        return lambda run: format(run.values(name)[-1], form)
+    def last(name: str) -> Callable[[Run], str]:
+        return lambda run: quantity(name).show(run.values(name)[-1])
 
-    def median(name: str, form: str) -> Callable[[Run], str]:
-        return lambda run: format(statistics.median(run.values(name)), form)
+    def median(name: str) -> Callable[[Run], str]:
+        return lambda run: quantity(name).show(statistics.median(run.values(name)))
 
     wanted: dict[str, Callable[[Run], str]] = {
         "parameters": lambda run: f"{run.settings['num_params']:,}",
         "steps": lambda run: f"{run.rows[-1]['step']:,} of {run.settings['num_iterations']:,}",
-        "tokens": last("train/tokens", ",.0f"),
-        "FLOPs": last("train/flops", ".3g"),
+        "tokens": last("train/tokens"),
+        "FLOPs": last("train/flops"),
         "time": lambda run: format_seconds(run.rows[-1]["time_s"]),
         "training loss, smoothed": lambda run: f"{smooth(run.values('train/loss'))[-1]:.4f}",
-        "validation bits per byte": last("val/bpb", ".4f"),
+        "validation bits per byte": last("val/bpb"),
         "the best of them": lambda run: f"{min(run.values('val/bpb')):.4f}",
-        "reward": last("rl/reward", ".3f"),
-        "pass@1": last("val/pass@1", ".1%"),
-        "tokens/s, median": median("train/tok_per_s", ",.0f"),
-        "MFU, median": median("train/mfu", ".1%"),
-        "most memory, MB": last("train/peak_memory_mb", ",.0f"),
+        "reward": last("rl/reward"),
+        "pass@1": last("val/pass@1"),
+        "tokens/s, median": median("train/tok_per_s"),
+        "MFU, median": median("train/mfu"),
+        "most memory": last("train/peak_memory_mb"),
         "evaluated bits per byte": lambda run: f"{run.results['bpb']['val']:.4f}",
         "CORE": lambda run: f"{run.results['core']['core_metric']:.4f}",
         "CORE, some tasks": lambda run: f"{run.results['core']['core_partial']:.4f}",
