@@ -23,17 +23,16 @@ if TYPE_CHECKING:
     from nanochat.stage import Stage
     from tasks.common import Task
 
-# Settings that may change when a run is resumed, because they change how the work is done, not what is computed. Rates may
-# change too, since lower ones are the remedy for a divergence.
-FREE_SETTINGS = {
-    "resume", "resume_from_step", "run", "log_to", "tensorboard",
-    "device", "dtype", "fp8", "world_size", "fsdp", "activation_checkpointing", "device_batch_size",
-    "compile", "eval_every", "eval_tokens", "sample_every", "save_every", "keep_last",
-    "device_type", *RATES,
-    # Their content is compared, not the path:
-    "data", "tasks", "task_data", "tokenizer", "from_hf", "model_tag", "tag", "model_step",
-    "core_metric_every", "core_metric_max_per_task", "eval_bundle", "max_rows", "eval_examples", "eval_samples",
+# Settings that change how the work is done, not what is computed.
+WORK_SETTINGS = {
+    "resume", "resume_from_step", "run", "log_to", "tensorboard", "model_tag", "tag",
+    "device", "device_type", "world_size", "fsdp", "activation_checkpointing", "device_batch_size", "max_rows", "compile",
+    "eval_every", "eval_tokens", "eval_examples", "eval_samples", "eval_bundle", "core_metric_every",
+    "core_metric_max_per_task", "sample_every", "save_every", "keep_last",
 }  # fmt: skip
+# Settings that may change when a run is resumed: also rates, since lower ones are the remedy for a divergence, what another
+# machine can do, and whatever has its content compared in place of its path.
+FREE_SETTINGS = WORK_SETTINGS | {*RATES, "dtype", "fp8", "data", "tasks", "task_data", "tokenizer", "from_hf", "model_step"}
 
 
 def compare_ranks(seen: dict[str, Any]) -> None:

@@ -27,16 +27,13 @@ from nanochat.progress import format_seconds
 from nanochat.quantities import kind_of, quantity
 from nanochat.report import Picture, Section, format_value, render
 from nanochat.runs import SETTINGS_FILE, STAGE_TITLES, STAGES, get_runs_dir, suggest_runs
-from nanochat.same_run import FREE_SETTINGS
+from nanochat.same_run import WORK_SETTINGS
 from nanochat.scores import centered
 from nanochat.settings import Arguments, SettingsParser
-from nanochat.training_flags import RATES
 
 AXES = {"steps": "step", "time": "minutes of training"} | {x: quantity(f"train/{x}").title for x in ("tokens", "flops")}
 # Settings that say nothing about training, or nothing to a reader.
 NAMES = {"tag", "mixture", "model_tag", "run", "log_to", "resume", "resume_from_step", "stage"}
-# Settings that a resumed run may change although the result depends on them.
-DECISIVE = {*RATES, "data", "tokenizer", "from_hf", "model_step", "fp8", "dtype"}
 
 
 @dataclass
@@ -155,7 +152,7 @@ def _or_dash(number: Callable[[Run], str], run: Run) -> str:
 def differing_settings(runs: list[Run]) -> list[list[str]]:
     """A row for each setting that differs between the runs; those that affect the result come first."""
     keys = dict.fromkeys(key for run in runs for key in run.settings if key not in NAMES)
-    ordered = sorted(keys, key=lambda key: key in FREE_SETTINGS - DECISIVE)
+    ordered = sorted(keys, key=lambda key: key in WORK_SETTINGS)
     # Of a fingerprint, the beginning tells two apart; all of it would push the other columns off the page.
     most = {"tokenizer_fingerprint": 12}
     rows = [

@@ -11,6 +11,7 @@ import pytest
 
 from nanochat.common import NanochatError
 from nanochat.eval_results import merge_eval
+from nanochat.same_run import FREE_SETTINGS, WORK_SETTINGS
 from scripts import compare
 from scripts.compare import Run, differing_settings, final_numbers, over
 
@@ -59,10 +60,11 @@ def test_settings_that_decide_come_first(two_runs: Path) -> None:
     assert differing_settings(runs) == [
         ["target flops", "-1.0", "2.27e+13"], ["tokenizer fingerprint", 6 * "a1", 6 * "b3"],
     ]  # fmt: skip
-    names = ["eval_every", "world_size", *compare.DECISIVE]
+    decisive = FREE_SETTINGS - WORK_SETTINGS
+    names = ["eval_every", "world_size", *decisive]
     runs = [Run(name, dict.fromkeys(names, name), [], {}) for name in "ab"]
     ordered = [row[0].replace(" ", "_") for row in differing_settings(runs)]
-    assert set(ordered[:-2]) == compare.DECISIVE and ordered[-2:] == ["eval_every", "world_size"]
+    assert set(ordered[:-2]) == decisive and ordered[-2:] == ["eval_every", "world_size"]
 
 
 def test_numbers_that_no_run_has_are_left_out() -> None:
