@@ -25,6 +25,7 @@ from nanochat.fp8 import enable_fp8
 from nanochat.machine import seconds_of
 from nanochat.passes import Passes
 from nanochat.scaling import accumulation_steps, default_device_batch_size, plan_horizon
+from nanochat.settings import add_device_argument
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -32,7 +33,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add_model_arguments(parser, depth=12, head_dim=128, max_seq_len=2048, vocab_size=32768)
     parser.add_argument("--total-batch-size", type=int, default=-1, help="tokens in an update (-1: as base_train)")
     parser.add_argument("--device-batch-size", type=int, default=32, metavar="ROWS", help="most rows in a pass")
-    parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best one available")
+    add_device_argument(parser)
     parser.add_argument("--updates", type=int, default=3, help="updates to take the median of")
     parser.add_argument("--fp8", action="store_true")
     parser.add_argument("--profile", type=Path, default=None, metavar="FILE", help="write a table of the longest kernels")

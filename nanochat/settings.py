@@ -199,6 +199,17 @@ def add_checkpoint_arguments(group: argparse._ActionsContainer, from_hf: bool = 
         group.add_argument("--from-hf", default=None, metavar="DIR|NAME", help="a Hugging Face model instead of a run's")
 
 
+def add_device_argument(group: argparse._ActionsContainer) -> None:
+    """Add the flag that compute_init reads."""
+    group.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best one available")
+
+
+def add_sampling_arguments(group: argparse._ActionsContainer, temperature: float, top_k: int) -> None:
+    """Add the flags that say how tokens are drawn, with these defaults."""
+    group.add_argument("-t", "--temperature", type=float, default=temperature, help="0: always the likeliest token")
+    group.add_argument("-k", "--top-k", type=int, default=top_k, help="sample from the k likeliest tokens (0: from all)")
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows flags with their values in one column, meanings and defaults in the other."""
 

@@ -11,6 +11,8 @@ from typing import Any
 from nanochat.common import NanochatError
 from nanochat.loggers import LOGGERS
 from nanochat.optim import OptimizerSettings
+from nanochat.schedules import Schedule
+from nanochat.settings import add_device_argument
 
 RATES = {"matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr"}
 # Fields of GPTConfig and OptimizerSettings that --set refuses, because their flags do more than set the field.
@@ -67,7 +69,7 @@ def add_training_arguments(
                          help="validation tokens to use, in whole batches of all ranks, at least one (default: 2^18, on a GPU "
                               "2^22; -1: all)")  # fmt: skip
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best one available")
+    add_device_argument(machine)
     machine.add_argument("--device-batch-size", type=int, default=-1, metavar="ROWS",
                          help="rows in a micro-batch (-1: as many as fit)")  # fmt: skip
     if generates:
@@ -97,6 +99,17 @@ def add_rate_arguments(group: argparse._ArgumentGroup) -> None:
     ):  # fmt: skip
         flag = "--" + name.replace("_", "-")
         group.add_argument(flag, type=float, default=getattr(OptimizerSettings, name), help=text)
+
+
+def add_schedule_arguments(group: argparse._ArgumentGroup, **defaults: float) -> None:
+    """Add the flags of the learning rates' course; defaults: those that differ from Schedule's."""
+    for name, kind, text in (
+        ("warmup_steps", int, "steps until the rates reach their peak"),
+        ("warmdown_ratio", float, "share of the run over which the rates fall"),
+        ("final_lr_frac", float, "rate at the last step, as a share of the peak"),
+    ):
+        flag = "--" + name.replace("_", "-")
+        group.add_argument(flag, type=kind, default=defaults.get(name, getattr(Schedule, name)), help=text)
 
 
 def parse_switches(pairs: list[str], *settings: type) -> list[dict[str, Any]]:

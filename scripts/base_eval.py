@@ -26,7 +26,7 @@ from nanochat.ranks import from_rank0
 from nanochat.runs import get_stage_dir
 from nanochat.samples import continue_openings
 from nanochat.scores import core_name
-from nanochat.settings import Arguments, SettingsParser
+from nanochat.settings import Arguments, SettingsParser, add_device_argument
 from nanochat.tokenizer import Tokenizer
 
 KINDS = ("core", "bpb", "sample")
@@ -55,7 +55,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     measures.add_argument("--eval-bundle", type=Path, default=None, metavar="DIR", help="CORE's data (default: downloaded)")
     measures.add_argument("--max-per-task", type=int, default=-1, help="questions of each CORE task (-1: all)")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best one available")
+    add_device_argument(machine)
     machine.add_argument(
         "--device-batch-size", type=int, default=-1, metavar="ROWS", help="rows at a time for bits per byte (-1: 8,192 tokens)"
     )

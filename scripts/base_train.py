@@ -40,8 +40,8 @@ from nanochat.scores import core_name
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import Stage, begin, make_model, open_metrics, open_stage, setup_optimizer, time_limit, train, train_config
 from nanochat.tokenizer import FILE_NAME, Tokenizer, get_tokenizer, get_tokenizer_dir
-from nanochat.trainer import TrainConfig, Trainer
-from nanochat.training_flags import RATES, add_rate_arguments, add_training_arguments, parse_switches
+from nanochat.trainer import Trainer
+from nanochat.training_flags import RATES, add_rate_arguments, add_schedule_arguments, add_training_arguments, parse_switches
 from scripts import tok_train
 
 HORIZON = ("num_iterations", "target_minutes", "target_flops", "target_param_data_ratio")
@@ -86,12 +86,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     add_rate_arguments(optimization)
     optimization.add_argument("--weight-decay", type=float, default=OptimizerSettings.weight_decay,
                               help="weight decay of matrices at depth 12, scaled from there")  # fmt: skip
-    optimization.add_argument("--warmup-steps", type=int, default=TrainConfig.warmup_steps,
-                              help="steps until the rates reach their peak")  # fmt: skip
-    optimization.add_argument("--warmdown-ratio", type=float, default=TrainConfig.warmdown_ratio,
-                              help="share of the run over which the rates fall")  # fmt: skip
-    optimization.add_argument("--final-lr-frac", type=float, default=TrainConfig.final_lr_frac,
-                              help="rate at the last step, as a share of the peak")  # fmt: skip
+    add_schedule_arguments(optimization)
     optimization.add_argument("--expand-at", type=float, default=-1.0, metavar="SHARE",
                               help="train only the last block for this share of the updates (0: never; "
                               "-1: decide from --target-minutes)")  # fmt: skip

@@ -11,7 +11,7 @@ from nanochat.checkpoint_manager import load_chosen_model
 from nanochat.common import NanochatError, compute_init, run_command
 from nanochat.engine import Engine
 from nanochat.runner import prepare_for_inference
-from nanochat.settings import Arguments, SettingsParser, add_checkpoint_arguments
+from nanochat.settings import Arguments, SettingsParser, add_checkpoint_arguments, add_device_argument, add_sampling_arguments
 from nanochat.tokenizer import IncrementalDecoder
 from nanochat.trimming import prompt_room, trim_conversation
 
@@ -28,11 +28,10 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     )
     add_checkpoint_arguments(parser, from_hf=True)
     parser.add_argument("-p", "--prompt", default=None, help="answer this and exit")
-    parser.add_argument("-t", "--temperature", type=float, default=0.6, help="0: always the likeliest token")
-    parser.add_argument("-k", "--top-k", type=int, default=50, help="sample from the k likeliest tokens (0: from all)")
+    add_sampling_arguments(parser, 0.6, 50)
     parser.add_argument("-m", "--max-tokens", type=int, default=256, help="most tokens in an answer")
     parser.add_argument("--seed", type=int, default=42, help="seed of the sampling")
-    parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best one available")
+    add_device_argument(parser)
     args = parser.parse_args(argv)
     args.require_positive("max_tokens")
     return args

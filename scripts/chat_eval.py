@@ -22,7 +22,7 @@ from nanochat.progress import Progress
 from nanochat.ranks import from_rank0
 from nanochat.runs import get_stage_dir
 from nanochat.scores import describe_pass_at
-from nanochat.settings import Arguments, SettingsParser, add_checkpoint_arguments
+from nanochat.settings import Arguments, SettingsParser, add_checkpoint_arguments, add_device_argument, add_sampling_arguments
 from tasks import build_judged_task, judged_tasks, task_name
 from tasks.common import Task
 
@@ -43,11 +43,10 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     answers = parser.add_argument_group("answers")
     answers.add_argument("-n", "--num-samples", type=int, default=1, help="answers to a problem, for pass@k")
     answers.add_argument("-m", "--max-new-tokens", type=int, default=256, help="most tokens in an answer")
-    answers.add_argument("-t", "--temperature", type=float, default=0.0, help="0: always the likeliest token")
-    answers.add_argument("-k", "--top-k", type=int, default=50, help="sample from the k likeliest tokens (0: from all)")
+    add_sampling_arguments(answers, 0.0, 50)
     machine = parser.add_argument_group("machine")
     machine.add_argument("-b", "--batch-size", type=int, default=32, help="problems at a time")
-    machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best one available")
+    add_device_argument(machine)
     args = parser.parse_args(argv)
     args.require_positive("num_samples", "max_new_tokens", "batch_size")
     if args.num_samples > 1 and args.temperature == 0:

@@ -39,7 +39,7 @@ from nanochat.stage import (
     train_config,
 )
 from nanochat.trainer import Trainer
-from nanochat.training_flags import RATES, add_rate_arguments, add_training_arguments
+from nanochat.training_flags import RATES, add_rate_arguments, add_schedule_arguments, add_training_arguments
 from tasks import build_mixture, with_absolute_paths
 
 DEFAULT_TASKS = "SmolTalk,MMLU*3,GSM8K*4,Identity*2,SimpleSpelling,SpellingBee"
@@ -69,9 +69,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     add_rate_arguments(optimization)
     optimization.add_argument("--weight-decay", type=float, default=0.0, help="weight decay of matrices")
     optimization.add_argument("--init-lr-frac", type=float, default=0.6, help="multiply all learning rates by this")
-    optimization.add_argument("--warmup-steps", type=int, default=0, help="steps until the rates reach their peak")
-    optimization.add_argument("--warmdown-ratio", type=float, default=0.5, help="share of the run over which they fall")
-    optimization.add_argument("--final-lr-frac", type=float, default=0.0, help="last rate, as a share of the peak")
+    add_schedule_arguments(optimization, warmup_steps=0, warmdown_ratio=0.5, final_lr_frac=0.0)
     optimization.add_argument("--load-optimizer", type=int, choices=(0, 1), default=1, help="1: keep the base's state")
     optimization.add_argument("--seed", type=int, default=42, help="seed of the order of the conversations")
     add_training_arguments(parser, sample_every=0)

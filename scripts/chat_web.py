@@ -27,7 +27,7 @@ from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
 from nanochat.server import create_app
 from nanochat.service import ChatDefaults, Limits, Service
-from nanochat.settings import Arguments, SettingsParser, add_checkpoint_arguments
+from nanochat.settings import Arguments, SettingsParser, add_checkpoint_arguments, add_device_argument, add_sampling_arguments
 
 ANY_ADDRESS = ("0.0.0.0", "::")
 # The last two are the names by which containers reach this machine.
@@ -42,11 +42,10 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     add_checkpoint_arguments(parser, from_hf=True)
     answers = parser.add_argument_group("answers", "defaults for the page and /chat/completions; a request may differ")
     usual = ChatDefaults()
-    answers.add_argument("-t", "--temperature", type=float, default=usual.temperature, help="0: always the likeliest token")
-    answers.add_argument("-k", "--top-k", type=int, default=usual.top_k, help="sample from the k likeliest (0: from all)")
+    add_sampling_arguments(answers, usual.temperature, usual.top_k)
     answers.add_argument("-m", "--max-tokens", type=int, default=usual.max_tokens, help="most tokens in an answer")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best one available")
+    add_device_argument(machine)
     machine.add_argument("-n", "--num-gpus", type=int, default=1, help="GPUs, each with a copy of the model and a thread")
     machine.add_argument("--weights", default="auto", choices=("auto", "int8"), help="int8: half the memory of bfloat16")
     machine.add_argument("--max-rows", type=int, default=32, help="texts that are computed together")

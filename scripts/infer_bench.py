@@ -27,7 +27,7 @@ from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Scheduler
 from nanochat.sequence import Sequence
-from nanochat.settings import SettingsParser, add_checkpoint_arguments
+from nanochat.settings import SettingsParser, add_checkpoint_arguments, add_device_argument, add_sampling_arguments
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -36,7 +36,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         examples=["%(prog)s --model-tag d12", "%(prog)s --batch-sizes 1,32 --prompt-tokens 1000 --weights int8"],
     )
     add_checkpoint_arguments(parser)
-    parser.add_argument("--device-type", default="", metavar="cuda|mps|cpu", help="default: the best one available")
+    add_device_argument(parser)
     add_measurement_arguments(parser)
     return parser.parse_args(argv)
 
@@ -45,8 +45,7 @@ def add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-sizes", default="1,2,4,8,16,32", metavar="B,B,...", help="texts at a time")
     parser.add_argument("--prompt-tokens", type=int, default=256, help="prompt length of each text")
     parser.add_argument("--new-tokens", type=int, default=128, help="tokens generated for each text")
-    parser.add_argument("-t", "--temperature", type=float, default=0.0, help="0: always the likeliest token")
-    parser.add_argument("-k", "--top-k", type=int, default=0, help="sample from the k likeliest tokens (0: from all)")
+    add_sampling_arguments(parser, 0.0, 0)
     parser.add_argument("--weights", default="auto", choices=("auto", "int8"), help="int8: half the memory of bfloat16")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="decode without torch.compile")
 
