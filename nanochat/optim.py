@@ -20,14 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nanochat.common import NanochatError, in_process_group
-from nanochat.updates import (
-    adamw_update,
-    apply_update,
-    normalize_neurons,
-    orthogonalize_blocks,
-    rows_update,
-    second_moment_shape,
-)
+from nanochat.updates import adamw_update, apply_update, muon_update, nesterov, rows_update, second_moment_shape
 
 if TYPE_CHECKING:
     from nanochat.gpt import GPT
@@ -386,9 +379,7 @@ class _MuonUnit(_Unit):
         learning = slice(self.end - self.begin - grad.size(0), None)
         mine = self.params[self.begin : self.end][learning]
         momentum, second_moment = (self.state[name][learning] for name in ("momentum", "second_moment"))
-        momentum.lerp_(grad, 1 - group.momentum)
-        update = orthogonalize_blocks(grad.lerp_(momentum, group.momentum), group.block).float()  # Nesterov
-        update = normalize_neurons(update, second_moment, group.betas[1])
+        update = muon_update(nesterov(grad, momentum, group), second_moment, group)
         apply_update([p.data for p in mine], update, group, grad.shape[-2:])
 
     def _write_rows(self, rows: Tensor) -> None:

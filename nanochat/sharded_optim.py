@@ -14,14 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nanochat.optim import Group, all_gather
-from nanochat.updates import (
-    adamw_update,
-    apply_update,
-    normalize_neurons,
-    orthogonalize_blocks,
-    rows_update,
-    second_moment_shape,
-)
+from nanochat.updates import adamw_update, apply_update, muon_update, nesterov, rows_update, second_moment_shape
 
 
 def local_rows(values: Tensor, like: DTensor) -> Tensor:
@@ -123,9 +116,8 @@ class ShardedMuonUnit:
     def start_reduce(self) -> None:
         """Apply Nesterov momentum to the rows held here, then send them to the owners of their matrices."""
         grad = torch.stack([local_grad(param).float() for param in self.params])
-        self.momentum.lerp_(grad, 1 - self.group.momentum)
         held, owned = self._splits()
-        self._send(grad.lerp_(self.momentum, self.group.momentum).flatten(0, 1), held, owned)
+        self._send(nesterov(grad, self.momentum, self.group).flatten(0, 1), held, owned)
 
     def update(self, step: int) -> None:
         """Compute the updates of the matrices owned here, and begin to send their rows back."""
@@ -134,8 +126,7 @@ class ShardedMuonUnit:
         if self.owned:
             parts = zip(rows.split(owned), self.heights, strict=True)
             matrices = torch.cat([part.view(self.owned, height, self.columns) for part, height in parts], dim=1)
-            directions = orthogonalize_blocks(matrices, self.group.block).float()
-            directions = normalize_neurons(directions, self.second_moment, self.group.betas[1])
+            directions = muon_update(matrices, self.second_moment, self.group)
             rows = torch.cat([part.flatten(0, 1) for part in directions.split(self.heights, dim=1)])
         self._send(rows, owned, held)
 

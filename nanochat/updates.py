@@ -1,5 +1,7 @@
 """The optimizer's arithmetic: how each kind of parameter is updated. Used by optim.py and sharded_optim.py.
 
+Muon is three functions, in this order: `nesterov` for any rows, `muon_update` for whole matrices, `apply_update` for any rows.
+
 Methods: Muon (kellerjordan.github.io/posts/muon), in blocks (arXiv 2510.16981), Polar Express (arXiv 2505.16932), NorMuon
 (arXiv 2510.05491), cautious weight decay (arXiv 2510.12402), AdamW (arXiv 1711.05101), row-wise Adagrad (arXiv 1906.00091).
 """
@@ -59,6 +61,18 @@ def rows_update(values: Tensor, grad: Tensor, mean_square: Tensor, group: Group)
     mean_square[seen] = after
     update = (grad * (group.lr * after.clamp(min=1e-30).rsqrt())[:, None]).to(values.dtype)
     values[seen] -= update
+
+
+def nesterov(grad: Tensor, momentum: Tensor, group: Group) -> Tensor:
+    """Add a gradient to Muon's momentum, (n, rows, columns) each; returns what is orthogonalized, in the memory of `grad`."""
+    momentum.lerp_(grad, 1 - group.momentum)
+    return grad.lerp_(momentum, group.momentum)
+
+
+def muon_update(matrices: Tensor, second_moment: Tensor, group: Group) -> Tensor:
+    """Muon's update, before rate and decay, from what `nesterov` gives for whole matrices: (n, rows, columns) float32."""
+    update = orthogonalize_blocks(matrices, group.block).float()
+    return normalize_neurons(update, second_moment, group.betas[1])
 
 
 def apply_update(matrices: list[Tensor], update: Tensor, group: Group, shape: torch.Size) -> None:
