@@ -7,6 +7,7 @@ import shutil
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
@@ -19,6 +20,9 @@ from nanochat.pace import TimeLimit
 from nanochat.tokenizer import Tokenizer
 from tests.helpers import make_document, write_corpus
 from tests.many_ranks import ROOT, stop_all
+
+if TYPE_CHECKING:
+    from fastapi.testclient import TestClient
 
 pytest_plugins = ["tests.recovery_helpers", "tests.page_helpers"]  # their fixtures, for several files
 
@@ -71,12 +75,17 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture
-def many_ranks(tokenizer: Tokenizer, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def tokenizer_in_place(tokenizer: Tokenizer, base_dir: Path) -> None:
+    """The default one of this test's base directory, so that training need not make one."""
+    tokenizer.save(base_dir / "tokenizers" / "default")
+
+
+@pytest.fixture
+def many_ranks(tokenizer_in_place: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """For ranks that a test starts: float32, a core each, the checkout, a tokenizer; none of them outlives it."""
     monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    tokenizer.save(base_dir / "tokenizers" / "default")
     yield
     stop_all()
 
@@ -125,3 +134,14 @@ def engine(tiny_run: Path) -> Engine:
     """With the tiny run's chat model."""
     model, tokenizer, _ = load_model("sft", "cpu", "eval", "tiny")
     return Engine(model, tokenizer)
+
+
+@pytest.fixture
+def client(engine: Engine) -> Iterator[TestClient]:
+    """Of a server with that engine, or the one that a test's file has in its place."""
+    from fastapi.testclient import TestClient  # here, since tests on a GPU need no server
+
+    from nanochat.server import create_app
+
+    with TestClient(create_app([engine], "tiny")) as client:
+        yield client

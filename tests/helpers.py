@@ -18,7 +18,7 @@ import uvicorn
 from nanochat.checkpoint_manager import OPTIMIZER_FILE, load_checkpoint, read_tensors, verify_checkpoint
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
-from nanochat.metrics import MetricsLog
+from nanochat.metrics import MetricsLog, read_metrics
 from nanochat.passes import Batch
 from nanochat.runs import step_dir
 from nanochat.sampling import RowSettings
@@ -57,6 +57,11 @@ def load_all(stage_dir: Path, step: int) -> tuple[dict[str, torch.Tensor], dict[
     return weights, read_tensors(directory, OPTIMIZER_FILE), meta
 
 
+def logged(stage_dir: Path, name: str = "train/loss") -> list[float]:
+    """A number's values in a stage's metrics, in the order in which they were logged."""
+    return [row[name] for row in read_metrics(stage_dir / "metrics.jsonl") if name in row]
+
+
 def write_gsm8k(folder: Path, questions: int) -> None:
     """A folder for --task-data, with questions of GSM8K's form to learn from."""
     rows = [{"question": f"How much is {i} and 1?", "answer": f"It is {i + 1}.\n#### {i + 1}"} for i in range(questions)]
@@ -79,6 +84,11 @@ def make_model(seed: int = 0, **config: object) -> GPT:
                 parameter.normal_(0, 0.3, generator=generator)
     model.compute_dtype = torch.float32
     return model.eval()
+
+
+def make_engine(tokenizer: Tokenizer, sequence_len: int = 512, **options: Any) -> Engine:
+    """With the model of `make_model`, for this tokenizer's tokens."""
+    return Engine(make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=sequence_len), tokenizer, **options)
 
 
 class RandomBatches:

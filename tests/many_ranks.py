@@ -13,7 +13,6 @@ from pathlib import Path
 
 import psutil
 
-from nanochat.metrics import read_metrics
 from scripts import base_train
 
 ROOT = Path(__file__).parent.parent
@@ -81,10 +80,6 @@ def train(ranks: int, corpus: Path, tag: str, *flags: str) -> Path:
     else:
         run(ranks, "-m", "--", "scripts.base_train", *arguments)
     return Path(os.environ["NANOCHAT_BASE_DIR"]) / "runs" / tag / "base"
-
-
-def values(stage_dir: Path, name: str = "train/loss") -> list[float]:
-    return [row[name] for row in read_metrics(stage_dir / "metrics.jsonl") if name in row]
 
 
 def free_port() -> int:

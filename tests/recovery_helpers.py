@@ -166,11 +166,6 @@ def whole_long(nursery: Nursery, base_flags: list[str], tokenizer, tmp_path_fact
     return directory / "runs" / "tiny" / "base"
 
 
-@pytest.fixture
-def tokenizer_in_place(tokenizer, base_dir: Path) -> None:
-    tokenizer.save(base_dir / "tokenizers" / "default")
-
-
 def interrupted_copy(whole: Path, base_dir: Path, newest: int = 8) -> Path:
     """The stage as it was when `newest` had been saved."""
     stage_dir = stage_dir_of(base_dir)

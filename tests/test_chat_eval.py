@@ -22,7 +22,7 @@ from nanochat.scores import centered_mean, pass_at_k, wilson_interval
 from nanochat.tokenizer import Tokenizer
 from scripts import chat_eval
 from tasks.common import Conversation, Task, TaskMixture, multiple_choice
-from tests.helpers import make_document, make_model
+from tests.helpers import make_document, make_engine
 from tests.many_ranks import run
 
 
@@ -53,7 +53,7 @@ class Letters(LongAnswers):
 
 @pytest.fixture
 def engine(tokenizer: Tokenizer) -> Engine:
-    return Engine(make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=256), tokenizer, max_rows=8)
+    return make_engine(tokenizer, 256, max_rows=8)
 
 
 @given(st.integers(1, 7), st.data())

@@ -417,14 +417,13 @@ def test_the_real_bundle(real_data: Path, tiny_run: Path, tokenizer: Tokenizer, 
 
 def test_core_while_training_and_in_the_report(
     corpus: Path,
-    tokenizer: Tokenizer,
+    tokenizer_in_place: None,
     bundle: Path,
     base_dir: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The metric has a period of its own, is the same as measured afterwards, and is made up for where it was cut off."""
-    tokenizer.save(base_dir / "tokenizers" / "default")
     flags = [*TINY_TRAINING, "--data", str(corpus), "--model-tag=core", f"--eval-bundle={bundle}", "--eval-every=4"]
     flags += ["--core-metric-every=3", "--core-metric-max-per-task=4", "--save-every=3", "--resume=auto"]
     calls = []

@@ -27,7 +27,6 @@ from nanochat.gpt import GPT, LOGIT_CAP, GPTConfig
 from nanochat.kernels import choose_kernels
 from nanochat.layers import Embedding, in_heads
 from nanochat.memory import training_bytes
-from nanochat.metrics import read_metrics
 from nanochat.passes import Passes, summed_loss
 from nanochat.runner import prepare_for_inference
 from nanochat.runs import list_steps, step_dir
@@ -36,7 +35,7 @@ from nanochat.sequence import Sequence
 from nanochat.tokenizer import Tokenizer
 from scripts import base_train, chat_eval, chat_rl, chat_sft
 from tests.conftest import TINY_TRAINING
-from tests.helpers import make_model
+from tests.helpers import logged, make_model
 from tests.many_ranks import ROOT
 
 if torch.cuda.is_available():
@@ -437,9 +436,8 @@ def _weights(tag: str) -> dict[str, torch.Tensor]:
     return read_tensors(step_dir(stage_dir, list_steps(stage_dir)[-1]), "model.safetensors")
 
 
-def test_resumed_equals_uninterrupted(corpus: Path, tokenizer: Tokenizer) -> None:
+def test_resumed_equals_uninterrupted(corpus: Path, tokenizer_in_place: None) -> None:
     """To the last bit, compiled, with the kernels that training uses."""
-    tokenizer.save(get_base_dir() / "tokenizers" / "default")
     assert base_train.main(_flags("whole", corpus, "--save-every=3")) == 0
     assert base_train.main(_flags("whole", corpus, "--resume=3")) == 0
     resumed = _weights("whole")
@@ -448,21 +446,18 @@ def test_resumed_equals_uninterrupted(corpus: Path, tokenizer: Tokenizer) -> Non
         assert torch.equal(tensor, resumed[name]), name
 
 
-def test_training_in_float16_follows_float32(corpus: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_in_float16_follows_float32(corpus: Path, tokenizer_in_place: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As GPUs before Ampere train, with the kernels of this one."""
-    tokenizer.save(get_base_dir() / "tokenizers" / "default")
     curves = []
     for dtype in ("float32", "float16"):
         monkeypatch.setenv("NANOCHAT_DTYPE", dtype)
         assert base_train.main(_flags(dtype, corpus)) == 0
-        rows = read_metrics(get_base_dir() / "runs" / dtype / "base" / "metrics.jsonl")
-        curves.append([row["train/loss"] for row in rows if "train/loss" in row])
+        curves.append(logged(get_base_dir() / "runs" / dtype / "base"))
     assert curves[1] == pytest.approx(curves[0], abs=0.02)
 
 
-def test_a_whole_life(corpus: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture) -> None:
+def test_a_whole_life(corpus: Path, tokenizer_in_place: None, capsys: pytest.CaptureFixture) -> None:
     """Pretraining, fine-tuning, reinforcement and evaluation by the commands that users type."""
-    tokenizer.save(get_base_dir() / "tokenizers" / "default")
     assert base_train.main(_flags("life", corpus, "--num-iterations=-1", "--target-minutes=0.1", "--sample-every=50")) == 0
     tuning = ["--model-tag=life", "--tasks=Arithmetic:60,Identity:40", "--num-iterations=3", "--eval-tokens=512"]
     assert chat_sft.main(tuning) == 0
@@ -472,9 +467,8 @@ def test_a_whole_life(corpus: Path, tokenizer: Tokenizer, capsys: pytest.Capture
     assert "cuda" in capsys.readouterr().out
 
 
-def test_under_torchrun_with_nccl_it_learns_the_same(corpus: Path, tokenizer: Tokenizer) -> None:
+def test_under_torchrun_with_nccl_it_learns_the_same(corpus: Path, tokenizer_in_place: None) -> None:
     """One rank, whole and, compiled, cut by --fsdp: the code paths of many GPUs as far as one can walk them."""
-    tokenizer.save(get_base_dir() / "tokenizers" / "default")
     assert base_train.main(_flags("alone", corpus, "--no-compile")) == 0
     for tag, more in (("ranks", ["--no-compile"]), ("cut", ["--fsdp"])):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "--",

@@ -15,8 +15,8 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.common import describe_error
 from nanochat.runs import list_steps
 from nanochat.sharding import write_sharded
-from tests.helpers import load_all, make_model
-from tests.many_ranks import REINFORCE, SMALL, WHOLE, launch, run, train, values
+from tests.helpers import load_all, logged, make_model
+from tests.many_ranks import REINFORCE, SMALL, WHOLE, launch, run, train
 
 HANDED_OVER = "handed-over"
 
@@ -34,17 +34,17 @@ def _forget(stage_dir: Path, after: int) -> None:
 def test_one_two_and_four_ranks_follow_one_curve(corpus: Path) -> None:
     """To 1e-4 over 50 steps, and to the same bits per byte, with the same global batch."""
     one, *others = (train(ranks, corpus, f"n{ranks}", "--num-iterations=50") for ranks in (1, 2, 4))
-    assert len(values(one)) == 50
+    assert len(logged(one)) == 50
     for stage_dir in others:
-        assert values(stage_dir) == pytest.approx(values(one), abs=1e-4)
-        assert values(stage_dir, "val/bpb") == pytest.approx(values(one, "val/bpb"), abs=1e-4)
+        assert logged(stage_dir) == pytest.approx(logged(one), abs=1e-4)
+        assert logged(stage_dir, "val/bpb") == pytest.approx(logged(one, "val/bpb"), abs=1e-4)
 
 
 @pytest.mark.slow
 def test_ranks_without_a_tokenizer_train_one(corpus: Path, base_dir: Path) -> None:
     """In a process of its own, while the others wait."""
     shutil.rmtree(base_dir / "tokenizers", ignore_errors=True)
-    assert len(values(train(2, corpus, "first", "--num-iterations=2"))) == 2
+    assert len(logged(train(2, corpus, "first", "--num-iterations=2"))) == 2
     assert (base_dir / "tokenizers" / "default" / "tokenizer.json").exists()
 
 
@@ -77,13 +77,13 @@ def test_ranks_with_different_texts_do_not_train(
 def test_checkpoints_move_to_other_numbers_of_ranks(corpus: Path) -> None:
     """2 -> 1 -> 4, and whole -> sharded -> whole, continue the curve of one process, while blocks join."""
     flags = ["--num-iterations=16", "--save-every=4", "--expand-at=0.4"]
-    expected = values(train(1, corpus, WHOLE, *flags))
+    expected = logged(train(1, corpus, WHOLE, *flags))
     for ranks, steps, more in ((2, 4, []), (1, 8, []), (4, 12, ["--fsdp", "--activation-checkpointing"]), (2, 16, ["--fsdp"])):
         stage_dir = train(ranks, corpus, HANDED_OVER, *flags, "--resume=auto", *more)
-        assert values(stage_dir) == pytest.approx(expected, abs=1e-4), f"up to step {steps}"
+        assert logged(stage_dir) == pytest.approx(expected, abs=1e-4), f"up to step {steps}"
         _forget(stage_dir, steps)
     _forget(stage_dir, 12)  # which 4 ranks wrote in parts: one process goes on from it
-    assert values(train(1, corpus, HANDED_OVER, *flags, "--resume=auto")) == pytest.approx(expected, abs=1e-4)
+    assert logged(train(1, corpus, HANDED_OVER, *flags, "--resume=auto")) == pytest.approx(expected, abs=1e-4)
     whole = load_all(stage_dir.parent.parent / WHOLE / "base", 16)
     found = load_all(stage_dir, 16)
     for mine, theirs in zip(whole[:2], found[:2], strict=True):
@@ -97,7 +97,7 @@ def test_sharded_models_are_compiled_tuned_and_read_whole(corpus: Path, base_dir
     """--fsdp: compiled like the others, read by one process, the start of SFT; a lost file of a rank is named."""
     flags = ["--num-iterations=4"]
     whole, sharded = train(1, corpus, WHOLE, *flags), train(2, corpus, "sharded", *flags, "--fsdp")
-    assert values(sharded) == pytest.approx(values(whole), abs=1e-4)
+    assert logged(sharded) == pytest.approx(logged(whole), abs=1e-4)
     model, expected = (load_model("base", "cpu", "eval", tag)[0] for tag in ("sharded", WHOLE))
     idx = torch.arange(100)[None]
     torch.testing.assert_close(model(idx), expected(idx), atol=1e-3, rtol=1e-3)
@@ -105,7 +105,7 @@ def test_sharded_models_are_compiled_tuned_and_read_whole(corpus: Path, base_dir
     for tag, ranks, more in ((WHOLE, 2, []), ("sharded", 2, ["--fsdp"])):
         run(ranks, "-m", "--", "scripts.chat_sft", *sft, f"--model-tag={tag}", *more)
     runs = base_dir / "runs"
-    assert values(runs / "sharded" / "sft") == pytest.approx(values(runs / WHOLE / "sft"), abs=1e-4)
+    assert logged(runs / "sharded" / "sft") == pytest.approx(logged(runs / WHOLE / "sft"), abs=1e-4)
     (sharded / "step_000004" / "sharded" / "__1_0.distcp").unlink()
     with pytest.raises(Exception, match=r"__1_0\.distcp is damaged \(missing"):
         load_model("base", "cpu", "eval", "sharded")
@@ -125,8 +125,8 @@ def test_tuning_and_reinforcing_are_the_same_on_any_number_of_ranks(corpus: Path
 
     def compare(tag: str, stage: str, *names: str) -> None:
         for name in names:
-            assert (expected := values(runs / WHOLE / stage, name))
-            assert values(runs / tag / stage, name) == pytest.approx(expected, abs=1e-4), f"{name} of {tag}"
+            assert (expected := logged(runs / WHOLE / stage, name))
+            assert logged(runs / tag / stage, name) == pytest.approx(expected, abs=1e-4), f"{name} of {tag}"
 
     for ranks, tag in ((1, WHOLE), (2, "two"), (4, "four")):
         run(ranks, "-m", "--", "scripts.chat_sft", *sft, f"--model-tag={tag}")
@@ -136,7 +136,7 @@ def test_tuning_and_reinforcing_are_the_same_on_any_number_of_ranks(corpus: Path
             shutil.copytree(runs / WHOLE / "sft", runs / tag / "sft")
         run(ranks, str(program), *rl, f"--model-tag={tag}")
         compare(tag, "rl", "train/loss", "rl/reward", "rl/answer_tokens", "val/pass@1")
-        assert all(values(runs / tag / "rl", "rl/mixed_groups"))  # each update taught something
+        assert all(logged(runs / tag / "rl", "rl/mixed_groups"))  # each update taught something
 
 
 # ----------------------------------------------------------------------------- one optimizer

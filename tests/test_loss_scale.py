@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,12 @@ import torch
 
 from nanochat import loss_scale
 from nanochat.checkpoint_manager import load_checkpoint
-from nanochat.common import NanochatError
+from nanochat.common import NanochatError, get_base_dir
 from nanochat.loss_scale import FIRST_FACTOR, LossScale
-from nanochat.metrics import read_metrics
 from nanochat.updates import orthogonalize
 from scripts import base_train
 from tests.conftest import TINY_TRAINING
+from tests.helpers import logged
 
 
 def make_parameter(gradient: torch.Tensor | None) -> torch.nn.Parameter:
@@ -85,13 +84,13 @@ def train(corpus: Path, tag: str, *flags: str) -> list[float]:
     size = ("--max-seq-len=32", "--total-batch-size=128", "--eval-tokens=128")  # processors do float16 slowly
     flags = (*TINY_TRAINING, *size, f"--data={corpus}", f"--model-tag={tag}", "--save-every=3", *flags)
     assert base_train.main([*flags]) == 0
-    rows = read_metrics(Path(os.environ["NANOCHAT_BASE_DIR"]) / "runs" / tag / "base" / "metrics.jsonl")
-    return [row["train/loss"] for row in rows if "train/loss" in row]
+    return logged(get_base_dir() / "runs" / tag / "base")
 
 
-def test_training_in_float16_follows_float32(corpus: Path, tokenizer, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_in_float16_follows_float32(
+    corpus: Path, tokenizer_in_place: None, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where the first factor is too large, at the cost of an update or two; and resumed as if never stopped."""
-    tokenizer.save(base_dir / "tokenizers" / "default")
     monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
     exact = train(corpus, "exact")
     monkeypatch.setenv("NANOCHAT_DTYPE", "float16")

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from nanochat.common import NanochatError
 from nanochat.heartbeat import Heartbeat, fresh_store
 from nanochat.runs import list_steps
-from tests.helpers import wait_for
-from tests.many_ranks import ROOT, SMALL, WHOLE, free_port, launch, node_command, start, train, values
+from tests.helpers import logged, wait_for
+from tests.many_ranks import ROOT, SMALL, WHOLE, free_port, launch, node_command, start, train
 
 pytestmark = pytest.mark.usefixtures("many_ranks")
 
@@ -40,7 +40,7 @@ def _workers(launcher: subprocess.Popen) -> list[psutil.Process]:
 @pytest.mark.slow
 def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(corpus: Path, base_dir: Path) -> None:
     flags = ["-m", "--", "scripts.base_train", *SMALL, f"--data={corpus}", "--num-iterations=40", "--save-every=4"]
-    expected = values(train(1, corpus, WHOLE, "--num-iterations=40"))
+    expected = logged(train(1, corpus, WHOLE, "--num-iterations=40"))
     stage_dir = base_dir / "runs" / "killed" / "base"
     for restarts in (0, 1):
         before = len(list_steps(stage_dir))
@@ -55,13 +55,13 @@ def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(corpus: Path, base_dir
             assert "exitcode  : -9" in errors  # torchrun's own report names the rank
             assert "[rank0]:" not in errors  # no trace of ours
     assert job.returncode == 0, errors[-3000:]
-    assert values(stage_dir) == pytest.approx(expected, abs=1e-4)
+    assert logged(stage_dir) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.slow
 def test_one_node_of_two_restarts(corpus: Path, base_dir: Path) -> None:
     """A process of it is killed: both nodes start theirs again, and the run ends as if nothing had happened."""
-    expected = values(train(1, corpus, WHOLE, "--num-iterations=40"))
+    expected = logged(train(1, corpus, WHOLE, "--num-iterations=40"))
     command = ["-m", "--", "scripts.base_train", *SMALL, f"--data={corpus}", "--num-iterations=40", "--save-every=4"]
     command += ["--model-tag=near", "--resume=auto"]
     stage_dir, endpoint = base_dir / "runs" / "near" / "base", f"127.0.0.1:{free_port()}"
@@ -73,7 +73,7 @@ def test_one_node_of_two_restarts(corpus: Path, base_dir: Path) -> None:
     for node in nodes:
         _, errors = node.communicate(timeout=200)
         assert node.returncode == 0, errors[-3000:]
-    assert values(stage_dir) == pytest.approx(expected, abs=1e-4)
+    assert logged(stage_dir) == pytest.approx(expected, abs=1e-4)
 
 
 def _fail(script: str, folder: Path, corpus: Path, *flags: str) -> str:
@@ -268,7 +268,7 @@ def test_two_machines_and_a_cut_link(corpus: Path, base_dir: Path, monkeypatch: 
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "cable")
     monkeypatch.setenv("NANOCHAT_HEARTBEAT_S", "15")
     steps = 40
-    expected = values(train(1, corpus, WHOLE, f"--num-iterations={steps}"))
+    expected = logged(train(1, corpus, WHOLE, f"--num-iterations={steps}"))
     command = ["-m", "--", "scripts.base_train", *SMALL, f"--data={corpus}", f"--num-iterations={steps}", "--save-every=4"]
     command += ["--model-tag=far", "--resume=auto"]
     stage_dir = base_dir / "runs" / "far" / "base"
@@ -293,4 +293,4 @@ def test_two_machines_and_a_cut_link(corpus: Path, base_dir: Path, monkeypatch: 
         for job in start_nodes(nodes, 29501):
             _, errors = job.communicate(timeout=200)
             assert job.returncode == 0, errors[-3000:]
-    assert values(stage_dir) == pytest.approx(expected, abs=1e-4)
+    assert logged(stage_dir) == pytest.approx(expected, abs=1e-4)

@@ -73,9 +73,8 @@ def test_a_command_imports_the_compiler_only_to_compile() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
-def test_the_first_update_does_not_import_the_compiler(corpus: Path, tokenizer) -> None:
+def test_the_first_update_does_not_import_the_compiler(corpus: Path, tokenizer_in_place: None) -> None:
     """Nor does what comes before it: a new run on a CPU shows its first step before it compiles."""
-    tokenizer.save(get_base_dir() / "tokenizers" / "default")
     flags = [flag for flag in TINY_TRAINING if flag != "--no-compile"] + [f"--data={corpus}", "--num-iterations=1"]
     code = f"import scripts.base_train, sys; scripts.base_train.main({flags}); "
     code += "sys.exit(bool({'torch._dynamo', 'sympy'} & set(sys.modules)))"
@@ -101,9 +100,10 @@ def test_flash_attention_is_asked_for_the_same_each_time(module: str, boundless,
     assert asked == [{"causal": True, "window_size": expected, "deterministic": True}]
 
 
-def test_a_new_run_on_a_cpu_compiles_after_its_first_step(corpus: Path, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_run_on_a_cpu_compiles_after_its_first_step(
+    corpus: Path, tokenizer_in_place: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And a resumed one before its first, so that it computes what the uninterrupted one did."""
-    tokenizer.save(get_base_dir() / "tokenizers" / "default")
     metrics = get_base_dir() / "runs" / "late" / "base" / "metrics.jsonl"
     steps_done: list[int] = []
     monkeypatch.setattr("nanochat.trainer.try_to_compile", lambda device: None)
@@ -117,11 +117,10 @@ def test_a_new_run_on_a_cpu_compiles_after_its_first_step(corpus: Path, tokenize
 
 
 def test_without_a_compiler_training_runs_eagerly_and_says_so(
-    corpus: Path, tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    corpus: Path, tokenizer_in_place: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
-    tokenizer.save(get_base_dir() / "tokenizers" / "default")
     flags = [flag for flag in TINY_TRAINING if flag != "--no-compile"]
     assert base_train.main([*flags, "--data", str(corpus), "--num-iterations=1"]) == 0
     assert capsys.readouterr().out.count("training without torch.compile: no C++ compiler") == 1
@@ -129,7 +128,7 @@ def test_without_a_compiler_training_runs_eagerly_and_says_so(
 
 @pytest.mark.parametrize("horizon", ["--num-iterations=2", "--target-minutes=0.02"])
 def test_a_compiler_that_lacks_what_it_needs_ends_no_training(
-    horizon: str, corpus: Path, tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    horizon: str, corpus: Path, tokenizer_in_place: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """As g++ without Python's headers."""
 
@@ -140,7 +139,6 @@ def test_a_compiler_that_lacks_what_it_needs_ends_no_training(
     monkeypatch.setattr(compilation, "can_compile", lambda device: None)
     monkeypatch.setattr("nanochat.trainer.can_compile", lambda device: None)
     compilation._why_no_kernel.cache_clear()
-    tokenizer.save(get_base_dir() / "tokenizers" / "default")
     flags = [flag for flag in TINY_TRAINING if flag not in ("--no-compile", "--num-iterations=6")]
     assert base_train.main([*flags, "--data", str(corpus), horizon]) == 0
     said = capsys.readouterr().out

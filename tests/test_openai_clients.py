@@ -11,11 +11,10 @@ from fastapi.testclient import TestClient
 from pydantic import ValidationError
 
 from nanochat import openai_api
-from nanochat.engine import Engine
 from nanochat.openai_api import MAX_MESSAGES, MAX_PARTS, ChatRequest
 from nanochat.server import create_app
 from nanochat.tokenizer import Tokenizer
-from tests.helpers import make_model
+from tests.helpers import make_engine
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 GREETING, QUESTION = {"role": "assistant", "content": "How can I help?"}, {"role": "user", "content": "Hi"}
@@ -24,7 +23,7 @@ RULES = {"role": "system", "content": "Be kind."}
 
 @pytest.fixture
 def client(tokenizer: Tokenizer) -> Iterator[TestClient]:
-    engine = Engine(make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=512), tokenizer)
+    engine = make_engine(tokenizer)
     with TestClient(create_app([engine], "tiny")) as client:
         yield client
 

@@ -26,7 +26,7 @@ from nanochat.sequence import Sequence as Answer
 from nanochat.tokenizer import Tokenizer
 from scripts import chat_rl
 from tasks.common import Conversation, Task
-from tests.helpers import load_all, make_document, make_model, write_gsm8k
+from tests.helpers import load_all, make_document, make_engine, make_model, write_gsm8k
 from tests.many_ranks import REINFORCE, run
 
 FLAGS = [
@@ -52,7 +52,7 @@ class Vowels(Task):
 
 @pytest.fixture
 def engine(tokenizer: Tokenizer) -> Engine:
-    return Engine(make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=256), tokenizer, max_rows=16)
+    return make_engine(tokenizer, 256, max_rows=16)
 
 
 @pytest.fixture
@@ -475,7 +475,7 @@ def test_prompts_that_were_cut_are_counted(tokenizer: Tokenizer) -> None:
             question = {"role": "user", "content": make_document(index, 9)}
             return {"messages": [question, {"role": "assistant", "content": "e"}]}
 
-    engine = Engine(make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=32), tokenizer)
+    engine = make_engine(tokenizer, 32)
     loader = RolloutLoader(engine, Long(), _settings(examples_per_step=2, num_samples=2, max_tokens=8), 1)
     next(loader)
     assert loader.metrics()["rl/shortened_prompts"] == 2

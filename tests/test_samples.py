@@ -14,7 +14,7 @@ from nanochat.tokenizer import Tokenizer
 from tasks import build_task
 from tasks.common import TaskMixture
 from tasks.customjson import CustomJSON
-from tests.helpers import make_model, write_corpus
+from tests.helpers import make_engine, write_corpus
 
 
 @pytest.mark.parametrize("text", ["\u4f60\u597d" * 2000, "a " * 5, "x", "word" * 3000])
@@ -45,5 +45,5 @@ def test_answers_to_each_kind_of_a_mixture(engine: Engine, tmp_path: Path) -> No
 
 
 def test_openings_fit_a_small_context(tokenizer: Tokenizer, corpus: Path) -> None:
-    engine = Engine(make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=8), tokenizer)
+    engine = make_engine(tokenizer, 8)
     assert len(continue_openings(engine, get_source(str(corpus)), 2, 4)) == 2

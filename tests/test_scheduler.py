@@ -13,12 +13,12 @@ from nanochat.openai_api import Reply
 from nanochat.sampling import SamplingParams
 from nanochat.sequence import Sequence
 from nanochat.tokenizer import Tokenizer
-from tests.helpers import calculator_call, make_it_say, make_model, run_texts
+from tests.helpers import calculator_call, make_engine, make_it_say, run_texts
 
 
 @pytest.fixture
 def engine(tokenizer: Tokenizer) -> Engine:
-    return Engine(make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=512), tokenizer)
+    return make_engine(tokenizer)
 
 
 def test_a_forced_answer_ends_with_the_limit(engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -243,9 +243,8 @@ def test_tok_train_then_tok_eval(corpus: Path, base_dir: Path, capsys: pytest.Ca
 
 
 def test_tok_eval_of_text_with_odd_splits_and_characters(
-    tmp_path: Path, tokenizer, base_dir: Path, capsys: pytest.CaptureFixture
+    tmp_path: Path, tokenizer_in_place: None, capsys: pytest.CaptureFixture
 ) -> None:
-    tokenizer.save(base_dir / "tokenizers" / "default")
     (tmp_path / "odd").mkdir()
     pair, half = "\\ud83d\\ude42", "\\ud83d"
     for name, text in (("train", f"the cat {half} sees {pair} a house"), ("val", " ")):

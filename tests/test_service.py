@@ -7,7 +7,6 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +23,7 @@ from nanochat.server import create_app
 from nanochat.service import MAX_FAILURES, ChatDefaults, Limits, Service
 from nanochat.tokenizer import Tokenizer
 from scripts.chat_web import allowed_hosts, check_host, check_origin, check_port, choose_devices, in_url
-from tests.helpers import make_model, wait_for
+from tests.helpers import make_engine, wait_for
 
 HELLO = {"messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0, "max_tokens": 12, "ignore_eos": True}
 CHAT = "/v1/chat/completions"
@@ -32,13 +31,7 @@ CHAT = "/v1/chat/completions"
 
 @pytest.fixture
 def engine(tokenizer: Tokenizer) -> Engine:
-    return Engine(make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=512), tokenizer)
-
-
-@pytest.fixture
-def client(engine: Engine) -> Iterator[TestClient]:
-    with TestClient(create_app([engine], "tiny")) as client:
-        yield client
+    return make_engine(tokenizer)
 
 
 def _fail(*args: Any) -> None:

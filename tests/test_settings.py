@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from nanochat.common import NanochatError
-from nanochat.files import read_json_lines
 from nanochat.settings import SettingsParser
 from scripts import base_eval, base_train, chat_cli, chat_eval, chat_rl, chat_sft, chat_web, data_prep
 from tests.conftest import TINY_TRAINING
+from tests.helpers import logged
 
 
 def parse(main_module, content: str, folder: Path, *flags: str) -> dict:
@@ -180,8 +180,7 @@ def test_a_run_can_be_repeated_from_what_it_saved(tiny_run: Path, corpus: Path) 
         folders = (tiny_run / stage, tiny_run.parent / "again" / stage)
         first, second = (json.loads((folder / "settings.json").read_text(encoding="utf-8")) for folder in folders)
         assert {**first, "tag": "again", "model_tag": "again"} == second
-        rows = [read_json_lines(folder / "metrics.jsonl") for folder in folders]
-        losses = [[row["train/loss"] for row in part if "train/loss" in row] for part in rows]
+        losses = [logged(folder) for folder in folders]
         assert losses[0] and losses[0] == losses[1]
         texts = [(folder / "config.toml").read_text(encoding="utf-8") for folder in folders]
         assert texts[0].replace('"tiny"', '"again"') == texts[1]
@@ -195,10 +194,7 @@ def test_a_run_by_time_can_be_repeated_and_gone_on_with_from_what_it_saved(base_
     config = str(base_dir / "runs" / "d2" / "base" / "config.toml")
     assert base_train.main(["--config", config, "--resume=auto"]) == 0
     assert base_train.main(["--config", config, "--model-tag=again"]) == 0
-    folders = [base_dir / "runs" / tag / "base" for tag in ("d2", "again")]
-    losses = [
-        [row["train/loss"] for row in read_json_lines(folder / "metrics.jsonl") if "train/loss" in row] for folder in folders
-    ]
+    losses = [logged(base_dir / "runs" / tag / "base") for tag in ("d2", "again")]
     assert len(losses[0]) > 1 and losses[0] == losses[1]
 
 

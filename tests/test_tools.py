@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 from nanochat.engine import Engine
 from nanochat.openai_api import Parts, joined_parts
-from nanochat.server import create_app
 from nanochat.tools import use_calculator
 
 
@@ -124,12 +123,6 @@ def test_works_from_any_thread() -> None:
 
 QUESTION = {"role": "user", "content": "What is 23 + 58?"}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-
-
-@pytest.fixture
-def client(engine: Engine) -> Iterator[TestClient]:
-    with TestClient(create_app([engine], "tiny")) as client:
-        yield client
 
 
 def _say(engine: Engine, monkeypatch: pytest.MonkeyPatch, before: str, expression: str, after: str) -> None:

@@ -33,7 +33,9 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import Batch, Trainer, summed_loss
 from scripts import base_train, chat_sft
 from tests.conftest import TINY_TRAINING
-from tests.helpers import make_model, make_trainer
+from tests.helpers import logged, make_model, make_trainer
+
+pytestmark = pytest.mark.usefixtures("tokenizer_in_place")
 
 
 def _train(corpus: Path, tag: str, *flags: str) -> Path:
@@ -45,15 +47,6 @@ def _weights(stage_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return load_checkpoint(stage_dir, step)[0]
 
 
-def _losses(stage_dir: Path) -> list[float]:
-    return [row["train/loss"] for row in read_metrics(stage_dir / "metrics.jsonl") if "train/loss" in row]
-
-
-@pytest.fixture(autouse=True)
-def _tokenizer_in_place(tokenizer, base_dir: Path) -> None:
-    tokenizer.save(base_dir / "tokenizers" / "default")
-
-
 def test_blocks_join_after_a_share_of_the_updates(corpus: Path) -> None:
     """Until then they stay as they were made; going on from before, at and after that step equals uninterrupted."""
     stage_dir = _train(corpus, "whole", "--expand-at=0.5", "--save-every=1", "--keep-last=-1")
@@ -63,14 +56,14 @@ def test_blocks_join_after_a_share_of_the_updates(corpus: Path) -> None:
     assert all(saved[step][first].any() for step in (4, 5, 6))
     assert torch.equal(saved[1]["blocks.0.attn.c_q.weight"], saved[3]["blocks.0.attn.c_q.weight"])
     assert all(saved[step][last].any() for step in saved)
-    losses, rows = _losses(stage_dir), read_metrics(stage_dir / "metrics.jsonl")
+    losses, rows = logged(stage_dir), read_metrics(stage_dir / "metrics.jsonl")
     flops = [row["train/flops"] for row in rows if "train/loss" in row]
     costs = [after - before for before, after in zip([0, *flops], flops, strict=False)]
     model = GPT(GPTConfig(**read_meta(stage_dir, 6)["model_config"]))
     assert costs == [512 * model.estimate_flops(1)] * 3 + [512 * model.estimate_flops()] * 3
     for step in (2, 3, 4):
         _train(corpus, "whole", "--expand-at=0.5", f"--resume={step}", "--save-every=1", "--keep-last=-1")
-        assert _losses(stage_dir) == losses
+        assert logged(stage_dir) == losses
         for name, tensor in _weights(stage_dir, 6).items():
             assert torch.equal(tensor, saved[6][name]), name
 
@@ -95,9 +88,9 @@ def test_a_budget_decides_when_blocks_join(corpus: Path, more: list[str], monkey
 
 
 def test_a_run_that_was_renamed_goes_on(corpus: Path, tiny_run: Path) -> None:
-    losses = _losses(tiny_run / "base")
+    losses = logged(tiny_run / "base")
     tiny_run.rename(tiny_run.parent / "renamed")
-    assert _losses(_train(corpus, "renamed", "--resume=3", "--save-every=3")) == losses
+    assert logged(_train(corpus, "renamed", "--resume=3", "--save-every=3")) == losses
 
 
 def test_a_logger_that_is_not_installed_leaves_no_run_behind(
@@ -133,12 +126,12 @@ def test_rates_and_shares_out_of_range_are_refused(flag: str, limits: str, corpu
 @pytest.mark.parametrize("flag", ["--resume=3", "--resume-from-step=3", "--resume=auto"])
 def test_resume_equals_uninterrupted(corpus: Path, tiny_run: Path, flag: str) -> None:
     whole = _weights(tiny_run / "base", 6)
-    losses = _losses(tiny_run / "base")
+    losses = logged(tiny_run / "base")
     for path in (tiny_run / "base" / "step_000006").iterdir():
         path.unlink()
     (tiny_run / "base" / "step_000006").rmdir()
     stage_dir = _train(corpus, "tiny", flag, "--save-every=3")
-    assert _losses(stage_dir) == losses
+    assert logged(stage_dir) == losses
     for name, tensor in _weights(stage_dir, 6).items():
         assert torch.equal(tensor, whole[name]), name
 
@@ -198,9 +191,9 @@ def test_the_speed_of_rows_that_tell_of_several_steps(tmp_path: Path) -> None:
 def test_sft_resume_equals_uninterrupted(tiny_run: Path) -> None:
     flags = ["--tasks=Arithmetic:60,Identity:40", "--num-iterations=4", "--no-compile", "--device-type=cpu"]
     flags += ["--model-tag=tiny", "--eval-tokens=512", "--save-every=2"]
-    whole, losses = _weights(tiny_run / "sft", 4), _losses(tiny_run / "sft")
+    whole, losses = _weights(tiny_run / "sft", 4), logged(tiny_run / "sft")
     assert chat_sft.main([*flags, "--resume=2"]) == 0
-    assert _losses(tiny_run / "sft") == losses
+    assert logged(tiny_run / "sft") == losses
     for name, tensor in _weights(tiny_run / "sft", 4).items():
         assert torch.equal(tensor, whole[name]), name
     for tasks, count in (("Arithmetic:60,Identity:30", 90), ("Arithmetic:50,Identity:50", 100)):
@@ -234,8 +227,8 @@ def test_a_new_base_does_not_take_the_tokenizer_of_later_stages(corpus: Path, ti
 
 def test_a_switch_of_momentum_reaches_the_schedule(corpus: Path) -> None:
     """A run with another peak is another run."""
-    losses = [_losses(_train(corpus, tag, "--set", f"muon_momentum={peak}")) for tag, peak in (("a", 0.95), ("b", 0.86))]
-    assert losses[0] == _losses(_train(corpus, "c"))
+    losses = [logged(_train(corpus, tag, "--set", f"muon_momentum={peak}")) for tag, peak in (("a", 0.95), ("b", 0.86))]
+    assert losses[0] == logged(_train(corpus, "c"))
     assert losses[0] != losses[1]
 
 
@@ -312,11 +305,11 @@ def test_accumulation_changes_nothing(corpus: Path, monkeypatch: pytest.MonkeyPa
     """One batch of four rows is the same update as four of one row: rows are drawn alike. Unlike ones: test_passes.py."""
     monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
     one, four = _train(corpus, "one", "--device-batch-size=4"), _train(corpus, "four", "--device-batch-size=1")
-    assert _losses(one) == pytest.approx(_losses(four), abs=1e-4)
+    assert logged(one) == pytest.approx(logged(four), abs=1e-4)
 
 
 def test_loss_falls_and_metrics_are_complete(tiny_run: Path) -> None:
-    losses = _losses(tiny_run / "base")
+    losses = logged(tiny_run / "base")
     assert len(losses) == 6
     assert losses[-1] < losses[0]
     rows = read_metrics(tiny_run / "base" / "metrics.jsonl")
@@ -435,7 +428,7 @@ def test_an_older_optimizer_is_named(corpus: Path, tiny_run: Path, monkeypatch: 
 
 
 def test_a_seed_is_another_model(corpus: Path) -> None:
-    first, second = (_losses(_train(corpus, f"seed{seed}", f"--seed={seed}")) for seed in (1, 2))
+    first, second = (logged(_train(corpus, f"seed{seed}", f"--seed={seed}")) for seed in (1, 2))
     assert first[1:] != second[1:]
 
 
