@@ -6,7 +6,7 @@ Used by trainer.py, report.py, runs_api.py and scripts/compare.py. A number with
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -59,6 +59,14 @@ def kind_of(name: str) -> str:
 
 def quantity(name: str) -> Quantity:
     return QUANTITIES.get(kind_of(name), Quantity(name.partition("/")[2] or name))
+
+
+def by_kind(names: Iterable[str]) -> dict[str, list[str]]:
+    """Each name once, with those of its kind, which share a picture: pass@1 and pass@8."""
+    kinds: dict[str, list[str]] = {}
+    for name in dict.fromkeys(names):
+        kinds.setdefault(kind_of(name), []).append(name)
+    return kinds
 
 
 def describe_line(numbers: Mapping[str, float]) -> list[str]:

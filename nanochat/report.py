@@ -34,7 +34,7 @@ from nanochat.metrics import METRICS_FILE, read_metrics, series, smooth
 from nanochat.model_config import read_config
 from nanochat.plots import Bar, Curve, Panel, Shares, draw_bars, draw_panel, draw_shares, save_png, to_svg
 from nanochat.progress import format_seconds
-from nanochat.quantities import QUANTITIES, kind_of, quantity
+from nanochat.quantities import QUANTITIES, by_kind, quantity
 from nanochat.runs import (
     SETTINGS_FILE,
     STAGE_TITLES,
@@ -46,7 +46,7 @@ from nanochat.runs import (
     step_dir,
     suggest_runs,
 )
-from nanochat.scores import centered, core_name, describe_pass_at
+from nanochat.scores import centered, core_name, core_table, describe_interval, describe_pass_at
 from nanochat.settings import SettingsParser
 
 if TYPE_CHECKING:
@@ -246,9 +246,7 @@ def make_panels(rows: list[dict[str, Any]]) -> dict[str, Panel]:
     names = [name for name in counts if counts[name] > 1 and name in happened - ON_AXES]
     measured = [name for name in names if name.startswith("val/")]
     order = ["rl/reward", "train/loss", *measured, *(name for name in QUANTITIES if not name.startswith("val/")), *names]
-    kinds: dict[str, list[str]] = {}
-    for name in dict.fromkeys(name for name in order if name in names):
-        kinds.setdefault(kind_of(name), []).append(name)
+    kinds = by_kind(name for name in order if name in names)
     return {kind: _make_panel(kind, members, rows) for kind, members in kinds.items()}
 
 
@@ -317,16 +315,7 @@ def count_parts(model: GPT) -> dict[str, tuple[int, int]]:
 
 def _core_section(core: dict[str, Any], plots: Path) -> Section:
     tasks = core["tasks"]
-    table = [
-        [
-            label,
-            f"{task['accuracy']:.1%}",
-            f"{task['low']:.1%} to {task['high']:.1%}",
-            f"{task['centered']:.4f}",
-            f"{task['n']:,}",
-        ]
-        for label, task in tasks.items()
-    ]
+    table = core_table(core)
     name = core_name(core)
     table.append([f"{name}, over {len(tasks)} tasks", "", f"{core['low']:.4f} to {core['high']:.4f}", f"{core[name]:.4f}", ""])
     note = f"Without data: {', '.join(core['missing'])}." if core["missing"] else ""
@@ -344,8 +333,7 @@ def evaluation_table(results: dict[str, Any]) -> list[list[str]]:
     table = [[f"bits per byte, {split}", f"{value:.4f}", "", ""] for split, value in results.get("bpb", {}).items()]
     tasks = results.get("tasks", {})
     for name, task in tasks.items():
-        interval = f"{task['low']:.1%} to {task['high']:.1%}"
-        table.append([name, f"{task['accuracy']:.1%}", interval, f"{task['n']:,}"])
+        table.append([name, f"{task['accuracy']:.1%}", describe_interval(task), f"{task['n']:,}"])
         if passed := describe_pass_at(task.get("pass_at", {})):
             table.append(["", passed, "", ""])
     if mean := results.get("chatcore"):

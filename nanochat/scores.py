@@ -48,6 +48,19 @@ def core_name(results: Mapping[str, Any]) -> str:
     return "core_metric" if "core_metric" in results else "core_partial"
 
 
+def core_table(results: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of (task, accuracy, 95% interval, centred accuracy, questions) from CORE's results."""
+    return [
+        [label, f"{task['accuracy']:.1%}", describe_interval(task), f"{task['centered']:.4f}", f"{task['n']:,}"]
+        for label, task in results["tasks"].items()
+    ]
+
+
+def describe_interval(task: Mapping[str, Any]) -> str:
+    """ "12.5% to 17.0%", of a task's results."""
+    return f"{task['low']:.1%} to {task['high']:.1%}"
+
+
 def describe_pass_at(pass_at: Mapping[Any, float]) -> str:
     """ "pass@1 12.5%, pass@8 40.0%"; empty for a single sample."""
     return ", ".join(f"pass@{k} {value:.1%}" for k, value in pass_at.items()) if len(pass_at) > 1 else ""

@@ -25,7 +25,7 @@ from nanochat.progress import Progress
 from nanochat.ranks import from_rank0
 from nanochat.runs import get_stage_dir
 from nanochat.samples import continue_openings
-from nanochat.scores import core_name
+from nanochat.scores import core_name, core_table
 from nanochat.settings import Arguments, SettingsParser, add_device_argument
 from nanochat.tokenizer import Tokenizer
 
@@ -159,9 +159,8 @@ def show(results: dict[str, Any]) -> None:
     if "core" in results:
         core = results["core"]
         table = Table("task", "accuracy", "95% interval", "centred", "questions")
-        for label, task in core["tasks"].items():
-            interval = f"{task['low']:.1%} to {task['high']:.1%}"
-            table.add_row(label, f"{task['accuracy']:.1%}", interval, f"{task['centered']:.4f}", str(task["n"]))
+        for row in core_table(core):
+            table.add_row(*row)
         console.print(table)
         if core["missing"]:
             console.print(f"without data: {', '.join(core['missing'])}")

@@ -21,7 +21,7 @@ from nanochat.eval_results import merge_eval, read_eval
 from nanochat.progress import Progress
 from nanochat.ranks import from_rank0
 from nanochat.runs import get_stage_dir
-from nanochat.scores import describe_pass_at
+from nanochat.scores import describe_interval, describe_pass_at
 from nanochat.settings import Arguments, SettingsParser, add_checkpoint_arguments, add_device_argument, add_sampling_arguments
 from tasks import build_judged_task, judged_tasks, task_name
 from tasks.common import Task
@@ -114,7 +114,7 @@ def show(results: dict[str, TaskResult], mean: dict | None, missing: dict[str, s
     console = Console()
     table = Table("task", "accuracy", "95% interval", "problems", "pass@k", "truncated")
     for name, result in results.items():
-        interval = f"{result.low:.1%} to {result.high:.1%}"
+        interval = describe_interval(result.as_dict())
         passed = describe_pass_at(result.pass_at)
         table.add_row(name, f"{result.accuracy:.1%}", interval, str(result.n), passed, str(result.truncated or ""))
     console.print(table)

@@ -24,7 +24,7 @@ from nanochat.eval_results import read_eval, read_json
 from nanochat.metrics import METRICS_FILE, read_metrics, series, smooth
 from nanochat.plots import Bar, Curve, Panel, draw_bars, draw_panel, to_svg
 from nanochat.progress import format_seconds
-from nanochat.quantities import kind_of, quantity
+from nanochat.quantities import by_kind, quantity
 from nanochat.report import Picture, Section, format_value, render
 from nanochat.runs import SETTINGS_FILE, STAGE_TITLES, STAGES, get_runs_dir, suggest_runs
 from nanochat.same_run import WORK_SETTINGS
@@ -179,11 +179,8 @@ def draw_curves(runs: list[Run], x: str) -> list[Picture]:
     """A panel for each kind of series that any run has, with a curve for each run, always in the same colour."""
     logged = {name for run in runs for row in run.rows for name in row}
     names = ["rl/reward", "train/loss", *sorted(name for name in logged if name.startswith("val/")), "train/tok_per_s"]
-    kinds: dict[str, list[str]] = {}
-    for name in (name for name in names if name in logged):
-        kinds.setdefault(kind_of(name), []).append(name)
     pictures = []
-    for kind, members in kinds.items():
+    for kind, members in by_kind(name for name in names if name in logged).items():
         shown, curves = quantity(kind), []
         for color, run in enumerate(runs):
             for name in members:
