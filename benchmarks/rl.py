@@ -18,6 +18,7 @@ from benchmarks.common import describe_machine, print_result, run_module
 from nanochat.common import compute_init, run_command
 from nanochat.metrics import METRICS_FILE, read_metrics, smooth
 
+SOURCE = ["--data=builtin", "--tokenizer=demo"]
 BASE = "--depth=4 --aspect-ratio=48 --head-dim=64 --max-seq-len=512 --total-batch-size=2048 --num-iterations=900"
 BASE += " --warmup-steps=10 --eval-every=-1 --eval-tokens=32768 --sample-every=-1"
 SFT = "--tasks=Arithmetic:20000,Identity:2000 --num-iterations=28 --eval-every=-1 --eval-tokens=16384 --no-compile"
@@ -61,9 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as temporary:
         base_dir = args.base_dir or Path(temporary)
-        source = ["--data=builtin", "--tokenizer=demo"]
-        run_module("scripts.tok_train", *source, "--vocab-size=4096", base_dir=base_dir)
-        run_module("scripts.base_train", *source, "--model-tag=weak", "--resume=auto", *BASE.split(), base_dir=base_dir)
+        run_module("scripts.tok_train", *SOURCE, "--vocab-size=4096", base_dir=base_dir)
+        run_module("scripts.base_train", *SOURCE, "--model-tag=weak", "--resume=auto", *BASE.split(), base_dir=base_dir)
         run_module("scripts.chat_sft", "--model-tag=weak", "--resume=auto", *SFT.split(), base_dir=base_dir)
         curves = {seed: read_metrics(train(base_dir, seed) / METRICS_FILE) for seed in map(int, args.seeds.split(","))}
         plot(curves, base_dir / "rl.png")

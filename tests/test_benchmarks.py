@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import checkpoint, data_prep, dataloader, decode, passes, speedrun, train
+from benchmarks import checkpoint, core_eval, data_prep, dataloader, decode, passes, rl, serve, speedrun, train
 from nanochat.gpt import GPT
 from nanochat.scaling import model_config
 from nanochat.tokenizer import Tokenizer
@@ -95,3 +96,47 @@ def test_a_speedrun_reads_its_curve(corpus: Path, tokenizer: Tokenizer, tmp_path
     first, second, third = (point["flops"] for point in curve)
     assert third - second > second - first  # one block learns in the first three of six updates
     assert 0 < curve[-1]["bpb"] < 10
+
+
+@pytest.mark.slow
+def test_serving_is_timed(capsys: pytest.CaptureFixture) -> None:
+    assert serve.main(["--clients=2", "--rounds=1", "--no-compile"]) == 0
+    result = result_of(capsys)
+    assert (result["requests"], result["failed"]) == (2, 0)
+    assert result["share_of_engine"] == pytest.approx(result["http_tokens_per_s"] / result["engine_tokens_per_s"], abs=1e-3)
+    assert 0 < result["ttft_ms_median"] <= result["ttft_ms_p99"]
+
+
+@pytest.mark.slow
+def test_core_is_timed_both_ways(real_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    assert core_eval.main(["--questions=1"]) == 0
+    result = result_of(capsys)
+    assert result["times_faster"] == pytest.approx(result["one_by_one_s"] / result["together_s"], rel=0.2)
+    assert result["questions"] > 5 and result["largest_difference"] < 0.05
+
+
+@pytest.mark.slow
+def test_what_rewards_teach_is_measured(
+    corpus: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Once more in the same folder trains nothing anew."""
+
+    def run(module: str, *flags: str, base_dir: Path) -> None:
+        assert importlib.import_module(module).main(list(flags)) == 0
+
+    monkeypatch.setattr(rl, "run_module", run)
+    small = "--depth=1 --aspect-ratio=16 --head-dim=16 --max-seq-len=128 --total-batch-size=512"
+    ending = "--num-iterations=1 --eval-every=-1 --eval-tokens=128 --no-compile"
+    monkeypatch.setattr(rl, "SOURCE", [f"--data={corpus}"])
+    monkeypatch.setattr(rl, "BASE", f"{small} {ending} --sample-every=-1")
+    monkeypatch.setattr(rl, "SFT", f"--tasks=Arithmetic:50 {ending}")
+    rewards = "--task=Arithmetic --num-iterations=2 --examples-per-step=1 --num-samples=2 --eval-examples=2"
+    monkeypatch.setattr(rl, "RL", f"{rewards} --max-new-tokens=8 --no-compile")
+    results = []
+    for _ in range(2):
+        assert rl.main(["--seeds=1,2", f"--base-dir={base_dir}"]) == 0
+        results.append({name: value for name, value in result_of(capsys).items() if name.startswith("seed")})
+    assert results[0] == results[1] and len(results[0]) == 4
+    assert all(0 <= value <= 1 for values in results[0].values() for value in values)
+    assert (base_dir / "rl.png").stat().st_size > 1000
