@@ -46,6 +46,11 @@ def get_stage_dir(tag: str, stage: str) -> Path:
     return get_run_dir(tag) / stage
 
 
+def heirs(tag: str) -> list[str]:
+    """The stages of a run after its base that have checkpoints, which need the run's tokenizer."""
+    return [stage for stage in STAGES[1:] if list_steps(get_stage_dir(tag, stage))]
+
+
 def step_dir(stage_dir: Path, step: int) -> Path:
     return stage_dir / f"step_{step:06d}"
 

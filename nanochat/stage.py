@@ -46,7 +46,7 @@ from nanochat.model_config import read_config
 from nanochat.optim import MuonAdamW
 from nanochat.pace import TimeLimit
 from nanochat.ranks import all_or_none, on_rank0
-from nanochat.runs import SETTINGS_FILE, STAGES, get_run_dir, get_stage_dir, list_steps, step_dir
+from nanochat.runs import SETTINGS_FILE, STAGES, get_run_dir, get_stage_dir, heirs, list_steps, step_dir
 from nanochat.same_run import check_data, check_settings, compare_ranks, way_to_begin_anew
 from nanochat.settings import CONFIG_FILE, Arguments
 from nanochat.tokenizer import Tokenizer
@@ -140,9 +140,9 @@ def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> St
             f"the base model of run {tag!r} came from {origin['from']}: it can be fine-tuned, but not trained on here; "
             f"{way_to_begin_anew(directory)}"
         )
-    if step is None and (heirs := _heirs(tag, name)):
+    if step is None and (later := _heirs(tag, name)):
         raise NanochatError(
-            f"run {tag!r} has {' and '.join(heirs)} checkpoints, whose tokenizer that of a new base model would replace: "
+            f"run {tag!r} has {' and '.join(later)} checkpoints, whose tokenizer that of a new base model would replace: "
             "choose another --model-tag"
         )
     return Stage(tag, name, directory, step, list_steps(directory))
@@ -167,7 +167,7 @@ def _is_second_start(directory: Path, resume: str) -> bool:
 
 def _heirs(tag: str, name: str) -> list[str]:
     """When opening the base stage: later stages of that run, which still need its tokenizer. Otherwise none."""
-    return [stage for stage in STAGES[1:] if name == STAGES[0] and list_steps(get_stage_dir(tag, stage))]
+    return heirs(tag) if name == STAGES[0] else []
 
 
 def open_start(stage: Stage, source: str, step: int | None) -> tuple[Path, Tokenizer, dict[str, Any], int]:

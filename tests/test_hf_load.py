@@ -169,6 +169,19 @@ def test_fine_tuning_from_an_export(tiny_run: Path, tmp_path: Path, capsys: pyte
         base_train.main(["--model-tag=little-model", "--device-type=cpu", "--resume=auto"])
 
 
+def test_importing_leaves_the_tokenizer_that_later_stages_need(tiny_run: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Whose base model is gone: the same model may take its place again, another one may not."""
+    assert export_hf.main(["--model-tag=tiny", "--source=base", "--output", str(tmp_path / "same")]) == 0
+    other = Tokenizer(tokenizer.tokens[:-1])
+    export(make_plain_model(other), other, META, tmp_path / "other")
+    shutil.rmtree(tiny_run / "base")
+    before = (tiny_run / "tokenizer.json").read_bytes()
+    with pytest.raises(NanochatError, match="'tiny' has sft checkpoints, whose tokenizer that of .*other would replace"):
+        import_run(str(tmp_path / "other"), "tiny")
+    assert import_run(str(tmp_path / "same"), "tiny") == "tiny"
+    assert (tiny_run / "tokenizer.json").read_bytes() == before
+
+
 def test_fine_tuning_a_plain_model_makes_it_one_of_ours(tokenizer: Tokenizer, tmp_path: Path) -> None:
     export(make_plain_model(tokenizer), tokenizer, META, tmp_path / "plain")
     flags = ["--from-hf", str(tmp_path / "plain"), "--tasks=Arithmetic:20", "--num-iterations=2", "--total-batch-size=512"]

@@ -23,7 +23,7 @@ from nanochat.hf.export import TEMPLATE_FILE, read_resource
 from nanochat.hf.tokenizer_json import from_tokenizer_json
 from nanochat.hf.weights import CUSTOM_TYPE, NATIVE_TYPE, from_custom, from_native
 from nanochat.ranks import on_rank0
-from nanochat.runs import get_run_dir, get_stage_dir, list_steps
+from nanochat.runs import get_run_dir, get_stage_dir, heirs, list_steps
 from nanochat.tokenizer import Tokenizer
 
 SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
@@ -130,7 +130,8 @@ def check_chat_template(directory: Path) -> None:
 def import_run(name: str, tag: str | None) -> str:
     """Import a model as the base of a run, so that it can be fine-tuned; returns the run's tag (a collective call).
 
-    A run made earlier from the same model is used again. Raises NanochatError if the tag belongs to another model.
+    A run made earlier from the same model is used again. Raises NanochatError if the tag belongs to another model, or to later
+    stages whose base model is gone.
     """
     return on_rank0(lambda: _import_run(name, tag))
 
@@ -145,6 +146,12 @@ def _import_run(name: str, tag: str | None) -> str:
             if old.keys() != state.keys() or any(not torch.equal(old[key], state[key]) for key in old):
                 raise NanochatError(f"run {tag!r} already has a base model, another than {name}: choose another --model-tag")
             return tag
+        for later in (get_stage_dir(tag, stage) for stage in heirs(tag)):
+            if read_meta(later, list_steps(later)[-1]).get("tokenizer") != tokenizer.fingerprint():
+                raise NanochatError(
+                    f"run {tag!r} has {later.name} checkpoints, whose tokenizer that of {name} would replace: choose another "
+                    "--model-tag, or leave out --from-hf to go on with them"
+                )
         tokenizer.save(get_run_dir(tag))
         about = {
             "model_config": meta["model_config"],
