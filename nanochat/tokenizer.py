@@ -398,5 +398,11 @@ def get_tokenizer_dir(name_or_path: str = "default") -> Path:
     return path if is_here and name_or_path != "default" and not (named / FILE_NAME).exists() else named
 
 
+def without_folder(name_or_path: str) -> str:
+    """A tokenizer's name as it is, a path as an absolute one: the next command may be given in another folder."""
+    directory = get_tokenizer_dir(name_or_path)
+    return name_or_path if directory == get_base_dir() / "tokenizers" / name_or_path else str(directory.absolute())
+
+
 def get_tokenizer(name_or_path: str = "default") -> Tokenizer:
     return Tokenizer.load(get_tokenizer_dir(name_or_path))

@@ -39,7 +39,7 @@ from nanochat.scaling import (
 from nanochat.scores import core_name
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import Stage, begin, make_model, open_metrics, open_stage, setup_optimizer, time_limit, train, train_config
-from nanochat.tokenizer import FILE_NAME, Tokenizer, get_tokenizer, get_tokenizer_dir
+from nanochat.tokenizer import FILE_NAME, Tokenizer, get_tokenizer, get_tokenizer_dir, without_folder
 from nanochat.trainer import Trainer
 from nanochat.training_flags import RATES, add_rate_arguments, add_schedule_arguments, add_training_arguments, parse_switches
 from scripts import tok_train
@@ -251,6 +251,7 @@ def open_text(args: Arguments, stage: Stage) -> tuple[Source, Tokenizer]:
     else:
         on_rank0(lambda: make_default_tokenizer(args.tokenizer, args.data))
         tokenizer = get_tokenizer(args.tokenizer)
+        args.tokenizer = without_folder(args.tokenizer)
     source.check_tokens(tokenizer)
     return source, tokenizer
 

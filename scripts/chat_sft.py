@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -114,6 +115,8 @@ def find_base(args: Arguments) -> str:
         return find_run("base", args.model_tag, heir="sft" if args.resume != "none" else None)
     from nanochat.hf.load import import_run
 
+    if (path := Path(os.path.expanduser(args.from_hf))).is_dir():
+        args.from_hf = str(path.absolute())  # the next command may be given in another folder
     return import_run(args.from_hf, args.model_tag)
 
 

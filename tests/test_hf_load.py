@@ -19,6 +19,7 @@ from nanochat.gpt import GPT
 from nanochat.hf.export import export, push
 from nanochat.hf.load import check_chat_template, import_run, load_hf
 from nanochat.hf.weights import NORM_EPS
+from nanochat.runs import list_steps
 from nanochat.tokenizer import Tokenizer
 from scripts import base_eval, base_train, chat_cli, chat_sft, export_hf
 from tests.helpers import make_document, make_model
@@ -180,6 +181,20 @@ def test_importing_leaves_the_tokenizer_that_later_stages_need(tiny_run: Path, t
         import_run(str(tmp_path / "other"), "tiny")
     assert import_run(str(tmp_path / "same"), "tiny") == "tiny"
     assert (tiny_run / "tokenizer.json").read_bytes() == before
+
+
+def test_a_model_in_a_folder_here_is_found_again(
+    tokenizer: Tokenizer, tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(make_plain_model(tokenizer), tokenizer, META, tmp_path / "plain")
+    flags = ["--tasks=Arithmetic:20", "--num-iterations=2", "--save-every=1", "--total-batch-size=512", "--no-compile"]
+    monkeypatch.chdir(tmp_path)
+    assert chat_sft.main(["--from-hf=plain", *flags, "--device-type=cpu", "--eval-tokens=512"]) == 0
+    stage_dir = base_dir / "runs" / "plain" / "sft"
+    shutil.rmtree(stage_dir / "step_000002")
+    monkeypatch.chdir("/")
+    assert chat_sft.main(["--config", str(stage_dir / "config.toml"), "--resume=auto"]) == 0
+    assert list_steps(stage_dir) == [1, 2]
 
 
 def test_fine_tuning_a_plain_model_makes_it_one_of_ours(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from nanochat.tokenizer import (
     cut_long_blanks,
     get_tokenizer,
     get_tokenizer_dir,
+    without_folder,
 )
 from scripts import tok_train
 from tests.helpers import make_document
@@ -366,3 +367,15 @@ def test_a_folder_here_does_not_take_the_name_of_a_tokenizer(
         assert get_tokenizer_dir(name) == named / name
         for path in (f"./{name}", f"{name}/", str(tmp_path / name)):
             assert get_tokenizer_dir(path) == Path(path)
+
+
+def test_a_tokenizer_is_recorded_as_it_is_found_from_any_folder(
+    tokenizer: Tokenizer, tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.save(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    for path in ("mine", "./mine", "mine/", str(tmp_path / "mine")):
+        assert without_folder(path) == str(tmp_path / "mine")
+    assert without_folder("default") == "default"
+    tokenizer.save(base_dir / "tokenizers" / "mine")
+    assert without_folder("mine") == "mine"
