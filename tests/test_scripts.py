@@ -214,10 +214,12 @@ def test_a_run_of_so_many_minutes_goes_on_as_it_was_planned(
     tiny_run: Path, corpus: Path, capsys: pytest.CaptureFixture
 ) -> None:
     flags = [*TINY_TRAINING, "--data", str(corpus), "--model-tag=timed", "--resume=auto", "--target-minutes=0.003"]
-    flags += ["--num-iterations=-1", "--save-every=1"]
+    flags += ["--num-iterations=-1", "--expand-at=-1", "--save-every=1"]
     assert base_train.main(flags) == 0
     stage_dir = tiny_run.parent / "timed" / "base"
-    planned = json.loads((stage_dir / "settings.json").read_text(encoding="utf-8"))["num_iterations"]
+    settings = json.loads((stage_dir / "settings.json").read_text(encoding="utf-8"))
+    planned = settings["num_iterations"]
+    assert settings["expand_at"] == 0.85
     assert list_steps(stage_dir)[-1] == planned
     shutil.rmtree(stage_dir / f"step_{planned:06d}")
     assert base_train.main(flags) == 0
