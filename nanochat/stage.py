@@ -247,7 +247,9 @@ def write_settings(stage: Stage, settings: dict[str, Any], args: Arguments) -> N
     text = json.dumps(settings, indent=2, ensure_ascii=False)  # unescaped: recipes search it for the path of the data
     atomic_write(stage.directory / SETTINGS_FILE, text)
     left_out = ("resume", "resume_from_step", "target_minutes")  # the last: what it allowed is num_iterations
-    config = args.to_toml({**settings, "model_tag": stage.tag}, leave_out=left_out)
+    # The rows as they were asked for: those chosen for these ranks may not divide the batch on others.
+    chosen = {**settings, "model_tag": stage.tag, "device_batch_size": args.device_batch_size}
+    config = args.to_toml(chosen, leave_out=left_out)
     atomic_write(stage.directory / CONFIG_FILE, config)
 
 

@@ -184,6 +184,7 @@ def test_a_run_can_be_repeated_from_what_it_saved(tiny_run: Path, corpus: Path) 
         assert losses[0] and losses[0] == losses[1]
         texts = [(folder / "config.toml").read_text(encoding="utf-8") for folder in folders]
         assert texts[0].replace('"tiny"', '"again"') == texts[1]
+        assert first["device_batch_size"] > 0 and "device_batch_size = -1" in texts[0]  # other ranks choose their own
 
 
 @pytest.mark.usefixtures("planned_pace")
