@@ -116,6 +116,11 @@ class Source:
         """The fingerprint of the tokenizer that made this source's tokens; None if it holds text. Raises NanochatError."""
         return self._fingerprint
 
+    def check_validation(self) -> None:
+        """Raise NanochatError if there is nothing to validate on, which would show only when a run first validates."""
+        if next(self.numbered("val"), None) is None:
+            raise NanochatError(f"{self.name} has no val document: give more text")
+
     def check_tokens(self, tokenizer: Tokenizer) -> None:
         """Raise NanochatError if the files hold tokens of another tokenizer."""
         found = self.tokenizer_fingerprint()

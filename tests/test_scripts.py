@@ -17,6 +17,7 @@ from nanochat.common import NanochatError, describe_error
 from nanochat.runs import list_steps
 from scripts import base_eval, base_train, chat_cli, chat_eval, chat_sft, chat_web, tok_eval, tok_train
 from tests.conftest import TINY_TRAINING
+from tests.helpers import write_corpus
 
 SCRIPTS = [
     "tok_train", "tok_eval", "base_train", "base_eval", "chat_sft", "chat_rl", "chat_eval", "chat_cli", "chat_web",
@@ -208,6 +209,16 @@ def test_the_guides_first_command_works_alone(base_dir: Path, capsys: pytest.Cap
     assert "climbmix is not downloaded" in out
     assert "training one" in out
     assert list_steps(base_dir / "runs" / "d1" / "base") == [2]
+
+
+def test_text_without_validation_is_no_text_to_begin_with(tmp_path: Path, tokenizer, base_dir: Path) -> None:
+    """Not after hours of training, when it is first validated on."""
+    corpus = write_corpus(tmp_path / "corpus", 20)
+    (corpus / "val.jsonl").write_text('{"text": " "}', encoding="utf-8")
+    tokenizer.save(base_dir / "tokenizers" / "default")
+    with pytest.raises(NanochatError, match="corpus has no val document: give more text"):
+        base_train.main([*TINY_TRAINING, "--data", str(corpus), "--save-every=1"])
+    assert not list_steps(base_dir / "runs" / "d2" / "base")
 
 
 def test_a_run_of_so_many_minutes_goes_on_as_it_was_planned(
