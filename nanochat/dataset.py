@@ -83,8 +83,8 @@ class Source:
 
     def counted_rows(self, split: str) -> dict[str, int]:
         """The number of rows, by name, of the files that had to be read through to learn it."""
-        files = ((file, file.counted_rows) for file in self._files(split) if file.suffix != ".parquet")
-        return {file.name: rows for file, rows in files if rows is not None}
+        counted = ((file, file.counted_rows) for file in self._files(split) if file.counted_rows is not None)
+        return {file.name: rows for file, rows in counted if file.suffix != ".parquet"}
 
     def know_rows(self, split: str, counted: dict[str, int]) -> None:
         """Take over what `counted_rows` gave, so that reading can begin behind those files without reading them again."""

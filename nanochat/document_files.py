@@ -68,7 +68,7 @@ class DocumentFile:
         self.counted_rows: int | None = None  # once it was read through
         self._footer: Footer | None = None
 
-    @property
+    @functools.cached_property
     def suffix(self) -> str:
         return Path(self.name).suffix.lower()
 
