@@ -79,7 +79,9 @@ def main(argv: list[str] | None = None) -> int:
         args.input = str(Path(os.path.expanduser(args.input)).absolute())
     layout = Layout(Path(os.path.expanduser(args.output)).absolute())
     inputs = list_inputs(args.input)
-    if any(layout.output in Path(path).parents for path in inputs) or layout.output.is_relative_to(args.input):
+    real: Any = str if is_remote(args.input) else os.path.realpath  # links and .. may lead into the other folder
+    output = Path(os.path.realpath(layout.output))
+    if any(output in Path(real(path)).parents for path in inputs) or output.is_relative_to(real(args.input)):
         raise NanochatError(f"--output {layout.output} and --input {args.input} overlap: choose another folder")
     tokenizer = None if args.no_tokenize else get_tokenizer(args.tokenizer)
     settings = _open_output(args, layout, inputs, tokenizer)

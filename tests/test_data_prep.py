@@ -396,6 +396,13 @@ def test_output_in_input_is_refused(prepare, raw: Path) -> None:
         prepare("out", "--output", str(raw / "shards"))
 
 
+def test_output_in_input_is_refused_however_it_is_written(prepare, raw: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(raw)
+    for source in (tmp_path / "link", raw / "below" / ".."):
+        with pytest.raises(NanochatError, match="overlap"):
+            prepare("out", "--output", str(raw / "shards"), source=source)
+
+
 def test_absent_packages_are_one_sentence(prepare, monkeypatch: pytest.MonkeyPatch) -> None:
     for package, flags, extra in (
         ("datatrove", [], "data"),
