@@ -41,11 +41,13 @@ EXAMPLES: dict[Any, Any] = {int: 12, float: 0.5}
 class Arguments(argparse.Namespace):
     """The settings of a command, from flags and file together. `vars` gives only the values."""
 
-    __slots__ = ("_parser", "defaults", "given")
+    __slots__ = ("_parser", "defaults", "given", "typed")
     _parser: SettingsParser
-    # By the names that `vars` has: what flags are where neither command line nor file gives them, and those that one gives.
+    # By the names that `vars` has: what flags are where neither command line nor file gives them, those that one gives, and
+    # those that the command line gives.
     defaults: dict[str, Any]
     given: set[str]
+    typed: set[str]
 
     def require_positive(self, *names: str) -> None:
         """Raise NanochatError if one of these numbers (named as in `vars`) is below 1; None passes."""
@@ -63,6 +65,13 @@ class Arguments(argparse.Namespace):
         """For these numbers, 0 or less means not given: they become their defaults."""
         for name in names:
             if getattr(self, name) <= 0:
+                setattr(self, name, self.defaults[name])
+                self.given.discard(name)
+
+    def prefer_typed(self, *names: str) -> None:
+        """Of these numbers, of which one decides: forget the file's where the command line gives another one above 0."""
+        if any(name in self.typed and getattr(self, name) > 0 for name in names):
+            for name in set(names) - self.typed:
                 setattr(self, name, self.defaults[name])
                 self.given.discard(name)
 
@@ -134,9 +143,11 @@ class SettingsParser(argparse.ArgumentParser):
         if unknown:
             self.error(f"there is no {unknown[0]!r} here{_nearest(unknown[0].partition('=')[0], self._option_string_actions)}")
         values = {action.dest: value for action, value in in_file.items()}
-        values |= {name: value for name, value in vars(arguments).items() if value is not not_given}
+        typed = {name: value for name, value in vars(arguments).items() if value is not not_given}
+        values |= typed
         arguments = Arguments(**{**defaults, **values})
         arguments._parser, arguments.defaults, arguments.given = self, defaults, values.keys() & defaults
+        arguments.typed = typed.keys() & defaults
         for action in self._actions:
             value = getattr(arguments, action.dest, None)
             if action.type is Path and isinstance(value, Path):

@@ -100,6 +100,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     run = add_training_arguments(parser, model_tag="the run's name (default: d and the depth)")
     run.add_argument("--resume-from-step", type=int, default=-1, help="the same as --resume STEP")
     args = parser.parse_args(argv)
+    args.prefer_typed(*HORIZON)
     args.require_positive("depth", "aspect_ratio", "max_seq_len", "num_kv_heads")
     args.require_between(0, math.inf, *sorted(RATES), "weight_decay", "warmup_steps")
     args.require_between(0, 1, "warmdown_ratio", "final_lr_frac", *(["expand_at"] if args.expand_at != -1 else []))

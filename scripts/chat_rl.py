@@ -59,6 +59,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     measuring.add_argument("--eval-samples", type=int, default=8, help="N answers to each, for pass@1 and pass@N")
     add_training_arguments(parser, eval_every=60, sample_every=0, generates=True)
     args = parser.parse_args(argv)
+    args.prefer_typed("num_iterations", "num_epochs")
     args.require_positive("examples_per_step", "num_samples", "max_new_tokens", "max_rows", "eval_examples", "eval_samples")
     args.require_positive("num_epochs")
     args.require_between(0, math.inf, *sorted(RATES), "weight_decay", "init_lr_frac", "kl_weight")

@@ -98,6 +98,18 @@ def test_a_file_must_be_there_and_be_text(tmp_path: Path) -> None:
             base_train.parse_arguments(["--config", str(path)])
 
 
+def test_a_horizon_on_the_command_line_replaces_that_of_the_file(tmp_path: Path) -> None:
+    """Though a stage's file always has num_iterations, which would come first."""
+    file = "num_iterations = 5\ntarget_flops = 1e9\ndepth = 2"
+    for flags, expected in (
+        ([], (5, -1.0, 1e9)), (["--target-minutes=3"], (-1, 3.0, -1.0)), (["--target-flops=2"], (-1, -1.0, 2.0)),
+        (["--num-iterations=-1"], (-1, -1.0, 1e9)), (["--depth=3"], (5, -1.0, 1e9)),
+    ):  # fmt: skip
+        found = parse(base_train, file, tmp_path, *flags)
+        assert tuple(found[name] for name in ("num_iterations", "target_minutes", "target_flops")) == expected
+    assert parse(chat_rl, "num_iterations = 5", tmp_path, "--num-epochs=2")["num_iterations"] == -1
+
+
 @pytest.mark.parametrize(("flags", "named"), [(["--detph=4"], "--depth"), (["--depth=x"], "'x'"), (["--config"], "--config")])
 def test_a_wrong_flag_is_one_sentence(flags: list[str], named: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as leaving:
