@@ -192,9 +192,11 @@ def estimate_tokens(task: Task, tokenizer: Tokenizer, sequence_len: int, sample_
 
 def check_answers(task: Task, tokenizer: Tokenizer, sequence_len: int) -> None:
     """Raise NanochatError before training if there is no answer to validate on."""
-    if next(ConversationLoader(task, tokenizer, 1, sequence_len, loop=False), None) is None:
+    num_bytes = tokenizer.get_token_bytes()  # 0 for the end of an answer, which is all that an empty one has
+    rows = ConversationLoader(task, tokenizer, 1, sequence_len, loop=False)
+    if not any(num_bytes[targets[targets >= 0]].any() for _, targets in rows):
         raise NanochatError(
-            f"none of the {len(task)} conversations held out to validate on has an assistant's token within {sequence_len} "
+            f"none of the {len(task)} conversations held out to validate on has an assistant's text within {sequence_len} "
             "tokens: raise --max-seq-len, or give more conversations"
         )
 

@@ -333,6 +333,9 @@ def test_held_out_conversations_without_an_answer_are_noticed_before_the_trainin
     check_answers(_Letters(20), tokenizer, 64)
     with pytest.raises(NanochatError, match="none of the 600 conversations held out .* within 64 tokens: raise"):
         check_answers(_Letters(20, usable=0), tokenizer, 64)
+    nothing = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}] * 3
+    with pytest.raises(NanochatError, match="none of the 3 conversations held out .* has an assistant's text"):
+        check_answers(nothing, tokenizer, 64)
 
 
 def test_to_go_on_nothing_is_read_but_what_comes_and_what_waits(
