@@ -106,7 +106,8 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     args.require_between(0, 1, "warmdown_ratio", "final_lr_frac", *(["expand_at"] if args.expand_at != -1 else []))
     args.require_some("core_metric_max_per_task")
     args.leave_open("num_iterations", "target_minutes", "target_flops", "total_batch_size")
-    args.given -= {"expand_at"} if args.expand_at == -1 else set()
+    if args.expand_at == -1:
+        args.given.discard("expand_at")
     return args
 
 
