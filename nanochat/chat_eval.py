@@ -47,10 +47,19 @@ class Answering:
     top_k: int = 50
 
     def label(self, task: Task, name: str) -> str:
-        """The key of a task's result: sampled answers are kept apart from greedy ones."""
-        if task.eval_type == "categorical" or self.temperature == 0:
-            return name
-        return f"{name}, {self.num_samples} drawn at {self.temperature:g}"
+        """The key of a task's result: those of other settings are kept beside it."""
+        return name if task.eval_type == "categorical" else name + self.described()
+
+    def described(self) -> str:
+        """What follows a name to tell results apart: the settings that matter and are not the usual ones."""
+        text, usual = "", Answering()
+        if self.temperature > 0:
+            text += f", {self.num_samples} drawn at {self.temperature:g}"
+            if self.top_k != usual.top_k:
+                text += f" from the {self.top_k} likeliest" if self.top_k > 0 else " from all tokens"
+        if self.max_tokens != usual.max_tokens:
+            text += f", at most {self.max_tokens} tokens"
+        return text
 
     def file_name(self, task_name: str) -> str:
         return f"{task_name}_n{self.num_samples}_m{self.max_tokens}_t{self.temperature:g}_k{self.top_k}.jsonl"

@@ -151,8 +151,8 @@ def _facts(stage: str, rows: list[dict[str, Any]], results: dict[str, Any]) -> d
         facts["validation bits per byte"] = f"{results.get('bpb', {}).get('val', values[-1]):.4f}"
     if core := results.get("core"):
         facts["CORE" if "core_metric" in core else "CORE, some tasks"] = f"{core[core_name(core)]:.4f}"
-    if mean := results.get("chatcore"):
-        facts[mean["name"]] = f"{mean['value']:.4f}"
+    for name, mean in _chat_means(results).items():
+        facts[name] = f"{mean['value']:.4f}"
     if rows:
         facts[STAGE_TITLES[stage].lower()] = format_seconds(rows[-1].get("time_s", 0.0))
     return facts
@@ -336,10 +336,16 @@ def evaluation_table(results: dict[str, Any]) -> list[list[str]]:
         table.append([name, f"{task['accuracy']:.1%}", describe_interval(task), f"{task['n']:,}"])
         if passed := describe_pass_at(task.get("pass_at", {})):
             table.append(["", passed, "", ""])
-    if mean := results.get("chatcore"):
+    for name, mean in _chat_means(results).items():
         interval = f"{mean['low']:.4f} to {mean['high']:.4f}"
-        table.append([f"{mean['name']}, over {mean['tasks']} tasks", f"{mean['value']:.4f}", interval, ""])
+        table.append([f"{name}, over {mean['tasks']} tasks", f"{mean['value']:.4f}", interval, ""])
     return table
+
+
+def _chat_means(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """ChatCORE by name; with unusual settings, such as longer answers, it has a name of its own."""
+    found = {key.removeprefix("chatcore"): mean for key, mean in results.items() if key.startswith("chatcore")}
+    return {mean["name"] + settings: mean for settings, mean in found.items()}
 
 
 def _evaluation_sections(stage: str, results: dict[str, Any], rows: list[dict[str, Any]], plots: Path) -> list[Section]:

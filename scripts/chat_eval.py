@@ -83,9 +83,10 @@ def main(argv: list[str] | None = None) -> int:
     if rank == 0:
         mean = chatcore({name: result.as_dict() for name, result in results.items()})
         before = read_eval(stage_dir)
-        known = before.get("chatcore", {}).get("tasks", 0) if before.get("step") == meta["step"] else 0
+        key = f"chatcore{answering.described()}"
+        known = before.get(key, {}).get("tasks", 0) if before.get("step") == meta["step"] else 0
         if mean is not None and args.temperature == 0 and mean["tasks"] >= known:  # otherwise the mean is of other scores
-            merge_eval(stage_dir, meta["step"], {"chatcore": mean})
+            merge_eval(stage_dir, meta["step"], {key: mean})
         show(results, mean, missing)
     return 0
 

@@ -119,6 +119,9 @@ def final_numbers(runs: list[Run]) -> list[list[str]]:
     def median(name: str) -> Callable[[Run], str]:
         return lambda run: quantity(name).show(statistics.median(run.values(name)))
 
+    def chat_mean(key: str) -> Callable[[Run], str]:
+        return lambda run: f"{run.results[key]['value']:.4f}"
+
     wanted: dict[str, Callable[[Run], str]] = {
         "parameters": lambda run: f"{run.settings['num_params']:,}",
         "steps": lambda run: f"{run.rows[-1]['step']:,} of {run.settings['num_iterations']:,}",
@@ -136,8 +139,9 @@ def final_numbers(runs: list[Run]) -> list[list[str]]:
         "evaluated bits per byte": lambda run: f"{run.results['bpb']['val']:.4f}",
         "CORE": lambda run: f"{run.results['core']['core_metric']:.4f}",
         "CORE, some tasks": lambda run: f"{run.results['core']['core_partial']:.4f}",
-        "mean of the chat tasks": lambda run: f"{run.results['chatcore']['value']:.4f}",
     }
+    for key in dict.fromkeys(key for run in runs for key in run.results if key.startswith("chatcore")):  # by settings
+        wanted[key.replace("chatcore", "mean of the chat tasks")] = chat_mean(key)
     rows = [[label, *(_or_dash(number, run) for run in runs)] for label, number in wanted.items()]
     return [row for row in rows if set(row[1:]) != {"-"}]
 

@@ -203,17 +203,17 @@ def test_chatcore_is_the_centred_mean_and_says_over_how_many() -> None:
 
 
 def test_the_command_on_real_tasks(tiny_run: Path, real_data: Path, capsys: pytest.CaptureFixture) -> None:
-    """Answers that are drawn have a result of their own, beside that of the likeliest ones, whose mean alone is kept."""
+    """Answers of other settings have results of their own; of drawn ones no mean is kept."""
     flags = ["--model-tag=tiny", "-a", "ARC-Easy|MMLU,GSM8K", "-x", "4", "-m", "4", "--device-type=cpu"]
     flags.append(f"--task-data={real_data / 'tasks'}")
-    labels = {"ARC-Easy", "MMLU", "GSM8K, 2 drawn at 1"}
-    for more, expected in ((["-n", "2", "-t", "1"], labels), ([], labels | {"GSM8K"})):
+    labels = {"ARC-Easy", "MMLU", "GSM8K, 2 drawn at 1, at most 4 tokens"}
+    for more, expected in ((["-n", "2", "-t", "1"], labels), ([], labels | {"GSM8K, at most 4 tokens"})):
         assert chat_eval.main([*flags, *more]) == 0
         out = capsys.readouterr().out
         assert "chatcore_partial" in out and "3 of 6 tasks" in out
         saved = json.loads((tiny_run / "sft" / "eval.json").read_text(encoding="utf-8"))
-        assert set(saved["tasks"]) == expected and ("chatcore" in saved) == (not more)
-    assert saved["chatcore"]["tasks"] == 3
+        assert set(saved["tasks"]) == expected and ("chatcore, at most 4 tokens" in saved) == (not more)
+    assert saved["chatcore, at most 4 tokens"]["tasks"] == 3 and "chatcore" not in saved
     (folder,) = (tiny_run / "sft" / "chat_eval").iterdir()
     assert {path.name.split("_")[0] for path in folder.iterdir()} == {"ARC-Easy", "MMLU", "GSM8K"}
 
@@ -222,7 +222,8 @@ def test_tasks_count_in_whatever_case_they_are_named(tiny_run: Path, real_data: 
     flags = ["--model-tag=tiny", "-a", "gsm8k|arc-easy,GSM8K", "-x", "2", "-m", "4", "--device-type=cpu"]
     assert chat_eval.main([*flags, f"--task-data={real_data / 'tasks'}"]) == 0
     saved = json.loads((tiny_run / "sft" / "eval.json").read_text(encoding="utf-8"))
-    assert set(saved["tasks"]) == {"ARC-Easy", "GSM8K"} and saved["chatcore"]["tasks"] == 2
+    assert set(saved["tasks"]) == {"ARC-Easy", "GSM8K, at most 4 tokens"}
+    assert saved["chatcore, at most 4 tokens"]["tasks"] == 2
 
 
 def test_without_any_data_the_tasks_are_named(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -235,6 +236,23 @@ def test_without_any_data_the_tasks_are_named(tiny_run: Path, tmp_path: Path, ca
 
 def test_answers_drawn_otherwise_have_another_file() -> None:
     assert Answering(top_k=5).file_name("x") != Answering(top_k=50).file_name("x")
+
+
+@pytest.mark.parametrize(
+    ("answering", "label"),
+    [
+        (Answering(), "Sums"),
+        (Answering(top_k=5), "Sums"),  # the likeliest token is always among them
+        (Answering(8, 256, 0.8), "Sums, 8 drawn at 0.8"),
+        (Answering(8, 256, 0.8, 5), "Sums, 8 drawn at 0.8 from the 5 likeliest"),
+        (Answering(8, 64, 0.8, 0), "Sums, 8 drawn at 0.8 from all tokens, at most 64 tokens"),
+        (Answering(max_tokens=512), "Sums, at most 512 tokens"),
+    ],
+)
+def test_results_of_other_settings_have_another_label(answering: Answering, label: str) -> None:
+    """Those of the usual settings keep the task's name, under which older results are stored."""
+    assert answering.label(LongAnswers(), "Sums") == label
+    assert answering.label(Letters(), "Choices") == "Choices"
 
 
 def test_kept_answers_are_judged_anew_and_counted_up_to_the_limit(engine: Engine, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from nanochat.metrics import read_metrics
 from nanochat.plots import Curve, Panel, draw_panel, to_svg
 from nanochat.progress import Progress, _Console, format_seconds
 from nanochat.quantities import describe_line
-from nanochat.report import count_parts, make_panels, write_report
+from nanochat.report import count_parts, evaluation_table, make_panels, write_report
 from tests.helpers import make_model
 
 
@@ -228,6 +228,14 @@ def test_chat_scores_are_drawn_with_their_intervals(tiny_run: Path) -> None:
     assert 'aria-label="Supervised fine-tuning: right answers by task"' in text
     assert text.count("<code>python_start</code>2+2") == 3  # of nine
     assert text.count("Sums, right") == 3
+
+
+def test_means_of_other_settings_are_told_apart() -> None:
+    mean = {"name": "chatcore_metric", "value": 0.25, "low": 0.2, "high": 0.3, "tasks": 6}
+    table = evaluation_table({"chatcore": mean, "chatcore, at most 64 tokens": {**mean, "value": 0.125}})
+    assert [row[:2] for row in table] == [
+        ["chatcore_metric, over 6 tasks", "0.2500"], ["chatcore_metric, at most 64 tokens, over 6 tasks", "0.1250"],
+    ]  # fmt: skip
 
 
 def test_every_series_has_a_panel_but_single_points_and_zeros() -> None:

@@ -292,9 +292,11 @@ def test_bits_per_byte_of_other_text_do_not_replace_those_of_the_runs_own(tiny_r
 
 def test_chat_eval_counts_and_gives_intervals(tiny_run: Path, capsys: pytest.CaptureFixture) -> None:
     flags = ["--model-tag=tiny", "-a", "Arithmetic,Identity", "-x", "5", "-m", "8", "--device-type=cpu"]
-    assert chat_eval.main(flags) == chat_eval.main([*flags, "-n", "2", "--temperature=1"]) == 0  # two results, side by side
+    drawn = ["-n", "2", "--temperature=1"]
+    assert chat_eval.main(flags) == chat_eval.main([*flags, *drawn]) == chat_eval.main([*flags, *drawn, "-k", "5"]) == 0
     tasks = json.loads((tiny_run / "sft" / "eval.json").read_text(encoding="utf-8"))["tasks"]
-    assert set(tasks) == {"Arithmetic", "Identity", "Arithmetic, 2 drawn at 1", "Identity, 2 drawn at 1"}
+    kinds = ("", ", 2 drawn at 1", ", 2 drawn at 1 from the 5 likeliest")  # results side by side
+    assert set(tasks) == {f"{name}{kind}, at most 8 tokens" for name in ("Arithmetic", "Identity") for kind in kinds}
     assert all(task["n"] == 5 and 0 <= task["low"] <= task["accuracy"] <= task["high"] <= 1 for task in tasks.values())
 
 
