@@ -74,6 +74,7 @@ def draw_panel(panel: Panel) -> Figure:
 
     figure = _figure(PANEL, 2.9)
     axis = figure.subplots()
+    lines: list[Any] = []
     for place, curve in enumerate(panel.curves):
         color = _color(place if curve.color is None else curve.color)
         kept = thinned(len(curve.x), MAX_POINTS)
@@ -81,7 +82,7 @@ def draw_panel(panel: Panel) -> Figure:
         if curve.raw is not None:
             axis.plot(x, [curve.raw[i] for i in kept], color=color, linewidth=0.7, alpha=0.3)
         style: dict[str, Any] = {"marker": "o", "markersize": 3.5} if curve.dots else {}
-        axis.plot(x, [curve.y[i] for i in kept], color=color, linewidth=1.6, label=curve.label, **style)
+        lines += axis.plot(x, [curve.y[i] for i in kept], color=color, linewidth=1.6, **style)
     _set_title(axis, panel.title)
     axis.set_xlabel(panel.x_label)
     axis.grid(color=LINE, linewidth=0.8)
@@ -105,7 +106,7 @@ def draw_panel(panel: Panel) -> Figure:
         right.spines["right"].set_visible(False)
     _finish(axis)
     if len(panel.curves) > 1:
-        axis.legend(fontsize=8, frameon=False, labelcolor=TEXT)
+        _add_legend(axis, lines, [curve.label for curve in panel.curves], fontsize=8)
     return figure
 
 
@@ -139,8 +140,7 @@ def draw_bars(title: str, bars: Sequence[Bar], percent: bool = True, names: Sequ
     if names:
         from matplotlib.patches import Patch
 
-        handles = [Patch(color=_color(number), alpha=0.55, label=name) for number, name in enumerate(names)]
-        _legend_below(figure, handles)
+        _legend_below(figure, [Patch(color=_color(number), alpha=0.55) for number in range(len(names))], names)
     return figure
 
 
@@ -148,13 +148,14 @@ def draw_shares(title: str, wholes: Sequence[Shares]) -> Figure:
     """One bar for each whole, divided into its parts; a part has the same colour in all bars."""
     figure = _figure(WIDE, 1.15 + 0.42 * len(wholes))
     axis = figure.subplots()
+    bars: list[Any] = []
     names = list(dict.fromkeys(name for whole in wholes for name, value in whole.parts.items() if value))
     places = range(len(wholes) - 1, -1, -1)
     starts = [0.0] * len(wholes)
     for number, name in enumerate(names):
         color = _color(number)
         widths = [100 * whole.parts.get(name, 0) / sum(whole.parts.values()) for whole in wholes]
-        axis.barh(places, widths, left=starts, height=0.62, color=color, alpha=0.75, label=name)
+        bars.append(axis.barh(places, widths, left=starts, height=0.62, color=color, alpha=0.75))
         for place, start, width in zip(places, starts, widths, strict=True):
             if width >= 5:
                 axis.text(start + width / 2, place, f"{width:.0f}%", ha="center", va="center", fontsize=8, color=TEXT)
@@ -166,7 +167,7 @@ def draw_shares(title: str, wholes: Sequence[Shares]) -> Figure:
     axis.spines[:].set_visible(False)
     axis.tick_params(axis="y", length=0, labelcolor=TEXT)
     axis.set_xticks([])
-    _legend_below(figure, axis.get_legend_handles_labels()[0])
+    _legend_below(figure, bars, names)
     return figure
 
 
@@ -180,7 +181,7 @@ def to_svg(figure: Figure, description: str) -> str:
     text = io.StringIO()
     # Keep text as text, so that it has the page's font and can be searched.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": description}):
-        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        _save(figure, text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
@@ -194,7 +195,7 @@ def to_svg(figure: Figure, description: str) -> str:
 
 def save_png(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    _save(figure, path, dpi=150)
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -204,8 +205,24 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _legend_below(figure: Figure, handles: list[Any]) -> None:
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8.5, frameon=False, labelcolor=TEXT)
+def _legend_below(figure: Figure, handles: list[Any], names: Sequence[str]) -> None:
+    _add_legend(figure, handles, names, loc="outside lower center", ncols=4, fontsize=8.5)
+
+
+def _add_legend(owner: Axes | Figure, handles: list[Any], names: Sequence[str], **layout: Any) -> None:
+    """A legend of any names: those that begin with _ would be left out if matplotlib saw them as labels."""
+    legend = owner.legend(handles, [""] * len(handles), frameon=False, labelcolor=TEXT, **layout)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(name)
+
+
+def _save(figure: Figure, target: Any, **how: Any) -> None:
+    """Draw it with each text as it stands: $ is a character, not the beginning of a formula."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+    figure.savefig(target, **how)
 
 
 def _set_title(axis: Axes, title: str) -> None:

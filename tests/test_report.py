@@ -17,7 +17,7 @@ from nanochat import report
 from nanochat.common import NanochatError
 from nanochat.eval_results import merge_eval, read_eval
 from nanochat.metrics import read_metrics
-from nanochat.plots import Curve, Panel, draw_panel, to_svg
+from nanochat.plots import Bar, Curve, Panel, Shares, draw_bars, draw_panel, draw_shares, save_png, to_svg
 from nanochat.progress import Progress, _Console, format_seconds
 from nanochat.quantities import describe_line
 from nanochat.report import count_parts, evaluation_table, make_panels, write_report
@@ -253,6 +253,21 @@ def test_a_panel_from_zero_shows_all_values_and_zero(values: list[float]) -> Non
     axis = draw_panel(Panel("reward", [Curve("reward", [1, 2], values)], from_zero=True)).axes[0]
     low, high = axis.get_ylim()
     assert low < high and low <= min(0, *values) and high >= max(0, *values)
+
+
+@pytest.mark.parametrize("name", ["_hidden", "cost in $ or \\$", "$x$", "a$b$c", r"$\badcommand$"])
+def test_names_are_shown_as_they_are(name: str, tmp_path: Path) -> None:
+    """Matplotlib leaves names with _ out of legends, and reads what stands between two $ as a formula."""
+    for figure in (
+        draw_panel(Panel(name, [Curve(name, [1, 2], [3.0, 4.0]), Curve("two", [1, 2], [4.0, 3.0])], x_label=name)),
+        draw_bars(name, [Bar(name, 0.5, 0.4, 0.6)], names=[name, "two"]),
+        draw_shares(name, [Shares(name, {name: 1.0, "two": 3.0})]),
+    ):
+        save_png(figure, tmp_path / "picture.png")
+        shown = [
+            text.text for text in ElementTree.fromstring(to_svg(figure, "picture")).iter("{http://www.w3.org/2000/svg}text")
+        ]
+        assert shown.count(name) == 3 and "two" in shown  # title, axis and legend
 
 
 def test_a_picture_takes_the_colors_of_its_page_and_no_name_twice() -> None:
