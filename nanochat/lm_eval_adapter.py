@@ -7,6 +7,7 @@ command. Programs import it and call lm_eval.simple_evaluate(model="nanochat"). 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import traceback
 from itertools import groupby
@@ -57,7 +58,7 @@ class NanochatLM(TemplateLM):
                 raise NanochatError(f"unknown argument {name!r} in --model_args: choose from {', '.join(ARGUMENTS)}")
             if ARGUMENTS[name] is int and not isinstance(value, int):
                 raise NanochatError(f"{name}={value} in --model_args is not a whole number")
-        given = {name: ARGUMENTS[name](value) for name, value in arguments.items()}  # a tag may have been read as a number
+        given = {name: ARGUMENTS[name](value) for name, value in arguments.items()}  # a tag may be given as a number
         if (source := given.get("source", "base")) not in STAGES:
             raise NanochatError(f"source={source} in --model_args is no stage of a run: choose from {', '.join(STAGES)}")
         _, self._rank, _, self._world_size, self._device = compute_init(given.get("device", ""))
@@ -68,7 +69,7 @@ class NanochatLM(TemplateLM):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> NanochatLM:
-        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+        return cls.create_from_arg_obj(simple_parse_args_string(_quote_tag(arg_string)), additional_config)
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> NanochatLM:
@@ -188,8 +189,14 @@ class NanochatLM(TemplateLM):
         dist.barrier()
 
 
+def _quote_tag(arguments: str) -> str:
+    """Model arguments with the tag in quotes: the harness would read 007 as 7, 1e3 as 1000.0 and none as no tag."""
+    return re.sub(r"""\bmodel_tag=([^\s,'"]+)""", r'model_tag="\1"', arguments)
+
+
 def main(argv: list[str] | None = None) -> int:
-    sys.argv = ["lm_eval", "run", "--model", "nanochat", *(argv or [])]  # where the harness's command reads them
+    # where the harness's command reads them
+    sys.argv = ["lm_eval", "run", "--model", "nanochat", *map(_quote_tag, argv or [])]
     try:
         cli_evaluate()
     except (TypeError, ValueError) as error:

@@ -293,6 +293,21 @@ def test_mistakes_are_named(adapter: ModuleType, run: Path) -> None:
     assert make("source=sft,device=cpu", {"device": "cuda:0"}).meta["stage"] == "sft"
 
 
+@pytest.mark.parametrize("tag", ["007", "1e3", "1_0", "None", "true", "random"])
+def test_a_tag_is_no_number(adapter: ModuleType, run: Path, tag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.rename(run.with_name(tag))
+    make, asked = adapter.NanochatLM.create_from_arg_string, {"device": "cpu"}
+    assert make(f"source=sft,model_tag={tag}", asked).meta["tag"] == make(f"model_tag='{tag}'", asked).meta["tag"] == tag
+    from lm_eval._cli.harness import HarnessCLI
+
+    seen: list[Any] = []
+    monkeypatch.setattr(adapter, "cli_evaluate", lambda: seen.append(HarnessCLI().parse_args().model_args))
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    for flags in (["--model_args", f"source=sft,model_tag={tag}"], [f"--model_args=model_tag={tag}"]):
+        adapter.main([*flags, "--tasks", "arc_easy"])
+        assert seen.pop()["model_tag"] == tag
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
