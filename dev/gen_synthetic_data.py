@@ -422,7 +422,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     endpoint = parser.add_argument_group("endpoint")
     endpoint.add_argument("--base-url", default=os.environ.get("OPENAI_BASE_URL") or "http://127.0.0.1:8000/v1",
                           metavar="URL", help="of its API")  # fmt: skip
-    endpoint.add_argument("--api-key", default=None, help="else the environment's OPENAI_API_KEY")
+    endpoint.add_argument("--api-key", default=None, metavar="KEY", help="else the environment's OPENAI_API_KEY")
     endpoint.add_argument("--model", default=None, help="its name there (default: the first that the endpoint lists)")
     endpoint.add_argument("--temperature", type=float, default=1.0, help="of its sampling")
     endpoint.add_argument("--max-tokens", type=int, default=0, help="of a reply (default: as the endpoint likes)")

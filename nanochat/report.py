@@ -391,7 +391,7 @@ def find_newest_run() -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = SettingsParser("Write the report of a run.", examples=["%(prog)s", "%(prog)s --model-tag d12"])
     parser.add_argument("command", nargs="?", default="generate", choices=("generate", "reset"), help="may be left out")
-    parser.add_argument("-g", "--model-tag", default=None, help="run (default: the newest)")
+    parser.add_argument("-g", "--model-tag", default=None, metavar="TAG", help="run (default: the newest)")
     args = parser.parse_args(argv)
     if args.command == "reset":  # as the public recipes begin
         print("nothing to reset: every run has its own report")

@@ -242,9 +242,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         says_nothing = action.default in (None, argparse.SUPPRESS, "", -1, []) or isinstance(action.default, bool)
         if says_nothing or "default:" in text:
             return text
+        default = f"{action.default:,}" if isinstance(action.default, int) and action.default >= 10**6 else "%(default)s"
         if text.endswith(")"):
-            return f"{text[:-1]}; default: %(default)s)"
-        return f"{text} (default: %(default)s)"
+            return f"{text[:-1]}; default: {default})"
+        return f"{text} (default: {default})"
 
 
 def _program() -> str | None:

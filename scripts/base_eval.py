@@ -38,7 +38,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         "Measure a base model: the CORE metric, bits per byte, samples.",
         examples=[
             "%(prog)s --model-tag d12 --eval core,bpb,sample",
-            "%(prog)s --hf-path openai-community/gpt2 --eval core --max-per-task 100",
+            "%(prog)s --hf-path openai-community/gpt2 --max-per-task 100",
         ],
     )
     model = parser.add_argument_group("model")

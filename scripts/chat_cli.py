@@ -24,10 +24,10 @@ CONTROLS = dict.fromkeys({*range(32), *range(127, 160)} - {ord("\n"), ord("\t")}
 def parse_arguments(argv: list[str] | None) -> Arguments:
     parser = SettingsParser(
         "Talk to a model in the terminal.",
-        examples=["%(prog)s", '%(prog)s --model-tag demo --temperature 0 -p "What is 23 + 58?"'],
+        examples=["%(prog)s", '%(prog)s -g demo -t 0 -p "What is 23 + 58?"'],
     )
     add_checkpoint_arguments(parser, from_hf=True)
-    parser.add_argument("-p", "--prompt", default=None, help="answer this and exit")
+    parser.add_argument("-p", "--prompt", default=None, metavar="TEXT", help="answer this and exit")
     add_sampling_arguments(parser, 0.6, 50)
     parser.add_argument("-m", "--max-tokens", type=int, default=256, help="most tokens in an answer")
     parser.add_argument("--seed", type=int, default=42, help="seed of the sampling")

@@ -31,7 +31,7 @@ from tasks import build_judged_task
 def parse_arguments(argv: list[str] | None) -> Arguments:
     parser = SettingsParser(
         "Reinforce a chat model on a task with rewards.",
-        examples=["%(prog)s --task GSM8K --model-tag d12", "%(prog)s --task Arithmetic --num-iterations 50 --objective grpo"],
+        examples=["%(prog)s --task GSM8K --model-tag d12", "%(prog)s --task Arithmetic --objective grpo"],
     )
     data = parser.add_argument_group("data")
     data.add_argument("-i", "--source", default="sft", choices=("base", "sft"), help="stage of the model to start from")

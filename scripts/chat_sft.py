@@ -50,13 +50,14 @@ LEAST_UPDATES = 50  # in a pass over the conversations: where there would be few
 def parse_arguments(argv: list[str] | None) -> Arguments:
     parser = SettingsParser(
         "Fine-tune a base model on conversations.",
-        examples=["%(prog)s --model-tag d12", '%(prog)s --tasks "SmolTalk:20000,GSM8K*4" --target-minutes 30'],
+        examples=["%(prog)s --model-tag d12", '%(prog)s --tasks "GSM8K*4,MMLU:500" --target-minutes 30'],
     )
     data = parser.add_argument_group("data")
     data.add_argument("--model-step", type=int, default=None, help="base checkpoint to start from (default: the newest)")
     data.add_argument("--from-hf", default=None, metavar="DIR|NAME", help="import a Hugging Face model as a run to start from")
     data.add_argument("--tasks", default=None, metavar="NAME[*TIMES],...",
-                      help=f"mixture; NAME:MOST takes at most MOST conversations (default: {DEFAULT_TASKS})")  # fmt: skip
+                      help="mixture; NAME:MOST takes at most MOST conversations "
+                           f"(default: {DEFAULT_TASKS.replace(',', ', ')})")  # fmt: skip
     data.add_argument("--task-data", type=Path, default=None, metavar="DIR", help="read tasks from here, not from the hub")
     data.add_argument("--max-seq-len", type=int, default=-1, help="row length (-1: the base model's context)")
     optimization = parser.add_argument_group("optimization")

@@ -54,10 +54,12 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     machine.add_argument("--no-compile", dest="compile", action="store_false", help="decode without torch.compile")
     network = parser.add_argument_group("network")
     network.add_argument("-p", "--port", type=int, default=8000, help="port to listen on")
-    network.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 lets other machines in")
+    network.add_argument(
+        "--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on; 0.0.0.0 lets other machines in"
+    )
     network.add_argument("--allow-host", action="append", default=[], metavar="NAME",
                          help="host name to accept when there is no key, besides this machine's at 127.0.0.1")  # fmt: skip
-    network.add_argument("--api-key", default=os.environ.get("NANOCHAT_API_KEY"),
+    network.add_argument("--api-key", default=os.environ.get("NANOCHAT_API_KEY"), metavar="KEY",
                          help="clients must send this (default: NANOCHAT_API_KEY)")  # fmt: skip
     network.add_argument("--cors-origin", action="append", metavar="URL", help="let pages from this origin call the API")
     network.add_argument("--max-waiting", type=int, default=Limits.max_waiting, help="texts in the queue; more get 429")

@@ -38,13 +38,13 @@ MINHASH_BANDS = 14  # datatrove's own: 14 bands of 8 hashes find texts that shar
 def parse_arguments(argv: list[str] | None) -> Arguments:
     parser = SettingsParser(
         "Prepare text for pretraining: shuffle, deduplicate, tokenize.",
-        examples=["%(prog)s --input raw/ --output prepared/", "%(prog)s --config prep.toml --executor slurm --partition cpu"],
+        examples=["%(prog)s --input raw/ --output prepared/", "%(prog)s --config prep.toml --executor slurm"],
     )
     parser.add_argument("--input", required=True, metavar="PATH",
                         help="a file, folder or glob of .parquet, .jsonl, .txt, .md; local or s3://...")  # fmt: skip
     parser.add_argument("--output", required=True, metavar="DIR", help="where the shards go; all machines must see it")
     text = parser.add_argument_group("text")
-    text.add_argument("--text-column", default=None, metavar="NAME", help="default: text, content or body")
+    text.add_argument("--text-column", default=None, metavar="NAME", help="where the text is (default: text, content or body)")
     text.add_argument("--val-documents", type=int, default=None, help="validation documents (default: 2%%, at most 10,000)")
     text.add_argument("--seed", type=int, default=42, help="seed of the order")
     text.add_argument("--no-dedup", action="store_true", help="keep documents with the same text")
@@ -59,10 +59,10 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         "--tasks", type=int, default=None, help="tasks that share the input files (default: one per file, at most 1000)"
     )
     machine.add_argument("--workers", type=int, default=None, help="tasks at a time (default: all cores, or no limit)")
-    machine.add_argument("--cpus-per-task", type=int, default=1, help="slurm, ray")
-    machine.add_argument("--mem-per-cpu", type=int, default=4, metavar="GB", help="slurm, ray")
-    machine.add_argument("--partition", default=None, help="slurm")
-    machine.add_argument("--time", default="12:00:00", help="slurm: time limit of one task")
+    machine.add_argument("--cpus-per-task", type=int, default=1, help="slurm, ray: cores of a task")
+    machine.add_argument("--mem-per-cpu", type=int, default=4, metavar="GB", help="slurm, ray: memory of each core")
+    machine.add_argument("--partition", default=None, metavar="NAME", help="slurm: partition of the cluster")
+    machine.add_argument("--time", default="12:00:00", metavar="HH:MM:SS", help="slurm: time limit of one task")
     machine.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE",
                          help="slurm: another option, for example account=NAME; may be repeated")  # fmt: skip
     args = parser.parse_args(argv)

@@ -14,7 +14,7 @@ from nanochat.settings import Arguments, SettingsParser, add_checkpoint_argument
 def parse_arguments(argv: list[str] | None) -> Arguments:
     parser = SettingsParser(
         "Write a model in a format that Hugging Face's libraries load.",
-        examples=["%(prog)s --output my-model", "%(prog)s --source rl --model-tag d12 --output d12-hf --push-to-hub me/d12"],
+        examples=["%(prog)s --output my-model", "%(prog)s -i rl -g d12 -o d12-hf --push-to-hub me/d12"],
     )
     add_checkpoint_arguments(parser)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="new directory, or an older export")

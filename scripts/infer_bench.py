@@ -33,7 +33,7 @@ from nanochat.settings import SettingsParser, add_checkpoint_arguments, add_devi
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = SettingsParser(
         "Measure how fast a model answers.",
-        examples=["%(prog)s --model-tag d12", "%(prog)s --batch-sizes 1,32 --prompt-tokens 1000 --weights int8"],
+        examples=["%(prog)s --model-tag d12", "%(prog)s --batch-sizes 1,32 --weights int8"],
     )
     add_checkpoint_arguments(parser)
     add_device_argument(parser)

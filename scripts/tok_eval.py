@@ -60,7 +60,8 @@ TEXTS = {
 
 def main(argv: list[str] | None = None) -> int:
     parser = SettingsParser(
-        "Compare a tokenizer's compression with GPT-2's and GPT-4's, if tiktoken has those cached; says how to fetch them.",
+        "Compare a tokenizer's compression with GPT-2's and GPT-4's.\n"
+        "Of these two, those that tiktoken has cached; it says how to fetch the others.",
         examples=["%(prog)s --tokenizer demo --data builtin"],
     )
     parser.add_argument("--tokenizer", default="default", metavar="NAME|PATH", help="made by scripts.tok_train")

@@ -21,7 +21,7 @@ from tests.helpers import write_corpus
 
 SCRIPTS = [
     "tok_train", "tok_eval", "base_train", "base_eval", "chat_sft", "chat_rl", "chat_eval", "chat_cli", "chat_web",
-    "compare", "export_hf",
+    "compare", "data_prep", "export_hf", "infer_bench",
 ]  # fmt: skip
 
 
@@ -31,12 +31,21 @@ def _run(script: str, *flags: str, **kwargs: object) -> subprocess.CompletedProc
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_scripts_import_without_work_and_explain_themselves(script: str, capsys: pytest.CaptureFixture) -> None:
+def test_scripts_import_without_work_and_explain_themselves(
+    script: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the width of a terminal, and without the placeholders that argparse makes of flags, such as API_KEY."""
+    monkeypatch.setenv("COLUMNS", "80")
     module = __import__(f"scripts.{script}", fromlist=["main"])
+    monkeypatch.setattr("nanochat.settings._program", lambda: f"python -m scripts.{script}")
     with pytest.raises(SystemExit) as leaving:
         module.main(["--help"])
     assert leaving.value.code == 0
-    assert "usage:" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: python -m scripts.{script} ")
+    assert [line for line in out.splitlines() if len(line) > 80] == []
+    flags = re.findall(r"^  .*--([a-z-]+) (\S+)", out, re.MULTILINE)
+    assert [(flag, what) for flag, what in flags if what == flag.upper().replace("-", "_")] == []
 
 
 def test_text_that_the_output_cannot_hold_does_not_end_a_command() -> None:
