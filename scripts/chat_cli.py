@@ -11,6 +11,7 @@ from nanochat.checkpoint_manager import load_chosen_model
 from nanochat.common import NanochatError, compute_init, run_command
 from nanochat.engine import Engine
 from nanochat.runner import prepare_for_inference
+from nanochat.sampling import SamplingParams
 from nanochat.settings import Arguments, SettingsParser, add_checkpoint_arguments, add_device_argument, add_sampling_arguments
 from nanochat.tokenizer import IncrementalDecoder
 from nanochat.trimming import prompt_room, trim_conversation
@@ -34,6 +35,9 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     add_device_argument(parser)
     args = parser.parse_args(argv)
     args.require_positive("max_tokens")
+    SamplingParams(args.temperature, args.top_k)  # raises for what cannot be meant, before a model is loaded
+    if args.prompt is not None and not args.prompt.strip():
+        raise NanochatError("--prompt is empty: give the text to answer, or leave --prompt out to talk")
     return args
 
 
