@@ -49,14 +49,17 @@ class NanochatError(Exception):
 def get_base_dir() -> Path:
     """The folder under which everything is written: NANOCHAT_BASE_DIR, else ~/.cache/nanochat. Created if missing.
 
-    Raises NanochatError if no home folder is known.
+    Raises NanochatError if no home folder is known, or if there can be no such folder.
     """
     path = os.environ.get("NANOCHAT_BASE_DIR") or DEFAULT_BASE_DIR
     try:
         base_dir = Path(path).expanduser()
     except RuntimeError as error:  # neither HOME nor an entry of passwd, as in some containers
         raise NanochatError(f"there is no home folder for {path}: set NANOCHAT_BASE_DIR to a folder") from error
-    base_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        base_dir.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # below /proc, or on a drive that is not there
+        raise NanochatError(f"no folder can be made at {base_dir}: set NANOCHAT_BASE_DIR to another") from error
     return base_dir
 
 
@@ -182,7 +185,8 @@ def _describe_os_error(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({place}): free some space or set NANOCHAT_BASE_DIR to a folder on a larger disk"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"no permission for {place}: choose another folder, for example with NANOCHAT_BASE_DIR"
+        what = f"{place} is on a read-only file system" if error.errno == errno.EROFS else f"no permission for {place}"
+        return f"{what}: choose another folder, for example with NANOCHAT_BASE_DIR"
     if error.errno in (errno.EEXIST, errno.ENOTDIR) and error.filename:
         return f"{place} is a file, or below one, and must be a folder: choose another with NANOCHAT_BASE_DIR"
     if error.filename:

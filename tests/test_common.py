@@ -73,6 +73,13 @@ def test_without_a_home_the_way_out_is_named(homeless: None, monkeypatch: pytest
     assert get_base_dir() == tmp_path
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no folder in which none can be made")
+def test_a_place_that_can_hold_no_folder_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", "/proc/nanochat/base")
+    with pytest.raises(NanochatError, match=r"no folder can be made at /proc/nanochat/base: set NANOCHAT_BASE_DIR"):
+        get_base_dir()
+
+
 def test_without_a_home_a_command_ends_with_one_sentence(
     homeless: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -89,7 +89,7 @@ def test_a_mistake_of_ours_is_one_sentence_and_keeps_its_trace(base_dir: Path, t
     ("error", "sentence"),
     [
         (PermissionError(13, "Permission denied", "/x"), "no permission for /x: choose"),
-        (OSError(30, "Read-only file system", "/x"), "no permission for /x: choose"),
+        (OSError(30, "Read-only file system", "/x"), "/x is on a read-only file system: choose another folder"),
         (FileExistsError(17, "File exists", "/x"), "/x is a file"),
         (FileNotFoundError(2, "No such file or directory", "/x"), "/x: No such file or directory: check the path"),
         (MemoryError(), "out of memory"),
