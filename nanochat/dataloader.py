@@ -318,6 +318,7 @@ def _pack(
     dealt = itertools.chain.from_iterable(chunks)
     turns = list(lanes.values())
     reading, made, placed = place.reading, place.rows, place.tokens
+    turn = made
 
     def feed(lane: _Lane) -> None:
         nonlocal reading
@@ -355,10 +356,11 @@ def _pack(
         used = np.zeros(batch_size, dtype=np.int64)
         for i in range(batch_size):
             for _ in turns:  # a lane that has ended, which happens only without a next epoch, loses its turn
-                lane = turns[made % len(turns)]
-                made += 1
+                lane = turns[turn % len(turns)]
+                turn += 1
                 used[i] = fill(rows[i], lane)
                 if used[i]:
+                    made += 1
                     break
         if not used.any():
             return

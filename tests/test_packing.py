@@ -117,3 +117,12 @@ def test_stats_count_what_was_given_out(lengths: list[int]) -> None:
             assert stats["tokens"] == tokens and stats["filled"] == pytest.approx(tokens / (64 * rows))
             assert stats["epoch"] >= tokens // sum(lengths)
     assert 0.8 < stats["filled"] < 1 and stats["epoch"] <= 5
+
+
+@pytest.mark.parametrize("count", [3, 300])
+def test_stats_count_only_rows_that_hold_text(lengths: list[int], count: int) -> None:
+    """At the end of a text that is read once, some lanes have ended before others and the last batch has rows to spare."""
+    with open_loader(lengths[:count], loop=False, batch_size=32) as loader:
+        rows = [row for batch in loader for row in rows_of(*batch)]
+        tokens = sum(token != BOS for row in rows for token in row)
+        assert loader.stats() == {"tokens": tokens, "filled": pytest.approx(tokens / (64 * len(rows))), "epoch": 0}
