@@ -6,6 +6,7 @@ import itertools
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from nanochat.eval_results import merge_eval
 from nanochat.hf_scorer import HuggingFaceScorer
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.progress import Progress
-from nanochat.ranks import from_rank0
+from nanochat.ranks import all_or_none, from_rank0
 from nanochat.runs import get_stage_dir
 from nanochat.samples import continue_openings
 from nanochat.scores import core_name, core_table
@@ -30,6 +31,7 @@ from nanochat.settings import Arguments, SettingsParser, add_device_argument
 from nanochat.tokenizer import Tokenizer
 
 KINDS = ("core", "bpb", "sample")
+LOOK_AHEAD = 128  # batches: by default all that are measured, 2^20 tokens in 16 MB
 WORTH_COMPILING = 100  # questions of each CORE task; with fewer, compiling takes longer than it saves
 
 
@@ -101,16 +103,24 @@ def main(argv: list[str] | None = None) -> int:
     if "bpb" in kinds:
         results["bpb"] = {}
         for split in ("train", "val"):
-            loader = TokenLoader(source, tokenizer, rows, T, split, rank, world_size, device, loop=False)
-            with loader, Progress(f"bits per byte of {split}", total=most, unit="batch") as progress:
-                batches = progress.watch(itertools.islice(loader, most))
-                results["bpb"][split + of_text] = evaluate_bpb(model, batches, tokenizer.get_token_bytes())
+            with TokenLoader(source, tokenizer, rows, T, split, rank, world_size, device, loop=False) as loader:
+                batches, total = look_ahead(loader, most)
+                with Progress(f"bits per byte of {split}", total, unit="batch") as progress:
+                    watched = progress.watch(batches)
+                    results["bpb"][split + of_text] = evaluate_bpb(model, watched, tokenizer.get_token_bytes())
     if "sample" in kinds:
         results["samples"] = continue_openings(Engine(model, tokenizer), source, temperature=0.7)
     if rank == 0:
         merge_eval(get_stage_dir(meta["tag"], "base"), meta["step"], results)
         show(results)
     return 0
+
+
+def look_ahead(loader: Iterator[Any], most: int) -> tuple[Iterator[Any], int]:
+    """(the first `most` batches, how many they are): a short split is known to have fewer once it is read."""
+    first = all_or_none(lambda: list(itertools.islice(loader, min(most, LOOK_AHEAD))))
+    total = most if len(first) == LOOK_AHEAD else len(first)
+    return itertools.chain(first, itertools.islice(loader, most - len(first))), total
 
 
 def open_text(data: str | None, meta: dict[str, Any], tokenizer: Tokenizer) -> Source:

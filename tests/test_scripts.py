@@ -302,6 +302,28 @@ def test_bits_per_byte_of_other_text_do_not_replace_those_of_the_runs_own(tiny_r
     assert own.items() <= both.items()
 
 
+def test_base_eval_knows_how_many_batches_a_short_text_has(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for name, times in (("train", 500), ("val", 1)):
+        (text / f"{name}.txt").write_text("A cat sees a house. " * times, encoding="utf-8")
+    assert base_eval.main(["--model-tag=tiny", "--eval=bpb", "--device-batch-size=8", "--data", str(text)]) == 0
+    out = capsys.readouterr().out
+    first, last = re.findall(r"bits per byte of train: batch (\d+)/(\d+) ", out)
+    assert first[0] == "1" and first[1] == last[0] == last[1] and 1 < int(last[0]) < 10
+    assert re.findall(r"bits per byte of val: batch (\d+)/(\d+) ", out) == [("1", "1")]
+
+
+@pytest.mark.parametrize("given", [0, 3, 127, 128, 129, 500])
+@pytest.mark.parametrize("most", [1, 128, 300])
+def test_looking_ahead_drops_no_batch(given: int, most: int) -> None:
+    batches, total = base_eval.look_ahead(iter(range(given)), most)
+    assert list(batches) == list(range(min(given, most)))
+    assert total == (min(given, most) if given < 128 else most)
+
+
 def test_chat_eval_counts_and_gives_intervals(tiny_run: Path, capsys: pytest.CaptureFixture) -> None:
     flags = ["--model-tag=tiny", "-a", "Arithmetic,Identity", "-x", "5", "-m", "8", "--device-type=cpu"]
     drawn = ["-n", "2", "--temperature=1"]
