@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nanochat.checkpoint_manager import load_model
+from nanochat.engine import Engine
+from nanochat.server import create_app
+from tests.helpers import serve
 from tests.page_helpers import CHROMIUM, ask, pretend
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -14,6 +21,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium"),
 ]
+LOST = "The connection to the server was lost: check the network and whether the server still runs, then try again."
 TEXT, CALL, RESULT = "text", "python", "python_output"
 
 
@@ -74,6 +82,37 @@ def test_an_answer_that_was_cut_off_says_so(page: playwright.Page) -> None:
         assert "cut off" in page.locator(".message.assistant").last.inner_text()
     page.reload()
     assert page.get_by_text("cut off").count() == 2
+
+
+def test_a_lost_connection_is_told_and_what_came_stays(tiny_run: Path, browser: playwright.Browser) -> None:
+    """While an answer comes, before it, and for what else is asked of the server: never in the browser's own words."""
+    model, tokenizer, _ = load_model("sft", "cpu", "eval", "tiny")
+    app = create_app([Engine(model, tokenizer)], "tiny")
+    half = b'data: {"token": "Half of it", "part": "text"}\n\n'
+
+    async def breaking_off(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["path"] == "/chat/completions":
+            headers = [(b"content-type", b"text/event-stream"), (b"content-length", b"1000")]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await send({"type": "http.response.body", "body": half, "more_body": True})
+            await asyncio.sleep(0.5)  # what comes together with its end, browsers may drop
+            return  # the server then closes the connection
+        await app(scope, receive, send)
+
+    with serve(breaking_off) as port:
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{port}")
+        ask(page, "?")
+        assert page.locator(".error").inner_text() == LOST
+        assert "Half of it" in page.locator(".message.assistant").inner_text()
+        assert "cut off" in page.locator(".message.assistant").inner_text()
+        page.reload()
+        assert "Half of it" in page.locator(".message.assistant").inner_text()
+    page.get_by_text("Regenerate").click()
+    page.get_by_text("is it still running?").wait_for()
+    assert "Half of it" in page.locator(".message.assistant").inner_text()
+    shown = page.evaluate("import('/ui/api.js').then((api) => api.get('/health')).catch((error) => error.message)")
+    assert shown == "The server does not answer: is it still running?"
 
 
 def test_a_thought_leaves_with_its_token(page: playwright.Page) -> None:

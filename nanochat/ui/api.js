@@ -4,22 +4,29 @@ import { settings } from "./store.js";
 
 export class ServerError extends Error {}
 
-async function post(path, body, signal) {
-  const headers = { "Content-Type": "application/json" };
-  if (settings.api_key) headers.Authorization = `Bearer ${settings.api_key}`;
-  let response;
+const SILENT = "The server does not answer: is it still running?";
+const LOST = "The connection to the server was lost: check the network and whether the server still runs, then try again.";
+
+// Failures on the way, as a sentence: browsers only say "network error" or "Failed to fetch".
+async function orSay(sentence, promise) {
   try {
-    response = await fetch(path, { method: "POST", headers, body: JSON.stringify(body), signal });
+    return await promise;
   } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new ServerError("The server does not answer: is it still running?");
+    throw error.name === "AbortError" ? error : new ServerError(sentence);
   }
+}
+
+async function request(path, { headers = {}, ...options } = {}) {
+  if (settings.api_key) headers.Authorization = `Bearer ${settings.api_key}`;
+  const response = await orSay(SILENT, fetch(path, { headers, ...options }));
   if (!response.ok) {
     const content = await response.json().catch(() => null);
     throw new ServerError(content?.error?.message ?? `The server answered ${response.status}.`);
   }
   return response;
 }
+
+const post = (path, body, signal) => request(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal });
 
 // The events of an answer: {token, part}, {tokens}, {dropped_turns}, {done}. Throws if the stream ends without the last.
 export async function* stream(messages, inside, signal) {
@@ -32,7 +39,7 @@ export async function* stream(messages, inside, signal) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let buffer = "", ended = false;
   for (;;) {
-    const { done, value } = await reader.read();
+    const { done, value } = await orSay(LOST, reader.read());
     if (done && !ended) throw new ServerError("The connection ended before the answer did.");
     if (done) return;
     buffer += value;
@@ -47,11 +54,5 @@ export async function* stream(messages, inside, signal) {
   }
 }
 
-export const tokenize = async (body) => (await post("/tokenize", body)).json();
-
-export async function get(path) {
-  const headers = settings.api_key ? { Authorization: `Bearer ${settings.api_key}` } : {};
-  const response = await fetch(path, { headers });
-  if (!response.ok) throw new ServerError((await response.json().catch(() => null))?.error?.message ?? `The server answered ${response.status}.`);
-  return response.json();
-}
+export const tokenize = async (body) => orSay(LOST, (await post("/tokenize", body)).json());
+export const get = async (path) => orSay(LOST, (await request(path)).json());
