@@ -25,10 +25,9 @@ from typing import Any
 import numpy as np
 
 from nanochat.common import NanochatError, run_command
-from nanochat.files import append_json_lines, atomic_write
+from nanochat.files import append_json_lines, atomic_write, read_jsonl
 from nanochat.progress import Progress
 from nanochat.settings import Arguments, SettingsParser
-from tasks.common import read_jsonl
 
 Messages = list[dict[str, str]]
 

@@ -36,7 +36,7 @@ from filelock import FileLock
 
 from nanochat.common import NanochatError, get_base_dir, get_dist_info, print0
 from nanochat.compilation import try_to_compile
-from nanochat.files import atomic_write
+from nanochat.files import atomic_write, read_jsonl
 from nanochat.flash_attention import AttentionPlan, attend_masked
 from nanochat.gpt import GPT, Block
 from nanochat.ranks import all_or_none, gather_objects, on_rank0
@@ -160,17 +160,9 @@ FIELDS: dict[str, dict[str, type]] = {
 
 def read_items(task: CoreTask) -> list[dict[str, Any]]:
     """The questions in a task's file. Raises NanochatError with file and line if a line is not a question of its kind."""
-    items = []
-    with open(task.path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                item = json.loads(line)
-                _check_item(item, FIELDS[task.kind])
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
-                raise NanochatError(
-                    f"{task.path}:{number}: not a {task.kind} question ({error}): restore the bundle"
-                ) from error
-            items.append(item)
+    items = read_jsonl(
+        task.path, lambda item: _check_item(item, FIELDS[task.kind]), f"{task.kind} question", "restore the bundle"
+    )
     if not items:
         raise NanochatError(f"{task.path} is empty: restore the bundle, or give another with --eval-bundle")
     return items

@@ -8,13 +8,13 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nanochat.common import NanochatError
+from nanochat.common import NanochatError, as_unicode
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def remove_leftovers(path: Path) -> None:
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """The values of a file of JSON lines, [] if there is none; a line that a crash cut short is skipped."""
+    """The values of a file that `append_json_lines` wrote, [] if there is none; a line that a crash cut short is skipped."""
     values = []
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
         try:
@@ -94,6 +94,38 @@ def read_json_lines(path: Path) -> list[Any]:
         except (ValueError, RecursionError):
             continue
     return values
+
+
+def read_jsonl(
+    path: Path,
+    check: Callable[[Any], object] = lambda row: None,
+    kind: str = "row of this task",
+    way_out: str = "fix or remove it",
+) -> list[Any]:
+    """The values of a JSONL file, each of a kind. Raises NanochatError naming file and line, also where `check` raises.
+
+    Lone surrogates become U+FFFD: no page and no file could hold them.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines(): U+2028 may stand in a string
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error  # which would name the path again
+        raise NanochatError(f"{path} cannot be read ({reason}): check the path, or give another file") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            rows.append(json.loads(as_unicode(json.dumps(row, ensure_ascii=False))) if "\\ud" in line.lower() else row)
+            check(rows[-1])
+        except json.JSONDecodeError as error:
+            reason = f"{error.msg}, column {error.colno}"
+            raise NanochatError(f"{path}, line {number}, is not JSON ({reason}): {way_out}") from error
+        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise NanochatError(f"{path}, line {number}, is not a {kind} ({reason}): {way_out}") from error
+    return rows
 
 
 def append_json_lines(path: Path, values: Iterable[Any]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import bisect
 import hashlib
 import itertools
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -20,7 +19,8 @@ from typing import Any, ClassVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import NanochatError, as_unicode, first_line, get_base_dir
+from nanochat.common import NanochatError, first_line, get_base_dir
+from nanochat.files import read_jsonl
 
 Conversation = dict[str, Any]
 
@@ -172,34 +172,6 @@ def evaluate_letter(conversation: Conversation, completion: str) -> bool:
 
 
 # ----------------------------------------------------------------------------- rows from a folder or the hub
-
-
-def read_jsonl(path: Path, check: Callable[[Any], object] = lambda row: None) -> list[Any]:
-    """The values of a JSONL file. Raises NanochatError naming file and line, also for a value that `check` refuses.
-
-    Lone surrogates become U+FFFD: no page and no file could hold them.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines(): U+2028 may stand in a string
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error  # which would name the path again
-        raise NanochatError(f"{path} cannot be read ({reason}): check the path, or give another file") from error
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            rows.append(json.loads(as_unicode(json.dumps(row, ensure_ascii=False))) if "\\ud" in line.lower() else row)
-            check(rows[-1])
-        except json.JSONDecodeError as error:
-            raise NanochatError(
-                f"{path}, line {number}, is not JSON ({error.msg}, column {error.colno}): fix or remove it"
-            ) from error
-        except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise NanochatError(f"{path}, line {number}, is not a row of this task ({reason}): fix or remove it") from error
-    return rows
 
 
 class ArrowRows(Sequence):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from nanochat.common import NanochatError
+from nanochat.files import read_jsonl
 from nanochat.tokenizer import check_messages
-from tasks.common import Conversation, Task, read_jsonl
+from tasks.common import Conversation, Task
 
 
 class CustomJSON(Task):
