@@ -70,7 +70,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
 def load_reference(parent: dict[str, Any], stage: Stage, device: torch.device) -> GPT:
     """The model that --kl-weight measures from. Raises NanochatError if its weights changed since this stage began."""
     model, _, meta = load_model(parent["stage"], device, "eval", stage.tag, parent["step"])
-    if parent.get("weights", meta["weights"]) != meta["weights"]:  # older runs did not record them: let them go on
+    if parent.get("weights") != meta["weights"]:
         raise NanochatError(
             f"{parent['stage']} step {parent['step']} of run {stage.tag!r} has other weights than when {stage.directory} was "
             "begun from it, and --kl-weight needs those: put them back, or remove that folder to start again"
