@@ -71,6 +71,11 @@ def replace_directory(temporary: Path, target: Path) -> None:
     shutil.rmtree(old)
 
 
+def short_name(name: str) -> str:
+    """What tables show of a text's name: only the last part of a path."""
+    return Path(name).name if os.path.isabs(name) else name
+
+
 def share_mode(model: Path) -> None:
     """Give a file's mode to everything beside and below it: safetensors makes files that only their owner can read."""
     for path in model.parent.rglob("*"):

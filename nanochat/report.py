@@ -28,7 +28,7 @@ from nanochat.checkpoint_manager import META_FILE
 from nanochat.common import NanochatError, run_command
 from nanochat.cpu import cpu_name
 from nanochat.eval_results import read_eval, read_json
-from nanochat.files import atomic_write
+from nanochat.files import atomic_write, short_name
 from nanochat.gpt import GPT
 from nanochat.metrics import METRICS_FILE, read_metrics, series, smooth
 from nanochat.model_config import read_config
@@ -215,8 +215,8 @@ def _settings_section(stage: str, settings: dict[str, Any]) -> Section:
 def settings_table(settings: dict[str, Any]) -> list[list[str]]:
     """Rows of (name, value): the settings that describe a stage; only the last part of paths."""
     shown = {key: settings[key] for key in SHOWN_SETTINGS if settings.get(key) is not None}
-    if os.path.isabs(data := str(shown.get("data", ""))):
-        shown["data"] = os.path.basename(data)
+    if "data" in shown:
+        shown["data"] = short_name(str(shown["data"]))
     return [[key.replace("_", " "), format_value(value)] for key, value in shown.items()]
 
 

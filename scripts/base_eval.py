@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from nanochat.dataloader import TokenLoader
 from nanochat.dataset import Source, get_source
 from nanochat.engine import Engine
 from nanochat.eval_results import merge_eval
+from nanochat.files import short_name
 from nanochat.hf_scorer import HuggingFaceScorer
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.progress import Progress
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     if kinds != ["core"]:
         source = open_text(args.data, meta, tokenizer)
         if args.data and meta.get("data", {}).get("source") != source.name:  # not in the place of the run's own numbers
-            of_text = f" of {os.path.basename(source.name) if os.path.isabs(source.name) else source.name}"
+            of_text = f" of {short_name(source.name)}"
     T = model.config.sequence_len
     rows = args.device_batch_size if args.device_batch_size > 0 else max(1, 8192 // T)
     most = max(1, (args.split_tokens if args.split_tokens > 0 else 2**20) // (rows * T * world_size))

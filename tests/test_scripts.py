@@ -296,7 +296,7 @@ def test_bits_per_byte_of_other_text_do_not_replace_those_of_the_runs_own(tiny_r
     flags = ["--model-tag=tiny", "--split-tokens=256", "--eval=bpb", "--device-type=cpu"]
     assert base_eval.main(flags) == 0
     own = json.loads((tiny_run / "base" / "eval.json").read_text(encoding="utf-8"))["bpb"]
-    assert base_eval.main([*flags, "--data", str(tmp_path / "other text")]) == 0
+    assert base_eval.main([*flags, "--data", str(tmp_path / "other text") + "/"]) == 0
     both = json.loads((tiny_run / "base" / "eval.json").read_text(encoding="utf-8"))["bpb"]
     assert both.keys() - own.keys() == {"train of other text", "val of other text"}
     assert own.items() <= both.items()
