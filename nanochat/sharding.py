@@ -111,18 +111,25 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class _Reader(dcp.FileSystemReader):
-    """PyTorch's reader, but reading the metadata (a pickle) runs no code of the checkpoint's author."""
+    """PyTorch's reader, but reading the metadata (a pickle) runs no code of the checkpoint's author.
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
+    Always those in this file, never those of a single rank. They name each part of each tensor, so they are read once.
+    """
+
+    @functools.cached_property
+    def metadata(self) -> dcp.Metadata:
         path = Path(self.path) / ".metadata"
         try:
             with open(path, "rb") as file:
-                _MetadataUnpickler(file).load()
+                metadata: dcp.Metadata = _MetadataUnpickler(file).load()
+                return metadata
         except (pickle.UnpicklingError, AttributeError, ImportError, EOFError) as error:
             raise NanochatError(
                 f"{path} is not read ({first_line(error)}): get the checkpoint from whoever trained it"
             ) from error
-        return super().read_metadata()  # always from this file, never from one for a single rank
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
+        return self.metadata
 
 
 def read_sharded(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -130,8 +137,11 @@ def read_sharded(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
 
     Raises KeyError for a missing tensor.
     """
-    reader = _Reader(directory)
-    known = reader.read_metadata().state_dict_metadata  # read here: errors inside `load` come out wrapped in a trace
+    _fill_all(_Reader(directory), tensors)
+
+
+def _fill_all(reader: _Reader, tensors: dict[str, torch.Tensor]) -> None:
+    known = reader.metadata.state_dict_metadata  # read here: errors inside `load` come out wrapped in a trace
     if absent := next((name for name in tensors if name not in known), None):
         raise KeyError(absent)
     with warnings.catch_warnings():
@@ -141,8 +151,9 @@ def read_sharded(directory: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 def read_whole(directory: Path, prefix: str) -> dict[str, torch.Tensor]:
     """All tensors whose names begin with the prefix (which is removed), whole and on the CPU."""
-    entries: dict[str, Any] = _Reader(directory).read_metadata().state_dict_metadata
+    reader = _Reader(directory)
+    entries: dict[str, Any] = reader.metadata.state_dict_metadata
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype)
                for name, entry in entries.items() if name.startswith(prefix)}  # fmt: skip
-    read_sharded(directory, tensors)
+    _fill_all(reader, tensors)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}

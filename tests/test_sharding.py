@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from nanochat import sharding
 from nanochat.common import NanochatError
 from nanochat.sharding import read_sharded, read_whole
 
@@ -39,6 +40,17 @@ def test_what_was_written_is_read(checkpoint: Path) -> None:
     steps = {"optimizer/steps": torch.zeros(2, dtype=torch.int64)}
     read_sharded(checkpoint, steps)
     assert steps["optimizer/steps"].tolist() == [1, 2]
+
+
+def test_the_index_is_unpickled_once(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It names every part that any rank holds; and a second reading could be of another file than was checked."""
+    read: list[object] = []
+    load = sharding._MetadataUnpickler.load
+    monkeypatch.setattr(sharding._MetadataUnpickler, "load", lambda unpickler: read.append(unpickler) or load(unpickler))
+    monkeypatch.setattr(pickle, "load", None)
+    assert read_whole(checkpoint, "model/").keys() == {"a", "b"} and len(read) == 1
+    read_sharded(checkpoint, {"optimizer/steps": torch.zeros(2, dtype=torch.int64)})
+    assert len(read) == 2
 
 
 @pytest.mark.parametrize("where", ["alone", "beside", "as a value", "in a module"])
