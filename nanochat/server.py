@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict
 from importlib.resources import files
 from typing import Any
@@ -49,6 +50,8 @@ from nanochat.service import ChatDefaults, Limits, Service, Ticket
 from nanochat.streams import chat_chunks, completion_chunks, guide_events, stream
 from nanochat.trimming import prompt_room, trim_conversation
 
+# Writes replies with log-probabilities, one at a time: each may take seconds, and would keep others' prompts waiting.
+LOGPROBS = ThreadPoolExecutor(1, "logprobs")
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; style-src 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -128,7 +131,8 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
         if request.stream:
             return stream(ticket, chat_chunks(ticket, reply), headers)
         await _wait_until_done(ticket, http)
-        return await _write(lambda: reply.chat(ticket.sequences), headers)
+        pool = LOGPROBS if request.num_logprobs is not None else None
+        return await _write(lambda: reply.chat(ticket.sequences), headers, pool)
 
     @app.post("/v1/completions", response_model=None)
     async def completions(request: CompletionRequest, http: Request) -> Response:
@@ -151,7 +155,8 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
             return stream(ticket, completion_chunks(ticket, reply, len(prompts)))
         await _wait_until_done(ticket, http)
         added_bos = [added for _, added in prompts]
-        return await _write(lambda: reply.completions(ticket.sequences, bool(request.echo), added_bos))
+        pool = LOGPROBS if request.logprobs is not None else None
+        return await _write(lambda: reply.completions(ticket.sequences, bool(request.echo), added_bos), pool=pool)
 
 
 def _add_chat_routes(app: FastAPI, service: Service, defaults: dict[str, Any]) -> None:
@@ -257,9 +262,11 @@ def _submit_chat(service: Service, request: ChatRequest, prompt: list[int]) -> T
     return service.submit([Sequence(prompt, p) for p in params])
 
 
-async def _write(make: Callable[[], dict[str, Any]], headers: dict[str, str] | None = None) -> Response:
-    """Make and serialize the reply in a thread: with many tokens this takes seconds."""
-    return await asyncio.to_thread(lambda: JSONResponse(make(), headers=headers))
+async def _write(
+    make: Callable[[], dict[str, Any]], headers: dict[str, str] | None = None, pool: Executor | None = None
+) -> Response:
+    """Make and serialize the reply in a thread, by default one of those that also render prompts."""
+    return await asyncio.get_running_loop().run_in_executor(pool, lambda: JSONResponse(make(), headers=headers))
 
 
 async def _wait_until_done(ticket: Ticket, http: Request) -> None:

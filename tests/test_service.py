@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastapi.testclient import TestClient
 
 from nanochat.common import NanochatError
 from nanochat.engine import Engine, EngineThread
-from nanochat.openai_api import ChatRequest, CompletionRequest, SamplingRequest, token_text
+from nanochat.openai_api import ChatRequest, CompletionRequest, Reply, SamplingRequest, token_text
 from nanochat.sampling import RowSettings, SamplingParams
 from nanochat.sequence import Sequence
 from nanochat.server import create_app
@@ -44,6 +45,32 @@ def test_what_a_request_leaves_open_is_the_servers_to_say(engine: Engine) -> Non
             body = {"messages": HELLO["messages"], "ignore_eos": True, **given}
             assert f'"completion_tokens": {expected}' in client.post("/chat/completions", json=body).text
         assert client.get("/health").json()["defaults"] == {"temperature": 0.0, "top_k": 0, "max_tokens": 3}
+
+
+@pytest.mark.parametrize("more", [{"prompt": "the cat", "logprobs": 3}, {**HELLO, "logprobs": True, "top_logprobs": 3}])
+def test_long_replies_keep_nobody_waiting(engine: Engine, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]) -> None:
+    """Those with log-probabilities take seconds to write; as many as there are threads are still being written here."""
+    written = threading.Event()
+    for name in ("chat", "completions"):
+        write = getattr(Reply, name)
+
+        def slowly(reply: Reply, sequences: list[Sequence], *args: Any, write: Any = write) -> dict[str, Any]:
+            if sequences[0].params.logprobs is not None:
+                written.wait(60)
+            return write(reply, sequences, *args)
+
+        monkeypatch.setattr(Reply, name, slowly)
+    app = create_app([engine], "tiny")
+    path = "/v1/completions" if "prompt" in more else CHAT
+    with TestClient(app) as client, ThreadPoolExecutor(41) as pool:
+        try:
+            long = [pool.submit(client.post, path, json={"max_tokens": 2, **more}) for _ in range(40)]
+            wait_for(lambda: app.state.service.answered == 40, "all to be answered", 60)
+            assert pool.submit(client.post, CHAT, json=HELLO).result(20).status_code == 200
+            assert not any(reply.done() for reply in long)
+        finally:
+            written.set()
+        assert {reply.result().status_code for reply in long} == {200}
 
 
 # ----------------------------------------------------------------------------- a device that fails
