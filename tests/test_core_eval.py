@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import http.client
 import io
 import json
@@ -279,6 +280,7 @@ def test_a_damaged_download_leaves_no_bundle(
 ) -> None:
     path = Path(shutil.make_archive(str(tmp_path / "bundle"), "zip", bundle))
     content = bytearray(path.read_bytes())
+    monkeypatch.setattr("nanochat.core_eval.BUNDLE_SHA256", hashlib.sha256(content).hexdigest())
     with zipfile.ZipFile(path) as archive:
         largest = max(archive.infolist(), key=lambda member: member.compress_size)
     content[largest.header_offset + 30 + len(largest.filename) + largest.compress_size // 2] ^= 0xFF
@@ -290,7 +292,8 @@ def test_a_damaged_download_leaves_no_bundle(
             return bytes(content)
 
     monkeypatch.setattr("urllib.request.urlopen", lambda *args, **kwargs: Response())
-    with pytest.raises(NanochatError, match="give a folder with --eval-bundle"):
+    reason = "cannot be downloaded" if damage == "cut" else r"eval_bundle\.zip is damaged or has changed \(its sha256 is"
+    with pytest.raises(NanochatError, match=f"{reason}.*give a folder with --eval-bundle"):
         find_bundle(None)
     assert not (base_dir / "eval_bundle").exists()
 
@@ -298,6 +301,7 @@ def test_a_damaged_download_leaves_no_bundle(
 def test_a_bundle_is_downloaded_once(bundle: Path, tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = shutil.make_archive(str(tmp_path / "packed"), "zip", bundle.parent, bundle.name)
     monkeypatch.setattr("nanochat.core_eval.BUNDLE_URL", Path(archive).as_uri())
+    monkeypatch.setattr("nanochat.core_eval.BUNDLE_SHA256", hashlib.sha256(Path(archive).read_bytes()).hexdigest())
     folder = find_bundle(None)
     assert folder == base_dir / "eval_bundle" and len(read_tasks(folder)) == 4
     Path(archive).unlink()
