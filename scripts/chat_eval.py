@@ -21,6 +21,7 @@ from nanochat.eval_results import merge_eval, read_eval
 from nanochat.progress import Progress
 from nanochat.ranks import from_rank0
 from nanochat.runs import get_stage_dir
+from nanochat.sampling import SamplingParams
 from nanochat.scores import describe_interval, describe_pass_at
 from nanochat.settings import Arguments, SettingsParser, add_checkpoint_arguments, add_device_argument, add_sampling_arguments
 from tasks import build_judged_task, judged_tasks, task_name
@@ -49,6 +50,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     add_device_argument(machine)
     args = parser.parse_args(argv)
     args.require_positive("num_samples", "max_new_tokens", "batch_size")
+    SamplingParams(args.temperature, args.top_k)  # raises for what cannot be meant, also where only letters are chosen
     if args.num_samples > 1 and args.temperature == 0:
         n = args.num_samples
         raise NanochatError(
