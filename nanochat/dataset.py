@@ -350,6 +350,8 @@ def default_source_name() -> str:
 
 def get_source(name_or_path: str) -> Source:
     """The source of that name, made ready to read, or the files at that path or address. Raises NanochatError."""
+    if not name_or_path.strip():  # not read as the current folder
+        raise NanochatError("--data is empty, as from a variable that is not set: name a text, or leave --data out")
     return SOURCES.get(name_or_path, FileSource)(name_or_path)
 
 

@@ -23,7 +23,7 @@ stage 2 scripts.base_train --model-tag=$tag --resume=auto --data=builtin --token
 stage 3 scripts.chat_sft --model-tag=$tag --resume=auto --tasks="$tasks" --target-minutes=4.25 \
     --eval-every=-1 --eval-tokens=32768 --save-every=100
 stage 4 scripts.base_eval --model-tag=$tag --eval=bpb,sample --split-tokens=32768
-stage 5 scripts.chat_eval --model-tag=$tag --task-name=Arithmetic,Identity,SpellingBee --max-problems=200 --max-new-tokens=128
+stage 5 scripts.chat_eval --model-tag=$tag --task-name=Arithmetic,Identity,SpellingBee --max-problems=200
 stage 6 nanochat.report --model-tag=$tag
 
 printf '\nYou: %s\nnanochat: ' "What is 23 + 58?"

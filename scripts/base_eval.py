@@ -125,7 +125,7 @@ def look_ahead(loader: Iterator[Any], most: int) -> tuple[Iterator[Any], int]:
 
 def open_text(data: str | None, meta: dict[str, Any], tokenizer: Tokenizer) -> Source:
     """The text to measure on: `data`, or else the run's own. What the run held out for validation stays so."""
-    data = data or meta["settings"].get("data")
+    data = meta["settings"].get("data") if data is None else data
     if data is None:
         raise NanochatError(f"run {meta['tag']!r} was not pretrained here, so its text is not known: name one with --data")
     source = get_source(data)

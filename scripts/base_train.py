@@ -248,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def open_text(args: Arguments, stage: Stage) -> tuple[Source, Tokenizer]:
     """The training text and its tokenizer; a resumed run keeps its own tokenizer."""
-    source = get_source(args.data or default_source_name())
+    source = get_source(default_source_name() if args.data is None else args.data)
     args.data = source.name  # as an absolute path: the next command may be given in another folder
     if stage.resume_step is not None and args.tokenizer == args.defaults["tokenizer"]:
         tokenizer = Tokenizer.load(get_run_dir(stage.tag))  # the run's copy: the default one may have been trained again

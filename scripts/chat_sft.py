@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.max_seq_len > 0:
         change_context(model_config, args.max_seq_len)
     sequence_len = model_config["sequence_len"]
-    args.tasks = from_rank0(with_absolute_paths(args.tasks or default_tasks()))
+    args.tasks = from_rank0(with_absolute_paths(default_tasks() if args.tasks is None else args.tasks))
     train_task = build_mixture(args.tasks, "train", args.task_data)
     val_task = build_mixture(args.tasks, "val", args.task_data)
     mixture = check_mixture(stage, train_task, args.tasks)

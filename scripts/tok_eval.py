@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
     tokenizer = get_tokenizer(args.tokenizer)
     texts = {name: [text] for name, text in TEXTS.items()}
-    if args.data:
+    if args.data is not None:
         texts.update({f"{args.data} ({split})": read_some(args.data, split, args.max_chars) for split in ("train", "val")})
     peers = {name: tiktoken.get_encoding(key) for key, (name, files) in PEERS.items() if is_cached(files)}
     for key, name in ((key, name) for key, (name, _) in PEERS.items() if name not in peers):

@@ -32,7 +32,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    args.data = args.data or default_source_name()
+    args.data = default_source_name() if args.data is None else args.data
     source = get_source(args.data)
     directory = get_tokenizer_dir(args.tokenizer)
     if not args.force and _is_done(directory, args, source):

@@ -128,6 +128,10 @@ def test_a_base_directory_that_may_not_be_written(tmp_path: Path) -> None:
     ("main", "flags", "message"),
     [
         (base_train.main, ["--data=/nowhere/at/all"], "/nowhere/at/all"),
+        (base_train.main, ["--data="], "--data is empty, as from a variable that is not set"),
+        (tok_train.main, ["--data="], "--data is empty"),
+        (base_eval.main, ["--model-tag=tiny", "--eval=bpb", "--data="], "--data is empty"),
+        (chat_sft.main, ["--model-tag=tiny", "--resume=auto", "--tasks="], "--tasks names no task"),
         (base_train.main, ["--tokenizer=unknown"], "tok_train"),
         (base_train.main, ["--depth=0"], "depth 0"),
         (base_train.main, ["--depth=2", "--window-pattern=SX"], "SX"),
