@@ -1,6 +1,6 @@
-"""How much a device can process at a time and per second, measured before a run to plan it.
+"""How much a device can process at a time and per second, measured before a run to plan it, and how a run keeps to its time.
 
-Used by scripts/base_train, chat_sft and chat_rl.
+Used by the training scripts, stage.py and trainer.py.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class TimeLimit:
         planned, first = schedule.num_iterations, schedule.expansion_step
         if step <= first:  # nothing is known yet of the time that all blocks take
             self._checked = (step, seconds)
-        if step <= first or step % self._period or step >= planned:
+        if step - self._checked[0] < self._period or step >= planned:
             return planned
         (step_before, seconds_before), self._checked = self._checked, (step, seconds)
         left, pace = planned - step, (step - step_before) / (seconds - seconds_before)

@@ -275,7 +275,9 @@ class Trainer:
     def _keep_to_time(self) -> None:
         """Plan fewer updates if those that were planned no longer end in time; all schedules follow."""
         planned = self.config.num_iterations
-        if self._time_limit is None or (fewer := self._time_limit.updates(self.step, self.time_s, self.config)) == planned:
+        if self._time_limit is None or self._pending:  # while losses are pending, a GPU may still be at work on earlier steps
+            return
+        if (fewer := self._time_limit.updates(self.step, self.time_s, self.config)) == planned:
             return
         expand_at = self.config.expansion_step / fewer  # blocks that have joined stay
         self.config = replace(self.config, num_iterations=fewer, expand_at=expand_at)

@@ -70,6 +70,16 @@ def test_schedules_follow_a_run_that_does_fewer_updates(tmp_path: Path, monkeypa
     assert flops[-1] == 2 * one_block + 8 * all_blocks  # the blocks joined at step 2, a tenth of what was planned
 
 
+def test_time_is_looked_at_only_where_it_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a row is logged, which waits for the device."""
+    asked: list[int] = []
+    trainer = make_trainer(tmp_path, num_iterations=8, log_every=3)
+    trainer._time_limit = TimeLimit(1.0, 8, print)
+    monkeypatch.setattr(TimeLimit, "updates", lambda self, step, seconds, schedule: asked.append(step) or 8)
+    trainer.train()
+    assert asked == [0, 3, 6, 8]
+
+
 def test_a_shorter_run_says_so_and_is_complete(
     corpus: Path, base_dir: Path, tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
