@@ -273,17 +273,18 @@ class Trainer:
             self._check_stop()
 
     def _keep_to_time(self) -> None:
-        """Plan fewer updates if those that were planned no longer end in time; all schedules follow."""
-        planned = self.config.num_iterations
+        """Plan as many updates as end in time, if those that were planned do not; all schedules follow."""
         if self._time_limit is None or self._pending:  # while losses are pending, a GPU may still be at work on earlier steps
             return
-        if (fewer := self._time_limit.updates(self.step, self.time_s, self.config)) == planned:
+        planned, updates = self.config.num_iterations, self._time_limit.updates(self.step, self.time_s, self.config)
+        if updates == planned:
             return
-        expand_at = self.config.expansion_step / fewer  # blocks that have joined stay
-        self.config = replace(self.config, num_iterations=fewer, expand_at=expand_at)
-        self.progress.total = fewer
-        self.progress.print(f"step {self.step}: slower than planned; {fewer} updates in place of {planned}, to end in time")
-        self._time_limit.record(fewer)
+        expand_at = self.config.expansion_step / updates  # blocks that have joined stay
+        self.config = replace(self.config, num_iterations=updates, expand_at=expand_at)
+        self.progress.total = updates
+        why = "slower than planned" if updates < planned else "faster again"
+        self.progress.print(f"step {self.step}: {why}; {updates} updates in place of {planned}, to end in time")
+        self._time_limit.record(updates)
 
     def _choose_blocks(self) -> None:
         """Decide which blocks learn in this step: only the last one, or all."""

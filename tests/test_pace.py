@@ -24,7 +24,7 @@ def simulate(seconds_of_step: list[float], minutes: float, **config: float) -> t
     step = 0
     while step < schedule.num_iterations:
         updates = limit.updates(step, seconds, schedule)
-        assert step < updates <= schedule.num_iterations
+        assert step < updates <= len(seconds_of_step)
         schedule = Schedule(updates, expand_at=schedule.expansion_step / updates)
         seconds += seconds_of_step[step]
         step += 1
@@ -39,6 +39,13 @@ def test_a_run_ends_in_its_time_whatever_the_machine_does() -> None:
     for step_at, factor in ((0, 1.25), (0, 2.0), (40, 1.5), (70, 2.0), (0, 3.0)):
         updates, seconds = simulate([1.0] * step_at + [factor] * (100 - step_at), 100 / 60)
         assert 93 < seconds < 110 and updates < 100, (step_at, factor)
+
+
+def test_a_run_does_what_was_planned_where_only_its_start_was_slow() -> None:
+    """Twice as slow for its first tenth: of the time that this leaves, nothing is lost."""
+    updates, seconds = simulate([2.0] * 10 + [1.0] * 90, 100 / 60)
+    assert 87 <= updates <= 90 and 94 < seconds < 103
+    assert simulate([2.0] * 10 + [0.8] * 90, 100 / 60)[0] == 100
 
 
 def test_a_pause_is_no_pace() -> None:
