@@ -106,7 +106,7 @@ def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> St
     if resume == "none":
         if tag is None:
             tag, n = default_tag, 1
-            while list_steps(get_stage_dir(tag, name)) or _heirs(tag, name):
+            while list_steps(get_stage_dir(tag, name)) or (name == STAGES[0] and heirs(tag)):
                 n += 1
                 tag = f"{default_tag}-{n}"
         elif steps := list_steps(get_stage_dir(tag, name)):
@@ -140,7 +140,7 @@ def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> St
             f"the base model of run {tag!r} came from {origin['from']}: it can be fine-tuned, but not trained on here; "
             f"{way_to_begin_anew(directory)}"
         )
-    if step is None and (later := _heirs(tag, name)):
+    if step is None and name == STAGES[0] and (later := heirs(tag)):
         raise NanochatError(
             f"run {tag!r} has {' and '.join(later)} checkpoints, whose tokenizer that of a new base model would replace: "
             "choose another --model-tag"
@@ -163,11 +163,6 @@ def _is_second_start(directory: Path, resume: str) -> bool:
         return False
     settings = read_json_object(directory / SETTINGS_FILE) if (directory / SETTINGS_FILE).exists() else {}
     return resume in (settings.get("resume"), str(settings.get("resume_from_step")))
-
-
-def _heirs(tag: str, name: str) -> list[str]:
-    """When opening the base stage: later stages of that run, which still need its tokenizer. Otherwise none."""
-    return heirs(tag) if name == STAGES[0] else []
 
 
 def open_start(stage: Stage, source: str, step: int | None) -> tuple[Path, Tokenizer, dict[str, Any], int]:

@@ -53,7 +53,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     parser = SettingsParser(
         "Pretrain a base model.",
         examples=[
-            "%(prog)s --depth 4 --data builtin --target-minutes 5",
+            "%(prog)s --depth 4 --max-seq-len 512 --target-minutes 5",
             "%(prog)s --config mine.toml --model-tag mine --resume auto",
             "torchrun --standalone --nproc_per_node=8 -m -- scripts.base_train --depth 20",
         ],

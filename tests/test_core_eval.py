@@ -419,13 +419,9 @@ def test_the_real_bundle(real_data: Path, tiny_run: Path, tokenizer: Tokenizer, 
     assert set(results["missing"]) == {"hellaswag_zeroshot", "hellaswag", "squad", "coqa"}
 
 
+@pytest.mark.usefixtures("tokenizer_in_place")
 def test_core_while_training_and_in_the_report(
-    corpus: Path,
-    tokenizer_in_place: None,
-    bundle: Path,
-    base_dir: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    corpus: Path, bundle: Path, base_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The metric has a period of its own, is the same as measured afterwards, and is made up for where it was cut off."""
     flags = [*TINY_TRAINING, "--data", str(corpus), "--model-tag=core", f"--eval-bundle={bundle}", "--eval-every=4"]
