@@ -19,7 +19,8 @@ from nanochat.engine import Engine
 from nanochat.pace import TimeLimit
 from nanochat.tokenizer import Tokenizer
 from tests.helpers import make_document, write_corpus
-from tests.many_ranks import ROOT, stop_all
+from tests.many_ranks import Ranks, stop_all
+from tests.nursery import ROOT, Nursery
 
 if TYPE_CHECKING:
     from fastapi.testclient import TestClient
@@ -80,13 +81,24 @@ def tokenizer_in_place(tokenizer: Tokenizer, base_dir: Path) -> None:
     tokenizer.save(base_dir / "tokenizers" / "default")
 
 
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    if not hasattr(os, "fork"):
+        pytest.skip("programs are forked, which this system cannot")
+    nursery = Nursery(tmp_path_factory.mktemp("lives"))
+    yield nursery
+    nursery.close()
+
+
 @pytest.fixture
-def many_ranks(tokenizer_in_place: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For ranks that a test starts: float32, a core each, the checkout, a tokenizer; none of them outlives it."""
+def many_ranks(nursery: Nursery, tokenizer_in_place: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ranks]:
+    """Ranks with float32, a core each, the checkout, a tokenizer; none of them outlives the test."""
     monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    yield
+    ranks = Ranks(nursery)
+    yield ranks
+    ranks.stop()
     stop_all()
 
 

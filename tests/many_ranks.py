@@ -1,21 +1,21 @@
-"""Starts the commands as torchrun does, on several ranks and nodes. Used by test_distributed.py, test_lost_ranks.py and
-test_rl.py.
-"""
+"""Starts commands on several ranks: by torchrun, where that is what is tested, otherwise forked with its variables set."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
+import torch.distributed as dist
 
 from scripts import base_train
+from tests.nursery import ROOT, Life, Nursery
 
-ROOT = Path(__file__).parent.parent
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--monitor-interval=0.2"]
 # Wide enough for rounding not to grow: in a model of 32 channels it makes 1e-4 of itself within 40 steps. Two thirds of the
 # usual rates serve the same end: with all of them, losses around step 20, where they fall fastest, differ by 1.2e-4.
@@ -25,15 +25,6 @@ SMALL = [
     "--keep-last=-1", "--matrix-lr=0.013", "--embedding-lr=0.2", "--unembedding-lr=0.005", "--scalar-lr=0.33",
 ]  # fmt: skip
 WHOLE = "whole"  # the run that others are compared with
-# scripts.chat_rl, with rewards by what an answer is, since a model that has learned nothing earns none.
-REINFORCE = """
-import sys
-from nanochat.common import run_command
-from nanochat.rl import RolloutLoader
-from scripts import chat_rl
-RolloutLoader._judge = lambda self, problem, answer: sum(answer.tokens) % 7 / 6
-sys.exit(run_command(chat_rl.main))
-"""
 
 _started: list[subprocess.Popen] = []
 
@@ -65,21 +56,46 @@ def node_command(number: int, endpoint: str, address: str, *command: str, restar
     ]  # fmt: skip
 
 
-def run(ranks: int, *command: str) -> str:
-    """Run a command on so many ranks to its end; returns what it printed."""
-    process = launch(ranks, *command)
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-3000:]
-    return output
+class Ranks:
+    """Ranks on this machine, forked from the nursery."""
 
+    def __init__(self, nursery: Nursery) -> None:
+        self._nursery = nursery
+        self._lives: list[Life] = []
+        self._stores: list[dist.TCPStore] = []  # through which they meet; kept by the launcher, as torchrun's is
 
-def train(ranks: int, corpus: Path, tag: str, *flags: str) -> Path:
-    arguments = [*SMALL, f"--data={corpus}", f"--model-tag={tag}", *flags]
-    if ranks == 1:
-        assert base_train.main(arguments) == 0
-    else:
-        run(ranks, "-m", "--", "scripts.base_train", *arguments)
-    return Path(os.environ["NANOCHAT_BASE_DIR"]) / "runs" / tag / "base"
+    def _start(self, ranks: int, command: tuple[str, ...]) -> list[Life]:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        shared = {
+            "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+        }  # fmt: skip
+        lives = [self._nursery.start(*command, RANK=str(i), LOCAL_RANK=str(i), **shared) for i in range(ranks)]
+        self._lives += lives
+        self._stores.append(store)
+        return lives
+
+    def run(self, ranks: int, *command: str, fails: bool = False) -> str:
+        """Run a command (-m MODULE ... or a file) on so many ranks to its end; returns what they printed."""
+        lives = self._start(ranks, command)
+        codes = [life.wait(timeout_s=300, pause_s=0.02) for life in lives]
+        said = "".join(life.said() for life in lives)
+        assert all(code != 0 for code in codes) if fails else not any(codes), f"{codes}: {said[-3000:]}"
+        return said
+
+    def train(self, ranks: int, corpus: Path, tag: str, *flags: str) -> Path:
+        """Train a small base model; returns the stage's directory."""
+        arguments = [*SMALL, f"--data={corpus}", f"--model-tag={tag}", *flags]
+        if ranks == 1:
+            assert base_train.main(arguments) == 0
+        else:
+            self.run(ranks, "-m", "scripts.base_train", *arguments)
+        return Path(os.environ["NANOCHAT_BASE_DIR"]) / "runs" / tag / "base"
+
+    def stop(self) -> None:
+        """End those that a test has left when it failed."""
+        for life in self._lives:
+            life.send(signal.SIGKILL)
 
 
 def free_port() -> int:

@@ -1,7 +1,7 @@
 """What the tests of recovery share: lives of training commands, runs to compare with, and what a stage holds.
 
-Most lives are forked from a process that has imported everything (`Nursery`), so that one costs half a second and ends as
-the command does. The fixtures are known to all tests: conftest.py names this file as a plugin.
+Most lives are forked (nursery.py), so that one costs half a second. The fixtures are known to all tests: conftest.py names
+this file as a plugin.
 """
 
 from __future__ import annotations
@@ -9,11 +9,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,8 @@ from nanochat.files import read_json_lines
 from nanochat.metrics import read_metrics
 from nanochat.runs import list_steps, step_dir
 from tests.conftest import TINY_TRAINING
+from tests.nursery import ROOT, Life, Nursery
 
-ROOT = Path(__file__).parent.parent
 LAST, LONG, KEEP = 12, 60, 2  # steps of a run, of a long one, and checkpoints kept
 BASE_FLAGS = [*TINY_TRAINING, f"--num-iterations={LAST}", "--save-every=2", "--eval-every=3", f"--keep-last={KEEP}",
               "--model-tag=tiny", "--resume=auto"]  # fmt: skip
@@ -34,110 +32,15 @@ STATE = {"a": torch.arange(6.0).view(2, 3)}
 
 # ----------------------------------------------------------------------------- lives
 
-NURSERY = """
-import gc, importlib, json, os, sys, traceback
-import torch
-from nanochat.common import get_compute_dtype, run_command
-from nanochat.machine import measure_matmul_rate
-from nanochat.rl import RolloutLoader
 
-scripts = {name: importlib.import_module(f"scripts.{name}") for name in ("base_train", "chat_sft", "chat_rl")}
-measure_matmul_rate(torch.device("cpu"), get_compute_dtype("cpu"))  # half a second, remembered by all that are forked
-RolloutLoader._judge = lambda self, problem, answer: float(sum(answer.tokens) % 3)  # so that there is something to learn
-gc.collect()
-gc.freeze()
-
-def live(base_dir, log, script, flags):
-    os.environ["NANOCHAT_BASE_DIR"] = base_dir
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for number in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.argv = [script, *flags]
-    try:
-        code = run_command(scripts[script].main)
-    except BaseException:
-        traceback.print_exc()
-        code = 99
-    sys.stdout.flush()
-    os._exit(code)
-
-for line in sys.stdin:
-    what, *rest = json.loads(line)
-    if what == "start":
-        answer = os.fork() or live(*rest)
-    else:
-        pid, status = os.waitpid(rest[0], os.WNOHANG)
-        answer = os.waitstatus_to_exitcode(status) if pid else None
-    print(json.dumps(answer), flush=True)
-"""
+def begin(nursery: Nursery, base_dir: Path, flags: list[str], script: str = "scripts.base_train") -> Life:
+    """A run of a training command, with that base directory."""
+    return nursery.start("-m", script, *flags, NANOCHAT_BASE_DIR=str(base_dir))
 
 
-class Nursery:
-    """A process from which lives of the training scripts are forked, each with one thread."""
-
-    def __init__(self, directory: Path) -> None:
-        command, pipe = [sys.executable, "-c", NURSERY], subprocess.PIPE
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self._process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, text=True)
-        self._directory, self._born = directory, 0
-
-    def ask(self, *request: Any) -> Any:
-        print(json.dumps(request), file=self._process.stdin, flush=True)
-        return json.loads(self._process.stdout.readline())
-
-    def start(self, base_dir: Path, flags: list[str], script: str = "base_train") -> Life:
-        self._born += 1
-        log = self._directory / f"{self._born}.log"
-        log.touch()
-        return Life(self, self.ask("start", str(base_dir), str(log), script, flags), log)
-
-    def run(self, base_dir: Path, flags: list[str], script: str = "base_train", code: int = 0) -> str:
-        """A whole life; returns what it said."""
-        life = self.start(base_dir, flags, script)
-        assert life.wait() == code, life.said()
-        return life.said()
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-
-
-class Life:
-    """One run of a command."""
-
-    def __init__(self, nursery: Nursery, pid: int, log: Path) -> None:
-        self._nursery, self._pid, self._log = nursery, pid, log
-        self._code: int | None = None
-
-    def poll(self) -> int | None:
-        """The exit code, minus the signal's number for one that was killed; None while it lives."""
-        if self._code is None:
-            self._code = self._nursery.ask("poll", self._pid)
-        return self._code
-
-    def wait(self, until: Callable[[], bool] = lambda: False, timeout_s: float = 60.0, pause_s: float = 0.004) -> int | None:
-        """Until it has ended or something else is so; returns the exit code, or None while it lives."""
-        deadline = time.monotonic() + timeout_s
-        while self.poll() is None and not until():
-            assert time.monotonic() < deadline, self.said()
-            time.sleep(pause_s)
-        return self._code
-
-    def send(self, number: signal.Signals) -> None:
-        if self.poll() is None:  # it is not waited for before the next poll: the number is still its own
-            os.kill(self._pid, number)
-
-    def said(self) -> str:
-        return self._log.read_text(encoding="utf-8")
-
-
-@pytest.fixture(scope="session")
-def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    if not hasattr(os, "fork"):
-        pytest.skip("lives are forked, which this system cannot")
-    nursery = Nursery(tmp_path_factory.mktemp("lives"))
-    yield nursery
-    nursery.close()
+def train(nursery: Nursery, base_dir: Path, flags: list[str], script: str = "scripts.base_train", code: int = 0) -> str:
+    """A whole one; returns what it printed."""
+    return nursery.run("-m", script, *flags, code=code, NANOCHAT_BASE_DIR=str(base_dir))
 
 
 # ----------------------------------------------------------------------------- runs to compare with
@@ -153,7 +56,7 @@ def whole(nursery: Nursery, base_flags: list[str], tokenizer, tmp_path_factory: 
     """The stage of a base training that nothing disturbed, with all its checkpoints. Not to be changed."""
     directory = tmp_path_factory.mktemp("whole")
     tokenizer.save(directory / "tokenizers" / "default")
-    nursery.run(directory, [*base_flags, "--keep-last=-1"])
+    train(nursery, directory, [*base_flags, "--keep-last=-1"])
     return directory / "runs" / "tiny" / "base"
 
 
@@ -162,7 +65,7 @@ def whole_long(nursery: Nursery, base_flags: list[str], tokenizer, tmp_path_fact
     """The same of LONG steps, for what must come about while a command runs; the usual checkpoints are kept."""
     directory = tmp_path_factory.mktemp("long")
     tokenizer.save(directory / "tokenizers" / "default")
-    nursery.run(directory, [*base_flags, f"--num-iterations={LONG}"])
+    train(nursery, directory, [*base_flags, f"--num-iterations={LONG}"])
     return directory / "runs" / "tiny" / "base"
 
 

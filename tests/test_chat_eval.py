@@ -23,7 +23,7 @@ from nanochat.tokenizer import Tokenizer
 from scripts import chat_eval
 from tasks.common import Conversation, Task, TaskMixture, multiple_choice
 from tests.helpers import make_document, make_engine
-from tests.many_ranks import run
+from tests.many_ranks import Ranks
 
 
 class LongAnswers(Task):
@@ -156,8 +156,7 @@ sys.exit(run_command(chat_eval.main))
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("many_ranks")
-def test_outcomes_are_read_by_one_rank(tiny_run: Path, base_dir: Path, tmp_path: Path) -> None:
+def test_outcomes_are_read_by_one_rank(many_ranks: Ranks, tiny_run: Path, base_dir: Path, tmp_path: Path) -> None:
     """Where machines have folders of their own, the others see none, and all go on with those of rank 0."""
     flags = ["--model-tag=tiny", "-a", "Arithmetic", "-m", "4", "--device-type=cpu"]
     for rank, problems in enumerate((4, 2)):
@@ -165,7 +164,7 @@ def test_outcomes_are_read_by_one_rank(tiny_run: Path, base_dir: Path, tmp_path:
         shutil.move(shutil.copytree(base_dir, tmp_path / "copy"), f"{base_dir}{rank}")
         shutil.rmtree(tiny_run / "sft" / "chat_eval")
     (tmp_path / "ranks.py").write_text(WITH_ITS_OWN_FOLDER, encoding="utf-8")
-    assert "4 of 6 answers are an earlier run's" in run(2, str(tmp_path / "ranks.py"), *flags, "-x", "6")
+    assert "4 of 6 answers are an earlier run's" in many_ranks.run(2, str(tmp_path / "ranks.py"), *flags, "-x", "6")
 
 
 def test_pass_at_k_grows_and_starts_at_the_accuracy(engine: Engine) -> None:

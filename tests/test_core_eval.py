@@ -7,11 +7,8 @@ import hashlib
 import http.client
 import io
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -41,6 +38,7 @@ from scripts import base_eval, base_train
 from tests.conftest import TINY_TRAINING
 from tests.helpers import make_document, make_model
 from tests.hub_server import ModelHub, serve_folder
+from tests.many_ranks import Ranks
 
 CHOICES = [{"query": f"Question {i}: which", "choices": [f"the cat {i}", f"a small dog {i}", "her brother"], "gold": i % 3}
            for i in range(12)]  # fmt: skip
@@ -453,13 +451,11 @@ def test_core_while_training_and_in_the_report(
 
 
 @pytest.mark.slow
-def test_two_ranks_find_what_one_does(tiny_run: Path, bundle: Path) -> None:
+def test_two_ranks_find_what_one_does(many_ranks: Ranks, tiny_run: Path, bundle: Path) -> None:
     found = []
     for ranks in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command += ["-m", "scripts.base_eval", "--eval=core", f"--eval-bundle={bundle}", "--model-tag=tiny", "--no-compile"]
-        environment = {**os.environ, "NANOCHAT_DTYPE": "float32", "OMP_NUM_THREADS": "1"}
-        subprocess.run([*command, "--device-type=cpu"], env=environment, check=True, capture_output=True, timeout=300)
+        flags = ["--eval=core", f"--eval-bundle={bundle}", "--model-tag=tiny", "--no-compile", "--device-type=cpu"]
+        many_ranks.run(ranks, "-m", "scripts.base_eval", *flags)
         (folder,) = (tiny_run / "base" / "core").iterdir()
         rows = {path.name: read_json_lines(path) for path in folder.iterdir()}
         found.append({name: [(row["index"], row["correct"]) for row in part] for name, part in rows.items()})

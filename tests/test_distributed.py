@@ -16,11 +16,9 @@ from nanochat.common import describe_error
 from nanochat.runs import list_steps
 from nanochat.sharding import write_sharded
 from tests.helpers import load_all, logged, make_model
-from tests.many_ranks import REINFORCE, SMALL, WHOLE, launch, run, train
+from tests.many_ranks import SMALL, WHOLE, Ranks
 
 HANDED_OVER = "handed-over"
-
-pytestmark = pytest.mark.usefixtures("many_ranks")
 
 
 def _forget(stage_dir: Path, after: int) -> None:
@@ -31,9 +29,9 @@ def _forget(stage_dir: Path, after: int) -> None:
 
 
 @pytest.mark.slow
-def test_one_two_and_four_ranks_follow_one_curve(corpus: Path) -> None:
+def test_one_two_and_four_ranks_follow_one_curve(many_ranks: Ranks, corpus: Path) -> None:
     """To 1e-4 over 50 steps, and to the same bits per byte, with the same global batch."""
-    one, *others = (train(ranks, corpus, f"n{ranks}", "--num-iterations=50") for ranks in (1, 2, 4))
+    one, *others = (many_ranks.train(ranks, corpus, f"n{ranks}", "--num-iterations=50") for ranks in (1, 2, 4))
     assert len(logged(one)) == 50
     for stage_dir in others:
         assert logged(stage_dir) == pytest.approx(logged(one), abs=1e-4)
@@ -41,10 +39,10 @@ def test_one_two_and_four_ranks_follow_one_curve(corpus: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ranks_without_a_tokenizer_train_one(corpus: Path, base_dir: Path) -> None:
+def test_ranks_without_a_tokenizer_train_one(many_ranks: Ranks, corpus: Path, base_dir: Path) -> None:
     """In a process of its own, while the others wait."""
     shutil.rmtree(base_dir / "tokenizers", ignore_errors=True)
-    assert len(logged(train(2, corpus, "first", "--num-iterations=2"))) == 2
+    assert len(logged(many_ranks.train(2, corpus, "first", "--num-iterations=2"))) == 2
     assert (base_dir / "tokenizers" / "default" / "tokenizer.json").exists()
 
 
@@ -57,7 +55,7 @@ sys.exit(run_command(lambda argv: base_train.main([*argv, f"--data={os.environ['
 
 
 def test_ranks_with_different_texts_do_not_train(
-    corpus: Path, tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+    many_ranks: Ranks, corpus: Path, tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where machines have folders of their own: each rank says so, and nothing is written."""
     for rank in ("0", "1"):
@@ -65,25 +63,24 @@ def test_ranks_with_different_texts_do_not_train(
     (tmp_path / "1" / "train.jsonl").write_text('{"text": "other words"}', encoding="utf-8")
     (tmp_path / "ranks.py").write_text(WITH_ITS_OWN_TEXT, encoding="utf-8")
     monkeypatch.setenv("TEXTS", str(tmp_path))
-    process = launch(2, str(tmp_path / "ranks.py"), *SMALL, "--num-iterations=2", "--model-tag=apart")
-    _, errors = process.communicate(timeout=300)
+    said = many_ranks.run(2, str(tmp_path / "ranks.py"), *SMALL, "--num-iterations=2", "--model-tag=apart", fails=True)
     sizes = [(tmp_path / rank / "train.jsonl").stat().st_size for rank in ("0", "1")]
     sentence = f"error: the size of train.jsonl in bytes is {sizes[0]} on rank 0, but {sizes[1]} on rank 1"
-    assert sentence in errors, errors[-3000:]
+    assert sentence in said
     assert not (base_dir / "runs").exists()
 
 
 @pytest.mark.slow
-def test_checkpoints_move_to_other_numbers_of_ranks(corpus: Path) -> None:
+def test_checkpoints_move_to_other_numbers_of_ranks(many_ranks: Ranks, corpus: Path) -> None:
     """2 -> 1 -> 4, and whole -> sharded -> whole, continue the curve of one process, while blocks join."""
     flags = ["--num-iterations=16", "--save-every=4", "--expand-at=0.4"]
-    expected = logged(train(1, corpus, WHOLE, *flags))
+    expected = logged(many_ranks.train(1, corpus, WHOLE, *flags))
     for ranks, steps, more in ((2, 4, []), (1, 8, []), (4, 12, ["--fsdp", "--activation-checkpointing"]), (2, 16, ["--fsdp"])):
-        stage_dir = train(ranks, corpus, HANDED_OVER, *flags, "--resume=auto", *more)
+        stage_dir = many_ranks.train(ranks, corpus, HANDED_OVER, *flags, "--resume=auto", *more)
         assert logged(stage_dir) == pytest.approx(expected, abs=1e-4), f"up to step {steps}"
         _forget(stage_dir, steps)
     _forget(stage_dir, 12)  # which 4 ranks wrote in parts: one process goes on from it
-    assert logged(train(1, corpus, HANDED_OVER, *flags, "--resume=auto")) == pytest.approx(expected, abs=1e-4)
+    assert logged(many_ranks.train(1, corpus, HANDED_OVER, *flags, "--resume=auto")) == pytest.approx(expected, abs=1e-4)
     whole = load_all(stage_dir.parent.parent / WHOLE / "base", 16)
     found = load_all(stage_dir, 16)
     for mine, theirs in zip(whole[:2], found[:2], strict=True):
@@ -93,17 +90,17 @@ def test_checkpoints_move_to_other_numbers_of_ranks(corpus: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sharded_models_are_compiled_tuned_and_read_whole(corpus: Path, base_dir: Path) -> None:
+def test_sharded_models_are_compiled_tuned_and_read_whole(many_ranks: Ranks, corpus: Path, base_dir: Path) -> None:
     """--fsdp: compiled like the others, read by one process, the start of SFT; a lost file of a rank is named."""
     flags = ["--num-iterations=4"]
-    whole, sharded = train(1, corpus, WHOLE, *flags), train(2, corpus, "sharded", *flags, "--fsdp")
+    whole, sharded = many_ranks.train(1, corpus, WHOLE, *flags), many_ranks.train(2, corpus, "sharded", *flags, "--fsdp")
     assert logged(sharded) == pytest.approx(logged(whole), abs=1e-4)
     model, expected = (load_model("base", "cpu", "eval", tag)[0] for tag in ("sharded", WHOLE))
     idx = torch.arange(100)[None]
     torch.testing.assert_close(model(idx), expected(idx), atol=1e-3, rtol=1e-3)
     sft = ["--tasks=Arithmetic:60,Identity:40", "--num-iterations=3", "--device-type=cpu", "--no-compile", "--eval-tokens=512"]
     for tag, ranks, more in ((WHOLE, 2, []), ("sharded", 2, ["--fsdp"])):
-        run(ranks, "-m", "--", "scripts.chat_sft", *sft, f"--model-tag={tag}", *more)
+        many_ranks.run(ranks, "-m", "scripts.chat_sft", *sft, f"--model-tag={tag}", *more)
     runs = base_dir / "runs"
     assert logged(runs / "sharded" / "sft") == pytest.approx(logged(runs / WHOLE / "sft"), abs=1e-4)
     (sharded / "step_000004" / "sharded" / "__1_0.distcp").unlink()
@@ -112,14 +109,13 @@ def test_sharded_models_are_compiled_tuned_and_read_whole(corpus: Path, base_dir
 
 
 @pytest.mark.slow
-def test_tuning_and_reinforcing_are_the_same_on_any_number_of_ranks(corpus: Path, base_dir: Path) -> None:
-    train(1, corpus, WHOLE, "--num-iterations=4")
+def test_tuning_and_reinforcing_are_the_same_on_any_number_of_ranks(many_ranks: Ranks, corpus: Path, base_dir: Path) -> None:
+    many_ranks.train(1, corpus, WHOLE, "--num-iterations=4")
     machine = ["--device-type=cpu", "--no-compile"]
     sft = ["--tasks=Arithmetic:100,Identity:60", "--num-iterations=6", "--total-batch-size=512", "--eval-tokens=512", *machine]
     rl = ["--task=Arithmetic", "--num-iterations=2", "--examples-per-step=4", "--num-samples=4", "--max-new-tokens=8"]
     rl += ["--eval-examples=4", "--eval-samples=2", "--objective=grpo", "--kl-weight=0.1", *machine]
-    runs, program = base_dir / "runs", base_dir / "reinforce.py"
-    program.write_text(REINFORCE, encoding="utf-8")
+    runs = base_dir / "runs"
     for tag in ("two", "four"):
         shutil.copytree(runs / WHOLE, runs / tag)
 
@@ -129,12 +125,12 @@ def test_tuning_and_reinforcing_are_the_same_on_any_number_of_ranks(corpus: Path
             assert logged(runs / tag / stage, name) == pytest.approx(expected, abs=1e-4), f"{name} of {tag}"
 
     for ranks, tag in ((1, WHOLE), (2, "two"), (4, "four")):
-        run(ranks, "-m", "--", "scripts.chat_sft", *sft, f"--model-tag={tag}")
+        many_ranks.run(ranks, "-m", "scripts.chat_sft", *sft, f"--model-tag={tag}")
         compare(tag, "sft", "train/loss", "val/bpb")
         if tag != WHOLE:  # all reinforce the very same weights: a rounding may be enough to draw another token
             shutil.rmtree(runs / tag / "sft")
             shutil.copytree(runs / WHOLE / "sft", runs / tag / "sft")
-        run(ranks, str(program), *rl, f"--model-tag={tag}")
+        many_ranks.run(ranks, "-m", "tests.reinforce", *rl, f"--model-tag={tag}")
         compare(tag, "rl", "train/loss", "rl/reward", "rl/answer_tokens", "val/pass@1")
         assert all(logged(runs / tag / "rl", "rl/mixed_groups"))  # each update taught something
 
@@ -171,11 +167,11 @@ def set_gradients(model, step: int, share: float) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_the_optimizer_is_the_same_on_any_number_of_ranks(tmp_path: Path, ranks: int) -> None:
+def test_the_optimizer_is_the_same_on_any_number_of_ranks(many_ranks: Ranks, tmp_path: Path, ranks: int) -> None:
     """Shapes that do not divide by the ranks included; state as well as weights."""
     script, result = tmp_path / "ranks.py", tmp_path / "result.pt"
     script.write_text(SEVERAL_RANKS, encoding="utf-8")
-    run(ranks, str(script), str(result))
+    many_ranks.run(ranks, str(script), str(result))
     model = make_model(n_layer=3, n_kv_head=1)
     optimizer = model.setup_optimizer(weight_decay=0.1)
     for step in range(4):
@@ -235,11 +231,11 @@ dist.destroy_process_group()
 """
 
 
-def test_a_sharded_model_after_a_failed_pass_and_after_an_evaluation(tmp_path: Path) -> None:
+def test_a_sharded_model_after_a_failed_pass_and_after_an_evaluation(many_ranks: Ranks, tmp_path: Path) -> None:
     """It learns on as if there had been none, and can be saved."""
     script = tmp_path / "ranks.py"
     script.write_text(AFTER_A_FAILURE, encoding="utf-8")
-    run(1, str(script))
+    many_ranks.run(1, str(script))
 
 
 @pytest.mark.parametrize(
@@ -284,10 +280,10 @@ dist.destroy_process_group()
 """
 
 
-def test_what_fails_on_rank_0_alone_is_raised_on_all(tmp_path: Path) -> None:
+def test_what_fails_on_rank_0_alone_is_raised_on_all(many_ranks: Ranks, tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(FAILING_RANK_0, encoding="utf-8")
-    printed = run(2, str(script))
+    printed = many_ranks.run(2, str(script))
     for line in (
         "rank 0: OSError [Errno 28] No space left on device",
         "rank 1: NanochatError rank 0 has failed: its reason stands above",

@@ -22,7 +22,8 @@ from nanochat.common import NanochatError
 from nanochat.heartbeat import Heartbeat, fresh_store
 from nanochat.runs import list_steps
 from tests.helpers import logged, wait_for
-from tests.many_ranks import ROOT, SMALL, WHOLE, free_port, launch, node_command, start, train
+from tests.many_ranks import SMALL, WHOLE, Ranks, free_port, launch, node_command, start
+from tests.nursery import ROOT
 
 pytestmark = pytest.mark.usefixtures("many_ranks")
 
@@ -38,9 +39,9 @@ def _workers(launcher: subprocess.Popen) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(corpus: Path, base_dir: Path) -> None:
+def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(many_ranks: Ranks, corpus: Path, base_dir: Path) -> None:
     flags = ["-m", "--", "scripts.base_train", *SMALL, f"--data={corpus}", "--num-iterations=40", "--save-every=4"]
-    expected = logged(train(1, corpus, WHOLE, "--num-iterations=40"))
+    expected = logged(many_ranks.train(1, corpus, WHOLE, "--num-iterations=40"))
     stage_dir = base_dir / "runs" / "killed" / "base"
     for restarts in (0, 1):
         before = len(list_steps(stage_dir))
@@ -59,9 +60,9 @@ def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(corpus: Path, base_dir
 
 
 @pytest.mark.slow
-def test_one_node_of_two_restarts(corpus: Path, base_dir: Path) -> None:
+def test_one_node_of_two_restarts(many_ranks: Ranks, corpus: Path, base_dir: Path) -> None:
     """A process of it is killed: both nodes start theirs again, and the run ends as if nothing had happened."""
-    expected = logged(train(1, corpus, WHOLE, "--num-iterations=40"))
+    expected = logged(many_ranks.train(1, corpus, WHOLE, "--num-iterations=40"))
     command = ["-m", "--", "scripts.base_train", *SMALL, f"--data={corpus}", "--num-iterations=40", "--save-every=4"]
     command += ["--model-tag=near", "--resume=auto"]
     stage_dir, endpoint = base_dir / "runs" / "near" / "base", f"127.0.0.1:{free_port()}"
@@ -76,13 +77,10 @@ def test_one_node_of_two_restarts(corpus: Path, base_dir: Path) -> None:
     assert logged(stage_dir) == pytest.approx(expected, abs=1e-4)
 
 
-def _fail(script: str, folder: Path, corpus: Path, *flags: str) -> str:
+def _fail(many_ranks: Ranks, script: str, folder: Path, corpus: Path, *flags: str) -> str:
     """Train on two ranks by a script that does not end well; returns what they said."""
     (folder / "script.py").write_text(script, encoding="utf-8")
-    job = launch(2, str(folder / "script.py"), *SMALL, f"--data={corpus}", "--num-iterations=9", *flags)
-    _, errors = job.communicate(timeout=120)
-    assert job.returncode != 0
-    return errors
+    return many_ranks.run(2, str(folder / "script.py"), *SMALL, f"--data={corpus}", "--num-iterations=9", *flags, fails=True)
 
 
 DIVERGED = """
@@ -102,12 +100,12 @@ raise SystemExit(run_command(base_train.main))
 
 
 @pytest.mark.slow
-def test_ranks_that_differ_by_one_bit_stop(corpus: Path, base_dir: Path, tmp_path: Path) -> None:
+def test_ranks_that_differ_by_one_bit_stop(many_ranks: Ranks, corpus: Path, base_dir: Path, tmp_path: Path) -> None:
     """And the checkpoint of that moment is not written: the last good one is named.
 
     (A step later the optimizer's all-gather would have mended it.)
     """
-    errors = _fail(DIVERGED, tmp_path, corpus, "--save-every=3", "--model-tag=flipped")
+    errors = _fail(many_ranks, DIVERGED, tmp_path, corpus, "--save-every=3", "--model-tag=flipped")
     assert "the ranks hold different parameters at step 6 (1, first wte.weight)" in errors
     assert "the last good checkpoint is step 3" in errors
     assert list_steps(base_dir / "runs" / "flipped" / "base") == [3]
@@ -128,9 +126,11 @@ raise SystemExit(run_command(base_train.main))
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_fails_on_one_rank_costs_no_training(corpus: Path, base_dir: Path, tmp_path: Path) -> None:
+def test_an_evaluation_that_fails_on_one_rank_costs_no_training(
+    many_ranks: Ranks, corpus: Path, base_dir: Path, tmp_path: Path
+) -> None:
     """All ranks save the step at which it failed, though no checkpoint was due, and the job ends at once."""
-    errors = _fail(EVALUATION_FAILS, tmp_path, corpus, "--eval-every=5", "--model-tag=unmeasured")
+    errors = _fail(many_ranks, EVALUATION_FAILS, tmp_path, corpus, "--eval-every=5", "--model-tag=unmeasured")
     assert "error: the validation shard is gone" in errors
     assert list_steps(base_dir / "runs" / "unmeasured" / "base") == [5]
 
@@ -170,9 +170,13 @@ def test_heartbeat_notices_silence_and_only_that() -> None:
 @pytest.mark.parametrize("value", ["40s", "0", "-1", "nan", "inf"])
 def test_a_limit_that_is_no_number_of_seconds_is_refused_where_it_is_used(monkeypatch, value: str) -> None:
     monkeypatch.setenv("NANOCHAT_HEARTBEAT_S", value)
-    subprocess.run([sys.executable, "-c", "import nanochat.heartbeat"], cwd=ROOT, check=True, timeout=120)
     with pytest.raises(NanochatError, match=f"NANOCHAT_HEARTBEAT_S is '{value}': set it to a number of seconds"):
         Heartbeat(_stores(1)[0], 0, 1)
+
+
+def test_a_wrong_limit_disturbs_no_command_without_ranks(monkeypatch) -> None:
+    monkeypatch.setenv("NANOCHAT_HEARTBEAT_S", "40s")
+    subprocess.run([sys.executable, "-c", "import nanochat.heartbeat"], cwd=ROOT, check=True, timeout=120)
 
 
 def test_the_limit_is_the_one_that_was_set(monkeypatch) -> None:
@@ -255,7 +259,7 @@ def _two_machines() -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.slow
-def test_two_machines_and_a_cut_link(corpus: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_machines_and_a_cut_link(many_ranks: Ranks, corpus: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both nodes leave soon, saying why (within a minute by default, in which ranks may be silent for 40 s); started again
     they finish what one process would have."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
@@ -268,7 +272,7 @@ def test_two_machines_and_a_cut_link(corpus: Path, base_dir: Path, monkeypatch: 
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "cable")
     monkeypatch.setenv("NANOCHAT_HEARTBEAT_S", "15")
     steps = 40
-    expected = logged(train(1, corpus, WHOLE, f"--num-iterations={steps}"))
+    expected = logged(many_ranks.train(1, corpus, WHOLE, f"--num-iterations={steps}"))
     command = ["-m", "--", "scripts.base_train", *SMALL, f"--data={corpus}", f"--num-iterations={steps}", "--save-every=4"]
     command += ["--model-tag=far", "--resume=auto"]
     stage_dir = base_dir / "runs" / "far" / "base"

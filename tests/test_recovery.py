@@ -29,19 +29,20 @@ from nanochat.metrics import MetricsLog
 from nanochat.runs import list_steps, step_dir
 from scripts import base_train
 from tests.helpers import load_all
+from tests.nursery import Life, Nursery
 from tests.recovery_helpers import (
     KEEP,
     LAST,
     LONG,
-    Life,
-    Nursery,
     assert_ended_alike,
+    begin,
     content_of,
     count_rows,
     interrupted_copy,
     logged,
     stage_dir_of,
     start_command,
+    train,
     train_here,
 )
 from tests.test_rl import FLAGS as RL_FLAGS
@@ -97,15 +98,15 @@ def _survive(nursery: Nursery, base_dir: Path, script: str, flags: list[str], wh
     rng, stage_dir = random.Random(seed), stage_dir_of(base_dir, whole.name)
     killed = runs = torn = 0
     started = time.monotonic()
-    nursery.run(base_dir, flags, script)
+    train(nursery, base_dir, flags, script)
     life_s = time.monotonic() - started
-    assert "is complete" in nursery.run(base_dir, flags, script)
+    assert "is complete" in train(nursery, base_dir, flags, script)
     while killed < kills:
         shutil.rmtree(stage_dir)
         stage_dir.mkdir()
         witness, code = Witness(stage_dir, whole), None
         while code != 0:
-            life = nursery.start(base_dir, flags, script)
+            life = begin(nursery, base_dir, flags, script)
             if killed < kills:
                 _kill_at_random(life, stage_dir, rng, life_s)
             code = life.wait()
@@ -124,18 +125,20 @@ def test_a_base_training_survives_kills(nursery: Nursery, base_flags: list[str],
     """Killed at any moment, again and again, it ends with the bits, the losses and the best checkpoint of a whole run; at
     no moment is a checkpoint listed that is not whole, or an older one the newest.
     """
-    _survive(nursery, base_dir, "base_train", base_flags, whole, KILLS, seed=1)
+    _survive(nursery, base_dir, "scripts.base_train", base_flags, whole, KILLS, seed=1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "stage", "flags"), [("chat_sft", "sft", SFT_FLAGS), ("chat_rl", "rl", RL_RUN)])
+@pytest.mark.parametrize(
+    ("script", "stage", "flags"), [("scripts.chat_sft", "sft", SFT_FLAGS), ("tests.reinforce", "rl", RL_RUN)]
+)
 def test_fine_tuning_and_rl_survive_kills(
     nursery: Nursery, tiny_run: Path, base_dir: Path, tmp_path: Path, script: str, stage: str, flags: list[str]
 ) -> None:
     """The same for conversations and for rewards."""
     shutil.rmtree(tiny_run / stage, ignore_errors=True)
     shutil.copytree(base_dir, tmp_path / "whole")
-    nursery.run(tmp_path / "whole", [*flags, "--keep-last=-1"], script)
+    train(nursery, tmp_path / "whole", [*flags, "--keep-last=-1"], script)
     _survive(nursery, base_dir, script, flags, stage_dir_of(tmp_path / "whole", stage), max(4, KILLS // 5), seed=2)
 
 
@@ -145,7 +148,7 @@ def test_nothing_is_left_of_a_checkpoint_whose_removal_was_killed(
     """It loses its name first; the rest goes with the next life."""
     stage_dir = interrupted_copy(whole, base_dir)
     step_dir(stage_dir, 2).rename(stage_dir / ".step_000002.tmp")
-    nursery.run(base_dir, base_flags)
+    train(nursery, base_dir, base_flags)
     assert not list(stage_dir.glob("*step_000002*"))
 
 
@@ -223,7 +226,7 @@ def test_the_last_save_must_succeed(nursery: Nursery, small_disk: Path, base_fla
     newest, skipped = newest_valid_step(stage_dir)
     assert newest < LONG and not skipped and not [*stage_dir.glob(".step_*")]
     filler.unlink()
-    assert f"going on from step {newest}" in nursery.run(small_disk, flags)
+    assert f"going on from step {newest}" in train(nursery, small_disk, flags)
     assert_ended_alike(stage_dir, whole_long)
 
 
@@ -233,11 +236,11 @@ def test_a_disk_that_is_full_from_the_start(
 ) -> None:
     """However little is left, it is one sentence, and the same command goes on once there is space."""
     filler = _fill(small_disk, leave)
-    said = nursery.run(small_disk, base_flags, code=1)
+    said = train(nursery, small_disk, base_flags, code=1)
     assert len(re.findall(r"^error: the disk is full", said, re.MULTILINE)) == 1 and "Traceback" not in said
     assert not [*stage_dir_of(small_disk).glob("*step_*")]
     filler.unlink()
-    nursery.run(small_disk, base_flags)
+    train(nursery, small_disk, base_flags)
     assert_ended_alike(stage_dir_of(small_disk), whole)
 
 

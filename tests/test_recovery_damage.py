@@ -20,16 +20,17 @@ from nanochat.common import NanochatError
 from nanochat.runs import list_steps, step_dir
 from scripts import base_train
 from tests.helpers import load_all, make_document
+from tests.nursery import Nursery
 from tests.recovery_helpers import (
     FILES,
     LAST,
     STATE,
-    Nursery,
     assert_ended_alike,
     content_of,
     interrupted_copy,
     logged,
     stage_dir_of,
+    train,
     train_here,
 )
 
@@ -65,7 +66,7 @@ def test_damaged_checkpoints_are_passed_over_and_replaced(
             path.write_bytes(damaged) if damaged is not None else path.unlink()
             if name != "manifest.json" or damaged is not None:  # without a manifest it is no checkpoint
                 listed.append(str(step_dir(stage_dir, step)))
-        said = nursery.run(base_dir, [*base_flags, "--keep-last=-1"])
+        said = train(nursery, base_dir, [*base_flags, "--keep-last=-1"])
         assert "going on from step 2 " in said, chosen
         assert re.findall(r"^passed over: (.*/step_\d+)", said, re.MULTILINE) == listed[::-1], chosen
         assert list_steps(stage_dir) == list_steps(whole)
@@ -145,7 +146,7 @@ def test_training_goes_on_beside_a_manifest_without_its_date(
     stage_dir = interrupted_copy(whole, base_dir)
     path = step_dir(stage_dir, 8) / "manifest.json"
     path.write_bytes(path.read_bytes().replace(b'"created"', b'"creaked"'))
-    nursery.run(base_dir, base_flags)
+    train(nursery, base_dir, base_flags)
     assert_ended_alike(stage_dir, whole)
 
 
@@ -165,7 +166,7 @@ def test_strays_and_leftovers_are_harmless(nursery: Nursery, base_flags: list[st
     shutil.copytree(step_dir(stage_dir, 6), stage_dir / ".step_000006.old")  # replaced already, and not yet removed
     (stage_dir / ".step_000006.old" / "manifest.json").unlink()
     os.rename(step_dir(stage_dir, 8), stage_dir / ".step_000008.old")  # set aside, and not yet replaced
-    said = nursery.run(base_dir, base_flags)
+    said = train(nursery, base_dir, base_flags)
     assert "going on from step 8" in said and "passed over" not in said
     assert_ended_alike(stage_dir, whole)
 

@@ -17,18 +17,19 @@ from nanochat.checkpoint_manager import find_run, newest_valid_step, save_checkp
 from nanochat.metrics import MetricsLog
 from nanochat.runs import step_dir
 from scripts import base_train
+from tests.nursery import Life, Nursery
 from tests.recovery_helpers import (
     LAST,
     LONG,
     STATE,
-    Life,
-    Nursery,
     assert_ended_alike,
+    begin,
     content_of,
     count_rows,
     logged,
     stage_dir_of,
     start_command,
+    train,
 )
 
 HANGUP = getattr(signal, "SIGHUP", signal.SIGTERM)  # which Windows lacks
@@ -54,7 +55,7 @@ def test_signals_at_random_moments(nursery: Nursery, base_flags: list[str], whol
         shutil.rmtree(stage_dir, ignore_errors=True)
         code = None
         while code != 0:
-            life = nursery.start(base_dir, base_flags)
+            life = begin(nursery, base_dir, base_flags)
             numbers = rng.choices([signal.SIGTERM, signal.SIGINT], k=rng.randrange(1, 3))
             _stop(life, stage_dir, rng, numbers, 0.2)
             code = life.wait()
@@ -89,7 +90,7 @@ def test_a_stopped_command_goes_on(
     assert (process.returncode, errors) == (130, "\nstopping once this step is saved; again: at once\ninterrupted\n")
     step = int(re.search(r"stopped after step (\d+); saved", output)[1])
     assert newest_valid_step(stage_dir) == (step, [])
-    nursery.run(base_dir, flags)
+    train(nursery, base_dir, flags)
     assert content_of(stage_dir, LONG)[:2] == content_of(whole_long, LONG)[:2]
     assert logged(stage_dir, "train/loss") == logged(whole_long, "train/loss")
 
@@ -140,13 +141,13 @@ def test_a_second_process_is_turned_away(nursery: Nursery, base_flags: list[str]
     flags, stage_dir = [*base_flags, "--num-iterations=100000"], stage_dir_of(base_dir)
     if resume == "none":
         flags += ["--save-every=0"]  # with checkpoints there another sentence would come first
-    first = nursery.start(base_dir, flags)
+    first = begin(nursery, base_dir, flags)
     try:
         assert first.wait(lambda: count_rows(stage_dir) > 5) is None, first.said()
         paths = [stage_dir / "settings.json", stage_dir.parent / "tokenizer.json"]
         before = [(path.stat().st_ino, path.stat().st_mtime_ns) for path in paths]
         rows = (stage_dir / "metrics.jsonl").read_bytes()
-        said = nursery.run(base_dir, [*flags, f"--resume={resume}", "--matrix-lr=0.5"], code=1)
+        said = train(nursery, base_dir, [*flags, f"--resume={resume}", "--matrix-lr=0.5"], code=1)
         assert len(re.findall(RIVAL, said, re.MULTILINE)) == 1 and "Traceback" not in said
         assert before == [(path.stat().st_ino, path.stat().st_mtime_ns) for path in paths]
         now = count_rows(stage_dir)
@@ -160,7 +161,7 @@ def test_a_second_process_is_turned_away(nursery: Nursery, base_flags: list[str]
 def test_rivals_that_start_together(nursery: Nursery, base_flags: list[str], whole: Path, base_dir: Path) -> None:
     """One of them trains and ends as it would have alone."""
     for _ in range(2):
-        lives = [nursery.start(base_dir, base_flags) for _ in range(3)]
+        lives = [begin(nursery, base_dir, base_flags) for _ in range(3)]
         codes = sorted(life.wait() for life in lives)
         assert codes[0] == 0 and set(codes) <= {0, 1}, [life.said() for life in lives]
         assert all(life.poll() == 0 or re.search(RIVAL, life.said(), re.MULTILINE) for life in lives)
@@ -177,7 +178,7 @@ def test_a_stage_is_taken_before_training_begins(
 
     def meet_a_rival(*arguments: Any) -> MetricsLog:
         log = MetricsLog(*arguments)
-        rival = nursery.start(base_dir, [*base_flags, "--matrix-lr=0.5"])
+        rival = begin(nursery, base_dir, [*base_flags, "--matrix-lr=0.5"])
         rival.wait()
         said.append(rival.said())
         return log

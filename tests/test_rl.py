@@ -27,7 +27,7 @@ from nanochat.tokenizer import Tokenizer
 from scripts import chat_rl
 from tasks.common import Conversation, Task
 from tests.helpers import load_all, make_document, make_engine, make_model, write_gsm8k
-from tests.many_ranks import REINFORCE, run
+from tests.many_ranks import Ranks
 
 FLAGS = [
     "--model-tag=tiny", "--task=Arithmetic", "--examples-per-step=3", "--num-samples=4", "--max-new-tokens=12",
@@ -426,18 +426,14 @@ def test_reward_rises(ending: Engine) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_reinforce_and_measure_like_one(tiny_run: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_reinforce_and_measure_like_one(many_ranks: Ranks, tiny_run: Path, base_dir: Path) -> None:
     """The same answers, rewards and scores; the update differs by rounding alone."""
-    program = base_dir / "reinforce.py"
-    program.write_text(REINFORCE, encoding="utf-8")
-    monkeypatch.setenv("NANOCHAT_DTYPE", "float32")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     flags = ["--num-iterations=1", "--objective=reinforce", "--examples-per-step=4", "--eval-examples=3"]
     measure = ["--model-tag=tiny", "-a", "Arithmetic", "-x", "9", "-n", "2", "-t", "1", "-m", "8", "--device-type=cpu"]
     metrics, scores = [], []
     for ranks in (1, 2):
-        run(ranks, str(program), *FLAGS, *flags)
-        run(ranks, "-m", "--", "scripts.chat_eval", *measure)
+        many_ranks.run(ranks, "-m", "tests.reinforce", *FLAGS, *flags)
+        many_ranks.run(ranks, "-m", "scripts.chat_eval", *measure)
         rows = read_json_lines(tiny_run / "rl" / "metrics.jsonl")
         metrics.append({name: value for row in rows for name, value in row.items() if name.startswith(("rl/", "val/"))})
         (path,) = (tiny_run / "sft" / "chat_eval").glob("*/Arithmetic*")
