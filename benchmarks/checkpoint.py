@@ -22,7 +22,8 @@ import torch
 from benchmarks.common import describe_machine, print_result
 from nanochat.checkpoint_manager import build_model
 from nanochat.checkpoint_writer import CheckpointWriter
-from nanochat.common import compute_init, run_command
+from nanochat.common import run_command
+from nanochat.devices import compute_init
 from nanochat.metrics import MetricsLog
 from nanochat.scaling import model_config
 from nanochat.trainer import Batch, TrainConfig, Trainer

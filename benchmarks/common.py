@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from nanochat.common import NanochatError, find_test_data, get_compute_dtype
+from nanochat.common import NanochatError, find_test_data
+from nanochat.devices import get_compute_dtype
 from nanochat.gpt import GPTConfig
 from nanochat.machine import measure_matmul_rate
 from nanochat.scaling import model_config

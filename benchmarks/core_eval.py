@@ -15,8 +15,9 @@ import time
 import torch
 
 from benchmarks.common import describe_machine, print_result, real_data
-from nanochat.common import compute_init, run_command
+from nanochat.common import run_command
 from nanochat.core_eval import NanochatScorer, Question, build_question, read_items, read_tasks
+from nanochat.devices import compute_init
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
 

@@ -12,7 +12,8 @@ import sys
 import torch
 
 from benchmarks.common import add_model_arguments, any_tokenizer, shape_of
-from nanochat.common import compute_init, run_command
+from nanochat.common import run_command
+from nanochat.devices import compute_init
 from nanochat.gpt import GPT, GPTConfig
 from scripts import infer_bench
 

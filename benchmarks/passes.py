@@ -19,8 +19,9 @@ import torch
 
 from benchmarks.common import add_model_arguments, describe_machine, print_result, shape_of
 from nanochat.checkpoint_manager import build_model
-from nanochat.common import compute_init, peak_memory_bytes, run_command, synchronize
+from nanochat.common import run_command
 from nanochat.compilation import can_compile
+from nanochat.devices import compute_init, peak_memory_bytes, synchronize
 from nanochat.fp8 import enable_fp8
 from nanochat.machine import seconds_of
 from nanochat.passes import Passes

@@ -15,7 +15,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.common import describe_machine, print_result, run_module
-from nanochat.common import compute_init, run_command
+from nanochat.common import run_command
+from nanochat.devices import compute_init
 from nanochat.metrics import METRICS_FILE, read_metrics, smooth
 
 SOURCE = ["--data=builtin", "--tokenizer=demo"]

@@ -21,7 +21,8 @@ import uvicorn
 
 from benchmarks.common import any_tokenizer, print_result
 from benchmarks.decode import build_model
-from nanochat.common import compute_init, run_command
+from nanochat.common import run_command
+from nanochat.devices import compute_init
 from nanochat.engine import Engine
 from nanochat.guard import CarefulProtocol
 from nanochat.machine import in_own_thread

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import describe_machine, print_result, real_data, run_module
-from nanochat.common import compute_init, run_command
+from nanochat.common import run_command
+from nanochat.devices import compute_init
 from nanochat.metrics import METRICS_FILE, read_metrics
 
 MODEL = ("--depth=4", "--head-dim=64", "--max-seq-len=512")

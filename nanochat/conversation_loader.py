@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from nanochat.common import NanochatError, to_device
+from nanochat.common import NanochatError
+from nanochat.devices import to_device
 from nanochat.lanes import count_lanes, epoch_order, rank_lanes, rows_of_rank
 from nanochat.ranks import gather_objects
 from nanochat.tokenizer import Tokenizer

@@ -10,8 +10,6 @@ import platform
 import sys
 from pathlib import Path
 
-import torch
-
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's quota: microseconds of processor time per period
 INSTRUCTIONS = {  # as PyTorch asks for them; older versions cannot ask for all
     "AVX2": "_is_avx2_supported", "AVX-512": "_is_avx512_supported", "AVX512-BF16": "_is_avx512_bf16_supported",
@@ -21,6 +19,8 @@ INSTRUCTIONS = {  # as PyTorch asks for them; older versions cannot ask for all
 
 def has_instructions(name: str) -> bool:
     """Whether the processor has instructions of that name in INSTRUCTIONS."""
+    import torch  # here, since commands without it use the rest of this module
+
     return bool(getattr(torch.cpu, INSTRUCTIONS[name], bool)())
 
 

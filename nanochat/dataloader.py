@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from nanochat.common import NanochatError, to_device
+from nanochat.common import NanochatError
 from nanochat.dataset import Document, Source
+from nanochat.devices import to_device
 from nanochat.lanes import count_lanes, lightest_lane, rank_lanes, rows_of_rank
 from nanochat.read_ahead import ReadAhead
 from nanochat.tokenizer import Tokenizer

@@ -24,18 +24,11 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
-from nanochat.common import (
-    NanochatError,
-    autodetect_device_type,
-    describe_error,
-    get_base_dir,
-    get_compute_dtype,
-    has_nvidia_gpu,
-    run_command,
-)
+from nanochat.common import NanochatError, describe_error, get_base_dir, run_command
 from nanochat.compilation import try_to_compile
 from nanochat.cpu import INSTRUCTIONS, cpu_name, has_instructions, usable_cores
 from nanochat.dataset import hub_files
+from nanochat.devices import autodetect_device_type, get_compute_dtype, has_nvidia_gpu
 from nanochat.flash_attention import list_backends
 from nanochat.gpt import GPT
 from nanochat.machine import expected_mfu, measure_matmul_rate, measure_memory_rate

@@ -29,7 +29,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from nanochat.common import first_line, synchronize
+from nanochat.common import first_line
+from nanochat.devices import synchronize
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ What differs from a textbook GPT: rotary positions, normalized queries and keys,
 windows, ReLU squared, value embeddings on alternating layers, bigram embeddings, a learned share of the first embedding
 in every block, no biases and no learned norm weights, an untied head with soft-capped logits.
 
-Weights are stored in float32 and multiplied in the compute dtype (common.get_compute_dtype); a model used only for
+Weights are stored in float32 and multiplied in the compute dtype (devices.get_compute_dtype); a model used only for
 inference may be cast as a whole with `.to(torch.bfloat16)`.
 """
 
@@ -21,8 +21,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanochat.common import NanochatError, get_compute_dtype
+from nanochat.common import NanochatError
 from nanochat.cross_entropy import ChunkLoss, chunk_loss, softcap, softcapped_cross_entropy, softmax_gradient
+from nanochat.devices import get_compute_dtype
 from nanochat.flash_attention import QK_SCALE, Attention, AttentionPlan, lay_out, plan_attention
 from nanochat.layers import Embedding, Linear, make_heads, norm
 

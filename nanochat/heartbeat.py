@@ -1,4 +1,4 @@
-"""Meets the other ranks, and ends this process when one of them has gone. Used by common.compute_init.
+"""Meets the other ranks, and ends this process when one of them has gone. Used by devices.compute_init.
 
 A collective that waits for a dead process or over a cut link may hang for ten minutes, and says little when it gives up. So
 every rank increments a counter in the rendezvous store and watches those of the others. If one stands still, or the store
@@ -17,6 +17,8 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import torch.distributed as dist
+
+from nanochat.common import NanochatError
 
 BEAT_S = 2.0
 LIMIT_S = 40.0  # how long a rank may be silent, unless NANOCHAT_HEARTBEAT_S says
@@ -54,8 +56,6 @@ def fresh_store(store: dist.Store, rank: int, world_size: int, timeout_s: float 
 
 def silence_limit_s() -> float:
     """NANOCHAT_HEARTBEAT_S or LIMIT_S. Raises NanochatError if it is not a number of seconds."""
-    from nanochat.common import NanochatError  # which imports this module
-
     text = os.environ.get("NANOCHAT_HEARTBEAT_S") or str(LIMIT_S)
     with contextlib.suppress(ValueError):
         if 0 < (limit_s := float(text)) <= 86400:

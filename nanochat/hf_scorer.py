@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from nanochat.common import NanochatError, first_line, get_compute_dtype
+from nanochat.common import NanochatError, first_line
 from nanochat.core_eval import BATCH_TOKENS, Candidate, Question, batches_by_length, in_halves, padded
+from nanochat.devices import get_compute_dtype
 
 LOGIT_BYTES = 4 << 30  # for a batch: other models have up to eight times as many words as ours
 LONGEST_CONTEXT = 4096  # also for models that can do more: no CORE question is longer

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import NanochatError, compute_init, logger, run_command
+from nanochat.common import NanochatError, logger, run_command
 from nanochat.core_eval import Candidate, NanochatScorer, Question
+from nanochat.devices import compute_init
 from nanochat.engine import Engine
 from nanochat.runs import STAGES
 from nanochat.sampling import SamplingParams

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from nanochat.common import synchronize
 from nanochat.cpu import has_instructions
+from nanochat.devices import synchronize
 
 T = TypeVar("T")
 

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nanochat.common import NanochatError, in_process_group
+from nanochat.common import NanochatError
+from nanochat.devices import in_process_group
 from nanochat.updates import adamw_update, apply_update, muon_update, nesterov, rows_update, second_moment_shape
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from nanochat.common import NanochatError, get_dist_info, in_process_group
+from nanochat.common import NanochatError, get_dist_info
+from nanochat.devices import in_process_group
 
 T = TypeVar("T")
 

@@ -22,7 +22,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nanochat.common import NanochatError, first_line, get_compute_dtype
+from nanochat.common import NanochatError, first_line
+from nanochat.devices import get_compute_dtype
 from nanochat.gpt import GPT
 
 # The classes that the metadata of a checkpoint of tensors consist of, by module.

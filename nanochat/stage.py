@@ -35,8 +35,9 @@ from nanochat.checkpoint_manager import (
     set_aside,
     verify_checkpoint,
 )
-from nanochat.common import NanochatError, describe_error, get_compute_dtype, get_dist_info, print0
+from nanochat.common import NanochatError, describe_error, get_dist_info, print0
 from nanochat.dataset import Source
+from nanochat.devices import get_compute_dtype
 from nanochat.files import atomic_write, read_json_object
 from nanochat.fp8 import enable_fp8
 from nanochat.gpt import GPT

@@ -20,8 +20,9 @@ import torch.distributed as dist
 
 from nanochat.checkpoint_manager import MODEL_FILE, OPTIMIZER_FILE, lock_stage, prune, save_sharded
 from nanochat.checkpoint_writer import Best, CheckpointWriter
-from nanochat.common import NanochatError, describe_error, get_dist_info, is_lost_connection, peak_memory_bytes, synchronize
+from nanochat.common import NanochatError, describe_error, get_dist_info
 from nanochat.compilation import can_compile, try_to_compile
+from nanochat.devices import is_lost_connection, peak_memory_bytes, synchronize
 from nanochat.gpt import GPT
 from nanochat.loss_scale import LossScale
 from nanochat.machine import measure_matmul_rate

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from nanochat.common import get_compute_dtype
+from nanochat.devices import get_compute_dtype
 
 if TYPE_CHECKING:
     from nanochat.optim import Group

@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import NanochatError, compute_init, get_base_dir, print0, run_command
+from nanochat.common import NanochatError, get_base_dir, print0, run_command
 from nanochat.core_eval import NUM_TASKS, NanochatScorer, Scorer, evaluate_core, find_bundle
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import Source, get_source
+from nanochat.devices import compute_init
 from nanochat.engine import Engine
 from nanochat.eval_results import merge_eval
 from nanochat.files import short_name

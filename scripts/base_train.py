@@ -14,10 +14,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanochat.common import NanochatError, compute_init, in_process_group, print0, run_command
+from nanochat.common import NanochatError, print0, run_command
 from nanochat.core_eval import NanochatScorer, evaluate_core, find_bundle
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import DATA_HELP, Source, default_source_name, get_source
+from nanochat.devices import compute_init, in_process_group
 from nanochat.engine import Engine
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import batches_to_validate, evaluate_bpb

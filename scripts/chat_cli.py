@@ -8,7 +8,8 @@ import sys
 from typing import Any
 
 from nanochat.checkpoint_manager import load_chosen_model
-from nanochat.common import NanochatError, compute_init, run_command
+from nanochat.common import NanochatError, run_command
+from nanochat.devices import compute_init
 from nanochat.engine import Engine
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams

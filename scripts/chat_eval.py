@@ -15,7 +15,8 @@ from rich.table import Table
 
 from nanochat.chat_eval import CHATCORE_TASKS, Answering, TaskResult, chatcore, evaluate_task
 from nanochat.checkpoint_manager import load_chosen_model
-from nanochat.common import NanochatError, compute_init, run_command
+from nanochat.common import NanochatError, run_command
+from nanochat.devices import compute_init
 from nanochat.engine import Engine
 from nanochat.eval_results import merge_eval, read_eval
 from nanochat.progress import Progress

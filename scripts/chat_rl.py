@@ -14,7 +14,8 @@ import torch
 
 from nanochat.chat_eval import Answering, evaluate_task
 from nanochat.checkpoint_manager import find_run, load_model
-from nanochat.common import NanochatError, compute_init, print0, run_command
+from nanochat.common import NanochatError, print0, run_command
+from nanochat.devices import compute_init
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.pace import choose_answer_rows

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.checkpoint_manager import find_run
-from nanochat.common import NanochatError, compute_init, get_base_dir, print0, run_command
+from nanochat.common import NanochatError, get_base_dir, print0, run_command
 from nanochat.conversation_loader import ConversationLoader, check_answers, estimate_tokens
+from nanochat.devices import compute_init
 from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.loss_eval import batches_to_validate, evaluate_bpb

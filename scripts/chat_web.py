@@ -19,7 +19,8 @@ import torch
 import uvicorn
 
 from nanochat.checkpoint_manager import load_chosen_model
-from nanochat.common import NanochatError, compute_init, run_command
+from nanochat.common import NanochatError, run_command
+from nanochat.devices import compute_init
 from nanochat.engine import Engine
 from nanochat.guard import CarefulProtocol
 from nanochat.machine import in_own_thread

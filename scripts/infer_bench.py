@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat.checkpoint_manager import load_chosen_model
-from nanochat.common import NanochatError, compute_init, run_command, synchronize
+from nanochat.common import NanochatError, run_command
+from nanochat.devices import compute_init, synchronize
 from nanochat.engine import Engine
 from nanochat.kv_cache import BLOCK_SIZE, KVBlocks
 from nanochat.machine import measure_memory_rate

@@ -21,7 +21,7 @@ SERVER = """
 import gc, json, os, runpy, sys, traceback
 import torch, torch.distributed.checkpoint, torch.distributed.fsdp
 from nanochat import sharding
-from nanochat.common import get_compute_dtype
+from nanochat.devices import get_compute_dtype
 from nanochat.machine import measure_matmul_rate
 from scripts import base_eval, base_train, chat_eval, chat_rl, chat_sft
 

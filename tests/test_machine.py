@@ -15,7 +15,8 @@ import torch
 import nanochat
 from nanochat import compilation, cpu, flash_attention, machine, pace
 from nanochat.checkpoint_manager import load_model
-from nanochat.common import NanochatError, get_base_dir, get_compute_dtype
+from nanochat.common import NanochatError, get_base_dir
+from nanochat.devices import get_compute_dtype
 from nanochat.engine import Engine
 from nanochat.kernels import choose_kernels
 from nanochat.sampling import SamplingParams
@@ -70,6 +71,13 @@ def test_our_own_kernels_are_used_where_they_agree_with_pytorch(
 def test_a_command_imports_the_compiler_only_to_compile() -> None:
     """It takes a second, and as much memory as a small model."""
     code = "import scripts.base_train, scripts.chat_cli, scripts.chat_web, sys; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_command_that_only_reads_and_writes_does_not_import_pytorch() -> None:
+    """It takes seconds, and for each of data_prep's workers hundreds of MB."""
+    code = "import nanochat.data_prep, nanochat.dataset, scripts.data_prep, scripts.tok_train, scripts.tok_eval, sys; "
+    code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
@@ -205,11 +213,12 @@ def test_it_imports_from_any_folder(tmp_path: Path) -> None:
 
 
 def test_the_guides_imports() -> None:
-    from nanochat.common import compute_cleanup, compute_init, get_dist_info, print0
+    from nanochat.common import autodetect_device_type, compute_cleanup, compute_init, get_dist_info, print0
     from nanochat.gpt import GPT, GPTConfig
     from tasks.common import Task
 
-    assert all(map(callable, (compute_cleanup, compute_init, get_dist_info, print0, GPT, GPTConfig, Task)))
+    names = (autodetect_device_type, compute_cleanup, compute_init, get_dist_info, print0, GPT, GPTConfig, Task)
+    assert all(map(callable, names))
 
 
 def _mode(call: ast.Call) -> str:
@@ -226,7 +235,7 @@ def test_sources_run_on_every_system(path: Path) -> None:
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
-            optional = {"resource"} if path.name in ("execution_worker.py", "common.py") else set()  # done without on Windows
+            optional = {"resource"} if path.name in ("execution_worker.py", "devices.py") else set()  # done without on Windows
             names = {alias.name for alias in node.names} if isinstance(node, ast.Import) else {node.module}
             assert not (names - optional) & {"fcntl", "resource", "pwd", "grp", "termios"}, node.lineno
         if isinstance(node, ast.Attribute):
