@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nanochat.common import get_dist_info, print0
+from nanochat.common import NanochatError, first_line, get_dist_info, print0
 from nanochat.cpu import usable_cores
 from nanochat.engine import Engine
 from nanochat.files import append_json_lines, read_json_lines
@@ -69,7 +69,7 @@ class Answering:
 class TaskResult:
     """Accuracy (the mean over problems and samples) over n problems, with its 95% interval.
 
-    pass_at: the chance that at least one of k samples is right, for k = 1, 2, 4 ... and all; truncated: prompts that were
+    pass_at: the expected score of the best of k samples, for k = 1, 2, 4 ... and all; truncated: prompts that were
     too long for the context and lost their beginning; examples: the first few questions, each with an answer.
     """
 
@@ -178,8 +178,22 @@ def _judge(task: Task, answered: list[tuple[Conversation, list[str]]]) -> list[l
     """Scores, 0 to 1, of each problem's answers. Judging may run programs, so all cores are used."""
     with ThreadPoolExecutor(usable_cores()) as pool:
         pairs = [(problem, text) for problem, texts in answered for text in texts]
-        scores = iter(list(pool.map(lambda pair: float(task.evaluate(*pair)), pairs)))
+        judged = list(pool.map(lambda pair: verdict(task.evaluate, *pair), pairs))
+    if wrong := [score for score in judged if not 0 <= score <= 1]:
+        raise NanochatError(f"{type(task).__name__}.evaluate gave {wrong[0]:g}: a score must be from 0 to 1")
+    scores = iter(judged)
     return [[next(scores) for _ in texts] for _, texts in answered]
+
+
+def verdict(judge: Callable[[Conversation, str], float], problem: Conversation, answer: str) -> float:
+    """What a task's `evaluate` or `reward` gives. Raises NanochatError if it fails: the task may be a user's own."""
+    try:
+        return float(judge(problem, answer))
+    except NanochatError:
+        raise
+    except Exception as error:
+        name, what = judge.__qualname__, f"{type(error).__name__}: {first_line(error)}"
+        raise NanochatError(f"{name} failed on an answer ({what}): mend it; --debug shows where") from error
 
 
 def _digest(problem: Conversation) -> str:
@@ -218,9 +232,8 @@ def _summarize(task: Task, problems: list[Conversation], rows: list[dict[str, An
     n = len(rows)
     accuracy = sum(sum(row["scores"]) / len(row["scores"]) for row in rows) / max(1, n)
     tries = len(rows[0]["scores"]) if rows else 1
-    right = [sum(score > 0 for score in row["scores"]) for row in rows]
     ks = sorted({1 << j for j in range(tries.bit_length())} | {tries})
-    pass_at = {k: sum(pass_at_k(tries, r, k) for r in right) / max(1, n) for k in ks}
+    pass_at = {k: sum(pass_at_k(row["scores"], k) for row in rows) / max(1, n) for k in ks}
     examples = [
         {"question": as_text(problems[row["index"]]["messages"][-2]["content"]), "answer": row["answers"][0],
          "correct": row["scores"][0] > 0}

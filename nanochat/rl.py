@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from nanochat.chat_eval import verdict
 from nanochat.common import NanochatError
 from nanochat.cpu import usable_cores
 from nanochat.cross_entropy import token_losses
@@ -70,6 +71,15 @@ class RolloutSettings:
     def sampling(self) -> SamplingParams:
         """How each answer is drawn, apart from its seed. Raises NanochatError."""
         return SamplingParams(self.temperature, self.top_k, max_tokens=self.max_tokens, policy_logprobs=True)
+
+
+def fill_in(rewards: Sequence[float | None]) -> list[float]:
+    """The rewards of a problem's answers, where those that never ended (None) get as little as the worst that did, at most 0.
+
+    Anything more, and a model would learn not to stop.
+    """
+    least = min([0.0, *(reward for reward in rewards if reward is not None)])
+    return [least if reward is None else reward for reward in rewards]
 
 
 def compute_advantages(rewards: torch.Tensor, objective: str, baseline: float) -> torch.Tensor:
@@ -166,16 +176,16 @@ class RolloutLoader:
         engine.run(answers)
         engine.model.train()
         with ThreadPoolExecutor(usable_cores()) as pool:  # judging may mean running a program
-            rewards = list(pool.map(self._judge, [problem for problem in problems for _ in range(n)], answers))
-        table = torch.tensor(rewards).view(len(problems), n)
+            judged = list(pool.map(self._judge, [problem for problem in problems for _ in range(n)], answers))
+        table = torch.tensor([fill_in(judged[i : i + n]) for i in range(0, len(judged), n)]).view(len(problems), n)
         sums = self._sum_up(answers, table, shortened=sum(len(p) > most for p in prompts))
         return answers, table, sums, time.perf_counter() - started
 
-    def _judge(self, problem: Conversation, answer: Answer) -> float:
-        """The reward of an answer: 0 if it never ended, or a model with right answers would learn not to stop."""
+    def _judge(self, problem: Conversation, answer: Answer) -> float | None:
+        """The reward of an answer; None if it never ended."""
         if answer.stop_token is None:
-            return 0.0
-        return float(self.task.reward(problem, self.engine.tokenizer.decode(answer.tokens)))
+            return None
+        return verdict(self.task.reward, problem, self.engine.tokenizer.decode(answer.tokens))
 
     def _sum_up(self, answers: list[Answer], rewards: torch.Tensor, shortened: int) -> torch.Tensor:
         """This rank's sums for `_count`: (7,), on the device."""

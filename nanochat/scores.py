@@ -5,7 +5,7 @@ that shows their results.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -18,12 +18,14 @@ def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float
     return max(0.0, (center - spread) / (1 + z * z / n)), min(1.0, (center + spread) / (1 + z * z / n))
 
 
-def pass_at_k(num_samples: int, num_right: int, k: int) -> float:
-    """The chance that k samples, drawn without replacement, include a right one: unbiased for any k <= num_samples.
+def pass_at_k(scores: Sequence[float], k: int) -> float:
+    """The expected best score of k samples, drawn without replacement: unbiased for any k <= len(scores).
 
-    Method: arXiv 2107.03374, equation 1.
+    For scores of 0 and 1 it is the chance that a right one is among them (arXiv 2107.03374, equation 1).
     """
-    return 1 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
+    # Of all draws of k, sample i of the sorted ones is the best in as many as choose the others from the i below it.
+    best = sum(score * math.comb(i, k - 1) for i, score in enumerate(sorted(scores)))
+    return best / math.comb(len(scores), k)
 
 
 def centered(accuracy: float, baseline: float) -> float:

@@ -24,9 +24,11 @@ from nanochat.same_run import check_mixture
 from nanochat.samples import sample_answers
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import Stage, begin, make_model, open_metrics, open_stage, open_start, setup_optimizer, train, train_config
+from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import Trainer
 from nanochat.training_flags import RATES, add_rate_arguments, add_training_arguments
 from tasks import build_judged_task
+from tasks.common import Task
 
 
 def parse_arguments(argv: list[str] | None) -> Arguments:
@@ -79,10 +81,18 @@ def load_reference(parent: dict[str, Any], stage: Stage, device: torch.device) -
     return model
 
 
-def check_room(max_new_tokens: int, sequence_len: int) -> None:
-    if max_new_tokens >= sequence_len:
+def check_room(task: Task, tokenizer: Tokenizer, max_new_tokens: int, sequence_len: int) -> None:
+    """Raise NanochatError if --max-new-tokens leaves no room for most questions; say how many lose their beginning."""
+    room, tried = sequence_len - max_new_tokens, range(min(100, len(task)))
+    cut = sum(len(tokenizer.render_for_completion(task[i])) > room for i in tried)
+    if room < 1 or cut > len(tried) / 2:
         raise NanochatError(
             f"--max-new-tokens {max_new_tokens} leaves no room for a question in a context of {sequence_len}: choose fewer"
+        )
+    if cut:
+        print0(
+            f"{cut} of the first {len(tried)} questions lose their beginning: answers may have {max_new_tokens} tokens "
+            f"(--max-new-tokens), and the context is {sequence_len}"
         )
 
 
@@ -100,8 +110,8 @@ def main(argv: list[str] | None = None) -> int:
 
     # Where to start, and how long to train
     start_dir, tokenizer, meta, parent_step = open_start(stage, args.source, args.model_step)
-    check_room(args.max_new_tokens, meta["model_config"]["sequence_len"])
     train_task, val_task = (build_judged_task(args.task, split, args.task_data) for split in ("train", "val"))
+    check_room(train_task, tokenizer, args.max_new_tokens, meta["model_config"]["sequence_len"])
     mixture = check_mixture(stage, train_task, args.task)
     if mixture is None:
         return 0

@@ -48,7 +48,7 @@ class Task(ABC):
         """One conversation of the whole data set, always the same for the same index."""
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool | float:
-        """Whether (or how well) a completion answers the conversation; not defined for a task that only teaches.
+        """Whether (or how well, 0 to 1) a completion answers the conversation; not defined for a task that only teaches.
 
         completion: the whole answer as text, with special tokens such as <|python_start|> spelled out.
         """

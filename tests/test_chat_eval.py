@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -57,10 +58,27 @@ def engine(tokenizer: Tokenizer) -> Engine:
 
 
 @given(st.integers(1, 7), st.data())
-def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_one(n: int, data: st.DataObject) -> None:
-    right, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
-    draws = list(itertools.combinations([i < right for i in range(n)], k))
-    assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+def test_pass_at_k_is_the_mean_best_of_all_draws(n: int, data: st.DataObject) -> None:
+    """For scores of 0 and 1, the share of draws that hold a right one."""
+    score, k = data.draw(st.sampled_from([st.integers(0, 1), st.floats(0, 1)])), data.draw(st.integers(1, n))
+    scores = data.draw(st.lists(score, min_size=n, max_size=n))
+    draws = list(itertools.combinations(scores, k))
+    assert pass_at_k(scores, k) == pytest.approx(sum(map(max, draws)) / len(draws))
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        (lambda *_: 100, "LongAnswers.evaluate gave 100: a score must be from 0 to 1"),
+        (lambda *_: {}["x"], r"failed on an answer \(KeyError: 'x'\): mend it"),
+    ],
+)
+def test_a_judge_that_fails_is_named(
+    engine: Engine, judge: Callable[..., float], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LongAnswers, "evaluate", judge)
+    with pytest.raises(NanochatError, match=message):
+        evaluate_task(engine, LongAnswers(), 2, 8, Answering(max_tokens=4))
 
 
 def test_intervals_hold_their_share_and_shrink() -> None:

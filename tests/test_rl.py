@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from nanochat import rl
 from nanochat.checkpoint_manager import hash_of_weights, load_checkpoint, read_meta, save_checkpoint
 from nanochat.common import NanochatError
 from nanochat.engine import Engine
@@ -242,6 +243,12 @@ def test_an_answer_that_never_ends_earns_nothing(ending: Engine) -> None:
     rewards = torch.tensor([float(answer.stop_token is not None) for answer in answers])
     assert 0 < rewards.mean() < 1 and loader.metrics()["rl/reward"] == pytest.approx(rewards.mean().item())
     torch.testing.assert_close(advantages[:, 0], rewards - rewards.mean())
+
+
+def test_no_answer_that_ended_is_worth_less_than_one_that_did_not() -> None:
+    assert rl.fill_in([1.0, None, 0.0]) == [1.0, 0.0, 0.0]
+    assert rl.fill_in([-1.0, None, 1.0]) == [-1.0, -1.0, 1.0]
+    assert rl.fill_in([None, None]) == [0.0, 0.0]
 
 
 def test_weights_that_changed_share_nothing_with_the_old(engine: Engine) -> None:

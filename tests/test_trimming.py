@@ -7,6 +7,8 @@ import pytest
 from nanochat.common import NanochatError
 from nanochat.tokenizer import Tokenizer
 from nanochat.trimming import prompt_room, trim_conversation
+from scripts.chat_rl import check_room
+from tasks import build_judged_task
 
 
 def test_an_answer_claims_what_it_may_be_long_but_a_quarter_of_the_context_at_most() -> None:
@@ -48,3 +50,16 @@ def test_trimming_a_long_conversation_takes_few_renderings(tokenizer: Tokenizer,
     monkeypatch.setattr(tokenizer, "render_for_completion", lambda c: rendered.append(len(c["messages"])) or render(c))
     _, dropped = trim_conversation({"messages": turns}, tokenizer, 100)
     assert dropped > 200 and len(rendered) <= 10
+
+
+def test_questions_that_do_not_fit_beside_their_answers(tokenizer: Tokenizer, capsys: pytest.CaptureFixture) -> None:
+    task = build_judged_task("Arithmetic", "train")
+    lengths = sorted(len(tokenizer.render_for_completion(task[i])) for i in range(100))
+    check_room(task, tokenizer, 8, lengths[-1] + 8)
+    assert capsys.readouterr().out == ""
+    check_room(task, tokenizer, 8, lengths[-1] + 7)
+    longest = lengths.count(lengths[-1])
+    assert f"{longest} of the first 100 questions lose their beginning" in capsys.readouterr().out
+    for context in (8, lengths[0] + 7):
+        with pytest.raises(NanochatError, match=f"leaves no room for a question in a context of {context}"):
+            check_room(task, tokenizer, 8, context)
