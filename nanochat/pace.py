@@ -127,8 +127,8 @@ def choose_device_batch_size(model: GPT, requested: int, total_batch_size: int, 
         accumulation_steps(total_batch_size, requested, T, world_size)  # raises if it does not divide the total
         return requested
     most_tokens = 2**17 if device.type == "cuda" else 2**13 if model.config.vocab_size < 2**14 else 2**11
+    accumulation_steps(total_batch_size, 1, T, world_size)
     rows = default_device_batch_size(total_batch_size, T, world_size, most_tokens)
-    accumulation_steps(total_batch_size, rows, T, world_size)
     while device.type == "cuda" and rows > 1 and any_rank(not _fits(model, rows)):
         rows = default_device_batch_size(total_batch_size, T, world_size, rows * T - 1)
     return rows

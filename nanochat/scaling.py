@@ -111,7 +111,9 @@ def plan_horizon(
         if target_flops > 0 or tokens_per_param > 0:
             num_iterations = round(target_tokens / total_batch_size)
         else:
-            raise NanochatError("no horizon: give --num-iterations, --target-flops or --target-param-data-ratio above 0")
+            raise NanochatError(
+                "no horizon: give --num-iterations, --target-minutes, --target-flops or --target-param-data-ratio above 0"
+            )
     decay_scale = (total_batch_size / REFERENCE_BATCH) ** (1 - LR_BATCH_EXPONENT) * reference_tokens / target_tokens
     return Horizon(max(1, num_iterations), total_batch_size, learning_rate_scale(total_batch_size), decay_scale)
 

@@ -85,7 +85,14 @@ class Stage:
         return read_meta(self.directory, self.resume_step)["settings"]
 
     def adopt(self, args: Arguments, *names: str) -> None:
-        """Where the stage goes on, give those flags that were left to their defaults the values that it was begun with."""
+        """Where the stage goes on, give those flags that were left to their defaults the values that it was begun with.
+
+        A run by time may have planned fewer updates after this step; to ask for as many, with its config.toml, is nothing new.
+        """
+        path = self.directory / SETTINGS_FILE
+        planned = read_json_object(path).get("num_iterations") if self.resume_step is not None and path.exists() else None
+        if planned is not None and args.num_iterations == planned:
+            args.given.discard("num_iterations")
         args.adopt({name: value for name, value in self.recorded_settings().items() if name in names})
 
 
@@ -107,7 +114,7 @@ def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> St
     if resume == "none":
         if tag is None:
             tag, n = default_tag, 1
-            while list_steps(get_stage_dir(tag, name)) or (name == STAGES[0] and heirs(tag)):
+            while _is_taken(tag, name):
                 n += 1
                 tag = f"{default_tag}-{n}"
         elif steps := list_steps(get_stage_dir(tag, name)):
@@ -126,7 +133,7 @@ def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> St
             step, skipped = newest_valid_step(directory)
             if step is None and skipped:  # starting again would overwrite files that may still be repaired
                 raise NanochatError(
-                    f"no checkpoint in {directory} is whole ({skipped[0].partition(':')[0]}): restore its files, or "
+                    f"no checkpoint in {directory} is whole ({re.split('[:;]', skipped[0])[0]}): restore its files, or "
                     f"{way_to_begin_anew(directory)}"
                 )
             for sentence in skipped:
@@ -147,6 +154,18 @@ def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> St
             "choose another --model-tag"
         )
     return Stage(tag, name, directory, step, list_steps(directory))
+
+
+def _is_taken(tag: str, name: str) -> bool:
+    """Whether the run has such a stage, or one is about to have its first checkpoint, or stages that need another base."""
+    directory = get_stage_dir(tag, name)
+    if list_steps(directory) or (name == STAGES[0] and heirs(tag)):
+        return True
+    try:
+        with lock_stage(directory) if directory.exists() else contextlib.nullcontext():
+            return False
+    except NanochatError:
+        return True
 
 
 def _newest_untagged(name: str, default_tag: str) -> str:

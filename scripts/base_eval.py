@@ -71,7 +71,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     _, rank, _, world_size, device = compute_init(args.device_type)
-    kinds = from_rank0(args.eval.split(",") if args.eval else default_kinds(args))
+    kinds = from_rank0((args.eval or "").replace(",", " ").split() or default_kinds(args))
     if unknown := set(kinds) - set(KINDS):
         raise NanochatError(f"--eval {', '.join(sorted(unknown))} is not measured here: choose from {', '.join(KINDS)}")
     results: dict[str, Any] = {}

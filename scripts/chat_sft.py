@@ -23,6 +23,7 @@ from nanochat.loss_eval import batches_to_validate, evaluate_bpb
 from nanochat.model_config import read_config
 from nanochat.pace import choose_device_batch_size, steps_in
 from nanochat.ranks import from_rank0
+from nanochat.runs import get_stage_dir, list_steps
 from nanochat.same_run import check_mixture
 from nanochat.samples import sample_answers
 from nanochat.scaling import accumulation_steps, fit_batch, learning_rate_scale
@@ -112,8 +113,9 @@ def choose_batch(usual: int, together: int, tokens_in_pass: int) -> int:
 
 
 def find_base(args: Arguments) -> str:
-    """The run whose base model is fine-tuned; --from-hf imports it first."""
-    if args.from_hf is None:
+    """The run whose base model is fine-tuned; --from-hf imports it first, unless fine-tuning it has begun."""
+    goes_on = args.resume != "none" and args.model_tag and list_steps(get_stage_dir(args.model_tag, "sft"))
+    if args.from_hf is None or goes_on:
         return find_run("base", args.model_tag, heir="sft" if args.resume != "none" else None)
     from nanochat.hf.load import import_run
 

@@ -36,8 +36,12 @@ def main(argv: list[str] | None = None) -> int:
     source = get_source(args.data)
     directory = get_tokenizer_dir(args.tokenizer)
     if not args.force and _is_done(directory, args, source):
-        print(f"{directory / FILE_NAME} is there already, trained on the same text")
+        print(f"{directory / FILE_NAME} is there already, trained on files of the same names and sizes (--force: once more)")
         return 0
+    try:
+        directory.mkdir(parents=True, exist_ok=True)  # before the text is read, which may take long
+    except (FileExistsError, NotADirectoryError):
+        raise NanochatError(f"--tokenizer {args.tokenizer}: {directory} is no folder: give another name") from None
     started = time.perf_counter()
     counts = {"documents": 0, "characters": 0}
     with Progress("reading text", total=None, unit="document") as progress:

@@ -195,6 +195,10 @@ def test_a_model_in_a_folder_here_is_found_again(
     monkeypatch.chdir("/")
     assert chat_sft.main(["--config", str(stage_dir / "config.toml"), "--resume=auto"]) == 0
     assert list_steps(stage_dir) == [1, 2]
+    shutil.rmtree(stage_dir / "step_000002")
+    shutil.rmtree(tmp_path / "plain")  # the run has all that it needs
+    assert chat_sft.main(["--config", str(stage_dir / "config.toml"), "--resume=auto"]) == 0
+    assert list_steps(stage_dir) == [1, 2]
 
 
 def test_fine_tuning_a_plain_model_makes_it_one_of_ours(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from nanochat.metrics import read_metrics
 from nanochat.pace import TimeLimit
-from nanochat.runs import list_steps
+from nanochat.runs import list_steps, step_dir
 from nanochat.schedules import Schedule
 from nanochat.settings import tomllib
 from scripts import base_train
@@ -92,13 +93,18 @@ def test_a_shorter_run_says_so_and_is_complete(
 ) -> None:
     tokenizer.save(base_dir / "tokenizers" / "default")
     monkeypatch.setattr(base_train, "steps_in", lambda *_: 8)
-    monkeypatch.setattr(TimeLimit, "updates", lambda self, step, seconds, schedule: 5 if step >= 3 else 8)
-    flags = [*TINY_TRAINING, "--data", str(corpus), "--model-tag=short", "--num-iterations=-1", "--target-minutes=1"]
+    monkeypatch.setattr(TimeLimit, "updates", lambda self, step, seconds, schedule: 5 if step >= 4 else 8)
+    flags = [*TINY_TRAINING, f"--data={corpus}", "--model-tag=short", "--save-every=3"]
+    flags += ["--num-iterations=-1", "--target-minutes=1"]
     assert base_train.main(flags) == 0
-    assert "step 3: slower than planned; 5 updates in place of 8, to end in time" in capsys.readouterr().out
+    assert "step 4: slower than planned; 5 updates in place of 8, to end in time" in capsys.readouterr().out
     stage_dir = base_dir / "runs" / "short" / "base"
     assert list_steps(stage_dir)[-1] == 5
     assert json.loads((stage_dir / "settings.json").read_text(encoding="utf-8"))["num_iterations"] == 5
     assert tomllib.loads((stage_dir / "config.toml").read_text(encoding="utf-8"))["horizon"]["num_iterations"] == 5
     assert base_train.main([*flags, "--resume=auto"]) == 0
     assert "is complete: 5 steps done" in capsys.readouterr().out
+    shutil.rmtree(step_dir(stage_dir, 5))  # killed before the shorter run was saved: step 3 was, and planned 8
+    capsys.readouterr()
+    assert base_train.main(["--config", str(stage_dir / "config.toml"), "--resume=auto"]) == 0
+    assert list_steps(stage_dir) == [3, 6, 8]

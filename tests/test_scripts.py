@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,13 @@ def test_text_that_the_output_cannot_hold_does_not_end_a_command() -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, timeout=60, check=True)
     assert result.stdout.decode("cp1252").strip() == "café ?"
+
+
+def test_ctrl_c_during_the_imports_shows_no_trace() -> None:
+    result = subprocess.run([sys.executable, "-c", "import scripts; raise KeyboardInterrupt"], capture_output=True, timeout=60)
+    assert (result.stderr.strip(), result.returncode) == (b"interrupted", -signal.SIGINT)
+    result = subprocess.run([sys.executable, "-c", "import scripts; 1 / 0"], capture_output=True, timeout=60)
+    assert b"ZeroDivisionError" in result.stderr and b"Traceback" in result.stderr
 
 
 # ----------------------------------------------------------------------------- what is absent or wrong
@@ -159,6 +167,8 @@ def test_a_base_directory_that_may_not_be_written(tmp_path: Path) -> None:
         (chat_web.main, ["--model-tag=tiny", "-m", "0"], "--max-tokens 0 is too small"),
         (tok_train.main, ["--data=builtin", "--tokenizer="], "--tokenizer is empty"),
         (tok_train.main, ["--data=builtin", "--vocab-size=100"], "100"),
+        (tok_train.main, ["--data=builtin", f"--tokenizer={__file__}"], "test_scripts.py is no folder: give another name"),
+        (base_eval.main, ["--eval=core, bpb, x"], "--eval x is not measured here"),
         (tok_train.main, ["--data=builtin", "--max-chars=-1"], "--max-chars -1 is too small"),
         (chat_web.main, ["--model-tag=tiny", "--api-key="], "the API key is empty"),
         (chat_web.main, ["--model-tag=tiny", "-t=-1"], "temperature cannot be -1.0"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,20 @@ def test_a_command_that_never_began_is_repeated_as_it_is(
     assert open_stage("base", "r", "d4", "100").resume_step == 100  # without settings
     _begin(stage_dir, name, 300)
     assert open_stage("base", "r", "d4", "100").resume_step == 100
+
+
+def test_two_runs_without_a_tag_do_not_meet(base_dir: Path) -> None:
+    """Also while the first has no checkpoint yet."""
+    directory = get_stage_dir("d2", "base")
+    directory.mkdir(parents=True)
+    assert open_stage("base", None, "d2", "none").tag == "d2"  # what a command left that ended before its first checkpoint
+    code = (
+        f"import filelock; lock = filelock.FileLock({str(directory / '.lock')!r}); lock.acquire(); print(flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert open_stage("base", None, "d2", "none").tag == "d2-2"
+        other.communicate(b"\n")
 
 
 def test_the_optimizers_own_rates_are_the_flags_defaults(monkeypatch: pytest.MonkeyPatch) -> None:

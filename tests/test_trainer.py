@@ -342,7 +342,7 @@ def test_runs_are_never_written_over(corpus: Path, tiny_run: Path) -> None:
 
 
 def test_a_batch_that_does_not_divide(corpus: Path) -> None:
-    with pytest.raises(NanochatError, match="nearest: 896, 1792"):
+    with pytest.raises(NanochatError, match="nearest: 896, 1024"):
         _train(corpus, "x", "--total-batch-size=1000")
     with pytest.raises(NanochatError, match="nearest"):
         _train(corpus, "x", "--device-batch-size=3")
