@@ -47,7 +47,7 @@ from nanochat.runs import (
     step_dir,
 )
 from nanochat.tokenizer import FILE_NAME as TOKENIZER_FILE
-from nanochat.tokenizer import Tokenizer
+from nanochat.tokenizer import Tokenizer, get_run_tokenizer
 
 FORMAT_VERSION = 2  # increase it whenever the code can no longer read existing checkpoints
 MAX_TIMESTAMP = 1e11  # seconds since 1970: a manifest that claims to be later is damaged
@@ -418,7 +418,7 @@ def open_checkpoint(
     meta = read_meta(stage_dir, step)
     if not {"tokenizer", "model_config"} <= meta.keys():
         raise _damage(step_dir(stage_dir, step) / META_FILE)
-    tokenizer = Tokenizer.load(get_run_dir(tag))
+    tokenizer = get_run_tokenizer(tag)
     if tokenizer.fingerprint() != meta["tokenizer"]:
         raise CheckpointError(
             f"the tokenizer in {get_run_dir(tag)} is not the one that step {step} of {source} was trained with: "

@@ -24,6 +24,7 @@ import tiktoken
 
 from nanochat.common import NanochatError, get_base_dir
 from nanochat.files import atomic_write
+from nanochat.runs import get_run_dir
 
 SPECIAL_TOKENS = [
     "<|bos|>",  # opens every document and every row
@@ -117,12 +118,12 @@ class Tokenizer:
         return path
 
     @classmethod
-    def load(cls, path: Path | str) -> Tokenizer:
+    def load(cls, path: Path | str, way_out: str = "train one with python -m scripts.tok_train") -> Tokenizer:
         """Read a tokenizer from its file or the directory that holds it. Raises NanochatError if that is not possible."""
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
         if not path.is_file():
-            raise NanochatError(f"no tokenizer at {path}: train one with python -m scripts.tok_train")
+            raise NanochatError(f"no tokenizer at {path}: {way_out}")
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["version"] > FORMAT_VERSION or content["special_tokens"] != SPECIAL_TOKENS:
@@ -130,7 +131,7 @@ class Tokenizer:
             tokens = [base64.b64decode(token, validate=True) for token in content["tokens"]]
             return cls(tokens, content["pattern"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:  # the last: deep nesting
-            raise NanochatError(f"{path} is not a nanochat tokenizer ({error}): train one with scripts.tok_train") from error
+            raise NanochatError(f"{path} is not a nanochat tokenizer ({error}): {way_out}") from error
 
     @functools.cache  # noqa: B019 - tokenizers live as long as the process
     def fingerprint(self) -> str:
@@ -406,3 +407,8 @@ def without_folder(name_or_path: str) -> str:
 
 def get_tokenizer(name_or_path: str = "default") -> Tokenizer:
     return Tokenizer.load(get_tokenizer_dir(name_or_path))
+
+
+def get_run_tokenizer(tag: str) -> Tokenizer:
+    """The copy that a run keeps, since the one it was begun with may have been trained again."""
+    return Tokenizer.load(get_run_dir(tag), "put it back, since no other fits the weights of this run")

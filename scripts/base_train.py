@@ -25,7 +25,6 @@ from nanochat.loss_eval import batches_to_validate, evaluate_bpb
 from nanochat.optim import OptimizerSettings
 from nanochat.pace import batch_worth_an_update, choose_device_batch_size, flops_in, steps_in
 from nanochat.ranks import on_rank0
-from nanochat.runs import get_run_dir
 from nanochat.same_run import check_settings
 from nanochat.samples import continue_openings
 from nanochat.scaling import (
@@ -40,7 +39,14 @@ from nanochat.scaling import (
 from nanochat.scores import core_name
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import Stage, begin, make_model, open_metrics, open_stage, setup_optimizer, time_limit, train, train_config
-from nanochat.tokenizer import FILE_NAME, Tokenizer, get_tokenizer, get_tokenizer_dir, without_folder
+from nanochat.tokenizer import (
+    FILE_NAME,
+    Tokenizer,
+    get_run_tokenizer,
+    get_tokenizer,
+    get_tokenizer_dir,
+    without_folder,
+)
 from nanochat.trainer import Trainer
 from nanochat.training_flags import RATES, add_rate_arguments, add_schedule_arguments, add_training_arguments, parse_switches
 from scripts import tok_train
@@ -252,7 +258,7 @@ def open_text(args: Arguments, stage: Stage) -> tuple[Source, Tokenizer]:
     source = get_source(default_source_name() if args.data is None else args.data)
     args.data = source.name  # as an absolute path: the next command may be given in another folder
     if stage.resume_step is not None and args.tokenizer == args.defaults["tokenizer"]:
-        tokenizer = Tokenizer.load(get_run_dir(stage.tag))  # the run's copy: the default one may have been trained again
+        tokenizer = get_run_tokenizer(stage.tag)
     else:
         on_rank0(lambda: make_default_tokenizer(args.tokenizer, args.data))
         tokenizer = get_tokenizer(args.tokenizer)

@@ -20,6 +20,7 @@ from nanochat.tokenizer import (
     IncrementalDecoder,
     Tokenizer,
     cut_long_blanks,
+    get_run_tokenizer,
     get_tokenizer,
     get_tokenizer_dir,
     without_folder,
@@ -196,6 +197,8 @@ def test_damaged_files_are_refused(tmp_path: Path, content: str) -> None:
 
 
 def test_a_home_that_there_is_not_is_no_place_of_a_tokenizer() -> None:
+    with pytest.raises(NanochatError, match="no tokenizer at .*runs.r: put it back, since no other fits"):
+        get_run_tokenizer("r")
     with pytest.raises(NanochatError, match="no tokenizer at ~nobody.here.mine"):
         get_tokenizer("~nobody.here/mine")
 
