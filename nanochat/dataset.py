@@ -175,6 +175,21 @@ class Source:
             raise NanochatError(f"{self.name} holds a single document: add a file whose name says val for validation")
         return max(int(VAL_SHARE * 2**32), min(hashes) + 1)
 
+    def keep_split(self, recorded: dict[str, Any]) -> None:
+        """Hold out what a run held out, whatever files came or went since; recorded: what `describe` returned then.
+
+        Raises NanochatError if files for validation are gone, or came though a hash had decided.
+        """
+        limit = recorded["hash_limit"]
+        if limit is None and not self.val_files:
+            raise NanochatError(f"the validation files that the run holds out are gone from {self.name}: restore them")
+        if limit is not None and self.val_files:
+            raise NanochatError(
+                f"{self.val_files[0].name} of {self.name} is for validation and came after the run began, which holds out "
+                "other text: move it away"
+            )
+        self.hash_limit = limit
+
     def describe(self) -> dict[str, Any]:
         """A description for the record of a run: names and sizes of the files, as listed, and how they are split."""
         files = {file.name: file.size for file in (*self.train_files, *self.val_files)}

@@ -83,20 +83,9 @@ def check_data(stage: Stage, source: Source) -> None:
     """
     if stage.resume_step is None:
         return
-    now, recorded = source.describe()["files"], read_meta(stage.directory, stage.resume_step)["data"]
-    if "hash_limit" not in recorded:
-        raise NanochatError(
-            f"run {stage.tag!r} was begun by a nanochat that did not record what it holds out for validation: its weights can "
-            f"be used, but not trained on here; {way_to_begin_anew(stage.directory)}"
-        )
-    if (recorded["hash_limit"] is None) != bool(source.val_files):
-        what = "no file of its own any more" if not source.val_files else f"files of its own ({source.val_files[0].name})"
-        raise NanochatError(
-            f"validation has {what} in {source.name}, unlike when run {stage.tag!r} was begun: text that was held out "
-            "would be trained on; restore the files to go on"
-        )
-    source.hash_limit = recorded["hash_limit"]
-    before = recorded["files"]
+    recorded = read_meta(stage.directory, stage.resume_step)["data"]
+    source.keep_split(recorded)
+    now, before = source.describe()["files"], recorded["files"]
     for name, size in before.items():
         if now.get(name) != size:
             what = "is gone" if name not in now else "has changed"

@@ -132,13 +132,8 @@ def open_text(data: str | None, meta: dict[str, Any], tokenizer: Tokenizer) -> S
     source = get_source(data)
     source.check_tokens(tokenizer)
     recorded = meta.get("data", {})
-    if recorded.get("source") == source.name and "hash_limit" in recorded and not source.val_files:
-        source.hash_limit = recorded["hash_limit"]  # by files that came or went since, it would be another
-        if source.hash_limit is None:
-            raise NanochatError(
-                f"the validation files of run {meta['tag']!r} are gone from {source.name}: restore them, or name other "
-                "text with --data"
-            )
+    if recorded.get("source") == source.name:
+        source.keep_split(recorded)
     return source
 
 

@@ -39,6 +39,10 @@ def _train(texts: Path | str, *flags: str) -> None:
     assert base_train.main([*TINY_TRAINING, "--data", str(texts), "--model-tag=r", "--save-every=3", *flags]) == 0
 
 
+def _measure() -> None:
+    assert base_eval.main(["--model-tag=r", "--eval=bpb", "--device-type=cpu", "--split-tokens=512"]) == 0
+
+
 def test_what_a_hash_holds_out_is_never_learned_from(texts: Path, base_dir: Path) -> None:
     _train(texts)
     stage_dir = base_dir / "runs" / "r" / "base"
@@ -68,7 +72,7 @@ def test_what_is_measured_was_not_learned_from(texts: Path, base_dir: Path, monk
         return TokenLoader(source, tokenizer, rows, length, "train", *more, **rest)
 
     monkeypatch.setattr(base_eval, "TokenLoader", open_loader)
-    assert base_eval.main(["--model-tag=r", "--eval=bpb", "--device-type=cpu", "--split-tokens=512"]) == 0
+    _measure()
     assert not set(measured) & learned
 
 
@@ -76,8 +80,8 @@ def test_nothing_is_measured_on_training_text_when_the_validation_files_are_gone
     _write(texts / "val.jsonl", range(90, 95))
     _train(texts)
     (texts / "val.jsonl").unlink()
-    with pytest.raises(NanochatError, match=r"the validation files of run 'r' are gone from .*: restore them, or name other"):
-        base_eval.main(["--model-tag=r", "--eval=bpb", "--device-type=cpu", "--split-tokens=512"])
+    with pytest.raises(NanochatError, match=r"the validation files that the run holds out are gone from .*: restore them"):
+        _measure()
 
 
 def test_files_are_read_in_the_order_in_which_the_run_knows_them(base_dir: Path, tmp_path: Path) -> None:
@@ -100,8 +104,11 @@ def test_files_are_read_in_the_order_in_which_the_run_knows_them(base_dir: Path,
 def test_validation_files_that_come_later_are_refused(texts: Path, base_dir: Path) -> None:
     _train(texts)
     _write(texts / "val.jsonl", range(12, 20))
-    with pytest.raises(NanochatError, match=r"validation has files of its own \(val.jsonl\) in .*: text that was held out"):
+    refused = r"val.jsonl of .* is for validation and came after the run began, .*: move it away"
+    with pytest.raises(NanochatError, match=refused):
         _train(texts, "--resume=3")
+    with pytest.raises(NanochatError, match=refused):
+        _measure()
 
 
 def test_a_resumed_run_keeps_its_tokenizer(texts: Path, base_dir: Path, capsys: pytest.CaptureFixture) -> None:
