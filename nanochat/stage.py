@@ -228,8 +228,8 @@ def begin(
         return None
     shared = {name: settings[name] for name in ("tokenizer_fingerprint", "mixture", "num_iterations", "total_batch_size")
               if name in settings}  # fmt: skip
-    sizes = source.describe()["files"] if source is not None else {}
-    compare_ranks(shared | {f"the size of {name} in bytes": size for name, size in sizes.items()})
+    files = source.describe()["files"] if source is not None else {}
+    compare_ranks(shared | {f"the size in bytes or SHA-256 of {name}": value for name, value in files.items()})
     if source is not None:
         check_data(stage, source)
     all_or_none(lambda: prepare_directory(stage, tokenizer, settings, args, here.rank))

@@ -65,7 +65,7 @@ def test_ranks_with_different_texts_do_not_train(
     monkeypatch.setenv("TEXTS", str(tmp_path))
     said = many_ranks.run(2, str(tmp_path / "ranks.py"), *SMALL, "--num-iterations=2", "--model-tag=apart", fails=True)
     sizes = [(tmp_path / rank / "train.jsonl").stat().st_size for rank in ("0", "1")]
-    sentence = f"error: the size of train.jsonl in bytes is {sizes[0]} on rank 0, but {sizes[1]} on rank 1"
+    sentence = f"error: the size in bytes or SHA-256 of train.jsonl is {sizes[0]} on rank 0, but {sizes[1]} on rank 1"
     assert sentence in said
     assert not (base_dir / "runs").exists()
 
