@@ -228,8 +228,8 @@ def main(argv: list[str] | None = None) -> int:
     val_batches = batches_to_validate(args.eval_tokens, device, rows * args.max_seq_len * world_size)
 
     def evaluate() -> dict[str, float]:
-        batches = TokenLoader(source, tokenizer, rows, args.max_seq_len, "val", rank, world_size, device, loop=False)
-        return {"val/bpb": evaluate_bpb(model, itertools.islice(batches, val_batches), token_bytes)}
+        with TokenLoader(source, tokenizer, rows, args.max_seq_len, "val", rank, world_size, device, loop=False) as batches:
+            return {"val/bpb": evaluate_bpb(model, itertools.islice(batches, val_batches), token_bytes)}
 
     evaluations = [(args.eval_every, evaluate)]
     if bundle is not None:
