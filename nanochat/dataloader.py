@@ -91,11 +91,11 @@ class TokenLoader:
         Documents are named by epoch, number and offset.
         """
         place = self._place
-        lanes = {str(number): {"next": list(lane.next), "candidates": [list(p[:3]) for p in lane.candidates],
-                               "waiting": [list(p[:3]) for p in lane.waiting]}
+        lanes = {str(number): {"next": lane.next, "candidates": [piece[:3] for piece in lane.candidates],
+                               "waiting": [piece[:3] for piece in lane.waiting]}
                  for number, lane in place.lanes.items()}  # fmt: skip
-        counted = self.source.counted_rows(self.split) if self.rank == 0 else {}  # all ranks read the same files
-        return {"reading": list(place.reading), "rows": place.rows, "tokens": place.tokens, "lanes": lanes, "counted": counted}
+        counted = dict(self.source.counted_rows) if self.rank == 0 else {}  # all ranks read the same files
+        return {"reading": place.reading, "rows": place.rows, "tokens": place.tokens, "lanes": lanes, "counted": counted}
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
         """Continue as the loaders that saved these states would have; states: one for each rank at that time.
@@ -103,7 +103,7 @@ class TokenLoader:
         Raises NanochatError if the data is not the same, or if this number of ranks cannot share it.
         """
         self.close()
-        self.source.know_rows(self.split, states[0].get("counted", {}))
+        self.source.know_rows(states[0].get("counted", {}))
         saved_readings = [state["reading"] for state in states]
         readings = [_Reading(epoch, number, tuple(loads), *more) for epoch, number, loads, *more in saved_readings]
         mine = rank_lanes(len(readings[0].loads), self.rank, self.world_size)

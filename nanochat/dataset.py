@@ -55,6 +55,7 @@ class Source:
     def __init__(self, train_files: Iterable[DocumentFile], val_files: Iterable[DocumentFile]) -> None:
         self.train_files, self.val_files = list(train_files), list(val_files)
         self.num_files_read = 0  # of the train files, so far
+        self.counted_rows: dict[str, int] = {}  # by name, of the files that had to be read through to learn it
 
     def numbered(self, split: str, start: int = 0) -> Iterator[tuple[int, Document]]:
         """(number, document) of a split ("train" or "val") in ascending order, from number `start` on.
@@ -81,14 +82,10 @@ class Source:
         files = self._files(split)
         return files[self._file_with(files, number)[0]].address
 
-    def counted_rows(self, split: str) -> dict[str, int]:
-        """The number of rows, by name, of the files that had to be read through to learn it."""
-        counted = ((file, file.counted_rows) for file in self._files(split) if file.counted_rows is not None)
-        return {file.name: rows for file, rows in counted if file.suffix != ".parquet"}
-
-    def know_rows(self, split: str, counted: dict[str, int]) -> None:
-        """Take over what `counted_rows` gave, so that reading can begin behind those files without reading them again."""
-        for file in self._files(split):
+    def know_rows(self, counted: dict[str, int]) -> None:
+        """Take over `counted_rows`, so that reading can begin behind those files without reading them again."""
+        self.counted_rows.update(counted)
+        for file in (*self.train_files, *self.val_files):
             file.counted_rows = counted.get(file.name, file.counted_rows)
 
     def documents(self, split: str) -> Iterator[str]:
@@ -147,20 +144,25 @@ class Source:
                 self.num_files_read = max(self.num_files_read, index + 1)
             for row, documents in file.batches(max(0, start - first)):
                 yield first + row, documents
-            first += file.num_rows()
+            first += self._num_rows(file)
 
-    @staticmethod
-    def _file_with(files: list[DocumentFile], start: int) -> tuple[int, int]:
+    def _file_with(self, files: list[DocumentFile], start: int) -> tuple[int, int]:
         """(index of the file that has row `start`, number of its first row)."""
         first = 0
         with concurrent.futures.ThreadPoolExecutor(FOOTERS_AT_A_TIME) as pool:
             for index, file in enumerate(files):
                 if index % FOOTERS_AT_A_TIME == 0:
                     list(pool.map(DocumentFile.footer, files[index : index + FOOTERS_AT_A_TIME]))
-                if first + file.num_rows() > start:
+                if first + self._num_rows(file) > start:
                     return index, first
-                first += file.num_rows()
+                first += self._num_rows(file)
         return len(files), first
+
+    def _num_rows(self, file: DocumentFile) -> int:
+        rows = file.num_rows()
+        if file.suffix != ".parquet":
+            self.counted_rows[file.name] = rows
+        return rows
 
     @functools.cached_property
     def hash_limit(self) -> int | None:
