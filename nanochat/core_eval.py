@@ -459,7 +459,7 @@ def _judge(task: CoreTask, question: Question, scores: list[tuple[float, bool]])
 
 def _rows_name(task: CoreTask, max_per_task: int) -> str:
     """The file name for a task's outcomes; it changes with the questions and the way they are asked."""
-    how = (task.kind, task.num_fewshot, task.delimiter, "examples of shuffled items")  # once they were of the file's order
+    how = (task.kind, task.num_fewshot, task.delimiter)
     asked = hashlib.sha256(repr(how).encode("utf-8"))
     asked.update(task.path.read_bytes())
     return f"{task.label}{f'_{max_per_task}' if max_per_task > 0 else ''}_{asked.hexdigest()[:12]}.jsonl"

@@ -58,7 +58,7 @@ class TokenLoader:
         self.loop = loop
         lanes = count_lanes(world_size)
         self._lanes = {lane: _Lane(self.row_len) for lane in rank_lanes(lanes, rank, world_size)}
-        self._place = _Place(_Reading(0, 0, (0,) * lanes, by_bytes=True), 0, 0, _look(self._lanes))
+        self._place = _Place(_Reading(0, 0, (0,) * lanes), 0, 0, _look(self._lanes))
         self._batches: ReadAhead[tuple[np.ndarray, np.ndarray, _Place]] | None = None
 
     def _start(self) -> ReadAhead[tuple[np.ndarray, np.ndarray, _Place]]:
@@ -103,9 +103,8 @@ class TokenLoader:
         Raises NanochatError if the data is not the same, or if this number of ranks cannot share it.
         """
         self.close()
-        self.source.know_rows(states[0].get("counted", {}))
-        saved_readings = [state["reading"] for state in states]
-        readings = [_Reading(epoch, number, tuple(loads), *more) for epoch, number, loads, *more in saved_readings]
+        self.source.know_rows(states[0]["counted"])
+        readings = [_Reading(epoch, number, tuple(loads)) for epoch, number, loads in (state["reading"] for state in states)]
         mine = rank_lanes(len(readings[0].loads), self.rank, self.world_size)
         saved = {int(number): (lane, reading) for state, reading in zip(states, readings, strict=True)
                  for number, lane in state["lanes"].items()}  # fmt: skip
@@ -167,8 +166,7 @@ class _Reading(NamedTuple):
 
     epoch: int
     number: int  # of the next document
-    loads: tuple[int, ...]  # the amount dealt to each lane of all ranks; at each epoch's start the smallest is subtracted
-    by_bytes: bool = False  # what is counted; False in runs of older versions: characters, and ties go to the first lane
+    loads: tuple[int, ...]  # what was dealt to each lane of all ranks; at each epoch's start the smallest is subtracted
 
 
 class _LaneState(NamedTuple):
@@ -260,19 +258,15 @@ def _deal(
     while True:
         number = -1
         for number, document in source.numbered(split, start):
-            if reading.by_bytes:
-                lane = lightest_lane(loads, epoch, number)
-                loads[lane] += _size(document)
-            else:
-                lane = loads.index(min(loads))
-                loads[lane] += len(document)
+            lane = lightest_lane(loads, epoch, number)
+            loads[lane] += _size(document)
             if lane in first and (epoch, number) >= first[lane]:
                 if not isinstance(document, str) and not 0 <= document.min() <= document.max() < vocab_size:
                     raise NanochatError(
                         f"{source.address(split, number)} holds ids outside of the vocabulary of {vocab_size} tokens: "
                         "write it again with python -m scripts.data_prep"
                     )
-                yield _Dealt(lane, epoch, number, document, _Reading(epoch, number + 1, tuple(loads), reading.by_bytes))
+                yield _Dealt(lane, epoch, number, document, _Reading(epoch, number + 1, tuple(loads)))
         if number < 0 and start == 0:
             raise NanochatError(f"{source.name} has no {split} document: give more text")
         if not loop:

@@ -16,14 +16,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import NanochatError, as_unicode, complain, run_command
+from nanochat.common import NanochatError, complain, run_command
 from nanochat.files import read_json_lines, read_json_object
 from nanochat.loggers import LOGGERS, BackgroundLogger, LoggedRun, check_installed
 from nanochat.runs import SETTINGS_FILE, STAGES, get_run_dir
 from nanochat.settings import SettingsParser
 
 METRICS_FILE = "metrics.jsonl"
-SAMPLE = ("sample/prompt", "sample/text")
 
 
 class MetricsLog:
@@ -114,9 +113,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for row in read_json_lines(path):
         if not isinstance(row, dict) or type(row.get("step")) is not int:
             continue
-        for name in SAMPLE:  # older versions wrote lone surrogates, or lists of parts
-            if name in row:
-                row[name] = as_unicode(row[name] if isinstance(row[name], str) else json.dumps(row[name]))
         newest = row["step"] - ("train/loss" in row)  # within a step, the update comes first
         while rows and next(reversed(rows.values()))["step"] > newest:  # back in time: the run was resumed here
             rows.popitem()

@@ -140,7 +140,7 @@ class Trainer:
         self.step, self.time_s, self.results = state["step"], state["time_s"], state["results"]
         self._logged_time_s = self.time_s
         self._saved_step = self.step
-        self._loss_scale.load_state_dict(state.get("loss_scale", {}))
+        self._loss_scale.load_state_dict(state["loss_scale"])
         self.loader.load_state_dict(state["loader"])
         self._best.load(state["best"])  # last, because it writes a file
         self._best.fall_back(list_steps(self.stage_dir))

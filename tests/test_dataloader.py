@@ -386,20 +386,6 @@ def test_long_documents_are_tokenized_a_few_at_a_time(monkeypatch: pytest.Monkey
     assert max(sum(len(d.document) for d in chunk) for chunk in chunks) < 1000 + 700
 
 
-def test_a_run_of_an_older_version_goes_on_in_its_order(source, tokenizer: Tokenizer) -> None:
-    """Its state does not say what is counted: characters, and of level lanes the first takes the next document."""
-    (state,) = _states([_loader(source, tokenizer)])
-    state["reading"] = state["reading"][:3]
-    loader = _loader(source, tokenizer)
-    loader.load_state_dict([state])
-    *reading, by_bytes = loader.state_dict()["reading"]
-    dealt = _deal(source, "train", False, _Reading(*reading, by_bytes), {lane: (0, 0) for lane in range(16)}, 400)
-    loads = [0] * 16
-    for item in dealt:
-        assert item.lane == loads.index(min(loads)) and not item.reading.by_bytes
-        loads[item.lane] += len(item.document)
-
-
 def test_a_place_beyond_the_end_is_in_the_next_epoch(corpus: Path) -> None:
     place = _Reading(0, 10**6, (0,) * 16)
     dealt = _deal(get_source(str(corpus)), "train", True, place, {lane: (0, 0) for lane in range(16)}, 400)

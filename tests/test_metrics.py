@@ -84,12 +84,8 @@ def test_metrics_survive_a_torn_line_and_numbers_that_are_none(tmp_path: Path) -
 def test_lines_that_are_no_rows_are_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = ['{"step": 1, "train/loss": 2.0}', "7", "[]", "{}", '{"step": null}', '{"step": "2"}', '{"step": 2.5}']
-    sample = r'{"step": 2, "sample/prompt": "\ud800 a", "sample/text": "b \udfff"}'
-    path.write_bytes("\n".join([*lines, "[" * 100_000, "9" * 5000, sample]).encode() + b"\n\xff\xfe\n")
-    sample_row = {"step": 2, "sample/prompt": "\ufffd a", "sample/text": "b \ufffd"}  # which UTF-8 can hold
-    assert read_metrics(path) == [{"step": 1, "train/loss": 2.0}, sample_row]
-    path.write_text('{"step": 1, "sample/prompt": [{"type": "text"}], "sample/text": "b"}\n', encoding="utf-8")
-    assert read_metrics(path)[0]["sample/prompt"] == '[{"type": "text"}]'  # as samples of parts were once written
+    path.write_bytes("\n".join([*lines, "[" * 100_000, "9" * 5000]).encode() + b"\n\xff\xfe\n")
+    assert read_metrics(path) == [{"step": 1, "train/loss": 2.0}]
 
 
 def test_only_rank_0_writes_metrics(tmp_path: Path) -> None:

@@ -21,12 +21,10 @@ def client(tiny_run: Path) -> TestClient:
 
 
 def test_lines_that_are_no_rows_do_not_hide_a_run(client: TestClient, tiny_run: Path) -> None:
-    lines = ["7", '{"step": 7, "val/bpb": 1.5}', r'{"step": 7, "sample/prompt": "\ud800", "sample/text": ""}']
+    lines = ["7", '{"step": 7, "val/bpb": 1.5}']
     with open(tiny_run / "base" / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
-    stage = client.get("/api/runs/tiny").json()["stages"]["base"]
-    assert stage["step"] == 7
-    assert stage["samples"][-1]["prompt"] == "\ufffd"
+    assert client.get("/api/runs/tiny").json()["stages"]["base"]["step"] == 7
 
 
 @pytest.mark.parametrize("name", ["eval.json", "settings.json"])
