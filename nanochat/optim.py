@@ -227,6 +227,10 @@ class _Unit:
         """Arrange tensors shaped like the parameters as a table (rows, ...)."""
         raise NotImplementedError
 
+    def _from_rows(self, rows: Tensor) -> list[Tensor]:
+        """The inverse of `_as_rows`, one tensor for each parameter; also of state, whose rows may have another shape."""
+        raise NotImplementedError
+
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of each tensor of state for one row, by name."""
         raise NotImplementedError
@@ -259,14 +263,14 @@ class _Unit:
         """Update this rank's rows from their gradient (own rows, ...) float32, which may be overwritten."""
         raise NotImplementedError
 
-    def _own_rows(self) -> Tensor:
-        """This rank's rows of the parameters."""
-        return self._as_rows([p.data for p in self.params])[self.begin : self.end]
+    def _own_rows(self, tensors: list[Tensor]) -> Tensor:
+        """This rank's rows of tensors shaped like the parameters."""
+        return self._as_rows(tensors)[self.begin : self.end]
 
     def _start_gather(self) -> None:
         if self.world_size == 1:
             return
-        share = self._padded(self._own_rows(), self.rows_per_rank)
+        share = self._padded(self._own_rows([p.data for p in self.params]), self.rows_per_rank)
         whole = share.new_empty((self.rows_per_rank * self.world_size, *share.shape[1:]))
         self._work = all_gather(whole, share.contiguous(), async_op=True)
         self._buffers = (whole, share)
@@ -276,12 +280,8 @@ class _Unit:
         if self._work is None:
             return
         self._work.wait()
-        self._write_rows(self._buffers[0][: self.rows])
+        torch._foreach_copy_([p.data for p in self.params], self._from_rows(self._buffers[0][: self.rows]))
         self._buffers, self._work = (), None
-
-    def _write_rows(self, rows: Tensor) -> None:
-        """The inverse of `_as_rows`, into the parameters."""
-        raise NotImplementedError
 
     def _padded(self, rows: Tensor, length: int | None = None) -> Tensor:
         """Append rows of zeros, so that all ranks have the same number."""
@@ -292,7 +292,7 @@ class _Unit:
 
     def gather_state(self) -> dict[str, Tensor]:
         """The state of all rows, by parameter name, on rank 0; {} on other ranks (a collective call)."""
-        result = {}
+        result: dict[str, Tensor] = {}
         for name, share in self.state.items():
             if self.world_size > 1:
                 share = self._padded(share, self.rows_per_rank).contiguous()
@@ -301,16 +301,13 @@ class _Unit:
                 if self.rank != 0:
                     continue
                 share = whole[: self.rows].cpu()  # one unit at a time: a device may have no room for all
-            result.update(self._split_state(name, share))
+            result.update(zip((f"{param}/{name}" for param in self.names), self._from_rows(share), strict=True))
         return result
-
-    def _split_state(self, name: str, rows: Tensor) -> dict[str, Tensor]:
-        """Split a state tensor of all rows into {"PARAMETER/NAME": tensor}."""
-        raise NotImplementedError
 
     def scatter_state(self, state: dict[str, Tensor]) -> None:
         """Take this rank's rows from what `gather_state` returned."""
-        raise NotImplementedError
+        for name, mine in self.state.items():
+            mine.copy_(self._own_rows([state[f"{param}/{name}"] for param in self.names]))
 
 
 class _AdamWUnit(_Unit):
@@ -322,22 +319,15 @@ class _AdamWUnit(_Unit):
     def _as_rows(self, tensors: list[Tensor]) -> Tensor:
         return tensors[0].reshape(-1)
 
+    def _from_rows(self, rows: Tensor) -> list[Tensor]:
+        return [rows.view(self.params[0].shape)]
+
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"exp_avg": (), "exp_avg_sq": ()}
 
     def _update_rows(self, grad: Tensor, step: int) -> None:
         mine = self.params[0].data.view(-1)[self.begin : self.end]
         adamw_update(mine, grad, self.state["exp_avg"], self.state["exp_avg_sq"], self.group, step)
-
-    def _write_rows(self, rows: Tensor) -> None:
-        self.params[0].data.copy_(rows.view(self.params[0].shape))
-
-    def _split_state(self, name: str, rows: Tensor) -> dict[str, Tensor]:
-        return {f"{self.names[0]}/{name}": rows.view(self.params[0].shape)}
-
-    def scatter_state(self, state: dict[str, Tensor]) -> None:
-        for name, mine in self.state.items():
-            mine.copy_(self._as_rows([state[f"{self.names[0]}/{name}"]])[self.begin : self.end])
 
 
 class _RowsUnit(_AdamWUnit):
@@ -346,14 +336,14 @@ class _RowsUnit(_AdamWUnit):
     def _as_rows(self, tensors: list[Tensor]) -> Tensor:
         return tensors[0]
 
+    def _from_rows(self, rows: Tensor) -> list[Tensor]:
+        return [rows]
+
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"mean_square": ()}
 
     def _update_rows(self, grad: Tensor, step: int) -> None:
         rows_update(self.params[0].data[self.begin : self.end], grad, self.state["mean_square"], self.group)
-
-    def _split_state(self, name: str, rows: Tensor) -> dict[str, Tensor]:
-        return {f"{self.names[0]}/{name}": rows}
 
 
 class _MuonUnit(_Unit):
@@ -365,10 +355,13 @@ class _MuonUnit(_Unit):
     def _as_rows(self, tensors: list[Tensor]) -> Tensor:
         return torch.stack(tensors)
 
-    def _own_rows(self) -> Tensor:
+    def _from_rows(self, rows: Tensor) -> list[Tensor]:
+        return list(rows.unbind())
+
+    def _own_rows(self, tensors: list[Tensor]) -> Tensor:
         if self.begin == self.end:
-            return self.params[0].data.new_empty((0, *self.params[0].shape))
-        return self._as_rows([p.data for p in self.params[self.begin : self.end]])
+            return tensors[0].new_empty((0, *tensors[0].shape))
+        return self._as_rows(tensors[self.begin : self.end])
 
     def _state_shapes(self) -> dict[str, tuple[int, ...]]:
         shape = self.params[0].shape
@@ -382,17 +375,6 @@ class _MuonUnit(_Unit):
         momentum, second_moment = (self.state[name][learning] for name in ("momentum", "second_moment"))
         update = muon_update(nesterov(grad, momentum, group), second_moment, group)
         apply_update([p.data for p in mine], update, group, grad.shape[-2:])
-
-    def _write_rows(self, rows: Tensor) -> None:
-        torch._foreach_copy_([p.data for p in self.params], list(rows.unbind()))
-
-    def _split_state(self, name: str, rows: Tensor) -> dict[str, Tensor]:
-        return {f"{param_name}/{name}": row for param_name, row in zip(self.names, rows.unbind(), strict=True)}
-
-    def scatter_state(self, state: dict[str, Tensor]) -> None:
-        for name, mine in self.state.items():
-            for row, param_name in zip(mine, self.names[self.begin : self.end], strict=True):
-                row.copy_(state[f"{param_name}/{name}"])
 
 
 UNITS: dict[str, type[_Unit]] = {"muon": _MuonUnit, "rows": _RowsUnit, "adamw": _AdamWUnit}  # by Group.kind
