@@ -22,7 +22,6 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from nanochat.common import NanochatError, get_dist_info
 from nanochat.files import locked, read_json_object, remove_leftovers, replace_directory, share_mode
 from nanochat.gpt import GPT
 from nanochat.model_config import read_config
-from nanochat.ranks import any_rank
+from nanochat.ranks import all_or_none, on_rank0
 from nanochat.runs import (
     MANIFEST_FILE,
     SETTINGS_FILE,
@@ -133,24 +132,14 @@ def save_sharded(stage_dir: Path, step: int, states: dict[str, dict[str, torch.T
     from nanochat.sharding import write_sharded
 
     tensors = {f"{file_name}/{name}": tensor for file_name, state in states.items() for name, tensor in state.items()}
-    rank0 = get_dist_info().rank == 0
     temporary = _temporary(stage_dir, step)
-    parts: list[tuple[bool, Callable[[], Any]]] = [
-        (rank0, lambda: begin_checkpoint(stage_dir, step)),
-        (True, lambda: write_sharded(temporary / SHARDED_DIR, tensors)),
-        (rank0, lambda: finish_checkpoint(temporary, stage_dir, step, meta)),
-    ]
-    for mine, do in parts:
-        failure = None
-        try:
-            if mine:
-                do()
-        except OSError as error:
-            failure = error
-        if any_rank(failure is not None):
-            if rank0:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise failure or NanochatError(f"another rank could not write its part of the checkpoint of step {step}")
+    try:
+        on_rank0(lambda: begin_checkpoint(stage_dir, step))
+        all_or_none(lambda: write_sharded(temporary / SHARDED_DIR, tensors))
+        on_rank0(lambda: finish_checkpoint(temporary, stage_dir, step, meta))
+    finally:
+        if get_dist_info().rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def begin_checkpoint(stage_dir: Path, step: int) -> Path:
