@@ -29,7 +29,7 @@ class MetricsLog:
     """Appends rows to `<stage_dir>/metrics.jsonl` on rank 0 and does nothing on the other ranks.
 
     run: the run's name in loggers; "dummy": its tag and stage. log_to: names of LOGGERS. resume_step: the step that the run
-    resumes from, so that loggers continue there. Raises NanochatError if one of the loggers is not installed.
+    resumes from, so that loggers continue there.
     """
 
     def __init__(
@@ -45,9 +45,6 @@ class MetricsLog:
         self._loggers: list[BackgroundLogger] = []
         if rank != 0:
             return
-        names = list(dict.fromkeys(log_to))
-        for name in names:
-            check_installed(name)
         stage_dir.mkdir(parents=True, exist_ok=True)
         path = stage_dir / METRICS_FILE
         torn = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
@@ -55,7 +52,7 @@ class MetricsLog:
         # A crash may have cut the last line short: start a new line after it.
         self._unwritten = b"\n" if torn else b""
         logged_run = LoggedRun(stage_dir, _name(run, stage_dir), settings, resume_step)
-        self._loggers = [BackgroundLogger(name, logged_run) for name in names]
+        self._loggers = [BackgroundLogger(name, logged_run) for name in dict.fromkeys(log_to)]
 
     def log(self, row: dict[str, Any]) -> None:
         """Write one row to the system before returning; if the disk is full, try again with the next row."""

@@ -245,7 +245,7 @@ def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, An
         return
     for name in chosen_loggers(args):
         check_installed(name)
-    stage.lock.enter_context(lock_stage(stage.directory))  # for the life of the stage; the trainer takes it again
+    stage.lock.enter_context(lock_stage(stage.directory))  # for the life of the stage
     if list_steps(stage.directory) != stage.steps:
         raise NanochatError(f"{stage.directory} was trained by another process meanwhile: give the same command again")
     if stage.resume_step is not None:

@@ -7,7 +7,6 @@ exception in an evaluation costs nothing; a kill costs at most the checkpoint be
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from nanochat.checkpoint_manager import MODEL_FILE, OPTIMIZER_FILE, lock_stage, prune, save_sharded
+from nanochat.checkpoint_manager import MODEL_FILE, OPTIMIZER_FILE, prune, save_sharded
 from nanochat.checkpoint_writer import Best, CheckpointWriter
 from nanochat.common import NanochatError, describe_error, get_dist_info
 from nanochat.compilation import can_compile, try_to_compile
@@ -76,6 +75,7 @@ def count_supervised(batch: Batch) -> torch.Tensor:
 class Trainer:
     """Trains `model` from `loader` until `config.num_iterations` updates are done.
 
+    stage_dir: where nothing else may write meanwhile; a stage (stage.py) holds its lock.
     evaluations: pairs (period in steps, () -> {"val/bpb": ...}), called in this order with the model in eval mode.
     sample: () -> [{"prompt": ..., "text": ...}].
     loss_fn: (model, batch) -> loss, a sum over rows, since a pass may take only some rows at a time (passes.py); the
@@ -233,7 +233,6 @@ class Trainer:
         Raises NanochatError if the loss stops being a number, naming the last good checkpoint.
         """
         with (
-            self._locked(),
             Progress(self.config.stage_name, self.config.num_iterations, start=self.step, work=self._work) as self.progress,
             self._stop.listening(),
             frozen_garbage(),
@@ -470,12 +469,3 @@ class Trainer:
             self.save(wait=True)
             self.progress.print(f"stopped after step {self.step}; saved. Go on with {self._resume}")
             raise KeyboardInterrupt
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        """Keep other processes from training this stage. Raises NanochatError if one already does."""
-        if self.rank != 0:
-            yield
-            return
-        with lock_stage(self.stage_dir):
-            yield
