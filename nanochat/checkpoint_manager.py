@@ -14,7 +14,6 @@ file; a directory without a manifest, or with another name, is not a checkpoint 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import hashlib
@@ -436,25 +435,6 @@ def load_model(
     model = build_model(meta["model_config"], model_state, device)
     model.train(phase == "train")
     return model, tokenizer, meta
-
-
-def load_chosen_model(args: argparse.Namespace, device: torch.device | str) -> tuple[GPT, Tokenizer, dict[str, Any]]:
-    """The model named by the flags of settings.add_checkpoint_arguments: one of a run, or one from Hugging Face.
-
-    meta gains "origin", to show to the user.
-    """
-    if (name := getattr(args, "from_hf", None)) is None:  # not every command has this flag
-        model, tokenizer, meta = load_model(args.source, device, "eval", args.model_tag, args.step)
-        return model, tokenizer, {**meta, "origin": f"{args.source}, step {meta['step']}"}
-    from nanochat.hf.load import load_hf
-
-    given = getattr(args, "given", ())
-    if any(flag in given for flag in ("source", "model_tag", "step")):
-        raise NanochatError(
-            f"--from-hf {name} is no checkpoint of a run: leave out --source, --model-tag and --step, or --from-hf"
-        )
-    model, tokenizer, meta = load_hf(name, device)
-    return model, tokenizer, {**meta, "origin": f"from {name}"}
 
 
 def build_model(

@@ -21,7 +21,6 @@ from typing import Any, NoReturn
 import tomli_w
 
 from nanochat.common import NanochatError
-from nanochat.runs import STAGES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -199,15 +198,6 @@ class SettingsParser(argparse.ArgumentParser):
         self.usage = " ".join(["%(prog)s", *required, "[flags]"])
         self._action_groups.sort(key=lambda group: group is self._common)  # the command's own flags come first
         return super().format_help()
-
-
-def add_checkpoint_arguments(group: argparse._ActionsContainer, from_hf: bool = False) -> None:
-    """Add the flags that choose a checkpoint of a run, or a model from elsewhere, for load_chosen_model."""
-    group.add_argument("-i", "--source", default="sft", choices=STAGES, help="stage of the model")
-    group.add_argument("-g", "--model-tag", default=None, metavar="TAG", help="run (default: the newest with that stage)")
-    group.add_argument("-s", "--step", type=int, default=None, help="checkpoint (default: the newest)")
-    if from_hf:
-        group.add_argument("--from-hf", default=None, metavar="DIR|NAME", help="a Hugging Face model instead of a run's")
 
 
 def add_device_argument(group: argparse._ActionsContainer) -> None:

@@ -7,13 +7,13 @@ import os
 import sys
 from typing import Any
 
-from nanochat.checkpoint_manager import load_chosen_model
+from nanochat.chosen_model import add_checkpoint_arguments, load_chosen_model
 from nanochat.common import NanochatError, run_command
 from nanochat.devices import compute_init
 from nanochat.engine import Engine
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
-from nanochat.settings import Arguments, SettingsParser, add_checkpoint_arguments, add_device_argument, add_sampling_arguments
+from nanochat.settings import Arguments, SettingsParser, add_device_argument, add_sampling_arguments
 from nanochat.tokenizer import IncrementalDecoder
 from nanochat.trimming import prompt_room, trim_conversation
 

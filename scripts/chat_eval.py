@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat.chat_eval import CHATCORE_TASKS, Answering, TaskResult, chatcore, evaluate_task
-from nanochat.checkpoint_manager import load_chosen_model
+from nanochat.chosen_model import add_checkpoint_arguments, load_chosen_model
 from nanochat.common import NanochatError, run_command
 from nanochat.devices import compute_init
 from nanochat.engine import Engine
@@ -24,7 +24,7 @@ from nanochat.ranks import from_rank0
 from nanochat.runs import get_stage_dir
 from nanochat.sampling import SamplingParams
 from nanochat.scores import describe_interval, describe_pass_at
-from nanochat.settings import Arguments, SettingsParser, add_checkpoint_arguments, add_device_argument, add_sampling_arguments
+from nanochat.settings import Arguments, SettingsParser, add_device_argument, add_sampling_arguments
 from tasks import build_judged_task, judged_tasks, task_name
 from tasks.common import Task
 

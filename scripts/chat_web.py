@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import torch
 import uvicorn
 
-from nanochat.checkpoint_manager import load_chosen_model
+from nanochat.chosen_model import add_checkpoint_arguments, load_chosen_model
 from nanochat.common import NanochatError, run_command
 from nanochat.devices import compute_init
 from nanochat.engine import Engine
@@ -28,7 +28,7 @@ from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
 from nanochat.server import create_app
 from nanochat.service import ChatDefaults, Limits, Service
-from nanochat.settings import Arguments, SettingsParser, add_checkpoint_arguments, add_device_argument, add_sampling_arguments
+from nanochat.settings import Arguments, SettingsParser, add_device_argument, add_sampling_arguments
 
 ANY_ADDRESS = ("0.0.0.0", "::")
 # The last two are the names by which containers reach this machine.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from nanochat.checkpoint_manager import load_chosen_model
+from nanochat.chosen_model import add_checkpoint_arguments, load_chosen_model
 from nanochat.common import NanochatError, run_command
 from nanochat.hf.export import FORMATS, check_output, export, push
-from nanochat.settings import Arguments, SettingsParser, add_checkpoint_arguments
+from nanochat.settings import Arguments, SettingsParser
 
 
 def parse_arguments(argv: list[str] | None) -> Arguments:

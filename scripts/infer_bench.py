@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from nanochat.checkpoint_manager import load_chosen_model
+from nanochat.chosen_model import add_checkpoint_arguments, load_chosen_model
 from nanochat.common import NanochatError, run_command
 from nanochat.devices import compute_init, synchronize
 from nanochat.engine import Engine
@@ -28,10 +28,10 @@ from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Scheduler
 from nanochat.sequence import Sequence
-from nanochat.settings import SettingsParser, add_checkpoint_arguments, add_device_argument, add_sampling_arguments
+from nanochat.settings import Arguments, SettingsParser, add_device_argument, add_sampling_arguments
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> Arguments:
     parser = SettingsParser(
         "Measure how fast a model answers.",
         examples=["%(prog)s --model-tag d12", "%(prog)s --batch-sizes 1,32 --weights int8"],

@@ -2,3 +2,12 @@
 
 `configuration_nanochat.py` and `modeling_nanochat.py` are copied beside exported weights, so they import nothing of ours.
 """
+
+from importlib import resources
+
+TEMPLATE_FILE = "chat_template.jinja"
+
+
+def read_resource(folder: str, name: str) -> str:
+    """A file of the package, as text."""
+    return (resources.files("nanochat") / folder / name).read_text(encoding="utf-8")

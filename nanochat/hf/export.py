@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from nanochat.common import NanochatError
 from nanochat.eval_results import read_eval, read_json
 from nanochat.files import replace_directory, share_mode
 from nanochat.gpt import GPT
+from nanochat.hf import TEMPLATE_FILE, read_resource
 from nanochat.hf.tokenizer_json import to_tokenizer_json
 from nanochat.hf.weights import native_obstacles, to_custom, to_native
 from nanochat.metrics import METRICS_FILE, read_metrics, series
@@ -26,7 +26,7 @@ from nanochat.scores import core_name
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 FORMATS = ("auto", "nanochat", "custom")
-WEIGHTS_FILE, CONFIG_FILE, TEMPLATE_FILE = "model.safetensors", "config.json", "chat_template.jinja"
+WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 CODE_FILES = ("configuration_nanochat.py", "modeling_nanochat.py")
 OTHER_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md")
 OUR_FILES = {WEIGHTS_FILE, CONFIG_FILE, TEMPLATE_FILE, *CODE_FILES, *OTHER_FILES}
@@ -103,11 +103,6 @@ def _tokenizer_config(sequence_len: int) -> dict[str, Any]:
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
     }
-
-
-def read_resource(folder: str, name: str) -> str:
-    """A file of the package, as text."""
-    return (resources.files("nanochat") / folder / name).read_text(encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------- the model card

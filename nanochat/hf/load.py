@@ -19,7 +19,7 @@ from nanochat.checkpoint_manager import build_model, load_checkpoint, lock_stage
 from nanochat.common import NanochatError, first_line, print0
 from nanochat.files import read_json_object
 from nanochat.gpt import GPT
-from nanochat.hf.export import TEMPLATE_FILE, read_resource
+from nanochat.hf import TEMPLATE_FILE, read_resource
 from nanochat.hf.tokenizer_json import from_tokenizer_json
 from nanochat.hf.weights import CUSTOM_TYPE, NATIVE_TYPE, from_custom, from_native
 from nanochat.ranks import on_rank0
