@@ -1,4 +1,4 @@
-"""Steps that turn raw text into shuffled, deduplicated, tokenized shards, for datatrove. Used by scripts/data_prep.py.
+"""Steps that turn raw text into shuffled, deduplicated, tokenized shards, for datatrove. Used by prep_stages.py.
 
 Every document has a key, a hash of the seed and its text, and every shard is a range of keys. ScatterDocuments sorts
 documents by shard, ReadShard yields a shard in the order of its keys, WriteShard writes it. So the order is random but does
@@ -9,22 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
-import itertools
 import json
-import multiprocessing
 import os
 import platform
 import shutil
 import sys
-import threading
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,7 +26,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datatrove.data import Document
-from datatrove.executor import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.word_tokenizers import WordTokenizer
 from fsspec.core import url_to_fs
@@ -41,7 +33,7 @@ from fsspec.core import url_to_fs
 from nanochat.common import NanochatError
 from nanochat.document_files import TOKEN_COLUMN, TOKENIZER_KEY
 from nanochat.files import atomic_write
-from nanochat.progress import Progress
+from nanochat.prep_output import Layout, PrepSettings
 from nanochat.raw_files import read_texts
 from nanochat.tokenizer import Tokenizer
 
@@ -49,45 +41,6 @@ ROW_GROUP_DOCUMENTS = 1024
 RUN_BYTES = 256 * 2**20  # documents that a task holds in memory before it writes them as a run
 ROW_BYTES = 200  # memory that a document takes besides its text
 VAL_SHARE, MAX_VAL_DOCUMENTS = 0.02, 10_000  # defaults without --val-documents
-
-
-@dataclass(frozen=True)
-class PrepSettings:
-    """Everything that determines the shards; saved as settings.json in the output."""
-
-    input: str
-    inputs: dict[str, int]  # the files, in the order in which they are read, and their bytes
-    text_column: str | None  # None: the first of TEXT_COLUMNS
-    tokenizer: str | None  # its fingerprint; None: shards of text
-    seed: int
-    val_documents: int | None  # None: VAL_SHARE of them, at most MAX_VAL_DOCUMENTS
-    shard_tokens: int
-    num_shards: int
-    dedup: bool
-    min_hash: bool
-    tasks: int
-
-
-class Layout:
-    """The layout of an output directory; everything except the shards and three JSON files is below work/."""
-
-    def __init__(self, output: Path) -> None:
-        self.output, self.settings, self.manifest = output, output / "settings.json", output / "manifest.json"
-        self.val_limit = output / "work" / "val_limit"
-        self.scratch = output / "work" / "scratch"  # removed at the end
-        self.runs, self.lowest = self.scratch / "runs", self.scratch / "lowest"
-
-    def log(self, stage: str) -> Path:
-        return self.output / "work" / "log" / stage
-
-    def counts(self, stage: str) -> list[dict[str, int]]:
-        """The counts of each task of a stage, from datatrove's statistics; {} for tasks that counted nothing."""
-        counts = []
-        for path in sorted((self.log(stage) / "stats").glob("*.json")):
-            steps = [step["stats"] for step in json.loads(path.read_text(encoding="utf-8"))]
-            items = itertools.chain.from_iterable(step.items() for step in steps)
-            counts.append({name: int(value["total"] if isinstance(value, dict) else value) for name, value in items})
-        return counts
 
 
 # ----------------------------------------------------------------------------- keys
@@ -413,18 +366,6 @@ class WriteManifest(PipelineStep):
         atomic_write(self.layout.manifest, json.dumps(manifest, indent=1))  # last: it says that all is done
 
 
-# ----------------------------------------------------------------------------- stages
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Steps that a number of tasks run in parallel, once all tasks of the previous stage are done."""
-
-    name: str
-    steps: list[PipelineStep]
-    tasks: int
-
-
 class SplitAtSpaces(WordTokenizer):
     """Words for near-duplicates, without the models that datatrove's own need."""
 
@@ -436,53 +377,3 @@ class SplitAtSpaces(WordTokenizer):
 
     def span_tokenize(self, text: str) -> list[tuple[int, int]]:
         return [(0, len(text))]
-
-
-class LocalExecutor(LocalPipelineExecutor):
-    """datatrove's local executor with one progress line, which notices when one of its processes dies."""
-
-    def run(self) -> None:
-        """Raises NanochatError if a task fails or its process dies; tasks that are done stay done."""
-        ranks = self.get_incomplete_ranks()
-        self.save_executor_as_json()
-        done = self.tasks - len(ranks)
-        with Progress(Path(self.logging_dir.path).name, self.tasks, unit="task", start=done) as progress:
-            for number, _ in enumerate(self._run_tasks(ranks), done + 1):
-                progress.update(number)
-
-    def _run_tasks(self, ranks: list[int]) -> Iterator[None]:
-        if min(self.workers, len(ranks)) == 1:
-            for rank in ranks:
-                with contextlib.redirect_stderr(io.StringIO()):  # where datatrove logs, beside its file
-                    deepcopy(self)._run_for_rank(rank)
-                yield
-            return
-        methods = multiprocessing.get_all_start_methods()
-        context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-        if "forkserver" in methods:
-            context.set_forkserver_preload([__name__])
-        pool = ProcessPoolExecutor(min(self.workers, len(ranks)), context, initializer=_start_worker)
-        try:
-            for future in as_completed([pool.submit(self._run_for_rank, rank) for rank in ranks]):
-                future.result()
-                yield
-        except BrokenProcessPool as error:
-            raise NanochatError(
-                "a worker process died, perhaps out of memory: the same command with fewer --workers continues from here"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _start_worker() -> None:
-    """Silences a worker on the screen and makes it end with the command, however that ends."""
-    sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - for as long as the process lives
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        raise RuntimeError("this is no worker")
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()

@@ -1,4 +1,5 @@
-"""Reads raw text for data preparation: open files of any supported kind, compressed or not. Used by data_prep.py.
+"""Reads raw text for data preparation: open files of any supported kind, compressed or not. Used by data_prep.py and
+scripts/data_prep.
 
 Training reads with document_files.py, which can begin at any row; here every row is read once, from the first on.
 """
@@ -12,9 +13,23 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
 
 from nanochat.common import NanochatError, first_line
-from nanochat.document_files import BATCH_ROWS, READERS, cut_into_documents, is_text, parse_line, text_column
+from nanochat.document_files import (
+    BATCH_ROWS,
+    READERS,
+    RemoteFile,
+    cut_into_documents,
+    is_remote,
+    is_text,
+    list_local,
+    list_remote,
+    parse_line,
+    text_column,
+    without_strangers,
+)
+from nanochat.tokenizer import Tokenizer
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 WAY_OUT = "name one with --text-column"
@@ -65,3 +80,52 @@ def _read_jsonl(lines: Iterable[str], path: str, column: str | None) -> Iterator
     for number, line in enumerate(lines, 1):
         if line.strip():
             yield parse_line(line, path, number, column, WAY_OUT)
+
+
+# ----------------------------------------------------------------------------- what there is to read
+
+
+def list_inputs(address: str) -> dict[str, int]:
+    """{path: bytes} of the readable files at a local or remote address, sorted. Raises NanochatError if there are none."""
+    found = list_remote(address) if is_remote(address) else list_local(address)
+    if not found:
+        raise NanochatError(f"--input {address} is no file, nor a folder or glob of files: check the path")
+    files = [found[path]() for path in without_strangers([path for path in sorted(found) if kind_of(path.name)])]
+    if not files:
+        raise NanochatError(f"--input {address} holds no .parquet, .jsonl, .txt or .md file (all but parquet also .gz, .zst)")
+    return {file.shard.path if isinstance(file, RemoteFile) else file.path.absolute().as_posix(): file.size for file in files}
+
+
+def estimate_tokens(
+    address: str, inputs: dict[str, int], column: str | None, tokenizer: Tokenizer | None, sample_bytes: int = 4_000_000
+) -> int:
+    """An estimate of the tokens in the files, from the first texts of about eight; without a tokenizer, 4 bytes per token."""
+    fs = url_to_fs(address)[0]
+    text_bytes, tokens, token_bytes = 0.0, 0, 0
+    sampled = list(inputs)[:: -(-len(inputs) // 8)]
+    for path in sampled:
+        texts, text_bytes_of_file = _sample(fs, path, inputs[path], column, sample_bytes)
+        text_bytes += text_bytes_of_file
+        part = "".join(texts)[:200_000]
+        token_bytes += len(part.encode())
+        tokens += len(tokenizer.encode(part)) if tokenizer else len(part.encode()) // 4
+    expansion = text_bytes / max(1, sum(inputs[path] for path in sampled))
+    return round(sum(inputs.values()) * expansion * tokens / max(1, token_bytes))
+
+
+def _sample(fs: Any, path: str, size: int, column: str | None, sample_bytes: int) -> tuple[list[str], float]:
+    """(first texts of a file, estimated bytes of text in the whole file)."""
+    texts, text_bytes, share = [], 0, 1.0
+    with fs.open(path, "rb") as file:
+        reader = read_texts(file, path, column)
+        for text in reader:
+            texts.append(text)
+            text_bytes += len(text.encode())
+            if text_bytes >= sample_bytes:
+                if kind_of(path) == ".parquet":  # columns are not read from front to back
+                    with fs.open(path, "rb") as again:
+                        share = len(texts) / pq.read_metadata(again).num_rows
+                else:
+                    share = min(1.0, file.tell() / size)
+                break
+    return texts, text_bytes / share

@@ -21,6 +21,8 @@ import pytest
 from nanochat.common import NanochatError
 from nanochat.dataset import get_source
 from nanochat.metrics import read_metrics
+from nanochat.prep_output import Layout, PrepSettings
+from nanochat.raw_files import list_inputs
 from nanochat.tokenizer import Tokenizer
 from scripts import base_eval, base_train, data_prep
 from tests.conftest import TINY_TRAINING
@@ -28,7 +30,8 @@ from tests.helpers import make_document
 
 pytest.importorskip("datatrove", reason="data preparation needs bash runs/setup.sh data")
 
-from nanochat.data_prep import Layout, PrepSettings, ReadDocuments, ScatterDocuments, document_key
+from nanochat.data_prep import ReadDocuments, ScatterDocuments, document_key
+from nanochat.prep_stages import build_stages
 
 NUM_DISTINCT = 300
 SHARD_TOKENS = "--shard-tokens=3000"
@@ -217,12 +220,12 @@ def test_memory_bounds_the_runs_and_changes_nothing(raw: Path, tmp_path: Path) -
     found = []
     for name, run_bytes in (("many", 5000), ("one", 10**9)):
         settings = PrepSettings(
-            input=str(raw), inputs=data_prep.list_inputs(str(raw)), text_column=None, tokenizer=None, seed=1, val_documents=1,
+            input=str(raw), inputs=list_inputs(str(raw)), text_column=None, tokenizer=None, seed=1, val_documents=1,
             shard_tokens=1, num_shards=5, dedup=True, min_hash=False, tasks=1,
         )  # fmt: skip
         layout = Layout(tmp_path / name)
         ScatterDocuments(settings, layout, run_bytes).run(ReadDocuments(settings).run())
-        reader = data_prep.build_stages(settings, layout)[2].steps[0]
+        reader = build_stages(settings, layout)[2].steps[0]
         found.append([[document.text for document in reader.run(rank=shard)] for shard in range(5)])
         assert (len(list(layout.runs.iterdir())) > 5) == (name == "many")
     assert found[0] == found[1]

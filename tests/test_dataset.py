@@ -19,7 +19,7 @@ from nanochat import builtin_corpus, dataset
 from nanochat.builtin_corpus import clean, first_sentence
 from nanochat.common import NanochatError
 from nanochat.dataset import HubRepository, get_source
-from scripts.data_prep import list_inputs
+from nanochat.raw_files import list_inputs
 from tests.helpers import make_document
 
 DOCUMENTS = [make_document(seed) for seed in range(100)]

@@ -13,8 +13,8 @@ import pytest
 
 from nanochat.dataset import get_source
 from nanochat.document_files import DocumentFile
+from nanochat.raw_files import estimate_tokens, list_inputs
 from nanochat.tokenizer import Tokenizer
-from scripts.data_prep import estimate_tokens, list_inputs
 from tests.test_dataset import DOCUMENTS, _write
 
 

@@ -76,7 +76,7 @@ def test_a_command_imports_the_compiler_only_to_compile() -> None:
 
 def test_a_command_that_only_reads_and_writes_does_not_import_pytorch() -> None:
     """It takes seconds, and for each of data_prep's workers hundreds of MB."""
-    code = "import nanochat.data_prep, nanochat.dataset, scripts.data_prep, scripts.tok_train, scripts.tok_eval, sys; "
+    code = "import nanochat.prep_stages, nanochat.dataset, scripts.data_prep, scripts.tok_train, scripts.tok_eval, sys; "
     code += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
