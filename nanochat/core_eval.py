@@ -382,9 +382,10 @@ def evaluate_core(
     folder: Path | None = None,
     report: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> dict[str, Any]:
-    """Evaluate every task that has data, over all ranks: {"tasks": {label: ...}, "missing": [...], "core_metric": ...}.
+    """Evaluate every task that has data, over all ranks: {"tasks": {label: ...}, "missing": [...]} and of their
+    mean "name", "value", "low", "high".
 
-    The mean of centred accuracies is "core_metric" over all 22 tasks and "core_partial" over fewer. folder: for each
+    The mean of centred accuracies is named "core_metric" over all 22 tasks and "core_partial" over fewer. folder: for each
     question's outcome, for this model only; tasks found there with the same questions are not computed again, and a line
     says so. report(label, done, total) is called as a task proceeds.
     """
@@ -420,8 +421,8 @@ def evaluate_core(
     if not results["tasks"]:
         raise NanochatError(f"{bundle} has data for none of its {len(tasks)} tasks: give another with --eval-bundle")
     name = "core_metric" if len(results["tasks"]) == NUM_TASKS else "core_partial"
-    results[name], results["low"], results["high"] = centered_mean(results["tasks"].values())
-    return results
+    mean, low, high = centered_mean(results["tasks"].values())
+    return {**results, "name": name, "value": mean, "low": low, "high": high}
 
 
 def _evaluate_task(

@@ -46,7 +46,7 @@ from nanochat.runs import (
     step_dir,
     suggest_runs,
 )
-from nanochat.scores import centered, core_name, core_table, describe_interval, describe_pass_at
+from nanochat.scores import centered, core_table, describe_interval, describe_mean, describe_pass_at
 from nanochat.settings import SettingsParser
 
 if TYPE_CHECKING:
@@ -150,9 +150,9 @@ def _facts(stage: str, rows: list[dict[str, Any]], results: dict[str, Any]) -> d
     if stage == "base" and values:
         facts["validation bits per byte"] = f"{results.get('bpb', {}).get('val', values[-1]):.4f}"
     if core := results.get("core"):
-        facts["CORE" if "core_metric" in core else "CORE, some tasks"] = f"{core[core_name(core)]:.4f}"
+        facts["CORE" if core["name"] == "core_metric" else "CORE, some tasks"] = describe_mean(core)[0]
     for name, mean in _chat_means(results).items():
-        facts[name] = f"{mean['value']:.4f}"
+        facts[name] = describe_mean(mean)[0]
     if rows:
         facts[STAGE_TITLES[stage].lower()] = format_seconds(rows[-1].get("time_s", 0.0))
     return facts
@@ -316,8 +316,8 @@ def count_parts(model: GPT) -> dict[str, tuple[int, int]]:
 def _core_section(core: dict[str, Any], plots: Path) -> Section:
     tasks = core["tasks"]
     table = core_table(core)
-    name = core_name(core)
-    table.append([f"{name}, over {len(tasks)} tasks", "", f"{core['low']:.4f} to {core['high']:.4f}", f"{core[name]:.4f}", ""])
+    value, interval = describe_mean(core)
+    table.append([f"{core['name']}, over {len(tasks)} tasks", "", interval, value, ""])
     note = f"Without data: {', '.join(core['missing'])}." if core["missing"] else ""
     bars = [
         Bar(label, task["centered"], centered(task["low"], task["baseline"]), centered(task["high"], task["baseline"]))
@@ -337,8 +337,7 @@ def evaluation_table(results: dict[str, Any]) -> list[list[str]]:
         if passed := describe_pass_at(task.get("pass_at", {})):
             table.append(["", passed, "", ""])
     for name, mean in _chat_means(results).items():
-        interval = f"{mean['low']:.4f} to {mean['high']:.4f}"
-        table.append([f"{name}, over {mean['tasks']} tasks", f"{mean['value']:.4f}", interval, ""])
+        table.append([f"{name}, over {mean['tasks']} tasks", *describe_mean(mean), ""])
     return table
 
 

@@ -45,11 +45,6 @@ def centered_mean(tasks: Iterable[Mapping[str, Any]]) -> tuple[float, float, flo
     return mean, mean - error, mean + error
 
 
-def core_name(results: Mapping[str, Any]) -> str:
-    """The name of CORE's mean in results: "core_metric", or "core_partial" if some tasks had no data."""
-    return "core_metric" if "core_metric" in results else "core_partial"
-
-
 def core_table(results: Mapping[str, Any]) -> list[list[str]]:
     """Rows of (task, accuracy, 95% interval, centred accuracy, questions) from CORE's results."""
     return [
@@ -61,6 +56,11 @@ def core_table(results: Mapping[str, Any]) -> list[list[str]]:
 def describe_interval(task: Mapping[str, Any]) -> str:
     """ "12.5% to 17.0%", of a task's results."""
     return f"{task['low']:.1%} to {task['high']:.1%}"
+
+
+def describe_mean(mean: Mapping[str, Any]) -> tuple[str, str]:
+    """("0.1234", "0.1000 to 0.1468"): the value and the 95% interval of CORE or ChatCORE."""
+    return f"{mean['value']:.4f}", f"{mean['low']:.4f} to {mean['high']:.4f}"
 
 
 def describe_pass_at(pass_at: Mapping[Any, float]) -> str:

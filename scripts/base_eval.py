@@ -27,7 +27,7 @@ from nanochat.progress import Progress
 from nanochat.ranks import all_or_none, from_rank0
 from nanochat.runs import get_stage_dir
 from nanochat.samples import continue_openings
-from nanochat.scores import core_name, core_table
+from nanochat.scores import core_table, describe_mean
 from nanochat.settings import Arguments, SettingsParser, add_device_argument
 from nanochat.tokenizer import Tokenizer
 
@@ -170,9 +170,8 @@ def show(results: dict[str, Any]) -> None:
         console.print(table)
         if core["missing"]:
             console.print(f"without data: {', '.join(core['missing'])}")
-        name = core_name(core)
-        interval = f"{core['low']:.4f} to {core['high']:.4f}"
-        console.print(f"{name}: {core[name]:.4f} ({interval}), the mean over {len(core['tasks'])} of {NUM_TASKS} tasks")
+        value, interval = describe_mean(core)
+        console.print(f"{core['name']}: {value} ({interval}), the mean over {len(core['tasks'])} of {NUM_TASKS} tasks")
     if "bpb" in results:
         table = Table("split", "bits per byte")
         for split, value in results["bpb"].items():

@@ -36,7 +36,6 @@ from nanochat.scaling import (
     model_config,
     plan_horizon,
 )
-from nanochat.scores import core_name
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import Stage, begin, make_model, open_metrics, open_stage, setup_optimizer, time_limit, train, train_config
 from nanochat.tokenizer import (
@@ -281,8 +280,7 @@ def core_evaluation(args: Arguments, model: GPT, tokenizer: Tokenizer, bundle: P
 
     def evaluate() -> dict[str, float]:
         results = evaluate_core(NanochatScorer(model, tokenizer), bundle, args.core_metric_max_per_task)
-        name = core_name(results)
-        return {f"val/{name}": results[name]}
+        return {f"val/{results['name']}": results["value"]}
 
     return evaluate
 

@@ -23,7 +23,7 @@ from nanochat.progress import Progress
 from nanochat.ranks import from_rank0
 from nanochat.runs import get_stage_dir
 from nanochat.sampling import SamplingParams
-from nanochat.scores import describe_interval, describe_pass_at
+from nanochat.scores import describe_interval, describe_mean, describe_pass_at
 from nanochat.settings import Arguments, SettingsParser, add_device_argument, add_sampling_arguments
 from tasks import build_judged_task, judged_tasks, task_name
 from tasks.common import Task
@@ -126,7 +126,8 @@ def show(results: dict[str, TaskResult], mean: dict | None, missing: dict[str, s
         console.print(f"left out: {name}: {reason}", markup=False)
     if mean is not None:
         over = f"the mean over {mean['tasks']} of {len(CHATCORE_TASKS)} tasks, each 0 for guessing"
-        console.print(f"{mean['name']}: {mean['value']:.4f} ({mean['low']:.4f} to {mean['high']:.4f}), {over}")
+        value, interval = describe_mean(mean)
+        console.print(f"{mean['name']}: {value} ({interval}), {over}")
 
 
 if __name__ == "__main__":

@@ -69,12 +69,12 @@ def test_settings_that_decide_come_first(two_runs: Path) -> None:
 
 def test_numbers_that_no_run_has_are_left_out() -> None:
     rows = [{"step": s, "time_s": 2.0 * s, "train/loss": 1.0 / s, "val/pass@1": None} for s in (1, 2, 3)]
-    means = {"chatcore, at most 64 tokens": {"value": 0.25}}
+    means = {"chatcore, at most 64 tokens": {"value": 0.25}, "core": {"name": "core_partial", "value": 0.5}}
     table = final_numbers([Run("a", {"num_params": 1000, "num_iterations": 9}, rows, means), Run("empty", {}, [], {})])
     last = "mean of the chat tasks, at most 64 tokens"
-    assert [row[0] for row in table] == ["parameters", "steps", "time", "training loss, smoothed", last]
+    assert [row[0] for row in table] == ["parameters", "steps", "time", "training loss, smoothed", "CORE, some tasks", last]
     assert [row[1:] for row in table][:3] == [["1,000", "-"], ["3 of 9", "-"], ["0:06", "-"]]
-    assert table[-1][1:] == ["0.2500", "-"]
+    assert [row[1:] for row in table][-2:] == [["0.5000", "-"], ["0.2500", "-"]]
 
 
 def test_axes_say_the_same_of_updates_and_evaluations() -> None:

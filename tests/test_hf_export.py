@@ -345,7 +345,7 @@ def test_what_transformers_own_class_cannot_say_is_named(tiny_run: Path, tmp_pat
 def test_the_card_has_the_numbers_that_were_measured(tiny_run: Path, tmp_path: Path) -> None:
     task = {"accuracy": 0.5, "low": 0.4, "high": 0.6, "n": 100}
     merge_eval(tiny_run / "sft", 4, {"bpb": {"val": 1.2345}, "tasks": {"Odd|name": task}})
-    core = {"core_metric": 0.123, "low": 0.1, "high": 0.2, "tasks": {}}
+    core = {"name": "core_metric", "value": 0.123, "low": 0.1, "high": 0.2, "tasks": {}}
     merge_eval(tiny_run / "base", 6, {"core": core})
     assert export_hf.main(["--model-tag=tiny", "--output", str(tmp_path / "export")]) == 0
     card = (tmp_path / "export" / "README.md").read_text(encoding="utf-8")

@@ -128,16 +128,19 @@ def test_evaluations_of_one_step_are_gathered_and_of_another_dropped(tmp_path: P
 def test_evaluations_are_of_the_weights_that_are_there(tiny_run: Path) -> None:
     """Not of an earlier step, nor of others that were once at this one; CORE's mean is of the tasks beside it."""
     stage_dir = tiny_run / "base"
-    merge_eval(stage_dir, 6, {"bpb": {"val": 1.0}, "core": {"core_metric": 0.2, "tasks": {"A": {}}}})
+    merge_eval(stage_dir, 6, {"bpb": {"val": 1.0}, "core": {"name": "core_metric", "value": 0.2, "tasks": {"A": {}}}})
     merge_eval(stage_dir, 3, {"bpb": {"val": 2.0}})
-    merge_eval(stage_dir, 6, {"core": {"core_partial": 0.1, "tasks": {"B": {}}}})
+    core = {"name": "core_partial", "value": 0.1, "tasks": {"B": {}}}
+    merge_eval(stage_dir, 6, {"core": core})
     results = read_eval(stage_dir)
     assert results["bpb"] == {"val": 1.0}
-    assert results["core"] == {"core_partial": 0.1, "tasks": {"B": {}}}
+    assert results["core"] == core
     (stage_dir / "eval.json").write_text(json.dumps({**results, "weights": "of another run"}), encoding="utf-8")
     assert read_eval(stage_dir) == {}
     merge_eval(stage_dir, 6, {"bpb": {"train": 1.1}})
     assert read_eval(stage_dir)["bpb"] == {"train": 1.1}
+    (stage_dir / "eval.json").write_text(json.dumps({"step": 6, "core": {"core_metric": 0.2}}), encoding="utf-8")
+    assert read_eval(stage_dir) == {"step": 6}  # without CORE as it was once stored
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{", '{"step": "6"}'])
