@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from nanochat.common import NanochatError, run_command
-from nanochat.eval_results import read_json
+from nanochat.files import read_json
 from nanochat.metrics import METRICS_FILE, read_metrics, series
 from nanochat.runs import SETTINGS_FILE, get_runs_dir
 from nanochat.settings import SettingsParser

@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import platform
 import re
-import secrets
 import sys
 import sysconfig
 import warnings
@@ -29,7 +28,7 @@ import pyarrow.parquet as pq
 
 from nanochat.common import NanochatError
 from nanochat.cpu import usable_cores
-from nanochat.files import atomic_write, read_json_object
+from nanochat.files import atomic_write, read_json_object, sha256_of, written_whole
 
 HARVEST_VERSION = 1  # part of the manifest; increase it when the rules below change, to rebuild the corpus
 MANIFEST_FILE, FILES = "manifest.json", ("train.parquet", "val.parquet", "summaries.jsonl")
@@ -59,16 +58,15 @@ def harvest(directory: Path) -> Path:
     for text in documents:
         splits["val" if _is_val(text) else "train"].append(text)
     for split, texts in splits.items():
-        temporary = directory / f".{split}.{secrets.token_hex(8)}.tmp"  # several machines may share the folder
-        pq.write_table(pa.table({"text": texts}), temporary, row_group_size=1024)
-        os.replace(temporary, directory / f"{split}.parquet")
+        with written_whole(directory / f"{split}.parquet") as temporary:  # several machines may share the folder
+            pq.write_table(pa.table({"text": texts}), temporary, row_group_size=1024)
     atomic_write(directory / "summaries.jsonl", "".join(json.dumps(pair) + "\n" for pair in summaries))
     manifest = {
         "harvest_version": HARVEST_VERSION,
         "versions": installed_versions(),
         "documents": {split: len(texts) for split, texts in splits.items()},
         "characters": {split: sum(map(len, texts)) for split, texts in splits.items()},
-        "files": {name: _sha256(directory / name) for name in FILES},
+        "files": {name: sha256_of(directory / name) for name in FILES},
     }
     atomic_write(directory / MANIFEST_FILE, json.dumps(manifest, indent=2))
     return directory
@@ -84,14 +82,10 @@ def _is_intact(directory: Path) -> bool:
     """Whether a harvest by the current rules is there and undamaged, including its manifest."""
     try:
         manifest = read_json_object(directory / MANIFEST_FILE)
-    except NanochatError:
+        found = {name: sha256_of(directory / name) for name in FILES}
+    except (NanochatError, OSError):
         return False
-    intact = manifest.get("files") == {name: _sha256(directory / name) for name in FILES}
-    return intact and manifest.get("harvest_version") == HARVEST_VERSION
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+    return manifest.get("files") == found and manifest.get("harvest_version") == HARVEST_VERSION
 
 
 def _is_val(text: str) -> bool:

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from nanochat.common import NanochatError, get_dist_info
-from nanochat.files import locked, read_json_object, remove_leftovers, replace_directory, share_mode
+from nanochat.files import locked, read_json_object, remove_leftovers, replace_directory, sha256_of, share_mode
 from nanochat.gpt import GPT
 from nanochat.model_config import read_config
 from nanochat.ranks import all_or_none, on_rank0
@@ -159,7 +159,9 @@ def finish_checkpoint(temporary: Path, stage_dir: Path, step: int, meta: dict[st
     _write_json({"version": FORMAT_VERSION, "step": step, **meta}, temporary / META_FILE)
     share_mode(temporary / META_FILE)
     paths = [path for path in sorted(temporary.rglob("*")) if path.is_file()]
-    files = {path.relative_to(temporary).as_posix(): {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in paths}
+    files = {
+        path.relative_to(temporary).as_posix(): {"sha256": sha256_of(path), "bytes": path.stat().st_size} for path in paths
+    }
     manifest = {"version": FORMAT_VERSION, "step": step, "created": _later_than_all(time.time()), "files": files}
     _write_json({**manifest, "digest": _digest(manifest)}, temporary / MANIFEST_FILE)
     for path in (*temporary.rglob("*"), temporary):
@@ -266,14 +268,6 @@ def _digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 # ----------------------------------------------------------------------------- reading
 
 
@@ -295,7 +289,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def verify_checkpoint(directory: Path, but_for: str = "") -> None:
     """Raise CheckpointError unless every file except `but_for` is there, complete and unchanged since it was written."""
     for name, expected in list_files(directory, but_for).items():
-        if _sha256(directory / name) != expected["sha256"]:
+        if sha256_of(directory / name) != expected["sha256"]:
             raise _damage(directory / name)
 
 

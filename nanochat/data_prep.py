@@ -32,7 +32,7 @@ from fsspec.core import url_to_fs
 
 from nanochat.common import NanochatError
 from nanochat.document_files import TOKEN_COLUMN, TOKENIZER_KEY
-from nanochat.files import atomic_write
+from nanochat.files import atomic_write, written_whole
 from nanochat.prep_output import Layout, PrepSettings
 from nanochat.raw_files import read_texts
 from nanochat.tokenizer import Tokenizer
@@ -120,7 +120,7 @@ class ScatterDocuments(PipelineStep):
 
     def _write_run(self, rank: int, number: int, rows: dict[int, list[tuple[bytes, int, int, str]]]) -> None:
         starts = np.zeros(self.num_shards + 1, dtype="<u8")
-        with _written_whole(self.layout.runs / f"{rank:05d}_{number:04d}.run") as temporary, open(temporary, "wb") as file:
+        with written_whole(self.layout.runs / f"{rank:05d}_{number:04d}.run") as temporary, open(temporary, "wb") as file:
             file.write(starts.tobytes())
             for shard in range(self.num_shards):
                 starts[shard] = file.tell()
@@ -154,20 +154,6 @@ class _LowestKeys:
 
     def keys(self) -> list[bytes]:
         return sorted(self._keys)[: self.number]
-
-
-@contextlib.contextmanager
-def _written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path that becomes `path` when the block ends, and is removed if it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class ChooseValidation(PipelineStep):
@@ -305,7 +291,7 @@ class _ShardWriter:
         if not self._texts:
             return
         if self._writer is None:
-            temporary = self._stack.enter_context(_written_whole(self.path))
+            temporary = self._stack.enter_context(written_whole(self.path))
             writer = pq.ParquetWriter(temporary, self.schema, compression="zstd", **self.encoding)
             self._writer = self._stack.enter_context(writer)
         self._writer.write_table(pa.table([self._column()], schema=self.schema), row_group_size=ROW_GROUP_DOCUMENTS)

@@ -11,18 +11,10 @@ from filelock import FileLock
 
 from nanochat.checkpoint_manager import hash_of_weights
 from nanochat.common import NanochatError, complain
-from nanochat.files import atomic_write, read_json_object
+from nanochat.files import atomic_write, read_json
 from nanochat.runs import list_steps
 
 EVAL_FILE = "eval.json"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file, {} if there is none. Raises NanochatError if it is damaged."""
-    try:
-        return read_json_object(path) if path.exists() else {}
-    except NanochatError as error:
-        raise NanochatError(f"{error}: restore or remove it") from error
 
 
 def merge_eval(stage_dir: Path, step: int, results: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -28,26 +29,48 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise NanochatError(f"{path} cannot be read ({error})") from error
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file, {} if there is none. Raises NanochatError if it is damaged."""
+    try:
+        return read_json_object(path) if path.exists() else {}
+    except NanochatError as error:
+        raise NanochatError(f"{error}: restore or remove it") from error
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file's content. Raises OSError."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary path, to be written in the block, that becomes `path` at its end; if the block fails, nothing does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and str(error.filename) == str(temporary):
+            error.filename, error.filename2 = str(path), None  # a message names the file that was meant
+        raise
+
+
 def atomic_write(path: Path | str, content: bytes | str) -> None:
     """Write a file so that readers see the old content or the new, never a part, even after a crash at any point.
 
     It gets the mode that open() would give it, so that others may read it if the umask lets them.
     """
-    path = Path(path)
     data = content.encode("utf-8") if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is not None:
-            error.filename, error.filename2 = str(path), None  # a message names the file that was meant
-        raise
+    with written_whole(Path(path)) as temporary, open(temporary, "xb") as file:
+        file.write(data)
 
 
 def replace(source: Path, target: Path) -> None:

@@ -27,8 +27,8 @@ from markupsafe import Markup, escape
 from nanochat.checkpoint_manager import META_FILE
 from nanochat.common import NanochatError, run_command
 from nanochat.cpu import cpu_name
-from nanochat.eval_results import read_eval, read_json
-from nanochat.files import atomic_write, short_name
+from nanochat.eval_results import read_eval
+from nanochat.files import atomic_write, read_json, short_name
 from nanochat.gpt import GPT
 from nanochat.metrics import METRICS_FILE, read_metrics, series, smooth
 from nanochat.model_config import read_config

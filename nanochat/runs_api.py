@@ -13,7 +13,8 @@ from typing import Any
 from fastapi import FastAPI
 
 from nanochat.common import NanochatError
-from nanochat.eval_results import EVAL_FILE, read_eval, read_json
+from nanochat.eval_results import EVAL_FILE, read_eval
+from nanochat.files import read_json
 from nanochat.metrics import METRICS_FILE, read_metrics, series, smooth, thinned
 from nanochat.openai_api import RequestError
 from nanochat.quantities import QUANTITIES, kind_of, quantity

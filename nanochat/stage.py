@@ -38,7 +38,7 @@ from nanochat.checkpoint_manager import (
 from nanochat.common import NanochatError, describe_error, get_dist_info, print0
 from nanochat.dataset import Source
 from nanochat.devices import get_compute_dtype
-from nanochat.files import atomic_write, read_json_object
+from nanochat.files import atomic_write, read_json
 from nanochat.fp8 import enable_fp8
 from nanochat.gpt import GPT
 from nanochat.loggers import check_installed
@@ -181,7 +181,7 @@ def _is_second_start(directory: Path, resume: str) -> bool:
     """Whether torchrun or Slurm is repeating a command that already resumed from step `resume`."""
     if not any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")):
         return False
-    settings = read_json_object(directory / SETTINGS_FILE) if (directory / SETTINGS_FILE).exists() else {}
+    settings = read_json(directory / SETTINGS_FILE)
     return resume in (settings.get("resume"), str(settings.get("resume_from_step")))
 
 

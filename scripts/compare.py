@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat.common import NanochatError, run_command
-from nanochat.eval_results import read_eval, read_json
+from nanochat.eval_results import read_eval
+from nanochat.files import read_json
 from nanochat.metrics import METRICS_FILE, read_metrics, series, smooth
 from nanochat.plots import Bar, Curve, Panel, draw_bars, draw_panel, to_svg
 from nanochat.progress import format_seconds

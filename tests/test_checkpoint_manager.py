@@ -30,7 +30,7 @@ from nanochat.checkpoint_manager import (
     save_sharded,
 )
 from nanochat.common import NanochatError
-from nanochat.files import atomic_write
+from nanochat.files import atomic_write, sha256_of
 from nanochat.gpt import GPTConfig
 from nanochat.report import find_newest_run
 from nanochat.runs import get_run_dir, list_steps, step_dir
@@ -53,7 +53,7 @@ def replace_file(path: Path, content: bytes) -> None:
     """Put another file into a checkpoint, and into its manifest."""
     path.write_bytes(content)
     files = json.loads((path.parent / "manifest.json").read_text())["files"]
-    about = {"sha256": checkpoint_manager._sha256(path), "bytes": len(content)}
+    about = {"sha256": sha256_of(path), "bytes": len(content)}
     change_manifest(path.parent, files={**files, path.name: about})
 
 
@@ -96,7 +96,7 @@ def test_damage_is_found_and_the_step_before_is_used(stage_dir: Path, name: str,
     assert len(skipped) == (0 if name == "manifest.json" and damage == "remove" else 1)
 
 
-@pytest.mark.parametrize("failing", ["save_tensors", "_write_json", "_sha256", "_flush_to_disk"])
+@pytest.mark.parametrize("failing", ["save_tensors", "_write_json", "sha256_of", "_flush_to_disk"])
 def test_a_failure_at_any_stage_leaves_what_was_there(stage_dir: Path, failing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     save_checkpoint(stage_dir, 1, STATE, None, {"note": "old"})
 

@@ -13,8 +13,8 @@ import jinja2
 
 from nanochat.checkpoint_manager import read_meta, save_tensors
 from nanochat.common import NanochatError
-from nanochat.eval_results import read_eval, read_json
-from nanochat.files import replace_directory, share_mode
+from nanochat.eval_results import read_eval
+from nanochat.files import read_json, replace_directory, share_mode
 from nanochat.gpt import GPT
 from nanochat.hf import TEMPLATE_FILE, read_resource
 from nanochat.hf.tokenizer_json import to_tokenizer_json
