@@ -25,7 +25,7 @@ from nanochat.checkpoint_writer import CheckpointWriter
 from nanochat.common import run_command
 from nanochat.devices import compute_init
 from nanochat.metrics import MetricsLog
-from nanochat.scaling import model_config
+from nanochat.scaling import config_for_depth
 from nanochat.trainer import Batch, TrainConfig, Trainer
 
 CONTEXT, VOCAB_SIZE, WARMUP_STEPS = 512, 4096, 4
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dir", type=Path, default=None, help="on the disk to measure (default: that of temporary files)")
     args = parser.parse_args(argv)
     *_, device = compute_init()
-    config = model_config(args.depth, VOCAB_SIZE, CONTEXT, head_dim=64)
+    config = config_for_depth(args.depth, VOCAB_SIZE, CONTEXT, head_dim=64)
     model = build_model(asdict(config), None, device).train()
     train_config = TrainConfig(
         num_iterations=(args.saves + 1) * args.save_every, total_batch_size=args.rows * CONTEXT, sample_every=-1,

@@ -18,7 +18,7 @@ from nanochat.common import NanochatError, find_test_data
 from nanochat.devices import get_compute_dtype
 from nanochat.gpt import GPTConfig
 from nanochat.machine import measure_matmul_rate
-from nanochat.scaling import model_config
+from nanochat.scaling import config_for_depth
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 
@@ -52,7 +52,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, depth: int, head_dim: i
 
 
 def shape_of(args: argparse.Namespace) -> GPTConfig:
-    return model_config(args.depth, args.vocab_size, args.max_seq_len, head_dim=args.head_dim)
+    return config_for_depth(args.depth, args.vocab_size, args.max_seq_len, head_dim=args.head_dim)
 
 
 def any_tokenizer(vocab_size: int) -> Tokenizer:

@@ -20,13 +20,13 @@ from nanochat.checkpoint_manager import build_model
 from nanochat.common import run_command
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import get_source
-from nanochat.scaling import model_config
+from nanochat.scaling import config_for_depth
 from nanochat.tokenizer import Tokenizer
 
 
 def measure_share(loader: TokenLoader, tokenizer: Tokenizer, context: int, steps: int = 10) -> float:
     """The share of training time spent waiting for batches; the loader's own threads run meanwhile."""
-    model = build_model(asdict(model_config(4, tokenizer.get_vocab_size(), context, head_dim=64)), None, "cpu").train()
+    model = build_model(asdict(config_for_depth(4, tokenizer.get_vocab_size(), context, head_dim=64)), None, "cpu").train()
     optimizer = model.setup_optimizer()
     waited = total = 0.0
     for step in range(steps + 2):  # two to warm up

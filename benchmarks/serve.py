@@ -28,7 +28,7 @@ from nanochat.guard import CarefulProtocol
 from nanochat.machine import in_own_thread
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
-from nanochat.scaling import model_config
+from nanochat.scaling import config_for_depth
 from nanochat.sequence import Sequence
 from nanochat.server import create_app
 
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def begin() -> tuple[Engine, float]:
         engine = Engine(
-            prepare_for_inference(build_model(device, model_config(4, vocab_size=4096, sequence_len=512, head_dim=64))),
+            prepare_for_inference(build_model(device, config_for_depth(4, vocab_size=4096, sequence_len=512, head_dim=64))),
             tokenizer,
             max_rows=32,
         )

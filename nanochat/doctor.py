@@ -33,7 +33,7 @@ from nanochat.flash_attention import list_backends
 from nanochat.gpt import GPT
 from nanochat.machine import expected_mfu, measure_matmul_rate, measure_memory_rate
 from nanochat.memory import RESERVED, Layout, largest_depth
-from nanochat.scaling import TOKENS_PER_PARAM, model_config, plan_horizon
+from nanochat.scaling import TOKENS_PER_PARAM, config_for_depth, plan_horizon
 from nanochat.settings import SettingsParser
 
 DEPTHS = {"cpu": (4, 8, 12), "cuda": (12, 20, 24), "mps": (4, 8, 12)}
@@ -237,7 +237,7 @@ def expect(device: torch.device) -> dict[str, Any]:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     rows = []
     for depth in DEPTHS[device.type]:
-        config = model_config(depth, VOCAB_SIZE, SEQUENCE_LEN)
+        config = config_for_depth(depth, VOCAB_SIZE, SEQUENCE_LEN)
         with torch.device("meta"):
             model = GPT(config)
         flops = model.estimate_flops()

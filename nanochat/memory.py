@@ -20,7 +20,7 @@ from nanochat.cross_entropy import GPU_CHUNK_BYTES
 from nanochat.flash_attention import AttentionPlan
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import Group
-from nanochat.scaling import count_params, model_config
+from nanochat.scaling import config_for_depth, count_params
 from nanochat.settings import SettingsParser
 
 RESERVED = 0.08  # of the device, for its context and for gaps
@@ -137,7 +137,7 @@ def largest_depth(budget: float, sequence_len: int, vocab_size: int, rows: int, 
     """The largest even depth whose training fits `budget` bytes on each device; 0 if none does."""
 
     def fits(depth: int) -> bool:
-        return training_bytes(model_config(depth, vocab_size, sequence_len), rows, layout) <= budget
+        return training_bytes(config_for_depth(depth, vocab_size, sequence_len), rows, layout) <= budget
 
     low, high = 0, 2
     while fits(high):
@@ -177,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         for size in args.gb:
             budget = (1 - RESERVED) * size * 1e9
             depth = largest_depth(budget, args.max_seq_len, args.vocab_size, args.rows, layout)
-            count = count_params(model_config(depth, args.vocab_size))["total"] if depth else 0
+            count = count_params(config_for_depth(depth, args.vocab_size))["total"] if depth else 0
             fits = f"d{depth} ({count / 1e9:.1f}B)" if depth else "none"
             cells.append(f"{size:g} GB: {fits:<11}")
         print(f"{name:<48} {'   '.join(cells)}".rstrip())

@@ -31,7 +31,7 @@ BATCH_EXPONENT, SMALL_BATCH_EXPONENT = 0.383, 0.79  # above and below the refere
 LR_BATCH_EXPONENT = 1 / 10
 
 
-def model_config(
+def config_for_depth(
     depth: int,
     vocab_size: int,
     sequence_len: int = 2048,
@@ -97,7 +97,7 @@ def plan_horizon(
     that a short trial behaves like the start of the real run. The batch has at least least_batch_size tokens and is a
     multiple of batch_multiple (the tokens that all ranks process at a time).
     """
-    reference = model_config(REFERENCE_DEPTH, config.vocab_size, config.sequence_len)
+    reference = config_for_depth(REFERENCE_DEPTH, config.vocab_size, config.sequence_len)
     if target_flops > 0:
         target_tokens = target_flops / flops_per_token
     else:

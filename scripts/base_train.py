@@ -32,8 +32,8 @@ from nanochat.scaling import (
     TOKENS_PER_PARAM,
     Horizon,
     accumulation_steps,
+    config_for_depth,
     expansion_share,
-    model_config,
     plan_horizon,
 )
 from nanochat.settings import Arguments, SettingsParser
@@ -268,7 +268,7 @@ def open_text(args: Arguments, stage: Stage) -> tuple[Source, Tokenizer]:
 
 def describe_config(args: Arguments, tokenizer: Tokenizer, switches: dict[str, Any]) -> GPTConfig:
     """The model that the flags ask for; switches: fields set with --set."""
-    config = model_config(
+    config = config_for_depth(
         args.depth, tokenizer.get_vocab_size(), args.max_seq_len, args.aspect_ratio, args.head_dim, args.window_pattern,
         args.num_kv_heads,
     )  # fmt: skip

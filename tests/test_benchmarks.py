@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import checkpoint, core_eval, data_prep, dataloader, decode, passes, rl, serve, speedrun, train
 from nanochat.gpt import GPT
-from nanochat.scaling import model_config
+from nanochat.scaling import config_for_depth
 from nanochat.tokenizer import Tokenizer
 from tests.conftest import TINY_TRAINING
 
@@ -27,7 +27,7 @@ def test_passes_of_any_shape_are_measured(
     assert passes.main([*shape, *flags, f"--profile={profile}"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["rows"], result["passes"]) == (2, 2)
-    flops = GPT(model_config(1, 300, 64, head_dim=64)).estimate_flops()
+    flops = GPT(config_for_depth(1, 300, 64, head_dim=64)).estimate_flops()
     assert result["mfu"] == pytest.approx(result["tokens_per_s"] * flops / (1e9 * result["matmul_gflops"]), rel=0.1, abs=1e-4)
     assert "aten::mm" in profile.read_text(encoding="utf-8")
 

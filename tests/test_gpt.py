@@ -15,7 +15,7 @@ from nanochat.flash_attention import QK_SCALE, _attend_whole, plan_attention
 from nanochat.gpt import GPT, LOGIT_CAP, Block, GPTConfig
 from nanochat.kv_cache import KVCache
 from nanochat.layers import Linear, multiply_joined
-from nanochat.scaling import model_config
+from nanochat.scaling import config_for_depth
 from tests.helpers import make_model
 
 
@@ -144,7 +144,7 @@ def test_a_backend_of_any_device_can_be_probed() -> None:
 
 def test_init_weights_sets_everything() -> None:
     """Also what belongs to switches: who adds one that is off by default turns it on here."""
-    config = model_config(3, 100, 64, aspect_ratio=16, head_dim=16, num_kv_heads=1)
+    config = config_for_depth(3, 100, 64, aspect_ratio=16, head_dim=16, num_kv_heads=1)
     assert not [name for name, value in asdict(config).items() if not value], "these switches are off"
     models = []
     for _ in range(2):

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from nanochat import memory
 from nanochat.common import NanochatError
 from nanochat.memory import Layout, activation_bytes, largest_depth, loss_bytes, main, step_bytes, training_bytes
-from nanochat.scaling import model_config
+from nanochat.scaling import config_for_depth
 from tests.helpers import make_model
 
 
@@ -76,7 +76,7 @@ def test_a_step_takes_about_what_is_counted(world_size: int, bigrams: int, monke
 
 
 def test_activations_grow_with_rows_and_layers() -> None:
-    small, deep = model_config(4, 512, 256), model_config(8, 512, 256, aspect_ratio=32)
+    small, deep = config_for_depth(4, 512, 256), config_for_depth(8, 512, 256, aspect_ratio=32)
     one, two, three = (activation_bytes(small, rows) for rows in (1, 2, 3))  # and weights in bfloat16, once
     assert three - two == two - one > one / 2
     assert activation_bytes(deep, 1) == pytest.approx(2 * activation_bytes(small, 1), rel=0.2)
@@ -85,7 +85,7 @@ def test_activations_grow_with_rows_and_layers() -> None:
 
 def test_each_way_to_save_memory_saves_some() -> None:
     layouts = (Layout(), Layout(8), Layout(8, fsdp=True), Layout(8, fsdp=True, recompute=True))
-    sizes = [training_bytes(model_config(20, 4096, 1024), 4, layout) for layout in layouts]
+    sizes = [training_bytes(config_for_depth(20, 4096, 1024), 4, layout) for layout in layouts]
     assert sizes == sorted(set(sizes), reverse=True)
     depths = [largest_depth(12e9, 1024, 4096, 4, layout) for layout in layouts]
     assert depths == sorted(depths)
@@ -95,7 +95,7 @@ def test_each_way_to_save_memory_saves_some() -> None:
 
 def test_the_largest_table_is_whole_while_it_is_read() -> None:
     """Of a model that is cut: that of pairs of tokens, where it has one, with its gradient."""
-    config = model_config(4, 4096, 256)
+    config = config_for_depth(4, 4096, 256)
     layout = Layout(10**9, fsdp=True)  # what is cut is next to nothing
     sizes = [training_bytes(replace(config, bigrams=bigrams), 1, layout) for bigrams in (2, 4)]
     assert sizes[1] - sizes[0] == 8 * 2 * 4096 * config.n_embd
@@ -118,5 +118,5 @@ def test_sizes_that_mean_nothing_are_refused(flag: str) -> None:
 
 
 def test_two_pairs_of_layers_tell_of_all() -> None:
-    config = model_config(8, vocab_size=512, sequence_len=256, aspect_ratio=16, head_dim=16)
+    config = config_for_depth(8, vocab_size=512, sequence_len=256, aspect_ratio=16, head_dim=16)
     assert memory._kept_bytes(config, 2) == memory._count_kept_bytes(config, 2)

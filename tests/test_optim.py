@@ -13,9 +13,9 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.optim import UNITS, Group, MuonAdamW
 from nanochat.scaling import (
     accumulation_steps,
+    config_for_depth,
     count_params,
     expansion_share,
-    model_config,
     plan_horizon,
 )
 from nanochat.sharded_optim import SHARDED_UNITS
@@ -286,7 +286,7 @@ def test_an_optimizer_that_has_done_nothing_yet_has_a_state() -> None:
 def test_every_depth_makes_a_model(depth: int) -> None:
     """Of so many blocks, as wide as asked for and no wider than whole heads need; a smaller one is smaller in every part."""
     for aspect_ratio, head_dim in ((64, 128), (50, 40)):
-        config = model_config(depth, 4096, aspect_ratio=aspect_ratio, head_dim=head_dim)
+        config = config_for_depth(depth, 4096, aspect_ratio=aspect_ratio, head_dim=head_dim)
         with torch.device("meta"):
             model = GPT(config)
         assert len(model.blocks) == depth and config.head_dim == head_dim
@@ -296,14 +296,14 @@ def test_every_depth_makes_a_model(depth: int) -> None:
         assert config.windows()[-1] == config.sequence_len
         assert sum(p.numel() for p in model.parameters()) == count_params(config)["total"]
         if depth > 1:
-            smaller = count_params(model_config(depth - 1, 4096, aspect_ratio=aspect_ratio, head_dim=head_dim))
+            smaller = count_params(config_for_depth(depth - 1, 4096, aspect_ratio=aspect_ratio, head_dim=head_dim))
             assert smaller["matrices"] < count_params(config)["matrices"]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_a_new_model_knows_nothing(depth: int) -> None:
     """Each token is as likely as any other: the loss is the logarithm of their number."""
-    model = GPT(model_config(depth, 512, sequence_len=64))
+    model = GPT(config_for_depth(depth, 512, sequence_len=64))
     model.init_weights()
     idx = torch.randint(512, (2, 64), generator=torch.Generator().manual_seed(depth))
     assert model(idx).shape == (2, 64, 512)
@@ -311,19 +311,19 @@ def test_a_new_model_knows_nothing(depth: int) -> None:
 
 
 def test_depth_alone_decides_a_run() -> None:
-    horizons = {depth: plan_horizon(model_config(depth, 32768), flops_per_token=1) for depth in (4, 12, 20)}
+    horizons = {depth: plan_horizon(config_for_depth(depth, 32768), flops_per_token=1) for depth in (4, 12, 20)}
     assert horizons[12].total_batch_size == 2**19
     assert horizons[12].lr_scale == 1
     assert horizons[12].weight_decay_scale == pytest.approx(1)
     tokens = [h.tokens for h in horizons.values()]
     assert tokens == sorted(tokens)
     for depth, horizon in horizons.items():
-        wanted = 12 * count_params(model_config(depth, 32768))["scaling"]
+        wanted = 12 * count_params(config_for_depth(depth, 32768))["scaling"]
         assert horizon.tokens == pytest.approx(wanted, rel=0.05)
 
 
 def test_horizon_may_be_overridden() -> None:
-    config = model_config(4, 4096)
+    config = config_for_depth(4, 4096)
     assert plan_horizon(config, 1, num_iterations=7).num_iterations == 7
     assert plan_horizon(config, 1000, target_flops=1e9, batch_multiple=96).total_batch_size % 96 == 0  # three ranks, odd rows
     usual = plan_horizon(config, 1000, target_flops=1e9)
@@ -339,7 +339,7 @@ def test_horizon_may_be_overridden() -> None:
     assert short.total_batch_size < whole.total_batch_size  # a shorter run takes smaller batches
     for horizon in (whole, short):  # learning rate times decay times updates is the same for all
         decayed = horizon.lr_scale * horizon.weight_decay_scale * horizon.num_iterations
-        assert decayed == pytest.approx(plan_horizon(model_config(12, 4096), 1).num_iterations, rel=0.1)
+        assert decayed == pytest.approx(plan_horizon(config_for_depth(12, 4096), 1).num_iterations, rel=0.1)
     assert trial.total_batch_size == whole.total_batch_size  # and a trial is the start of the real one
     with pytest.raises(NanochatError, match="no horizon"):
         plan_horizon(config, 1, tokens_per_param=-1)

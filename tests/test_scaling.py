@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanochat.scaling import default_device_batch_size, fit_batch, model_config, plan_horizon
+from nanochat.scaling import config_for_depth, default_device_batch_size, fit_batch, plan_horizon
 from scripts.base_train import peak_weight_decay
 
 
@@ -14,7 +14,7 @@ from scripts.base_train import peak_weight_decay
 @pytest.mark.parametrize("sequence_len", [768, 1000, 2048])
 def test_batches_divide_into_micro_batches(sequence_len: int, world_size: int) -> None:
     """For any context and number of ranks: a rank's rows are no prime number, of which one at a time would be left."""
-    config = model_config(12, 32768, sequence_len)
+    config = config_for_depth(12, 32768, sequence_len)
     total = plan_horizon(config, 1, batch_multiple=sequence_len * world_size).total_batch_size
     assert total % (sequence_len * world_size) == 0
     for most in (2**17, 2**15, 2**13):  # tokens that a device takes
@@ -29,7 +29,7 @@ def test_a_batch_fits_what_is_gone_through_at_a_time() -> None:
 
 def test_a_few_updates_do_not_decay_more_than_there_is() -> None:
     """What decays in an update stays a small share of a matrix; in a usual run the rule says how much."""
-    config = model_config(12, 32768)
+    config = config_for_depth(12, 32768)
     args = SimpleNamespace(weight_decay=0.2, matrix_lr=0.02)
     for updates in (1, 2, 5, 20, 5000):
         horizon = plan_horizon(config, 1, target_flops=updates * 2.0**19, total_batch_size=2**19)
@@ -40,6 +40,6 @@ def test_a_few_updates_do_not_decay_more_than_there_is() -> None:
 
 
 def test_the_smallest_plans() -> None:
-    assert model_config(4, 200_000).bigrams == 2
-    assert plan_horizon(model_config(4, 512), 1e6, target_flops=1.0).num_iterations == 1
+    assert config_for_depth(4, 200_000).bigrams == 2
+    assert plan_horizon(config_for_depth(4, 512), 1e6, target_flops=1.0).num_iterations == 1
     assert default_device_batch_size(512, 2048, 1, 9) == 1  # a row that is longer than the batch, and than what fits
