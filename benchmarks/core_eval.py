@@ -15,23 +15,12 @@ import time
 import torch
 
 from benchmarks.common import describe_machine, print_result, real_data
+from benchmarks.decode import build_model
 from nanochat.common import run_command
 from nanochat.core_eval import NanochatScorer, Question, build_question, read_items, read_tasks
 from nanochat.devices import compute_init
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer
-
-
-def build_model(device: torch.device) -> GPT:
-    """Every matrix random: a new model's projections are zero, and zeros may be faster to multiply."""
-    model = GPT(GPTConfig(sequence_len=512, vocab_size=4096, n_layer=4, n_head=3, n_kv_head=3, n_embd=192)).to(device)
-    model.init_weights(seed=0)
-    with torch.no_grad():
-        model.lm_head.weight.normal_(0, 0.05)
-        for block in model.blocks:
-            block.attn.c_proj.weight.normal_(0, 0.02)
-            block.mlp.c_proj.weight.normal_(0, 0.02)
-    return model.eval()
 
 
 @torch.inference_mode()
@@ -55,7 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--questions", type=int, default=50, help="of each task")
     args = parser.parse_args(argv)
     *_, device = compute_init()
-    model = build_model(device)
+    config = GPTConfig(sequence_len=512, vocab_size=4096, n_layer=4, n_head=3, n_kv_head=3, n_embd=192)
+    model = build_model(device, config).eval()
+    with torch.no_grad():
+        model.lm_head.weight.normal_(0, 0.05)  # a new model's is so small that all texts are about equally likely
     scorer = NanochatScorer(model, Tokenizer.train(iter(pydoc_data.topics.topics.values()), 4096))
     started = time.perf_counter()
     scorer.compile()

@@ -214,11 +214,11 @@ def get_dist_info() -> DistInfo:
     return DistInfo(True, *map(number_from_torchrun, ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
 
 
-def number_from_torchrun(name: str, most: int = 65535) -> int:
+def number_from_torchrun(name: str) -> int:
     """An environment variable that torchrun sets, 0 where it did not. Raises NanochatError if it is no such number."""
     text = os.environ.get(name, "0")
-    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) <= most):
-        raise NanochatError(f"{name}={text[:50]!r} is no whole number from 0 to {most}: {SET_BY_TORCHRUN}")
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) <= 65535):  # the highest port
+        raise NanochatError(f"{name}={text[:50]!r} is no whole number from 0 to 65535: {SET_BY_TORCHRUN}")
     return int(text)
 
 

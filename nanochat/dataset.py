@@ -90,7 +90,7 @@ class Source:
 
     def documents(self, split: str) -> Iterator[str]:
         """The texts of a split. Raises NanochatError if the source holds tokens."""
-        if self.tokenizer_fingerprint() is not None:
+        if self.tokenizer_fingerprint is not None:
             raise NanochatError(f"the shards of {self.name} hold tokens, and this command needs text: give it the text")
         for _, text in self.numbered(split):
             yield str(text)
@@ -109,10 +109,6 @@ class Source:
                 return True
         return False
 
-    def tokenizer_fingerprint(self) -> str | None:
-        """The fingerprint of the tokenizer that made this source's tokens; None if it holds text. Raises NanochatError."""
-        return self._fingerprint
-
     def check_validation(self) -> None:
         """Raise NanochatError if there is nothing to validate on, which would show only when a run first validates."""
         if next(self.numbered("val"), None) is None:
@@ -120,7 +116,7 @@ class Source:
 
     def check_tokens(self, tokenizer: Tokenizer) -> None:
         """Raise NanochatError if the files hold tokens of another tokenizer."""
-        found = self.tokenizer_fingerprint()
+        found = self.tokenizer_fingerprint
         if found is not None and found != tokenizer.fingerprint():
             raise NanochatError(
                 f"{self.name} holds tokens of another tokenizer ({found[:12]}, not {tokenizer.fingerprint()[:12]}): give "
@@ -128,14 +124,15 @@ class Source:
             )
 
     @functools.cached_property
-    def _fingerprint(self) -> str | None:
+    def tokenizer_fingerprint(self) -> str | None:
+        """The fingerprint of the tokenizer that made this source's tokens; None if it holds text. Raises NanochatError."""
         fingerprint = self.train_files[0].footer().tokenizer
         for file in self.val_files[:1]:
             _check_kind(file, fingerprint)
         return fingerprint
 
     def _batches(self, files: list[DocumentFile], start: int) -> Batches:
-        fingerprint = self.tokenizer_fingerprint()
+        fingerprint = self.tokenizer_fingerprint
         begin, first = self._file_with(files, start) if start else (0, 0)
         for index, file in enumerate(files[begin:], begin):
             file.fetch(following=files[index + 1 : index + 1 + FILES_AHEAD])

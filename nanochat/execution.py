@@ -96,11 +96,8 @@ class Sandbox:
     Raises NanochatError if nothing can isolate programs and `unsafe` is not set. Close it, or use it in a `with`.
     """
 
-    def __init__(
-        self, size: int | None = None, maximum_memory_bytes: int = DEFAULT_MEMORY_BYTES, unsafe: bool | None = None
-    ) -> None:
+    def __init__(self, size: int | None = None, unsafe: bool | None = None) -> None:
         size = size or usable_cores()  # more at once would run out of time
-        self.maximum_memory_bytes = maximum_memory_bytes
         self._launcher = choose_launcher(unsafe)
         self._slots = threading.Semaphore(size)  # programs that may start
         self._wanted = threading.Semaphore(size)  # processes that may be started
@@ -138,7 +135,7 @@ class Sandbox:
                 reason = first_line(process)
                 raise NanochatError(f"no process for a program ({reason}): end others, or raise that limit") from process
             try:
-                return process.run(code, timeout_s, self.maximum_memory_bytes)
+                return process.run(code, timeout_s, DEFAULT_MEMORY_BYTES)
             finally:
                 process.close()
 

@@ -24,12 +24,10 @@ def enable_fp8(model: torch.nn.Module, device: torch.device) -> int:
 
     Raises NanochatError if the device has no such kernels.
     """
-    from nanochat.layers import Linear
-
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < LOWEST_CAPABILITY:
         raise NanochatError("--fp8 needs a GPU of compute capability 8.9 or later (Ada, Hopper): leave it out here")
     modules = model.get_submodule("blocks").modules()
-    chosen = [module for module in modules if isinstance(module, Linear) and is_eligible(module.weight)]
+    chosen: list[Any] = [module for module in modules if isinstance(module, torch.nn.Linear) and is_eligible(module.weight)]
     for module in chosen:
         module.fp8 = True
     return len(chosen)

@@ -23,7 +23,7 @@ from nanochat.devices import compute_init
 from nanochat.engine import Engine
 from nanochat.runs import STAGES
 from nanochat.sampling import SamplingParams
-from nanochat.sequence import Sequence
+from nanochat.sequence import Sequence, spoken
 from nanochat.trimming import trim_prompt
 
 try:
@@ -140,7 +140,7 @@ class NanochatLM(TemplateLM):
             sequences = [self._sequence(request.args[0], request.args[1], 42 + at + i) for i, request in enumerate(part)]
             engine.run(sequences)
             for request, sequence in zip(part, sequences, strict=True):
-                results.append("".join(text for text, kind in sequence.pieces if kind == "text"))  # no calculations
+                results.append(spoken(sequence.pieces))
                 self.cache_hook.add_partial("generate_until", request.args, results[-1])
         self._report_trimmed(len(requests))
         return results

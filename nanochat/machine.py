@@ -40,11 +40,11 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float
 
 
 @functools.lru_cache
-def measure_memory_rate(device: torch.device, seconds: float = 0.5) -> float:
+def measure_memory_rate(device: torch.device) -> float:
     """Bytes per second that this device reads from its main memory: the reference for MBU. The best of several rounds."""
     size = (4 << 30) if device.type == "cuda" else (256 << 20)
     x = torch.ones(size // 4, dtype=torch.float32, device=device)
-    return size / _fastest(x.sum, device, seconds)
+    return size / _fastest(x.sum, device, seconds=0.5)
 
 
 def _fastest(work: Callable[[], Any], device: torch.device, seconds: float) -> float:

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nanochat.sampling import SamplingParams
-from nanochat.sequence import Sequence, TokenLogprob, next_piece
+from nanochat.sequence import Sequence, TokenLogprob, next_piece, spoken
 from nanochat.tokenizer import IncrementalDecoder, Tokenizer
 
 MAX_MESSAGES, MAX_PARTS = 2000, 500  # in a conversation; in a message
@@ -412,11 +412,6 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-
-def spoken(pieces: list[tuple[str, str]]) -> str:
-    """The text meant for the reader, without tool calls and their results."""
-    return "".join(text for text, part in pieces if part == "text")
 
 
 class Parts:

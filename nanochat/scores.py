@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
-def wilson_interval(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The Wilson score interval of a share of n trials; sound for small n and shares near 0 or 1."""
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """The 95% Wilson score interval of a share of n trials; sound for small n and shares near 0 or 1."""
+    z = 1.96
     if n == 0:
         return 0.0, 1.0
     center = share + z * z / (2 * n)

@@ -136,6 +136,11 @@ def next_piece(decoder: IncrementalDecoder, token: int) -> tuple[str, str]:
     return (text if decoder.part == part else decoder.flush()), part
 
 
+def spoken(pieces: list[tuple[str, str]]) -> str:
+    """The text meant for the reader, without tool calls and their results."""
+    return "".join(text for text, part in pieces if part == "text")
+
+
 def token_logprob(logits: torch.Tensor, token: int, alternatives: int) -> TokenLogprob:
     logprobs = logits.log_softmax(dim=-1)
     top: list[tuple[int, float]] = []

@@ -18,11 +18,10 @@ from nanochat.openai_api import (
     aligned,
     as_event,
     finish_reason,
-    spoken,
     token_text,
     usage,
 )
-from nanochat.sequence import Sequence, TokenLogprob
+from nanochat.sequence import Sequence, TokenLogprob, spoken
 from nanochat.service import Ticket
 from nanochat.tokenizer import Tokenizer
 

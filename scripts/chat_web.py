@@ -73,9 +73,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    if min(args.num_gpus, args.max_rows, args.max_waiting) < 1:
-        raise NanochatError("--num-gpus, --max-rows and --max-waiting must be at least 1")
-    args.require_positive("max_tokens")
+    args.require_positive("num_gpus", "max_rows", "max_waiting", "max_tokens")
     SamplingParams(args.temperature, args.top_k, max_tokens=args.max_tokens)  # raises if a default is invalid
     defaults = ChatDefaults(args.temperature, args.top_k, args.max_tokens)
     args.require_between(0, 86400, "grace", "request_timeout")

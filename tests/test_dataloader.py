@@ -191,7 +191,7 @@ def test_tokens_need_no_tokenizer(tmp_path: Path, tokenizer: Tokenizer) -> None:
         table = table.replace_schema_metadata({"nanochat.tokenizer": tokenizer.fingerprint()})
         pq.write_table(table, tmp_path / "tokens" / f"{name}.parquet", row_group_size=10)
     source = get_source(str(tmp_path / "tokens"))
-    assert source.tokenizer_fingerprint() == tokenizer.fingerprint()
+    assert source.tokenizer_fingerprint == tokenizer.fingerprint()
     seen = []
     for part in (str(tmp_path / "*.parquet"), str(tmp_path / "tokens")):
         with _loader(get_source(part), tokenizer, loop=False) as loader:

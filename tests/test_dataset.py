@@ -159,7 +159,7 @@ def test_tokens(tmp_path: Path, kind: pa.DataType, by_hash: bool) -> None:
     if not by_hash:
         _write_tokens(tmp_path / "val.parquet", TOKENS[:3], kind)
     source = get_source(str(tmp_path))
-    assert source.tokenizer_fingerprint() == FINGERPRINT
+    assert source.tokenizer_fingerprint == FINGERPRINT
     for start in (0, 5, 13, 60, 61, 99):
         found = list(source.numbered("train", start)) + (list(source.numbered("val", start)) if by_hash else [])
         assert sorted(number for number, _ in found) == [i for i in range(start, 100) if i % 7]
@@ -173,10 +173,10 @@ def test_tokens(tmp_path: Path, kind: pa.DataType, by_hash: bool) -> None:
 def test_kinds_are_not_mixed(tmp_path: Path) -> None:
     kind = pa.list_(pa.uint16())
     _write(tmp_path / "texts" / "a.jsonl", DOCUMENTS)
-    assert get_source(str(tmp_path / "texts")).tokenizer_fingerprint() is None
+    assert get_source(str(tmp_path / "texts")).tokenizer_fingerprint is None
     _write_tokens(tmp_path / "texts" / "val.parquet", TOKENS, kind)
     with pytest.raises(NanochatError, match=r"val\.parquet holds tokens .* holds texts"):
-        get_source(str(tmp_path / "texts")).tokenizer_fingerprint()
+        _ = get_source(str(tmp_path / "texts")).tokenizer_fingerprint
     _write_tokens(tmp_path / "two" / "a.parquet", TOKENS, kind)
     _write_tokens(tmp_path / "two" / "b.parquet", TOKENS, kind, "another")
     _write_tokens(tmp_path / "two" / "val.parquet", TOKENS, kind)
@@ -184,7 +184,7 @@ def test_kinds_are_not_mixed(tmp_path: Path) -> None:
         list(get_source(str(tmp_path / "two")).numbered("train"))
     _write_tokens(tmp_path / "c.parquet", TOKENS, kind, None)
     with pytest.raises(NanochatError, match=r"which tokenizer.*nanochat\.tokenizer.*scripts\.data_prep"):
-        get_source(str(tmp_path / "c.parquet")).tokenizer_fingerprint()
+        _ = get_source(str(tmp_path / "c.parquet")).tokenizer_fingerprint
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
