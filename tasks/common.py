@@ -7,9 +7,7 @@ for its own `evaluate`; a categorical one puts "letters", the answers to choose 
 
 from __future__ import annotations
 
-import bisect
 import hashlib
-import itertools
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -111,21 +109,20 @@ class TaskSequence(Task):
     def __init__(self, tasks: Sequence[Task]) -> None:
         super().__init__()
         self.tasks = list(tasks)
-        self.ends = list(itertools.accumulate(len(task) for task in self.tasks))
-        if not self.ends or not self.ends[-1]:
+        self._places = self.places()
+        if not self._places:
             raise NanochatError("these tasks hold no conversation: give others")
 
+    def places(self) -> list[tuple[int, int]]:
+        """(which task, index in it) of every conversation, in order."""
+        return [(which, inner) for which, task in enumerate(self.tasks) for inner in range(len(task))]
+
     def num_examples(self) -> int:
-        return self.ends[-1]
+        return len(self._places)
 
     def get_example(self, index: int) -> Conversation:
-        which, inner = self.locate(index)
+        which, inner = self._places[index]
         return self.tasks[which][inner]
-
-    def locate(self, index: int) -> tuple[int, int]:
-        """(which task, index in it)."""
-        which = bisect.bisect_right(self.ends, index)
-        return which, index - (self.ends[which - 1] if which else 0)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool | float:
         raise NanochatError("judge with the single tasks: a conversation does not say which task it is from")
@@ -134,13 +131,9 @@ class TaskSequence(Task):
 class TaskMixture(TaskSequence):
     """Tasks evenly interleaved, each spread over the whole mixture; list a task twice to see it twice as often."""
 
-    def __init__(self, tasks: Sequence[Task]) -> None:
-        super().__init__(tasks)
-        places = (((inner + 0.5) / len(task), which, inner) for which, task in enumerate(tasks) for inner in range(len(task)))
-        self._order = [(which, inner) for _, which, inner in sorted(places)]
-
-    def locate(self, index: int) -> tuple[int, int]:
-        return self._order[index]
+    def places(self) -> list[tuple[int, int]]:
+        lengths = [len(task) for task in self.tasks]
+        return sorted(super().places(), key=lambda place: (place[1] + 0.5) / lengths[place[0]])  # stable: equal ones by task
 
 
 def render_mc(question: str, letters: Sequence[str], choices: Sequence[str]) -> str:
