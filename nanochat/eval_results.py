@@ -17,8 +17,9 @@ from nanochat.runs import list_steps
 EVAL_FILE = "eval.json"
 
 
-def merge_eval(stage_dir: Path, step: int, results: dict[str, Any]) -> None:
-    """Add results to the stage's eval.json; those of an earlier step, or of other weights, are dropped.
+def merge_eval(stage_dir: Path, step: int, results: dict[str, Any]) -> dict[str, Any]:
+    """Add results to the stage's eval.json, and return all that it holds; those of an earlier step, or of other weights, are
+    dropped, and of two results of the same kind the one over more problems stays.
 
     Results of a step before the one in eval.json go into a separate file, which no report reads.
     """
@@ -33,9 +34,24 @@ def merge_eval(stage_dir: Path, step: int, results: dict[str, Any]) -> None:
         old = read_json(path)
         merged: dict[str, Any] = {**old, **stamp} if _agrees(old, stamp) else stamp
         for key, value in results.items():
-            joins = key != "core" and isinstance(value, dict) and isinstance(merged.get(key), dict)  # CORE: a mean over tasks
-            merged[key] = {**merged[key], **value} if joins else value
+            before = merged.get(key)
+            if key == "core":  # a mean over tasks
+                merged[key] = value if before is None or _questions(before) <= _questions(value) else before
+            elif isinstance(value, dict) and isinstance(before, dict):
+                merged[key] = {**before, **{name: new for name, new in value.items() if not _is_fuller(before.get(name), new)}}
+            else:
+                merged[key] = value
         atomic_write(path, json.dumps(merged, indent=2))
+    return merged
+
+
+def _is_fuller(result: Any, other: Any) -> bool:
+    """Whether a task's result is over more problems than another."""
+    return isinstance(result, dict) and isinstance(other, dict) and result.get("n", 0) > other.get("n", 0)
+
+
+def _questions(core: dict[str, Any]) -> int:
+    return sum(task.get("n", 0) for task in core["tasks"].values())
 
 
 def _set_damaged_aside(path: Path) -> None:

@@ -16,10 +16,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import NanochatError, complain, run_command
+from nanochat.common import complain, run_command
 from nanochat.files import read_json_lines, read_json_object
 from nanochat.loggers import LOGGERS, BackgroundLogger, LoggedRun, check_installed
-from nanochat.runs import SETTINGS_FILE, STAGES, get_run_dir
+from nanochat.runs import SETTINGS_FILE, STAGES, find_run_dir
 from nanochat.settings import SettingsParser
 
 METRICS_FILE = "metrics.jsonl"
@@ -165,11 +165,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run", default="dummy", metavar="NAME", help="what it is called there (default: its tag and stage)")
     args = parser.parse_args(argv)
     check_installed(args.to)
-    run_dir = Path(args.run_dir) if Path(args.run_dir).is_dir() else get_run_dir(args.run_dir)
-    stages = [run_dir / stage for stage in STAGES if (run_dir / stage / SETTINGS_FILE).exists()]
-    if not stages:
-        raise NanochatError(f"{run_dir} holds no stage of a run: give a model tag or the directory of a run")
-    for stage_dir in stages:
+    run_dir = find_run_dir(args.run_dir)
+    for stage_dir in (run_dir / stage for stage in STAGES if (run_dir / stage / SETTINGS_FILE).exists()):
         print(f"{stage_dir}: {replay(stage_dir, args.to, args.run):,} rows sent to {args.to}")
     return 0
 

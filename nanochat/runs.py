@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from pathlib import Path
 
@@ -38,6 +39,16 @@ def suggest_runs(name: str) -> str:
         return "there is none yet: make one with python -m scripts.base_train"
     more = f" and {len(known) - 10} more" if len(known) > 10 else ""
     return f"there are {', '.join(known[:10])}{more}"
+
+
+def find_run_dir(run: str) -> Path:
+    """The directory of a run, given its tag or path. Raises NanochatError if there is none."""
+    path = Path(os.path.expanduser(run))
+    path = path.parent if path.name in STAGES else path
+    for directory in (get_runs_dir() / run, path):
+        if any((directory / stage / SETTINGS_FILE).exists() for stage in STAGES):
+            return directory
+    raise NanochatError(f"no run {run!r} in {get_runs_dir()}, nor a directory of one; {suggest_runs(path.name)}")
 
 
 def get_stage_dir(tag: str, stage: str) -> Path:

@@ -89,10 +89,10 @@ class Stage:
 
         A run by time may have planned fewer updates after this step; to ask for as many, with its config.toml, is nothing new.
         """
-        path = self.directory / SETTINGS_FILE
-        planned = read_json_object(path).get("num_iterations") if self.resume_step is not None and path.exists() else None
-        if planned is not None and args.num_iterations == planned:
-            args.given.discard("num_iterations")
+        if self.resume_step is not None:
+            planned = read_json(self.directory / SETTINGS_FILE).get("num_iterations")
+            if args.num_iterations == planned:
+                args.given.discard("num_iterations")
         args.adopt({name: value for name, value in self.recorded_settings().items() if name in names})
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -73,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     stage_dir = get_stage_dir(meta["tag"], args.source)
     folder = stage_dir / "chat_eval" / f"step_{meta['step']:06d}_{meta['weights'][:8]}"
     results: dict[str, TaskResult] = {}
+    kept: dict[str, dict[str, Any]] = {}  # in eval.json: an earlier result may be over more problems
     for name, task in tasks.items():
         total = len(task) if args.max_problems < 0 else min(args.max_problems, len(task))
         path = folder / answering.file_name(name)
@@ -82,15 +84,18 @@ def main(argv: list[str] | None = None) -> int:
             )  # fmt: skip
         if rank == 0:
             label, scores, examples = answering.label(task, name), results[name].as_dict(), results[name].examples
-            merge_eval(stage_dir, meta["step"], {"tasks": {label: scores}, "examples": {label: examples}})
+            merged = merge_eval(stage_dir, meta["step"], {"tasks": {label: scores}, "examples": {label: examples}})
+            kept[name] = merged["tasks"][label]
+            if kept[name]["n"] > results[name].n:
+                print(f"{name}: eval.json and the report keep the result over {kept[name]['n']:,} problems")
     if rank == 0:
-        mean = chatcore({name: result.as_dict() for name, result in results.items()})
+        mean = chatcore(kept)
         before = read_eval(stage_dir)
         key = f"chatcore{answering.described()}"
         known = before.get(key, {}).get("tasks", 0) if before.get("step") == meta["step"] else 0
         if mean is not None and args.temperature == 0 and mean["tasks"] >= known:  # otherwise the mean is of other scores
             merge_eval(stage_dir, meta["step"], {key: mean})
-        show(results, mean, missing)
+        show(results, chatcore({name: result.as_dict() for name, result in results.items()}), missing)
     return 0
 
 

@@ -6,7 +6,6 @@ stages left behind, so runs that are still training can be compared as well.
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import time
@@ -27,7 +26,7 @@ from nanochat.plots import Bar, Curve, Panel, draw_bars, draw_panel, to_svg
 from nanochat.progress import format_seconds
 from nanochat.quantities import by_kind, quantity
 from nanochat.report import Picture, Section, format_value, render
-from nanochat.runs import SETTINGS_FILE, STAGE_TITLES, STAGES, get_runs_dir, suggest_runs
+from nanochat.runs import SETTINGS_FILE, STAGE_TITLES, STAGES, find_run_dir
 from nanochat.same_run import WORK_SETTINGS
 from nanochat.scores import centered
 from nanochat.settings import Arguments, SettingsParser
@@ -86,16 +85,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # ----------------------------------------------------------------------------- reading
-
-
-def find_run_dir(run: str) -> Path:
-    """The directory of a run, given its tag or path. Raises NanochatError if there is none."""
-    path = Path(os.path.expanduser(run))
-    path = path.parent if path.name in STAGES else path
-    for directory in (get_runs_dir() / run, path):
-        if any((directory / stage / SETTINGS_FILE).exists() for stage in STAGES):
-            return directory
-    raise NanochatError(f"no run {run!r} in {get_runs_dir()}, nor a directory of one; {suggest_runs(path.name)}")
 
 
 def read_run(directory: Path, stage: str, name: str) -> Run:

@@ -235,6 +235,15 @@ def test_the_command_on_real_tasks(tiny_run: Path, real_data: Path, capsys: pyte
     assert {path.name.split("_")[0] for path in folder.iterdir()} == {"ARC-Easy", "MMLU", "GSM8K"}
 
 
+def test_a_quick_look_leaves_what_was_measured_on_more(tiny_run: Path, capsys: pytest.CaptureFixture) -> None:
+    flags = ["--model-tag=tiny", "-a", "Arithmetic", "-m", "4", "--device-type=cpu"]
+    for problems, kept in ((4, 4), (2, 4), (6, 6)):
+        assert chat_eval.main([*flags, "-x", str(problems)]) == 0
+        (task,) = json.loads((tiny_run / "sft" / "eval.json").read_text(encoding="utf-8"))["tasks"].values()
+        assert task["n"] == kept
+        assert ("eval.json and the report keep the result over 4 problems" in capsys.readouterr().out) == (problems == 2)
+
+
 def test_tasks_count_in_whatever_case_they_are_named(tiny_run: Path, real_data: Path) -> None:
     flags = ["--model-tag=tiny", "-a", "gsm8k|arc-easy,GSM8K", "-x", "2", "-m", "4", "--device-type=cpu"]
     assert chat_eval.main([*flags, f"--task-data={real_data / 'tasks'}"]) == 0

@@ -280,7 +280,7 @@ def test_a_finished_run_is_replayed(tensorboard: None, tiny_run: Path) -> None:
     rows = [row for row in read_metrics(tiny_run / "base" / "metrics.jsonl") if "train/loss" in row]
     points = _read_tensorboard(tiny_run / "base" / "tensorboard", "train/loss")
     assert points == [(row["step"], pytest.approx(row["train/loss"])) for row in rows]
-    with pytest.raises(NanochatError, match="no stage"):
+    with pytest.raises(NanochatError, match="no run 'nothing'"):
         metrics.main(["nothing", "--to=tensorboard"])
 
 
