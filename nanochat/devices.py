@@ -1,4 +1,4 @@
-"""The device that computes, its dtype, and the process group: what torchrun's ranks and their devices have in common.
+"""The device that computes, its dtype, and the process group that torchrun's ranks form.
 
 Used by whatever computes. What needs no PyTorch is in common.py, so that commands which only read and write start at once.
 """
