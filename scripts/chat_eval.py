@@ -19,7 +19,7 @@ from nanochat.chosen_model import add_checkpoint_arguments, load_chosen_model
 from nanochat.common import NanochatError, run_command
 from nanochat.devices import compute_init
 from nanochat.engine import Engine
-from nanochat.eval_results import merge_eval, read_eval
+from nanochat.eval_results import merge_eval
 from nanochat.progress import Progress
 from nanochat.ranks import from_rank0
 from nanochat.runs import get_stage_dir
@@ -74,7 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     stage_dir = get_stage_dir(meta["tag"], args.source)
     folder = stage_dir / "chat_eval" / f"step_{meta['step']:06d}_{meta['weights'][:8]}"
     results: dict[str, TaskResult] = {}
-    kept: dict[str, dict[str, Any]] = {}  # in eval.json: an earlier result may be over more problems
+    merged: dict[str, Any] = {}  # all that eval.json holds
+    kept: dict[str, dict[str, Any]] = {}  # what it holds of these tasks: an earlier result may be over more problems
     for name, task in tasks.items():
         total = len(task) if args.max_problems < 0 else min(args.max_problems, len(task))
         path = folder / answering.file_name(name)
@@ -90,9 +91,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{name}: eval.json and the report keep the result over {kept[name]['n']:,} problems")
     if rank == 0:
         mean = chatcore(kept)
-        before = read_eval(stage_dir)
         key = f"chatcore{answering.described()}"
-        known = before.get(key, {}).get("tasks", 0) if before.get("step") == meta["step"] else 0
+        known = merged.get(key, {}).get("tasks", 0)
         if mean is not None and args.temperature == 0 and mean["tasks"] >= known:  # otherwise the mean is of other scores
             merge_eval(stage_dir, meta["step"], {key: mean})
         show(results, chatcore({name: result.as_dict() for name, result in results.items()}), missing)
