@@ -114,8 +114,8 @@ class Trainer:
         self._flops_per_token = [model.estimate_flops(idle_blocks) for idle_blocks in (model.config.n_layer - 1, 0)]
         self.matmul_rate: float | None = None  # of all ranks together, FLOP/s; None until it is measured
         self.step = 0
-        self.time_s = 0.0  # spent in training only, over all sessions of the run
-        self._logged_time_s = 0.0  # time_s when the newest row was written
+        self.time_s, self.flops = 0.0, 0  # spent in training only, over all sessions of the run
+        self._logged = (0.0, 0)  # time_s and flops when the newest row was written
         self.results: dict[str, float] = {}  # of the newest evaluations
         self._best = Best(stage_dir, config.best_metric, is_writer=self.rank == 0)
         self._saved_step: int | None = None  # the step of the newest checkpoint
@@ -131,14 +131,17 @@ class Trainer:
         loader_state: an earlier state of this rank's loader, to save in place of the present one.
         """
         return {
-            "step": self.step, "time_s": self.time_s, "results": self.results, "best": self._best.record,
-            "loader": gather_objects(loader_state or self.loader.state_dict()), "loss_scale": self._loss_scale.state_dict(),
+            "step": self.step, "time_s": self.time_s, "flops": self.flops, "results": self.results,
+            "best": self._best.record, "loader": gather_objects(loader_state or self.loader.state_dict()),
+            "loss_scale": self._loss_scale.state_dict(),
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue as the trainer that saved this state would have; it may have had another number of ranks."""
         self.step, self.time_s, self.results = state["step"], state["time_s"], state["results"]
-        self._logged_time_s = self.time_s
+        # A run that did not count yet has worked as planned.
+        self.flops = state.get("flops", self.config.total_batch_size * self._work(self.step))
+        self._logged = (self.time_s, self.flops)
         self._saved_step = self.step
         self._loss_scale.load_state_dict(state["loss_scale"])
         self.loader.load_state_dict(state["loader"])
@@ -349,6 +352,7 @@ class Trainer:
         if learns and self._loss_scale.unscale(self.model.parameters()):
             self.optimizer.step()
         self.optimizer.zero_grad()
+        self.flops += config.total_batch_size * (self._work(self.step + 1) - self._work(self.step))
         self.step += 1
         self._pending.append(loss)
         if self._due(config.log_every) or self.step == config.num_iterations:
@@ -390,24 +394,24 @@ class Trainer:
         if not all(map(math.isfinite, values)):
             raise NanochatError(f"the loss is no longer a number at step {self.step}: {self._way_out()}")
         steps = len(values)
-        elapsed, self._logged_time_s = self.time_s - self._logged_time_s, self.time_s
+        time_before, flops_before = self._logged
+        elapsed, self._logged = self.time_s - time_before, (self.time_s, self.flops)
         row = {"step": self.step, "time_s": round(self.time_s, 4), "train/loss": sum(values) / steps, "train/lrm": factor}
         if batch_size := self.config.total_batch_size:
-            flops = batch_size * self._work(self.step)
             row |= {
                 "train/tok_per_s": round(batch_size * steps / elapsed, 1),
                 "train/tokens": self.step * batch_size,
-                "train/flops": flops,
+                "train/flops": self.flops,
             }
             if self.matmul_rate is not None:
-                row["train/mfu"] = (flops - batch_size * self._work(self.step - steps)) / elapsed / self.matmul_rate
+                row["train/mfu"] = (self.flops - flops_before) / elapsed / self.matmul_rate
         row["train/peak_memory_mb"] = round(peak_memory_bytes(self.device) / 1e6)
         row |= self.step_metrics()
         self.metrics.log(row)
         self.progress.update(self.step, *describe_line(row | self.results))
 
     def _work(self, steps: int) -> int:
-        """Floating-point operations in the first `steps` updates, per token of a batch."""
+        """Floating-point operations that the present plan has in the first `steps` updates, per token of a batch."""
         alone = min(steps, self.config.expansion_step)
         one_block, all_blocks = self._flops_per_token
         return alone * one_block + (steps - alone) * all_blocks

@@ -76,6 +76,10 @@ def test_schedules_follow_a_run_that_does_fewer_updates(tmp_path: Path, monkeypa
     flops = [row["train/flops"] for row in rows]
     one_block, all_blocks = (32 * trainer.model.estimate_flops(idle) for idle in (2, 0))
     assert flops[-1] == 2 * one_block + 8 * all_blocks  # the blocks joined at step 2, a tenth of what was planned
+    resumed = make_trainer(tmp_path, num_iterations=10, expand_at=0.1, warmdown_ratio=1.0)
+    assert resumed.config.expansion_step == 1  # a tenth of what is planned now
+    resumed.load_state_dict(trainer.state_dict())
+    assert resumed.flops == flops[-1]
 
 
 def test_time_is_looked_at_only_where_it_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
