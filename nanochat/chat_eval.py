@@ -94,7 +94,7 @@ def evaluate_task(
     task: Task,
     max_problems: int = -1,
     batch_size: int = 32,
-    answering: Answering | None = None,
+    answering: Answering = Answering(),
     path: Path | None = None,
     report: Callable[[int], None] = lambda done: None,
 ) -> TaskResult:
@@ -104,7 +104,6 @@ def evaluate_task(
     answers are judged again), so a stopped evaluation continues; a line says so. report(n) is called with the number of
     problems done. A problem's seeds depend only on its own number, not on what is answered beside it.
     """
-    answering = answering or Answering()
     _, rank, _, world_size = get_dist_info()
     count = len(task) if max_problems < 0 else min(max_problems, len(task))
     problems = [task[i] for i in range(count)]

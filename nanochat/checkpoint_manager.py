@@ -435,8 +435,7 @@ def build_model(
     model_config: dict[str, Any], state: dict[str, torch.Tensor] | None, device: torch.device | str, seed: int = 42
 ) -> GPT:
     """A GPT on `device` with the given weights, or newly initialized ones if `state` is None."""
-    with torch.device("meta"):
-        model = GPT(read_config(model_config))
+    model = GPT.on_meta(read_config(model_config))
     if state is None:
         # The same as to_empty, whose empty_like imports the symbolic algebra of PyTorch's compiler (0.4 s)
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))

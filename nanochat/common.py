@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -184,9 +184,14 @@ def describe_unexpected(error: Exception) -> str:
     return f"{sentence}: this is a bug in nanochat: please report it and attach {path} (--debug shows the same)"
 
 
+def some_of(names: Sequence[str], most: int = 1) -> str:
+    """The first names of a list, and how many there are besides."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def print0(*args: object, **kwargs: Any) -> None:
     """Print on rank 0 only."""
-    if number_from_torchrun("RANK") == 0:
+    if get_dist_info().rank == 0:
         print(*args, **kwargs)
 
 

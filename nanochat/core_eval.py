@@ -268,7 +268,7 @@ class NanochatScorer:
     """Scores with a GPT: rows of similar length together within a token budget, shared beginnings once."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, batch_tokens: int | None = None, share: bool = True) -> None:
-        self.model, self.tokenizer, self.share = model.uncompiled(), tokenizer, share
+        self.model, self.tokenizer, self.share = model, tokenizer, share
         self.context = model.config.sequence_len
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(model.get_device().type, BATCH_TOKENS["cpu"])
         self._run_block: Callable[..., torch.Tensor] = Block.forward
@@ -289,12 +289,8 @@ class NanochatScorer:
     def score(self, questions: list[Question]) -> list[list[tuple[float, bool]]]:
         rows = [self._rows(question) for question in questions]
         flat = [row for part in rows for row in part]
-        scores: list[list[tuple[float, bool]]] = [[] for _ in flat]
-        for batch in batches_by_length([len(row.tokens) for row in flat], self.batch_tokens):
-            for place, found in zip(batch, in_halves(self._score_batch, [flat[i] for i in batch]), strict=True):
-                scores[place] = found
-        remaining = iter(scores)
-        return [[score for _ in part for score in next(remaining)] for part in rows]
+        found = iter(score_by_length(self._score_batch, flat, [len(row.tokens) for row in flat], self.batch_tokens))
+        return [[score for _ in part for score in next(found)] for part in rows]
 
     def _rows(self, question: Question) -> list[Row]:
         """One row for all candidates, or one for each if attention over the long row would cost more."""
@@ -338,6 +334,14 @@ class NanochatScorer:
         greedy = [bool(part.all()) for part in torch.cat(likeliest).split(sizes)]
         found = iter(zip(means, greedy, strict=True))
         return [[next(found) for _ in row.judged] for row in rows]
+
+
+def score_by_length(score: Callable[[list[S]], list[T]], texts: list[S], lengths: list[int], most_tokens: int) -> list[T]:
+    """score(texts), computed with texts of similar length together; see `batches_by_length` and `in_halves`."""
+    found: dict[int, T] = {}
+    for batch in batches_by_length(lengths, most_tokens):
+        found |= zip(batch, in_halves(score, [texts[i] for i in batch]), strict=True)
+    return [found[i] for i in range(len(texts))]
 
 
 def in_halves(score: Callable[[list[S]], list[T]], texts: list[S]) -> list[T]:

@@ -103,11 +103,8 @@ class TokenLoader:
         Raises NanochatError if the data is not the same, or if this number of ranks cannot share it.
         """
         self.close()
-        saved_readings = [state["reading"] for state in states]
-        if any([*reading[3:]] != [True] for reading in saved_readings):
-            raise NanochatError("this run was begun by a nanochat that dealt its text otherwise: begin it anew")
         self.source.know_rows(states[0]["counted"])
-        readings = [_Reading(epoch, number, tuple(loads)) for epoch, number, loads, _ in saved_readings]
+        readings = [_Reading(epoch, number, tuple(loads)) for epoch, number, loads, *_ in (s["reading"] for s in states)]
         mine = rank_lanes(len(readings[0].loads), self.rank, self.world_size)
         saved = {int(number): (lane, reading) for state, reading in zip(states, readings, strict=True)
                  for number, lane in state["lanes"].items()}  # fmt: skip
@@ -170,7 +167,6 @@ class _Reading(NamedTuple):
     epoch: int
     number: int  # of the next document
     loads: tuple[int, ...]  # bytes dealt to each lane of all ranks; at each epoch's start the smallest is subtracted
-    by_bytes: bool = True  # False, or not recorded, where characters were counted, and documents went to other lanes
 
 
 class _LaneState(NamedTuple):

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat.common import NanochatError, first_line, get_base_dir, print0, run_command
+from nanochat.common import NanochatError, first_line, get_base_dir, print0, run_command, some_of
 from nanochat.document_files import (
     READERS,
     VAL,
@@ -231,8 +231,7 @@ class FileSource(Source):
             raise NanochatError(f"--data {path} holds no {', '.join(READERS)} file")
         _check_prepared(path, found)
         if others := [name.as_posix() for name in sorted(found) if name.suffix.lower() in FOR_DATA_PREP]:
-            more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-            print0(f"not read: {others[0]}{more}; scripts.data_prep makes what training reads of it")
+            print0(f"not read: {some_of(others)}; scripts.data_prep makes what training reads of it")
         for file in files.values():
             if file.size == 0:
                 raise NanochatError(f"{file.address} is empty: remove it or fill it")

@@ -201,7 +201,7 @@ def examine_sandbox() -> Finding:
     from nanochat.execution import choose_launcher, plain_command
 
     try:
-        launcher = choose_launcher(None)
+        launcher = choose_launcher()
     except NanochatError as error:
         found, _, way_out = str(error).rpartition(": ")
         return Finding("used", "sandbox", found, way_out)
@@ -238,8 +238,7 @@ def expect(device: torch.device) -> dict[str, Any]:
     rows = []
     for depth in DEPTHS[device.type]:
         config = config_for_depth(depth, VOCAB_SIZE, SEQUENCE_LEN)
-        with torch.device("meta"):
-            model = GPT(config)
+        model = GPT.on_meta(config)
         flops = model.estimate_flops()
         tokens_per_s = count * mfu * matmul / flops
         tokens = plan_horizon(config, flops).tokens

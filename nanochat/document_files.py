@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
-from nanochat.common import NanochatError, as_unicode, first_line, print0
+from nanochat.common import NanochatError, as_unicode, first_line, print0, some_of
 from nanochat.shard_cache import Shard, get_shard_cache, remote_error, retry
 
 Document = str | np.ndarray  # a text, or token ids: (length,) int32, read-only, no BOS
@@ -368,8 +368,7 @@ def without_strangers(paths: list[PurePath]) -> list[PurePath]:
         or (has_rows and p.name.lower() == "readme.md")
     ]
     if left_out:
-        more = f" and {len(left_out) - 3} more" if len(left_out) > 3 else ""
-        print0(f"not read, as no text to learn from: {', '.join(path.as_posix() for path in left_out[:3])}{more}")
+        print0(f"not read, as no text to learn from: {some_of([path.as_posix() for path in left_out], 3)}")
     return [path for path in paths if path not in left_out]
 
 

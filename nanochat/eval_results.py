@@ -69,8 +69,6 @@ def _set_damaged_aside(path: Path) -> None:
 def read_eval(stage_dir: Path) -> dict[str, Any]:
     """The stage's eval.json; {} if its weights have since been replaced by others."""
     results = read_json(stage_dir / EVAL_FILE)
-    if "value" not in results.get("core", {"value": None}):  # it was stored in another form once
-        del results["core"]
     if not results or not (steps := list_steps(stage_dir)):
         return results
     step = results.get("step")

@@ -76,14 +76,12 @@ class ExecutionResult:
     memory_exceeded: bool = False
 
 
-def execute_code(
-    code: str, timeout: float = 5.0, maximum_memory_bytes: int = DEFAULT_MEMORY_BYTES, unsafe: bool | None = None
-) -> ExecutionResult:
-    """Run one program for at most `timeout` seconds, in isolation unless `unsafe` (default: NANOCHAT_UNSAFE_EXECUTION=1).
+def execute_code(code: str, timeout: float = 5.0, maximum_memory_bytes: int = DEFAULT_MEMORY_BYTES) -> ExecutionResult:
+    """Run one program for at most `timeout` seconds, in isolation unless NANOCHAT_UNSAFE_EXECUTION=1.
 
     Raises NanochatError if nothing can isolate it. For many programs a Sandbox is faster.
     """
-    process = _Process(choose_launcher(unsafe))
+    process = _Process(choose_launcher())
     try:
         return process.run(code, timeout, maximum_memory_bytes)
     finally:
@@ -93,12 +91,12 @@ def execute_code(
 class Sandbox:
     """A pool: `size` processes wait for a program while up to `size` others run one. Usable from many threads.
 
-    Raises NanochatError if nothing can isolate programs and `unsafe` is not set. Close it, or use it in a `with`.
+    Raises NanochatError if nothing can isolate programs, unless NANOCHAT_UNSAFE_EXECUTION=1. Close it, or use it in a `with`.
     """
 
-    def __init__(self, size: int | None = None, unsafe: bool | None = None) -> None:
+    def __init__(self, size: int | None = None) -> None:
         size = size or usable_cores()  # more at once would run out of time
-        self._launcher = choose_launcher(unsafe)
+        self._launcher = choose_launcher()
         self._slots = threading.Semaphore(size)  # programs that may start
         self._wanted = threading.Semaphore(size)  # processes that may be started
         self._waiting: queue.Queue[_Process | Exception | None] = queue.Queue()  # None: closed
@@ -301,12 +299,10 @@ def build_filter() -> bytes | None:
 # ----------------------------------------------------------------------------- launchers: commands that start a worker
 
 
-def choose_launcher(unsafe: bool | None) -> Callable[[], list[str]]:
-    if unsafe is None:
-        unsafe = os.environ.get("NANOCHAT_UNSAFE_EXECUTION") == "1"
+def choose_launcher() -> Callable[[], list[str]]:
     if sys.platform == "win32":
         raise NanochatError("programs of a model run on Linux, or with --unsafe-execution on macOS: use WSL on Windows")
-    return plain_command if unsafe else find_launcher()
+    return plain_command if os.environ.get("NANOCHAT_UNSAFE_EXECUTION") == "1" else find_launcher()
 
 
 @functools.lru_cache(maxsize=1)

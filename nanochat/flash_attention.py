@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
@@ -29,10 +28,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from nanochat.common import first_line
+from nanochat.common import first_line, logger
 from nanochat.devices import synchronize
-
-logger = logging.getLogger(__name__)
 
 QK_SCALE = 1.2  # the length that gpt.py gives to each normalized query and key, in units of sqrt(head_dim)
 LOG2_E = math.log2(math.e)

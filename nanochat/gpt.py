@@ -10,7 +10,6 @@ inference may be cast as a whole with `.to(torch.bfloat16)`.
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -194,7 +193,7 @@ def _before_attention(block: Block, size: int | None, *inputs: Any) -> tuple[tor
 
 
 class GPT(nn.Module):
-    """The whole model. Build it under `torch.device("meta")`, then call `to_empty` and `init_weights` or load weights."""
+    """The whole model. Build it by `GPT.on_meta`, then call `to_empty` and `init_weights` or load weights."""
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -222,6 +221,12 @@ class GPT(nn.Module):
         self.fixed_shape = True  # all training batches have one shape; False: do not compile FlexAttention for each length
         self.is_sharded = False  # set by sharding.py: each rank holds some rows of every parameter
         self._rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @classmethod
+    def on_meta(cls, config: GPTConfig) -> GPT:
+        """The model without memory for its weights: to count them, or before they are loaded."""
+        with torch.device("meta"):
+            return cls(config)
 
     @torch.no_grad()
     def init_weights(self, seed: int | None = None) -> None:
@@ -325,12 +330,6 @@ class GPT(nn.Module):
             return after(block, x, block.attn.attend(q, k, v, attention), places)
 
         self._compiled_block = in_parts
-
-    def uncompiled(self) -> GPT:
-        """The same model, sharing its weights, but run uncompiled: for texts of many different lengths."""
-        twin = copy.copy(self)
-        twin._compiled_block = twin._compiled_norm = twin._chunk_loss = twin._sort_ids = None
-        return twin
 
     def trunk(
         self,

@@ -13,13 +13,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from nanochat.openai_api import RequestError
-from nanochat.service import Limits
 
 OPEN_PATHS = ("/", "/health", "/metrics", "/docs", "/openapi.json", "/runs", "/favicon.ico")  # need no API key
 OPEN_PREFIXES = ("/ui/", "/static-offline-docs/")
 MAX_HEAD_BYTES = 1 << 16  # of a request's headers, and of its trailers
 MAX_WAITING_BYTES = 1 << 19  # of the requests that a connection sends while one is being answered
-HEAD_TIMEOUT_S = 30.0
+MAX_BODY_BYTES = 2 << 20
+HEAD_TIMEOUT_S = BODY_TIMEOUT_S = 30.0  # for the headers of a request to arrive, and for its body
 
 
 class CarefulProtocol(H11Protocol):
@@ -73,8 +73,8 @@ class CarefulProtocol(H11Protocol):
 class Guard:
     """Refuses, before parsing, requests without the API key or for another host name, and bodies too large or too slow."""
 
-    def __init__(self, app: ASGIApp, limits: Limits, api_key: str | None, hosts: list[str] | None) -> None:
-        self.app, self.limits, self.api_key, self.hosts = app, limits, api_key, hosts
+    def __init__(self, app: ASGIApp, api_key: str | None, hosts: list[str] | None) -> None:
+        self.app, self.api_key, self.hosts = app, api_key, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -107,10 +107,9 @@ class Guard:
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> Receive:
         """Read the whole body within its limits; returns the `receive` that replays it to the app."""
-        limit = self.limits.max_body_bytes
-        too_large = RequestError(f"the body is larger than {limit:,} bytes: send less", status=413)
+        too_large = RequestError(f"the body is larger than {MAX_BODY_BYTES:,} bytes: send less", status=413)
         length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > limit:
+        if not length.isdigit() or int(length) > MAX_BODY_BYTES:
             raise too_large
         body, more, gone = bytearray(), True, False
 
@@ -121,14 +120,13 @@ class Guard:
                 gone = message["type"] == "http.disconnect"
                 body.extend(message.get("body", b""))
                 more = message.get("more_body", False) and not gone
-                if len(body) > limit:
+                if len(body) > MAX_BODY_BYTES:
                     raise too_large
 
         try:
-            await asyncio.wait_for(read(), self.limits.body_timeout_s)
+            await asyncio.wait_for(read(), BODY_TIMEOUT_S)
         except asyncio.TimeoutError:
-            seconds = self.limits.body_timeout_s
-            raise RequestError(f"the request did not arrive within {seconds:g} s", status=408) from None
+            raise RequestError(f"the request did not arrive within {BODY_TIMEOUT_S:g} s", status=408) from None
         waiting: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
         async def replay() -> Message:

@@ -18,7 +18,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from nanochat.common import NanochatError
+from nanochat.common import NanochatError, first_line
 
 BEAT_S = 2.0
 LIMIT_S = 40.0  # how long a rank may be silent, unless NANOCHAT_HEARTBEAT_S says
@@ -107,8 +107,6 @@ class Heartbeat:
                     if count != counts[other] or count >= LEFT:
                         counts[other], changed_at[other] = count, time.monotonic()
             except (RuntimeError, ConnectionError) as error:
-                from nanochat.common import first_line  # which imports this module
-
                 self._end(f"the rendezvous store cannot be reached ({first_line(error)})")
                 return
             self._answered_at = now = time.monotonic()

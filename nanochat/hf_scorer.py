@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from nanochat.common import NanochatError, first_line
-from nanochat.core_eval import BATCH_TOKENS, Candidate, Question, batches_by_length, in_halves, padded
+from nanochat.core_eval import BATCH_TOKENS, Candidate, Question, padded, score_by_length
 from nanochat.devices import get_compute_dtype
 
 LOGIT_BYTES = 4 << 30  # for a batch: other models have up to eight times as many words as ours
@@ -65,13 +65,10 @@ class HuggingFaceScorer:
     def score(self, questions: list[Question]) -> list[list[tuple[float, bool]]]:
         """See core_eval.Scorer."""
         candidates = [candidate for question in questions for candidate in question.candidates]
-        scores: list[tuple[float, bool]] = [(0.0, False)] * len(candidates)
         vocab_size = self.model.get_output_embeddings().weight.size(0)
         most_tokens = min(BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"]), LOGIT_BYTES // (4 * vocab_size))
-        for batch in batches_by_length([len(candidate.tokens) for candidate in candidates], most_tokens):
-            for place, score in zip(batch, in_halves(self._score_batch, [candidates[i] for i in batch]), strict=True):
-                scores[place] = score
-        found = iter(scores)
+        lengths = [len(candidate.tokens) for candidate in candidates]
+        found = iter(score_by_length(self._score_batch, candidates, lengths, most_tokens))
         return [[next(found) for _ in question.candidates] for question in questions]
 
     def _score_batch(self, candidates: list[Candidate]) -> list[tuple[float, bool]]:

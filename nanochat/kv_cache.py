@@ -33,8 +33,7 @@ class KVCache:
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> None:
-        self.batch_size, self.num_heads, self.seq_len = batch_size, num_heads, seq_len
-        self.head_dim, self.num_layers = head_dim, num_layers
+        self.batch_size, self.seq_len = batch_size, seq_len
         self.length = 0  # tokens in each row
         shape = (num_layers, batch_size, min(INITIAL_LENGTH, seq_len), num_heads, head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)

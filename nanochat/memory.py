@@ -42,8 +42,7 @@ def training_bytes(config: GPTConfig, rows: int = 1, layout: Layout = Layout()) 
     The peak is in the backward pass, or in the optimizer's step, which copies the matrices of one shape. Recorded passes
     (passes.py) keep their memory, but only if there is room for it twice.
     """
-    with torch.device("meta"):
-        model = GPT(config)
+    model = GPT.on_meta(config)
     counts = model.num_scaling_params()
     optimizer = model.setup_optimizer()
     state = optimizer.state_bytes() // layout.world_size
@@ -114,9 +113,7 @@ def _kept_bytes(config: GPTConfig, rows: int) -> int:
 
 
 def _count_kept_bytes(config: GPTConfig, rows: int) -> int:
-    with torch.device("meta"):
-        model = GPT(config)
-        idx = torch.zeros(rows, config.sequence_len, dtype=torch.long)
+    model, idx = GPT.on_meta(config), torch.zeros(rows, config.sequence_len, dtype=torch.long, device="meta")
     model.compute_dtype = torch.bfloat16
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # a tensor that is kept twice counts once

@@ -19,7 +19,8 @@ from typing import Any
 from nanochat.common import complain, run_command
 from nanochat.files import read_json_lines, read_json_object
 from nanochat.loggers import LOGGERS, BackgroundLogger, LoggedRun, check_installed
-from nanochat.runs import SETTINGS_FILE, STAGES, find_run_dir
+from nanochat.quantities import quantity
+from nanochat.runs import SETTINGS_FILE, begun_stages, find_run_dir
 from nanochat.settings import SettingsParser
 
 METRICS_FILE = "metrics.jsonl"
@@ -125,6 +126,13 @@ def series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float
     return [row["step"] for row in chosen], [row[name] for row in chosen]
 
 
+def curve(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float], list[float]]:
+    """(steps, values in the unit of the number's title, the same values smoothed if they are noisy)."""
+    shown, (steps, values) = quantity(name), series(rows, name)
+    values = [value * shown.scale for value in values]
+    return steps, values, smooth(values) if shown.noisy else values
+
+
 def smooth(values: list[float]) -> list[float]:
     """A weighted mean around each value, nearer ones counting more: it neither lags nor leads, except at the ends."""
     decay = min(0.95, 1 - 8 / (len(values) + 8))
@@ -166,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     check_installed(args.to)
     run_dir = find_run_dir(args.run_dir)
-    for stage_dir in (run_dir / stage for stage in STAGES if (run_dir / stage / SETTINGS_FILE).exists()):
+    for stage_dir in (run_dir / stage for stage in begun_stages(run_dir)):
         print(f"{stage_dir}: {replay(stage_dir, args.to, args.run):,} rows sent to {args.to}")
     return 0
 

@@ -151,8 +151,7 @@ def _fits(model: GPT, rows: int, engine_share: float = 0.0) -> bool:
     """
     device = model.get_device()
     idx = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=device)
-    with torch.device("meta"):  # an optimizer allocates its state when it is made; here only the size is wanted
-        state_bytes = GPT(model.config).setup_optimizer().state_bytes()
+    state_bytes = GPT.on_meta(model.config).setup_optimizer().state_bytes()  # an optimizer allocates its state at once
     engine_bytes = int(engine_share * torch.cuda.mem_get_info(device)[0]) if engine_share else 0
     try:
         reserve = torch.empty(state_bytes + engine_bytes, dtype=torch.uint8, device=device)

@@ -7,18 +7,15 @@ depth 12 (dev/LOG.md, "A third time on an H200"). NANOCHAT_CUDA_GRAPHS=0 launche
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Sequence
 
 import torch
 
-from nanochat.common import NanochatError, first_line
+from nanochat.common import NanochatError, first_line, logger
 from nanochat.compilation import side_stream
 from nanochat.gpt import GPT
 from nanochat.layers import Embedding
-
-logger = logging.getLogger(__name__)
 
 # (inputs, targets, ...), each with B rows; a pass may split it by rows. targets: (B, T) int64, -1: nothing to predict.
 Batch = tuple[torch.Tensor, ...]
@@ -40,7 +37,6 @@ class Passes:
         self.model, self.loss_fn = model, loss_fn
         self._tables = list(model.tables().values())
         self._tried: Shape | None = None  # of the pass that was recorded, or that did not fit in memory
-        self._newest: Shape | None = None
         self._recording: _Recording | None = None
 
     def run(self, batches: Sequence[Batch], count: torch.Tensor) -> torch.Tensor:
@@ -95,11 +91,9 @@ class Passes:
         return allowed and fixed and model.is_compiled and model.get_device().type == "cuda"
 
     def _record(self, batch: Batch, count: torch.Tensor) -> None:
-        """Record a pass of a new shape: at once if the number of idle blocks changed, else when it comes twice in a row."""
+        """Record a pass, once for each number of idle blocks; batches of other shapes are launched kernel by kernel."""
         shape = self._shape_of(batch)
-        comes_again, self._newest = shape == self._newest, shape
-        new_blocks = self._tried is None or shape[0] != self._tried[0]
-        if shape == self._tried or not (new_blocks or comes_again):
+        if self._tried is not None and self._tried[0] == shape[0]:
             return
         self._tried, self._recording = shape, None  # first, to free the memory of the old recording
         try:

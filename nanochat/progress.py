@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
-from nanochat.common import number_from_torchrun
+from nanochat.common import get_dist_info
 
 T = TypeVar("T")
 REFRESH_S = 0.2  # on a terminal
@@ -55,7 +55,7 @@ class Progress:
         place = os.environ.get("NANOCHAT_STAGE")
         self.stage = f"[{place}] {stage}" if place else stage
         self.total, self.unit, self.start, self.work = total, unit, start, work
-        self.active = number_from_torchrun("RANK") == 0
+        self.active = get_dist_info().rank == 0
         self._console = _Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._bar: RichProgress | None = None
         self._shown_at, self._shown_step = 0.0, start

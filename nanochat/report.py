@@ -30,7 +30,7 @@ from nanochat.cpu import cpu_name
 from nanochat.eval_results import read_eval
 from nanochat.files import atomic_write, read_json, short_name
 from nanochat.gpt import GPT
-from nanochat.metrics import METRICS_FILE, read_metrics, series, smooth
+from nanochat.metrics import METRICS_FILE, curve, read_metrics, series
 from nanochat.model_config import read_config
 from nanochat.plots import Bar, Curve, Panel, Shares, draw_bars, draw_panel, draw_shares, save_png, to_svg
 from nanochat.progress import format_seconds
@@ -39,6 +39,7 @@ from nanochat.runs import (
     SETTINGS_FILE,
     STAGE_TITLES,
     STAGES,
+    begun_stages,
     get_run_dir,
     get_runs_dir,
     is_tag,
@@ -122,14 +123,19 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
 
 
 def render(template: str, path: Path, context: dict[str, Any]) -> Path:
-    """Write a file from one of nanochat/templates. HTML is escaped, since samples may contain anything."""
+    """Write a file from one of nanochat/templates."""
+    atomic_write(path, fill(template, context))
+    return path
+
+
+def fill(template: str, context: dict[str, Any]) -> str:
+    """The text of one of nanochat/templates. HTML is escaped, since samples may contain anything."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("nanochat", "templates"), autoescape=template.endswith(".html"),
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"cell": as_cell, "tokens": _mark_tokens}
-    atomic_write(path, environment.get_template(template).render(context))
-    return path
+    return environment.get_template(template).render(context)
 
 
 def as_cell(text: Any) -> str:
@@ -253,10 +259,8 @@ def make_panels(rows: list[dict[str, Any]]) -> dict[str, Panel]:
 def _make_panel(kind: str, names: Sequence[str], rows: list[dict[str, Any]]) -> Panel:
     shown, curves = quantity(kind), []
     for name in names:
-        steps, values = series(rows, name)
-        values = [value * shown.scale for value in values]
+        steps, values, smoothed = curve(rows, name)
         label = f"{name.partition('/')[2]} {values[-1]:.3f}"
-        smoothed = smooth(values) if shown.noisy else values
         curves.append(Curve(label, steps, smoothed, values if shown.noisy else None, dots=kind.startswith("val/")))
     title = shown.title
     if kind.startswith("val/") and len(curves) == 1:
@@ -276,8 +280,7 @@ def _model_section(stage_dir: Path, plots: Path) -> list[Section]:
     steps = list_steps(stage_dir)
     if not steps:
         return []
-    with torch.device("meta"):
-        model = GPT(read_config(read_json(step_dir(stage_dir, steps[-1]) / META_FILE).get("model_config")))
+    model = GPT.on_meta(read_config(read_json(step_dir(stage_dir, steps[-1]) / META_FILE).get("model_config")))
     parts = count_parts(model)
     total = [sum(column) for column in zip(*parts.values(), strict=True)]
 
@@ -380,7 +383,7 @@ def _samples(results: dict[str, Any], rows: list[dict[str, Any]]) -> list[dict[s
 def find_newest_run() -> str:
     """The run that was written to most recently. Raises NanochatError if there is none."""
     found = (path for path in get_runs_dir().glob("*") if is_tag(path.name))
-    runs = [path for path in found if any((path / stage / SETTINGS_FILE).exists() for stage in STAGES)]
+    runs = [path for path in found if begun_stages(path)]
     if not runs:
         raise NanochatError(f"no run in {get_runs_dir()}: make one with python -m scripts.base_train")
     stamps = {run: max(p.stat().st_mtime for stage in STAGES for p in run.glob(f"{stage}/*.json*")) for run in runs}

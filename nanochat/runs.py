@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from nanochat.common import NanochatError, get_base_dir
+from nanochat.common import NanochatError, get_base_dir, some_of
 
 STAGE_TITLES = {"base": "Pretraining", "sft": "Supervised fine-tuning", "rl": "Reinforcement learning"}
 STAGES = tuple(STAGE_TITLES)
@@ -37,8 +37,7 @@ def suggest_runs(name: str) -> str:
         return f"did you mean {', '.join(nearest)}?"
     if not known:
         return "there is none yet: make one with python -m scripts.base_train"
-    more = f" and {len(known) - 10} more" if len(known) > 10 else ""
-    return f"there are {', '.join(known[:10])}{more}"
+    return f"there are {some_of(known, 10)}"
 
 
 def find_run_dir(run: str) -> Path:
@@ -46,9 +45,13 @@ def find_run_dir(run: str) -> Path:
     path = Path(os.path.expanduser(run))
     path = path.parent if path.name in STAGES else path
     for directory in (get_runs_dir() / run, path):
-        if any((directory / stage / SETTINGS_FILE).exists() for stage in STAGES):
+        if begun_stages(directory):
             return directory
     raise NanochatError(f"no run {run!r} in {get_runs_dir()}, nor a directory of one; {suggest_runs(path.name)}")
+
+
+def begun_stages(run_dir: Path) -> list[str]:
+    return [stage for stage in STAGES if (run_dir / stage / SETTINGS_FILE).exists()]
 
 
 def get_stage_dir(tag: str, stage: str) -> Path:

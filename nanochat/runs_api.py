@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from nanochat.common import NanochatError
 from nanochat.eval_results import EVAL_FILE, read_eval
 from nanochat.files import read_json
-from nanochat.metrics import METRICS_FILE, read_metrics, series, smooth, thinned
+from nanochat.metrics import METRICS_FILE, curve, read_metrics, thinned
 from nanochat.openai_api import RequestError
 from nanochat.quantities import QUANTITIES, kind_of, quantity
 from nanochat.runs import SETTINGS_FILE, STAGE_TITLES, STAGES, get_run_dir, get_runs_dir, is_tag, list_steps
@@ -88,8 +88,7 @@ def describe_stage(stage_dir: Path, stamp: tuple[tuple[int, int], ...]) -> dict[
 
 def _curve(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
     """A series with its title and [[step, value], ...], thinned to what a screen shows but always with the last point."""
-    shown, (steps, values) = quantity(name), series(rows, name)
-    values = [value * shown.scale for value in (smooth(values) if shown.noisy else values)]
+    shown, (steps, _, values) = quantity(name), curve(rows, name)
     title = shown.title + (f", {name.partition('/')[2]}" if kind_of(name).endswith("@*") else "")
     points = [[steps[i], values[i]] for i in thinned(len(steps), MAX_POINTS)]
     return {"name": name, "title": f"{title} (smoothed)" if shown.noisy else title, "points": points}

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanochat.checkpoint_manager import read_meta
-from nanochat.common import NanochatError, print0
+from nanochat.common import NanochatError, print0, some_of
 from nanochat.conversation_loader import fingerprint
 from nanochat.ranks import gather_objects
 from nanochat.runs import STAGES, get_run_dir
-from nanochat.settings import CONFIG_FILE
+from nanochat.settings import CONFIG_FILE, flag_of
 from nanochat.training_flags import RATES
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def check_settings(stage: Stage, new: dict[str, Any], args: Arguments) -> None:
             f"--tokenizer={get_run_dir(stage.tag)}, or {anew}"
         )
     for key, value in json.loads(json.dumps(new)).items():
-        flag = "--set" if key == "switches" else "--" + key.replace("_", "-")
+        flag = "--set" if key == "switches" else flag_of(key)
         before = old.get(key, args.defaults[key] if key in args.given else value)  # a flag newer than the run
         if key in RATES and before != value:
             print0(f"going on with {flag} {value}: until now it was {before}")
@@ -95,8 +95,7 @@ def check_data(stage: Stage, source: Source) -> None:
         known = [file.name in place for file in files]
         if known != sorted(known, reverse=True):  # such as shards of a download that arrived in another order
             new = [file.name for file in files if file.name not in place]
-            more = f" and {len(new) - 1} more" if len(new) > 1 else ""
-            print0(f"{new[0]}{more} of {source.name} came later: read behind the files that run {stage.tag!r} began with")
+            print0(f"{some_of(new)} of {source.name} came later: read behind the files that run {stage.tag!r} began with")
         files.sort(key=lambda file: place.get(file.name, len(place)))
 
 

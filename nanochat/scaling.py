@@ -16,8 +16,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
-
 from nanochat.common import NanochatError
 from nanochat.gpt import GPT, GPTConfig
 
@@ -63,8 +61,7 @@ def config_for_depth(
 
 def count_params(config: GPTConfig) -> dict[str, int]:
     """GPT.num_scaling_params, without allocating any weights."""
-    with torch.device("meta"):
-        return GPT(config).num_scaling_params()
+    return GPT.on_meta(config).num_scaling_params()
 
 
 @dataclass(frozen=True)

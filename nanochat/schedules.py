@@ -44,7 +44,7 @@ class Schedule:
         """The share of the peak weight decay: half a cosine wave, from 1 to 0."""
         return 0.5 * (1 + math.cos(math.pi * step / self.num_iterations))
 
-    def muon_momentum(self, step: int, peak: float = 0.95) -> float:
+    def muon_momentum(self, step: int, peak: float) -> float:
         """Muon's momentum: from 0.85 up to its peak over 300 steps (or a quarter of the run), less in the warm-down."""
         ramp = min(step / max(1, min(300, self.num_iterations // 4)), 1)
         cooling = max(0.0, 1 - (self.num_iterations - step) / self.warmdown_steps) if self.warmdown_steps else 0.0

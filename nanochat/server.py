@@ -95,7 +95,7 @@ def create_app(
 
     app = FastAPIOffline(title="nanochat", lifespan=lifespan, redoc_url=None)
     app.state.service = service
-    app.add_middleware(Guard, limits=service.limits, api_key=api_key, hosts=hosts)
+    app.add_middleware(Guard, api_key=api_key, hosts=hosts)
     if cors_origins:
         app.add_middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
     _add_error_handlers(app)

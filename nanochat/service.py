@@ -1,7 +1,7 @@
 """The layer between HTTP and the engines: a bounded queue, one model thread per device, updates for the event loop.
 
 A Ticket holds one request's texts. Engines write to them in their threads; the event loop is notified at most once per
-step, however many texts there are. Used by server.py, streams.py, guard.py and scripts/chat_web.py.
+step, however many texts there are. Used by server.py, streams.py and scripts/chat_web.py.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ class Limits:
     """The limits of one server."""
 
     max_waiting: int = 256  # texts in one engine's queue; more get a 429
-    max_body_bytes: int = 2 << 20
-    body_timeout_s: float = 30.0  # for a request to arrive
     request_timeout_s: float = 600.0  # for an answer, waiting included
     grace_s: float = 10.0  # for running answers when the server is told to stop
 

@@ -52,13 +52,13 @@ class Arguments(argparse.Namespace):
         """Raise NanochatError if one of these numbers (named as in `vars`) is below 1; None passes."""
         for name in names:
             if (value := getattr(self, name)) is not None and value < 1:
-                raise NanochatError(f"--{name.replace('_', '-')} {value} is too small: choose 1 or more")
+                raise NanochatError(f"{flag_of(name)} {value} is too small: choose 1 or more")
 
     def require_some(self, *names: str) -> None:
         """Raise NanochatError if one of these counts, which may be -1, is 0."""
         for name in names:
             if getattr(self, name) == 0:
-                raise NanochatError(f"--{name.replace('_', '-')} 0 asks nothing: choose 1 or more, or leave it out")
+                raise NanochatError(f"{flag_of(name)} 0 asks nothing: choose 1 or more, or leave it out")
 
     def leave_open(self, *names: str) -> None:
         """For these numbers, 0 or less means not given: they become their defaults."""
@@ -85,7 +85,7 @@ class Arguments(argparse.Namespace):
         for name in names:
             if not low <= (value := getattr(self, name)) <= high:
                 limits = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
-                raise NanochatError(f"--{name.replace('_', '-')} {value:g} is out of range: choose {limits}")
+                raise NanochatError(f"{flag_of(name)} {value:g} is out of range: choose {limits}")
 
     def to_toml(self, values: dict[str, Any], leave_out: Sequence[str] = ()) -> str:
         """A file for --config that gives the command these values (named as in `vars`), grouped as in --help."""
@@ -209,6 +209,11 @@ def add_sampling_arguments(group: argparse._ActionsContainer, temperature: float
     """Add the flags that say how tokens are drawn, with these defaults."""
     group.add_argument("-t", "--temperature", type=float, default=temperature, help="0: always the likeliest token")
     group.add_argument("-k", "--top-k", type=int, default=top_k, help="sample from the k likeliest tokens (0: from all)")
+
+
+def flag_of(name: str) -> str:
+    """A flag on the command line, from its name in `vars`."""
+    return "--" + name.replace("_", "-")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

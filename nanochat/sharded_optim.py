@@ -82,7 +82,7 @@ class ShardedMuonUnit:
 
     def __init__(self, group: Group, names: list[str], params: list[Any], rank: int, world_size: int) -> None:
         self.group, self.names, self.params = group, names, params  # DTensors, which torch types as parameters
-        self.rank, self.world_size = rank, world_size
+        self.world_size = world_size
         n, (rows, columns) = len(self.params), self.params[0].shape
         per_rank, chunk = -(-n // world_size), -(-rows // world_size)
         bounds = [min(r * per_rank, n) for r in range(world_size + 1)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -46,7 +47,7 @@ from nanochat.metrics import METRICS_FILE, MetricsLog, read_metrics
 from nanochat.model_config import read_config
 from nanochat.optim import MuonAdamW
 from nanochat.pace import TimeLimit
-from nanochat.ranks import all_or_none, on_rank0
+from nanochat.ranks import on_rank0
 from nanochat.runs import SETTINGS_FILE, STAGES, get_run_dir, get_stage_dir, heirs, list_steps, step_dir
 from nanochat.same_run import check_data, check_settings, compare_ranks, way_to_begin_anew
 from nanochat.settings import CONFIG_FILE, Arguments
@@ -111,38 +112,10 @@ def open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Sta
 
 
 def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Stage:
-    if resume == "none":
-        if tag is None:
-            tag, n = default_tag, 1
-            while _is_taken(tag, name):
-                n += 1
-                tag = f"{default_tag}-{n}"
-        elif steps := list_steps(get_stage_dir(tag, name)):
-            raise NanochatError(
-                f"run {tag!r} already has {name} checkpoints up to step {steps[-1]}: add --resume auto to go on, or "
-                f"{way_to_begin_anew(get_stage_dir(tag, name))}"
-            )
-        step = None
-    else:
-        tag = tag or _newest_untagged(name, default_tag)
-        directory = get_stage_dir(tag, name)
-        if directory.exists():
-            with lock_stage(directory):
-                clean_up(directory)
-        if resume == "auto" or _is_second_start(directory, resume):
-            step, skipped = newest_valid_step(directory)
-            if step is None and skipped:  # starting again would overwrite files that may still be repaired
-                raise NanochatError(
-                    f"no checkpoint in {directory} is whole ({re.split('[:;]', skipped[0])[0]}): restore its files, or "
-                    f"{way_to_begin_anew(directory)}"
-                )
-            for sentence in skipped:
-                print0(f"passed over: {sentence}")
-        else:
-            step = int(resume)
-            if step not in list_steps(directory):
-                raise no_such_step(directory, step)
+    if tag is None:
+        tag = _free_tag(name, default_tag) if resume == "none" else _newest_untagged(name, default_tag)
     directory = get_stage_dir(tag, name)
+    step = _step_to_resume(directory, resume)
     if step is not None and (origin := read_meta(directory, step).get("imported")):
         raise NanochatError(
             f"the base model of run {tag!r} came from {origin['from']}: it can be fine-tuned, but not trained on here; "
@@ -154,6 +127,39 @@ def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> St
             "choose another --model-tag"
         )
     return Stage(tag, name, directory, step, list_steps(directory))
+
+
+def _step_to_resume(directory: Path, resume: str) -> int | None:
+    """The step that a stage in this directory goes on from; None to start it. Raises NanochatError; see `open_stage`."""
+    if resume == "none":
+        if steps := list_steps(directory):
+            raise NanochatError(
+                f"run {directory.parent.name!r} already has {directory.name} checkpoints up to step {steps[-1]}: add "
+                f"--resume auto to go on, or {way_to_begin_anew(directory)}"
+            )
+        return None
+    if directory.exists():
+        with lock_stage(directory):
+            clean_up(directory)
+    if resume != "auto" and not _is_second_start(directory, resume):
+        if int(resume) not in list_steps(directory):
+            raise no_such_step(directory, int(resume))
+        return int(resume)
+    step, skipped = newest_valid_step(directory)
+    if step is None and skipped:  # starting again would overwrite files that may still be repaired
+        raise NanochatError(
+            f"no checkpoint in {directory} is whole ({re.split('[:;]', skipped[0])[0]}): restore its files, or "
+            f"{way_to_begin_anew(directory)}"
+        )
+    for sentence in skipped:
+        print0(f"passed over: {sentence}")
+    return step
+
+
+def _free_tag(name: str, default_tag: str) -> str:
+    """The first of d4, d4-2, d4-3 ... without such a stage."""
+    tags = itertools.chain([default_tag], (f"{default_tag}-{n}" for n in itertools.count(2)))
+    return next(tag for tag in tags if not _is_taken(tag, name))
 
 
 def _is_taken(tag: str, name: str) -> bool:
@@ -232,17 +238,15 @@ def begin(
     compare_ranks(shared | {f"the size in bytes or SHA-256 of {name}": value for name, value in files.items()})
     if source is not None:
         check_data(stage, source)
-    all_or_none(lambda: prepare_directory(stage, tokenizer, settings, args, here.rank))
+    on_rank0(lambda: prepare_directory(stage, tokenizer, settings, args))
     save_every = args.save_every if args.save_every >= 0 else args.eval_every
     if "keep_last" not in args.given and 0 < save_every * args.keep_last < settings["num_iterations"]:
         print0(f"the newest {args.keep_last} checkpoints and the best are kept (--keep-last)")
     return settings
 
 
-def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, Any], args: Arguments, rank: int) -> None:
+def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, Any], args: Arguments) -> None:
     """Write settings.json, config.toml and the tokenizer before the stage starts."""
-    if rank != 0:
-        return
     for name in chosen_loggers(args):
         check_installed(name)
     stage.lock.enter_context(lock_stage(stage.directory))  # for the life of the stage
@@ -277,8 +281,7 @@ def make_model(
     else:
         from nanochat.sharding import shard
 
-        with torch.device("meta"):
-            model = GPT(read_config(model_config))
+        model = GPT.on_meta(read_config(model_config))
         shard(model, device)
         model.to_empty(device=device)
         if start is None:

@@ -10,6 +10,8 @@ import threading
 import time
 from collections.abc import Iterator
 
+from nanochat.common import get_dist_info
+
 PATIENCE_S = 3.0  # a second signal within this time counts as the same request
 
 
@@ -37,7 +39,7 @@ class StopRequest:
             now = time.monotonic()
             if self._asked_at is not None and now - self._asked_at > PATIENCE_S:
                 raise KeyboardInterrupt
-            if self._asked_at is None and os.environ.get("RANK", "0") == "0":
+            if self._asked_at is None and get_dist_info().rank == 0:
                 with contextlib.suppress(OSError):  # not print: the signal may have interrupted a print
                     os.write(2, b"\nstopping once this step is saved; again: at once\n")
             self._asked_at = self._asked_at or now

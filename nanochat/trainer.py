@@ -31,7 +31,7 @@ from nanochat.pace import TimeLimit
 from nanochat.passes import Batch, Passes, summed_loss
 from nanochat.progress import Progress
 from nanochat.quantities import describe_line
-from nanochat.ranks import all_or_none, any_rank, gather_objects, sum_over_ranks
+from nanochat.ranks import all_or_none, any_rank, gather_objects, on_rank0, sum_over_ranks
 from nanochat.runs import list_steps
 from nanochat.schedules import Schedule
 from nanochat.stopping import StopRequest, collect_garbage, frozen_garbage
@@ -163,17 +163,12 @@ class Trainer:
         if self.model.is_sharded:
             self._save_sharded(optimizer_state, meta, wait)
             return
-
-        def write() -> None:
-            if self.rank == 0:
-                begin = self._writer.write if wait else self._writer.start
-                begin(self.step, self.model.state_dict(), optimizer_state, meta, self._best.step)
-
+        checkpoint = (self.step, self.model.state_dict(), optimizer_state, meta, self._best.step)
         self._saved_step = self.step
         if wait:
-            all_or_none(write)
-        else:
-            write()
+            on_rank0(lambda: self._writer.write(*checkpoint))
+        elif self.rank == 0:
+            self._writer.start(*checkpoint)
 
     def _save_sharded(self, optimizer_state: dict[str, torch.Tensor], meta: dict[str, Any], wait: bool) -> None:
         """Each rank writes its part while all wait: there is no memory for a second copy of such a model."""
@@ -312,14 +307,15 @@ class Trainer:
         On a CPU this takes half a minute, and a first update without it shows within seconds that data, memory and loss are
         right; a resumed run computes what the uninterrupted one did. A GPU may have no memory for an uncompiled batch.
         """
-        waits = self.device.type == "cpu" and self.step == 0 and not self.model.is_compiled
-        if self.matmul_rate is None and not waits:
-            self.matmul_rate = measure_matmul_rate(self.device, self.model.get_compute_dtype()) * self.world_size
-        if not self.config.compile or self.model.is_compiled:
+        to_compile = self.config.compile and not self.model.is_compiled
+        if self.device.type == "cpu" and self.step == 0 and not self.model.is_compiled:
+            # Uncompiled blocks keep several times as much for the backward pass; if not run in pieces, recompute them.
+            self.model.recompute_blocks = self._recompute_blocks or (to_compile and not self._passes.in_pieces)
             return
-        # Uncompiled blocks keep several times as much for the backward pass; if not run in pieces, recompute them.
-        self.model.recompute_blocks = self._recompute_blocks or (waits and not self._passes.in_pieces)
-        if waits:
+        self.model.recompute_blocks = self._recompute_blocks
+        if self.matmul_rate is None:
+            self.matmul_rate = measure_matmul_rate(self.device, self.model.get_compute_dtype()) * self.world_size
+        if not to_compile:
             return
         if self.device.type == "cpu":
             self.progress.print("compiling; the next step takes up to a minute, later runs find it cached")

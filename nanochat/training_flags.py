@@ -12,11 +12,16 @@ from nanochat.common import NanochatError
 from nanochat.loggers import LOGGERS
 from nanochat.optim import OptimizerSettings
 from nanochat.schedules import Schedule
-from nanochat.settings import add_device_argument
+from nanochat.settings import add_device_argument, flag_of
 
-RATES = {"matrix_lr", "embedding_lr", "unembedding_lr", "scalar_lr"}
+RATES = {  # fields of OptimizerSettings, and flags
+    "embedding_lr": "peak learning rate of embeddings, at width 768 and before the stage's scaling",
+    "unembedding_lr": "the same for the head",
+    "matrix_lr": "peak learning rate of matrices (Muon), before the stage's scaling",
+    "scalar_lr": "the same for scalars",
+}
 # Fields of GPTConfig and OptimizerSettings that --set refuses, because their flags do more than set the field.
-OF_FLAGS = {name: "--" + name.replace("_", "-") for name in (*sorted(RATES), "weight_decay", "window_pattern")} | {
+OF_FLAGS = {name: flag_of(name) for name in (*RATES, "weight_decay", "window_pattern")} | {
     "sequence_len": "--max-seq-len",
     "vocab_size": "--tokenizer",
 }
@@ -91,14 +96,8 @@ def chosen_loggers(args: argparse.Namespace) -> list[str]:
 
 def add_rate_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the peak learning rates, which stage.setup_optimizer reads."""
-    for name, text in (
-        ("embedding_lr", "peak learning rate of embeddings, at width 768 and before the stage's scaling"),
-        ("unembedding_lr", "the same for the head"),
-        ("matrix_lr", "peak learning rate of matrices (Muon), before the stage's scaling"),
-        ("scalar_lr", "the same for scalars"),
-    ):  # fmt: skip
-        flag = "--" + name.replace("_", "-")
-        group.add_argument(flag, type=float, default=getattr(OptimizerSettings, name), help=text)
+    for name, text in RATES.items():
+        group.add_argument(flag_of(name), type=float, default=getattr(OptimizerSettings, name), help=text)
 
 
 def add_schedule_arguments(group: argparse._ArgumentGroup, **defaults: float) -> None:
@@ -108,8 +107,7 @@ def add_schedule_arguments(group: argparse._ArgumentGroup, **defaults: float) ->
         ("warmdown_ratio", float, "share of the run over which the rates fall"),
         ("final_lr_frac", float, "rate at the last step, as a share of the peak"),
     ):
-        flag = "--" + name.replace("_", "-")
-        group.add_argument(flag, type=kind, default=defaults.get(name, getattr(Schedule, name)), help=text)
+        group.add_argument(flag_of(name), type=kind, default=defaults.get(name, getattr(Schedule, name)), help=text)
 
 
 def parse_switches(pairs: list[str], *settings: type) -> list[dict[str, Any]]:

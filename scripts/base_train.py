@@ -108,7 +108,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     args = parser.parse_args(argv)
     args.prefer_typed(*HORIZON)
     args.require_positive("depth", "aspect_ratio", "max_seq_len", "num_kv_heads")
-    args.require_between(0, math.inf, *sorted(RATES), "weight_decay", "warmup_steps")
+    args.require_between(0, math.inf, *RATES, "weight_decay", "warmup_steps")
     args.require_between(0, 1, "warmdown_ratio", "final_lr_frac", *(["expand_at"] if args.expand_at != -1 else []))
     args.require_some("core_metric_max_per_task")
     args.leave_open("num_iterations", "target_minutes", "target_flops", "total_batch_size")

@@ -78,7 +78,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     optimization.add_argument("--seed", type=int, default=42, help="seed of the order of the conversations")
     add_training_arguments(parser, sample_every=0)
     args = parser.parse_args(argv)
-    args.require_between(0, math.inf, *sorted(RATES), "weight_decay", "init_lr_frac", "warmup_steps")
+    args.require_between(0, math.inf, *RATES, "weight_decay", "init_lr_frac", "warmup_steps")
     args.require_between(0, 1, "warmdown_ratio", "final_lr_frac")
     args.leave_open("max_seq_len", "num_iterations", "target_minutes", "total_batch_size")
     return args

@@ -21,12 +21,12 @@ from rich.table import Table
 from nanochat.common import NanochatError, run_command
 from nanochat.eval_results import read_eval
 from nanochat.files import read_json
-from nanochat.metrics import METRICS_FILE, read_metrics, series, smooth
+from nanochat.metrics import METRICS_FILE, curve, read_metrics, series, smooth
 from nanochat.plots import Bar, Curve, Panel, draw_bars, draw_panel, to_svg
 from nanochat.progress import format_seconds
 from nanochat.quantities import by_kind, quantity
 from nanochat.report import Picture, Section, format_value, render
-from nanochat.runs import SETTINGS_FILE, STAGE_TITLES, STAGES, find_run_dir
+from nanochat.runs import SETTINGS_FILE, STAGE_TITLES, STAGES, begun_stages, find_run_dir
 from nanochat.same_run import WORK_SETTINGS
 from nanochat.scores import centered
 from nanochat.settings import Arguments, SettingsParser
@@ -90,9 +90,8 @@ def main(argv: list[str] | None = None) -> int:
 def read_run(directory: Path, stage: str, name: str) -> Run:
     """Raises NanochatError if the run has no such stage."""
     stage_dir = directory / stage
-    if not (stage_dir / SETTINGS_FILE).exists():
-        stages = [s for s in STAGES if (directory / s / SETTINGS_FILE).exists()]
-        raise NanochatError(f"run {name!r} has no stage {stage}: choose --stage {' or '.join(stages)}, or leave it out")
+    if stage not in (begun := begun_stages(directory)):
+        raise NanochatError(f"run {name!r} has no stage {stage}: choose --stage {' or '.join(begun)}, or leave it out")
     rows = read_metrics(stage_dir / METRICS_FILE)
     return Run(name, read_json(stage_dir / SETTINGS_FILE), rows, read_eval(stage_dir))
 
@@ -184,11 +183,10 @@ def draw_curves(runs: list[Run], x: str) -> list[Picture]:
         shown, curves = quantity(kind), []
         for color, run in enumerate(runs):
             for name in members:
-                steps, values = series(run.rows, name)
+                steps, _, values = curve(run.rows, name)
                 if values:
                     label = run.name if len(members) == 1 else f"{run.name} {name.partition('/')[2]}"
-                    y = smooth(values) if shown.noisy else values
-                    curves.append(Curve(label, over(x, run, steps), y, dots=not shown.noisy, color=color))
+                    curves.append(Curve(label, over(x, run, steps), values, dots=not shown.noisy, color=color))
         if not curves:
             continue
         panel = Panel(shown.title, curves, AXES[x], from_zero=kind == "train/tok_per_s")

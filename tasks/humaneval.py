@@ -28,7 +28,7 @@ class HumanEval(RowTask):
         super().__init__(**slicing)
         if split != "test":
             raise NanochatError("HumanEval has no training split: leave it out of --tasks, measure it with chat_eval")
-        choose_launcher(None)
+        choose_launcher()
         local = ["HumanEval.jsonl", "humaneval/test.jsonl"]
         self.rows = load_rows(data_dir, local, "openai/openai_humaneval", "openai_humaneval", "test", self.convert)
 

@@ -180,14 +180,6 @@ def test_a_source_that_lost_documents_is_noticed(make_loader, source, tmp_path: 
         _loader(get_source(str(tmp_path)), tokenizer).load_state_dict(states)
 
 
-@pytest.mark.parametrize("more", [[], [False]])
-def test_a_run_whose_text_was_dealt_otherwise_does_not_go_on(source, tokenizer: Tokenizer, more: list[bool]) -> None:
-    (state,) = _states([_loader(source, tokenizer)])
-    state["reading"][3:] = more
-    with pytest.raises(NanochatError, match="dealt its text otherwise"):
-        _loader(source, tokenizer).load_state_dict([state])
-
-
 def test_tokens_need_no_tokenizer(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Shards of tokens give what the tokenizer would have."""
     texts = [make_document(seed) for seed in range(80)]

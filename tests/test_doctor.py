@@ -126,7 +126,7 @@ def test_the_hub_is_not_asked_when_offline(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_sandbox_that_is_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(unsafe: bool | None) -> None:
+    def refuse() -> None:
         raise NanochatError("nothing isolates here (bwrap: not installed): install bubblewrap")
 
     monkeypatch.setattr("nanochat.execution.choose_launcher", refuse)

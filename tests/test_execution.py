@@ -185,7 +185,7 @@ def test_whoever_asks_is_told_why_no_process_began(usable_launchers: list[str], 
             except NanochatError as error:
                 told.append(str(error))
 
-    monkeypatch.setattr(execution, "choose_launcher", lambda unsafe: launcher)
+    monkeypatch.setattr(execution, "choose_launcher", lambda: launcher)
     with Sandbox(1) as sandbox:
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
@@ -199,7 +199,7 @@ PARENT_TO_KILL = """
 import threading, time
 import psutil
 from nanochat import execution
-sandbox = execution.Sandbox(2, unsafe={unsafe})
+sandbox = execution.Sandbox(2)
 threading.Thread(target=sandbox.run, args=("while True: pass", 60)).start()
 threading.Thread(target=sandbox.run, args=("import time; time.sleep(60)", 60)).start()
 while len(psutil.Process().children(recursive=True)) < 4:
@@ -211,12 +211,17 @@ time.sleep(60)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("unsafe", [False, True])
-def test_killed_parent_leaves_nothing(unsafe: bool, usable_launchers: list[str], adopted_children, tmp_path: Path) -> None:
+@pytest.mark.parametrize("unsafe", ["0", "1"])
+def test_killed_parent_leaves_nothing(unsafe: str, usable_launchers: list[str], adopted_children, tmp_path: Path) -> None:
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT_TO_KILL.format(unsafe=unsafe)],
+        [sys.executable, "-c", PARENT_TO_KILL],
         stdout=subprocess.PIPE,
-        env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)},
+        env={
+            **os.environ,
+            "TMPDIR": str(tmp_path),
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            "NANOCHAT_UNSAFE_EXECUTION": unsafe,
+        },
     )
     assert parent.stdout is not None
     assert parent.stdout.readline() == b"started\n"

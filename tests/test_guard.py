@@ -12,7 +12,6 @@ from fastapi.testclient import TestClient
 from nanochat import guard
 from nanochat.engine import Engine
 from nanochat.server import create_app
-from nanochat.service import Limits
 from tests.helpers import serve, wait_for
 from tests.test_server import CHAT, HELLO, _request
 
@@ -41,11 +40,12 @@ def test_headers_have_an_end_and_come_in_time(engine: Engine, monkeypatch: pytes
             connection.close()
 
 
-def test_slow_and_broken_clients_do_not_stop_the_others(engine: Engine) -> None:
+def test_slow_and_broken_clients_do_not_stop_the_others(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bodies that never end, garbage, readers of one byte: the next request is served, and the slow one gets its answer."""
     import httpx
 
-    app = create_app([engine], "tiny", Limits(body_timeout_s=0.5))
+    monkeypatch.setattr(guard, "BODY_TIMEOUT_S", 0.5)
+    app = create_app([engine], "tiny")
     with serve(app) as port:
         crowd = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
         crowd[0].sendall(_request(HELLO)[:-10])

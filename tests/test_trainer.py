@@ -408,7 +408,7 @@ def test_what_a_stage_goes_on_from_may_not_change_before_it_starts(tiny_run: Pat
     shutil.copytree(tiny_run / "base" / "step_000006", tiny_run / "base" / "step_000009")
     metrics = (tiny_run / "base" / "metrics.jsonl").read_text(encoding="utf-8")
     with pytest.raises(NanochatError, match="by another process meanwhile"):
-        prepare_directory(stage, tokenizer, {}, base_train.parse_arguments([]), rank=0)
+        prepare_directory(stage, tokenizer, {}, base_train.parse_arguments([]))
     assert (tiny_run / "base" / "metrics.jsonl").read_text(encoding="utf-8") == metrics
 
 

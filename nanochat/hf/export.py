@@ -9,8 +9,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from nanochat.checkpoint_manager import read_meta, save_tensors
 from nanochat.common import NanochatError
 from nanochat.eval_results import read_eval
@@ -20,7 +18,7 @@ from nanochat.hf import TEMPLATE_FILE, read_resource
 from nanochat.hf.tokenizer_json import to_tokenizer_json
 from nanochat.hf.weights import native_obstacles, to_custom, to_native
 from nanochat.metrics import METRICS_FILE, read_metrics, series
-from nanochat.report import as_cell, evaluation_table, settings_table
+from nanochat.report import evaluation_table, fill, settings_table
 from nanochat.runs import SETTINGS_FILE, STAGE_TITLES, get_stage_dir, list_steps
 from nanochat.scores import describe_mean
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -110,23 +108,20 @@ def _tokenizer_config(sequence_len: int) -> dict[str, Any]:
 
 def model_card(model: GPT, meta: dict[str, Any], form: str, repo: str | None) -> str:
     """README.md: what the model is, how to use it, and the results of it and of the models it came from."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("nanochat", "templates"), trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    environment.filters["cell"] = as_cell
     stage_dir = get_stage_dir(meta["tag"], meta["stage"])
-    return environment.get_template("model_card.md").render(
-        name=repo or f"nanochat {meta['tag']}",
-        repo=repo,
-        custom=form == "custom",
-        base=meta["stage"] == "base",
-        stage=STAGE_TITLES[meta["stage"]].lower(),
-        step=meta["step"],
-        config=model.config,
-        num_params=model.num_scaling_params()["total"],
-        numbers=[row for stage, step in _lineage(meta) for row in _measured(meta["tag"], stage, step)],
-        settings=settings_table(read_json(stage_dir / SETTINGS_FILE)),
-    )
+    context = {
+        "name": repo or f"nanochat {meta['tag']}",
+        "repo": repo,
+        "custom": form == "custom",
+        "base": meta["stage"] == "base",
+        "stage": STAGE_TITLES[meta["stage"]].lower(),
+        "step": meta["step"],
+        "config": model.config,
+        "num_params": model.num_scaling_params()["total"],
+        "numbers": [row for stage, step in _lineage(meta) for row in _measured(meta["tag"], stage, step)],
+        "settings": settings_table(read_json(stage_dir / SETTINGS_FILE)),
+    }
+    return fill("model_card.md", context)
 
 
 def _lineage(meta: dict[str, Any]) -> list[tuple[str, int]]:

@@ -7,7 +7,7 @@ later blocks, or scaled queries and keys.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -72,8 +72,7 @@ def to_custom(model: GPT) -> tuple[dict[str, Any], State]:
 def from_custom(content: dict[str, Any], state: State) -> tuple[GPTConfig, State]:
     """The reverse. Raises NanochatError if config.json asks for what gpt.py cannot compute."""
     config = _custom_config(content)
-    with torch.device("meta"):
-        expected = to_custom(GPT(config))[0]
+    expected = to_custom(GPT.on_meta(config))[0]
     for key in ("layer_windows", "value_embedding_layers", "gate_channels", "bigram_rows", "pair_factor"):
         _demand(key, content[key], expected[key])
     _demand("final_logit_softcapping", content["final_logit_softcapping"], LOGIT_CAP)
@@ -83,15 +82,14 @@ def from_custom(content: dict[str, Any], state: State) -> tuple[GPTConfig, State
 
 def _custom_config(content: dict[str, Any]) -> GPTConfig:
     longest = content["max_position_embeddings"]
-    padded = -(-content["vocab_size"] // 64) * 64
-    return _config(
+    config = _config(
         content,
         window_pattern="".join("L" if window >= longest else "S" for window in content["layer_windows"]),
-        bigrams=content["bigram_rows"] // padded,
         value_embeddings=bool(content["value_embedding_layers"]),
         qk_scale=content["qk_scale"],
         rotary_base=content["rotary_base"],
     )
+    return replace(config, bigrams=content["bigram_rows"] // config.padded_vocab_size)
 
 
 # ----------------------------------------------------------------------------- transformers' own class
