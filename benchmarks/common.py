@@ -16,7 +16,7 @@ import torch
 
 from nanochat.common import NanochatError, find_test_data
 from nanochat.devices import get_compute_dtype
-from nanochat.gpt import GPTConfig
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.machine import measure_matmul_rate
 from nanochat.scaling import config_for_depth
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -28,6 +28,19 @@ def real_data(*parts: str) -> Path:
     if folder is None:
         raise NanochatError("this benchmark needs real text: set NANOCHAT_TEST_DATA to its folder")
     return folder.joinpath(*parts)
+
+
+def random_model(device: torch.device, config: GPTConfig) -> GPT:
+    """Every matrix random: a new model's projections are zero, and zeros may be faster to multiply."""
+    model = GPT(config).to(device)
+    model.init_weights(seed=0)
+    with torch.no_grad():
+        if model.bigrams is not None:
+            model.bigrams.weight.normal_(0, 0.1)
+        for block in model.blocks:
+            block.attn.c_proj.weight.normal_(0, 0.02)
+            block.mlp.c_proj.weight.normal_(0, 0.02)
+    return model
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

@@ -14,8 +14,7 @@ import time
 
 import torch
 
-from benchmarks.common import describe_machine, print_result, real_data
-from benchmarks.decode import build_model
+from benchmarks.common import describe_machine, print_result, random_model, real_data
 from nanochat.common import run_command
 from nanochat.core_eval import NanochatScorer, Question, build_question, read_items, read_tasks
 from nanochat.devices import compute_init
@@ -45,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     *_, device = compute_init()
     config = GPTConfig(sequence_len=512, vocab_size=4096, n_layer=4, n_head=3, n_kv_head=3, n_embd=192)
-    model = build_model(device, config).eval()
+    model = random_model(device, config).eval()
     with torch.no_grad():
         model.lm_head.weight.normal_(0, 0.05)  # a new model's is so small that all texts are about equally likely
     scorer = NanochatScorer(model, Tokenizer.train(iter(pydoc_data.topics.topics.values()), 4096))

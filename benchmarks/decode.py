@@ -9,26 +9,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-import torch
-
-from benchmarks.common import add_model_arguments, any_tokenizer, shape_of
+from benchmarks.common import add_model_arguments, any_tokenizer, random_model, shape_of
 from nanochat.common import run_command
 from nanochat.devices import compute_init
-from nanochat.gpt import GPT, GPTConfig
 from scripts import infer_bench
-
-
-def build_model(device: torch.device, config: GPTConfig) -> GPT:
-    """Every matrix random: a new model's projections are zero, and zeros may be faster to multiply."""
-    model = GPT(config).to(device)
-    model.init_weights(seed=0)
-    with torch.no_grad():
-        if model.bigrams is not None:
-            model.bigrams.weight.normal_(0, 0.1)
-        for block in model.blocks:
-            block.attn.c_proj.weight.normal_(0, 0.02)
-            block.mlp.c_proj.weight.normal_(0, 0.02)
-    return model
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     infer_bench.add_measurement_arguments(parser)
     args = parser.parse_args(argv)
     *_, device = compute_init()
-    model = build_model(device, shape_of(args))
+    model = random_model(device, shape_of(args))
     report = {"model": f"depth {args.depth}, width {model.config.n_embd}"}
     return infer_bench.run(model, any_tokenizer(model.config.vocab_size), args, report)
 

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 import uvicorn
 
-from benchmarks.common import any_tokenizer, print_result
-from benchmarks.decode import build_model
+from benchmarks.common import any_tokenizer, print_result, random_model
 from nanochat.common import run_command
 from nanochat.devices import compute_init
 from nanochat.engine import Engine
@@ -53,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def begin() -> tuple[Engine, float]:
         engine = Engine(
-            prepare_for_inference(build_model(device, config_for_depth(4, vocab_size=4096, sequence_len=512, head_dim=64))),
+            prepare_for_inference(random_model(device, config_for_depth(4, vocab_size=4096, sequence_len=512, head_dim=64))),
             tokenizer,
             max_rows=32,
         )

@@ -1,4 +1,4 @@
-"""Files of documents (parquet, JSON lines, plain text) that can be read from any row on. Used by dataset.py, data_prep.py
+"""Files of documents (parquet, JSON lines, plain text) that can be read from any row on. Used by dataset.py, prep_steps.py
 and raw_files.py.
 
 A document is a text or, in a parquet file written by scripts/data_prep, its token ids.

@@ -1,6 +1,6 @@
 """What blocks are made of: tables that are looked up, matrices that multiply, norms, rotary positions.
 
-Used by gpt.py, runner.py, fp8.py and heads_kernel.py.
+Used by gpt.py, passes.py, runner.py and heads_kernel.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measures how fast this machine is, and manages its threads and memory. Used by everything that measures or plans."""
+"""Measures how fast this machine is. Used by everything that measures or plans."""
 
 from __future__ import annotations
 

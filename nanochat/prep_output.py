@@ -1,6 +1,6 @@
 """The folder that scripts/data_prep fills: what determines its shards, where its files are, and who is at work on it.
 
-Used by that script, data_prep.py and prep_stages.py. It does without datatrove, so that the script can say what is missing.
+Used by that script, prep_steps.py and prep_stages.py. It does without datatrove, so that the script can say what is missing.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from typing import Any
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
-from nanochat import data_prep as steps
+from nanochat import prep_steps as steps
 from nanochat.common import NanochatError
 from nanochat.cpu import usable_cores
 from nanochat.files import atomic_write

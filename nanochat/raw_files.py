@@ -1,4 +1,4 @@
-"""Finds and reads raw text for data preparation: files of any supported kind, compressed or not. Used by data_prep.py and
+"""Finds and reads raw text for data preparation: files of any supported kind, compressed or not. Used by prep_steps.py and
 scripts/data_prep.
 
 Training reads with document_files.py, which can begin at any row; here every row is read once, from the first on.

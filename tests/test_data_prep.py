@@ -30,8 +30,8 @@ from tests.helpers import make_document
 
 pytest.importorskip("datatrove", reason="data preparation needs bash runs/setup.sh data")
 
-from nanochat.data_prep import ReadDocuments, ScatterDocuments, document_key
 from nanochat.prep_stages import build_stages
+from nanochat.prep_steps import ReadDocuments, ScatterDocuments, document_key
 
 NUM_DISTINCT = 300
 SHARD_TOKENS = "--shard-tokens=3000"
