@@ -154,7 +154,7 @@ def _describe_attention(device: torch.device, dtype: torch.dtype) -> str:
     """The backend that flash_attention.choose_backend will try first in training; probing it here would take too long."""
     absent: list[str] = []
     for backend in list_backends(device, dtype, fixed_shape=True):
-        title, package = KERNELS[backend.name]
+        title, package = KERNELS.get(backend.name, (backend.name, None))
         if package is None or _what_is_wrong(Requirement(package)) is None:
             without = f" ({', '.join(absent)} is not installed)" if absent else ""
             return f"{title}, if its probe succeeds when a command starts{without}"

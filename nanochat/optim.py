@@ -107,6 +107,8 @@ def build_optimizer(model: GPT, settings: OptimizerSettings) -> MuonAdamW:
     ]
     alike: dict[tuple[tuple[int, ...], tuple[int, ...]], list[str]] = {}  # names of matrices by shape and block
     for name, p in by_name.items():
+        if not name.startswith("blocks.") or p.dim() != 2:
+            raise ValueError(f"{name} is in no group of the optimizer: add one in build_optimizer")
         block = _block(name, p.shape, model.config.head_dim) if settings.muon_blocks else tuple(p.shape)
         alike.setdefault((tuple(p.shape), block), []).append(name)
     muon = [

@@ -57,7 +57,7 @@ ON_AXES = {"train/tokens", "train/flops", "train/mfu"}  # logged, but without cu
 SHOWN_SETTINGS = (
     "depth", "data", "tasks", "max_seq_len", "window_pattern", "num_iterations", "total_batch_size", "expand_at",
     "device_batch_size", "num_params", "num_scaling_params", "flops_per_token", "matrix_lr", "embedding_lr",
-    "unembedding_lr", "weight_decay", "device", "dtype", "world_size", "parent",
+    "unembedding_lr", "weight_decay", "switches", "device", "dtype", "world_size", "parent",
 )  # fmt: skip
 
 
@@ -220,7 +220,7 @@ def _settings_section(stage: str, settings: dict[str, Any]) -> Section:
 
 def settings_table(settings: dict[str, Any]) -> list[list[str]]:
     """Rows of (name, value): the settings that describe a stage; only the last part of paths."""
-    shown = {key: settings[key] for key in SHOWN_SETTINGS if settings.get(key) is not None}
+    shown = {key: settings[key] for key in SHOWN_SETTINGS if settings.get(key) not in (None, [])}
     if "data" in shown:
         shown["data"] = short_name(str(shown["data"]))
     return [[key.replace("_", " "), format_value(value)] for key, value in shown.items()]
@@ -230,14 +230,18 @@ def format_value(value: Any) -> str:
     """A setting, as a table shows it."""
     if isinstance(value, float) and abs(value) >= 1e6:  # FLOPs
         return f"{value:.3g}"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 
 def _curves_section(stage: str, rows: list[dict[str, Any]], plots: Path) -> list[Section]:
     """Curves of everything that a stage logged over its steps."""
-    title, pictures = STAGE_TITLES[stage], []
+    title, pictures = STAGE_TITLES[stage], list[Picture]()
     for kind, panel in make_panels(rows).items():
-        name = f"{stage}_{re.sub('[^a-z]+', '_', kind)}"
+        name = f"{stage}_{re.sub('[^a-z0-9]+', '_', kind.lower())}"
+        while name in {picture.name for picture in pictures}:
+            name += "_"
         pictures.append(_add_picture(plots, name, f"{title}: {panel.title}", draw_panel(panel), wide=False))
     return [Section(f"{title}: curves", pictures=pictures)] if pictures else []
 

@@ -41,11 +41,11 @@ from nanochat.dataset import Source
 from nanochat.devices import get_compute_dtype
 from nanochat.files import atomic_write, read_json
 from nanochat.fp8 import enable_fp8
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.loggers import check_installed
 from nanochat.metrics import METRICS_FILE, MetricsLog, read_metrics
 from nanochat.model_config import read_config
-from nanochat.optim import MuonAdamW
+from nanochat.optim import MuonAdamW, OptimizerSettings
 from nanochat.pace import TimeLimit
 from nanochat.ranks import on_rank0
 from nanochat.runs import SETTINGS_FILE, STAGES, get_run_dir, get_stage_dir, heirs, list_steps, step_dir
@@ -53,7 +53,7 @@ from nanochat.same_run import check_data, check_settings, compare_ranks, way_to_
 from nanochat.settings import CONFIG_FILE, Arguments
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import TrainConfig, Trainer
-from nanochat.training_flags import RATES, chosen_loggers
+from nanochat.training_flags import RATES, chosen_loggers, parse_switches
 
 
 @dataclass(frozen=True)
@@ -309,6 +309,11 @@ def setup_optimizer(model: GPT, args: argparse.Namespace, scale: float, weight_d
     """The model's optimizer with the rates from the flags, all times `scale`; settings: more of OptimizerSettings."""
     rates = {name: getattr(args, name) * scale for name in RATES}
     return model.setup_optimizer(**rates, weight_decay=weight_decay, **settings)
+
+
+def optimizer_switches(meta: dict[str, Any]) -> dict[str, Any]:
+    """What --set said of the optimizer when the run's base model was trained: it holds for later stages, too."""
+    return parse_switches(meta["settings"].get("switches", []), GPTConfig, OptimizerSettings)[1]
 
 
 def load_optimizer(optimizer: MuonAdamW, stage_dir: Path, step: int, way_out: str = "add --load-optimizer 0") -> None:

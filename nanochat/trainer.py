@@ -30,7 +30,7 @@ from nanochat.optim import MuonAdamW
 from nanochat.pace import TimeLimit
 from nanochat.passes import Batch, Passes, summed_loss
 from nanochat.progress import Progress
-from nanochat.quantities import describe_line
+from nanochat.quantities import describe_line, quantity
 from nanochat.ranks import all_or_none, any_rank, gather_objects, on_rank0, sum_over_ranks
 from nanochat.runs import list_steps
 from nanochat.schedules import Schedule
@@ -442,7 +442,7 @@ class Trainer:
         if self.step == self._saved_step:
             self._best.note(self.step, results)  # first: once the last step's row is there, a run counts as complete
         self.metrics.log({"step": self.step, "time_s": round(self.time_s, 4), **results})
-        text = ", ".join(f"{name} {value:.4f}" for name, value in results.items())
+        text = ", ".join(f"{name} {quantity(name).show(value)}" for name, value in results.items())
         self.progress.print(f"step {self.step}: {text}")
 
     def _sample(self) -> None:

@@ -23,7 +23,18 @@ from nanochat.rl import OBJECTIVES, RolloutLoader, RolloutSettings, make_policy_
 from nanochat.same_run import check_mixture
 from nanochat.samples import sample_answers
 from nanochat.settings import Arguments, SettingsParser
-from nanochat.stage import Stage, begin, make_model, open_metrics, open_stage, open_start, setup_optimizer, train, train_config
+from nanochat.stage import (
+    Stage,
+    begin,
+    make_model,
+    open_metrics,
+    open_stage,
+    open_start,
+    optimizer_switches,
+    setup_optimizer,
+    train,
+    train_config,
+)
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import Trainer
 from nanochat.training_flags import RATES, add_rate_arguments, add_training_arguments
@@ -127,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
     rows_per_rank = -(-args.examples_per_step // world_size) * args.num_samples
     decided = {
         **mixture, "tasks": args.task, "num_iterations": num_iterations, "device_batch_size": rows,
-        "parent": f"{args.source} step {parent_step}",
+        "parent": f"{args.source} step {parent_step}", "switches": meta["settings"].get("switches", []),
     }  # fmt: skip
     settings = begin(stage, model, tokenizer, args, decided)
     if settings is None:
@@ -135,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     print0(f"reinforcing {stage.tag} on {args.task}: {num_iterations:,} updates of {args.examples_per_step} problems")
 
     # The parts
-    optimizer = setup_optimizer(model, args, args.init_lr_frac, args.weight_decay)
+    optimizer = setup_optimizer(model, args, args.init_lr_frac, args.weight_decay, **optimizer_switches(meta))
     engine = Engine(model, tokenizer, max_rows=args.max_rows)
     if args.compile and (reason := engine.compile(frozen=False)) is not None:
         print0(f"answering without torch.compile: {reason}")

@@ -36,6 +36,7 @@ from nanochat.stage import (
     open_metrics,
     open_stage,
     open_start,
+    optimizer_switches,
     setup_optimizer,
     time_limit,
     train,
@@ -180,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
     total_batch_size, rows, num_iterations = plan(args, stage, model, base_batch, tokens_in_pass, world_size)
     decided = {
         **mixture, "num_iterations": num_iterations, "total_batch_size": total_batch_size, "device_batch_size": rows,
-        "parent": f"base step {base_step}",
+        "parent": f"base step {base_step}", "switches": meta["settings"].get("switches", []),
     }  # fmt: skip
     settings = begin(stage, model, tokenizer, args, decided)
     if settings is None:
@@ -189,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # The parts
     scale = args.init_lr_frac * learning_rate_scale(total_batch_size)
-    optimizer = setup_optimizer(model, args, scale, args.weight_decay)
+    optimizer = setup_optimizer(model, args, scale, args.weight_decay, **optimizer_switches(meta))
     if stage.resume_step is None and args.load_optimizer and "imported" not in meta:
         load_optimizer(optimizer, start_dir, base_step)
     loader = ConversationLoader(train_task, tokenizer, rows, sequence_len, rank, world_size, device, seed=args.seed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ import torch
 from nanochat.checkpoint_manager import read_meta
 from nanochat.common import NanochatError
 from nanochat.loss_eval import batches_to_validate
+from nanochat.report import settings_table
 from nanochat.runs import list_steps
-from nanochat.stage import Stage
-from scripts import chat_sft
+from nanochat.stage import Stage, optimizer_switches
+from nanochat.tokenizer import Tokenizer
+from scripts import base_train, chat_sft
+from tests.conftest import TINY_TRAINING
 from tests.helpers import write_gsm8k
 
 FLAGS = ["--model-tag=tiny", "--no-compile", "--device-type=cpu", "--eval-tokens=256", "--num-iterations=2", "--save-every=1"]
@@ -137,3 +141,21 @@ def test_a_stage_by_time_is_repeated_by_its_updates(tiny_run: Path, monkeypatch:
 )
 def test_evaluations_of_all_runs_take_equally_many_tokens(asked: int | None, device: str, batches: int | None) -> None:
     assert batches_to_validate(asked, torch.device(device), 1024) == batches
+
+
+def test_the_bases_switches_of_the_optimizer_hold(
+    corpus: Path, tokenizer: Tokenizer, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when fine-tuning goes on, and in whatever starts from it."""
+    tokenizer.save(base_dir / "tokenizers" / "default")
+    flags = [*TINY_TRAINING, f"--data={corpus}", "--model-tag=tiny", "muon_beta2=0.5"]
+    assert base_train.main(flags) == 0
+    given: list[dict[str, Any]] = []
+    real = chat_sft.setup_optimizer
+    monkeypatch.setattr(chat_sft, "setup_optimizer", lambda *args, **more: given.append(more) or real(*args, **more))
+    assert chat_sft.main([*FLAGS, "--tasks=Arithmetic:60"]) == 0
+    assert chat_sft.main([*FLAGS, "--tasks=Arithmetic:60", "--resume=1"]) == 0
+    assert given == [{"muon_beta2": 0.5}] * 2
+    settings = read_meta(base_dir / "runs" / "tiny" / "sft", 2)["settings"]
+    assert optimizer_switches({"settings": settings}) == given[0]
+    assert ["switches", "bigrams=1, muon_beta2=0.5"] in settings_table(settings)

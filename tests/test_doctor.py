@@ -178,4 +178,4 @@ def test_it_names_the_attention_of_a_gpu(
 
 def test_every_kernel_of_attention_has_a_title(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert {backend.name for backend in list_backends(torch.device("cuda"), torch.bfloat16, True)} == set(doctor.KERNELS)
+    assert {backend.name for backend in list_backends(torch.device("cuda"), torch.bfloat16, True)} <= set(doctor.KERNELS)

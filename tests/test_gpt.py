@@ -130,7 +130,8 @@ def test_attention_in_float16_is_as_exact_as_its_numbers(window: int, D: int) ->
 
 def test_only_our_own_attention_is_given_blocks() -> None:
     """On a CPU that compiles another backend's mask may be a tensor, which says nothing of blocks."""
-    plan = plan_attention(256, 100, torch.device("cpu"), torch.float32, compiled=True)
+    mask = flash_attention.plain_mask(256, 100, torch.device("cpu"))
+    plan = flash_attention.AttentionPlan(flash_attention.attend_plain, 100, mask, compiled=True)
     assert plan.block_size(256) == 128 and plan.block_size(200) is None
     assert plan._replace(backend=flash_attention.attend_masked, mask=torch.zeros(2, 1, 256, 256)).block_size(256) is None
 

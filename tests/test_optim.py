@@ -34,8 +34,8 @@ from tests.helpers import make_model
 def test_a_kind_of_group_without_a_unit_is_no_other_kind(sharded: bool) -> None:
     """Above all not AdamW; each kind has a unit for whole parameters and one for parts."""
     assert set(UNITS) == set(SHARDED_UNITS)
-    with pytest.raises(KeyError, match="lion"):
-        MuonAdamW([Group("lion", ["a"], [torch.nn.Parameter(torch.ones(2))], 0.1)], sharded)
+    with pytest.raises(KeyError, match="unheard of"):
+        MuonAdamW([Group("unheard of", ["a"], [torch.nn.Parameter(torch.ones(2))], 0.1)], sharded)
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 24), (2, 16, 64), (2, 64, 16)])

@@ -249,6 +249,17 @@ def test_every_series_has_a_panel_but_single_points_and_zeros() -> None:
     assert [curve.label for curve in panels["val/pass@*"].curves] == ["pass@1 0.100", "pass@8 0.400"]
 
 
+def test_no_picture_takes_the_place_of_another(tiny_run: Path) -> None:
+    names = ["val/top1", "val/top5", "val/ARC", "val/arc", "val/top-1"]
+    with open(tiny_run / "base" / "metrics.jsonl", "a", encoding="utf-8") as file:
+        for step in (5, 6):
+            file.write(json.dumps({"step": step, "time_s": 1.0, **dict.fromkeys(names, 0.5)}) + "\n")
+    report, _ = write_report(tiny_run)
+    shown = re.findall(r"plots/(base_val_(?:top|arc).*)\.png", report.read_text(encoding="utf-8"))
+    assert len(shown) == len({name.lower() for name in shown}) == len(names)
+    assert all((tiny_run / "plots" / f"{name}.png").exists() for name in shown)
+
+
 @pytest.mark.parametrize("values", [[-2.0, -1.0], [-1.0, 3.0], [0.0, 0.0], [1.0, 2.0]])
 def test_a_panel_from_zero_shows_all_values_and_zero(values: list[float]) -> None:
     axis = draw_panel(Panel("reward", [Curve("reward", [1, 2], values)], from_zero=True)).axes[0]
