@@ -148,7 +148,7 @@ def test_the_bases_switches_of_the_optimizer_hold(
 ) -> None:
     """Also when fine-tuning goes on, and in whatever starts from it."""
     tokenizer.save(base_dir / "tokenizers" / "default")
-    flags = [*TINY_TRAINING, f"--data={corpus}", "--model-tag=tiny", "muon_beta2=0.5"]
+    flags = [*TINY_TRAINING, "muon_beta2=0.5", f"--data={corpus}", "--model-tag=tiny"]
     assert base_train.main(flags) == 0
     given: list[dict[str, Any]] = []
     real = chat_sft.setup_optimizer
