@@ -204,6 +204,11 @@ class KVBlocks:
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
 
+    @torch.inference_mode()
+    def clear(self) -> None:
+        for memory in (*self.keys, *self.values):
+            memory.zero_()
+
     @staticmethod
     def bytes_per_block(config: GPTConfig, dtype: torch.dtype) -> int:
         return 2 * config.n_layer * BLOCK_SIZE * config.n_kv_head * config.head_dim * dtype.itemsize

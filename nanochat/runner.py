@@ -3,8 +3,8 @@ that chat or measure use `prepare_for_inference`.
 
 A decoding step is compiled once, for any number of texts and any length: on a CPU with the weights packed for its matrix
 units, on CUDA with one graph for each batch size and length, both rounded to powers of two. A step with one text runs as
-one with two, so on a CPU a text's tokens never depend on how many others are in the batch. On a GPU the draw does not
-depend on them, but logits may differ by rounding.
+one with two, so on a CPU a text's tokens do not depend on how many others are in the batch. On a GPU, and in float32 on a
+CPU that has not compiled, the draw does not depend on them, but logits may differ by rounding.
 """
 
 from __future__ import annotations

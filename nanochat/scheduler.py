@@ -16,10 +16,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
 
-import psutil
 import torch
 
 from nanochat.common import NanochatError, logger
+from nanochat.cpu import available_memory
 from nanochat.gpt import GPT
 from nanochat.kv_cache import BLOCK_SIZE, BlockAllocator, KVBlocks
 from nanochat.runner import ModelRunner
@@ -176,10 +176,14 @@ class Scheduler:
             if sequence is None:
                 self._waits_for_tools = not self.rows
                 return
+            if sequence.computed >= (prompt_end := len(sequence.prompt)):  # put back, and its prompt is still in blocks
+                self.prefilling = None
+                self._enter_row(sequence)
+                continue
             # A text's chunks always end at multiples of the chunk size, so its numbers do not depend on other texts in the
             # batch. They can depend on earlier texts: decoding rounds keys and values in shared blocks differently in
-            # bfloat16 than prefill does.
-            end = min(sequence.length, (sequence.computed // self.chunk + 1) * self.chunk)
+            # bfloat16 than prefill does. So what a text that was put back had generated is decoded again.
+            end = min(prompt_end, (sequence.computed // self.chunk + 1) * self.chunk)
             tokens = sequence.slice(sequence.computed, end)
             every = sequence.params.prompt_logprobs and not sequence.tokens
             before = sequence.token_before(sequence.computed)
@@ -192,14 +196,15 @@ class Scheduler:
             # All weights are read for a prompt of one token, too: many short ones must not hold up running texts.
             budget -= max(len(tokens), self.chunk // 8)
             self._advance(sequence, end)
-            if end == sequence.length:
+            if end == prompt_end:
                 self.prefilling = None
                 if sequence.params.max_tokens == 0:
                     self._finish(sequence, "length")
                     continue
                 self._enter_row(sequence)
-                self._keep_prompt(sequence, logits)
-                self._sample([sequence], logits)
+                if not sequence.tokens:
+                    self._keep_prompt(sequence, logits)
+                    self._sample([sequence], logits)
 
     def _admit(self) -> Sequence | None:
         """Begin the prompt that has waited longest, if a row and enough memory are free."""
@@ -242,11 +247,10 @@ class Scheduler:
 
     def _keep_prompt(self, sequence: Sequence, logits: torch.Tensor) -> None:
         """Keep a prompt that was just computed, if the next waiting text has the same one."""
-        if not sequence.tokens:
-            self._computed = ComputedPrompt(sequence.prompt, list(sequence.blocks), sequence.content, logits)
-            self.allocator.use(self._computed.blocks)
-            if not self._next_is_sample:
-                self._let_go()
+        self._computed = ComputedPrompt(sequence.prompt, list(sequence.blocks), sequence.content, logits)
+        self.allocator.use(self._computed.blocks)
+        if not self._next_is_sample:
+            self._let_go()
 
     def _begin_samples(self) -> None:
         """Start the next waiting texts as long as their prompt is the one that is kept."""
@@ -342,7 +346,11 @@ class Scheduler:
         chosen = sample(adjusted, self._settings, uniform)
         drawn = chosen.tolist()
         if min(drawn) < 0:
-            raise NanochatError("the model's logits are not finite: its weights are damaged, or diverged in training")
+            error = "the model's logits are not finite: its weights are damaged, or diverged in training"
+            self.end_all("error", error)
+            self.runner.memory.clear()  # what is masked counts 0 times, but 0 times NaN would spoil the next text
+            self.allocator.forget()
+            raise NanochatError(error)
         if any(p.policy_logprobs for p in params):
             for sequence, logprob in zip(sequences, policy_logprobs(adjusted, self._settings, chosen).tolist(), strict=True):
                 sequence.policy_logprobs.append(logprob)
@@ -460,7 +468,7 @@ def _choose_num_blocks(model: GPT, max_rows: int, kv_tokens: int) -> int:
     if kv_tokens:
         wanted = -(-kv_tokens // BLOCK_SIZE)
     else:
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
         wanted = int(MEMORY_SHARE * free) // KVBlocks.bytes_per_block(config, model.get_compute_dtype())
         wanted = min(wanted, whole * max_rows)
     return max(wanted, whole) + 1

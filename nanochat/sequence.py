@@ -106,9 +106,9 @@ class Sequence:
         found = [at for at in map(text.find, self.params.stop) if at >= 0]
         if found:
             return text[: min(found)], True
-        held = max(n for stop in self.params.stop for n in range(min(len(stop), len(text) + 1)) if text.endswith(stop[:n]))
-        self.held_text = text[len(text) - held :]
-        return text[: len(text) - held], False
+        shown = min(_beginning(stop, text) for stop in self.params.stop)
+        self.held_text = text[shown:]
+        return text[:shown], False
 
     def mark_seen(self, logits: torch.Tensor) -> torch.Tensor:
         """(vocab_size,) bool, on the device of logits (vocab_size,): the tokens that occur; a call adds only the new ones."""
@@ -128,6 +128,16 @@ class Sequence:
         self.finish_reason = reason  # last: other threads stop reading then
         if self.on_update is not None:
             self.on_update(self)
+
+
+def _beginning(stop: str, text: str) -> int:
+    """Where the end of a text begins that may become `stop`, which it does not hold; its length if no end may."""
+    at = max(0, len(text) - len(stop) + 1)
+    while (at := text.find(stop[0], at)) >= 0:
+        if stop.startswith(text[at:]):
+            return at
+        at += 1
+    return len(text)
 
 
 def next_piece(decoder: IncrementalDecoder, token: int) -> tuple[str, str]:

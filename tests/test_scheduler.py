@@ -6,12 +6,14 @@ import threading
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nanochat.engine import Engine
 from nanochat.kv_cache import BLOCK_SIZE
 from nanochat.openai_api import Reply
 from nanochat.sampling import SamplingParams
-from nanochat.sequence import Sequence
+from nanochat.sequence import Sequence, _beginning
 from nanochat.tokenizer import Tokenizer
 from tests.helpers import calculator_call, make_engine, make_it_say, run_texts
 
@@ -71,6 +73,13 @@ def test_of_several_stop_texts_the_first_place_counts(
     make_it_say(engine, monkeypatch, the)
     (row,) = run_texts(engine, [Sequence([1, 2], SamplingParams(seed=1000, max_tokens=9, stop=("e", "h")))])
     assert row.text == "t"
+
+
+@given(st.text("ab", max_size=12), st.text("ab", min_size=1, max_size=6))
+def test_the_shortest_text_is_held_back(text: str, stop: str) -> None:
+    """From the first place on whose rest is a beginning of the stop text."""
+    if stop not in text:
+        assert _beginning(stop, text) == min(at for at in range(len(text) + 1) if stop.startswith(text[at:]))
 
 
 def test_a_text_that_was_only_submitted_waits(engine: Engine) -> None:
