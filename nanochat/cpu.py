@@ -1,4 +1,4 @@
-"""This machine's processor: what it is and multiplies natively, how many cores are ours, and what freed memory it keeps."""
+"""This machine's processor: what it is and multiplies natively, how many cores and how much memory are ours."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import ctypes
 import math
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 
-CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # a container's quota: microseconds of processor time per period
+import psutil
+
+CGROUP = Path("/sys/fs/cgroup")  # a container's limits
 INSTRUCTIONS = {  # as PyTorch asks for them; older versions cannot ask for all
     "AVX2": "_is_avx2_supported", "AVX-512": "_is_avx512_supported", "AVX512-BF16": "_is_avx512_bf16_supported",
     "AMX": "_is_amx_tile_supported",
@@ -41,10 +44,20 @@ def usable_cores() -> int:
     """Cores that this process may use: limited by affinity and container quota, and shared by this machine's ranks."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # no container, or "max"
-        quota, period = CGROUP_QUOTA.read_text(encoding="ascii").split()
+        quota, period = (CGROUP / "cpu.max").read_text(encoding="ascii").split()  # microseconds of a processor
         cores = min(cores, math.ceil(int(quota) / int(period)))
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
     return max(1, cores // max(1, int(ranks) if ranks.isdecimal() else 1))
+
+
+def available_memory() -> int:
+    """Bytes that processes may still take, of the machine's and of the container's."""
+    available = int(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):  # no container, or "max"
+        limit, used, stat = ((CGROUP / f"memory.{name}").read_text(encoding="ascii") for name in ("max", "current", "stat"))
+        cached = sum(int(size) for size in re.findall(r"^(?:in)?active_file (\d+)$", stat, re.MULTILINE))  # given up at need
+        available = min(available, max(0, int(limit) - int(used) + cached))
+    return available
 
 
 def keep_freed_memory() -> None:

@@ -26,7 +26,7 @@ from packaging.requirements import Requirement
 
 from nanochat.common import NanochatError, describe_error, get_base_dir, run_command
 from nanochat.compilation import try_to_compile
-from nanochat.cpu import INSTRUCTIONS, cpu_name, has_instructions, usable_cores
+from nanochat.cpu import INSTRUCTIONS, available_memory, cpu_name, has_instructions, usable_cores
 from nanochat.dataset import hub_files
 from nanochat.devices import autodetect_device_type, get_compute_dtype, has_nvidia_gpu
 from nanochat.flash_attention import list_backends
@@ -67,8 +67,8 @@ def examine_machine(device_type: str) -> Iterator[Finding]:
     cores = f"{count} cores" + (f" ({usable} of them for this process)" if usable < count else "")
     cores += "".join(f", {name}" for name in INSTRUCTIONS if has_instructions(name))
     yield Finding("machine", "processor", f"{cpu_name()}: {cores}")
-    memory = psutil.virtual_memory()
-    yield Finding("machine", "memory", f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free")
+    total = psutil.virtual_memory().total
+    yield Finding("machine", "memory", f"{available_memory() / 1e9:.1f} of {total / 1e9:.1f} GB free")
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         capability = f"{properties.major}.{properties.minor}"
@@ -234,7 +234,7 @@ def expect(device: torch.device) -> dict[str, Any]:
     matmul, memory_rate = measure_matmul_rate(device, dtype), measure_memory_rate(device)
     count = torch.cuda.device_count() if device.type == "cuda" else 1
     mfu = expected_mfu(device, dtype)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     rows = []
     for depth in DEPTHS[device.type]:
         config = config_for_depth(depth, VOCAB_SIZE, SEQUENCE_LEN)

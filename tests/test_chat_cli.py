@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from nanochat.engine import Engine
 from scripts import chat_cli
 from tests.many_ranks import ROOT
 
@@ -106,3 +107,17 @@ def test_a_line_that_is_not_utf8_is_read(tiny_run: Path) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(command, input=b"caf\xe9?\n", cwd=ROOT, env=environment, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_half_a_character_before_a_call_is_shown_before_it(
+    tiny_run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate(self: Engine, *args: object, **settings: object) -> Iterator[tuple[list[int], list[int]]]:
+        special = self.tokenizer.encode_special
+        (one,) = self.tokenizer.encode("1")
+        for token in (0xC3, special("<|python_start|>"), one, special("<|python_end|>"), special("<|assistant_end|>")):
+            yield [token], [1]
+
+    monkeypatch.setattr(Engine, "generate", generate)
+    assert chat_cli.main(["--model-tag=tiny", "--device-type=cpu", "--prompt=hello"]) == 0
+    assert "\ufffd[1]" in capsys.readouterr().out

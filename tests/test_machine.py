@@ -268,15 +268,27 @@ def test_dear_updates_ask_for_larger_batches(monkeypatch: pytest.MonkeyPatch) ->
 def test_cores_are_those_of_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Within a container's quota, and a share of them where several ranks run on this machine."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
-    monkeypatch.setattr(cpu, "CGROUP_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(cpu, "CGROUP", tmp_path)
     assert cpu.usable_cores() == 8
     for quota, cores in (("max 100000", 8), ("250000 100000", 3), ("1000 100000", 1)):
-        cpu.CGROUP_QUOTA.write_text(f"{quota}\n", encoding="ascii")
+        (tmp_path / "cpu.max").write_text(f"{quota}\n", encoding="ascii")
         assert cpu.usable_cores() == cores
-    cpu.CGROUP_QUOTA.unlink()
+    (tmp_path / "cpu.max").unlink()
     for ranks, cores in (("3", 2), ("0", 8), ("", 8), ("many", 8)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
         assert cpu.usable_cores() == cores
+
+
+def test_memory_is_what_the_container_leaves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Less what it uses, but for cached files."""
+    monkeypatch.setattr(cpu, "CGROUP", tmp_path)
+    free = cpu.available_memory()
+    for name, content in (("current", "900000"), ("stat", "anon 1\ninactive_file 300000\nactive_file 1000"), ("max", "max")):
+        (tmp_path / f"memory.{name}").write_text(f"{content}\n", encoding="ascii")
+    assert cpu.available_memory() > free / 2
+    for limit, available in (("1000000", 401_000), ("100", 0)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n", encoding="ascii")
+        assert cpu.available_memory() == available
 
 
 @pytest.mark.parametrize(

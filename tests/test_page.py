@@ -232,6 +232,15 @@ def test_a_full_storage_forgets_the_oldest_first(page: playwright.Page) -> None:
     page.get_by_text("this browser's storage is full").wait_for()
 
 
+def test_what_another_tab_had_no_room_for_is_stored_again(page: playwright.Page) -> None:
+    """Only what somebody deleted stays so."""
+    ask(page, "first")
+    page.evaluate("() => localStorage.setItem('nanochat.conversations', '[]')")  # as another tab does whose storage is full
+    ask(page, "second")
+    (kept,) = json.loads(page.evaluate("() => localStorage.getItem('nanochat.conversations')"))
+    assert [node.get("content") for node in kept["nodes"].values() if node.get("role") == "user"] == ["first", "second"]
+
+
 def test_a_question_is_kept_before_it_is_answered(page: playwright.Page) -> None:
     page.route("**/chat/completions", lambda route: None)
     page.fill("#text", "a long question")

@@ -42,7 +42,7 @@ export function setDefaults(defaults) {
 
 const stored = () => read("nanochat.conversations", []).filter((c) => c?.nodes?.root);
 let conversations = stored();
-const known = new Set(conversations.map((c) => c.id));  // those that were stored: one that no longer is was deleted
+const MOST_DELETED = 200;  // ids that are kept, so that another tab does not store such a conversation again
 
 export const all = () => conversations;
 
@@ -58,6 +58,7 @@ export function create() {
 export function remove(conversation) {
   conversations = conversations.filter((c) => c !== conversation);
   write("nanochat.conversations", stored().filter((c) => c.id !== conversation.id));
+  write("nanochat.deleted", [...read("nanochat.deleted", []), conversation.id].slice(-MOST_DELETED));
 }
 
 // Only this conversation: of the others, another tab may have stored more than this one knows. If the browser's storage
@@ -66,7 +67,7 @@ export function remove(conversation) {
 export function save(conversation) {
   let kept = stored();
   const at = kept.findIndex((c) => c.id === conversation.id);
-  if (at < 0 && known.has(conversation.id)) return true;  // deleted, here or in another tab: it stays so
+  if (at < 0 && read("nanochat.deleted", []).includes(conversation.id)) return true;  // here or in another tab: it stays so
   if (at < 0) kept.unshift(conversation);
   else kept[at] = joined(conversation, kept[at]);
   if (!write("nanochat.conversations", kept)) {
@@ -74,11 +75,9 @@ export function save(conversation) {
     while (!write("nanochat.conversations", kept)) {
       const oldest = kept.findLastIndex((c) => c.id !== conversation.id);
       if (oldest < 0) return false;
-      known.delete(kept[oldest].id);  // not by anybody's wish: going on with it stores it again
       kept = kept.toSpliced(oldest, 1);
     }
   }
-  known.add(conversation.id);
   return true;
 }
 
