@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 bash runs/setup.sh
 python=.venv/bin/python
 tag=demo
-tasks="Arithmetic:9000,Identity:2000,DocQA*2,SpellingBee:6500,SimpleSpelling:13000,Repeat:13000"
+tasks="Arithmetic:9000,Identity:2000,DocQA*2,SpellingBee:6500,SimpleSpelling:8000,Repeat:13000"
 
 # stage NUMBER COMMAND...: run one step, with its number in the progress display
 stage() {

@@ -20,7 +20,7 @@ fi
     --depth=6 --head-dim=64 --max-seq-len=512 --total-batch-size=8192 --expand-at=0 --target-minutes=18 \
     --eval-every=100 --eval-tokens=65536 --save-every=50
 "$python" -m scripts.chat_sft --model-tag="$tag" --resume=auto --target-minutes=7 --eval-tokens=65536 --save-every=50 \
-    --tasks="Arithmetic:20000,Identity:2000,DocQA*2,SpellingBee:7000,SimpleSpelling:14000,Repeat:14000"
+    --tasks="Arithmetic:20000,Identity:2000,DocQA*2,SpellingBee:7000,SimpleSpelling:9000,Repeat:14000"
 "$python" -m scripts.base_eval --model-tag="$tag" --eval=bpb,sample --split-tokens=65536
 "$python" -m scripts.chat_eval --model-tag="$tag" --task-name=Arithmetic,Identity,SpellingBee --max-problems=128
 "$python" -m nanochat.report --model-tag="$tag"

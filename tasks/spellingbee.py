@@ -1,12 +1,15 @@
 """Spelling words and counting their letters, by hand and with the calculator. Generated from the builtin corpus's words.
 
 An answer puts a space before the word, as most questions do. Then the tokens are the same, and a small model only has to
-repeat them. Without the space, "continuity" becomes other tokens, whose spelling it would have to know.
+repeat them. Without the space, "continuity" becomes other tokens, whose spelling it would have to know. Letters are apart by
+spaces, so that each is one token, and counted where they stand: such answers are half as long as those with commas and a
+line for each letter, and in the same time a model learns more of them (dev/LOG.md, "Shorter spellings").
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import random
 import re
 from collections import Counter
@@ -24,6 +27,8 @@ QUESTIONS = (
     "In {word}, how many {letter}?", 'How many "{letter}" does "{word}" have?', 'How many "{letter}" are in "{word}"?',
 )  # fmt: skip
 SPELLING = ("Spell the word: {word}", "Spell {word}.", "How do you spell {word}?", "Spell the word {word}.", 'Spell "{word}".')
+SPELLING_SEVERAL = ("Spell the words {words}.", "Spell {words}.", "How do you spell {words}?")
+MOST_WORDS = 4  # in a question for spellings
 INVENTED = 0.3  # share of the training words that are made of parts of others
 
 
@@ -63,8 +68,10 @@ def _invent(rng: random.Random) -> str:
             return word
 
 
-def _spell(word: str) -> str:
-    return f"The word {word}:{','.join(word)}"
+def _spell(word: str, counted: str = "") -> str:
+    """The word letter by letter; behind each letter that is counted, its number: "The word noon: n(1) o o n(2)"."""
+    numbers = itertools.count(1)
+    return f"The word {word}: " + " ".join(f"{c}({next(numbers)})" if c == counted else c for c in word)
 
 
 class SpellingBee(GeneratedTask):
@@ -77,12 +84,8 @@ class SpellingBee(GeneratedTask):
         word = _lesson_word(rng, self.split)
         letter = rng.choice(word) if rng.random() < 0.9 else rng.choice("abcdefghijklmnopqrstuvwxyz")
         count = word.count(letter)
-        lines, running = [], 0
-        for i, character in enumerate(word, 1):
-            running += character == letter
-            lines.append(f"{i}:{character}" + (f" hit! count={running}" if character == letter else ""))
         parts = [
-            {"type": "text", "text": f"{_spell(word)}\n" + "\n".join(lines) + "\n"},
+            {"type": "text", "text": f"{_spell(word, letter)}\n"},
             {"type": "python", "text": f"' {word}'.count('{letter}')"},
             {"type": "python_output", "text": str(count)},
             {"type": "text", "text": f"\n#### {count}"},
@@ -100,18 +103,20 @@ class SpellingBee(GeneratedTask):
 
 
 class SimpleSpelling(GeneratedTask):
-    """Spelling a word, letter by letter."""
+    """Spelling a word, letter by letter; several words in most of the lessons."""
 
     SIZES = {"train": 20_000, "val": 200, "test": 256}
 
     def get_example(self, index: int) -> Conversation:
         rng = random.Random(f"simplespelling {self.split} {index}")
-        word = _lesson_word(rng, self.split)
-        messages = [
-            {"role": "user", "content": rng.choice(SPELLING).format(word=word)},
-            {"role": "assistant", "content": _spell(word)},
-        ]
-        return {"messages": messages}
+        words = [_lesson_word(rng, self.split) for _ in range(rng.randint(1, MOST_WORDS) if self.split == "train" else 1)]
+        *first, last = words
+        if first:
+            question = rng.choice(SPELLING_SEVERAL).format(words=f"{', '.join(first)} and {last}")
+        else:
+            question = rng.choice(SPELLING).format(word=last)
+        answer = "\n".join(map(_spell, words))
+        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         return completion.strip() == conversation["messages"][-1]["content"]

@@ -137,6 +137,10 @@ def test_words_to_repeat_come_from_documents() -> None:
     assert len(asked["train"] & asked["test"]) < 10  # single words, by chance
 
 
+def _numbered(word: str, letter: str) -> list[str]:
+    return [f"{c}({word[: i + 1].count(c)})" if c == letter else c for i, c in enumerate(word)]
+
+
 @pytest.mark.slow
 def test_spelling_counts_and_splits() -> None:
     bee, spelling = build_task("SpellingBee", "train"), build_task("SimpleSpelling", "test")
@@ -150,11 +154,19 @@ def test_spelling_counts_and_splits() -> None:
         assert word.startswith(" ") and word in parts[0]["text"]
         assert word.strip() in conversation["messages"][0]["content"]
         words.add(word)
+        letter, count = parts[1]["text"].split("'")[3], int(conversation["answer"])
+        assert parts[0]["text"] == f"The word{word}: {' '.join(_numbered(word.strip(), letter))}\n"
+        assert parts[0]["text"].count("(") == count
         answer = spelling[i]["messages"][-1]["content"]
         assert spelling.evaluate(spelling[i], answer)
     assert 0.2 < len({word.strip() for word in words} - set(get_words())) / 200 < 0.4  # words that there are not
     tested = {spelling[i]["messages"][-1]["content"].split(":")[0].removeprefix("The word") for i in range(256)}
     assert all(word.startswith(" ") for word in tested) and not words & tested
+    lessons = build_task("SimpleSpelling", "train")
+    for i in range(100):
+        question, answer = (message["content"] for message in lessons[i]["messages"])
+        spelled = [re.fullmatch(r"The word (\w+): ([a-z ]+)", line) for line in answer.split("\n")]
+        assert all(match[1] == match[2].replace(" ", "") and match[1] in question for match in spelled)
     docs = build_task("DocQA", "train")
     assert len(docs) > 20
     assert docs[0]["messages"][-1]["content"].endswith(".")
