@@ -69,7 +69,7 @@ def step_bytes(groups: Sequence[Group], layout: Layout) -> int:
         copies += copies // n + 4 * sum(others)  # all are in flight at once, matrices from a rank's own stack
     # At a time: for the matrices of one shape, their updates, a stack of them, and the product of both for weight decay
     # (updates.apply_update; orthogonalizing takes no more); or the update of one table.
-    return copies + max(12 * max(matrices), 4 * max(others)) // n
+    return copies + max(12 * max(matrices, default=0), 4 * max(others, default=0)) // n
 
 
 def loss_bytes(config: GPTConfig, rows: int) -> int:
