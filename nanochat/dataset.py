@@ -55,7 +55,8 @@ class Source:
     def __init__(self, train_files: Iterable[DocumentFile], val_files: Iterable[DocumentFile]) -> None:
         self.train_files, self.val_files = list(train_files), list(val_files)
         self.num_files_read = 0  # of the train files, so far
-        self.counted_rows: dict[str, int] = {}  # by name, of the files that had to be read through to learn it
+        self.counted_rows: dict[str, int] = {}  # by name, of the files that were passed
+        self.changed: set[str] = set()  # names of the files that are not what they were when a resumed run counted
 
     def numbered(self, split: str, start: int = 0) -> Iterator[tuple[int, Document]]:
         """(number, document) of a split ("train" or "val") in ascending order, from number `start` on.
@@ -84,6 +85,7 @@ class Source:
 
     def know_rows(self, counted: dict[str, int]) -> None:
         """Take over `counted_rows`, so that reading can begin behind those files without reading them again."""
+        counted = {name: rows for name, rows in counted.items() if name not in self.changed}
         self.counted_rows.update(counted)
         for file in (*self.train_files, *self.val_files):
             file.counted_rows = counted.get(file.name, file.counted_rows)
@@ -156,9 +158,7 @@ class Source:
         return len(files), first
 
     def _num_rows(self, file: DocumentFile) -> int:
-        rows = file.num_rows()
-        if file.suffix != ".parquet":
-            self.counted_rows[file.name] = rows
+        rows = self.counted_rows[file.name] = file.num_rows()
         return rows
 
     @functools.cached_property

@@ -5,13 +5,16 @@ Used by stage.py, the training scripts and scripts/compare.py.
 
 from __future__ import annotations
 
+import itertools
 import json
-from pathlib import Path
+import math
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from nanochat.checkpoint_manager import read_meta
 from nanochat.common import NanochatError, print0, some_of
 from nanochat.conversation_loader import fingerprint
+from nanochat.document_files import VAL, is_of_split
 from nanochat.ranks import gather_objects
 from nanochat.runs import STAGES, get_run_dir
 from nanochat.settings import CONFIG_FILE, flag_of
@@ -79,17 +82,15 @@ def check_settings(stage: Stage, new: dict[str, Any], args: Arguments) -> None:
 def check_data(stage: Stage, source: Source) -> None:
     """Raise NanochatError if files that a stage read are gone or changed. They keep their order, and new ones go behind them.
 
-    Every rank orders them alike, by what the stage recorded. What is held out for validation stays so.
+    Every rank orders them alike, by what the stage recorded. What is held out for validation stays so. Files that the run
+    has not come to may change, as they do where damage stopped it and was mended.
     """
     if stage.resume_step is None:
         return
-    recorded = read_meta(stage.directory, stage.resume_step)["data"]
+    meta = read_meta(stage.directory, stage.resume_step)
+    recorded = meta["data"]
     source.keep_split(recorded)
     now, before = source.describe()["files"], recorded["files"]
-    for name, size in before.items():
-        if now.get(name) != size:
-            what = "is gone" if name not in now else "has changed"
-            raise NanochatError(f"{name} of {source.name} {what} since run {stage.tag!r} read it: restore it to go on")
     place = {name: i for i, name in enumerate(before)}
     for files in (source.train_files, source.val_files):
         known = [file.name in place for file in files]
@@ -97,6 +98,35 @@ def check_data(stage: Stage, source: Source) -> None:
             new = [file.name for file in files if file.name not in place]
             print0(f"{some_of(new)} of {source.name} came later: read behind the files that run {stage.tag!r} began with")
         files.sort(key=lambda file: place.get(file.name, len(place)))
+    if changed := [name for name, size in before.items() if now.get(name) != size]:
+        source.changed.update(changed)
+        if needed := _needed_to_go_on(source, before, changed, meta["trainer"]["loader"]):
+            what = "is gone" if needed not in now else "has changed"
+            raise NanochatError(f"{needed} of {source.name} {what} since run {stage.tag!r} read it: restore it to go on")
+        print0(f"going on with {some_of(changed, 3)} of {source.name} as found now: run {stage.tag!r} had not read so far")
+
+
+def _needed_to_go_on(source: Source, before: dict[str, Any], changed: list[str], states: list[dict[str, Any]]) -> str | None:
+    """The first of the changed or missing files that a run has read to its end, or that lacks what was read of it.
+
+    before: the files as they were, in their order; states: of the loaders. The numbers of documents, by which a loader finds
+    its place, depend on all rows before them.
+    """
+    for name in changed:
+        if is_of_split(VAL, PurePath(name)) or name in {file.name for file in source.val_files}:
+            return name  # or measurements before and after could not be compared
+    name, counted = changed[0], states[0]["counted"]
+    if not isinstance(before[name], int):  # a hash, of text that this machine made
+        return name
+    source.know_rows(counted)
+    files = {file.name: file for file in source.train_files}
+    first = sum(files[other].num_rows() for other in itertools.takewhile(lambda other: other != name, before))
+    epoch, reached = max(tuple(state["reading"][:2]) for state in states)
+    if epoch == 0 and reached <= first:
+        return None
+    rows_read = reached - first
+    ended = epoch > 0 or rows_read > counted.get(name, math.inf)
+    return name if ended or name not in files or files[name].num_rows() < rows_read else None
 
 
 def check_mixture(stage: Stage, task: Task, tasks: str) -> dict[str, Any] | None:

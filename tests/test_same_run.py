@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nanochat import same_run
 from nanochat.checkpoint_manager import read_meta
 from nanochat.common import NanochatError
 from nanochat.dataloader import TokenLoader
@@ -19,6 +20,7 @@ from nanochat.tokenizer import Tokenizer
 from scripts import base_eval, base_train
 from tests.conftest import TINY_TRAINING
 from tests.helpers import make_document
+from tests.test_dataset import _write as write_documents
 
 pytestmark = pytest.mark.usefixtures("tokenizer_in_place")
 
@@ -99,6 +101,70 @@ def test_files_are_read_in_the_order_in_which_the_run_knows_them(base_dir: Path,
     source = get_source(str(shards))
     check_data(Stage("r", "base", stage_dir, 6, [3, 6]), source)
     assert list(source.numbered("train")) == [(number, make_document(number)) for number in range(48)]
+
+
+def test_damaged_text_is_mended_and_the_run_goes_on(base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    shards, broken = tmp_path / "shards", tmp_path / "shards" / "b.jsonl"
+    shards.mkdir()
+    for name, seeds in (("a", range(100, 640)), ("b", range(12)), ("val", range(90, 95))):
+        _write(shards / f"{name}.jsonl", seeds)
+    lines = broken.read_text(encoding="utf-8").splitlines(keepends=True)
+    broken.write_text("".join([*lines[:5], lines[5][:20] + "\n", *lines[6:]]), encoding="utf-8")
+    long = ("--num-iterations=40", "--resume=auto")
+    with pytest.raises(NanochatError, match=r"b.jsonl, line 6, is not JSON"):
+        _train(shards, *long)
+    broken.write_text("".join([*lines[:5], *lines[6:]]), encoding="utf-8")  # without that line
+    _train(shards, *long)
+    assert f"going on with b.jsonl of {shards} as found now: run 'r' had not read so far" in capsys.readouterr().out
+    _write(broken, range(13))  # and now the run has read it
+    with pytest.raises(NanochatError, match=r"b.jsonl of .* has changed since run 'r' read it: restore it to go on"):
+        _train(shards, *long, "--resume=39")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_only_what_no_place_depends_on_may_change(
+    tmp_path: Path, tokenizer: Tokenizer, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loader that goes on finds the documents that it holds, and those not yet dealt, whatever became of its files."""
+    ends = {"a": 40, "b": 400, "c": 440, "d": 480}  # it stands in b
+    texts = {name: [make_document(seed) for seed in range(end - (360 if name == "b" else 40), end)]
+             for name, end in ends.items()}  # fmt: skip
+    for name, documents in {**texts, "val": [make_document(900)]}.items():
+        write_documents(tmp_path / f"{name}{suffix}", documents)
+    source = get_source(str(tmp_path))
+    with TokenLoader(source, tokenizer, 2, 64) as loader:
+        for _ in range(20):
+            next(loader)
+        state = json.loads(json.dumps(loader.state_dict()))
+    reached = state["reading"][1]
+    read = reached - ends["a"]
+    assert ends["a"] < reached < ends["b"]
+    meta = {"data": source.describe(), "trainer": {"loader": [state]}}
+    monkeypatch.setattr(same_run, "read_meta", lambda *_: meta)
+
+    def go_on(name: str, documents: list[str] | None) -> None:
+        path = tmp_path / f"{name}{suffix}"
+        content = path.read_bytes()
+        path.unlink() if documents is None else write_documents(path, documents)
+        try:
+            resumed = get_source(str(tmp_path))
+            check_data(Stage("r", "base", tmp_path, 20, [20]), resumed)
+            with TokenLoader(resumed, tokenizer, 2, 64) as again:
+                again.load_state_dict([state])
+                assert json.loads(json.dumps(again.state_dict()))["lanes"] == state["lanes"]
+            assert dict(resumed.numbered("train"))[reached - 1] == texts["b"][read - 1]
+        finally:
+            path.write_bytes(content)
+
+    a, b, c = (texts[name] for name in "abc")
+    for name, documents in (("c", None), ("d", None), ("c", c[1:]), ("b", b[:read]), ("b", b + c)):
+        go_on(name, documents)
+    for name, documents in (("a", None), ("a", a[1:]), ("b", None), ("b", b[: read - 1]), ("val", ["new"] * 2)):
+        with pytest.raises(NanochatError, match=rf"{name}{suffix} of .* since run 'r' read it: restore it"):
+            go_on(name, documents)
+    state["reading"][0] = 1  # all of them were read once, and numbered so
+    with pytest.raises(NanochatError, match=rf"d{suffix} of .* has changed since"):
+        go_on("d", c + c)
 
 
 def test_validation_files_that_come_later_are_refused(texts: Path, base_dir: Path) -> None:
