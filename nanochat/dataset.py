@@ -16,7 +16,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import pyarrow as pa
@@ -229,7 +229,7 @@ class FileSource(Source):
         files = {name: found[name]() for name in without_strangers(names)}
         if not files:
             raise NanochatError(f"--data {path} holds no {', '.join(READERS)} file")
-        _check_prepared(path, found)
+        _check_prepared(path, found, files)
         if others := [name.as_posix() for name in sorted(found) if name.suffix.lower() in FOR_DATA_PREP]:
             print0(f"not read: {some_of(others)}; scripts.data_prep makes what training reads of it")
         for file in files.values():
@@ -240,8 +240,11 @@ class FileSource(Source):
         super().__init__(train or val, val if train else [])
 
 
-def _check_prepared(path: str, found: Listing) -> None:
-    """Raises NanochatError if a folder is an output of scripts.data_prep that is not finished, or lacks some of its shards."""
+def _check_prepared(path: str, found: Listing, files: dict[PurePath, DocumentFile]) -> None:
+    """Raises NanochatError if a folder is an output of scripts.data_prep that is not finished, or lacks part of its shards.
+
+    files: those of `found` that are read.
+    """
     for name in [name for name in found if name.name == "settings.json"]:
         folder = name.parent
         if not {"num_shards", "shard_tokens"} <= _json_object(found[name]()).keys():
@@ -257,6 +260,13 @@ def _check_prepared(path: str, found: Listing) -> None:
                 f"--data {path} lacks {len(missing)} of {len(shards)} shards that its manifest.json names (first: "
                 f"{missing[0]}): restore them, or prepare the text in another folder"
             )
+        for shard, written in shards.items():
+            file = files.get(folder / shard)
+            if file is not None and file.size != written["bytes"]:  # else noticed only when training comes to it
+                raise NanochatError(
+                    f"{file.address} has {file.size} bytes, and had {written['bytes']} when scripts.data_prep wrote it: "
+                    "restore it, or prepare the text in another folder"
+                )
 
 
 def _json_object(file: DocumentFile) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nanochat.common import NanochatError
 from nanochat.dataset import get_source
 from nanochat.document_files import DocumentFile
 from nanochat.raw_files import estimate_tokens, list_inputs
@@ -99,6 +101,21 @@ def test_what_lies_beside_a_data_set_is_left_out_aloud(tmp_path: Path, capsys: p
         _write(notes / name, DOCUMENTS)
     assert len(get_source(str(notes)).train_files) == 3  # these are texts of one's own
     assert not capsys.readouterr().out
+
+
+def test_a_truncated_shard_is_noticed_before_training(tmp_path: Path) -> None:
+    names = ("shard_00000.parquet", "shard_00001.parquet", "shard_val.parquet")
+    for name in names:
+        _write(tmp_path / name, DOCUMENTS)
+    shards = {name: {"bytes": (tmp_path / name).stat().st_size} for name in names}
+    (tmp_path / "settings.json").write_text(json.dumps({"num_shards": 2, "shard_tokens": 100}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"shards": shards}))
+    assert len(get_source(str(tmp_path)).train_files) == 2
+    os.truncate(tmp_path / names[1], 1000)
+    with pytest.raises(
+        NanochatError, match=r"shard_00001.parquet has 1000 bytes, and had \d+ when scripts.data_prep wrote it"
+    ):
+        get_source(str(tmp_path))
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".txt"])
