@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 
 from nanochat.common import NanochatError, first_line, get_base_dir
 from nanochat.files import read_jsonl
+from nanochat.tokenizer import check_messages
 
 Conversation = dict[str, Any]
 
@@ -83,7 +84,22 @@ class RowTask(Task):
         return len(self.rows)
 
     def get_example(self, index: int) -> Conversation:
-        return self.convert(self.rows[index])
+        try:
+            return _checked(self.convert(self.rows[index]))
+        except (LookupError, TypeError, ValueError, AttributeError) as error:  # only rows from the hub were not checked yet
+            raise NanochatError(
+                f"{type(self).__name__}, row {index} from 0, is no conversation ({type(error).__name__}: {error}): correct it "
+                "in a local copy and give it with --task-data, or leave the task out"
+            ) from error
+
+
+def _checked(conversation: Conversation) -> Conversation:
+    """Raises ValueError unless its messages are such as the tokenizer renders."""
+    try:
+        check_messages(conversation["messages"])
+    except NanochatError as error:
+        raise ValueError(f"it {error}") from error
+    return conversation
 
 
 class GeneratedTask(Task):
@@ -192,16 +208,16 @@ def load_rows(
     repo_id: str,
     subset: str,
     split: str,
-    check: Callable[[Any], object],
+    convert: Callable[[Any], Conversation],
 ) -> Sequence[dict[str, Any]]:
     """The rows of a data set: the first of local_names (JSONL) below data_dir, else `subset/split-*.parquet` on the hub.
 
-    Raises NanochatError saying where the data was looked for, or which line `check` (RowTask.convert) refuses.
+    Raises NanochatError saying where the data was looked for, or which line `convert` makes no conversation of.
     """
     if data_dir is not None:
         for name in local_names:
             if (data_dir / name).is_file():
-                return read_jsonl(data_dir / name, check)
+                return read_jsonl(data_dir / name, lambda row: _checked(convert(row)), way_out="correct it")
         raise NanochatError(f"--task-data {data_dir} has no {' or '.join(local_names)}: add it or leave the task out")
     return ArrowRows(_download_split(repo_id, subset, split))
 

@@ -18,6 +18,7 @@ from nanochat.runs import list_steps
 from nanochat.stage import Stage, optimizer_switches
 from nanochat.tokenizer import Tokenizer
 from scripts import base_train, chat_sft
+from tasks import smoltalk
 from tests.conftest import TINY_TRAINING
 from tests.helpers import write_gsm8k
 
@@ -159,3 +160,24 @@ def test_the_bases_switches_of_the_optimizer_hold(
     settings = read_meta(base_dir / "runs" / "tiny" / "sft", 2)["settings"]
     assert optimizer_switches({"settings": settings}) == given[0]
     assert ["switches", "bigrams=1, muon_beta2=0.5"] in settings_table(settings)
+
+
+OUT_OF_TURN = {"messages": [{"role": role, "content": "x"} for role in ("user", "user", "assistant")]}
+
+
+def test_a_conversation_out_of_turn_is_named_before_training(tiny_run: Path, tmp_path: Path) -> None:
+    shutil.rmtree(tiny_run / "sft")
+    path = tmp_path / "smoltalk" / "train.jsonl"
+    path.parent.mkdir()
+    talk = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    path.write_text("\n".join(map(json.dumps, [*[talk] * 2000, OUT_OF_TURN])), encoding="utf-8")
+    refused = r"train.jsonl, line 2001, is not a row .* out of turn: message 2 is from 'user', .*: correct it"
+    with pytest.raises(NanochatError, match=refused):
+        chat_sft.main([*FLAGS, "--tasks=SmolTalk", f"--task-data={tmp_path}"])
+
+
+@pytest.mark.parametrize("row", [OUT_OF_TURN, {"question": "q"}])
+def test_a_row_of_the_hub_that_is_no_conversation_is_named(monkeypatch: pytest.MonkeyPatch, row: dict[str, Any]) -> None:
+    monkeypatch.setattr(smoltalk, "load_rows", lambda *_: [row])
+    with pytest.raises(NanochatError, match=r"SmolTalk, row 0 from 0, is no conversation \(.*: correct it in a local copy"):
+        smoltalk.SmolTalk("train")[0]
