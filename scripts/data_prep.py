@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -67,16 +68,14 @@ def main(argv: list[str] | None = None) -> int:
     if any(output in Path(real(path)).parents for path in inputs) or output.is_relative_to(real(args.input)):
         raise NanochatError(f"--output {layout.output} and --input {args.input} overlap: choose another folder")
     tokenizer = None if args.no_tokenize else get_tokenizer(args.tokenizer)
-    settings = _open_output(args, layout, inputs, tokenizer)
+    settings = _choose_settings(args, layout, inputs, tokenizer)
     if layout.manifest.exists():
         print(f"{layout.output} is complete: {describe_output(layout)}")
         return 0
-    stages = build_stages(settings, layout)
-    if args.executor == "slurm":
-        submit(args, stages, layout)
-    else:
-        with lock_output(layout):
-            run_here(args, stages, layout)
+    with contextlib.ExitStack() as stack:
+        _open_output(stack, settings, layout, tokenizer)
+        stages = build_stages(settings, layout)
+        (submit if args.executor == "slurm" else run_here)(args, stages, layout)
     return 0
 
 
@@ -93,9 +92,9 @@ def _check_installed(args: Arguments) -> None:
     logger.remove()  # datatrove's log goes to work/log, not to the screen
 
 
-def _open_output(args: Arguments, layout: Layout, inputs: dict[str, int], tokenizer: Tokenizer | None) -> PrepSettings:
-    """The settings of this output, written on the first call. Raises NanochatError if it was begun with others."""
-    begun: Any = json.loads(layout.settings.read_text(encoding="utf-8")) if layout.settings.exists() else None
+def _choose_settings(args: Arguments, layout: Layout, inputs: dict[str, int], tokenizer: Tokenizer | None) -> PrepSettings:
+    """The settings of this output. Raises NanochatError if it was begun with others. Writes nothing."""
+    begun = _begun(layout)
     if begun is None and layout.output.is_dir() and any(layout.output.glob("*.parquet")):
         raise NanochatError(f"--output {layout.output} holds parquet files of another origin: choose an empty folder")
     num_shards = begun["num_shards"] if begun else None
@@ -109,19 +108,36 @@ def _open_output(args: Arguments, layout: Layout, inputs: dict[str, int], tokeni
         seed=args.seed, val_documents=args.val_documents, shard_tokens=args.shard_tokens, num_shards=num_shards,
         dedup=not args.no_dedup, min_hash=args.min_hash, tasks=args.tasks or min(len(inputs), MAX_JOBS),
     )  # fmt: skip
-    for field in fields(settings) if begun else ():
+    if begun:
+        _compare(settings, begun, layout)
+    return settings
+
+
+def _begun(layout: Layout) -> dict[str, Any] | None:
+    """The settings that an output was begun with."""
+    return json.loads(layout.settings.read_text(encoding="utf-8")) if layout.settings.exists() else None
+
+
+def _compare(settings: PrepSettings, begun: dict[str, Any], layout: Layout) -> None:
+    """Raises NanochatError if an output was begun with other settings."""
+    for field in fields(settings):
         before, now = begun.get(field.name), getattr(settings, field.name)
         if before != now:
             difference = f"with {field.name} {before}, not {now}" if field.name != "inputs" else "with other input files"
             raise NanochatError(f"{layout.output} was begun {difference}: use that again, or another --output")
-    if not begun:
-        try:
-            if tokenizer:  # keeps the tokenizer together with its shards
-                tokenizer.save(layout.output)
-            atomic_write(layout.settings, json.dumps(asdict(settings), indent=1))
-        except OSError as error:
-            raise NanochatError(f"--output {layout.output} cannot be written ({error.strerror}): choose another") from error
-    return settings
+
+
+def _open_output(stack: contextlib.ExitStack, settings: PrepSettings, layout: Layout, tokenizer: Tokenizer | None) -> None:
+    """Lock the output for as long as the stack is open, and write its settings and tokenizer on the first call."""
+    try:
+        stack.enter_context(lock_output(layout))
+        if (begun := _begun(layout)) is not None:
+            return _compare(settings, begun, layout)  # again: another command may have begun it meanwhile
+        if tokenizer:  # keeps the tokenizer together with its shards
+            tokenizer.save(layout.output)
+        atomic_write(layout.settings, json.dumps(asdict(settings), indent=1))
+    except OSError as error:
+        raise NanochatError(f"--output {layout.output} cannot be written ({error.strerror}): choose another") from error
 
 
 if __name__ == "__main__":
