@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath, PurePosixPath
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, NoReturn, TextIO
 
 import numpy as np
 import pyarrow as pa
@@ -312,7 +312,10 @@ def is_remote(address: str) -> bool:
 
 
 def list_local(path: str) -> Listing:
-    """The files at a path, below a folder, or matching a glob, following links; named by their relative path."""
+    """The files at a path, below a folder, or matching a glob, following links; named by their relative path.
+
+    Raises NanochatError for a folder that cannot be read, and for a link to nothing that is named like a text.
+    """
     expanded = Path(os.path.expanduser(re.sub(r"^/(?=[A-Za-z]:)", "", path.removeprefix("file://"))))  # file:///C:/...
     if expanded.is_dir():
         root, found = expanded, _walk(expanded)
@@ -322,11 +325,24 @@ def list_local(path: str) -> Listing:
         root = Path(*_before_magic(expanded))
         found = map(Path, glob.glob(str(expanded), recursive=True))
     once: dict[str, Path] = {}  # each file once, preferably by its own name instead of a link's
-    for path_found in sorted(found, key=lambda file: (file.is_symlink(), file)):
-        if path_found.is_file():
-            once.setdefault(os.path.realpath(path_found), path_found)
+    for path_found in sorted(filter(_is_file, found), key=lambda file: (file.is_symlink(), file)):
+        once.setdefault(os.path.realpath(path_found), path_found)
     names = {file.relative_to(root): file for file in once.values()}
     return {name: functools.partial(DocumentFile, file, name.as_posix()) for name, file in names.items()}
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        leads_nowhere = path.is_symlink() and not path.exists()
+        if leads_nowhere and path.suffix.lower() in (*READERS, ".gz", ".zst"):
+            raise NanochatError(f"{path} links to {os.readlink(path)}, which is not there: restore it, or remove the link")
+        return path.is_file()
+    except OSError as error:
+        _raise_unreadable(error)
+
+
+def _raise_unreadable(error: OSError) -> NoReturn:
+    raise NanochatError(f"{error.filename} cannot be read ({error.strerror}): let it be read, or move it away") from error
 
 
 def _before_magic(path: PurePath) -> Iterator[str]:
@@ -337,7 +353,7 @@ def _before_magic(path: PurePath) -> Iterator[str]:
 def _walk(folder: Path) -> Iterator[Path]:
     """Everything below a folder, including linked folders, but no folder twice and nothing hidden."""
     visited = {os.path.realpath(folder)}
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=_raise_unreadable, followlinks=True):
         for name in sorted(folders):
             real = os.path.realpath(os.path.join(parent, name))
             if name.startswith(".") or real in visited:

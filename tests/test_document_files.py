@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -116,6 +118,32 @@ def test_a_truncated_shard_is_noticed_before_training(tmp_path: Path) -> None:
         NanochatError, match=r"shard_00001.parquet has 1000 bytes, and had \d+ when scripts.data_prep wrote it"
     ):
         get_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("read", [get_source, list_inputs])
+def test_what_cannot_be_read_is_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[str], object]
+) -> None:
+    """A user may not enter a folder; a disk that links lead to is not there."""
+    _write(tmp_path / "a.jsonl", DOCUMENTS)
+    _write(tmp_path / "closed" / "b.jsonl", DOCUMENTS)
+    (tmp_path / "notes").symlink_to("nowhere")  # would not be read
+    read(str(tmp_path))
+    for address in (tmp_path, tmp_path / "*.jsonl", tmp_path / "c.jsonl"):
+        (tmp_path / "c.jsonl").symlink_to("gone.jsonl")
+        with pytest.raises(NanochatError, match=r"c.jsonl links to gone.jsonl, which is not there: restore it, or remove"):
+            read(str(address))
+        (tmp_path / "c.jsonl").unlink()
+    scandir = os.scandir
+
+    def refuse(path: str) -> Iterator[os.DirEntry]:  # as for a user other than root
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(NanochatError, match=r"closed cannot be read \(Permission denied\): let it be read, or move it away"):
+        read(str(tmp_path))
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".txt"])
