@@ -15,12 +15,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
-from nanochat.common import NanochatError, first_line
+from nanochat.common import NanochatError, first_line, print0, some_of
 from nanochat.document_files import (
     BATCH_ROWS,
     READERS,
+    VAL,
     RemoteFile,
     cut_into_documents,
+    is_of_split,
     is_remote,
     is_text,
     list_local,
@@ -86,11 +88,22 @@ def _read_jsonl(lines: Iterable[str], path: str, column: str | None) -> Iterator
 
 
 def list_inputs(address: str) -> dict[str, int]:
-    """{path: bytes} of the readable files at a local or remote address, sorted. Raises NanochatError if there are none."""
+    """{path: bytes} of the readable files at a local or remote address, sorted. Raises NanochatError if there are none.
+
+    Beside others, files named for validation are left out: shuffled with the rest, they would be trained on.
+    """
     found = list_remote(address) if is_remote(address) else list_local(address)
     if not found:
         raise NanochatError(f"--input {address} is no file, nor a folder or glob of files: check the path")
-    files = [found[path]() for path in without_strangers([path for path in sorted(found) if kind_of(path.name)])]
+    paths = without_strangers([path for path in sorted(found) if kind_of(path.name)])
+    val = [path for path in paths if is_of_split(VAL, path)]
+    if 0 < len(val) < len(paths):
+        print0(
+            f"left out, as named for validation: {some_of([path.as_posix() for path in val], 3)}; the shards hold out text of "
+            "the other files (rename a file to prepare it with them)"
+        )
+        paths = [path for path in paths if path not in val]
+    files = [found[path]() for path in paths]
     if not files:
         raise NanochatError(f"--input {address} holds no .parquet, .jsonl, .txt or .md file (all but parquet also .gz, .zst)")
     return {file.shard.path if isinstance(file, RemoteFile) else file.path.absolute().as_posix(): file.size for file in files}

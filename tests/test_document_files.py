@@ -74,8 +74,11 @@ def test_folders_may_be_named_for_splits(tmp_path: Path, remote: bool, capsys: p
         source = get_source(found)
         assert [Path(file.name).parent.name for file in source.train_files] == ["train"]
         assert [Path(file.name).parent.name for file in source.val_files] == ["validation"]
-    assert [Path(path).parent.name for path in list_inputs(address)] == ["train", "validation"]
-    assert "not read, as no text to learn from: test/part-0.jsonl" in capsys.readouterr().out
+    assert [Path(path).parent.name for path in list_inputs(address)] == ["train"]
+    said = capsys.readouterr().out
+    assert "not read, as no text to learn from: test/part-0.jsonl" in said
+    assert "left out, as named for validation: validation/part-0.jsonl; the shards hold out text of the other files" in said
+    assert [Path(path).parent.name for path in list_inputs(f"{address}/validation")] == ["validation"]
 
 
 def test_a_file_is_read_once_and_what_is_not_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -94,7 +97,7 @@ def test_what_lies_beside_a_data_set_is_left_out_aloud(tmp_path: Path, capsys: p
     assert [file.name[:5] for file in source.train_files] == ["train"] * 2 and len(source.val_files) == 1
     said = capsys.readouterr().out
     assert "README.md" in said and "test-00000-of-00001.parquet" in said
-    assert [Path(path).name[:5] for path in list_inputs(str(tmp_path))] == ["train", "train", "valid"]
+    assert [Path(path).name[:5] for path in list_inputs(str(tmp_path))] == ["train", "train"]
     _write(tmp_path / "both" / "train_test_split.jsonl", DOCUMENTS)
     assert len(get_source(str(tmp_path / "both")).train_files) == 1
     capsys.readouterr()
