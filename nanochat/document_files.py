@@ -7,6 +7,7 @@ A document is a text or, in a parquet file written by scripts/data_prep, its tok
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import functools
 import glob
 import io
@@ -316,7 +317,7 @@ def list_local(path: str) -> Listing:
 
     Raises NanochatError for a folder that cannot be read, and for a link to nothing that is named like a text.
     """
-    expanded = Path(os.path.expanduser(re.sub(r"^/(?=[A-Za-z]:)", "", path.removeprefix("file://"))))  # file:///C:/...
+    expanded = _local_path(path)
     if expanded.is_dir():
         root, found = expanded, _walk(expanded)
     elif expanded.exists():  # even if its name looks like a glob
@@ -329,6 +330,29 @@ def list_local(path: str) -> Listing:
         once.setdefault(os.path.realpath(path_found), path_found)
     names = {file.relative_to(root): file for file in once.values()}
     return {name: functools.partial(DocumentFile, file, name.as_posix()) for name, file in names.items()}
+
+
+def finds_below(path: str, folder: Path, name: str) -> bool:
+    """Whether `list_local` of a path would find a file of that name if it lay in the folder, a real path."""
+    expanded = _local_path(path)
+    if expanded.exists():
+        return folder.is_relative_to(os.path.realpath(expanded))
+    before = tuple(_before_magic(expanded))
+    root = os.path.realpath(Path(*before))
+    return folder.is_relative_to(root) and _matches((folder / name).relative_to(root).parts, expanded.parts[len(before) :])
+
+
+def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether a path matches a glob; ** stands for any number of folders."""
+    if pattern[:1] == ("**",):
+        return any(_matches(parts[n:], pattern[1:]) for n in range(len(parts) + 1))
+    if not parts or not pattern:
+        return parts == pattern
+    return fnmatch.fnmatch(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
+def _local_path(path: str) -> Path:
+    return Path(os.path.expanduser(re.sub(r"^/(?=[A-Za-z]:)", "", path.removeprefix("file://"))))  # file:///C:/...
 
 
 def _is_file(path: Path) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.common import NanochatError, run_command
-from nanochat.document_files import is_remote
+from nanochat.document_files import finds_below, is_remote
 from nanochat.files import atomic_write
 from nanochat.prep_output import MAX_JOBS, Layout, PrepSettings, describe_output, lock_output
 from nanochat.raw_files import estimate_tokens, list_inputs
@@ -62,11 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     if "://" not in args.input:
         args.input = str(Path(os.path.expanduser(args.input)).absolute())
     layout = Layout(Path(os.path.expanduser(args.output)).absolute())
-    inputs = list_inputs(args.input)
-    real: Any = str if is_remote(args.input) else os.path.realpath  # links and .. may lead into the other folder
-    output = Path(os.path.realpath(layout.output))
-    if any(output in Path(real(path)).parents for path in inputs) or output.is_relative_to(real(args.input)):
-        raise NanochatError(f"--output {layout.output} and --input {args.input} overlap: choose another folder")
+    inputs = _list_inputs(args, layout)
     tokenizer = None if args.no_tokenize else get_tokenizer(args.tokenizer)
     settings = _choose_settings(args, layout, inputs, tokenizer)
     if layout.manifest.exists():
@@ -90,6 +86,20 @@ def _check_installed(args: Arguments) -> None:
     from loguru import logger
 
     logger.remove()  # datatrove's log goes to work/log, not to the screen
+
+
+def _list_inputs(args: Arguments, layout: Layout) -> dict[str, int]:
+    """The files to prepare, without what an earlier call has written. Raises NanochatError if it would read its own output."""
+    inputs = list_inputs(args.input)
+    if is_remote(args.input):
+        return inputs
+    output = Path(os.path.realpath(layout.output))  # links and .. may lead into the other folder
+    ours = [path for path in inputs if output in Path(os.path.realpath(path)).parents]
+    if layout.settings.exists() and len(ours) < len(inputs):
+        return {path: size for path, size in inputs.items() if path not in ours}
+    if ours or finds_below(args.input, output, "shard_00000.parquet"):
+        raise NanochatError(f"--output {layout.output} and --input {args.input} overlap: choose another folder")
+    return inputs
 
 
 def _choose_settings(args: Arguments, layout: Layout, inputs: dict[str, int], tokenizer: Tokenizer | None) -> PrepSettings:
