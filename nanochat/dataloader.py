@@ -20,7 +20,7 @@ import torch
 from nanochat.common import NanochatError
 from nanochat.dataset import Document, Source
 from nanochat.devices import to_device
-from nanochat.lanes import count_lanes, lightest_lane, rank_lanes, rows_of_rank
+from nanochat.lanes import LANES, count_lanes, lightest_lane, rank_lanes, rows_of_rank
 from nanochat.read_ahead import ReadAhead
 from nanochat.tokenizer import Tokenizer
 
@@ -35,9 +35,9 @@ class TokenLoader:
     """Iterates over (inputs, targets), each (batch_size, sequence_len) int64 on `device`.
 
     With `loop`, epochs repeat without end in the same order. Without, every token of the split is a target once, and the
-    last batch is padded, with targets of -1. The n-th rows of all ranks together are the same for any number of ranks that
-    divides lanes.LANES. Tokenizing and packing run in threads ahead of the consumer; close the loader, or use it in a
-    `with` statement, to end them.
+    last batches are padded, with targets of -1. The n-th rows of all ranks together are the same for any number of ranks;
+    with `loop`, for any that divides lanes.LANES. Tokenizing and packing run in threads ahead of the consumer; close the
+    loader, or use it in a `with` statement, to end them.
     """
 
     def __init__(
@@ -56,8 +56,10 @@ class TokenLoader:
         self.batch_size, self.row_len = batch_size, sequence_len + 1
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self.loop = loop
-        lanes = count_lanes(world_size)
-        self._lanes = {lane: _Lane(self.row_len) for lane in rank_lanes(lanes, rank, world_size)}
+        lanes = count_lanes(world_size) if loop else LANES
+        # Without a next epoch, lanes end, and only a rank that packs all of them knows whose turn is next.
+        packed = rank_lanes(lanes, rank, world_size) if loop else range(lanes)
+        self._lanes = {lane: _Lane(self.row_len) for lane in packed}
         self._place = _Place(_Reading(0, 0, (0,) * lanes), 0, 0, _look(self._lanes))
         self._batches: ReadAhead[tuple[np.ndarray, np.ndarray, _Place]] | None = None
 
@@ -66,7 +68,11 @@ class TokenLoader:
         first = {number: lane.next for number, lane in self._lanes.items()}
         dealt = _deal(self.source, self.split, self.loop, place.reading, first, self.tokenizer.get_vocab_size())
         tokenized = ReadAhead(_tokenize(dealt, self.tokenizer), CHUNKS_AHEAD)
-        return ReadAhead(_pack(tokenized, self._lanes, self.batch_size, self.row_len, bos, place), BATCHES_AHEAD)
+        # Row n is for rank n % world_size, whether a rank packs only its own rows or those of all.
+        rows, own = self.batch_size, slice(None)
+        if not self.loop:
+            rows, own = rows * self.world_size, slice(self.rank, None, self.world_size)
+        return ReadAhead(_pack(tokenized, self._lanes, rows, own, self.row_len, bos, place), BATCHES_AHEAD)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self
@@ -78,7 +84,10 @@ class TokenLoader:
         return to_device(inputs, self.device), to_device(targets, self.device)
 
     def stats(self) -> dict[str, float]:
-        """Text tokens delivered so far, the share of the rows that they fill (the rest is BOS), and the current epoch."""
+        """Text tokens delivered so far, the share of the rows that they fill (the rest is BOS), and the current epoch.
+
+        Of this rank with `loop`, of all ranks without.
+        """
         place = self._place
         filled = place.tokens / max(1, place.rows * (self.row_len - 1))
         return {"tokens": place.tokens, "filled": filled, "epoch": place.reading.epoch}
@@ -98,7 +107,7 @@ class TokenLoader:
         return {"reading": place.reading, "rows": place.rows, "tokens": place.tokens, "lanes": lanes, "counted": counted}
 
     def load_state_dict(self, states: Sequence[dict[str, Any]]) -> None:
-        """Continue as the loaders that saved these states would have; states: one for each rank at that time.
+        """Continue as the loaders that saved these states, with `loop`, would have; states: one for each rank at that time.
 
         Raises NanochatError if the data is not the same, or if this number of ranks cannot share it.
         """
@@ -307,9 +316,15 @@ def _encode(documents: list[Document], tokenizer: Tokenizer) -> list[np.ndarray]
 
 
 def _pack(
-    chunks: Iterable[list[_Dealt]], lanes: dict[int, _Lane], batch_size: int, row_len: int, bos: int, place: _Place
+    chunks: Iterable[list[_Dealt]],
+    lanes: dict[int, _Lane],
+    batch_size: int,
+    own: slice,
+    row_len: int,
+    bos: int,
+    place: _Place,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, _Place]]:
-    """Batches of rows, taken from the lanes in turn: (inputs, targets, the consumer's place after them)."""
+    """Batches of rows, taken from the lanes in turn: (inputs and targets of the own ones, the consumer's place after all)."""
     dealt = itertools.chain.from_iterable(chunks)
     turns = list(lanes.values())
     reading, made, placed = place.reading, place.rows, place.tokens
@@ -359,6 +374,7 @@ def _pack(
                     break
         if not used.any():
             return
-        targets = rows[:, 1:].copy()
+        inputs, targets = rows[:, :-1], rows[:, 1:].copy()
         targets[np.arange(1, row_len) >= used[:, None]] = -1
-        yield np.ascontiguousarray(rows[:, :-1]), targets, _Place(reading, made, placed, _look(lanes))
+        after = _Place(reading, made, placed, _look(lanes))
+        yield np.ascontiguousarray(inputs[own]), np.ascontiguousarray(targets[own]), after
