@@ -26,12 +26,19 @@ COLUMNS = ("run", "depth", "size", "tokens", "flops", "tokens_per_param", "bpb")
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """A row of the table; None for a run without a validation result. size: parameters as scaling laws count them."""
+    """A row of the table; None for a run without a validation result, or not yet with that of its last update.
+
+    size: parameters as scaling laws count them.
+    """
     stage_dir = folder / "base"
     settings = read_json(stage_dir / SETTINGS_FILE)
     rows = read_metrics(stage_dir / METRICS_FILE)
     _, measured = series(rows, "val/bpb")  # without those of a run that diverged, which are no numbers
     if not settings or not measured:
+        return None
+    last = max(row["step"] for row in rows if "val/bpb" in row)
+    if last < settings["num_iterations"]:  # the bits per byte are not those of the planned tokens
+        print(f"left out: {folder.name}, unfinished, was measured up to step {last} of {settings['num_iterations']}")
         return None
     tokens, size = settings["num_iterations"] * settings["total_batch_size"], settings["num_scaling_params"]
     flops = max(row.get("train/flops", 0) for row in rows)

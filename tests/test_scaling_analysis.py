@@ -41,13 +41,27 @@ def test_two_sizes_have_no_best_one() -> None:
 
 def test_a_run_that_diverged_counts_by_what_it_was_before(tiny_run: Path, capsys: pytest.CaptureFixture) -> None:
     metrics = tiny_run / "base" / "metrics.jsonl"
-    rows = [json.dumps({"step": step, "train/flops": 1e9, "val/bpb": bpb}) + "\n" for step, bpb in ((1, 2.5), (2, None))]
+    rows = [json.dumps({"step": step, "train/flops": 1e9, "val/bpb": bpb}) + "\n" for step, bpb in ((3, 2.5), (6, None))]
     metrics.write_text("".join(rows), encoding="utf-8")
     assert scaling_analysis.main(["--runs=tiny"]) == 0
     assert "2.5000" in capsys.readouterr().out
     metrics.write_text(rows[1], encoding="utf-8")
     with pytest.raises(NanochatError, match="no run 'tiny'"):
         scaling_analysis.main(["--runs=tiny"])
+
+
+def test_a_run_that_is_not_finished_is_left_out(tiny_run: Path, capsys: pytest.CaptureFixture) -> None:
+    """Its newest result does not belong to the tokens that were planned."""
+    shutil.copytree(tiny_run, tiny_run.parent / "tiny-2")
+    metrics = tiny_run / "base" / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    early = [row for row in rows if row["step"] < max(row["step"] for row in rows)]
+    early.append({**early[-1], "val/bpb": 2.5})
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in early), encoding="utf-8")
+    assert scaling_analysis.main(["--runs=tiny*"]) == 0
+    assert f"left out: tiny, unfinished, was measured up to step {early[-1]['step']} of " in capsys.readouterr().out
+    with open(tiny_run.parent / "scaling.csv", encoding="utf-8") as file:
+        assert [row["run"] for row in csv.DictReader(file)] == ["tiny-2"]
 
 
 def test_runs_are_read_as_they_were_left(tiny_run: Path, capsys: pytest.CaptureFixture) -> None:
