@@ -123,6 +123,8 @@ def main(argv: list[str] | None = None) -> int:
     # Where to start, and how long to train
     start_dir, tokenizer, meta, parent_step = open_start(stage, args.source, args.model_step)
     train_task, val_task = (build_judged_task(args.task, split, args.task_data) for split in ("train", "val"))
+    if len(val_task) == 0:
+        raise NanochatError(f"--task {args.task} has too few problems to hold some out for measuring: give more")
     check_room(train_task, tokenizer, args.max_new_tokens, meta["model_config"]["sequence_len"])
     mixture = check_mixture(stage, train_task, args.task)
     if mixture is None:

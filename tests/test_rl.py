@@ -397,8 +397,10 @@ def test_the_best_checkpoint_has_solved_the_most(tiny_run: Path, monkeypatch: py
     assert list_steps(tiny_run / "rl") == [2, 4]
 
 
-def test_bad_input_of_the_command(tiny_run: Path) -> None:
+def test_bad_input_of_the_command(tiny_run: Path, tmp_path: Path) -> None:
+    write_gsm8k(tmp_path, 9)
     for flags, words in (
+        (["--task=GSM8K", f"--task-data={tmp_path}"], "GSM8K has too few problems to hold some out"),
         (["--task=SmolTalk", "--task-data=/nowhere"], "nowhere"),
         (["--max-new-tokens=128"], "context of 128"),
         (["--model-tag=absent"], "absent"),
