@@ -23,6 +23,7 @@ import psutil
 
 logger = logging.getLogger("nanochat")
 EX_SOFTWARE = 70  # sysexits.h: a bug in the program
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 DEFAULT_BASE_DIR = "~/.cache/nanochat"
 LESS_MEMORY = (  # names no flags, because they differ between commands
     "choose fewer rows at a time, a shorter context or a smaller model; python -m nanochat.memory says what training needs"
@@ -156,8 +157,8 @@ def describe_error(error: BaseException) -> str | None:
 
 def _describe_os_error(error: OSError) -> str:
     place = error.filename or os.environ.get("NANOCHAT_BASE_DIR") or DEFAULT_BASE_DIR
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full ({place}): free some space or set NANOCHAT_BASE_DIR to a folder on a larger disk"
+    if error.errno in DISK_FULL:
+        return f"the disk is full ({place}): free some space or choose a larger disk, for example with NANOCHAT_BASE_DIR"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         what = f"{place} is on a read-only file system" if error.errno == errno.EROFS else f"no permission for {place}"
         return f"{what}: choose another folder, for example with NANOCHAT_BASE_DIR"

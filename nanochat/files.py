@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nanochat.common import NanochatError, as_unicode
+from nanochat.common import DISK_FULL, NanochatError, as_unicode
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -58,8 +58,10 @@ def written_whole(path: Path) -> Iterator[Path]:
         replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and str(error.filename) == str(temporary):
-            error.filename, error.filename2 = str(path), None  # a message names the file that was meant
+        if isinstance(error, OSError):
+            is_nameless = error.filename is None and error.errno in DISK_FULL  # met while writing, not while opening
+            if is_nameless or str(error.filename) == str(temporary):
+                error.filename, error.filename2 = str(path), None  # a message names the file that was meant
         raise
 
 

@@ -46,6 +46,18 @@ def test_a_write_that_fails_names_the_file_that_was_meant(tmp_path: Path) -> Non
     assert (failure.value.filename, failure.value.filename2) == (str(tmp_path / "page.html"), None)
 
 
+def test_a_disk_that_is_full_is_named_by_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It need not be the disk of NANOCHAT_BASE_DIR."""
+
+    def fail(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space") as failure:
+        atomic_write(tmp_path / "shard.parquet", "new")
+    assert describe_error(failure.value).startswith(f"the disk is full ({tmp_path / 'shard.parquet'})")
+
+
 @pytest.fixture
 def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither HOME nor an entry of passwd, as of a container's user that is a bare number."""
