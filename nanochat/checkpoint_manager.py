@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from nanochat.common import NanochatError, get_dist_info
-from nanochat.files import locked, read_json_object, remove_leftovers, replace_directory, sha256_of, share_mode
+from nanochat.files import locked, read_json_object, remove_leftovers, replace, replace_directory, sha256_of, share_mode
 from nanochat.gpt import GPT
 from nanochat.model_config import read_config
 from nanochat.ranks import all_or_none, on_rank0
@@ -190,7 +190,7 @@ def clean_up(stage_dir: Path) -> None:
     for old in stage_dir.glob(".step_*.old"):
         target = stage_dir / old.name.removeprefix(".").removesuffix(".old")
         if not target.exists():
-            os.rename(old, target)
+            replace(old, target)
     for left in (*stage_dir.glob(".step_*.tmp"), *stage_dir.glob(".step_*.old")):
         shutil.rmtree(left, ignore_errors=True)
     for name in (BEST_FILE, SETTINGS_FILE):
@@ -206,7 +206,7 @@ def set_aside(stage_dir: Path, step: int) -> list[str]:
         folder, attempt = step_dir(stage_dir, later), 1
         while (target := stage_dir / f"abandoned_{folder.name}_{attempt}").exists():
             attempt += 1
-        os.rename(folder, target)
+        replace(folder, target)
         names.append(target.name)
     return names
 

@@ -17,6 +17,8 @@ from filelock import FileLock, Timeout
 
 from nanochat.common import DISK_FULL, NanochatError, as_unicode
 
+BUSY_TRIES = 10 if os.name == "nt" else 0  # to rename what another process may hold open
+
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The content of a JSON file that holds an object. Raises NanochatError if it is missing, truncated or not an object."""
@@ -76,8 +78,11 @@ def atomic_write(path: Path | str, content: bytes | str) -> None:
 
 
 def replace(source: Path, target: Path) -> None:
-    """os.replace, which on Windows waits half a second for a reader or a virus scanner to let go of a file."""
-    for _ in range(10 if os.name == "nt" else 0):
+    """os.replace, which on Windows waits half a second for a reader or a virus scanner to let go of a file.
+
+    Also renames a directory, to a name that is free; one of its files may be held, too.
+    """
+    for _ in range(BUSY_TRIES):
         with contextlib.suppress(PermissionError):
             return os.replace(source, target)
         time.sleep(0.05)
@@ -87,12 +92,12 @@ def replace(source: Path, target: Path) -> None:
 def replace_directory(temporary: Path, target: Path) -> None:
     """Rename a directory to `target`, replacing an existing one. A crash leaves the old one complete as `.NAME.old`."""
     if not target.exists():
-        os.rename(temporary, target)
+        replace(temporary, target)
         return
     old = target.parent / f".{target.name}.old"
     shutil.rmtree(old, ignore_errors=True)
-    os.rename(target, old)
-    os.rename(temporary, target)
+    replace(target, old)
+    replace(temporary, target)
     shutil.rmtree(old)
 
 

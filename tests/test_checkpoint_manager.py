@@ -297,7 +297,7 @@ def test_lineage_is_stored(tiny_run: Path) -> None:
 def test_all_of_a_step_is_on_disk_before_it_is_seen(stage_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its files and their folder before it gets its name, the folder with the name after: a power cut loses none of it."""
     events: list[object] = []
-    flush, rename = os.fsync, os.rename
+    flush, rename = os.fsync, os.replace
 
     def note_flush(fd: int) -> None:
         events.append(os.fstat(fd).st_ino)
@@ -308,7 +308,7 @@ def test_all_of_a_step_is_on_disk_before_it_is_seen(stage_dir: Path, monkeypatch
         rename(*paths)
 
     monkeypatch.setattr(os, "fsync", note_flush)
-    monkeypatch.setattr(os, "rename", note_rename)
+    monkeypatch.setattr(os, "replace", note_rename)
     directory = save_checkpoint(stage_dir, 1, STATE, STATE, {})
     named = events.index("named")
     paths = list(directory.iterdir()) + [directory] * (os.name != "nt")  # Windows flushes no folders

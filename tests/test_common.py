@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from nanochat import files
 from nanochat.common import NanochatError, describe_error, get_base_dir, run_command
-from nanochat.files import atomic_write
+from nanochat.files import atomic_write, replace, replace_directory
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
@@ -56,6 +61,33 @@ def test_a_disk_that_is_full_is_named_by_the_file(tmp_path: Path, monkeypatch: p
     with pytest.raises(OSError, match="No space") as failure:
         atomic_write(tmp_path / "shard.parquet", "new")
     assert describe_error(failure.value).startswith(f"the disk is full ({tmp_path / 'shard.parquet'})")
+
+
+@pytest.mark.parametrize("failures", [1, 10, 11])
+def test_what_a_virus_scanner_holds_is_renamed_when_it_lets_go(
+    tmp_path: Path, failures: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files and directories alike; not waited for without end."""
+    left = 0
+
+    def refuse_first(rename: Callable[[Path, Path], None], source: Path, target: Path) -> None:
+        nonlocal left
+        left -= 1
+        if left >= 0:
+            raise PermissionError(13, "used by another process")
+        rename(source, target)
+
+    monkeypatch.setattr(files, "BUSY_TRIES", 10)  # as on Windows
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, functools.partial(refuse_first, getattr(os, name)))
+    for rename, make in ((replace, Path.touch), (replace_directory, Path.mkdir)):
+        source, target = tmp_path / f"{make.__name__}.tmp", tmp_path / make.__name__
+        make(source)
+        left = failures
+        with pytest.raises(PermissionError) if failures > 10 else contextlib.nullcontext():
+            rename(source, target)
+        assert (source.exists(), target.exists()) == ((True, False) if failures > 10 else (False, True))
 
 
 @pytest.fixture
