@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -283,7 +284,8 @@ def _json_object(file: DocumentFile) -> dict[str, Any]:
 
 def _absolute(path: str) -> str:
     """An absolute path for the record, so that a later command in another folder finds the files. Raises NanochatError."""
-    path = os.path.join(os.getcwd(), os.path.expanduser(path.removeprefix("file://")))
+    local = re.sub(r"^/(?=[A-Za-z]:)", "", path.removeprefix("file://"))  # file:///C:/..., as document_files.list_local does
+    path = os.path.join(os.getcwd(), os.path.expanduser(local))
     try:
         path.encode()
     except UnicodeEncodeError as error:

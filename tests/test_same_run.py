@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import ntpath
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nanochat import same_run
+from nanochat import dataset, same_run
 from nanochat.checkpoint_manager import read_meta
 from nanochat.common import NanochatError
 from nanochat.dataloader import TokenLoader
@@ -190,6 +191,15 @@ def test_a_resumed_run_keeps_its_tokenizer(texts: Path, base_dir: Path, capsys: 
     _train(texts, "--resume=3")
     with pytest.raises(NanochatError, match="the tokenizer is not the one that run 'r' was started with"):
         _train(texts, "--resume=3", "--tokenizer=other")
+
+
+@pytest.mark.parametrize("path", ["C:/data", "file://C:/data", "file:///C:/data"])
+def test_a_drive_is_recorded_once(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as windows:
+        windows.setattr(os, "path", ntpath)
+        windows.setattr(os, "getcwd", lambda: "C:\\here")
+        recorded = dataset._absolute(path)
+    assert recorded == "C:/data"
 
 
 def test_a_text_is_found_again_from_elsewhere(
