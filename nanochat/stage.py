@@ -42,6 +42,7 @@ from nanochat.devices import get_compute_dtype
 from nanochat.files import atomic_write, read_json
 from nanochat.fp8 import enable_fp8
 from nanochat.gpt import GPT, GPTConfig
+from nanochat.lanes import LANES
 from nanochat.loggers import check_installed
 from nanochat.metrics import METRICS_FILE, MetricsLog, read_metrics
 from nanochat.model_config import read_config
@@ -95,6 +96,23 @@ class Stage:
             if args.num_iterations == planned:
                 args.given.discard("num_iterations")
         args.adopt({name: value for name, value in self.recorded_settings().items() if name in names})
+
+    def check_batch(self, device_batch_size: int, sequence_len: int, world_size: int) -> None:
+        """Raise NanochatError if these ranks or rows cannot share the batch that the stage goes on with, which it keeps."""
+        tokens = self.recorded_settings().get("total_batch_size", 0)
+        batch, rows = f"the --total-batch-size {tokens} of run {self.tag!r}", tokens // sequence_len
+        if rows % world_size:
+            fitting = ", ".join(str(n) for n in range(1, LANES + 1) if LANES % n == rows % n == 0)
+            raise NanochatError(
+                f"{batch} is {rows} rows, which {world_size} processes cannot share: go on with one of {fitting}"
+            )
+        own = rows // world_size
+        if device_batch_size > 0 and own % device_batch_size:
+            fitting = ", ".join(str(n) for n in range(1, own + 1) if own % n == 0)
+            raise NanochatError(
+                f"{batch} is {own} rows for each process, which --device-batch-size {device_batch_size} does not divide: "
+                f"go on with one of {fitting}, or leave it out"
+            )
 
 
 def open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Stage:

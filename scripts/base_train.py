@@ -198,6 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     config = describe_config(args, tokenizer, model_switches)
     shape = {name: vars(args)[name] for name in SHAPE}
     check_settings(stage, {**shape, "tokenizer_fingerprint": tokenizer.fingerprint()}, args)
+    stage.check_batch(args.device_batch_size, args.max_seq_len, world_size)
     model = make_model(asdict(config), device, args, stage.start)
 
     def holds(tokens: float) -> bool:

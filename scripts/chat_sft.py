@@ -172,6 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     if mixture is None:
         return 0
     check_answers(val_task, tokenizer, sequence_len)
+    stage.check_batch(args.device_batch_size, sequence_len, world_size)
     model = make_model(model_config, device, args, (start_dir, meta["step"]))
 
     def tokens_in_pass() -> int:

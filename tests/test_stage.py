@@ -45,6 +45,20 @@ def _begin(stage_dir: Path, name: str, step: int) -> None:
     (stage_dir / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
+def test_ranks_that_cannot_share_a_batch_are_told_how_many_can(stage_dir: Path) -> None:
+    """Not of other batches: a run that goes on keeps its own."""
+    save_checkpoint(stage_dir, 400, STATE, None, {"settings": {"total_batch_size": 12 * 64}})
+    stage = Stage("r", "base", stage_dir, 400, [400])
+    for world_size in (1, 2, 4):
+        stage.check_batch(-1, 64, world_size)
+    for world_size in (8, 5):
+        with pytest.raises(NanochatError, match=f"which {world_size} processes cannot share: go on with one of 1, 2, 4$"):
+            stage.check_batch(-1, 64, world_size)
+    stage.check_batch(3, 64, 2)
+    with pytest.raises(NanochatError, match="6 rows for each process.* go on with one of 1, 2, 3, 6, or leave it out"):
+        stage.check_batch(4, 64, 2)
+
+
 @pytest.mark.parametrize(("variable", "name"), STARTS)
 def test_a_repeated_command_goes_on_from_what_it_saved(
     stage_dir: Path, variable: str, name: str, monkeypatch: pytest.MonkeyPatch

@@ -341,11 +341,15 @@ def test_runs_are_never_written_over(corpus: Path, tiny_run: Path) -> None:
     assert {path.name for path in tiny_run.parent.iterdir()} == {"tiny", "d2", "d2-2"}
 
 
-def test_a_batch_that_does_not_divide(corpus: Path) -> None:
+def test_a_batch_that_does_not_divide(corpus: Path, tiny_run: Path) -> None:
     with pytest.raises(NanochatError, match="nearest: 896, 1024"):
         _train(corpus, "x", "--total-batch-size=1000")
     with pytest.raises(NanochatError, match="nearest"):
         _train(corpus, "x", "--device-batch-size=3")
+    with pytest.raises(NanochatError, match="--total-batch-size 512 of run 'tiny' is 4 rows .* go on with one of 1, 2, 4, or"):
+        _train(corpus, "tiny", "--resume=3", "--device-batch-size=3")
+    with pytest.raises(NanochatError, match="does not divide: go on with one of 1, or leave"):
+        chat_sft.main(["--model-tag=tiny", "--resume=2", "--device-type=cpu", "--device-batch-size=3"])
 
 
 def test_a_loss_that_is_no_number_stops_the_run(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
