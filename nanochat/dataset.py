@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from nanochat.document_files import (
     is_remote,
     list_local,
     list_remote,
+    without_scheme,
     without_strangers,
 )
 from nanochat.files import read_json_object
@@ -284,8 +284,7 @@ def _json_object(file: DocumentFile) -> dict[str, Any]:
 
 def _absolute(path: str) -> str:
     """An absolute path for the record, so that a later command in another folder finds the files. Raises NanochatError."""
-    local = re.sub(r"^/(?=[A-Za-z]:)", "", path.removeprefix("file://"))  # file:///C:/..., as document_files.list_local does
-    path = os.path.join(os.getcwd(), os.path.expanduser(local))
+    path = os.path.join(os.getcwd(), os.path.expanduser(without_scheme(path)))
     try:
         path.encode()
     except UnicodeEncodeError as error:

@@ -351,8 +351,13 @@ def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
     return fnmatch.fnmatch(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
+def without_scheme(path: str) -> str:
+    """A local path without file://, which on Windows stands before /C:/..."""
+    return re.sub(r"^/(?=[A-Za-z]:)", "", path.removeprefix("file://"))
+
+
 def _local_path(path: str) -> Path:
-    return Path(os.path.expanduser(re.sub(r"^/(?=[A-Za-z]:)", "", path.removeprefix("file://"))))  # file:///C:/...
+    return Path(os.path.expanduser(without_scheme(path)))
 
 
 def _is_file(path: Path) -> bool:
