@@ -33,7 +33,7 @@ class ConversationLoader:
     """Iterates over (inputs, targets), each (batch_size, sequence_len) int64; targets are -1 where not supervised.
 
     With `loop`, epochs follow each other without end, each in its own order; without, one pass in the task's own order,
-    with the last batch padded. Conversations are dealt in turn to lanes (lanes.py): the n-th rows of all ranks together
+    with the last batches padded. Conversations are dealt in turn to lanes (lanes.py): the n-th rows of all ranks together
     are the same for any number of ranks that divides lanes.LANES.
     """
 
@@ -99,13 +99,15 @@ class ConversationLoader:
     def _next_row(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Ids (row_len,) and targets (row_len - 1,) of the next row; None when there is nothing left."""
         turns = list(self._lanes.values())
-        for _ in turns:  # a lane that has ended, which happens only without a next epoch, loses its turn
-            lane = turns[self.rows % len(turns)]
-            self.rows += 1
-            self._refill(lane)
-            if lane.buffer:
-                return self._fill(lane)
-        return None
+        lane = turns[self.rows % len(turns)]
+        self._refill(lane)
+        if not lane.buffer:  # it has ended, without a next epoch: its rows are empty, so that other lanes' keep their numbers
+            for other in turns:
+                self._refill(other)
+            if not any(other.buffer for other in turns):
+                return None
+        self.rows += 1
+        return self._fill(lane)
 
     def _fill(self, lane: _Lane) -> tuple[np.ndarray, np.ndarray]:
         ids = np.full(self.row_len, self.tokenizer.get_bos_token_id(), dtype=np.int64)

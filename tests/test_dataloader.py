@@ -308,6 +308,30 @@ class _Letters(Task):
         return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
+@pytest.mark.parametrize("world_size", [2, 4, 16])
+def test_few_conversations_are_in_the_same_rows_on_any_number_of_ranks(tokenizer: Tokenizer, world_size: int) -> None:
+    """So a validation that stops early measures the same."""
+
+    class Uneven(_Letters):
+        """Three conversations for each lane, which fit in one row in every other lane."""
+
+        def get_example(self, index: int) -> dict:
+            self.length = 2 if index % 2 else 100
+            return super().get_example(index)
+
+    task = Uneven(0, usable=10, size=48)
+
+    def beginnings(world_size: int) -> list[list[list[int]]]:
+        """The rows with answers among the first 16 of all ranks together, among the next 16, and so on."""
+        settings = {"batch_size": 16 // world_size, "sequence_len": 128, "world_size": world_size, "loop": False}
+        loaders = [ConversationLoader(task, tokenizer, rank=rank, **settings) for rank in range(world_size)]
+        together = itertools.zip_longest(*loaders, fillvalue=((), ()))
+        return [sorted(row.tolist() for _, targets in batches for row in targets if row.max() >= 0) for batches in together]
+
+    assert beginnings(world_size) == beginnings(1)
+    assert [len(rows) for rows in beginnings(1)] == [16, 8, 8]
+
+
 @pytest.mark.parametrize("length", [20, 80, 140])
 @pytest.mark.parametrize("sample_size", [1000, 300])
 def test_an_epoch_is_estimated_with_its_padding(tokenizer: Tokenizer, length: int, sample_size: int) -> None:
