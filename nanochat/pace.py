@@ -88,21 +88,22 @@ def steps_in(model: GPT, minutes: float, rows: int, total_batch_size: int, compi
 
 
 class TimeLimit:
-    """Holds a run to --target-minutes: while updates are slower than was measured, it plans fewer of them.
+    """Holds a run to --target-minutes: where updates are slower or faster than was measured, it plans fewer or more of them.
 
-    Checked TIME_CHECKS times; in seconds of training alone, like the plan. most: updates at the start, never exceeded;
-    record(updates) is called when they change.
+    Checked TIME_CHECKS times in the updates that were planned; in seconds of training alone, like the plan. most: updates
+    that are never exceeded; record(updates) is called when they change.
     """
 
-    def __init__(self, minutes: float, most: int, record: Callable[[int], None]) -> None:
+    def __init__(self, minutes: float, planned: int, most: float, record: Callable[[int], None]) -> None:
         self._seconds = 60 * minutes - seconds_since_start()
-        self._most, self._period, self.record = most, max(1, most // TIME_CHECKS), record
+        self._most, self._period, self.record = most, max(1, planned // TIME_CHECKS), record
         self._checked = (0, 0.0)  # (step, seconds of training) at the last check
 
     def updates(self, step: int, seconds: float, schedule: Schedule) -> int:
         """How many updates the run is to have, after `step` of them in so many seconds (a collective call).
 
-        Another number only if it differs by 3%; at most half of those left are dropped at a time: a pause is no pace.
+        Another number only if it differs by 3%; at most half of those left are dropped, or as many added, at a time: a pause
+        is no pace.
         """
         planned, first = schedule.num_iterations, schedule.expansion_step
         if step <= first:  # nothing is known yet of the time that all blocks take
@@ -111,7 +112,8 @@ class TimeLimit:
             return planned
         (step_before, seconds_before), self._checked = self._checked, (step, seconds)
         left, pace = planned - step, (step - step_before) / (seconds - seconds_before)
-        fit = from_rank0(min(max(int(pace * (self._seconds - seconds)), left // 2, 1), self._most - step))
+        fit = min(max(int(pace * (self._seconds - seconds)), left // 2, 1), 2 * left)
+        fit = from_rank0(int(min(fit, self._most - step)))
         return planned if abs(left - fit) < 0.03 * planned else step + fit
 
 

@@ -360,9 +360,12 @@ def train_config(settings: dict[str, Any], device: torch.device, **own: Any) -> 
     return TrainConfig(**{**chosen, "log_every": 10 if device.type == "cuda" else 1, **own})
 
 
-def time_limit(stage: Stage, settings: dict[str, Any], args: Arguments, by_time: bool) -> TimeLimit | None:
-    """What holds a stage that was planned by --target-minutes to them; one that resumes keeps the updates that it has."""
-    if not by_time or stage.resume_step is not None:
+def time_limit(stage: Stage, settings: dict[str, Any], args: Arguments, most: float | None) -> TimeLimit | None:
+    """What holds a stage that was planned by --target-minutes to them; one that resumes keeps the updates that it has.
+
+    most: updates that are never exceeded; None for a stage that was not planned so.
+    """
+    if most is None or stage.resume_step is not None:
         return None
 
     def record(updates: int) -> None:
@@ -373,7 +376,7 @@ def time_limit(stage: Stage, settings: dict[str, Any], args: Arguments, by_time:
         except OSError as error:  # checkpoints say so too
             print0(f"warning: {SETTINGS_FILE} could not be written; training goes on. {describe_error(error)}")
 
-    return TimeLimit(args.target_minutes, settings["num_iterations"], record)
+    return TimeLimit(args.target_minutes, settings["num_iterations"], most, record)
 
 
 def train(trainer: Trainer, stage: Stage) -> None:

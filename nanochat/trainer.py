@@ -271,7 +271,7 @@ class Trainer:
             self._check_stop()
 
     def _keep_to_time(self) -> None:
-        """Plan as many updates as end in time, if those that were planned do not; all schedules follow."""
+        """Plan as many updates as end in time, fewer or more than were planned; all schedules follow."""
         if self._time_limit is None or self._pending:  # while losses are pending, a GPU may still be at work on earlier steps
             return
         planned, updates = self.config.num_iterations, self._time_limit.updates(self.step, self.time_s, self.config)
@@ -280,7 +280,7 @@ class Trainer:
         expand_at = self.config.expansion_step / updates  # blocks that have joined stay
         self.config = replace(self.config, num_iterations=updates, expand_at=expand_at)
         self.progress.total = updates
-        why = "slower than planned" if updates < planned else "faster again"
+        why = "slower than planned" if updates < planned else "faster than planned"
         self.progress.print(f"step {self.step}: {why}; {updates} updates in place of {planned}, to end in time")
         self._time_limit.record(updates)
 

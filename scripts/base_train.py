@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
         ),
         stage.directory, open_metrics(stage, settings, args),
         {"tokenizer": tokenizer.fingerprint(), "settings": settings, "data": source.describe(), "parent": None},
-        evaluations=evaluations, sample=sample, time_limit=time_limit(stage, settings, args, by_time),
+        evaluations=evaluations, sample=sample, time_limit=time_limit(stage, settings, args, math.inf if by_time else None),
     )  # fmt: skip
     train(trainer, stage)
     loader.close()

@@ -13,8 +13,10 @@ import torch
 from nanochat.checkpoint_manager import read_meta
 from nanochat.common import NanochatError
 from nanochat.loss_eval import batches_to_validate
+from nanochat.pace import TimeLimit
 from nanochat.report import settings_table
 from nanochat.runs import list_steps
+from nanochat.schedules import Schedule
 from nanochat.stage import Stage, optimizer_switches
 from nanochat.tokenizer import Tokenizer
 from scripts import base_train, chat_sft
@@ -23,6 +25,11 @@ from tests.conftest import TINY_TRAINING
 from tests.helpers import write_gsm8k
 
 FLAGS = ["--model-tag=tiny", "--no-compile", "--device-type=cpu", "--eval-tokens=256", "--num-iterations=2", "--save-every=1"]
+
+
+def as_planned(limit: TimeLimit, step: int, seconds: float, schedule: Schedule) -> int:
+    """For TimeLimit.updates, on a machine that is as fast as was measured."""
+    return schedule.num_iterations
 
 
 def test_an_identity_of_ones_own_is_learned_and_kept(
@@ -114,6 +121,7 @@ def test_conversations_of_ones_own_are_found_again(tiny_run: Path, tmp_path: Pat
 def test_the_sooner_of_updates_and_minutes_ends_a_stage(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(tiny_run / "sft")
     monkeypatch.setattr(chat_sft, "steps_in", lambda *_: 2)
+    monkeypatch.setattr(TimeLimit, "updates", as_planned)
     flags = ["--model-tag=tiny", "--tasks=Arithmetic:60", "--no-compile", "--device-type=cpu", "--eval-tokens=256"]
     flags += ["--num-iterations=5", "--target-minutes=1"]
     assert chat_sft.main(flags) == 0
@@ -130,6 +138,7 @@ def test_a_stage_by_time_is_repeated_by_its_updates(tiny_run: Path, monkeypatch:
     shutil.rmtree(tiny_run / "sft")
     shutil.copytree(tiny_run, tiny_run.parent / "again")
     monkeypatch.setattr(chat_sft, "steps_in", lambda *_: 3)
+    monkeypatch.setattr(TimeLimit, "updates", as_planned)
     assert chat_sft.main([*FLAGS, "--num-iterations=-1", "--tasks=Arithmetic:60", "--target-minutes=1"]) == 0
     monkeypatch.setattr(chat_sft, "steps_in", lambda *_: 1)
     for flags in (["--resume=auto"], ["--model-tag=again"]):
