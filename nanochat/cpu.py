@@ -1,4 +1,4 @@
-"""This machine's processor: what it is and multiplies natively, how many cores and how much memory are ours."""
+"""This machine's processor and memory: what it multiplies natively, how much is ours, and what freed memory is kept."""
 
 from __future__ import annotations
 
