@@ -89,7 +89,8 @@ class Stage:
     def adopt(self, args: Arguments, *names: str) -> None:
         """Where the stage goes on, give those flags that were left to their defaults the values that it was begun with.
 
-        A run by time may have planned fewer or more updates after this step; to ask for as many, with its config.toml, is nothing new.
+        A run by time may have planned other numbers of updates after this step; to ask for as many, with its config.toml, is
+        nothing new.
         """
         if self.resume_step is not None:
             planned = read_json(self.directory / SETTINGS_FILE).get("num_iterations")
