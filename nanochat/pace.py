@@ -90,13 +90,13 @@ def steps_in(model: GPT, minutes: float, rows: int, total_batch_size: int, compi
 class TimeLimit:
     """Holds a run to --target-minutes: where updates are slower or faster than was measured, it plans fewer or more of them.
 
-    Checked TIME_CHECKS times in the updates that were planned; in seconds of training alone, like the plan. most: updates
-    that are never exceeded; record(updates) is called when they change.
+    Checked TIME_CHECKS times, in seconds of training alone, like the plan. most: updates that are never exceeded;
+    record(updates) is called when they change.
     """
 
-    def __init__(self, minutes: float, planned: int, most: float, record: Callable[[int], None]) -> None:
+    def __init__(self, minutes: float, most: float, record: Callable[[int], None]) -> None:
         self._seconds = 60 * minutes - seconds_since_start()
-        self._most, self._period, self.record = most, max(1, planned // TIME_CHECKS), record
+        self._most, self.record = most, record
         self._checked = (0, 0.0)  # (step, seconds of training) at the last check
 
     def updates(self, step: int, seconds: float, schedule: Schedule) -> int:
@@ -108,7 +108,7 @@ class TimeLimit:
         planned, first = schedule.num_iterations, schedule.expansion_step
         if step <= first:  # nothing is known yet of the time that all blocks take
             self._checked = (step, seconds)
-        if step - self._checked[0] < self._period or step >= planned:
+        if step - self._checked[0] < max(1, planned // TIME_CHECKS) or step >= planned:
             return planned
         (step_before, seconds_before), self._checked = self._checked, (step, seconds)
         left, pace = planned - step, (step - step_before) / (seconds - seconds_before)

@@ -377,7 +377,7 @@ def time_limit(stage: Stage, settings: dict[str, Any], args: Arguments, most: fl
         except OSError as error:  # checkpoints say so too
             print0(f"warning: {SETTINGS_FILE} could not be written; training goes on. {describe_error(error)}")
 
-    return TimeLimit(args.target_minutes, settings["num_iterations"], most, record)
+    return TimeLimit(args.target_minutes, most, record)
 
 
 def train(trainer: Trainer, stage: Stage) -> None:

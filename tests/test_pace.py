@@ -21,7 +21,7 @@ from tests.helpers import make_trainer
 def simulate(seconds_of_step: list[float], minutes: float, planned: int = 0, **config: float) -> tuple[int, float]:
     """(updates, seconds) of a run under a limit whose steps take so long; planned: as many as there may be, or fewer."""
     schedule, seconds, recorded = Schedule(planned or len(seconds_of_step), **config), 0.0, []
-    limit = TimeLimit(minutes, schedule.num_iterations, len(seconds_of_step), recorded.append)
+    limit = TimeLimit(minutes, len(seconds_of_step), recorded.append)
     step = 0
     while step < schedule.num_iterations:
         updates = limit.updates(step, seconds, schedule)
@@ -71,7 +71,7 @@ def test_blocks_that_join_late_are_not_judged_by_the_steps_before() -> None:
 def test_schedules_follow_a_run_that_does_fewer_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recorded: list[int] = []
     trainer = make_trainer(tmp_path, num_iterations=20, expand_at=0.1, warmdown_ratio=1.0)
-    trainer._time_limit = TimeLimit(1.0, 20, 20, recorded.append)
+    trainer._time_limit = TimeLimit(1.0, 20, recorded.append)
     monkeypatch.setattr(TimeLimit, "updates", lambda self, step, seconds, schedule: 10 if step >= 5 else 20)
     trainer.train()
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in row]
@@ -92,7 +92,7 @@ def test_time_is_looked_at_only_where_it_is_known(tmp_path: Path, monkeypatch: p
     """After a row is logged, which waits for the device."""
     asked: list[int] = []
     trainer = make_trainer(tmp_path, num_iterations=8, log_every=3)
-    trainer._time_limit = TimeLimit(1.0, 8, 8, print)
+    trainer._time_limit = TimeLimit(1.0, 8, print)
     monkeypatch.setattr(TimeLimit, "updates", lambda self, step, seconds, schedule: asked.append(step) or 8)
     trainer.train()
     assert asked == [0, 3, 6, 8]
