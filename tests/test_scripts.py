@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanochat import pace
 from nanochat.common import NanochatError, describe_error
 from nanochat.runs import list_steps
 from scripts import base_eval, base_train, chat_cli, chat_eval, chat_sft, chat_web, tok_eval, tok_train
@@ -249,8 +250,9 @@ def test_text_without_validation_is_no_text_to_begin_with(tmp_path: Path, tokeni
 
 
 def test_a_run_of_so_many_minutes_goes_on_as_it_was_planned(
-    tiny_run: Path, corpus: Path, capsys: pytest.CaptureFixture
+    tiny_run: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    monkeypatch.setattr(pace, "measure_matmul_rate", lambda *_: 1e11)  # a faster one would find the text too short
     flags = [*TINY_TRAINING, "--data", str(corpus), "--model-tag=timed", "--resume=auto", "--target-minutes=0.003"]
     flags += ["--num-iterations=-1", "--expand-at=-1", "--save-every=1"]
     assert base_train.main(flags) == 0
