@@ -6,6 +6,7 @@ Used by the training scripts, stage.py and trainer.py.
 from __future__ import annotations
 
 import statistics
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -98,21 +99,24 @@ class TimeLimit:
         self._seconds = 60 * minutes - seconds_since_start()
         self._most, self.record = most, record
         self._checked = (0, 0.0)  # (step, seconds of training) at the last check
+        self._paces: deque[float] = deque(maxlen=3)  # seconds of an update, between the last checks
 
     def updates(self, step: int, seconds: float, schedule: Schedule) -> int:
         """How many updates the run is to have, after `step` of them in so many seconds (a collective call).
 
-        Another number only if it differs by 3%; at most half of those left are dropped, or as many added, at a time: a pause
-        is no pace.
+        Another number only if it differs by 3%. A pause is no pace: the median of three checks decides, and at most half of
+        those left are dropped, or as many added, at a time.
         """
         planned, first = schedule.num_iterations, schedule.expansion_step
         if step <= first:  # nothing is known yet of the time that all blocks take
             self._checked = (step, seconds)
+            self._paces.clear()
         if step - self._checked[0] < max(1, planned // TIME_CHECKS) or step >= planned:
             return planned
         (step_before, seconds_before), self._checked = self._checked, (step, seconds)
-        left, pace = planned - step, (step - step_before) / (seconds - seconds_before)
-        fit = min(max(int(pace * (self._seconds - seconds)), left // 2, 1), 2 * left)
+        self._paces.append((seconds - seconds_before) / (step - step_before))
+        left, fit = planned - step, int((self._seconds - seconds) / statistics.median(self._paces))
+        fit = min(max(fit, left // 2, 1), 2 * left)
         fit = from_rank0(int(min(fit, self._most - step)))
         return planned if abs(left - fit) < 0.03 * planned else step + fit
 

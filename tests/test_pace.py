@@ -59,6 +59,8 @@ def test_a_pause_is_no_pace() -> None:
     """One update in which the machine slept past the end: training still ends with a warm-down."""
     updates, seconds = simulate([1.0] * 30 + [1000.0] + [1.0] * 69, 100 / 60)
     assert 40 < updates < 100
+    limit = TimeLimit(110 / 60, 100, print)  # a shorter one, that the plan has room for, changes nothing
+    assert {limit.updates(step, step + 9.0 * (step > 30), Schedule(100)) for step in range(100)} == {100}
 
 
 def test_blocks_that_join_late_are_not_judged_by_the_steps_before() -> None:
