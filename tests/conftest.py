@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+import torch
 
 from nanochat import builtin_corpus
 from nanochat.checkpoint_manager import load_model
@@ -30,6 +31,9 @@ pytest_plugins = ["tests.recovery_helpers", "tests.page_helpers"]  # their fixtu
 # What a loaded machine takes long for is no error. The rest stays as it is, here or, repeatable, in continuous integration.
 hypothesis.settings.register_profile("without deadline", deadline=None)
 hypothesis.settings.load_profile("without deadline")
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels run on a CPU, too (test_kernels.py)
 
 TINY_TRAINING = [
     "--depth=2", "--aspect-ratio=16", "--head-dim=16", "--max-seq-len=128", "--total-batch-size=512",
