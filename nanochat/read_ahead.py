@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import weakref
@@ -22,7 +23,7 @@ class ReadAhead(Generic[T]):
         self._queue: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
         closed = threading.Event()
         thread = threading.Thread(target=_run, args=(items, self._queue, closed), daemon=True)
-        self._end = weakref.finalize(self, _end, thread, closed)
+        self._end = weakref.finalize(self, _end, thread, self._queue, closed)
         thread.start()
 
     def __iter__(self) -> Iterator[T]:
@@ -40,26 +41,20 @@ class ReadAhead(Generic[T]):
         self._end()
 
 
-def _end(thread: threading.Thread, closed: threading.Event) -> None:
+def _end(thread: threading.Thread, items_queue: queue.Queue[tuple[str, Any]], closed: threading.Event) -> None:
     closed.set()
+    with contextlib.suppress(queue.Empty):
+        items_queue.get_nowait()  # room for the one item that the thread may still put there
     if thread is not threading.current_thread():  # garbage may be collected in that thread, too
         thread.join(timeout=5)
 
 
 def _run(items: Iterable[Any], items_queue: queue.Queue[tuple[str, Any]], closed: threading.Event) -> None:
-    def put(kind: str, item: Any) -> bool:
-        while not closed.is_set():
-            try:
-                items_queue.put((kind, item), timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
     try:
         for item in items:
-            if not put("item", item):
+            items_queue.put(("item", item))
+            if closed.is_set():
                 return
-        put("end", StopIteration())
+        items_queue.put(("end", StopIteration()))
     except BaseException as error:  # whatever it is, even a Rust panic, pass it to the waiting consumer
-        put("end", error)
+        items_queue.put(("end", error))

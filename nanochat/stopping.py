@@ -71,4 +71,3 @@ def frozen_garbage() -> Iterator[None]:
     finally:
         gc.enable()
         gc.unfreeze()
-        gc.collect()
