@@ -84,6 +84,7 @@ class ModelRunner:
         model.rotary(None, config.sequence_len)  # make the whole table now: compiled code must not see it grow
         self._compiled: Callable[..., torch.Tensor] | None = None  # of _decode_step
         self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._may_capture = True  # until a step cannot be captured
 
     # ------------------------------------------------------------------------- prompts
 
@@ -154,8 +155,11 @@ class ModelRunner:
         if not self.is_compiled or self.device.type != "cuda":
             return self._step(*self._arguments(rows, columns))
         columns = 1 << (columns - 1).bit_length()  # fewer graphs
+        arguments = self._arguments(rows, min(columns, self._columns.size(0)))
+        if (rows, columns) not in self._graphs and self._may_capture:
+            self._capture(rows, columns, arguments)
         if (rows, columns) not in self._graphs:
-            self._capture(rows, columns)
+            return self._step(*arguments)
         graph, logits = self._graphs[rows, columns]
         graph.replay()
         return logits
@@ -232,14 +236,20 @@ class ModelRunner:
             torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return tensors
 
-    def _capture(self, rows: int, columns: int) -> None:
+    def _capture(self, rows: int, columns: int, arguments: tuple) -> None:
         """Record the compiled step for one batch size and length as a CUDA graph, which a single call replays."""
-        arguments = self._arguments(rows, min(columns, self._columns.size(0)))
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)  # PyTorch's default stream is on one GPU
+        current = torch.cuda.current_stream(self.device)
         with _compiling:
             with side_stream(self.device):
                 for _ in range(2):  # compile, and fill PyTorch's memory pools
                     self._step(*arguments)
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                logits = self._step(*arguments)
+            try:
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    logits = self._step(*arguments)
+            except Exception as error:  # whatever it is, texts go on: trying again at each step would end them all
+                torch.cuda.set_stream(current)  # PyTorch may not have left the other one
+                logger.warning("further decoding steps are launched kernel by kernel: %s", first_line(error)[:200])
+                self._may_capture = False
+                return
         self._graphs[rows, columns] = (graph, logits)
