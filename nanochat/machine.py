@@ -36,15 +36,28 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float
         if best and 2 * size**3 / best > 10 * seconds:  # float16 on a CPU would take a minute
             break
         best = max(best, rate(size))
+    _leave_no_trace(device)
     return best
 
 
 @functools.lru_cache
 def measure_memory_rate(device: torch.device) -> float:
     """Bytes per second that this device reads from its main memory: the reference for MBU. The best of several rounds."""
-    size = (4 << 30) if device.type == "cuda" else (256 << 20)
+    size = 256 << 20
+    if device.type == "cuda":  # too much for its caches, and no more than half of what is free
+        size = min(4 << 30, torch.cuda.mem_get_info(device)[0] // 2)
     x = torch.ones(size // 4, dtype=torch.float32, device=device)
-    return size / _fastest(x.sum, device, seconds=0.5)
+    rate = x.nbytes / _fastest(x.sum, device, seconds=0.5)
+    del x
+    _leave_no_trace(device)
+    return rate
+
+
+def _leave_no_trace(device: torch.device) -> None:
+    """Return to the GPU what measuring took: it must not look occupied afterwards, nor count as this process's peak."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _fastest(work: Callable[[], Any], device: torch.device, seconds: float) -> float:

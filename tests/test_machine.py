@@ -6,6 +6,7 @@ import ast
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -322,3 +323,29 @@ def test_a_machine_that_multiplies_slowly_is_asked_once(monkeypatch: pytest.Monk
     monkeypatch.setattr(machine, "_fastest", lambda work, device, seconds: asked.append(seconds) or 5.0)
     rate = machine.measure_matmul_rate.__wrapped__(torch.device("cpu"), torch.float32)
     assert (rate, len(asked)) == (2 * 1024**3 / 5, 1)
+
+
+@pytest.mark.parametrize(("free_gb", "read_gb"), [(2, 1), (80, 4)])
+def test_measuring_memory_takes_what_is_free_and_gives_it_back(
+    free_gb: int, read_gb: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, where freed memory stays with PyTorch and its peak is reported."""
+    taken: list[weakref.ref] = []
+    calls: list[str] = []
+
+    def take(numbers: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        x = torch.empty(numbers, dtype=dtype, device="meta")
+        taken.append(weakref.ref(x))
+        return x
+
+    def note(name: str) -> None:
+        assert taken[0]() is None
+        calls.append(name)
+
+    monkeypatch.setattr(torch, "ones", take)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gb << 30, 96 << 30))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: note("given back"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: note("no peak"))
+    monkeypatch.setattr(machine, "_fastest", lambda work, device, seconds: 0.5)
+    assert machine.measure_memory_rate.__wrapped__(torch.device("cuda", 0)) == 2 * read_gb << 30
+    assert calls == ["given back", "no peak"]
