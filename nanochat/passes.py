@@ -72,8 +72,11 @@ class Passes:
     def _pieces(self, batches: Sequence[Batch]) -> Sequence[Batch]:
         if not self.in_pieces:
             return batches
-        rows = max(1, PIECE_TOKENS // batches[0][0].size(1))
-        return [piece for batch in batches for piece in zip(*(tensor.split(rows) for tensor in batch), strict=True)]
+        pieces: list[Batch] = []
+        for batch in batches:
+            rows = max(1, PIECE_TOKENS // batch[0].size(1))  # of each batch: in reinforcement learning texts differ in length
+            pieces += zip(*(tensor.split(rows) for tensor in batch), strict=True)
+        return pieces
 
     def once(self, batch: Batch, count: torch.Tensor) -> torch.Tensor:
         part = self.loss_fn(self.model, batch) / count

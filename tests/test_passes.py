@@ -36,6 +36,20 @@ def test_uncompiled_passes_by_pieces_are_the_whole_pass(monkeypatch) -> None:
         torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-7)
 
 
+def test_no_piece_is_longer_than_a_piece_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even if an update begins with short texts, as in reinforcement learning."""
+    monkeypatch.setattr(passes, "PIECE_TOKENS", 128)
+    sizes: list[tuple[int, ...]] = []
+
+    def loss_fn(model: GPT, batch: Batch) -> torch.Tensor:
+        sizes.append(tuple(batch[0].shape))
+        return summed_loss(model, batch)
+
+    batches = [tuple(tensor[:4, :T] for tensor in BATCH) for T in (16, 64)]
+    Passes(make_model(sequence_len=64), loss_fn).run(batches, torch.tensor(320))
+    assert sizes == [(4, 16), (2, 64), (2, 64)]
+
+
 def test_sparse_gradients_are_no_larger_than_their_tables() -> None:
     """However many tokens an update has; and they are what dense ones would be."""
     batches = [tuple(torch.randint(300, (4, 64)) for _ in range(2)) for _ in range(8)]
