@@ -35,6 +35,7 @@ from filelock import FileLock
 
 from nanochat.common import NanochatError, get_base_dir, get_dist_info, print0
 from nanochat.compilation import try_to_compile
+from nanochat.devices import is_out_of_memory
 from nanochat.files import atomic_write, read_jsonl
 from nanochat.flash_attention import AttentionPlan, attend_masked
 from nanochat.gpt import GPT, Block
@@ -348,8 +349,8 @@ def in_halves(score: Callable[[list[S]], list[T]], texts: list[S]) -> list[T]:
     """score(texts); if memory runs out, score each half separately."""
     try:
         return score(texts)
-    except torch.OutOfMemoryError:
-        if len(texts) == 1:
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or len(texts) == 1:
             raise
     half = len(texts) // 2  # not in the handler: the traceback keeps the failed attempt's memory alive
     return in_halves(score, texts[:half]) + in_halves(score, texts[half:])

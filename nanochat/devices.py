@@ -224,10 +224,20 @@ def is_lost_connection(error: Exception) -> bool:
     return any(sign in str(error) for sign in signs)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device has no memory left: PyTorch's own error, or what its MPS backend, CUDA, cuBLAS and Triton raise.
+
+    Libraries take memory of their own when they are first called, and each kernel some when it is first launched.
+    """
+    signs = ("out of memory", "ALLOC_FAILED")
+    said = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return said or isinstance(error, torch.OutOfMemoryError)
+
+
 def describe_device_error(error: BaseException) -> str | None:
     """One sentence for what PyTorch raises where a device or another process fails; None for all else."""
     text = first_line(error)
-    if isinstance(error, torch.OutOfMemoryError) or text.startswith("MPS backend out of memory"):
+    if is_out_of_memory(error):
         return f"the device ran out of memory: {LESS_MEMORY} ({text})"
     if isinstance(error, RuntimeError) and is_lost_connection(error):
         return f"another process of this job has gone: {RESTART}"

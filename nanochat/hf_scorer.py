@@ -13,7 +13,7 @@ import torch
 
 from nanochat.common import NanochatError, first_line
 from nanochat.core_eval import BATCH_TOKENS, Candidate, Question, padded, score_by_length
-from nanochat.devices import get_compute_dtype
+from nanochat.devices import get_compute_dtype, is_out_of_memory
 
 LOGIT_BYTES = 4 << 30  # for a batch: other models have up to eight times as many words as ours
 LONGEST_CONTEXT = 4096  # also for models that can do more: no CORE question is longer
@@ -36,9 +36,9 @@ class HuggingFaceScorer:
             self.tokenizer = AutoTokenizer.from_pretrained(path, **how)
             model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=get_compute_dtype(device), **how)
             self.model = model.to(device).eval()
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:  # damaged files make the library raise a dozen kinds, all with the same way out
+            if is_out_of_memory(error):
+                raise
             if "trust_remote_code" in str(error):
                 raise NanochatError(
                     f"--hf-path {path!r} brings its own code, which is not run here: measure an export of nanochat by its "

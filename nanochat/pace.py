@@ -13,6 +13,7 @@ import torch
 
 from nanochat.common import NanochatError, get_dist_info, print0, seconds_since_start
 from nanochat.compilation import try_to_compile
+from nanochat.devices import is_out_of_memory
 from nanochat.gpt import GPT
 from nanochat.machine import expected_mfu, measure_matmul_rate, seconds_of
 from nanochat.optim import MuonAdamW
@@ -155,24 +156,28 @@ def _fits(model: GPT, rows: int, engine_share: float = 0.0) -> bool:
 
     engine_share: the share of the free memory to keep for an engine.
     """
-    device = model.get_device()
-    idx = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=device)
-    state_bytes = GPT.on_meta(model.config).setup_optimizer().state_bytes()  # an optimizer allocates its state at once
-    engine_bytes = int(engine_share * torch.cuda.mem_get_info(device)[0]) if engine_share else 0
     try:
-        reserve = torch.empty(state_bytes + engine_bytes, dtype=torch.uint8, device=device)
-        try:
-            model(idx, idx).backward()
-        except torch.OutOfMemoryError:
-            if model.is_sharded:
-                from nanochat.sharding import end_pass
-
-                end_pass(model)
-            raise
-        del reserve
+        _rehearse(model, rows, engine_share)
         return True
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        if model.is_sharded:
+            from nanochat.sharding import end_pass
+
+            end_pass(model)
         return False
     finally:
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
+
+
+def _rehearse(model: GPT, rows: int, engine_share: float) -> None:
+    """A pass beside as much memory as training and an engine hold. Its own function, so that failing frees all of it."""
+    device = model.get_device()
+    state_bytes = GPT.on_meta(model.config).setup_optimizer().state_bytes()  # an optimizer allocates its state at once
+    engine_bytes = int(engine_share * torch.cuda.mem_get_info(device)[0]) if engine_share else 0
+    held = torch.empty(state_bytes + engine_bytes, dtype=torch.uint8, device=device)
+    idx = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=device)
+    model(idx, idx).backward()
+    del held

@@ -30,6 +30,15 @@ SUBJECTS = ("the cat", "a small dog", "my old friend", "the teacher", "one quick
 VERBS = ("sees", "likes", "follows", "finds", "calls", "remembers", "builds")
 OBJECTS = ("a house", "the river", "some bread", "the blue book", "an answer", "his garden", "two stones")
 
+# What PyTorch, cuBLAS, Triton and CUDA raise where a device has no memory left.
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB, other allocations: 1.00 GB, max allowed: 9.00 GB)"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+]
+
 
 def make_document(seed: int, sentences: int | None = None) -> str:
     """Sentences of a small grammar; the same for the same seed."""

@@ -19,11 +19,12 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError, get_base_dir
 from nanochat.devices import get_compute_dtype
 from nanochat.engine import Engine
+from nanochat.gpt import GPT
 from nanochat.kernels import choose_kernels
 from nanochat.sampling import SamplingParams
 from scripts import base_train
 from tests.conftest import TINY_TRAINING
-from tests.helpers import make_model
+from tests.helpers import OUT_OF_MEMORY, make_model
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("nanochat", "scripts", "tasks", "dev", "benchmarks")
@@ -37,7 +38,7 @@ def test_attention_kernels_that_cannot_launch_are_passed_over(broken: str, chose
 
     def probe(backend, device, dtype, head_dim) -> None:
         if backend.name in broken.split():
-            raise error
+            raise type(error)(*error.args)  # new, since an error holds what its traceback refers to
 
     monkeypatch.setattr(flash_attention, "_probe", probe)
     backend = flash_attention.choose_backend.__wrapped__(torch.device("cuda", 0), torch.bfloat16, 128, True)
@@ -315,6 +316,38 @@ def test_answers_in_a_batch_are_halved_until_they_fit(monkeypatch: pytest.Monkey
     assert pace.choose_answer_rows(model, -1) == 8
     assert [rows for rows, _ in tried] == [32, 16, 8] and all(share > 0 for _, share in tried)
     assert pace.choose_answer_rows(model, 64) == 64
+
+
+@pytest.mark.parametrize("error", [None, *OUT_OF_MEMORY])
+def test_trying_a_batch_takes_no_memory_away(error: RuntimeError | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fit or not: a second try finds as much free as the first, an engine's share included."""
+    model, held, kept = make_model(), [], []
+    empty, forward = torch.empty, GPT.forward
+
+    def allocate(*size: int, **how: object) -> torch.Tensor:
+        tensor = empty(*size, **how)
+        if how.get("dtype") == torch.uint8:
+            held.append((weakref.ref(tensor), tensor.nbytes))
+        return tensor
+
+    def compute(*args: object) -> torch.Tensor:
+        if error is not None:
+            raise type(error)(*error.args)  # new, since an error holds what its traceback refers to
+        return forward(*args)
+
+    monkeypatch.setattr(torch, "empty", allocate)
+    monkeypatch.setattr(GPT, "forward", compute)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4000, 8000))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: kept.append(held[-1][0]() is not None))
+    assert pace._fits(model, 2, engine_share=0.25) == (error is None)
+    assert kept == [False] and held[0][1] == 1000 + model.setup_optimizer().state_bytes()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_other_failures_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GPT, "forward", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pace._fits(make_model(), 2)
 
 
 def test_a_machine_that_multiplies_slowly_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,14 +12,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from nanochat import pace
 from nanochat.common import NanochatError, describe_error
 from nanochat.runs import list_steps
 from scripts import base_eval, base_train, chat_cli, chat_eval, chat_sft, chat_web, tok_eval, tok_train
 from tests.conftest import TINY_TRAINING
-from tests.helpers import write_corpus
+from tests.helpers import OUT_OF_MEMORY, write_corpus
 
 SCRIPTS = [
     "tok_train", "tok_eval", "base_train", "base_eval", "chat_sft", "chat_rl", "chat_eval", "chat_cli", "chat_web",
@@ -111,7 +110,7 @@ def test_what_may_happen_to_anyone_has_a_way_out(error: Exception, sentence: str
     assert "\n" not in describe_error(error)
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")])
+@pytest.mark.parametrize("error", [MemoryError(), *OUT_OF_MEMORY])
 def test_the_way_out_of_too_little_memory_is_open_to_every_command(error: Exception) -> None:
     """Some have --device-batch-size, some --batch-size, some --max-rows, and chat_cli has none."""
     sentence = describe_error(error)
