@@ -8,6 +8,7 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -34,32 +35,43 @@ def flops_in(model: GPT, minutes: float) -> float:
     return rate * get_dist_info().world_size * 60 * minutes
 
 
-def batch_worth_an_update(model: GPT) -> int:
+def batch_worth_an_update(model: GPT, settings: dict[str, Any]) -> int:
     """The batch, in tokens, at which the optimizer's step takes about a fifth of an update's time (a collective call).
 
+    settings: of the optimizer, as far as they decide how long its step takes; see `_idle_optimizer`.
     Where memory is slow compared to matrix products, as with AMX, a smaller batch learns more per token but less per
     second (dev/LOG.md, "Batches where updates are dear").
     """
     device = model.get_device()
     idx = torch.zeros(1, model.config.sequence_len, dtype=torch.long, device=device)
-    optimizer = _idle_optimizer(model)
+    optimizer = _idle_optimizer(model, settings)
     model(idx, idx).backward()
     seconds = max(gather_objects(min(seconds_of(optimizer.step, device) for _ in range(3))))
     model.zero_grad(set_to_none=True)
     return int(4 * seconds * flops_in(model, 1 / 60) / model.estimate_flops())
 
 
-def _idle_optimizer(model: GPT) -> MuonAdamW:
-    """An optimizer with all rates 0: its steps take as long as real ones and change nothing."""
-    return model.setup_optimizer(matrix_lr=0, embedding_lr=0, unembedding_lr=0, scalar_lr=0, weight_decay=0)
+def _idle_optimizer(model: GPT, settings: dict[str, Any]) -> MuonAdamW:
+    """An optimizer with all rates 0: its steps change nothing, and take as long as real ones with the same weight decay and
+    the same other `settings` (of OptimizerSettings).
+    """
+    return model.setup_optimizer(**settings, matrix_lr=0, embedding_lr=0, unembedding_lr=0, scalar_lr=0)
 
 
-def steps_in(model: GPT, minutes: float, rows: int, total_batch_size: int, compile: bool, expand_at: float = 0.0) -> int:
+def steps_in(
+    model: GPT,
+    minutes: float,
+    rows: int,
+    total_batch_size: int,
+    compile: bool,
+    settings: dict[str, Any],
+    expand_at: float = 0.0,
+) -> int:
     """The updates that this machine can do until `minutes` after the command was given: --target-minutes as a horizon.
 
     Measured on a few micro-batches of `rows`, compiled as in training, and on updates with all rates 0; both for all blocks
     and for only the last one, which is all that learns in the first share expand_at of the run. Evaluations and checkpoints
-    are not counted. Raises NanochatError if no time is left.
+    are not counted. settings: see `batch_worth_an_update`. Raises NanochatError if no time is left.
     """
     T, device = model.config.sequence_len, model.get_device()
     if compile and try_to_compile(device) is None:
@@ -68,7 +80,7 @@ def steps_in(model: GPT, minutes: float, rows: int, total_batch_size: int, compi
     generator = torch.Generator().manual_seed(0)
     idx = torch.randint(model.config.vocab_size, (rows, T), generator=generator).to(device)
     passes, count = Passes(model), torch.tensor(idx.numel(), device=device)
-    optimizer = _idle_optimizer(model)
+    optimizer = _idle_optimizer(model, settings)
     accumulated = accumulation_steps(total_batch_size, rows, T, get_dist_info().world_size)
 
     def seconds_of_step(idle_blocks: int) -> float:

@@ -131,9 +131,10 @@ def plan(args: Arguments, model: GPT, world_size: int, holds: Callable[[float], 
     """How long to train and in what batches. holds: whether the text has that many tokens."""
     target_flops, least_batch = args.target_flops, 0
     by_time = args.target_minutes > 0 and args.num_iterations <= 0
+    optimizer = {"weight_decay": args.weight_decay, **parse_switches(args.switches, GPTConfig, OptimizerSettings)[1]}
     if by_time:
         target_flops = flops_in(model, args.target_minutes)
-        least_batch = batch_worth_an_update(model) if args.total_batch_size <= 0 else 0
+        least_batch = batch_worth_an_update(model, optimizer) if args.total_batch_size <= 0 else 0
     expand_at = choose_expansion(args.expand_at, model, target_flops if by_time else 0, holds)
     flops_per_token = mean_flops(model, expand_at)
     horizon = plan_horizon(
@@ -143,7 +144,7 @@ def plan(args: Arguments, model: GPT, world_size: int, holds: Callable[[float], 
     batch_size = horizon.total_batch_size
     rows = choose_device_batch_size(model, args.device_batch_size, batch_size, world_size)
     if by_time:  # plan again with the measured time of a batch of this size
-        steps = steps_in(model, args.target_minutes, rows, batch_size, args.compile, expand_at)
+        steps = steps_in(model, args.target_minutes, rows, batch_size, args.compile, optimizer, expand_at)
         target_flops = steps * batch_size * flops_per_token
         horizon = plan_horizon(model.config, flops_per_token, target_flops=target_flops, total_batch_size=batch_size)
     return Plan(horizon, rows, expand_at, target_flops, by_time)

@@ -135,9 +135,9 @@ def change_context(model_config: dict[str, Any], sequence_len: int) -> None:
 
 
 def plan(
-    args: Arguments, stage: Stage, model: GPT, base_batch: int, tokens_in_pass: Callable[[], int], world_size: int
+    args: Arguments, stage: Stage, model: GPT, meta: dict[str, Any], tokens_in_pass: Callable[[], int], world_size: int
 ) -> tuple[int, int, int, int]:
-    """(tokens in an update, rows in a micro-batch, updates, most of them); base_batch: tokens in an update of the base model.
+    """(tokens in an update, rows in a micro-batch, updates, most of them); meta: of the checkpoint that the stage begins with.
 
     The most are one pass over the conversations, or what was asked for.
     """
@@ -145,12 +145,13 @@ def plan(
     if not (total_batch_size and num_iterations):
         tokens = tokens_in_pass()
         together = model.config.sequence_len * world_size * max(1, args.device_batch_size)
-        total_batch_size = total_batch_size or choose_batch(base_batch, together, tokens)
+        total_batch_size = total_batch_size or choose_batch(meta["settings"]["total_batch_size"], together, tokens)
         num_iterations = num_iterations or max(1, round(tokens / total_batch_size))
     rows, most = choose_device_batch_size(model, args.device_batch_size, total_batch_size, world_size), num_iterations
     if args.target_minutes > 0:  # stop early if time is short; a resumed stage keeps the number decided at its start
         steps = stage.recorded_settings().get("num_iterations")
-        steps = steps or steps_in(model, args.target_minutes, rows, total_batch_size, args.compile)
+        optimizer = {"weight_decay": args.weight_decay, **optimizer_switches(meta)}
+        steps = steps or steps_in(model, args.target_minutes, rows, total_batch_size, args.compile, optimizer)
         num_iterations = min(num_iterations, steps)
     return total_batch_size, rows, num_iterations, most
 
@@ -181,8 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     def tokens_in_pass() -> int:
         return estimate_tokens(train_task, tokenizer, sequence_len)
 
-    base_batch = meta["settings"]["total_batch_size"]
-    total_batch_size, rows, num_iterations, most = plan(args, stage, model, base_batch, tokens_in_pass, world_size)
+    total_batch_size, rows, num_iterations, most = plan(args, stage, model, meta, tokens_in_pass, world_size)
     decided = {
         **mixture, "num_iterations": num_iterations, "total_batch_size": total_batch_size, "device_batch_size": rows,
         "parent": f"base step {base_step}", "switches": meta["settings"].get("switches", []),

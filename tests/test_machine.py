@@ -260,7 +260,7 @@ def test_dear_updates_ask_for_larger_batches(monkeypatch: pytest.MonkeyPatch) ->
     batches = []
     for seconds in (0.01, 0.04):
         monkeypatch.setattr("nanochat.pace.seconds_of", lambda work, device, seconds=seconds: work() or seconds)
-        batches.append(pace.batch_worth_an_update(model))
+        batches.append(pace.batch_worth_an_update(model, {"weight_decay": 0.2}))
     assert batches[1] == pytest.approx(4 * batches[0], rel=0.01)
     assert batches[0] > 0
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -5,17 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from nanochat.gpt import GPT
 from nanochat.metrics import read_metrics
 from nanochat.pace import TimeLimit
 from nanochat.runs import list_steps, step_dir
 from nanochat.schedules import Schedule
 from nanochat.settings import tomllib
-from scripts import base_train
+from scripts import base_train, chat_sft
 from tests.conftest import TINY_TRAINING
-from tests.helpers import make_trainer
+from tests.helpers import make_model, make_trainer
 
 
 def simulate(seconds_of_step: list[float], minutes: float, planned: int = 0, **config: float) -> tuple[int, float]:
@@ -30,6 +33,24 @@ def simulate(seconds_of_step: list[float], minutes: float, planned: int = 0, **c
         seconds += seconds_of_step[step]
         step += 1
     return step, seconds
+
+
+@pytest.mark.parametrize("stage", ["base", "sft"])
+def test_the_optimizer_that_is_measured_is_the_one_that_trains(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for its rates: with whole matrices, its steps take twice as long."""
+    built: list[dict[str, Any]] = []
+    setup = GPT.setup_optimizer
+    monkeypatch.setattr(GPT, "setup_optimizer", lambda model, **how: built.append(how) or setup(model, **how))
+    switches = ["muon_blocks=false", "muon_beta2=0.8"]
+    flags = ["--target-minutes=9999", "--weight-decay=0.3", "--no-compile", "--device-batch-size=1"]
+    if stage == "base":
+        args = base_train.parse_arguments([*flags, "--max-seq-len=512", "--set", *switches])
+        base_train.plan(args, make_model(), 1, lambda tokens: True)
+    else:
+        begun, meta = SimpleNamespace(recorded_settings=dict), {"settings": {"total_batch_size": 1024, "switches": switches}}
+        chat_sft.plan(chat_sft.parse_arguments(flags), begun, make_model(), meta, lambda: 1024, 1)
+    expected = {"weight_decay": 0.3, "muon_blocks": False, "muon_beta2": 0.8}
+    assert len(built) == (2 if stage == "base" else 1) and all(expected.items() <= how.items() for how in built)
 
 
 def test_a_run_ends_in_its_time_whatever_the_machine_does() -> None:
