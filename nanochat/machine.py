@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from nanochat.cpu import has_instructions
+from nanochat.cpu import has_instructions, multiplies_bfloat16
 from nanochat.devices import synchronize
 
 T = TypeVar("T")
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @functools.lru_cache
 def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.25) -> float:
-    """Floating-point operations per second of a large matrix product on this device: the reference for MFU.
+    """Floating-point operations per second of a large matrix product on this device.
 
     The best of many rounds, since other work on the machine can only slow it down. A CPU with few cores gets small products,
     which are less likely to be disturbed; one with many cores needs a large one.
@@ -38,6 +38,15 @@ def measure_matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float
         best = max(best, rate(size))
     _leave_no_trace(device)
     return best
+
+
+def reference_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """What MFU is a share of: the matmul rate in this dtype or, where a CPU only emulates it, in float32.
+
+    Emulated, a large product is no upper limit: smaller ones are several times as fast.
+    """
+    native = device.type != "cpu" or (dtype == torch.bfloat16 and multiplies_bfloat16())
+    return measure_matmul_rate(device, dtype if native else torch.float32)
 
 
 @functools.lru_cache

@@ -24,7 +24,7 @@ from nanochat.compilation import can_compile, try_to_compile
 from nanochat.devices import is_lost_connection, peak_memory_bytes, synchronize
 from nanochat.gpt import GPT
 from nanochat.loss_scale import LossScale
-from nanochat.machine import measure_matmul_rate
+from nanochat.machine import reference_rate
 from nanochat.metrics import MetricsLog
 from nanochat.optim import MuonAdamW
 from nanochat.pace import TimeLimit
@@ -314,7 +314,7 @@ class Trainer:
             return
         self.model.recompute_blocks = self._recompute_blocks
         if self.matmul_rate is None:
-            self.matmul_rate = measure_matmul_rate(self.device, self.model.get_compute_dtype()) * self.world_size
+            self.matmul_rate = reference_rate(self.device, self.model.get_compute_dtype()) * self.world_size
         if not to_compile:
             return
         if self.device.type == "cpu":

@@ -358,6 +358,25 @@ def test_a_machine_that_multiplies_slowly_is_asked_once(monkeypatch: pytest.Monk
     assert (rate, len(asked)) == (2 * 1024**3 / 5, 1)
 
 
+@pytest.mark.parametrize(
+    ("device", "dtype", "native", "of"),
+    [
+        ("cpu", "bfloat16", True, "bfloat16"),
+        ("cpu", "bfloat16", False, "float32"),
+        ("cpu", "float16", True, "float32"),
+        ("cpu", "float32", True, "float32"),
+        ("cuda:0", "float16", True, "float16"),
+    ],
+)
+def test_speed_is_no_share_of_a_rate_that_is_emulated(
+    device: str, dtype: str, native: bool, of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or float16 on a CPU would train at several times what its large products reach."""
+    monkeypatch.setattr(machine, "multiplies_bfloat16", lambda: native)
+    monkeypatch.setattr(machine, "measure_matmul_rate", lambda device, dtype: dtype)
+    assert machine.reference_rate(torch.device(device), getattr(torch, dtype)) == getattr(torch, of)
+
+
 @pytest.mark.parametrize(("free_gb", "read_gb"), [(2, 1), (80, 4)])
 def test_measuring_memory_takes_what_is_free_and_gives_it_back(
     free_gb: int, read_gb: int, monkeypatch: pytest.MonkeyPatch

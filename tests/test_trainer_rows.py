@@ -41,7 +41,7 @@ def test_mfu_is_the_share_of_what_the_machine_could_have_done(
 ) -> None:
     """The model's operations since the row before, over the time since then and the machine's rate; of all its blocks, or
     while the last one learns alone, of that one."""
-    monkeypatch.setattr("nanochat.trainer.measure_matmul_rate", lambda *arguments: RATE)
+    monkeypatch.setattr("nanochat.trainer.reference_rate", lambda *arguments: RATE)
     rows = train_rows(tmp_path, log_every=log_every, expand_at=4 / 7)
     model = make_trainer(tmp_path / "other").model
     done = 0
