@@ -34,6 +34,7 @@ from nanochat.devices import synchronize
 QK_SCALE = 1.2  # the length that gpt.py gives to each normalized query and key, in units of sqrt(head_dim)
 LOG2_E = math.log2(math.e)
 LONGEST_PLAIN_CONTEXT = 2048  # beyond it, storing the T * T / 2 scores of a whole-context layer does not pay
+FLEX_SHAPES = 64  # kernels in a process: two windows for each number of rows that is tried, and more to spare
 SMALLEST_BLOCK, MOST_BLOCKS = 128, 8  # of a text in `attend_plain`: smaller blocks save nothing more
 
 
@@ -369,9 +370,14 @@ def _attend_whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Te
 
 @functools.lru_cache
 def _compiled_flex() -> Callable[..., torch.Tensor]:
+    """For uncompiled blocks: a kernel for each shape and window, those of the probe and of pace.py's tries included."""
+    import torch._dynamo
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False)
+    compiled = torch.compile(flex_attention, dynamic=False)
+    # Beyond the compiler's own limit of 8, all scores would be written to memory.
+    limited: Callable[..., torch.Tensor] = torch._dynamo.config.patch(recompile_limit=FLEX_SHAPES)(compiled)
+    return limited
 
 
 def no_mask(T: int, window: int, device: torch.device) -> None:

@@ -45,6 +45,23 @@ def test_attention_kernels_that_cannot_launch_are_passed_over(broken: str, chose
     assert backend.name == chosen
 
 
+def test_flex_attention_has_a_kernel_for_every_batch_that_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU where it also takes the whole context: not only for the first eight, whatever is tried again."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compile(function, **{"backend": "eager", **how}))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    monkeypatch.setattr("torch._dynamo.config.fail_on_recompile_limit_hit", True)
+    flash_attention._compiled_flex.cache_clear()
+    for rows in (6, 5, 4, 3, 2, 6):
+        for window in (128, 256):
+            q, k, v = (torch.randn(rows, 256, 1, 16) for _ in range(3))
+            mask = flash_attention.flex_mask(256, window, q.device)
+            plan = flash_attention.AttentionPlan(flash_attention.attend_flex, window, mask)
+            expected = flash_attention._attend_by_pytorch(q, k, v, window)
+            torch.testing.assert_close(flash_attention.attend_flex(q, k, v, plan), expected)
+    flash_attention._compiled_flex.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("capability", "dtype", "broken", "chosen"),
     [
