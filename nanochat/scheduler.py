@@ -468,6 +468,8 @@ def _choose_num_blocks(model: GPT, max_rows: int, kv_tokens: int) -> int:
     if kv_tokens:
         wanted = -(-kv_tokens // BLOCK_SIZE)
     else:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # weights that were cast, or a pass of training: PyTorch keeps what they took
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
         wanted = int(MEMORY_SHARE * free) // KVBlocks.bytes_per_block(config, model.get_compute_dtype())
         wanted = min(wanted, whole * max_rows)

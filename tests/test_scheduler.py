@@ -9,13 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanochat import scheduler
 from nanochat.engine import Engine
-from nanochat.kv_cache import BLOCK_SIZE
+from nanochat.kv_cache import BLOCK_SIZE, KVBlocks
 from nanochat.openai_api import Reply
 from nanochat.sampling import SamplingParams
 from nanochat.sequence import Sequence, _beginning
 from nanochat.tokenizer import Tokenizer
-from tests.helpers import calculator_call, make_engine, make_it_say, run_texts
+from tests.helpers import calculator_call, make_engine, make_it_say, make_model, run_texts
 
 
 @pytest.fixture
@@ -227,3 +228,13 @@ def test_many_short_prompts_do_not_hold_up_running_texts(engine: Engine) -> None
     engine.scheduler.step()
     assert len(running.tokens) == before + 1
     assert 0 < sum(text.finish_reason is not None for text in short) <= 10
+
+
+def test_memory_that_was_freed_is_free_for_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a GPU, where PyTorch keeps it: weights were cast, or a pass of training has ended."""
+    model, kept = make_model(sequence_len=512), [6 << 20]
+    monkeypatch.setattr(model, "get_device", lambda: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: ((8 << 20) - sum(kept), 16 << 20))
+    blocks = scheduler._choose_num_blocks(model, max_rows=1000, kv_tokens=0) - 1
+    assert blocks == (2 << 20) // KVBlocks.bytes_per_block(model.config, torch.float32)
