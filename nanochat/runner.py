@@ -22,6 +22,7 @@ from nanochat.kv_cache import BLOCK_SIZE, DecodeView, KVBlocks, PrefillView
 from nanochat.layers import Linear
 
 COLUMNS_STEP = 8  # blocks: the length of a batch's longest text is rounded up to a multiple of this
+MOST_MODELS = 64  # that are compiled in a process, such as one for each GPU; PyTorch would stop after 8
 CPU_OPTIONS = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP"}
 _compiling = threading.Lock()  # threads of several GPUs take turns: a process has only one compiler
 
@@ -208,7 +209,8 @@ class ModelRunner:
     @torch.inference_mode()
     def _compile(self, frozen: bool) -> str | None:
         self.model.compute_dtype = self.model.get_compute_dtype()  # compiled code cannot query the CPU's features
-        from torch._inductor import config as inductor_config  # imported here because it takes a second
+        import torch._dynamo.config as dynamo_config  # imported here because it takes a second
+        from torch._inductor import config as inductor_config
 
         options = dict(CPU_OPTIONS) if self.device.type == "cpu" and frozen else {}
         if options and any(isinstance(module, Int8Linear) for module in self.model.modules()):
@@ -217,7 +219,7 @@ class ModelRunner:
         scratch = self._scratch()
         try:
             # Not as options of torch.compile: freezing must already be set when the graph is traced.
-            with _compiling, inductor_config.patch(options):
+            with _compiling, inductor_config.patch(options), dynamo_config.patch(recompile_limit=MOST_MODELS):
                 compiled(*scratch, self.memory.keys, self.memory.values)
         except Exception as error:  # whatever the compiler raises, generation works without it
             reason = f"the compiler failed: {first_line(error)[:200]}"

@@ -1,4 +1,4 @@
-"""CUDA graphs, with a stand-in for the GPU that fails as a real one may; what they compute is in test_cuda.py."""
+"""Decoding as it is compiled and recorded, with stand-ins for GPUs; what these compute is in test_cuda.py."""
 
 from __future__ import annotations
 
@@ -57,3 +57,14 @@ def test_a_step_that_cannot_be_captured_is_launched(
     assert [row.tokens for row in engine.complete(prompts, params)] == expected
     assert STREAMS.current == "usual"
     assert len(caplog.records) == 1 and "kernel by kernel: CUDA error: operation failed" in caplog.text
+
+
+def test_decoding_is_compiled_for_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for more than the compiler wants to have versions of one function; other widths stand in for other GPUs."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **how: compile(function, backend="eager", **how))
+    monkeypatch.setattr(runner, "can_compile", lambda device: None)
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 1)
+    for width in (32, 48):
+        model = make_model(n_layer=1, n_embd=width, sequence_len=128)
+        assert runner.ModelRunner(model, num_blocks=16, max_rows=4).compile(frozen=False) is None
