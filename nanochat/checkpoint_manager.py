@@ -389,14 +389,11 @@ def open_checkpoint(
     """(stage directory, tokenizer, meta) of a step, without its tensors. source: base, sft or rl.
 
     Without a tag: the newest run with such a checkpoint. Without a step: its newest. meta gains "tag", "stage" and
-    "weights" (a hash of them). Raises CheckpointError.
+    "weights" (a hash of them). Raises CheckpointError. A collective call: rank 0 chooses, since a run that still trains
+    would have saved more by the time that another rank looks.
     """
-    tag = find_run(source, model_tag)
+    tag, step = on_rank0(lambda: _choose(source, model_tag, step))
     stage_dir = get_stage_dir(tag, source)
-    steps = list_steps(stage_dir)
-    step = steps[-1] if step is None or step < 0 else step
-    if step not in steps:
-        raise no_such_step(stage_dir, step)
     meta = read_meta(stage_dir, step)
     if not {"tokenizer", "model_config"} <= meta.keys():
         raise _damage(step_dir(stage_dir, step) / META_FILE)
@@ -408,6 +405,17 @@ def open_checkpoint(
         )
     weights = hash_of_weights(stage_dir, step)
     return stage_dir, tokenizer, {**meta, "step": step, "tag": tag, "stage": source, "weights": weights}
+
+
+def _choose(source: str, model_tag: str | None, step: int | None) -> tuple[str, int]:
+    """(tag, step) of the checkpoint that `open_checkpoint` is asked for."""
+    tag = find_run(source, model_tag)
+    stage_dir = get_stage_dir(tag, source)
+    steps = list_steps(stage_dir)
+    step = steps[-1] if step is None or step < 0 else step
+    if step not in steps:
+        raise no_such_step(stage_dir, step)
+    return tag, step
 
 
 def hash_of_weights(stage_dir: Path, step: int) -> str:

@@ -291,3 +291,27 @@ def test_what_fails_on_rank_0_alone_is_raised_on_all(many_ranks: Ranks, tmp_path
         "rank 1: NanochatError no such task",
     ):
         assert line in printed
+
+
+ONE_SAVED_MEANWHILE = """
+import os
+from nanochat import checkpoint_manager
+from nanochat.devices import compute_cleanup, compute_init
+list_steps = checkpoint_manager.list_steps
+if os.environ["RANK"] == "0":  # looks before the others do
+    checkpoint_manager.list_steps = lambda folder: list_steps(folder)[:1]
+compute_init("cpu")
+meta = checkpoint_manager.load_model("base", "cpu", "eval")[2]
+print(f"rank {os.environ['RANK']}: step {meta['step']}", flush=True)
+compute_cleanup()
+"""
+
+
+def test_ranks_load_one_checkpoint_of_a_run_that_still_trains(many_ranks: Ranks, tiny_run: Path, tmp_path: Path) -> None:
+    """Or they would measure two models as one."""
+    assert len(list_steps(tiny_run / "base")) > 1
+    script = tmp_path / "ranks.py"
+    script.write_text(ONE_SAVED_MEANWHILE, encoding="utf-8")
+    printed, step = many_ranks.run(2, str(script)), list_steps(tiny_run / "base")[0]
+    assert f"rank 0: step {step}\n" in printed
+    assert f"rank 1: step {step}\n" in printed
