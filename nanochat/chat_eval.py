@@ -22,7 +22,7 @@ from nanochat.common import NanochatError, first_line, get_dist_info, print0
 from nanochat.cpu import usable_cores
 from nanochat.engine import Engine
 from nanochat.files import append_json_lines, read_json_lines
-from nanochat.ranks import all_or_none, gather_objects, on_rank0
+from nanochat.ranks import all_or_none, compare_ranks, gather_objects, on_rank0
 from nanochat.sampling import SamplingParams
 from nanochat.scores import centered_mean, pass_at_k, wilson_interval
 from nanochat.sequence import Sequence
@@ -107,6 +107,8 @@ def evaluate_task(
     _, rank, _, world_size = get_dist_info()
     count = len(task) if max_problems < 0 else min(max_problems, len(task))
     problems = [task[i] for i in range(count)]
+    asked = _digest([problem["messages"] for problem in problems])
+    compare_ranks({f"the hash of the problems of {type(task).__name__}": asked})
     prompts = [engine.tokenizer.render_for_completion(problem) for problem in problems]
     rows = on_rank0(lambda: _read_outcomes(path, problems))
     if rows:
@@ -195,7 +197,7 @@ def verdict(judge: Callable[[Conversation, str], float], problem: Conversation, 
         raise NanochatError(f"{name} failed on an answer ({what}): mend it; --debug shows where") from error
 
 
-def _digest(problem: Conversation) -> str:
+def _digest(problem: object) -> str:
     return hashlib.sha256(json.dumps(problem, sort_keys=True, default=repr).encode("utf-8")).hexdigest()[:12]
 
 

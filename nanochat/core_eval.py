@@ -39,7 +39,7 @@ from nanochat.devices import is_out_of_memory
 from nanochat.files import atomic_write, read_jsonl
 from nanochat.flash_attention import AttentionPlan, attend_masked
 from nanochat.gpt import GPT, Block
-from nanochat.ranks import all_or_none, gather_objects, on_rank0
+from nanochat.ranks import all_or_none, compare_ranks, gather_objects, on_rank0
 from nanochat.scores import centered, centered_mean, wilson_interval
 from nanochat.tokenizer import Tokenizer
 
@@ -395,6 +395,7 @@ def evaluate_core(
     says so. report(label, done, total) is called as a task proceeds.
     """
     tasks = read_tasks(bundle)
+    compare_ranks({f"the size in bytes of {task.label}": task.path.stat().st_size for task in tasks if task.path.exists()})
     results: dict[str, Any] = {"tasks": {}, "missing": []}
     num_kept = 0
     for task in tasks:

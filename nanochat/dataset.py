@@ -195,6 +195,10 @@ class Source:
         files = {file.name: file.size for file in (*self.train_files, *self.val_files)}
         return {"source": self.name, "files": files, "hash_limit": self.hash_limit}
 
+    def sizes(self) -> dict[str, Any]:
+        """What `ranks.compare_ranks` compares, so that all machines read the same files."""
+        return {f"the size in bytes or SHA-256 of {name}": value for name, value in self.describe()["files"].items()}
+
 
 def _has_content(document: Document) -> bool:
     return len(document) > 0 and not (isinstance(document, str) and document.isspace())

@@ -84,3 +84,15 @@ def gather_objects(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def compare_ranks(seen: dict[str, Any]) -> None:
+    """Raise NanochatError on every rank if a named value differs between ranks (a collective call)."""
+    first, *others = gather_objects(seen)
+    for rank, other in enumerate(others, 1):
+        for name in first | other:
+            here, there = (str(values.get(name, "absent")) for values in (first, other))
+            if here != there:
+                raise NanochatError(
+                    f"{name} is {here} on rank 0, but {there} on rank {rank}: give all machines the same files and flags"
+                )

@@ -15,7 +15,6 @@ from nanochat.checkpoint_manager import read_meta
 from nanochat.common import NanochatError, print0, some_of
 from nanochat.conversation_loader import fingerprint
 from nanochat.document_files import VAL, is_of_split
-from nanochat.ranks import gather_objects
 from nanochat.runs import STAGES, get_run_dir
 from nanochat.settings import CONFIG_FILE, flag_of
 from nanochat.training_flags import RATES
@@ -36,18 +35,6 @@ WORK_SETTINGS = {
 # Settings that may change when a run is resumed: also rates, since lower ones are the remedy for a divergence, what another
 # machine can do, and whatever has its content compared in place of its path.
 FREE_SETTINGS = WORK_SETTINGS | {*RATES, "dtype", "fp8", "data", "tasks", "task_data", "tokenizer", "from_hf", "model_step"}
-
-
-def compare_ranks(seen: dict[str, Any]) -> None:
-    """Raise NanochatError on every rank if a named value differs between ranks (a collective call)."""
-    first, *others = gather_objects(seen)
-    for rank, other in enumerate(others, 1):
-        for name in first | other:
-            here, there = (str(values.get(name, "absent")) for values in (first, other))
-            if here != there:
-                raise NanochatError(
-                    f"{name} is {here} on rank 0, but {there} on rank {rank}: give all machines the same files and flags"
-                )
 
 
 def check_settings(stage: Stage, new: dict[str, Any], args: Arguments) -> None:

@@ -48,9 +48,9 @@ from nanochat.metrics import METRICS_FILE, MetricsLog, read_metrics
 from nanochat.model_config import read_config
 from nanochat.optim import MuonAdamW, OptimizerSettings
 from nanochat.pace import TimeLimit
-from nanochat.ranks import on_rank0
+from nanochat.ranks import compare_ranks, on_rank0
 from nanochat.runs import SETTINGS_FILE, STAGES, get_run_dir, get_stage_dir, heirs, list_steps, step_dir
-from nanochat.same_run import check_data, check_settings, compare_ranks, way_to_begin_anew
+from nanochat.same_run import check_data, check_settings, way_to_begin_anew
 from nanochat.settings import CONFIG_FILE, Arguments
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import TrainConfig, Trainer
@@ -253,8 +253,7 @@ def begin(
         return None
     shared = {name: settings[name] for name in ("tokenizer_fingerprint", "mixture", "num_iterations", "total_batch_size")
               if name in settings}  # fmt: skip
-    files = source.describe()["files"] if source is not None else {}
-    compare_ranks(shared | {f"the size in bytes or SHA-256 of {name}": value for name, value in files.items()})
+    compare_ranks(shared | (source.sizes() if source is not None else {}))
     if source is not None:
         check_data(stage, source)
     on_rank0(lambda: prepare_directory(stage, tokenizer, settings, args))

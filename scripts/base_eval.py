@@ -24,7 +24,7 @@ from nanochat.files import short_name
 from nanochat.hf_scorer import HuggingFaceScorer
 from nanochat.loss_eval import evaluate_bpb
 from nanochat.progress import Progress
-from nanochat.ranks import all_or_none, from_rank0
+from nanochat.ranks import all_or_none, compare_ranks, from_rank0
 from nanochat.runs import get_stage_dir
 from nanochat.samples import continue_openings
 from nanochat.scores import core_table, describe_mean
@@ -90,6 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     of_text = ""
     if kinds != ["core"]:
         source = open_text(args.data, meta, tokenizer)
+        compare_ranks(source.sizes())
         if args.data and meta.get("data", {}).get("source") != source.name:  # not in the place of the run's own numbers
             of_text = f" of {short_name(source.name)}"
     T = model.config.sequence_len

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 from pathlib import Path
 from traceback import StackSummary
@@ -46,28 +47,61 @@ def test_ranks_without_a_tokenizer_train_one(many_ranks: Ranks, corpus: Path, ba
     assert (base_dir / "tokenizers" / "default" / "tokenizer.json").exists()
 
 
-WITH_ITS_OWN_TEXT = """
-import os, sys
+WITH_ITS_OWN_FILES = """
+import importlib, os, sys
 from nanochat.common import run_command
-from scripts import base_train
-sys.exit(run_command(lambda argv: base_train.main([*argv, f"--data={os.environ['TEXTS']}/{os.environ['RANK']}"])))
+command, own = importlib.import_module(sys.argv.pop(1)), f"{os.environ['FILES']}/{os.environ['RANK']}"
+sys.exit(run_command(lambda argv: command.main([argument.replace("OWN", own) for argument in argv])))
 """
 
 
-def test_ranks_with_different_texts_do_not_train(
-    many_ranks: Ranks, corpus: Path, tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As where machines have folders of their own: each rank says so, and nothing is written."""
+@pytest.fixture
+def own_files(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two folders, 0 and 1, for commands started by `WITH_ITS_OWN_FILES`: text, a task, part of CORE."""
+    text = json.dumps({"context": "the cat sees", "continuation": "a house", "question": "1 and 1?", "answer": "#### 2"})
     for rank in ("0", "1"):
-        shutil.copytree(corpus, tmp_path / rank)
-    (tmp_path / "1" / "train.jsonl").write_text('{"text": "other words"}', encoding="utf-8")
-    (tmp_path / "ranks.py").write_text(WITH_ITS_OWN_TEXT, encoding="utf-8")
-    monkeypatch.setenv("TEXTS", str(tmp_path))
-    said = many_ranks.run(2, str(tmp_path / "ranks.py"), *SMALL, "--num-iterations=2", "--model-tag=apart", fails=True)
-    sizes = [(tmp_path / rank / "train.jsonl").stat().st_size for rank in ("0", "1")]
+        folder = tmp_path / rank
+        shutil.copytree(corpus, folder / "text")
+        for path in (folder / "gsm8k" / "test.jsonl", folder / "eval_data" / "squad.jsonl"):
+            path.parent.mkdir()
+            path.write_text(f"{text}\n" * 3, encoding="utf-8")
+        entry = "{label: squad, dataset_uri: squad.jsonl, num_fewshot: [1], icl_task_type: language_modeling}"
+        (folder / "core.yaml").write_text(f"icl_tasks: [{entry}]", encoding="utf-8")
+        (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nsquad,0", encoding="utf-8")
+    (tmp_path / "ranks.py").write_text(WITH_ITS_OWN_FILES, encoding="utf-8")
+    monkeypatch.setenv("FILES", str(tmp_path))
+    return tmp_path
+
+
+def test_ranks_with_different_texts_do_not_train(many_ranks: Ranks, own_files: Path, base_dir: Path) -> None:
+    """As where machines have folders of their own: each rank says so, and nothing is written."""
+    (own_files / "1" / "text" / "train.jsonl").write_text('{"text": "other words"}', encoding="utf-8")
+    flags = [*SMALL, "--num-iterations=2", "--model-tag=apart", "--data=OWN/text"]
+    said = many_ranks.run(2, str(own_files / "ranks.py"), "scripts.base_train", *flags, fails=True)
+    sizes = [(own_files / rank / "text" / "train.jsonl").stat().st_size for rank in ("0", "1")]
     sentence = f"error: the size in bytes or SHA-256 of train.jsonl is {sizes[0]} on rank 0, but {sizes[1]} on rank 1"
     assert sentence in said
     assert not (base_dir / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "command", "found"),
+    [
+        ("text/train.jsonl", ("scripts.base_eval", "--eval=bpb", "--data=OWN/text"), "bytes or SHA-256 of train.jsonl is"),
+        ("eval_data/squad.jsonl", ("scripts.base_eval", "--eval=core", "--eval-bundle=OWN"), "the size in bytes of squad is"),
+        ("gsm8k/test.jsonl", ("scripts.chat_eval", "--task-name=GSM8K", "--task-data=OWN"), "hash of the problems of GSM8K"),
+    ],
+)
+def test_ranks_with_different_files_do_not_measure(
+    many_ranks: Ranks, tiny_run: Path, own_files: Path, file: str, command: tuple[str, ...], found: str
+) -> None:
+    """What they found together would be the result of neither."""
+    more = ["--no-compile"] if "--eval=core" in command else []
+    path = own_files / "1" / file
+    path.write_text(path.read_text(encoding="utf-8").partition("\n")[0], encoding="utf-8")
+    said = many_ranks.run(2, str(own_files / "ranks.py"), *command, "--device-type=cpu", *more, fails=True)
+    assert found in said
+    assert not list(tiny_run.glob("*/eval.json"))
 
 
 @pytest.mark.slow

@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import same_run, training_flags
+from nanochat import ranks, training_flags
 from nanochat.checkpoint_manager import save_checkpoint, set_aside
 from nanochat.common import NanochatError
 from nanochat.gpt import GPTConfig
 from nanochat.optim import OptimizerSettings
+from nanochat.ranks import compare_ranks
 from nanochat.runs import get_stage_dir, list_steps
-from nanochat.same_run import check_settings, compare_ranks
+from nanochat.same_run import check_settings
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.stage import Stage, open_stage
 from nanochat.training_flags import add_rate_arguments, parse_switches
@@ -221,9 +222,9 @@ def test_a_run_that_is_older_than_a_flag_was_made_with_its_default(base_dir: Pat
      ({"a": 1, "b": 2, "c": 4}, "c is absent on rank 0, but 4 on rank 1")],
 )  # fmt: skip
 def test_ranks_that_see_different_things_are_told_apart(second: dict, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(same_run, "gather_objects", lambda mine: [mine, mine])
+    monkeypatch.setattr(ranks, "gather_objects", lambda mine: [mine, mine])
     compare_ranks({"a": 1, "b": 2})
-    monkeypatch.setattr(same_run, "gather_objects", lambda mine: [mine, second])
+    monkeypatch.setattr(ranks, "gather_objects", lambda mine: [mine, second])
     with pytest.raises(NanochatError, match=found):
         compare_ranks({"a": 1, "b": 2})
 
