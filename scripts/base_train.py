@@ -198,7 +198,8 @@ def main(argv: list[str] | None = None) -> int:
     OptimizerSettings(**optimizer_switches)  # refuses meaningless values before anything is written
     config = describe_config(args, tokenizer, model_switches)
     shape = {name: vars(args)[name] for name in SHAPE}
-    check_settings(stage, {**shape, "tokenizer_fingerprint": tokenizer.fingerprint()}, args)
+    kept = {**shape, "total_batch_size": args.total_batch_size, "tokenizer_fingerprint": tokenizer.fingerprint()}
+    check_settings(stage, kept, args)
     stage.check_batch(args.device_batch_size, args.max_seq_len, world_size)
     model = make_model(asdict(config), device, args, stage.start)
 

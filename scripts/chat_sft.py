@@ -24,7 +24,7 @@ from nanochat.model_config import read_config
 from nanochat.pace import choose_device_batch_size, steps_in
 from nanochat.ranks import from_rank0
 from nanochat.runs import get_stage_dir, list_steps
-from nanochat.same_run import check_mixture
+from nanochat.same_run import check_mixture, check_settings
 from nanochat.samples import sample_answers
 from nanochat.scaling import accumulation_steps, fit_batch, learning_rate_scale
 from nanochat.settings import Arguments, SettingsParser
@@ -176,6 +176,8 @@ def main(argv: list[str] | None = None) -> int:
     if mixture is None:
         return 0
     check_answers(val_task, tokenizer, sequence_len)
+    kept = {"total_batch_size": args.total_batch_size, "tokenizer_fingerprint": tokenizer.fingerprint()}
+    check_settings(stage, kept, args)
     stage.check_batch(args.device_batch_size, sequence_len, world_size)
     model = make_model(model_config, device, args, (start_dir, meta["step"]))
 

@@ -350,6 +350,10 @@ def test_a_batch_that_does_not_divide(corpus: Path, tiny_run: Path) -> None:
         _train(corpus, "tiny", "--resume=3", "--device-batch-size=3")
     with pytest.raises(NanochatError, match="does not divide: go on with one of 1, or leave"):
         chat_sft.main(["--model-tag=tiny", "--resume=2", "--device-type=cpu", "--device-batch-size=3"])
+    with pytest.raises(NanochatError, match="was started with --total-batch-size 512, not 1000"):  # a nearer one would not do
+        _train(corpus, "tiny", "--resume=3", "--total-batch-size=1000")
+    with pytest.raises(NanochatError, match="was started with --total-batch-size .*, not 1000"):
+        chat_sft.main(["--model-tag=tiny", "--resume=2", "--device-type=cpu", "--total-batch-size=1000"])
 
 
 def test_a_loss_that_is_no_number_stops_the_run(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
