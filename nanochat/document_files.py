@@ -325,6 +325,8 @@ def list_local(path: str) -> Listing:
     else:
         root = Path(*_before_magic(expanded))
         found = map(Path, glob.glob(str(expanded), recursive=True))
+        if closed := _closed_folders(expanded):
+            print0(f"not read, as this user may not enter them: {some_of(closed, 3)}")
     once: dict[str, Path] = {}  # each file once, preferably by its own name instead of a link's
     for path_found in sorted(filter(_is_file, found), key=lambda file: (file.is_symlink(), file)):
         once.setdefault(os.path.realpath(path_found), path_found)
@@ -377,6 +379,18 @@ def _raise_unreadable(error: OSError) -> NoReturn:
 def _before_magic(path: PurePath) -> Iterator[str]:
     """The parts of a glob's folder."""
     return itertools.takewhile(lambda part: not glob.has_magic(part), path.parts[:-1])
+
+
+def _closed_folders(pattern: Path) -> list[str]:
+    """Folders that a glob comes to and cannot list: it leaves them out without a word."""
+    closed, listed = set(), len(pattern.parts) + (pattern.name == "**")
+    for end in range(len(list(_before_magic(pattern))), listed):
+        for folder in glob.glob(f"{Path(*pattern.parts[:end])}/", recursive=True):
+            try:
+                os.scandir(folder).close()
+            except OSError:
+                closed.add(folder.rstrip("/"))
+    return sorted(closed)
 
 
 def _walk(folder: Path) -> Iterator[Path]:

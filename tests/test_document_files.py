@@ -125,9 +125,9 @@ def test_a_truncated_shard_is_noticed_before_training(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("read", [get_source, list_inputs])
 def test_what_cannot_be_read_is_not_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[str], object]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[str], object], capsys: pytest.CaptureFixture
 ) -> None:
-    """A user may not enter a folder; a disk that links lead to is not there."""
+    """A user may not enter a folder; a disk that links lead to is not there. A glob goes past, and says so."""
     _write(tmp_path / "a.jsonl", DOCUMENTS)
     _write(tmp_path / "closed" / "b.jsonl", DOCUMENTS)
     (tmp_path / "notes").symlink_to("nowhere")  # would not be read
@@ -140,13 +140,21 @@ def test_what_cannot_be_read_is_not_left_out(
     scandir = os.scandir
 
     def refuse(path: str) -> Iterator[os.DirEntry]:  # as for a user other than root
-        if str(path).endswith("closed"):
+        if str(path).rstrip("/").endswith("closed"):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(NanochatError, match=r"closed cannot be read \(Permission denied\): let it be read, or move it away"):
         read(str(tmp_path))
+    assert "may not enter" not in capsys.readouterr().out
+    for pattern in ("**/*.jsonl", "*/*.jsonl", "**"):
+        (tmp_path / "open").mkdir(exist_ok=True)
+        _write(tmp_path / "open" / "c.jsonl", DOCUMENTS)
+        read(str(tmp_path / pattern))
+        assert f"not read, as this user may not enter them: {tmp_path / 'closed'}\n" in capsys.readouterr().out
+    read(str(tmp_path / "*.jsonl"))
+    assert "may not enter" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".txt"])
