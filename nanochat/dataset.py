@@ -30,6 +30,7 @@ from nanochat.document_files import (
     Document,
     DocumentFile,
     Listing,
+    RemoteFile,
     is_of_split,
     is_remote,
     list_local,
@@ -37,7 +38,7 @@ from nanochat.document_files import (
     without_scheme,
     without_strangers,
 )
-from nanochat.files import read_json_object
+from nanochat.files import hash_of_sample, read_json_object
 from nanochat.progress import Progress
 from nanochat.settings import SettingsParser
 from nanochat.tokenizer import Tokenizer
@@ -57,6 +58,7 @@ class Source:
         self.train_files, self.val_files = list(train_files), list(val_files)
         self.num_files_read = 0  # of the train files, so far
         self.counted_rows: dict[str, int] = {}  # by name, of the files that were passed
+        self.samples: dict[str, str] = {}  # by name, for the record of a run: see `sample`
         self.changed: set[str] = set()  # names of the files that are not what they were when a resumed run counted
 
     def numbered(self, split: str, start: int = 0) -> Iterator[tuple[int, Document]]:
@@ -193,7 +195,14 @@ class Source:
     def describe(self) -> dict[str, Any]:
         """A description for the record of a run: names and sizes of the files, as listed, and how they are split."""
         files = {file.name: file.size for file in (*self.train_files, *self.val_files)}
-        return {"source": self.name, "files": files, "hash_limit": self.hash_limit}
+        return {"source": self.name, "files": files, "samples": self.samples, "hash_limit": self.hash_limit}
+
+    def sample(self) -> dict[str, str]:
+        """A hash of parts of each local file, by name: text may be edited and keep its size. Raises OSError."""
+        files = [file for file in (*self.train_files, *self.val_files) if not isinstance(file, RemoteFile)]
+        with concurrent.futures.ThreadPoolExecutor(FOOTERS_AT_A_TIME) as pool:
+            hashes = pool.map(lambda file: hash_of_sample(file.path), files)
+            return {file.name: found for file, found in zip(files, hashes, strict=True)}
 
     def sizes(self) -> dict[str, Any]:
         """What `ranks.compare_ranks` compares, so that all machines read the same files."""

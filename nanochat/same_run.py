@@ -85,7 +85,12 @@ def check_data(stage: Stage, source: Source) -> None:
             new = [file.name for file in files if file.name not in place]
             print0(f"{some_of(new)} of {source.name} came later: read behind the files that run {stage.tag!r} began with")
         files.sort(key=lambda file: place.get(file.name, len(place)))
-    if changed := [name for name, size in before.items() if now.get(name) != size]:
+    samples = recorded.get("samples", {})  # runs that were begun before they were recorded have none
+
+    def is_edited(name: str) -> bool:
+        return name in samples and source.samples.get(name, samples[name]) != samples[name]
+
+    if changed := [name for name, size in before.items() if now.get(name) != size or is_edited(name)]:
         source.changed.update(changed)
         if needed := _needed_to_go_on(source, before, changed, meta["trainer"]["loader"]):
             what = "is gone" if needed not in now else "has changed"

@@ -255,6 +255,7 @@ def begin(
               if name in settings}  # fmt: skip
     compare_ranks(shared | (source.sizes() if source is not None else {}))
     if source is not None:
+        source.samples = on_rank0(source.sample)  # not on each rank, which may read over a network
         check_data(stage, source)
     on_rank0(lambda: prepare_directory(stage, tokenizer, settings, args))
     save_every = args.save_every if args.save_every >= 0 else args.eval_every

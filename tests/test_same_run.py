@@ -122,6 +122,24 @@ def test_damaged_text_is_mended_and_the_run_goes_on(base_dir: Path, tmp_path: Pa
         _train(shards, *long, "--resume=39")
 
 
+def test_an_edit_that_keeps_the_size_is_noticed(texts: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the run was begun before samples were recorded."""
+    _train(texts)
+    path = texts / "a.jsonl"
+    _train(texts, "--resume=3")
+    before = path.read_text(encoding="utf-8")
+    path.write_text(before.replace("a", "e", 1), encoding="utf-8")
+    with pytest.raises(NanochatError, match=r"a.jsonl of .* has changed since run 'r' read it: restore it to go on"):
+        _train(texts, "--resume=3")
+
+    def read_old(stage_dir: Path, step: int) -> dict[str, Any]:
+        meta = read_meta(stage_dir, step)
+        return {**meta, "data": {name: value for name, value in meta["data"].items() if name != "samples"}}
+
+    monkeypatch.setattr(same_run, "read_meta", read_old)
+    _train(texts, "--resume=3")
+
+
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_only_what_no_place_depends_on_may_change(
     tmp_path: Path, tokenizer: Tokenizer, suffix: str, monkeypatch: pytest.MonkeyPatch
