@@ -25,6 +25,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 
 from nanochat.common import NanochatError
 from nanochat.cpu import usable_cores
@@ -48,8 +49,15 @@ def harvest(directory: Path) -> Path:
     The manifest records the versions harvested from. Runs read a corpus, so it stays the same whatever is installed later;
     delete its folder to rebuild it. Returns the directory. 265 MB of installed packages take half a minute on two cores.
     """
-    if _is_intact(directory):
-        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    if not _is_intact(directory):
+        with FileLock(directory.with_suffix(".lock")):  # each rank asks for it, and one that parses needs all cores
+            if not _is_intact(directory):
+                _harvest(directory)
+    return directory
+
+
+def _harvest(directory: Path) -> None:
     documents, summaries = _collect()
     if not documents:
         raise NanochatError("no prose was found in this Python installation: give your own text with --data PATH")
@@ -69,7 +77,6 @@ def harvest(directory: Path) -> Path:
         "files": {name: sha256_of(directory / name) for name in FILES},
     }
     atomic_write(directory / MANIFEST_FILE, json.dumps(manifest, indent=2))
-    return directory
 
 
 def installed_versions() -> dict[str, str]:

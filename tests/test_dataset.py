@@ -7,6 +7,7 @@ import http.server
 import json
 import sysconfig
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -344,6 +345,14 @@ def test_a_damaged_harvest_is_made_anew() -> None:
         assert get_source("builtin").describe() == record
     (source.directory / "train.parquet").write_bytes(b"damaged")
     assert set(get_source("builtin").documents("train")) == train
+
+
+def test_of_several_that_want_a_harvest_one_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, collect = [], builtin_corpus._collect
+    monkeypatch.setattr(builtin_corpus, "_collect", lambda: made.append(1) or collect())
+    with ThreadPoolExecutor(3) as ranks:
+        list(ranks.map(get_source, ["builtin"] * 3))
+    assert len(made) == 1
 
 
 # ----------------------------------------------------------------------------- downloading
