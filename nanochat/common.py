@@ -159,6 +159,8 @@ def _describe_os_error(error: OSError) -> str:
     place = error.filename or os.environ.get("NANOCHAT_BASE_DIR") or DEFAULT_BASE_DIR
     if error.errno in DISK_FULL:
         return f"the disk is full ({place}): free some space or choose a larger disk, for example with NANOCHAT_BASE_DIR"
+    if error.errno == errno.ENOLCK:  # NFS without its lock service
+        return f"the file system of {place} locks no files: mount it with locks, or choose another with NANOCHAT_BASE_DIR"
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         what = f"{place} is on a read-only file system" if error.errno == errno.EROFS else f"no permission for {place}"
         return f"{what}: choose another folder, for example with NANOCHAT_BASE_DIR"

@@ -29,7 +29,7 @@ from nanochat.checkpoint_manager import (
     save_checkpoint,
     save_sharded,
 )
-from nanochat.common import NanochatError
+from nanochat.common import NanochatError, describe_error
 from nanochat.files import atomic_write, sha256_of
 from nanochat.gpt import GPTConfig
 from nanochat.report import find_newest_run
@@ -327,6 +327,22 @@ def test_a_lock_that_outlived_its_process_is_named(stage_dir: Path, monkeypatch:
     stale.unlink()
     with checkpoint_manager.lock_stage(stage_dir):
         assert stale.exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="it has locks of another kind")
+def test_a_file_system_that_refuses_locks_is_named(stage_dir: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NFS does where its lock service does not run."""
+    import fcntl
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError) as failure, checkpoint_manager.lock_stage(stage_dir):
+        pass
+    assert describe_error(failure.value) == (
+        f"the file system of {base_dir} locks no files: mount it with locks, or choose another with NANOCHAT_BASE_DIR"
+    )
 
 
 def test_weights_alone_are_enough_to_generate(tiny_run: Path) -> None:
