@@ -212,19 +212,29 @@ def set_aside(stage_dir: Path, step: int) -> list[str]:
 
 
 def prune(stage_dir: Path, step: int, keep_last: int, best: int | None) -> None:
-    """Remove checkpoints up to `step` except the newest keep_last and the best. Later ones belong to another attempt.
+    """Remove checkpoints up to `step` except the newest keep_last, the best, and those that later stages were begun from.
 
-    Damaged ones do not count among the newest, as far as that shows without reading them.
+    Those after `step` belong to another attempt. Damaged ones do not count among the newest, as far as that shows without
+    reading them.
     """
-    kept = 0
+    kept, parents = 0, _parents(stage_dir)
     for n in reversed([n for n in list_steps(stage_dir) if n <= step]):
         if kept < keep_last:
             kept += _seems_whole(step_dir(stage_dir, n))
-        elif n != best:
+        elif n != best and f"{stage_dir.name} step {n}" not in parents:
             shutil.rmtree(_temporary(stage_dir, n), ignore_errors=True)
             with contextlib.suppress(PermissionError):  # Windows, another process is reading it: the next save tries again
                 os.rename(step_dir(stage_dir, n), _temporary(stage_dir, n))  # first, so that no partly deleted one is seen
             shutil.rmtree(_temporary(stage_dir, n), ignore_errors=True)
+
+
+def _parents(stage_dir: Path) -> set[str]:
+    """What the run's stages were begun from, such as "base step 400": they may read it again, for its optimizer or for KL."""
+    parents = set()
+    for path in stage_dir.parent.glob(f"*/{SETTINGS_FILE}"):
+        with contextlib.suppress(NanochatError):
+            parents.add(str(read_json_object(path).get("parent")))
+    return parents
 
 
 def _seems_whole(directory: Path) -> bool:

@@ -159,6 +159,18 @@ def test_the_newest_whole_checkpoints_are_kept_and_the_best(
     assert list_steps(stage_dir) == [step for step in [*left, 7] if step in listed]
 
 
+def test_what_a_later_stage_was_begun_from_is_kept(tiny_run: Path) -> None:
+    """Its base may still be training: the stage reads it again, for the optimizer's state or for --kl-weight."""
+    parent = json.loads((tiny_run / "sft" / "settings.json").read_text(encoding="utf-8"))["parent"]
+    assert parent == "base step 6"
+    for step in (7, 8):
+        shutil.copytree(step_dir(tiny_run / "base", 6), step_dir(tiny_run / "base", step))
+    (tiny_run / "rl").mkdir()
+    (tiny_run / "rl" / "settings.json").write_text("damaged", encoding="utf-8")
+    prune(tiny_run / "base", 8, 1, best=None)
+    assert list_steps(tiny_run / "base") == [6, 8]
+
+
 class Death(BaseException):
     """Ends a write as kill -9 would."""
 
