@@ -80,7 +80,7 @@ class Trainer:
     sample: () -> [{"prompt": ..., "text": ...}].
     loss_fn: (model, batch) -> loss, a sum over rows, since a pass may take only some rows at a time (passes.py); the
     trainer divides it by the sum of count_fn(batch) over the step.
-    step_metrics: () -> more entries for the newest step's row of metrics.
+    step_metrics: () -> more entries for a step's row of metrics, called with this rank's gradients, before the update.
     time_limit: for a run that is to end at some time, whatever else the machine does.
     meta: what a checkpoint records besides the model's config (tokenizer, settings, lineage), as JSON.
     """
@@ -344,15 +344,18 @@ class Trainer:
         loss = self._passes.run(batches, count.clamp(min=1) / scale) / scale
         factor = self._set_schedules()
         # In RL (total_batch_size 0), answers that all earn the same teach nothing: momentum would still move the model.
-        learns = config.total_batch_size > 0 or bool(count)
-        if learns and self._loss_scale.unscale(self.model.parameters()):
+        learns = (config.total_batch_size > 0 or bool(count)) and self._loss_scale.unscale(self.model.parameters())
+        done = self.step + 1
+        is_logged = done == config.num_iterations or (config.log_every > 0 and done % config.log_every == 0)
+        more = self.step_metrics() if is_logged else {}  # now, for the update may overwrite the gradients
+        if learns:
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.flops += config.total_batch_size * (self._work(self.step + 1) - self._work(self.step))
         self.step += 1
         self._pending.append(loss)
-        if self._due(config.log_every) or self.step == config.num_iterations:
-            self._log(factor, started)
+        if is_logged:
+            self._log(factor, started, more)
         else:
             self.time_s += time.perf_counter() - started
 
@@ -380,7 +383,7 @@ class Trainer:
             group.momentum = self.config.muon_momentum(self.step, group.initial_momentum)
         return factor
 
-    def _log(self, factor: float, started: float) -> None:
+    def _log(self, factor: float, started: float, more: dict[str, float]) -> None:
         """Read the pending losses (this waits for the device) and write one row for the steps since the last row."""
         losses = torch.stack(self._pending)
         sum_over_ranks(losses)  # each rank holds its share of the loss
@@ -402,7 +405,7 @@ class Trainer:
             if self.matmul_rate is not None:
                 row["train/mfu"] = (self.flops - flops_before) / elapsed / self.matmul_rate
         row["train/peak_memory_mb"] = round(peak_memory_bytes(self.device) / 1e6)
-        row |= self.step_metrics()
+        row |= more
         self.metrics.log(row)
         self.progress.update(self.step, *describe_line(row | self.results))
 

@@ -33,7 +33,7 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import Batch, Trainer, summed_loss
 from scripts import base_train, chat_sft
 from tests.conftest import TINY_TRAINING
-from tests.helpers import logged, make_model, make_trainer
+from tests.helpers import RandomBatches, logged, make_model, make_trainer
 
 pytestmark = pytest.mark.usefixtures("tokenizer_in_place")
 
@@ -354,6 +354,20 @@ def test_a_batch_that_does_not_divide(corpus: Path, tiny_run: Path) -> None:
         _train(corpus, "tiny", "--resume=3", "--total-batch-size=1000")
     with pytest.raises(NanochatError, match="was started with --total-batch-size .*, not 1000"):
         chat_sft.main(["--model-tag=tiny", "--resume=2", "--device-type=cpu", "--total-batch-size=1000"])
+
+
+def test_gradients_can_be_logged(tmp_path: Path) -> None:
+    """As they are before the update, which may overwrite them."""
+    trainer = make_trainer(tmp_path, num_iterations=3, log_every=1)
+
+    def norm(model: GPT) -> float:
+        return math.hypot(*(p.grad.to_dense().norm().item() for p in model.parameters() if p.grad is not None))
+
+    trainer.step_metrics = lambda: {"train/grad_norm": norm(trainer.model)}
+    trainer.train()
+    model, (idx, targets) = make_model(), next(RandomBatches())
+    (summed_loss(model, (idx, targets)) / targets.numel()).backward()
+    assert logged(tmp_path, "train/grad_norm")[0] == pytest.approx(norm(model), rel=1e-5)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
