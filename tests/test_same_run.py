@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from nanochat import dataset, same_run
@@ -188,6 +189,22 @@ def test_only_what_no_place_depends_on_may_change(
     meta["data"]["files"][f"d{suffix}"] = "a hash, as of the builtin text"  # which another Python has otherwise
     with pytest.raises(NanochatError, match=rf"d{suffix} of .* has changed since"):
         go_on("d", texts["d"])
+
+
+def test_what_an_address_is_called_says_nothing_of_its_files(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text of a bucket named for validation may still change where the run has not come to."""
+    bucket = fsspec.filesystem("memory")
+    for name, count in (("a", 40), ("b", 40), ("val", 5)):
+        bucket.pipe_file(f"/team-val/{name}.jsonl", b'{"text": "some words"}\n{"text": "others"}\n' * count)
+    state = {"reading": [0, 10], "counted": {}}
+    meta = {"data": get_source("memory://team-val").describe(), "trainer": {"loader": [state]}}
+    monkeypatch.setattr(same_run, "read_meta", lambda *_: meta)
+    bucket.pipe_file("/team-val/b.jsonl", b'{"text": "mended"}\n' * 3)
+    stage = Stage("r", "base", base_dir, 20, [20])
+    check_data(stage, get_source("memory://team-val"))
+    bucket.pipe_file("/team-val/val.jsonl", b'{"text": "mended"}\n' * 3)
+    with pytest.raises(NanochatError, match=r"val.jsonl of .* has changed since run 'r' read it: restore it to go on"):
+        check_data(stage, get_source("memory://team-val"))
 
 
 def test_validation_files_that_come_later_are_refused(texts: Path, base_dir: Path) -> None:
