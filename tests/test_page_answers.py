@@ -14,7 +14,7 @@ from nanochat.checkpoint_manager import load_model
 from nanochat.engine import Engine
 from nanochat.server import create_app
 from tests.helpers import serve
-from tests.page_helpers import CHROMIUM, ask, pretend
+from tests.page_helpers import CHROMIUM, ask, pretend, settle
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = [
@@ -146,3 +146,11 @@ def test_a_conversation_without_end_goes_on(page: playwright.Page) -> None:
     messages = json.loads(sent.value.post_data)["messages"]
     assert 900 < len(messages) <= 1000
     assert messages[0]["role"] == "user" and messages[-1] == {"role": "user", "content": "last"}
+
+
+def test_what_only_screen_readers_hear_covers_nothing(page: playwright.Page) -> None:
+    """A long answer is read out from an element that must hide no button."""
+    _answer(page, (TEXT, "a long answer, " * 200))
+    assert page.locator("#status").inner_text().startswith("The answer: a long answer")
+    page.click("#inside", timeout=5000)
+    page.click("#open-settings", timeout=5000)
