@@ -154,3 +154,16 @@ def test_what_only_screen_readers_hear_covers_nothing(page: playwright.Page) -> 
     assert page.locator("#status").inner_text().startswith("The answer: a long answer")
     page.click("#inside", timeout=5000)
     page.click("#open-settings", timeout=5000)
+
+
+def test_text_from_right_to_left_is_set_so(page: playwright.Page) -> None:
+    """Each block of an answer by its own first letter; code always from left to right."""
+    page.unroute("**/chat/completions")
+    pretend(page, {"token": "مرحبا.\n\nHello.\n\n- שלום\n\n```\nسلام\n```", "part": "text"})
+    page.fill("#text", "سؤال؟")
+    direction = "(element) => getComputedStyle(element).direction"
+    assert page.locator("#text").evaluate(direction) == "rtl"
+    ask(page, "سؤال؟")
+    assert page.locator(".message.user .content").evaluate(direction) == "rtl"
+    blocks = page.locator(".markdown > *").all()
+    assert [block.evaluate(direction) for block in blocks] == ["rtl", "ltr", "rtl", "ltr"]

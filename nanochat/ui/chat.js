@@ -61,7 +61,7 @@ function welcome() {
 function showList() {
   const shown = store.all().filter((c) => c === current || c.nodes.root.children.length);
   list.replaceChildren(...shown.map((conversation) => element("li", { "data-id": conversation.id },
-    element("button", { class: "open", "aria-current": conversation === current ? "true" : null, onclick: () => { stop(); show(conversation); closeSidebar(); } }, conversation.title),
+    element("button", { class: "open", dir: "auto", "aria-current": conversation === current ? "true" : null, onclick: () => { stop(); show(conversation); closeSidebar(); } }, conversation.title),
     element("button", { "aria-label": `Delete ${conversation.title}`, title: "Delete", onclick: () => forget(conversation) }, "✕"))));
 }
 
@@ -73,7 +73,7 @@ function forget(conversation) {
 
 function showMessage(node) {
   if (edits.has(node)) return edits.get(node);
-  const content = element("div", { class: "content" });
+  const content = element("div", { class: "content", dir: node.role === "user" ? "auto" : null });
   const box = element("article", { class: `message ${node.role}`, "aria-label": node.role === "user" ? "You" : "nanochat" }, content);
   fill(content, node);
   const siblings = current.nodes[node.parent].children;
@@ -142,7 +142,7 @@ function readingView(nodes) {
 }
 
 function edit(box, node) {
-  const field = element("textarea", { rows: 3, "aria-label": "Edit the message" });
+  const field = element("textarea", { rows: 3, dir: "auto", "aria-label": "Edit the message" });
   field.value = node.content;
   const save = () => { const content = field.value.trim(); if (content) { edits.delete(node); ask(content, current.nodes[node.parent]); } };
   const cancel = () => {

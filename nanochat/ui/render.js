@@ -42,6 +42,7 @@ export function markdown(text, tools = []) {
   while (tools.length && texts.nextNode()) nodes.push(texts.currentNode);
   for (const node of nodes) node.replaceWith(...node.data.split(/\uE000(\d+)\uE001/).map((piece, i) => (i % 2 ? tools[piece] : piece)));
   box.append(...tools.filter((tool) => !tool.parentNode));  // such as stood in a link's address
+  for (const block of box.children) if (block.tagName !== "PRE") block.dir = "auto";  // Arabic and Hebrew run from the right
   for (const link of box.querySelectorAll("a")) {
     link.target = "_blank";
     link.rel = "noopener noreferrer nofollow";
