@@ -167,3 +167,21 @@ def test_text_from_right_to_left_is_set_so(page: playwright.Page) -> None:
     assert page.locator(".message.user .content").evaluate(direction) == "rtl"
     blocks = page.locator(".markdown > *").all()
     assert [block.evaluate(direction) for block in blocks] == ["rtl", "ltr", "rtl", "ltr"]
+
+
+def test_a_page_left_open_tells_that_the_server_starts_again(page: playwright.Page) -> None:
+    """An answer that waits for the compiler says so, until there is something to read."""
+    health = {"status": "compiling", "ready": False, "model": "newer", "defaults": {}}
+    page.route("**/health", lambda route: route.fulfill(json=health))
+    waiting: list[playwright.Route] = []
+    page.unroute("**/chat/completions")
+    page.route("**/chat/completions", lambda route: waiting.append(route))
+    page.fill("#text", "?")
+    page.keyboard.press("Enter")
+    page.locator(".message.assistant", has_text="getting ready").wait_for()
+    assert "newer is getting ready" in page.locator("#model").inner_text()
+    health.update(status="ok", ready=True)
+    page.locator(".message.assistant:not(:has-text('getting ready'))").wait_for()
+    assert page.locator("#model").inner_text() == "newer"
+    waiting[0].fulfill(body='data: {"done": true}\n\n', content_type="text/event-stream")
+    settle(page)

@@ -12,6 +12,7 @@ let running = null;  // {controller, node, ended} of the answer that is being wr
 const edits = new WeakMap();  // of a message: its open edit, which every redraw puts back
 const MOST_MESSAGES = 1000, MOST_CHARS = 150000;  // of a conversation that is sent
 let inside = false;
+let ready = true;  // false: the server's model is being compiled, and answers wait for it
 // Enter that sends: not Shift's, nor an input method's that ends a word (which Safari tells by its key code alone).
 // On a phone, whose keys know no Shift+Enter, it begins a line.
 const sends = (event) => event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229 && !matchMedia("(pointer: coarse)").matches;
@@ -98,7 +99,8 @@ function showMessage(node) {
   } else if (running?.node !== node) {
     actions.append(button("Regenerate", () => regenerate(node)));
   }
-  if (node.note) actions.append(element("span", { class: "note" }, node.note));
+  const note = running?.node === node && !ready ? "the model is getting ready…" : node.note;
+  if (note) actions.append(element("span", { class: "note" }, note));
   box.append(actions);
   return box;
 }
@@ -199,6 +201,7 @@ async function receive(conversation, question, node, signal) {
   show(conversation);
   log.setAttribute("aria-busy", "true");
   status.textContent = "The model is answering.";
+  showHealth();  // since the page was loaded, the server may have been started again
   let failure = null;
   try {
     for await (const event of api.stream(toMessages(store.path(conversation, question)), inside, signal)) {
@@ -326,14 +329,19 @@ $("open-settings").addEventListener("click", () => { showSettings(); dialog.show
 $("reset-settings").addEventListener("click", () => { store.resetSettings(); showSettings(); });
 
 showSettings();
+let nextLook = null;
 async function showHealth() {
+  clearTimeout(nextLook);
   try {
     const health = await api.get("/health");
     store.setDefaults(health.defaults);
     $("model").textContent = health.ready ? health.model : `${health.model} is getting ready…`;
-    if (!health.ready) setTimeout(showHealth, 1000);  // questions asked meanwhile are answered when it is
+    const changed = ready !== health.ready;
+    ready = health.ready;
+    if (changed && running) show(current);
+    if (!ready) nextLook = setTimeout(showHealth, 1000);  // questions asked meanwhile are answered when it is
   } catch (error) {
-    $("model").textContent = error.message;
+    $("model").textContent ||= error.message;  // asked again at the next question
   }
 }
 showHealth();
