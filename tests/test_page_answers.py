@@ -185,3 +185,13 @@ def test_a_page_left_open_tells_that_the_server_starts_again(page: playwright.Pa
     assert page.locator("#model").inner_text() == "newer"
     waiting[0].fulfill(body='data: {"done": true}\n\n', content_type="text/event-stream")
     settle(page)
+
+
+def test_a_setting_out_of_range_is_not_kept(page: playwright.Page) -> None:
+    page.click("#open-settings")
+    for value in ("0", "-5", ""):
+        page.fill("[name=max_tokens]", value)
+    page.fill("[name=top_k]", "-1")
+    page.keyboard.press("Escape")
+    kept = page.evaluate("import('/ui/store.js').then(({ settings }) => [settings.max_tokens, settings.top_k])")
+    assert kept == ["", 50]

@@ -210,7 +210,7 @@ async function receive(conversation, question, node, signal) {
         node.content.at(-1).text += event.token;
       }
       if (event.tokens) node.tokens = [...(node.tokens ?? []), ...event.tokens];
-      if (event.dropped_turns) node.note = `the oldest ${event.dropped_turns} turns no longer fit and were left out`;
+      if (event.dropped_turns) node.note = `no room is left for the oldest ${event.dropped_turns === 1 ? "turn" : `${event.dropped_turns} turns`}`;
       if (event.done && !node.content.length) node.note = "the model said nothing";
       if (event.done && event.finish_reason === "length") node.note = "cut at the longest answer allowed";
       if (event.done && event.finish_reason === "context") node.note = "the model's context is full";
@@ -324,7 +324,12 @@ function showSettings() {
   if (settings.theme) document.documentElement.dataset.theme = settings.theme;
   else delete document.documentElement.dataset.theme;
 }
-dialog.addEventListener("input", (event) => { settings[event.target.name] = event.target.value; store.saveSettings(); showSettings(); });
+dialog.addEventListener("input", ({ target }) => {
+  if (!target.validity.valid) return;  // half typed, or out of range
+  settings[target.name] = target.value;
+  store.saveSettings();
+  showSettings();
+});
 $("open-settings").addEventListener("click", () => { showSettings(); dialog.showModal(); });
 $("reset-settings").addEventListener("click", () => { store.resetSettings(); showSettings(); });
 
