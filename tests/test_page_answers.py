@@ -195,3 +195,12 @@ def test_a_setting_out_of_range_is_not_kept(page: playwright.Page) -> None:
     page.keyboard.press("Escape")
     kept = page.evaluate("import('/ui/store.js').then(({ settings }) => [settings.max_tokens, settings.top_k])")
     assert kept == ["", 50]
+
+
+def test_a_button_over_code_stays_while_it_scrolls(page: playwright.Page) -> None:
+    _answer(page, (TEXT, "```\n" + "long " * 200 + "\n```"))
+    button = page.locator("pre button")
+    before = button.bounding_box()
+    boxes = page.locator("pre, pre code")
+    assert 300 in boxes.evaluate_all("(boxes) => boxes.map((box) => { box.scrollLeft = 300; return box.scrollLeft; })")
+    assert button.bounding_box() == before
