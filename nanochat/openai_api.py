@@ -318,11 +318,12 @@ class Reply:
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason(sequence)}
 
     def chat_delta(
-        self, index: int, sequence: Sequence, parts: list[dict[str, Any]], logprobs: list[TokenLogprob], last: bool
+        self, index: int, sequence: Sequence, text: str | None, parts: list[dict[str, Any]], logprobs: list[TokenLogprob]
     ) -> dict[str, Any]:
-        """What is new in a streamed answer; tool calls come as parts of our extension, which other clients ignore."""
-        delta: dict[str, Any] = {} if last else {"content": "".join(p["text"] for p in parts if p["type"] == "text")}
-        if any(part["type"] != "text" for part in parts):
+        """What is new in a streamed answer; text None: only its end. parts: those that our extension adds."""
+        last = text is None
+        delta: dict[str, Any] = {} if last else {"content": text}
+        if parts:
             delta["nanochat"] = {"parts": parts}
         content = {"content": self.chat_logprobs(logprobs)} if sequence.params.logprobs is not None else None
         return {
@@ -418,18 +419,21 @@ class Parts:
     """Turns an answer's pieces into parts of a message as they arrive. A call right after another is a separate part."""
 
     def __init__(self) -> None:
-        self._kind = "text"  # of the part that is open
+        self._kind: str | None = None  # of the part that is open
+        self._index = -1
 
     def of(self, pieces: list[tuple[str, str]]) -> list[dict[str, Any]]:
-        """The next pieces, joined; a call or result with "begins" is new, otherwise it continues the last one."""
+        """The next pieces, joined; those of the same index belong to the same part."""
         parts: list[dict[str, Any]] = []
         for text, kind in pieces:
-            if text and parts and parts[-1]["type"] == kind == self._kind:
+            if text and kind != self._kind:
+                self._kind, self._index = kind, self._index + 1
+            if text and parts and parts[-1]["index"] == self._index:
                 parts[-1]["text"] += text
             elif text:
-                parts.append({"type": kind, "text": text} | ({} if kind in ("text", self._kind) else {"begins": True}))
-            if text or kind == "text":  # between calls there is always a piece of text, if an empty one
-                self._kind = kind
+                parts.append({"index": self._index, "type": kind, "text": text})
+            elif kind == "text" != self._kind:  # between calls there is always a piece of text, if an empty one
+                self._kind = None
         return parts
 
 

@@ -6,7 +6,7 @@ Used by server.py. openai_api.py makes the content of OpenAI's events.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastapi.responses import StreamingResponse
 
@@ -66,7 +66,7 @@ class Reader:
     def __init__(self, sequence: Sequence) -> None:
         self.sequence, self.parts = sequence, Parts()
         self.pieces = self.sampled = 0
-        self.ended = False
+        self.ended = self.has_called = False
 
     def read(self) -> News | None:
         """None if there is nothing new."""
@@ -82,6 +82,16 @@ class Reader:
         logprobs = aligned(sequence.logprobs[self.sampled :], masks)
         self.sampled += sum(masks)
         return News(pieces, tokens, logprobs, last)
+
+    def extension(self, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Which parts a chat chunk has besides its text: none before the first call, with which all that came before it come.
+
+        So a client that joins them by their index, as OpenAI's does, has the same parts as in a reply that is not streamed.
+        """
+        if self.has_called or all(part["type"] == "text" for part in parts):
+            return parts if self.has_called else []
+        self.has_called = True
+        return Parts().of(self.sequence.pieces[: self.pieces])
 
     def with_stop_token(self, news: News) -> tuple[list[int], list[TokenLogprob | None]]:
         """(tokens, log-probabilities) of a completion; the last news include the stop token."""
@@ -111,9 +121,9 @@ async def chat_chunks(ticket: Ticket, reply: Reply) -> AsyncIterator[str]:
     async for i, reader, news in _news(ticket):
         logprobs = [entry for entry in news.logprobs if entry is not None]
         if (parts := reader.parts.of(news.pieces)) or logprobs:
-            yield reply.chunk([reply.chat_delta(i, reader.sequence, parts, logprobs, False)])
+            yield reply.chunk([reply.chat_delta(i, reader.sequence, spoken(news.pieces), reader.extension(parts), logprobs)])
         if news.last:
-            yield reply.chunk([reply.chat_delta(i, reader.sequence, [], [], True)])
+            yield reply.chunk([reply.chat_delta(i, reader.sequence, None, [], [])])
     if reply.include_usage:
         yield reply.chunk([], usage(ticket.sequences, 1))
     yield "data: [DONE]\n\n"

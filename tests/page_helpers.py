@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -75,6 +76,9 @@ def settle(page: playwright.Page) -> None:
 
 
 def pretend(page: playwright.Page, *events: dict) -> None:
-    """Answer in the server's place."""
+    """Answer in the server's place. A token continues the part before it if that is of its kind, or has its index."""
+    for before, event in itertools.pairwise(({}, *events)):
+        if "token" in event:
+            event.setdefault("index", before.get("index", -1) + (event["part"] != before.get("part")))
     body = "".join(f"data: {json.dumps(event)}\n\n" for event in (*events, {"done": True, "finish_reason": "stop"}))
     page.route("**/chat/completions", lambda route: route.fulfill(body=body, content_type="text/event-stream"))

@@ -382,8 +382,8 @@ def test_an_input_methods_enter_sends_nothing(page: playwright.Page) -> None:
 
 
 def test_calls_that_follow_each_other_at_once_are_shown_and_sent_back_apart(page: playwright.Page) -> None:
-    pretend(page, {"token": "1/0", "part": "python", "begins": True}, {"token": "2+", "part": "python", "begins": True},
-             {"token": "2", "part": "python"}, {"token": "4", "part": "python_output", "begins": True})  # fmt: skip
+    pretend(page, {"token": "1/0", "part": "python", "index": 0}, {"token": "2+", "part": "python", "index": 1},
+             {"token": "2", "part": "python", "index": 1}, {"token": "4", "part": "python_output", "index": 2})  # fmt: skip
     ask(page, "2+2?")
     assert page.locator(".tool").all_inner_texts() == ["1/0", "2+2", "4"]
     with page.expect_request("**/chat/completions") as sent:

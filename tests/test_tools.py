@@ -17,8 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat.engine import Engine
-from nanochat.openai_api import Parts, joined_parts
+from nanochat.openai_api import ChatRequest, Parts, joined_parts
+from nanochat.server import create_app
 from nanochat.tools import use_calculator
+from tests.helpers import serve
 
 
 @pytest.mark.parametrize(
@@ -160,12 +162,10 @@ def test_calls_that_follow_each_other_at_once_stay_apart(
         _say(engine, monkeypatch, "It is ", "1/0;2+2", "4.")
 
     def joined(parts: Iterator[dict[str, Any]]) -> list[tuple[str, str]]:
-        whole: list[tuple[str, str]] = []
+        whole: dict[int, tuple[str, str]] = {}
         for part in parts:
-            if part.get("begins") or not whole or whole[-1][0] != part["type"]:
-                whole.append((part["type"], ""))
-            whole[-1] = (part["type"], whole[-1][1] + part["text"])
-        return whole
+            whole[part["index"]] = (part["type"], whole.get(part["index"], ("", ""))[1] + part["text"])
+        return [whole[index] for index in range(len(whole))]
 
     say()
     message = client.post(CHAT, json=body).json()["choices"][0]["message"]
@@ -176,12 +176,34 @@ def test_calls_that_follow_each_other_at_once_stay_apart(
         monkeypatch.setattr("nanochat.service.STREAM_INTERVAL_S", interval_s)
         say()
         deltas = [event["choices"][0]["delta"] for event in _events(client.post(CHAT, json={**body, "stream": True}))]
-        texts = ({"parts": [{"type": "text", "text": delta.get("content", "")}]} for delta in deltas)
-        news = (delta.get("nanochat", text) for delta, text in zip(deltas, texts, strict=True))
-        assert joined(part for new in news for part in new["parts"] if part["text"]) == expected
+        assert joined(part for delta in deltas for part in delta.get("nanochat", {}).get("parts", ())) == expected
+        assert "".join(delta.get("content", "") for delta in deltas) == message["content"]
         say()
         events = [event for event in _events(client.post("/chat/completions", json=body)) if "token" in event]
         assert joined({**event, "type": event["part"], "text": event["token"]} for event in events) == expected
+
+
+def test_openais_own_client_joins_a_streamed_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With calls of the calculator: the same message as one that is not streamed, which may be sent back."""
+    openai = pytest.importorskip("openai", reason="openai is not installed")
+    with serve(create_app([engine], "tiny")) as port:
+        chat = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="any").chat.completions
+        messages = []
+        for streamed in (False, True):
+            _say(engine, monkeypatch, "It is ", "1/0;2+2", "4.")
+            asked: dict[str, Any] = {"model": "tiny", "messages": [QUESTION], "max_tokens": 40}
+            if streamed:
+                with chat.stream(**asked) as stream:
+                    reply = stream.get_final_completion()
+            else:
+                reply = chat.create(**asked)
+            messages.append(reply.choices[0].message.model_dump())
+    whole, joined = messages
+    assert joined["content"] == whole["content"] == "It is 4."
+    parts = [{name: part[name] for name in ("type", "text")} for part in joined["nanochat"]["parts"]]
+    assert parts == whole["nanochat"]["parts"] and len(parts) == 5
+    turns = [ChatRequest.model_validate({"messages": [QUESTION, message, QUESTION]}).conversation() for message in messages]
+    assert turns[0] == turns[1]
 
 
 def test_parts_do_not_depend_on_how_their_pieces_come() -> None:
@@ -192,8 +214,8 @@ def test_parts_do_not_depend_on_how_their_pieces_come() -> None:
         ("python", "a"), ("python", "éb"), ("text", "cd"),
     ]  # fmt: skip
     one_by_one = Parts()
-    begins = [part.get("begins", False) for piece in pieces for part in one_by_one.of([piece])]
-    assert begins == [True, True, False, False, False]
+    indexes = [part["index"] for piece in pieces for part in one_by_one.of([piece])]
+    assert indexes == [0, 1, 1, 2, 2]
 
 
 def _events(response: Any) -> list[dict[str, Any]]:

@@ -28,7 +28,7 @@ async function request(path, { headers = {}, ...options } = {}) {
 
 const post = (path, body, signal) => request(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body), signal });
 
-// The events of an answer: {token, part}, {tokens}, {dropped_turns}, {done}. Throws if the stream ends without the last.
+// The events of an answer: {token, part, index}, {tokens}, {dropped_turns}, {done}. Throws if the stream ends without the last.
 export async function* stream(messages, inside, signal) {
   const body = { messages };
   for (const name of ["temperature", "top_k", "top_p", "max_tokens", "seed"]) {

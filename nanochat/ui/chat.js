@@ -202,11 +202,12 @@ async function receive(conversation, question, node, signal) {
   log.setAttribute("aria-busy", "true");
   status.textContent = "The model is answering.";
   showHealth();  // since the page was loaded, the server may have been started again
-  let failure = null;
+  let failure = null, index = null;  // index: of the part that is being written
   try {
     for await (const event of api.stream(toMessages(store.path(conversation, question)), inside, signal)) {
       if (event.token) {
-        if (event.begins || node.content.at(-1)?.type !== event.part) node.content.push({ type: event.part, text: "" });
+        if (event.index !== index) node.content.push({ type: event.part, text: "" });
+        index = event.index;
         node.content.at(-1).text += event.token;
       }
       if (event.tokens) node.tokens = [...(node.tokens ?? []), ...event.tokens];
