@@ -60,6 +60,8 @@ def explain(errors: list[dict[str, Any]], body: Any) -> RequestError:
     # A list of a million wrong items has a million errors.
     error = telling[0] if telling else max(errors[:1000], key=lambda error: len(_place(error, body)))
     where, message = ".".join(map(str, _place(error, body))), error["msg"].removeprefix("Value error, ")
+    if body is None or not (where or telling):  # nothing, or a list or a text
+        return RequestError('the body must be a JSON object, such as {"messages": [...]}')
     return RequestError(f"{where}: {message}" if where else message, param=where or None)
 
 

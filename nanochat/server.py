@@ -161,8 +161,10 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
 
 def _add_chat_routes(app: FastAPI, service: Service, defaults: dict[str, Any]) -> None:
     @app.post("/chat/completions", response_model=None)
-    async def chat_stream(request: ChatRequest) -> Response:
+    async def chat_stream(request: ChatRequest, http: Request) -> Response:
         """The public guide's stream: any number of {"token": text, "part": type}, then {"done": true}."""
+        if request.model is not None:  # OpenAI's clients name one; they would take the stream for a reply
+            raise RequestError(f"this is the chat page's stream: OpenAI's API has the base URL {_base_url(http)}", status=404)
         given = {name: value for name, value in defaults.items() if getattr(request, name) is None}
         request = request.model_copy(update={**given, "n": 1})
         prompt, dropped = await _render(service, request)
@@ -322,6 +324,11 @@ def _add_pages(app: FastAPI) -> None:
         return Response(status_code=204)
 
 
+def _base_url(request: Request) -> str:
+    """Of OpenAI's API, as the client of a request reaches this server."""
+    return f"{str(request.base_url)[:200]}v1"
+
+
 def _add_error_handlers(app: FastAPI) -> None:
     """Report every error in OpenAI's form, with one clear sentence."""
 
@@ -335,8 +342,13 @@ def _add_error_handlers(app: FastAPI) -> None:
         return await request_error(_, explain(list(error.errors()), error.body))
 
     @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
-        body = RequestError(str(error.detail), status=error.status_code).body()
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        asked, message = f"{request.method} {request.url.path[:100]}", str(error.detail)
+        if error.status_code in (404, 405):
+            message = (
+                f"there is no {asked} here: OpenAI's API has the base URL {_base_url(request)}, and /docs lists everything"
+            )
+        body = RequestError(message, status=error.status_code).body()
         return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
     @app.exception_handler(Exception)

@@ -109,3 +109,22 @@ def test_a_reply_holds_no_more_log_probabilities_than_can_be_written(
             assert "ask for fewer texts, tokens (max_tokens) or alternatives" in error["message"]
     prompt = {"prompt": "a long text", "max_tokens": 12, "logprobs": 3, "echo": True}
     assert client.post(TEXT, json=prompt).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/chat/completions"), ("POST", "/completions"), ("GET", "/models"), ("POST", "/v1/responses"),
+     ("POST", "/v1/chat/completions/chat/completions"), ("GET", CHAT)],
+)  # fmt: skip
+def test_a_wrong_address_gets_the_right_one(client: TestClient, method: str, path: str) -> None:
+    """A base URL without /v1, with too much, and what is not served. The page's stream is no reply to OpenAI's client."""
+    response = client.request(method, path, json={"model": "tiny", "messages": [QUESTION]} if method == "POST" else None)
+    assert response.status_code == (405 if path == CHAT else 404)
+    assert "OpenAI's API has the base URL http://testserver/v1" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("body", [b"", b"null", b"[]", b"5", b'"hi"'])
+def test_a_body_that_is_no_object_is_called_that(client: TestClient, body: bytes) -> None:
+    for path in (CHAT, TEXT, "/chat/completions", "/tokenize"):
+        response = client.post(path, content=body, headers={"Content-Type": "application/json"})
+        assert response.status_code == 400 and "must be a JSON object" in response.json()["error"]["message"]
