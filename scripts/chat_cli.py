@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             text = input("\nYou: ").strip()
             interrupted = False
-            if text.lower() in ("quit", "exit"):
+            if text.lower() in ("quit", "exit", "/quit", "/exit", "/bye"):
                 return 0
             chat.take(text)
         except EOFError:
@@ -94,9 +94,12 @@ class Chat:
 
     def take(self, text: str) -> None:
         """Process one input line."""
-        if text.lower() == "clear":
+        command = text.lower().removeprefix("/")  # other programs write commands with a slash
+        if command == "clear":
             self.messages.clear()
             print("A new conversation.")
+        elif command in ("help", "?"):
+            print(HELP)
         elif text:
             try:
                 self.answer(text)
@@ -112,7 +115,8 @@ class Chat:
         asked = [*self.messages, {"role": "user", "content": text}]
         conversation, dropped = trim_conversation({"messages": asked}, self.tokenizer, room)
         if dropped:
-            print(f"(the conversation is long: its oldest {dropped} turns are forgotten)")
+            turns = "turn is" if dropped == 1 else f"{dropped} turns are"
+            print(f"(the conversation is long: its oldest {turns} forgotten)")
         tokens = self._stream(self.tokenizer.render_for_completion(conversation))
         self.messages = [*conversation["messages"], {"role": "assistant", "content": self.tokenizer.parse_parts(tokens)}]
 

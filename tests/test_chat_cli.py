@@ -121,3 +121,15 @@ def test_half_a_character_before_a_call_is_shown_before_it(
     monkeypatch.setattr(Engine, "generate", generate)
     assert chat_cli.main(["--model-tag=tiny", "--device-type=cpu", "--prompt=hello"]) == 0
     assert "\ufffd[1]" in capsys.readouterr().out
+
+
+def test_commands_may_have_a_slash(tiny_run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in other programs; none of them reaches the model."""
+    asked: list[str] = []
+    monkeypatch.setattr(chat_cli.Chat, "answer", lambda self, text: asked.append(text))
+    for leave in ("quit", "/exit", "/bye"):
+        typed = iter(["/help", "help", "clear", "/Clear", leave])
+        monkeypatch.setattr("builtins.input", lambda _, typed=typed: next(typed))
+        assert chat_cli.main(["--model-tag=tiny", "--device-type=cpu"]) == 0
+    out = capsys.readouterr().out
+    assert not asked and out.count(chat_cli.HELP) == 9 and out.count("A new conversation.") == 6
