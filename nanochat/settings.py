@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import itertools
 import math
 import os
@@ -117,6 +118,8 @@ class SettingsParser(argparse.ArgumentParser):
             prog=_program(), description=description, epilog=lines and f"examples:{lines}", formatter_class=HelpFormatter,
             add_help=False,
         )  # fmt: skip
+        for kind in (int, float):
+            self.register("type", kind, functools.partial(_number, kind))
         common = self._common = self.add_argument_group("every command")
         common.add_argument("-h", "--help", action="help", help="show this")
         common.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS,
@@ -139,6 +142,8 @@ class SettingsParser(argparse.ArgumentParser):
         defaults = {action.dest: action.default for action in self._actions if action.default is not argparse.SUPPRESS}
         not_given: list[Any] = []  # this very object; a flag that may be repeated adds to a copy of it
         arguments, unknown = self.parse_known_args(args, Arguments(**dict.fromkeys(defaults, not_given)))
+        if unknown and not unknown[0].startswith("-"):
+            self.error(f"{unknown[0]!r} belongs to no flag: quote a value that has spaces or *")
         if unknown:
             self.error(f"there is no {unknown[0]!r} here{_nearest(unknown[0].partition('=')[0], self._option_string_actions)}")
         values = {action.dest: value for action, value in in_file.items()}
@@ -241,6 +246,14 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         if text.endswith(")"):
             return f"{text[:-1]}; default: {default})"
         return f"{text} (default: {default})"
+
+
+def _number(kind: type, text: str) -> Any:
+    """A number of this type from the command line. Raises ArgumentTypeError."""
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {WANTED[kind]}, such as {EXAMPLES[kind]}") from None
 
 
 def _program() -> str | None:

@@ -98,6 +98,21 @@ def test_a_file_must_be_there_and_be_text(tmp_path: Path) -> None:
             base_train.parse_arguments(["--config", str(path)])
 
 
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [(["--depth=4.5"], "'4.5' is not a whole number, such as 12"), (["--matrix-lr=x"], "'x' is not a number, such as 0.5"),
+     (["--data", "a.txt", "b.txt"], "'b.txt' belongs to no flag: quote"), (["--depht=4"], "did you mean --depth?")],
+)  # fmt: skip
+def test_what_is_wrong_with_a_command_line_is_one_sentence(
+    flags: list[str], sentence: str, capsys: pytest.CaptureFixture
+) -> None:
+    """A glob without quotes, above all: its second file is there, but has no flag."""
+    with pytest.raises(SystemExit):
+        base_train.parse_arguments(flags)
+    message = capsys.readouterr().err
+    assert sentence in message and message.count("\n") == 1
+
+
 def test_a_horizon_on_the_command_line_replaces_that_of_the_file(tmp_path: Path) -> None:
     """Though a stage's file always has num_iterations, which would come first."""
     file = "num_iterations = 5\ntarget_flops = 1e9\ndepth = 2"
