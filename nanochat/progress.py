@@ -21,6 +21,7 @@ from nanochat.common import get_dist_info
 
 T = TypeVar("T")
 REFRESH_S = 0.2  # on a terminal
+SHORT_BAR = 8  # columns of a bar at its shortest, and of the spaces beside it
 LINE_S = 10.0  # elsewhere: seconds between lines, and at least a twentieth of the work
 
 
@@ -80,7 +81,7 @@ class Progress:
         if self._bar is not None:
             step, parts = self._last
             with self._console.unharmed():
-                self._bar.update(self._task, completed=step, news=self._describe(step, time.perf_counter(), parts))
+                self._bar.update(self._task, completed=step, news=self._beside_the_bar(step, time.perf_counter(), parts))
                 self._bar.refresh()
                 self._bar.stop()
 
@@ -95,7 +96,8 @@ class Progress:
             if ended or now - self._shown_at >= REFRESH_S:
                 self._shown_at = now
                 with self._console.unharmed():
-                    self._bar.update(self._task, total=self.total, completed=step, news=self._describe(step, now, parts))
+                    news = self._beside_the_bar(step, now, parts)
+                    self._bar.update(self._task, total=self.total, completed=step, news=news)
                     self._bar.refresh()
             return
         far = step - self._shown_step >= (self.total or 0) / 20 and now - max(self._shown_at, self._began) >= LINE_S
@@ -115,6 +117,13 @@ class Progress:
         if self.active:
             with self._console.unharmed():
                 self._console.print(text, markup=False)
+
+    def _beside_the_bar(self, step: int, now: float, parts: tuple[str, ...]) -> str:
+        """The description without its last parts where the terminal has no room for them: never without the time."""
+        count = f"{step:,} {self.unit}s" if self.total is None else f"{self.total}/{self.total}"
+        room = self._console.width - len(self.stage) - len(count) - SHORT_BAR
+        described = (self._describe(step, now, parts[:n]) for n in range(len(parts), 0, -1))
+        return next((line for line in described if len(line) <= room), self._describe(step, now, ()))
 
     def _describe(self, step: int, now: float, parts: tuple[str, ...]) -> str:
         elapsed, done = now - self._began, self.work(step) - self.work(self.start)

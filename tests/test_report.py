@@ -334,6 +334,19 @@ def test_progress_is_one_live_line_on_a_terminal() -> None:
     assert "loss 1.0000" in screen.getvalue()
 
 
+@pytest.mark.parametrize("width", [40, 60, 80, 100])
+def test_a_narrow_terminal_shows_step_and_time_whole(width: int) -> None:
+    """What has no room is left out from the end; the total and the time left are never cut."""
+    screen = io.StringIO()
+    progress = Progress("pretraining", total=21400)
+    progress._console = _Console(file=screen, force_terminal=True, width=width, color_system=None)
+    with progress:
+        progress.update(21400, "loss 2.5000", "tok/s 183,100", "MFU 65%", "bpb 0.7512")
+    last = [line for line in screen.getvalue().splitlines() if "pretraining" in line][-1]
+    assert "21400/21400" in last and last.rstrip().endswith("0:00") and "\u2026" not in last
+    assert ("bpb" in last) == (width == 100) and ("loss" in last) == (width >= 60)
+
+
 def test_progress_of_what_has_no_known_end_shows_what_was_done() -> None:
     screen = io.StringIO()
     progress = Progress("reading text", total=None, unit="document")
