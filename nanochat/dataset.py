@@ -241,6 +241,8 @@ class FileSource(Source):
             raise NanochatError(f"--data {path} is neither {', '.join(SOURCES)} nor an existing file, folder or glob")
         names = [name for name in sorted(found) if name.suffix.lower() in READERS]
         files = {name: found[name]() for name in without_strangers(names)}
+        if not files and os.path.isfile(self.name):
+            raise NanochatError(f"--data {path} is no {', '.join(READERS)} file: convert it to one of these")
         if not files:
             raise NanochatError(f"--data {path} holds no {', '.join(READERS)} file")
         _check_prepared(path, found, files)

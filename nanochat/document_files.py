@@ -28,6 +28,7 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
 from nanochat.common import NanochatError, as_unicode, first_line, print0, some_of
+from nanochat.files import not_utf8
 from nanochat.shard_cache import Shard, get_shard_cache, remote_error, retry
 
 Document = str | np.ndarray  # a text, or token ids: (length,) int32, read-only, no BOS
@@ -37,6 +38,7 @@ Batches = Iterator[tuple[int, list[Document]]]
 TEXT_FILE_CHARS = 4000  # a plain text file is cut into documents at the first blank line after this many characters,
 LONGEST_TEXT_CHARS = 4 * TEXT_FILE_CHARS  # or, if there is none before this many, at the end of a line or word
 TEXT_COLUMNS = ("text", "content", "body")
+CHAT_COLUMNS, FOR_CHAT_SFT = {"messages", "conversations"}, "conversations go to chat_sft --tasks FILE"
 TOKEN_COLUMN = "tokens"
 TOKENIZER_KEY = b"nanochat.tokenizer"  # in a parquet schema's metadata: the fingerprint of the tokenizer that made it
 BATCH_ROWS = 1024
@@ -125,7 +127,9 @@ class DocumentFile:
             yield
         except FileNotFoundError as error:
             raise NanochatError(f"{self.address} is gone, and was there when this run listed it: restore it") from error
-        except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        except UnicodeDecodeError as error:
+            raise not_utf8(self.address, error) from error
+        except (pa.ArrowException, OSError) as error:
             what = first_line(error)
             raise NanochatError(f"{self.address} cannot be read ({what}): {self.way_out}") from error
 
@@ -203,6 +207,8 @@ def text_column(address: str, names: list[str], wanted: str | None = None, way_o
             raise NanochatError(f"{address} has {names.count(column)} columns {column}: rename all but one")
         if column in names:
             return column
+    if CHAT_COLUMNS & set(names):
+        way_out = FOR_CHAT_SFT
     raise NanochatError(f"{address} has no column {' or '.join(columns)}, only {', '.join(names)}: {way_out}")
 
 
@@ -262,8 +268,8 @@ def parse_line(line: str, address: str, number: int, wanted: str | None = None, 
         reason = str(error).partition(":")[0]
         raise NanochatError(f"{address}, line {number}, cannot be read ({reason}): fix or remove it") from error
     if not isinstance(row, dict):
-        found = type(row).__name__
-        raise NanochatError(f"{address}, line {number}, is a {found}, not an object with a text: fix or remove it")
+        found, way_out = type(row).__name__, FOR_CHAT_SFT if isinstance(row, list) else "fix or remove it"
+        raise NanochatError(f"{address}, line {number}, is a {found}, not an object with a text: {way_out}")
     column = text_column(f"{address}, line {number},", list(row), wanted, way_out)
     text = row[column]
     if text is not None and not isinstance(text, str):

@@ -142,6 +142,11 @@ def read_json_lines(path: Path) -> list[Any]:
     return values
 
 
+def not_utf8(path: object, error: UnicodeDecodeError) -> NanochatError:
+    """For a text in another encoding."""
+    return NanochatError(f"{path} is not UTF-8 ({error}): convert it, as iconv -f latin1 -t utf-8 does, or remove it")
+
+
 def read_jsonl(
     path: Path,
     check: Callable[[Any], object] = lambda row: None,
@@ -154,9 +159,10 @@ def read_jsonl(
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines(): U+2028 may stand in a string
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error  # which would name the path again
-        raise NanochatError(f"{path} cannot be read ({reason}): check the path, or give another file") from error
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from error
+    except OSError as error:  # only why: it would name the path again
+        raise NanochatError(f"{path} cannot be read ({error.strerror}): check the path, or give another file") from error
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():

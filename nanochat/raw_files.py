@@ -31,6 +31,7 @@ from nanochat.document_files import (
     text_column,
     without_strangers,
 )
+from nanochat.files import not_utf8
 from nanochat.tokenizer import Tokenizer
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -63,7 +64,9 @@ def read_texts(file: Any, path: str, column: str | None) -> Iterator[str]:
             lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n" if kind_of(path) == ".jsonl" else None)
             texts = _read_jsonl(lines, path, column) if kind_of(path) == ".jsonl" else cut_into_documents(lines)
         yield from texts
-    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+    except UnicodeDecodeError as error:
+        raise not_utf8(path, error) from error
+    except (pa.ArrowException, OSError) as error:
         reason = first_line(error)
         raise NanochatError(f"{path} cannot be read ({reason}): remove or replace it") from error
 

@@ -305,7 +305,7 @@ def check_messages(messages: object) -> list[dict[str, Any]]:
     Raises NanochatError with a sentence that still needs its subject, the conversation.
     """
     if not isinstance(messages, list) or not messages:
-        raise NanochatError("is not a list of messages")
+        raise NanochatError('is not a list of messages such as {"role": "user", "content": "Hi"}')
     for i, message in enumerate(messages, 1):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str | list) or "role" not in message:
             raise NanochatError(f"has message {i} without role and content")

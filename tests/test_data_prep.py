@@ -390,7 +390,7 @@ def test_unreadable_folders_and_files_are_named(prepare, tmp_path: Path) -> None
             prepare(f"out-{name}", source=folder)
         (folder / name).unlink()
     (folder / "a.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(NanochatError, match=r"a\.txt cannot be read"):
+    with pytest.raises(NanochatError, match=r"a\.txt is not UTF-8"):
         prepare("out-txt", source=folder)
 
 

@@ -243,8 +243,19 @@ def test_bad_data_is_named(tmp_path: Path) -> None:
     with pytest.raises(NanochatError, match="line 2"):
         list(get_source(str(tmp_path / "d.jsonl")).documents("train"))
     (tmp_path / "e.txt").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(NanochatError, match=r"e\.txt cannot be read"):
+    with pytest.raises(NanochatError, match=r"e\.txt is not UTF-8 .*: convert it"):
         list(get_source(str(tmp_path / "e.txt")).documents("train"))
+    with pytest.raises(NanochatError, match=r"image\.png is no \.txt, .* file: convert it"):
+        get_source(str(tmp_path / "image.png"))
+
+
+@pytest.mark.parametrize(
+    "row", ['{"messages": []}', '{"conversations": [{"from": "human", "value": "Hi"}]}', '[{"role": "user"}]']
+)
+def test_conversations_are_sent_to_fine_tuning(tmp_path: Path, row: str) -> None:
+    (tmp_path / "a.jsonl").write_text(row, encoding="utf-8")
+    with pytest.raises(NanochatError, match=r"a\.jsonl, line 1, .*: conversations go to chat_sft --tasks FILE"):
+        list(get_source(str(tmp_path / "a.jsonl")).documents("train"))
 
 
 def test_half_a_surrogate_pair_becomes_text_that_utf8_can_hold(tmp_path: Path) -> None:
