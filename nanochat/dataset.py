@@ -397,6 +397,9 @@ def get_source(name_or_path: str) -> Source:
 # ----------------------------------------------------------------------------- downloading
 
 
+MOST_FAILURES = 8  # in a row: without a network, the thousands of shards that are left would take hours to fail
+
+
 def download(name: str, num_shards: int, workers: int = 4) -> None:
     """Fetch the first num_shards shards and the validation shard of a hub data set; whole files are not fetched again.
 
@@ -415,8 +418,17 @@ def download(name: str, num_shards: int, workers: int = 4) -> None:
         concurrent.futures.ThreadPoolExecutor(workers) as pool,
         Progress(f"downloading {name}", len(names), unit="shard") as progress,
     ):
-        outcomes = progress.watch(pool.map(lambda n: _download_one(repository, n, directory), names))
-        failures = [failure for failure in outcomes if failure]
+        failures: list[str] = []
+        in_a_row = 0
+        for failure in progress.watch(pool.map(lambda n: _download_one(repository, n, directory), names)):
+            failures += [failure] if failure else []
+            in_a_row = in_a_row + 1 if failure else 0
+            if in_a_row == MOST_FAILURES:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise NanochatError(
+                    f"{in_a_row} shards of {name} in a row could not be fetched (first: {failures[-in_a_row]}): check the "
+                    "network and run the same command again, it goes on where it stopped"
+                )
     if failures:
         raise NanochatError(
             f"{len(failures)} of {len(names)} shards of {name} could not be fetched (first: {failures[0]}): "
@@ -454,7 +466,7 @@ def _opens(path: Path) -> bool:
 def main(argv: list[str] | None = None) -> int:
     parser = SettingsParser("Download pretraining data.", examples=["%(prog)s -n 8", "%(prog)s --data fineweb-edu -n 4"])
     parser.add_argument("--data", default="climbmix", choices=sorted(HUB_REPOSITORIES), help="what to download")
-    parser.add_argument("-n", "--num-files", type=int, default=-1, help="training shards to fetch (-1: all)")
+    parser.add_argument("-n", "--num-files", type=int, default=-1, help="training shards to fetch (default: all)")
     parser.add_argument("-w", "--num-workers", type=int, default=4, help="downloads at a time")
     args = parser.parse_args(argv)
     download(args.data, args.num_files, args.num_workers)

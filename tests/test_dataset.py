@@ -249,15 +249,6 @@ def test_bad_data_is_named(tmp_path: Path) -> None:
         get_source(str(tmp_path / "image.png"))
 
 
-@pytest.mark.parametrize(
-    "row", ['{"messages": []}', '{"conversations": [{"from": "human", "value": "Hi"}]}', '[{"role": "user"}]']
-)
-def test_conversations_are_sent_to_fine_tuning(tmp_path: Path, row: str) -> None:
-    (tmp_path / "a.jsonl").write_text(row, encoding="utf-8")
-    with pytest.raises(NanochatError, match=r"a\.jsonl, line 1, .*: conversations go to chat_sft --tasks FILE"):
-        list(get_source(str(tmp_path / "a.jsonl")).documents("train"))
-
-
 def test_half_a_surrogate_pair_becomes_text_that_utf8_can_hold(tmp_path: Path) -> None:
     lines = ['{"text": "a \\ud83d cat"}', '{"text": "a \\ud83d\\ude42 dog"}']  # half a pair, and a whole one
     (tmp_path / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nanochat import dataset
 from nanochat.common import NanochatError
 from nanochat.dataset import get_source
 from nanochat.document_files import DocumentFile
@@ -180,3 +182,28 @@ def test_shards_are_planned_from_a_part_of_the_input(name: str, tmp_path: Path, 
     inputs = list_inputs(str(tmp_path))
     for sample_bytes in (1_000_000, 10**9):
         assert estimate_tokens(str(tmp_path), inputs, None, tokenizer, sample_bytes) == pytest.approx(truth, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "row", ['{"messages": []}', '{"conversations": [{"from": "human", "value": "Hi"}]}', '[{"role": "user"}]']
+)
+def test_conversations_are_sent_to_fine_tuning(tmp_path: Path, row: str) -> None:
+    (tmp_path / "a.jsonl").write_text(row, encoding="utf-8")
+    with pytest.raises(NanochatError, match=r"a\.jsonl, line 1, .*: conversations go to chat_sft --tasks FILE"):
+        list(get_source(str(tmp_path / "a.jsonl")).documents("train"))
+
+
+def test_a_download_without_a_network_soon_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of thousands of shards; one that fails now and then does not end it."""
+    tried: list[str] = []
+
+    def fail(repository: object, name: str, directory: Path) -> str | None:
+        tried.append(name)
+        time.sleep(0.02)
+        return None if name.endswith("05.parquet") else f"{name}: no network"
+
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    monkeypatch.setattr(dataset, "_download_one", fail)
+    with pytest.raises(NanochatError, match=r"8 shards of climbmix in a row .*first: shard_00006.*: check the network"):
+        dataset.download("climbmix", -1, workers=2)
+    assert len(tried) < 3000
