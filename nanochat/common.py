@@ -107,6 +107,7 @@ def run_command(main: Callable[[list[str] | None], int]) -> int:
             with contextlib.suppress(io.UnsupportedOperation):  # a stream that was read from already cannot be changed
                 stream.reconfigure(errors="replace")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: each warning came twice
     logger.setLevel(logging.INFO)
     try:
         code = main(argv)
