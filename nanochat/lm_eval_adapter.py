@@ -196,6 +196,8 @@ def _quote_tag(arguments: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
+    if {"-h", "--help"} & set(argv or []):  # the harness knows nothing of us
+        print(f"nanochat's checkpoint is measured unless --model names another; --model_args: {', '.join(ARGUMENTS)}\n")
     # where the harness's command reads them
     sys.argv = ["lm_eval", "run", "--model", "nanochat", *map(_quote_tag, argv or [])]
     try:

@@ -338,3 +338,11 @@ def test_without_the_harness(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
     with pytest.raises(NanochatError, match="bash runs/setup.sh eval"):
         importlib.import_module(NAME)
+
+
+def test_help_names_what_is_ours(adapter: ModuleType, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["pytest"])
+    with pytest.raises(SystemExit):
+        adapter.main(["--help"])
+    first = capsys.readouterr().out.splitlines()[0]
+    assert "nanochat's checkpoint" in first and all(name in first for name in adapter.ARGUMENTS)
