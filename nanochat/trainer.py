@@ -345,14 +345,13 @@ class Trainer:
         factor = self._set_schedules()
         # In RL (total_batch_size 0), answers that all earn the same teach nothing: momentum would still move the model.
         learns = (config.total_batch_size > 0 or bool(count)) and self._loss_scale.unscale(self.model.parameters())
-        done = self.step + 1
-        is_logged = done == config.num_iterations or (config.log_every > 0 and done % config.log_every == 0)
+        self.flops += config.total_batch_size * (self._work(self.step + 1) - self._work(self.step))
+        self.step += 1
+        is_logged = self._due(config.log_every) or self.step == config.num_iterations
         more = self.step_metrics() if is_logged else {}  # now, for the update may overwrite the gradients
         if learns:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        self.flops += config.total_batch_size * (self._work(self.step + 1) - self._work(self.step))
-        self.step += 1
         self._pending.append(loss)
         if is_logged:
             self._log(factor, started, more)
