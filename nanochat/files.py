@@ -17,7 +17,8 @@ from filelock import FileLock, Timeout
 
 from nanochat.common import DISK_FULL, NanochatError, as_unicode
 
-PIECES, PIECE_BYTES = 16, 1 << 15  # of a file's sample
+PIECES, PIECE_BYTES = 16, 1 << 12  # of a large file's sample
+SMALL_BYTES = 1 << 20
 BUSY_TRIES = 10 if os.name == "nt" else 0  # to rename what another process may hold open
 
 
@@ -50,11 +51,14 @@ def sha256_of(path: Path) -> str:
 
 
 def hash_of_sample(path: Path) -> str:
-    """A hash of pieces spread over a file, which cover a small one: cheap, and another for most edits. Raises OSError."""
-    digest, last = hashlib.blake2b(digest_size=8), max(0, path.stat().st_size - PIECE_BYTES)
+    """A hash of a small file, or of pieces spread over a large one: cheap, and another for most edits. Raises OSError."""
+    digest, size = hashlib.blake2b(digest_size=8), path.stat().st_size
     with open(path, "rb") as file:
+        if size <= SMALL_BYTES:
+            digest.update(file.read())
+            return digest.hexdigest()
         for n in range(PIECES):
-            file.seek(last * n // (PIECES - 1))
+            file.seek((size - PIECE_BYTES) * n // (PIECES - 1))
             digest.update(file.read(PIECE_BYTES))
     return digest.hexdigest()
 

@@ -16,6 +16,7 @@ from nanochat.checkpoint_manager import read_meta
 from nanochat.common import NanochatError
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import Source, get_source
+from nanochat.files import hash_of_sample
 from nanochat.same_run import check_data
 from nanochat.stage import Stage
 from nanochat.tokenizer import Tokenizer
@@ -139,6 +140,17 @@ def test_an_edit_that_keeps_the_size_is_noticed(texts: Path, base_dir: Path, mon
 
     monkeypatch.setattr(same_run, "read_meta", read_old)
     _train(texts, "--resume=3")
+
+
+@pytest.mark.parametrize(("size", "edited"), [(5000, (0, 2500, 4999)), (3 << 20, (0, 4095, (3 << 20) - 1))])
+def test_a_file_is_known_by_all_of_it_or_by_pieces(tmp_path: Path, size: int, edited: tuple[int, ...]) -> None:
+    path, content = tmp_path / "text", bytearray(size)
+    path.write_bytes(content)
+    hashes = {hash_of_sample(path)}
+    for place in edited:
+        path.write_bytes(content[:place] + b"x" + content[place + 1 :])
+        hashes.add(hash_of_sample(path))
+    assert len(hashes) == 1 + len(edited)
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
