@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from nanochat.common import NanochatError
 from nanochat.files import read_jsonl
 from nanochat.tokenizer import check_messages
 from tasks.common import Conversation, Task
 
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+
 
 class CustomJSON(Task):
-    """One conversation per line: a list of {"role", "content"}, or {"messages": that list}.
+    """One conversation per line: a list of {"role", "content"}, {"messages": that list}, or ShareGPT's form.
 
     Every twentieth line is held out for "val". Raises NanochatError naming a line that is not a conversation.
     """
@@ -34,9 +37,23 @@ class CustomJSON(Task):
         return self.conversations[index]
 
 
+def _messages(row: object) -> object:
+    """The messages of a line; in ShareGPT's form they are "conversations", a list of {"from", "value"}."""
+    if not isinstance(row, dict):
+        return row
+    turns = row.get("conversations")
+    return [_message(turn) for turn in turns] if "messages" not in row and isinstance(turns, list) else row.get("messages")
+
+
+def _message(turn: Any) -> Any:
+    if not isinstance(turn, dict) or not isinstance(turn.get("from"), str):
+        return turn
+    return {"role": SHAREGPT_ROLES.get(turn["from"], turn["from"]), "content": turn.get("value")}
+
+
 def _as_conversation(row: object, path: Path, number: int) -> Conversation:
     try:
-        messages = check_messages(row.get("messages") if isinstance(row, dict) else row)
+        messages = check_messages(_messages(row))
         if all(message["role"] != "assistant" for message in messages):
             raise NanochatError("has no answer of the assistant")
     except NanochatError as error:

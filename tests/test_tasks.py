@@ -332,9 +332,21 @@ def test_custom_conversations(tmp_path: Path) -> None:
         assert len(build_mixture(f"{path}*2:8", "train")) == 16
 
 
+def test_conversations_in_the_form_of_sharegpt(tmp_path: Path) -> None:
+    said = [("system", "Be brief."), ("human", "q"), ("gpt", "a")]
+    row = {"id": "1", "conversations": [{"from": who, "value": text} for who, text in said]}
+    (tmp_path / "shared.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    talk = CustomJSON(tmp_path / "shared.jsonl")[0]["messages"]
+    assert [(message["role"], message["content"]) for message in talk] == [
+        ("system", "Be brief."), ("user", "q"), ("assistant", "a")
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [("{", "line 2, is not JSON"), ("{}", "conversation 2 is not a list"),
+     ('{"conversations": [5, {"from": "tool"}]}', "has message 1 without role and content"),
+     ('{"conversations": [{"from": "tool"}]}', "has message 1 without role and content"),
      ('[{"role": "user"}, {}]', "without role and content"),
      ('[{"role": "assistant", "content": ""}, {"role": "user", "content": ""}]', "message 1 is from 'assistant'"),
      (json.dumps([{"role": r, "content": ""} for r in ("system", "user", "user")]), "message 3 is from 'user'"),
