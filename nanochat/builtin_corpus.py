@@ -49,8 +49,8 @@ def harvest(directory: Path) -> Path:
     The manifest records the versions harvested from. Runs read a corpus, so it stays the same whatever is installed later;
     delete its folder to rebuild it. Returns the directory. 265 MB of installed packages take half a minute on two cores.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
     if not _is_intact(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(directory.with_suffix(".lock")):  # each rank asks for it, and one that parses needs all cores
             if not _is_intact(directory):
                 _harvest(directory)

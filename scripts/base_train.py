@@ -127,11 +127,13 @@ class Plan(NamedTuple):
     by_time: bool  # planned by --target-minutes
 
 
-def plan(args: Arguments, model: GPT, world_size: int, holds: Callable[[float], bool]) -> Plan:
+def plan(
+    args: Arguments, model: GPT, optimizer_switches: dict[str, Any], world_size: int, holds: Callable[[float], bool]
+) -> Plan:
     """How long to train and in what batches. holds: whether the text has that many tokens."""
     target_flops, least_batch = args.target_flops, 0
     by_time = args.target_minutes > 0 and args.num_iterations <= 0
-    optimizer = {"weight_decay": args.weight_decay, **parse_switches(args.switches, GPTConfig, OptimizerSettings)[1]}
+    optimizer = {"weight_decay": args.weight_decay, **optimizer_switches}
     if by_time:
         target_flops = flops_in(model, args.target_minutes)
         least_batch = batch_worth_an_update(model, optimizer) if args.total_batch_size <= 0 else 0
@@ -206,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     def holds(tokens: float) -> bool:
         return on_rank0(lambda: source.holds(tokens, tokenizer))
 
-    horizon, rows, expand_at, target_flops, by_time = plan(args, model, world_size, holds)
+    horizon, rows, expand_at, target_flops, by_time = plan(args, model, optimizer_switches, world_size, holds)
     bundle = find_bundle(args.eval_bundle) if args.core_metric_every > 0 else None
     decided = {
         "eval_bundle": bundle, "num_iterations": horizon.num_iterations, "total_batch_size": horizon.total_batch_size,

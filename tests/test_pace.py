@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.metrics import read_metrics
+from nanochat.optim import OptimizerSettings
 from nanochat.pace import TimeLimit
 from nanochat.runs import list_steps, step_dir
 from nanochat.schedules import Schedule
 from nanochat.settings import tomllib
+from nanochat.training_flags import parse_switches
 from scripts import base_train, chat_sft
 from tests.conftest import TINY_TRAINING
 from tests.helpers import make_model, make_trainer
@@ -45,7 +47,8 @@ def test_the_optimizer_that_is_measured_is_the_one_that_trains(stage: str, monke
     flags = ["--target-minutes=9999", "--weight-decay=0.3", "--no-compile", "--device-batch-size=1"]
     if stage == "base":
         args = base_train.parse_arguments([*flags, "--max-seq-len=512", "--set", *switches])
-        base_train.plan(args, make_model(), 1, lambda tokens: True)
+        chosen = parse_switches(args.switches, GPTConfig, OptimizerSettings)[1]
+        base_train.plan(args, make_model(), chosen, 1, lambda tokens: True)
     else:
         begun, meta = SimpleNamespace(recorded_settings=dict), {"settings": {"total_batch_size": 1024, "switches": switches}}
         chat_sft.plan(chat_sft.parse_arguments(flags), begun, make_model(), meta, lambda: 1024, 1)
