@@ -55,7 +55,7 @@ def base_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_full_collections(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before each training they took a fifth of the time of test_trainer.py; test_stopping.py has what they do."""
+    """Before each training they took a fifth of the time of three files of tests; what they do is in test_stopping.py."""
     monkeypatch.setattr(stopping, "collect_garbage", gc.freeze)
 
 
