@@ -97,18 +97,22 @@ class Heartbeat:
             self._store.add(f"beat/{self.rank}", LEFT)
 
     def _beat(self) -> None:
-        counts = dict.fromkeys(range(self.world_size), 0)
-        changed_at = dict.fromkeys(range(self.world_size), time.monotonic())
+        try:
+            self._count()
+        except (RuntimeError, ConnectionError) as error:
+            self._end(f"the rendezvous store cannot be reached ({first_line(error)})")
+
+    def _count(self) -> None:
+        keys = [f"beat/{rank}" for rank in range(self.world_size)]
+        counts, changed_at = [0] * self.world_size, [time.monotonic()] * self.world_size
+        if self.rank == 0:  # the store waits with its answer for counters that nobody made: a rank may die before it beats
+            for key in keys:
+                self._store.add(key, 0)
         while not self._stopped.wait(self.beat_s):
-            try:
-                self._store.add(f"beat/{self.rank}", 1)
-                for other in range(self.world_size):
-                    count = self._store.add(f"beat/{other}", 0)
-                    if count != counts[other] or count >= LEFT:
-                        counts[other], changed_at[other] = count, time.monotonic()
-            except (RuntimeError, ConnectionError) as error:
-                self._end(f"the rendezvous store cannot be reached ({first_line(error)})")
-                return
+            self._store.add(keys[self.rank], 1)
+            for other, count in enumerate(map(int, self._store.multi_get(keys))):  # one request, however many ranks
+                if count != counts[other] or count >= LEFT:
+                    counts[other], changed_at[other] = count, time.monotonic()
             self._answered_at = now = time.monotonic()
             silent = [str(other) for other in range(self.world_size) if now - changed_at[other] > self.limit_s]
             if silent:

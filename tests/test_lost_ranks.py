@@ -167,6 +167,46 @@ def test_heartbeat_notices_silence_and_only_that() -> None:
     hearts[0].stop()
 
 
+class CountingStore(dist.PrefixStore):
+    """A store that records which requests are sent to it."""
+
+    def __init__(self, store: dist.Store) -> None:
+        super().__init__("", store)
+        self.requests: list[str] = []
+
+    def clone(self) -> CountingStore:
+        return self
+
+    def add(self, key: str, amount: int) -> int:
+        self.requests.append("add")
+        return super().add(key, amount)
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        self.requests.append("multi_get")
+        return super().multi_get(keys)
+
+
+def test_a_beat_is_two_requests_however_many_ranks_there_are() -> None:
+    stores = [CountingStore(dist.HashStore()) for _ in range(2)]
+    for store, world_size in zip(stores, (2, 500), strict=True):
+        heart = Heartbeat(store, 0, world_size, give_up=pytest.fail, beat_s=0.01, limit_s=30)
+        wait_for(lambda store=store: store.requests.count("multi_get") >= 3, "three beats", 30)
+        heart.stop()
+        beats = store.requests[world_size:-1]  # after the counters were made and before this rank says that it leaves
+        assert beats == ["add", "multi_get"] * (len(beats) // 2)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_before_its_first_beat_is_missed() -> None:
+    reasons: list[tuple[int, str]] = []
+    stores = _stores(3)
+    hearts = _hearts(reasons, stores, range(2))
+    wait_for(lambda: len(reasons) == 2, "the loss to be noticed", 30)
+    assert all(reason.startswith("nothing was heard of rank 2") for _, reason in reasons)
+    for heart in hearts:
+        heart.stop()
+
+
 @pytest.mark.parametrize("value", ["40s", "0", "-1", "nan", "inf"])
 def test_a_limit_that_is_no_number_of_seconds_is_refused_where_it_is_used(monkeypatch, value: str) -> None:
     monkeypatch.setenv("NANOCHAT_HEARTBEAT_S", value)
