@@ -29,7 +29,7 @@ from nanochat.compilation import try_to_compile
 from nanochat.cpu import INSTRUCTIONS, available_memory, cpu_name, has_instructions, usable_cores
 from nanochat.dataset import hub_files
 from nanochat.devices import autodetect_device_type, get_compute_dtype, has_nvidia_gpu
-from nanochat.flash_attention import list_backends
+from nanochat.flash_attention import asked_backend, choose_backend, list_backends
 from nanochat.gpt import GPT
 from nanochat.machine import expected_mfu, measure_matmul_rate, measure_memory_rate
 from nanochat.memory import RESERVED, Layout, largest_depth
@@ -141,7 +141,11 @@ def examine_device(device: torch.device) -> Iterator[Finding]:
     natively = "multiplied natively here" if dtype != torch.float32 else "bfloat16 would be emulated here"
     why = "NANOCHAT_DTYPE says so" if os.environ.get("NANOCHAT_DTYPE") else natively
     yield Finding("used", "numbers", f"{str(dtype).removeprefix('torch.')}: {why}")
-    yield Finding("used", "attention", _describe_attention(device, dtype))
+    try:
+        chosen = asked_backend() and f"{choose_backend(device, dtype, 128, True).name}: NANOCHAT_ATTENTION says so"
+        yield Finding("used", "attention", chosen or _describe_attention(device, dtype))
+    except NanochatError as error:
+        yield Finding("used", "attention", str(error), "unset NANOCHAT_ATTENTION", essential=True)
     reason = try_to_compile(device)
     if reason is None:
         yield Finding("used", "torch.compile", "yes")

@@ -1,8 +1,8 @@
 """Causal attention with sliding windows, on any hardware. Used by gpt.py, kv_cache.py, core_eval.py, memory.py and doctor.py.
 
 `plan_attention` chooses the fastest backend that passes a probe launch, once for each device, dtype and head size, for texts
-of one shape or of many, and makes the mask that it needs. The hot path then only runs `plan.backend(q, k, v, plan)`. The
-backends:
+of one shape or of many, and makes the mask that it needs. The hot path then only runs `plan.backend(q, k, v, plan)`.
+NANOCHAT_ATTENTION names another one. The backends:
 
 - "fa4": FlashAttention 4, where `flash_attn.cute` is installed (the package flash-attn-4)
 - "flex": FlexAttention compiled to a Triton kernel (CUDA, texts of one shape); skips the masked blocks. On Hopper and later,
@@ -22,13 +22,14 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 
-from nanochat.common import first_line, logger
+from nanochat.common import NanochatError, first_line, logger
 from nanochat.devices import synchronize
 
 QK_SCALE = 1.2  # the length that gpt.py gives to each normalized query and key, in units of sqrt(head_dim)
@@ -107,7 +108,7 @@ class Backend(NamedTuple):
 
 
 def list_backends(device: torch.device, dtype: torch.dtype, fixed_shape: bool) -> list[Backend]:
-    """Backends that may be faster than "plain" here, the fastest first; does not try them."""
+    """Backends that may be faster than "plain" here, the fastest first; does not try them. See NANOCHAT_ATTENTION."""
     found: list[Backend] = []
     # In evaluations and RL, shapes keep changing: FlexAttention would be compiled for each of the first eight, and then
     # write all scores to memory.
@@ -119,21 +120,33 @@ def list_backends(device: torch.device, dtype: torch.dtype, fixed_shape: bool) -
         # second.
         fa4, fa3 = (torch.compiler.disable(attend) for attend in (attend_fa4, attend_fa3))
         found = [Backend("fa4", fa4, no_mask), *found, Backend("fa3", fa3, no_mask)]
-    return found
+    return [backend for backend in found if asked_backend() in (None, backend.name)]
+
+
+def asked_backend() -> str | None:
+    """NANOCHAT_ATTENTION, the only backend that may be used where all texts have one shape; None: the best."""
+    return os.environ.get("NANOCHAT_ATTENTION") or None
 
 
 @functools.lru_cache
 def choose_backend(device: torch.device, dtype: torch.dtype, head_dim: int, fixed_shape: bool) -> Backend:
-    """The first backend whose probe launch, forward and backward, succeeds on this device."""
+    """The first backend whose probe launch, forward and backward, succeeds on this device.
+
+    Raises NanochatError if that of NANOCHAT_ATTENTION does not.
+    """
+    reason = ""
     for backend in list_backends(device, dtype, fixed_shape):
         try:
             _probe(backend, device, dtype, head_dim)
-        except ModuleNotFoundError:
-            continue  # most machines lack FlashAttention: not worth a line
+            return backend
         except Exception as error:  # whatever a foreign kernel raises, try the next backend
-            logger.info("attention backend %s is not usable here: %s", backend.name, first_line(error)[:200])
-            continue
-        return backend
+            reason = first_line(error)[:200]
+            if not isinstance(error, ModuleNotFoundError):  # most machines lack FlashAttention: not worth a line
+                logger.info("attention backend %s is not usable here: %s", backend.name, reason)
+    asked = asked_backend()
+    if asked not in (None, "plain") and (reason or not list_backends(device, dtype, fixed_shape=True)):
+        reason = reason or f"nothing of that name can run on {device.type} in {str(dtype).removeprefix('torch.')}"
+        raise NanochatError(f"NANOCHAT_ATTENTION={asked} cannot be used ({reason}): unset it, or set it to plain")
     return Backend("plain", attend_plain, plain_mask)
 
 

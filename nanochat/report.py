@@ -57,7 +57,8 @@ ON_AXES = {"train/tokens", "train/flops", "train/mfu"}  # logged, but without cu
 SHOWN_SETTINGS = (
     "depth", "data", "tasks", "max_seq_len", "window_pattern", "num_iterations", "total_batch_size", "expand_at",
     "device_batch_size", "num_params", "num_scaling_params", "flops_per_token", "matrix_lr", "embedding_lr",
-    "unembedding_lr", "weight_decay", "switches", "device", "dtype", "world_size", "parent",
+    "unembedding_lr", "weight_decay", "switches", "device", "dtype", "attention", "world_size",
+    "parent",
 )  # fmt: skip
 
 

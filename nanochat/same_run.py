@@ -34,7 +34,9 @@ WORK_SETTINGS = {
 }  # fmt: skip
 # Settings that may change when a run is resumed: also rates, since lower ones are the remedy for a divergence, what another
 # machine can do, and whatever has its content compared in place of its path.
-FREE_SETTINGS = WORK_SETTINGS | {*RATES, "dtype", "fp8", "data", "tasks", "task_data", "tokenizer", "from_hf", "model_step"}
+FREE_SETTINGS = WORK_SETTINGS | {
+    *RATES, "dtype", "attention", "fp8", "data", "tasks", "task_data", "tokenizer", "from_hf", "model_step"
+}  # fmt: skip
 
 
 def check_settings(stage: Stage, new: dict[str, Any], args: Arguments) -> None:

@@ -38,8 +38,8 @@ from nanochat.checkpoint_manager import (
 )
 from nanochat.common import NanochatError, describe_error, get_dist_info, print0
 from nanochat.dataset import Source
-from nanochat.devices import get_compute_dtype
 from nanochat.files import atomic_write, read_json
+from nanochat.flash_attention import choose_backend
 from nanochat.fp8 import enable_fp8
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.lanes import LANES
@@ -240,9 +240,10 @@ def begin(
     NanochatError if a resumed stage was started with another tokenizer, other settings or other text, or if ranks disagree.
     A collective call.
     """
-    device, here = model.get_device(), get_dist_info()
+    device, dtype, here = model.get_device(), model.get_compute_dtype(), get_dist_info()
     settings = {
-        **vars(args), **describe_model(model), **decided, "device": str(device), "dtype": str(get_compute_dtype(device)),
+        **vars(args), **describe_model(model), **decided, "device": str(device), "dtype": str(dtype),
+        "attention": choose_backend(device, dtype, model.config.head_dim, model.fixed_shape).name,
         "world_size": here.world_size, "tag": stage.tag, "stage": stage.name, "tokenizer_fingerprint": tokenizer.fingerprint(),
     }  # fmt: skip
     # Absolute paths, because the next command may be given in another folder; as text, for JSON.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
-from nanochat import doctor
+from nanochat import doctor, flash_attention
 from nanochat.common import NanochatError
 from nanochat.doctor import Finding
 from nanochat.flash_attention import list_backends
@@ -92,6 +92,17 @@ def test_an_unknown_dtype_is_essential(quick: None, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("NANOCHAT_DTYPE", "int7")
     assert doctor.main([]) == 1
     assert "needed: unset NANOCHAT_DTYPE" in capsys.readouterr().out
+
+
+def test_attention_that_was_asked_for_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    def finding() -> doctor.Finding:
+        flash_attention.choose_backend.cache_clear()
+        return next(f for f in doctor.examine_device(torch.device("cpu")) if f.name == "attention")
+
+    monkeypatch.setenv("NANOCHAT_ATTENTION", "plain")
+    assert finding().text == "plain: NANOCHAT_ATTENTION says so"
+    monkeypatch.setenv("NANOCHAT_ATTENTION", "fa3")
+    assert finding().way_out == "unset NANOCHAT_ATTENTION" and finding().essential
 
 
 def test_without_a_compiler_it_works_and_says_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:

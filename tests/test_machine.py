@@ -41,8 +41,27 @@ def test_attention_kernels_that_cannot_launch_are_passed_over(broken: str, chose
             raise type(error)(*error.args)  # new, since an error holds what its traceback refers to
 
     monkeypatch.setattr(flash_attention, "_probe", probe)
-    backend = flash_attention.choose_backend.__wrapped__(torch.device("cuda", 0), torch.bfloat16, 128, True)
-    assert backend.name == chosen
+    choose = flash_attention.choose_backend.__wrapped__
+    assert choose(torch.device("cuda", 0), torch.bfloat16, 128, True).name == chosen
+    for asked in ("fa4", "flex", "fa3", "plain"):
+        monkeypatch.setenv("NANOCHAT_ATTENTION", asked)
+        if asked in broken.split():
+            with pytest.raises(NanochatError, match=f"NANOCHAT_ATTENTION={asked} cannot be used .*set it to plain"):
+                choose(torch.device("cuda", 0), torch.bfloat16, 128, True)
+        else:
+            assert choose(torch.device("cuda", 0), torch.bfloat16, 128, True).name == asked
+
+
+def test_attention_that_this_device_has_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not where texts differ in length, though: there FlexAttention, asked for, leaves its place to the plain one."""
+    choose = flash_attention.choose_backend.__wrapped__
+    for asked in ("flex", "fa9"):
+        monkeypatch.setenv("NANOCHAT_ATTENTION", asked)
+        with pytest.raises(NanochatError, match=f"NANOCHAT_ATTENTION={asked} cannot be used .*cpu in float32"):
+            choose(torch.device("cpu"), torch.float32, 128, False)
+    monkeypatch.setenv("NANOCHAT_ATTENTION", "flex")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert choose(torch.device("cuda", 0), torch.bfloat16, 128, False).name == "plain"
 
 
 def test_flex_attention_has_a_kernel_for_every_batch_that_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
