@@ -134,7 +134,7 @@ def check_mixture(stage: Stage, task: Task, tasks: str) -> dict[str, Any] | None
     if all(before[name] == now for name, now in mixture.items()):
         return mixture
     if before["tasks"] == tasks and stage.is_complete(before["num_iterations"]):
-        print0(f"{stage.directory} is complete: {before['num_iterations']} steps done")
+        stage.say_complete(before["num_iterations"])
         return None
     raise NanochatError(
         f"the mixture, {len(task):,} conversations, is not the one that run {stage.tag!r} was started with "

@@ -56,6 +56,8 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import TrainConfig, Trainer
 from nanochat.training_flags import RATES, chosen_loggers, parse_switches
 
+NEXT = {"base": "chat_sft", "sft": "chat_cli", "rl": "chat_cli --source=rl"}  # the script that reads a stage's result
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -74,6 +76,12 @@ class Stage:
             return False
         rows = [row for row in read_metrics(self.directory / METRICS_FILE) if row["step"] == num_iterations]
         return any(name.startswith("val/") for row in rows for name in row)
+
+    def say_complete(self, num_iterations: int) -> None:
+        """Say where the result is and, unless a recipe gives the commands, what most people do next."""
+        print0(f"{self.directory} is complete: {num_iterations} steps done")
+        if "NANOCHAT_STAGE" not in os.environ:
+            print0(f"next: python -m scripts.{NEXT[self.name]} --model-tag={self.tag}")
 
     @property
     def start(self) -> tuple[Path, int] | None:
@@ -250,7 +258,7 @@ def begin(
     settings = {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in settings.items()}
     check_settings(stage, settings, args)
     if stage.is_complete(settings["num_iterations"]):
-        print0(f"{stage.directory} is complete: {settings['num_iterations']} steps done")
+        stage.say_complete(settings["num_iterations"])
         return None
     shared = {name: settings[name] for name in ("tokenizer_fingerprint", "mixture", "num_iterations", "total_batch_size")
               if name in settings}  # fmt: skip
@@ -391,6 +399,7 @@ def train(trainer: Trainer, stage: Stage) -> None:
         if trainer.rank == 0 and (later := set_aside(stage.directory, step)):  # last, when nothing can fail any more
             print(f"{later[0]} to {later[-1]} of an earlier attempt are set aside there and may be deleted")
     trainer.train()
+    stage.say_complete(trainer.config.num_iterations)
 
 
 def describe_model(model: GPT) -> dict[str, Any]:

@@ -350,6 +350,24 @@ def test_chat_eval_counts_and_gives_intervals(tiny_run: Path, capsys: pytest.Cap
     assert all(task["n"] == 5 and 0 <= task["low"] <= task["accuracy"] <= task["high"] <= 1 for task in tasks.values())
 
 
+def test_a_stage_ends_with_a_command_that_works_next(
+    tiny_run: Path, corpus: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda prompt: "quit")
+
+    def next_command(script, *flags: str) -> list[str]:
+        assert script.main([*flags, "--device-type=cpu"]) == 0
+        return re.findall(r"^next: python -m scripts\.(.*)$", capsys.readouterr().out, re.MULTILINE)
+
+    on = ["--model-tag=tiny", "--resume=auto"]
+    assert next_command(base_train, *TINY_TRAINING, "--data", str(corpus), *on) == ["chat_sft --model-tag=tiny"]
+    sft = ["--tasks=Arithmetic:60,Identity:40", "--num-iterations=4", "--no-compile"]
+    assert next_command(chat_sft, *sft, *on) == ["chat_cli --model-tag=tiny"]
+    assert next_command(chat_cli, "--model-tag=tiny") == []
+    monkeypatch.setenv("NANOCHAT_STAGE", "2/6")  # a recipe knows what comes next
+    assert next_command(chat_sft, *sft, *on) == []
+
+
 def test_chat_cli_answers_once_and_goes_on(
     tiny_run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
