@@ -122,7 +122,7 @@ class Sequence:
     def end(self, reason: str, error: str | None = None) -> None:
         """Release what only a growing text needs, show the text that was held back, and tell the caller."""
         decoder, self.decoder, self.seen = self.decoder, None, None
-        if decoder is not None and reason != "cancelled" and (rest := self.held_text + decoder.flush()):
+        if decoder is not None and (rest := self.held_text + decoder.flush()):
             self.pieces.append((rest, decoder.part))
         self.error = error
         self.finish_reason = reason  # last: other threads stop reading then

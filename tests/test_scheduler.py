@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,6 +75,19 @@ def test_of_several_stop_texts_the_first_place_counts(
     make_it_say(engine, monkeypatch, the)
     (row,) = run_texts(engine, [Sequence([1, 2], SamplingParams(seed=1000, max_tokens=9, stop=("e", "h")))])
     assert row.text == "t"
+
+
+def test_a_text_that_a_stopping_server_ends_is_shown_to_its_last_token(engine: Engine, tokenizer: Tokenizer) -> None:
+    """Also what was held back because it may have been the beginning of a stop text."""
+    prompt, params = tokenizer.encode("the cat", prepend="<|bos|>"), SamplingParams(0, ignore_eos=True)
+    (free,) = run_texts(engine, [Sequence(prompt, replace(params, max_tokens=20))])
+    ended = Sequence(prompt, replace(params, stop=(free.text[-1] + "\0",)))
+    engine.scheduler.submit(ended)
+    while len(ended.tokens) < 20:
+        engine.scheduler.step()
+    assert ended.text == free.text[:-1]
+    engine.scheduler.end_all("cancelled")
+    assert ended.text == free.text
 
 
 @given(st.text("ab", max_size=12), st.text("ab", min_size=1, max_size=6))
