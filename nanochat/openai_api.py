@@ -187,6 +187,8 @@ class ChatRequest(SamplingRequest):
             raise ValueError("tools are not supported: the model has only its own calculator")
         if self.response_format and self.response_format.get("type") != "text":
             raise ValueError("response_format can only be text")
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: set it to true, or leave both out")
         return self
 
     @property

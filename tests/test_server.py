@@ -216,7 +216,8 @@ def test_conversations_as_clients_send_them(client: TestClient) -> None:
      ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
      ({"tools": [{}]}, "tools"), ({"functions": [{}]}, "tools"), ({"messages": [{"role": "user", "content": None}]}, "null"),
      ({"messages": [{"role": "user", "content": "word " * 2000}]}, "does not fit"),
-     ({"top_logprobs": 99}, "top_logprobs"), ({"seed": 1.5}, "seed"), ({"logit_bias": {"5": 1}}, "logit_bias"),
+     ({"top_logprobs": 99}, "top_logprobs"), ({"top_logprobs": 3}, "needs logprobs"), ({"seed": 1.5}, "seed"),
+     ({"logit_bias": {"5": 1}}, "logit_bias"),
      ({"frequency_penalty": 1}, "frequency_penalty"), ({"response_format": {"type": "json_object"}}, "response_format")],
 )  # fmt: skip
 @pytest.mark.parametrize("path", [CHAT, "/chat/completions"])
