@@ -24,7 +24,7 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import batches_to_validate, evaluate_bpb
 from nanochat.optim import OptimizerSettings
 from nanochat.pace import batch_worth_an_update, choose_device_batch_size, flops_in, steps_in
-from nanochat.ranks import on_rank0
+from nanochat.ranks import gather_objects, on_rank0
 from nanochat.same_run import check_settings
 from nanochat.samples import continue_openings
 from nanochat.scaling import (
@@ -253,6 +253,9 @@ def main(argv: list[str] | None = None) -> int:
         evaluations=evaluations, sample=sample, time_limit=time_limit(stage, settings, args, math.inf if by_time else None),
     )  # fmt: skip
     train(trainer, stage)
+    stats = loader.stats()
+    tokens = sum(gather_objects(stats["tokens"]))
+    print0(f"{tokens:,} tokens of text read, no document cut short; rows {stats['filled']:.0%} full")
     loader.close()
     return 0
 

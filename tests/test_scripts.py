@@ -15,7 +15,9 @@ import pytest
 
 from nanochat import pace
 from nanochat.common import NanochatError, describe_error
-from nanochat.runs import list_steps
+from nanochat.dataloader import TokenLoader
+from nanochat.dataset import get_source
+from nanochat.runs import get_stage_dir, list_steps
 from scripts import base_eval, base_train, chat_cli, chat_eval, chat_sft, chat_web, tok_eval, tok_train
 from tests.conftest import TINY_TRAINING
 from tests.helpers import OUT_OF_MEMORY, write_corpus
@@ -236,6 +238,25 @@ def test_the_guides_first_command_works_alone(base_dir: Path, capsys: pytest.Cap
     assert "climbmix is not downloaded" in out
     assert "training one" in out
     assert list_steps(base_dir / "runs" / "d1" / "base") == [2]
+
+
+def test_pretraining_ends_with_how_much_of_the_text_it_used(
+    corpus: Path, tokenizer, tokenizer_in_place, capsys: pytest.CaptureFixture
+) -> None:
+    """All that a loader of its own gives in as many rows, over both sessions of a run that was resumed."""
+    flags = [*TINY_TRAINING, "--data", str(corpus), "--model-tag=told", "--save-every=3"]
+    said = []
+    for more in ([], ["--resume=3"]):
+        assert base_train.main([*flags, *more]) == 0
+        line = r"^([\d,]+) tokens of text read, no document cut short; rows (\d+)% full$"
+        said += re.findall(line, capsys.readouterr().out, re.MULTILINE)
+    settings = json.loads((get_stage_dir("told", "base") / "settings.json").read_text(encoding="utf-8"))
+    rows, length = settings["device_batch_size"], settings["max_seq_len"]
+    with TokenLoader(get_source(str(corpus)), tokenizer, rows, length) as loader:
+        for _ in range(settings["num_iterations"] * settings["total_batch_size"] // (rows * length)):
+            next(loader)
+        used = loader.stats()
+    assert said == [(f"{used['tokens']:,}", f"{100 * used['filled']:.0f}")] * 2
 
 
 def test_text_without_validation_is_no_text_to_begin_with(tmp_path: Path, tokenizer, base_dir: Path) -> None:
