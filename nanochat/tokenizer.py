@@ -194,18 +194,12 @@ class Tokenizer:
             return [row for rows in pool.map(lambda part: [self._encode_array(text) for text in part], parts) for row in rows]
 
     def _encode(self, text: str) -> list[int]:
-        try:  # not encode_ordinary, which panics instead of raising
-            return self._encoding.encode(text, disallowed_special=())
-        except ValueError:  # the pattern exhausts the stack on very long white space
-            pieces = cut_long_blanks(text)
-            if len(pieces) == 1:
-                raise
-            return [token for piece in pieces for token in self._encode(piece)]
+        return encode_ordinary(self._encoding, text)
 
     def _encode_array(self, text: str) -> np.ndarray:
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=()).view(np.int32)
-        except ValueError:  # a lone surrogate, or see _encode
+        except ValueError:  # a lone surrogate, or see encode_ordinary
             return np.asarray(self._encode(text), dtype=np.int32)
 
     def encode_special(self, name: str) -> int:
@@ -333,6 +327,17 @@ def _turns(conversation: dict[str, Any]) -> list[dict[str, Any]]:
         return messages
     text = f"{as_text(messages[0]['content'])}\n\n{as_text(messages[1]['content'])}"
     return [{"role": "user", "content": text}, *messages[2:]]
+
+
+def encode_ordinary(encoding: tiktoken.Encoding, text: str) -> list[int]:
+    """The ids of a text in which special tokens are ordinary text, in any encoding of tiktoken's."""
+    try:  # not its encode_ordinary, which panics instead of raising
+        return encoding.encode(text, disallowed_special=())
+    except ValueError:  # the pattern exhausts the stack on very long white space
+        pieces = cut_long_blanks(text)
+        if len(pieces) == 1:
+            raise
+        return [token for piece in pieces for token in encode_ordinary(encoding, piece)]
 
 
 def cut_long_blanks(text: str) -> list[str]:

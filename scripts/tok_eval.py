@@ -18,7 +18,7 @@ from rich.table import Table
 from nanochat.common import run_command
 from nanochat.dataset import get_source
 from nanochat.settings import SettingsParser
-from nanochat.tokenizer import get_tokenizer
+from nanochat.tokenizer import encode_ordinary, get_tokenizer
 
 OPENAI = "https://openaipublic.blob.core.windows.net/"
 PEERS = {  # encoding: (its name here, the files that tiktoken fetches for it)
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         if any(tokenizer.decode(ids) != text for ids, text in zip(ours, documents, strict=True)):
             raise AssertionError(f"{name}: decoding does not give the text back")
         counts = [sum(map(len, ours))]
-        counts += [sum(len(peer.encode_ordinary(text)) for text in documents) for peer in peers.values()]
+        counts += [sum(len(encode_ordinary(peer, text)) for text in documents) for peer in peers.values()]
         table.add_row(name, f"{size:,}", *(f"{size / count:.3f}" for count in counts))
     print(f"bytes per token (vocabulary {tokenizer.get_vocab_size():,})")  # a title of the table would be wrapped at its width
     Console(width=None if sys.stdout.isatty() else 120).print(table)
