@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import threading
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,9 @@ class Best:
         return self.record.get("step")
 
     def note(self, step: int, results: dict[str, float]) -> None:
-        """Remember a saved step if its result is better than all earlier ones."""
-        value = results.get(self.name)
-        if value is not None and (not self.record or self.sign * value > self.sign * self.record["value"]):
+        """Remember a saved step if its result is better than all earlier ones. NaN never is: nothing could replace it."""
+        value = results.get(self.name, math.nan)
+        if not math.isnan(value) and (not self.record or self.sign * value > self.sign * self.record["value"]):
             self.record, self._before = {"step": step, "value": value}, self.record
             self._write()
 

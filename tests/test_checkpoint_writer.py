@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,8 @@ def test_what_goes_wrong_then_is_for_whoever_waits(tmp_path: Path, monkeypatch: 
 def test_the_best_is_known_and_given_up_if_it_was_never_written(tmp_path: Path, metric: str, values: tuple) -> None:
     name, path = metric.removeprefix("-"), tmp_path / "best.json"
     best = Best(tmp_path, metric, is_writer=True)
+    best.note(0, {name: math.nan})
+    assert best.step is None and not path.exists()
     for step, value in enumerate(values, 1):
         best.note(step, {name: value, "val/other": 0.0})
     best.note(5, {"val/other": 9.0})
