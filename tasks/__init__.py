@@ -61,11 +61,11 @@ def judged_tasks() -> list[str]:
 
 
 def build_judged_task(name: str, split: str, data_dir: Path | None = None) -> Task:
-    """The task of that name. Raises NanochatError if it has no answers to judge."""
-    task = build_task(name, split, data_dir)
-    if type(task).evaluate is Task.evaluate:
+    """The task of that name. Raises NanochatError if it has no answers to judge, before its data is fetched."""
+    known = task_name(name)
+    if known not in TASKS or _task_class(known).evaluate is Task.evaluate:
         raise NanochatError(f"{name} only teaches: it has no answers to judge; choose another task")
-    return task
+    return build_task(known, split, data_dir)
 
 
 # A path may contain * and :, as in C:\..., but no comma.

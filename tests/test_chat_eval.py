@@ -311,6 +311,8 @@ def test_questions_in_parts_are_shown_as_text(engine: Engine) -> None:
     [
         (["-a", "Arithmetic", "-n", "8"], "at temperature 0 .*: give --temperature"),
         (["-a", "DocQA"], "only teaches"),
+        (["-a", "SmolTalk"], "only teaches"),  # and nothing is fetched to find that out
+        (["-a", "absent.jsonl"], "only teaches"),
         (["-a", ""], "--task-name names no task: give at least one"),
         (["-a", "|,"], "--task-name names no task: give at least one"),
     ],
