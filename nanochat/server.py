@@ -52,6 +52,7 @@ from nanochat.trimming import prompt_room, trim_conversation
 
 # Writes replies with log-probabilities, one at a time: each may take seconds, and would keep others' prompts waiting.
 LOGPROBS = ThreadPoolExecutor(1, "logprobs")
+NAMED_TOKENS = {"bos_token": "<|bos|>", "eos_token": "<|assistant_end|>"}
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; style-src 'self'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -69,6 +70,7 @@ class TokenizeRequest(BaseModel):
 
     prompt: str | None = Field(None, max_length=MAX_CHARS)
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+    add_special_tokens: bool | None = None  # adds none here, but tells that vLLM's clients ask
 
 
 def create_app(
@@ -177,7 +179,9 @@ def _add_chat_routes(app: FastAPI, service: Service, defaults: dict[str, Any]) -
         if (request.prompt is None) == (request.messages is None):
             raise RequestError("give either prompt or messages")
         dropped = 0
-        if request.prompt is not None:
+        if request.prompt is not None and request.prompt in NAMED_TOKENS.values() and request.add_special_tokens is not None:
+            tokens = [service.tokenizer.encode_special(request.prompt)]  # so lm-eval asks for the id of one of them
+        elif request.prompt is not None:
             tokens = await asyncio.to_thread(service.tokenizer.encode, request.prompt)
         else:
             tokens, dropped = await _render(service, ChatRequest.model_validate({"messages": request.messages}))
@@ -198,7 +202,7 @@ def _add_status_routes(app: FastAPI, service: Service, defaults: dict[str, Any])
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
         """For lm-eval's remote tokenizer (same name and form as in vLLM)."""
-        return {"bos_token": "<|bos|>", "eos_token": "<|assistant_end|>", "vocab_size": service.tokenizer.get_vocab_size()}
+        return {**NAMED_TOKENS, "vocab_size": service.tokenizer.get_vocab_size()}
 
     @app.head("/health", include_in_schema=False)
     @app.get("/health")

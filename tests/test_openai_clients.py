@@ -128,3 +128,18 @@ def test_a_body_that_is_no_object_is_called_that(client: TestClient, body: bytes
     for path in (CHAT, TEXT, "/chat/completions", "/tokenize"):
         response = client.post(path, content=body, headers={"Content-Type": "application/json"})
         assert response.status_code == 400 and "must be a JSON object" in response.json()["error"]["message"]
+
+
+def test_the_harness_learns_which_token_begins_a_text(client: TestClient, tokenizer: Tokenizer) -> None:
+    """lm-eval's remote tokenizer asks for the first id of a name; what it reads behind another one, it measures wrongly."""
+    names = {name: value for name, value in client.get("/tokenizer_info").json().items() if name.endswith("_token")}
+    assert names == {"bos_token": "<|bos|>", "eos_token": "<|assistant_end|>"}
+
+    def ask(prompt: str, **more: Any) -> list[int]:
+        tokens: list[int] = client.post("/tokenize", json={"prompt": prompt, **more}).json()["tokens"]
+        return tokens
+
+    for name in names.values():
+        assert ask(name, add_special_tokens=False) == [tokenizer.encode_special(name)]
+        assert ask(name) == tokenizer.encode(name)  # as in a message: the page shows what the model reads
+        assert ask(f"a{name}", add_special_tokens=False) == tokenizer.encode(f"a{name}")
