@@ -31,7 +31,8 @@ def load_chosen_model(args: Arguments, device: torch.device | str) -> tuple[GPT,
     if name is None:
         model, tokenizer, meta = load_model(args.source, device, "eval", args.model_tag, args.step)
         return model, tokenizer, {**meta, "origin": f"{args.source}, step {meta['step']}"}
-    if args.given & {"source", "model_tag", "step"}:
+    named = args.given & {"model_tag", "step"}
+    if named or ("source" in args.given and args.source != "base"):  # with base, chat_cli continues a text
         raise NanochatError(
             f"--from-hf {name} is no checkpoint of a run: leave out --source, --model-tag and --step, or --from-hf"
         )

@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError
+from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.hf.export import export, push
 from nanochat.hf.load import check_chat_template, import_run, load_hf
 from nanochat.hf.weights import NORM_EPS
 from nanochat.runs import list_steps
+from nanochat.sampling import SamplingParams
 from nanochat.tokenizer import Tokenizer
 from scripts import base_eval, base_train, chat_cli, chat_sft, export_hf
 from tests.helpers import make_document, make_model
@@ -126,6 +128,17 @@ def test_chat_with_an_export(
     for flag in ("--source=sft", "--model-tag=tiny", "--step=0"):
         with pytest.raises(NanochatError, match="no checkpoint of a run: leave out --source, --model-tag and --step"):
             chat_cli.main(["--from-hf", str(exported[1]), flag, "--device-type=cpu"])
+
+
+def test_an_exported_base_model_continues_a_text(
+    exported: tuple[GPT, Path], tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["-p", "the cat", "-m", "5", "--device-type=cpu", "-t", "0"]
+    assert chat_cli.main(["--from-hf", str(exported[1]), "-i", "base", *flags]) == 0
+    prompt = tokenizer.encode("the cat", prepend="<|bos|>")
+    model, _, _ = load_hf(str(exported[1]), "cpu")
+    (row,) = Engine(model, tokenizer).complete([prompt], SamplingParams(0, max_tokens=5))
+    assert capsys.readouterr().out == row.text.translate(chat_cli.CONTROLS) + "\n"
 
 
 def test_an_exports_own_code_is_not_run_to_measure_it(exported: tuple[GPT, Path], monkeypatch: pytest.MonkeyPatch) -> None:
