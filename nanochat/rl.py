@@ -60,10 +60,12 @@ class RolloutSettings:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise NanochatError(f"--objective {self.objective!r} is not known: choose {', '.join(OBJECTIVES)}")
-        if self.num_samples < 2 and self.objective != "reinforce":
+        if self.num_samples * (self.examples_per_step if self.objective == "reinforce" else 1) < 2:
             raise NanochatError(f"--num-samples {self.num_samples} leaves nothing to compare: choose 2 or more")
         if self.temperature < 0.01:
             raise NanochatError(f"--temperature {self.temperature} leaves nothing to explore: choose 0.01 or more")
+        if self.top_k == 1:  # its answers to a problem would all be the same
+            raise NanochatError("--top-k 1 leaves nothing to explore: choose 2 or more, or 0 for all tokens")
         if self.kl_weight > 0 and self.top_k > 0:
             raise NanochatError("--kl-weight compares whole distributions: leave --top-k at 0 with it")
         self.sampling()

@@ -290,12 +290,13 @@ def test_an_update_is_answered_by_the_weights_as_they_are(engine: Engine) -> Non
 @pytest.mark.parametrize(
     ("settings", "words"),
     [({"objective": "ppo"}, "ppo"), ({"num_samples": 1}, "num-samples 1"), ({"temperature": 0.0}, "temperature 0"),
-     ({"kl_weight": 0.1, "top_k": 5}, "top-k"), ({"top_k": -1}, "top_k cannot be -1"),
-     ({"temperature": math.nan}, "temperature cannot be nan")],
+     ({"kl_weight": 0.1, "top_k": 5}, "top-k"), ({"top_k": -1}, "top_k cannot be -1"), ({"top_k": 1}, "--top-k 1 leaves"),
+     ({"temperature": math.nan}, "nan"), ({"objective": "reinforce", "num_samples": 1, "examples_per_step": 1}, "samples 1")],
 )  # fmt: skip
 def test_settings_that_cannot_learn_are_refused(settings: dict, words: str) -> None:
     with pytest.raises(NanochatError, match=words):
         _settings(**settings)
+    _settings(objective="reinforce", num_samples=1, examples_per_step=2)  # which compares answers to different problems
 
 
 # ----------------------------------------------------------------------------- the command
