@@ -271,8 +271,20 @@ def test_what_the_hub_refuses_is_said(tiny_run: Path, tmp_path: Path, hub: type[
         export_hf.main([*flags, "--push-to-hub=nobody/model"])
     with pytest.raises(NanochatError, match="neither a directory nor available from the hub"):
         load_hf("nobody/model", "cpu")
+    with pytest.raises(NanochatError, match="neither a directory nor available from the hub"):
+        load_hf("someone/a--model", "cpu")
     with pytest.raises(NanochatError, match="--push-to-hub"):
         export_hf.main([*flags, "--private"])
+
+
+def test_a_hub_that_cannot_be_reached_is_said(
+    tokenizer: Tokenizer, tmp_path: Path, hub: type[ModelHub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(make_plain_model(tokenizer), tokenizer, META, tmp_path / "export")
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", "http://127.0.0.1:1")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(NanochatError, match="'someone/model' could not be sent to the hub .* check the name and the network"):
+        push(tmp_path / "export", "someone/model", private=False)
 
 
 # ----------------------------------------------------------------------------- what is no model

@@ -69,11 +69,10 @@ def find_directory(name: str) -> Path:
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise NanochatError(f"--from-hf {name}: there is no such directory, and the hub's names look like user/model")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except Exception as error:  # also for names that it does not allow, and when the network fails in mid-way
         reason = " ".join(str(error).split())[:200]
         raise NanochatError(f"--from-hf {name}: neither a directory nor available from the hub ({reason})") from error
 
