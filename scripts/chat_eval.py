@@ -26,7 +26,7 @@ from nanochat.runs import get_stage_dir
 from nanochat.sampling import SamplingParams
 from nanochat.scores import describe_interval, describe_mean, describe_pass_at
 from nanochat.settings import Arguments, SettingsParser, add_device_argument, add_sampling_arguments
-from tasks import build_judged_task, judged_tasks, task_name
+from tasks import build_judged_task, judged_tasks, task_class, task_name
 from tasks.common import Task
 
 
@@ -75,7 +75,6 @@ def main(argv: list[str] | None = None) -> int:
     folder = stage_dir / "chat_eval" / f"step_{meta['step']:06d}_{meta['weights'][:8]}"
     results: dict[str, TaskResult] = {}
     merged: dict[str, Any] = {}  # all that eval.json holds
-    kept: dict[str, dict[str, Any]] = {}  # what it holds of these tasks: an earlier result may be over more problems
     for name, task in tasks.items():
         total = len(task) if args.max_problems < 0 else min(args.max_problems, len(task))
         path = folder / answering.file_name(name)
@@ -86,17 +85,30 @@ def main(argv: list[str] | None = None) -> int:
         if rank == 0:
             label, scores, examples = answering.label(task, name), results[name].as_dict(), results[name].examples
             merged = merge_eval(stage_dir, meta["step"], {"tasks": {label: scores}, "examples": {label: examples}})
-            kept[name] = merged["tasks"][label]
-            if kept[name]["n"] > results[name].n:
-                print(f"{name}: eval.json and the report keep the result over {kept[name]['n']:,} problems")
+            kept = merged["tasks"][label]["n"]  # an earlier result may be over more problems
+            if kept > results[name].n:
+                print(f"{name}: eval.json and the report keep the result over {kept:,} problems")
     if rank == 0:
-        mean = chatcore(kept)
-        key = f"chatcore{answering.described()}"
-        known = merged.get(key, {}).get("tasks", 0)
-        if mean is not None and args.temperature == 0 and mean["tasks"] >= known:  # otherwise the mean is of other scores
-            merge_eval(stage_dir, meta["step"], {key: mean})
+        merge_eval(stage_dir, meta["step"], means_of(merged, answering))
         show(results, chatcore({name: result.as_dict() for name, result in results.items()}), missing)
     return 0
+
+
+def means_of(stored: dict[str, Any], answering: Answering) -> dict[str, dict[str, Any]]:
+    """ChatCORE of all results that eval.json holds, for these settings and for others that it has a mean of.
+
+    By the keys of eval.json. Results of letters belong to all settings, so they change all means.
+    """
+    settings = {key.removeprefix("chatcore") for key in stored if key.startswith("chatcore")}
+    if answering.temperature == 0:  # answers that were drawn have no mean
+        settings.add(answering.described())
+    means, tasks = {}, stored.get("tasks", {})
+    for described in settings:
+        labels = {name: name if task_class(name).eval_type == "categorical" else name + described for name in CHATCORE_TASKS}
+        mean = chatcore({name: tasks[label] for name, label in labels.items() if label in tasks})
+        if mean is not None:
+            means[f"chatcore{described}"] = mean
+    return means
 
 
 def collect_tasks(names: str | None, data_dir: Path | None) -> tuple[dict[str, Task], dict[str, str]]:

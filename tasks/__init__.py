@@ -46,18 +46,19 @@ def build_task(name: str, split: str, data_dir: Path | None = None, stop: int | 
         from tasks.customjson import CustomJSON
 
         return CustomJSON(Path(os.path.expanduser(name)), split, **slicing)  # shells do not expand ~ after a comma
-    task: Task = _task_class(name)(split, data_dir=data_dir, **TASKS[name][2], **slicing)
+    task: Task = task_class(name)(split, data_dir=data_dir, **TASKS[name][2], **slicing)
     return task
 
 
-def _task_class(name: str) -> Any:
+def task_class(name: str) -> Any:
+    """The class of a task in TASKS."""
     module, class_name, _ = TASKS[name]
     return getattr(importlib.import_module(f"tasks.{module}"), class_name)
 
 
 def judged_tasks() -> list[str]:
     """The names of the tasks whose answers can be judged; the others only teach."""
-    return [name for name in TASKS if _task_class(name).evaluate is not Task.evaluate]
+    return [name for name in TASKS if task_class(name).evaluate is not Task.evaluate]
 
 
 def build_judged_task(name: str, split: str, data_dir: Path | None = None) -> Task:

@@ -244,6 +244,19 @@ def test_a_quick_look_leaves_what_was_measured_on_more(tiny_run: Path, capsys: p
         assert ("eval.json and the report keep the result over 4 problems" in capsys.readouterr().out) == (problems == 2)
 
 
+def test_the_stored_mean_is_that_of_the_stored_results(tiny_run: Path, real_data: Path) -> None:
+    """Also after some of its tasks were measured on more problems, one by one or with other settings."""
+    flags = ["--model-tag=tiny", "--device-type=cpu", f"--task-data={real_data / 'tasks'}"]
+    for names, most, *more in (
+        ("MMLU|GSM8K", 2), ("MMLU", 9), ("GSM8K|ARC-Easy", 5), ("MMLU|ARC-Easy", 12, "-n", "2", "-t", "1"),
+    ):  # fmt: skip
+        assert chat_eval.main([*flags, "-a", names, "-x", str(most), "-m", "4", *more]) == 0
+        saved = json.loads((tiny_run / "sft" / "eval.json").read_text(encoding="utf-8"))
+        greedy = {label.partition(",")[0]: scores for label, scores in saved["tasks"].items() if "drawn" not in label}
+        assert saved["chatcore, at most 4 tokens"] == chatcore(greedy)
+    assert {name: scores["n"] for name, scores in greedy.items()} == {"MMLU": 12, "GSM8K": 5, "ARC-Easy": 12}
+
+
 def test_tasks_count_in_whatever_case_they_are_named(tiny_run: Path, real_data: Path) -> None:
     flags = ["--model-tag=tiny", "-a", "gsm8k|arc-easy,GSM8K", "-x", "2", "-m", "4", "--device-type=cpu"]
     assert chat_eval.main([*flags, f"--task-data={real_data / 'tasks'}"]) == 0
