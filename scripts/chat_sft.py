@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanochat.checkpoint_manager import find_run
+from nanochat.checkpoint_manager import find_run, read_meta
 from nanochat.common import NanochatError, get_base_dir, print0, run_command
 from nanochat.conversation_loader import ConversationLoader, check_answers, estimate_tokens
 from nanochat.devices import compute_init
@@ -115,14 +115,23 @@ def choose_batch(usual: int, together: int, tokens_in_pass: int) -> int:
 
 def find_base(args: Arguments) -> str:
     """The run whose base model is fine-tuned; --from-hf imports it first, unless fine-tuning it has begun."""
-    goes_on = args.resume != "none" and args.model_tag and list_steps(get_stage_dir(args.model_tag, "sft"))
-    if args.from_hf is None or goes_on:
+    if args.from_hf is not None and (path := Path(os.path.expanduser(args.from_hf))).is_dir():
+        args.from_hf = str(path.absolute())  # the next command may be given in another folder
+    if args.from_hf is None or (args.resume != "none" and args.model_tag and began_with(args.from_hf, args.model_tag)):
         return find_run("base", args.model_tag, heir="sft" if args.resume != "none" else None)
     from nanochat.hf.load import import_run
 
-    if (path := Path(os.path.expanduser(args.from_hf))).is_dir():
-        args.from_hf = str(path.absolute())  # the next command may be given in another folder
     return import_run(args.from_hf, args.model_tag)
+
+
+def began_with(name: str, tag: str) -> bool:
+    """Whether fine-tuning the run has begun with this Hugging Face model, which may be gone by now."""
+    stage_dir, base_dir = get_stage_dir(tag, "sft"), get_stage_dir(tag, "base")
+    if not (steps := list_steps(stage_dir)):
+        return False
+    known = {read_meta(stage_dir, steps[-1])["settings"].get("from_hf")}
+    known |= {read_meta(base_dir, step).get("imported", {}).get("from") for step in list_steps(base_dir)}
+    return not known.isdisjoint([name, os.path.abspath(os.path.expanduser(name))])
 
 
 def change_context(model_config: dict[str, Any], sequence_len: int) -> None:

@@ -214,6 +214,21 @@ def test_a_model_in_a_folder_here_is_found_again(
     assert list_steps(stage_dir) == [1, 2]
 
 
+def test_fine_tuning_does_not_go_on_with_another_model(tokenizer: Tokenizer, tmp_path: Path, base_dir: Path) -> None:
+    model = make_plain_model(tokenizer)
+    for name in ("one", "other"):
+        export(model, tokenizer, META, tmp_path / name)
+        torch.nn.init.zeros_(model.lm_head.weight)
+    flags = ["--tasks=Arithmetic:20", "--num-iterations=2", "--save-every=1", "--total-batch-size=512", "--no-compile"]
+    flags += ["--model-tag=tuned", "--resume=auto", "--device-type=cpu", "--eval-tokens=512"]
+    assert chat_sft.main(["--from-hf", str(tmp_path / "one"), *flags]) == 0
+    shutil.rmtree(base_dir / "runs" / "tuned" / "sft" / "step_000002")
+    with pytest.raises(NanochatError, match="'tuned' already has a base model, another than .*other: choose another"):
+        chat_sft.main(["--from-hf", str(tmp_path / "other"), *flags])
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    assert chat_sft.main(["--from-hf", str(tmp_path / "copy"), *flags]) == 0
+
+
 def test_fine_tuning_a_plain_model_makes_it_one_of_ours(tokenizer: Tokenizer, tmp_path: Path) -> None:
     export(make_plain_model(tokenizer), tokenizer, META, tmp_path / "plain")
     flags = ["--from-hf", str(tmp_path / "plain"), "--tasks=Arithmetic:20", "--num-iterations=2", "--total-batch-size=512"]
