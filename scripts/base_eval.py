@@ -28,10 +28,11 @@ from nanochat.ranks import all_or_none, compare_ranks, from_rank0
 from nanochat.runs import get_stage_dir
 from nanochat.samples import continue_openings
 from nanochat.scores import core_table, describe_mean
-from nanochat.settings import Arguments, SettingsParser, add_device_argument
+from nanochat.settings import Arguments, SettingsParser, add_device_argument, flag_of
 from nanochat.tokenizer import Tokenizer
 
 KINDS = ("core", "bpb", "sample")
+OF_RUNS = ("model_tag", "step", "data", "split_tokens", "device_batch_size")  # what a Hugging Face model has no use for
 LOOK_AHEAD = 128  # batches: by default all that are measured, 2^20 tokens in 16 MB
 WORTH_COMPILING = 100  # questions of each CORE task; with fewer, compiling takes longer than it saves
 
@@ -65,6 +66,8 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     machine.add_argument("--no-compile", dest="compile", action="store_false", help="run CORE eagerly")
     args = parser.parse_args(argv)
     args.require_some("max_per_task", "split_tokens")
+    if args.hf_path is not None and (useless := [flag_of(name) for name in OF_RUNS if name in args.given]):
+        raise NanochatError(f"--hf-path {args.hf_path} is no run: leave out {' and '.join(useless)}, or --hf-path")
     return args
 
 

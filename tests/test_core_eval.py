@@ -493,3 +493,6 @@ def test_delimiters_are_those_of_the_bundle(bundle: Path) -> None:
 def test_of_a_hugging_face_model_core_alone_is_measured() -> None:
     with pytest.raises(NanochatError, match="--eval bpb: only CORE"):
         base_eval.main(["--hf-path=somewhere", "--eval=bpb", "--device-type=cpu"])
+    for flag in ("--model-tag=d4", "--step=5", "--data=builtin", "--split-tokens=512", "--device-batch-size=1"):
+        with pytest.raises(NanochatError, match=f"--hf-path somewhere is no run: leave out {flag.partition('=')[0]}, or"):
+            base_eval.main(["--hf-path=somewhere", flag, "--device-type=cpu"])
