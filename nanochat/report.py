@@ -56,8 +56,9 @@ if TYPE_CHECKING:
 ON_AXES = {"train/tokens", "train/flops", "train/mfu"}  # logged, but without curves of their own
 SHOWN_SETTINGS = (
     "depth", "data", "tasks", "max_seq_len", "window_pattern", "num_iterations", "total_batch_size", "expand_at",
+    "objective", "examples_per_step", "num_samples", "max_new_tokens", "temperature", "top_k", "kl_weight",
     "device_batch_size", "num_params", "num_scaling_params", "flops_per_token", "matrix_lr", "embedding_lr",
-    "unembedding_lr", "weight_decay", "switches", "device", "dtype", "attention", "world_size",
+    "unembedding_lr", "init_lr_frac", "weight_decay", "switches", "device", "dtype", "attention", "world_size",
     "parent",
 )  # fmt: skip
 

@@ -20,7 +20,8 @@ from nanochat.metrics import read_metrics
 from nanochat.plots import Bar, Curve, Panel, Shares, draw_bars, draw_panel, draw_shares, save_png, to_svg
 from nanochat.progress import Progress, _Console, format_seconds
 from nanochat.quantities import describe_line
-from nanochat.report import count_parts, evaluation_table, make_panels, write_report
+from nanochat.report import count_parts, evaluation_table, make_panels, settings_table, write_report
+from scripts import chat_rl
 from tests.helpers import make_model
 
 
@@ -391,3 +392,14 @@ def test_a_report_shows_the_newest_numbers_and_samples(tiny_run: Path) -> None:
     text = markdown.read_text(encoding="utf-8")
     assert "| Pretraining | 2 | - | 0:02 | 1.0000 | 0.7000 | 100 | 25.0% | - |" in text
     assert "new words" in text and "old words" not in text
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["--objective=grpo", "--examples-per-step=3", "--num-samples=5", "--max-new-tokens=9", "--temperature=0.7", "--top-k=4",
+     "--kl-weight=0.1", "--init-lr-frac=0.3"],
+)  # fmt: skip
+def test_the_settings_of_reinforcement_tell_its_runs_apart(flag: str) -> None:
+    """Also how its learning rates are scaled: without that, the table would show other rates than were used."""
+    usual, changed = (settings_table(vars(chat_rl.parse_arguments(flags))) for flags in ([], [flag]))
+    assert usual != changed
