@@ -46,7 +46,9 @@ def merge_eval(stage_dir: Path, step: int, results: dict[str, Any]) -> dict[str,
 
 
 def _is_fuller(result: Any, other: Any) -> bool:
-    """Whether a task's result is over more problems than another."""
+    """Whether a task's result is over more problems than another, or there are more examples of its answers."""
+    if isinstance(result, list) and isinstance(other, list):
+        return len(result) > len(other)
     return isinstance(result, dict) and isinstance(other, dict) and result.get("n", 0) > other.get("n", 0)
 
 

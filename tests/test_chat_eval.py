@@ -239,8 +239,9 @@ def test_a_quick_look_leaves_what_was_measured_on_more(tiny_run: Path, capsys: p
     flags = ["--model-tag=tiny", "-a", "Arithmetic", "-m", "4", "--device-type=cpu"]
     for problems, kept in ((4, 4), (2, 4), (6, 6)):
         assert chat_eval.main([*flags, "-x", str(problems)]) == 0
-        (task,) = json.loads((tiny_run / "sft" / "eval.json").read_text(encoding="utf-8"))["tasks"].values()
-        assert task["n"] == kept
+        saved = json.loads((tiny_run / "sft" / "eval.json").read_text(encoding="utf-8"))
+        ((task,), (examples,)) = saved["tasks"].values(), saved["examples"].values()
+        assert task["n"] == len(examples) == kept
         assert ("eval.json and the report keep the result over 4 problems" in capsys.readouterr().out) == (problems == 2)
 
 
