@@ -64,7 +64,7 @@ def judged_tasks() -> list[str]:
 def build_judged_task(name: str, split: str, data_dir: Path | None = None) -> Task:
     """The task of that name. Raises NanochatError if it has no answers to judge, before its data is fetched."""
     known = task_name(name)
-    if known not in TASKS or _task_class(known).evaluate is Task.evaluate:
+    if known not in TASKS or task_class(known).evaluate is Task.evaluate:
         raise NanochatError(f"{name} only teaches: it has no answers to judge; choose another task")
     return build_task(known, split, data_dir)
 
