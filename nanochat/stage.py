@@ -399,7 +399,6 @@ def train(trainer: Trainer, stage: Stage) -> None:
         if trainer.rank == 0 and (later := set_aside(stage.directory, step)):  # last, when nothing can fail any more
             print(f"{later[0]} to {later[-1]} of an earlier attempt are set aside there and may be deleted")
     trainer.train()
-    stage.say_complete(trainer.config.num_iterations)
 
 
 def describe_model(model: GPT) -> dict[str, Any]:

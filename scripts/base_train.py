@@ -256,6 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     stats = loader.stats()
     tokens = sum(gather_objects(stats["tokens"]))
     print0(f"{tokens:,} tokens of text read, no document cut short; rows {stats['filled']:.0%} full")
+    stage.say_complete(trainer.config.num_iterations)
     loader.close()
     return 0
 

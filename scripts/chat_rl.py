@@ -178,6 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         loss_fn=loss_fn, count_fn=count_fn, step_metrics=loader.metrics,
     )  # fmt: skip
     train(trainer, stage)
+    stage.say_complete(trainer.config.num_iterations)
     return 0
 
 

@@ -236,6 +236,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{stats['conversations']:,} conversations read, {stats['truncated']:,} truncated to {sequence_len} tokens, "
         f"{stats['skipped']:,} without an answer left; rows {stats['filled']:.0%} full"
     )
+    stage.say_complete(trainer.config.num_iterations)
     return 0
 
 
