@@ -16,11 +16,11 @@ stage() {
     "$python" -m "$@"
 }
 
-stage 1 scripts.tok_train --data=builtin --vocab-size=4096 --tokenizer=demo
+stage 1 scripts.tok_train --data=builtin --vocab-size=2048 --tokenizer=demo
 stage 2 scripts.base_train --model-tag=$tag --resume=auto --data=builtin --tokenizer=demo \
     --depth=4 --aspect-ratio=48 --head-dim=64 --max-seq-len=512 --total-batch-size=2048 --expand-at=0 --target-minutes=3 \
     --warmup-steps=10 --eval-every=250 --eval-tokens=65536 --save-every=100 --sample-every=-1
-stage 3 scripts.chat_sft --model-tag=$tag --resume=auto --tasks="$tasks" --target-minutes=5 \
+stage 3 scripts.chat_sft --model-tag=$tag --resume=auto --tasks="$tasks" --target-minutes=5 --init-lr-frac=1 \
     --eval-every=-1 --eval-tokens=32768 --save-every=100
 stage 4 scripts.base_eval --model-tag=$tag --eval=bpb,sample --split-tokens=32768
 stage 5 scripts.chat_eval --model-tag=$tag --task-name=Arithmetic,Identity,SpellingBee --max-problems=200
