@@ -402,7 +402,7 @@ def test_bad_input_of_the_command(tiny_run: Path, tmp_path: Path) -> None:
     write_gsm8k(tmp_path, 9)
     for flags, words in (
         (["--task=GSM8K", f"--task-data={tmp_path}"], "GSM8K has too few problems to hold some out"),
-        (["--task=SmolTalk", "--task-data=/nowhere"], "nowhere"),
+        (["--task=GSM8K", "--task-data=/nowhere"], "nowhere"),
         (["--max-new-tokens=128"], "context of 128"),
         (["--model-tag=absent"], "absent"),
         (["--objective=magic"], "magic"),

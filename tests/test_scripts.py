@@ -154,7 +154,7 @@ def test_a_base_directory_that_may_not_be_written(tmp_path: Path) -> None:
         (chat_sft.main, ["--model-tag=tiny", "--resume=auto", "--tasks=CustomJSON:/nowhere.jsonl"], "nowhere"),
         (chat_sft.main, ["--model-tag=tiny", "--resume=auto", "--model-step=77"], "77"),
         (chat_eval.main, ["--model-tag=tiny", "-a", "Nonsense"], "Nonsense"),
-        (chat_eval.main, ["--model-tag=tiny", "-a", "SmolTalk", "--task-data=/nowhere"], "nowhere"),
+        (chat_eval.main, ["--model-tag=tiny", "-a", "GSM8K", "--task-data=/nowhere"], "nowhere"),
         (chat_eval.main, ["--model-tag=tiny", "-b", "0"], "--batch-size 0 is too small"),
         (chat_eval.main, ["--model-tag=tiny", "-a", "ARC-Easy", "-t", "-1"], "temperature cannot be -1.0: choose 0 or more"),
         (chat_eval.main, ["--model-tag=tiny", "-n", "0"], "--num-samples 0 is too small"),
