@@ -30,6 +30,7 @@ SPELLING = ("Spell the word: {word}", "Spell {word}.", "How do you spell {word}?
 SPELLING_SEVERAL = ("Spell the words {words}.", "Spell {words}.", "How do you spell {words}?")
 MOST_WORDS = 4  # in a question for spellings
 INVENTED = 0.3  # share of the training words that are made of parts of others
+REPEATED = 0.4  # share of those in which some letters come twice in a row, as in banana
 
 
 @functools.lru_cache
@@ -63,7 +64,10 @@ def _invent(rng: random.Random) -> str:
     """The beginning of one word and the end of another, 3 to 12 letters: combinations of tokens that no real word has."""
     while True:
         first, last = _word(rng, "train"), _word(rng, "train")
-        word = first[: rng.randint(1, len(first))] + last[rng.randrange(len(last)) :]
+        first = first[: rng.randint(1, len(first))]
+        if rng.random() < REPEATED:
+            first += first[-rng.randint(1, 3) :]
+        word = first + last[rng.randrange(len(last)) :]
         if 3 <= len(word) <= 12 and word not in _known():
             return word
 

@@ -142,6 +142,17 @@ def _numbered(word: str, letter: str) -> list[str]:
 
 
 @pytest.mark.slow
+def test_lessons_hold_more_words_with_letters_twice_in_a_row_than_the_text() -> None:
+    """As in banana, which a model that seldom saw such words never ends."""
+
+    def share(words: list[str]) -> float:
+        return sum(bool(re.search(r"(..+)\1", word)) for word in words) / len(words)
+
+    lessons = build_task("SimpleSpelling", "train")
+    words = [word for i in range(500) for word in re.findall("The word (.*):", lessons[i]["messages"][-1]["content"])]
+    assert share(words) > 2 * share(get_words())
+
+
 def test_spelling_counts_and_splits() -> None:
     bee, spelling = build_task("SpellingBee", "train"), build_task("SimpleSpelling", "test")
     words = set()
