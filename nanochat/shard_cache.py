@@ -138,7 +138,8 @@ class ShardCache:
                 size = os.fstat(file.fileno()).st_size
             if size != shard.size:
                 raise OSError(f"{size} bytes arrived, but {shard.size} were listed: it was truncated, or has changed")
-            os.replace(temporary, path)
+            with self._lock("room"):  # renamed while another lists the folder, it could be counted under neither name
+                os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 

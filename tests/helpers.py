@@ -58,6 +58,10 @@ def write_corpus(folder: Path, documents: int = 200) -> Path:
     return folder
 
 
+def file_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.is_file())
+
+
 def load_all(stage_dir: Path, step: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], dict[str, Any]]:
     """(weights, the optimizer's state, meta) of a step, each of its files verified."""
     weights, meta = load_checkpoint(stage_dir, step)

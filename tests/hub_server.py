@@ -1,5 +1,5 @@
 """A web server of this machine that has a folder's files, also in the layout of the Hugging Face hub. Used by
-test_shard_cache.py, test_tasks.py (data sets) and test_hf_load.py (models, which can be sent as well).
+test_remote_sources.py, test_tasks.py (data sets) and test_hf_load.py (models, which can be sent as well).
 """
 
 from __future__ import annotations
