@@ -185,11 +185,16 @@ def _fits(model: GPT, rows: int, engine_share: float = 0.0) -> bool:
 
 
 def _rehearse(model: GPT, rows: int, engine_share: float) -> None:
-    """A pass beside as much memory as training and an engine hold. Its own function, so that failing frees all of it."""
+    """A pass beside as much memory as training and an engine hold. Its own function, so that failing frees all of it.
+
+    Every rank holds what it has more than the one with the least (a collective call), so that all run out together: with
+    FSDP those that go on would wait for one that does not.
+    """
     device = model.get_device()
+    free = torch.cuda.mem_get_info(device)[0]
+    least = min(gather_objects(free))
     state_bytes = GPT.on_meta(model.config).setup_optimizer().state_bytes()  # an optimizer allocates its state at once
-    engine_bytes = int(engine_share * torch.cuda.mem_get_info(device)[0]) if engine_share else 0
-    held = torch.empty(state_bytes + engine_bytes, dtype=torch.uint8, device=device)
+    held = torch.empty(state_bytes + int(engine_share * least) + free - least, dtype=torch.uint8, device=device)
     idx = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=device)
     model(idx, idx).backward()
     del held

@@ -251,6 +251,7 @@ def fail(module, inputs, output):
 
 before = gradients()
 hook = model.blocks[1].register_forward_hook(fail)
+torch.cuda.mem_get_info = lambda device: (0, 0)
 assert not pace._fits(model, 1)
 hook.remove()
 after = gradients()

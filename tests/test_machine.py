@@ -379,9 +379,14 @@ def test_trying_a_batch_takes_no_memory_away(error: RuntimeError | None, monkeyp
     assert kept == [False] and held[0][1] == 1000 + model.setup_optimizer().state_bytes()
     assert all(parameter.grad is None for parameter in model.parameters())
 
+    monkeypatch.setattr(pace, "gather_objects", lambda free: [free, free - 800])  # another rank has less
+    pace._fits(model, 2, engine_share=0.25)
+    assert held[-1][1] == held[0][1] + 800 - 200
+
 
 def test_other_failures_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GPT, "forward", lambda *args: 1 / 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4000, 8000))
     with pytest.raises(ZeroDivisionError):
         pace._fits(make_model(), 2)
 
