@@ -438,7 +438,7 @@ def test_what_waits_for_the_compiler_can_be_cancelled_and_the_thread_closed(
     assert first.finish_reason == "cancelled" and second.finish_reason is None
     thread.close()
     assert second.finish_reason == "cancelled" and not thread.is_alive and not thread.ready.is_set()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30  # not the minute that the compiler takes
     compiled.set()
 
 

@@ -51,7 +51,7 @@ def adopted_children() -> Iterator[Callable[[], list[psutil.Process]]]:
     before = set(psutil.Process().children(recursive=True))
 
     def left() -> list[psutil.Process]:
-        deadline = time.monotonic() + 5  # the kernel needs a moment to end a namespace
+        deadline = time.monotonic() + 20  # the kernel needs a moment to end a namespace
         while (children := set(psutil.Process().children(recursive=True)) - before) and time.monotonic() < deadline:
             for child in children:
                 with contextlib.suppress(psutil.NoSuchProcess, ChildProcessError):  # reaped, or another's child

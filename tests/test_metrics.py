@@ -204,7 +204,7 @@ def test_a_logger_that_breaks_harms_nothing(
     logged_in_s = time.perf_counter() - began
     log.close()
     hung.set()
-    assert logged_in_s < 2.0
+    assert logged_in_s < 10
     assert len(read_metrics(stage_dir / "metrics.jsonl")) == 39
     sound = next(logger for logger in memory if type(logger) is _Memory)
     assert len(sound.rows) == 39 and sound.closed

@@ -483,7 +483,7 @@ def test_ctrl_c_stops_a_server_that_still_compiles(tiny_run: Path, presses: int)
                 server.send_signal(signal.SIGINT)
                 time.sleep(0.05)
             output, _ = server.communicate(timeout=60)
-            assert time.monotonic() - began < 5 and server.returncode == 0, output
+            assert time.monotonic() - began < 30 and server.returncode == 0, output
             assert "Traceback" not in output
             assert presses > 1 or b'"finish_reason":"length"' in connection.recv(4096)
     finally:
