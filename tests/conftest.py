@@ -114,6 +114,18 @@ def many_ranks(nursery: Nursery, tokenizer_in_place: None, monkeypatch: pytest.M
 
 
 @pytest.fixture
+def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of reports are not drawn, which takes most of a report's time: for tests of its text."""
+
+    def save_nothing(figure: object, path: Path) -> None:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+
+    monkeypatch.setattr("nanochat.report.save_png", save_nothing)
+    monkeypatch.setattr("nanochat.report.to_svg", lambda figure, description: "<svg></svg>")
+
+
+@pytest.fixture
 def planned_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs by time do as many updates as planned, however slow the machine becomes."""
     monkeypatch.setattr(TimeLimit, "updates", lambda self, step, seconds, schedule: schedule.num_iterations)

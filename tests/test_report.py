@@ -66,7 +66,7 @@ def test_the_report_holds_what_the_run_left_behind(tiny_run: Path) -> None:
         assert (tiny_run / picture).read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_overview_says_what_each_stage_logged(tiny_run: Path) -> None:
+def test_the_overview_says_what_each_stage_logged(quick_pictures: None, tiny_run: Path) -> None:
     """Sums and states of the last update, speeds of the middle one, bits per byte of the newest evaluation."""
     metrics = tiny_run / "base" / "metrics.jsonl"
     metrics.write_text('{"step": 0, "time_s": 0, "val/bpb": 9.0}\n' + metrics.read_text(encoding="utf-8"), encoding="utf-8")
@@ -86,7 +86,7 @@ def test_the_overview_says_what_each_stage_logged(tiny_run: Path) -> None:
         assert "".join(cells) in page.text
 
 
-def test_a_run_that_diverged_has_a_report(tiny_run: Path) -> None:
+def test_a_run_that_diverged_has_a_report(quick_pictures: None, tiny_run: Path) -> None:
     """Its evaluations, which are no numbers, are passed over: those before tell, if there were any."""
     metrics = tiny_run / "base" / "metrics.jsonl"
     diverged = json.dumps({"step": 6, "time_s": 9, "val/bpb": None}) + "\n"
@@ -110,7 +110,7 @@ def test_what_a_model_writes_cannot_break_the_page(tiny_run: Path) -> None:
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
-def test_a_sample_is_one_line_of_the_report(tiny_run: Path, end: str) -> None:
+def test_a_sample_is_one_line_of_the_report(quick_pictures: None, tiny_run: Path, end: str) -> None:
     merge_eval(tiny_run / "base", 6, {"samples": [{"prompt": f"a{end}b", "text": f"c{end}# d"}]})
     markdown, _ = write_report(tiny_run)
     assert b"\n- **a b** c # d\n" in markdown.read_bytes()
@@ -156,7 +156,7 @@ def test_a_damaged_evaluation_is_set_aside_for_the_next(tiny_run: Path, damage: 
 
 @pytest.mark.parametrize("name", ["eval.json", "settings.json", "step_000006/meta.json"])
 @pytest.mark.parametrize("damage", ["", "[]", '{"model_config": {"n_layer": 2.5}}'])
-def test_a_damaged_file_is_named(tiny_run: Path, name: str, damage: str) -> None:
+def test_a_damaged_file_is_named(quick_pictures: None, tiny_run: Path, name: str, damage: str) -> None:
     (tiny_run / "base" / name).write_text(damage, encoding="utf-8")
     if damage.startswith("{") and name != "step_000006/meta.json":
         write_report(tiny_run)  # JSON that says nothing of it
@@ -250,7 +250,7 @@ def test_every_series_has_a_panel_but_single_points_and_zeros() -> None:
     assert [curve.label for curve in panels["val/pass@*"].curves] == ["pass@1 0.100", "pass@8 0.400"]
 
 
-def test_no_picture_takes_the_place_of_another(tiny_run: Path) -> None:
+def test_no_picture_takes_the_place_of_another(quick_pictures: None, tiny_run: Path) -> None:
     names = ["val/top1", "val/top5", "val/ARC", "val/arc", "val/top-1"]
     with open(tiny_run / "base" / "metrics.jsonl", "a", encoding="utf-8") as file:
         for step in (5, 6):
@@ -380,7 +380,7 @@ def test_two_commands_may_store_results_at_once(tmp_path: Path) -> None:
     assert read_eval(tmp_path)["tasks"].keys() == set(names)
 
 
-def test_a_report_shows_the_newest_numbers_and_samples(tiny_run: Path) -> None:
+def test_a_report_shows_the_newest_numbers_and_samples(quick_pictures: None, tiny_run: Path) -> None:
     rows = [{"step": s, "time_s": 1.0 * s, "train/loss": 1.0, "train/tok_per_s": 100.0, "train/mfu": 0.25} for s in (1, 2)]
     rows += [{"step": 1, "time_s": 1.0, "val/bpb": 0.5}, {"step": 2, "time_s": 1.0, "val/bpb": 0.7}]
     share = make_panels(rows)["train/tok_per_s"].share
