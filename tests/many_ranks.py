@@ -43,8 +43,8 @@ def stop_all() -> None:
         _started.pop().communicate()
 
 
-def launch(ranks: int, *command: str, restarts: int = 0) -> subprocess.Popen:
-    return start([*TORCHRUN, "--standalone", f"--nproc_per_node={ranks}", f"--max-restarts={restarts}", *command])
+def launch(ranks: int, *command: str) -> subprocess.Popen:
+    return start([*TORCHRUN, "--standalone", f"--nproc_per_node={ranks}", *command])
 
 
 def node_command(number: int, endpoint: str, address: str, *command: str, restarts: int = 0) -> list[str]:

@@ -39,23 +39,21 @@ def _workers(launcher: subprocess.Popen) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_job_and_a_restart_goes_on(many_ranks: Ranks, corpus: Path, base_dir: Path) -> None:
-    flags = ["-m", "--", "scripts.base_train", *SMALL, f"--data={corpus}", "--num-iterations=40", "--save-every=4"]
+def test_a_killed_rank_ends_the_job_with_a_reason(many_ranks: Ranks, corpus: Path, base_dir: Path) -> None:
+    """Soon, and what it saved is gone on from as if nothing had happened."""
+    flags = [*SMALL, f"--data={corpus}", "--model-tag=killed", "--num-iterations=40", "--save-every=4", "--resume=auto"]
     expected = logged(many_ranks.train(1, corpus, WHOLE, "--num-iterations=40"))
     stage_dir = base_dir / "runs" / "killed" / "base"
-    for restarts in (0, 1):
-        before = len(list_steps(stage_dir))
-        job = launch(2, *flags, "--model-tag=killed", "--resume=auto", restarts=restarts)
-        wait_for(lambda: len(list_steps(stage_dir)) >= before + 2, "two checkpoints")  # noqa: B023 - used at once
-        killed_at = time.monotonic()
-        _workers(job)[1].send_signal(signal.SIGKILL)
-        _, errors = job.communicate(timeout=120)
-        if restarts == 0:
-            assert job.returncode != 0
-            assert time.monotonic() - killed_at < 60
-            assert "exitcode  : -9" in errors  # torchrun's own report names the rank
-            assert "[rank0]:" not in errors  # no trace of ours
-    assert job.returncode == 0, errors[-3000:]
+    job = launch(2, "-m", "--", "scripts.base_train", *flags)
+    wait_for(lambda: len(list_steps(stage_dir)) >= 2, "two checkpoints")
+    killed_at = time.monotonic()
+    _workers(job)[1].send_signal(signal.SIGKILL)
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert time.monotonic() - killed_at < 60
+    assert "exitcode  : -9" in errors  # torchrun's own report names the rank
+    assert "[rank0]:" not in errors  # no trace of ours
+    many_ranks.run(2, "-m", "scripts.base_train", *flags)
     assert logged(stage_dir) == pytest.approx(expected, abs=1e-4)
 
 
