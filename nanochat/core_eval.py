@@ -157,8 +157,8 @@ def read_tasks(bundle: Path) -> list[CoreTask]:
 
 
 FIELDS: dict[str, dict[str, type]] = {
-    "multiple_choice": {"query": str, "choices": list, "gold": int},
-    "schema": {"context_options": list, "continuation": str, "gold": int},
+    "multiple_choice": {"query": str, "gold": int, "choices": list},
+    "schema": {"continuation": str, "gold": int, "context_options": list},
     "language_modeling": {"context": str, "continuation": str},
 }
 
@@ -174,7 +174,7 @@ def read_items(task: CoreTask) -> list[dict[str, Any]]:
 
 
 def _check_item(item: dict[str, Any], wanted: dict[str, type]) -> None:
-    """Raise ValueError or TypeError if a question lacks one of these fields, or has a value of another type in it."""
+    """Raise ValueError if a question lacks one of these fields, or has a value of another type in it."""
     for name, kind in wanted.items():
         if name not in item:
             raise ValueError(f"it has no {name!r}")

@@ -61,6 +61,10 @@ class Arguments(argparse.Namespace):
             if getattr(self, name) == 0:
                 raise NanochatError(f"{flag_of(name)} 0 asks nothing: choose 1 or more, or leave it out")
 
+    def typed_of(self, names: Iterable[str]) -> str:
+        """The flags among these that the command line gives, to name them in a message; "" if there are none."""
+        return " and ".join(flag_of(name) for name in names if name in self.typed)
+
     def leave_open(self, *names: str) -> None:
         """For these numbers, 0 or less means not given: they become their defaults."""
         for name in names:

@@ -28,7 +28,7 @@ from nanochat.ranks import all_or_none, compare_ranks, from_rank0
 from nanochat.runs import get_stage_dir
 from nanochat.samples import continue_openings
 from nanochat.scores import core_table, describe_mean
-from nanochat.settings import Arguments, SettingsParser, add_device_argument, flag_of
+from nanochat.settings import Arguments, SettingsParser, add_device_argument
 from nanochat.tokenizer import Tokenizer
 
 KINDS = ("core", "bpb", "sample")
@@ -66,8 +66,8 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     machine.add_argument("--no-compile", dest="compile", action="store_false", help="run CORE eagerly")
     args = parser.parse_args(argv)
     args.require_some("max_per_task", "split_tokens")
-    if args.hf_path is not None and (useless := [flag_of(name) for name in OF_RUNS if name in args.given]):
-        raise NanochatError(f"--hf-path {args.hf_path} is no run: leave out {' and '.join(useless)}, or --hf-path")
+    if args.hf_path is not None and (useless := args.typed_of(OF_RUNS)):
+        raise NanochatError(f"--hf-path {args.hf_path} is no run: leave out {useless}, or --hf-path")
     return args
 
 

@@ -18,6 +18,8 @@ from nanochat.raw_files import estimate_tokens, list_inputs
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 
+OF_SLURM = ("partition", "time", "sbatch")  # whoever gives one expects a job, not hours of work on this machine
+
 
 def parse_arguments(argv: list[str] | None) -> Arguments:
     parser = SettingsParser(
@@ -50,6 +52,8 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     machine.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE",
                          help="slurm: another option, for example account=NAME; may be repeated")  # fmt: skip
     args = parser.parse_args(argv)
+    if args.executor != "slurm" and (useless := args.typed_of(OF_SLURM)):
+        raise NanochatError(f"only Slurm uses {useless}: give --executor slurm, or leave that out")
     args.require_positive("shard_tokens", "val_documents", "tasks", "workers", "cpus_per_task", "mem_per_cpu")
     return args
 

@@ -248,9 +248,10 @@ def test_outcomes_of_other_questions_are_not_used(scorer: NanochatScorer, bundle
     ("line", "words"),
     [
         ("{", "arc_easy.jsonl, line 2, is not JSON .*: restore the bundle"),
-        ('{"query": "x"}', "choices"),
+        ('{"query": "x"}', "no 'gold'"),
         ('{"query": "x", "choices": ["a"], "gold": 3}', "gold 3"),
         ('{"query": "x", "choices": ["a"], "gold": 0.0}', "'gold' is '0.0'"),
+        ('{"query": "x", "choices": ["a"], "gold": "0"}', "'gold' is '0'"),
         ('{"query": "x", "choices": [], "gold": 0}', "gold 0"),
         ('{"query": "x", "choices": ["a", null], "gold": 0}', "texts"),
         ('{"query": 5, "choices": ["a"], "gold": 0}', "'query' is '5'"),

@@ -369,6 +369,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_shards(prepare, raw: Path, 
         (["--shard-tokens=0"], "shard-tokens 0"),
         (["--val-documents=5000"], "holds 302 different documents"),
         (["--executor=slurm"], "--partition"),
+        (["--partition=cpu", "--executor=ray"], "only Slurm uses --partition: give --executor slurm"),
     ],
 )
 def test_bad_input_is_one_sentence(prepare, flags: list[str], message: str) -> None:
