@@ -25,6 +25,7 @@ MAX_CHARS = 200_000  # in a message, a prompt or a whole conversation
 MAX_TOKENS = 1 << 20
 MAX_CHOICES = 64  # texts that one request may ask for
 MAX_LOGPROBS = 20
+MAX_BIASES = 1000
 MAX_LOGPROB_VALUES = 1 << 19  # of a request, alternatives included: 35 MB of JSON, which take seconds to write
 
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
@@ -137,15 +138,19 @@ class SamplingRequest(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: dict[str, Any] | None = None  # refused below, so that nobody need look at each of a million
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, Any] | None = None  # checked below: pydantic would report each of a million wrong items
 
     @model_validator(mode="after")
-    def _refuse_what_is_missing(self) -> SamplingRequest:
-        for name in ("presence_penalty", "frequency_penalty", "logit_bias"):
-            if getattr(self, name):
-                raise ValueError(f"{name} is not supported: use repetition_penalty, or leave it out")
+    def _check_biases(self) -> SamplingRequest:
+        biases = self.logit_bias or {}
+        if len(biases) > MAX_BIASES:
+            raise ValueError(f"logit_bias has {len(biases):,} tokens: name at most {MAX_BIASES}")
+        for token, bias in biases.items():
+            is_token = token.isascii() and token.isdecimal() and len(token) < 10
+            if not (is_token and type(bias) in (int, float) and -100 <= bias <= 100):
+                raise ValueError('logit_bias maps token ids to numbers from -100 to 100, such as {"17": -100}')
         return self
 
     @property
@@ -161,6 +166,9 @@ class SamplingRequest(BaseModel):
             top_p=1.0 if self.top_p is None else max(self.top_p, 1e-6),  # 0 means the likeliest token, too
             min_p=self.min_p or 0.0,
             repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            logit_bias=tuple((int(token), float(bias)) for token, bias in (self.logit_bias or {}).items()),
             seed=seed + choice,
             max_tokens=max_tokens,
             stop=tuple([self.stop] if isinstance(self.stop, str) else self.stop or ()),
@@ -464,10 +472,10 @@ def usage(sequences: list[Sequence], prompts: int) -> dict[str, Any]:
     }
 
 
-def check_tokens(tokens: list[int], tokenizer: Tokenizer) -> None:
+def check_tokens(tokens: list[int], tokenizer: Tokenizer, param: str = "prompt") -> None:
     """Raise RequestError for ids outside the vocabulary."""
     if tokens and max(tokens) >= tokenizer.get_vocab_size():
-        raise RequestError(f"token {max(tokens)} is outside the vocabulary of {tokenizer.get_vocab_size()}", param="prompt")
+        raise RequestError(f"token {max(tokens)} is outside the vocabulary of {tokenizer.get_vocab_size()}", param=param)
 
 
 def check_prompt(tokens: list[int], limit: int) -> None:

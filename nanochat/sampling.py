@@ -29,7 +29,10 @@ class SamplingParams:
     top_k: int = 0  # only the k likeliest tokens; 0: all
     top_p: float = 1.0  # only the likeliest tokens that together reach this probability
     min_p: float = 0.0  # only tokens with at least this share of the likeliest token's probability
-    repetition_penalty: float = 1.0  # above 1: tokens already used are less likely. Method: arXiv 1909.05858
+    repetition_penalty: float = 1.0  # above 1: tokens of prompt and answer are less likely. Method: arXiv 1909.05858
+    presence_penalty: float = 0.0  # taken from the logits of all tokens that the answer has; below 0: more of the same
+    frequency_penalty: float = 0.0  # the same, for each time that the answer has them
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
     seed: int = 42
     max_tokens: int | None = None  # None: as many as the context holds
     stop: tuple[str, ...] = ()  # texts that end the answer and are left out of it
@@ -45,6 +48,9 @@ class SamplingParams:
             "top_p": (0 < self.top_p <= 1, "more than 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "0 to 1"),
             "repetition_penalty": (0.01 <= self.repetition_penalty <= 100, "0.01 to 100"),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "-2 to 2"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "-2 to 2"),
+            "logit_bias": (all(-100 <= bias <= 100 for _, bias in self.logit_bias), "-100 to 100 for each token"),
             "max_tokens": (self.max_tokens is None or self.max_tokens >= 0, "0 or more"),
             "stop": (all(self.stop), "texts of at least one character"),
             "logprobs": (self.logprobs is None or self.logprobs >= 0, "0 or more"),
@@ -56,6 +62,11 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature < 1e-5  # smaller ones overflow, and mean the same
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether there is anything to do for Adjustment."""
+        return self.repetition_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty or self.logit_bias)
 
 
 class RowSettings:
@@ -73,6 +84,7 @@ class RowSettings:
 
         ks = [min(p.top_k, LARGEST_K) for p in params]
         self.params, self.device = params, device
+        self.to_adjust = [i for i, p in enumerate(params) if p.adjusts]
         self.all_greedy = all(p.greedy for p in params)
         self.greedy = column([p.greedy for p in params], False)
         self.temperature = column([1.0 if p.greedy else p.temperature for p in params], 1.0)
@@ -88,7 +100,7 @@ class RowSettings:
 def sample(logits: torch.Tensor, rows: RowSettings, uniform: list[float]) -> torch.Tensor:
     """Draw a token for each row: (B,) int64; -1 where the logits are not finite.
 
-    logits: (B, vocab_size) float32, with penalties already applied; uniform: a number in [0, 1) for each row.
+    logits: (B, vocab_size) float32, adjusted already; uniform: a number in [0, 1) for each row.
     """
     highest, likeliest = logits.max(dim=-1, keepdim=True)
     tokens = likeliest
@@ -161,9 +173,24 @@ def _thresholds(scaled: torch.Tensor, top: torch.Tensor, rows: RowSettings) -> t
     return threshold
 
 
-def penalize_repetition(logits: torch.Tensor, seen: torch.Tensor, penalty: float) -> torch.Tensor:
-    """Logits (vocab_size,) with the tokens in `seen`, (vocab_size,) bool, made less likely.
+class Adjustment:
+    """The penalties and biases of one text; it remembers how often each token was said."""
 
-    Method: arXiv 1909.05858.
-    """
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    def __init__(self, params: SamplingParams, prompt: list[int], logits: torch.Tensor) -> None:
+        """logits: any that it will adjust, for their shape (vocab_size,) and device."""
+        self._params, self._counted = params, 0
+        self._in_prompt = torch.zeros_like(logits, dtype=torch.bool)
+        self._in_prompt[torch.tensor(prompt, device=logits.device)] = True
+        self._counts, self._bias = torch.zeros_like(logits), torch.zeros_like(logits)
+        for token, bias in params.logit_bias:
+            self._bias[token] = bias
+
+    def apply(self, logits: torch.Tensor, answer: list[int]) -> torch.Tensor:
+        """Adjusted logits (vocab_size,) for the token after those of the answer, to which a call adds some or none."""
+        new = torch.tensor(answer[self._counted :], dtype=torch.int64, device=logits.device)
+        self._counts.index_add_(0, new, torch.ones_like(new, dtype=self._counts.dtype))
+        self._counted = len(answer)
+        p, said = self._params, self._counts > 0
+        penalized = torch.where(logits > 0, logits / p.repetition_penalty, logits * p.repetition_penalty)
+        logits = torch.where(self._in_prompt | said, penalized, logits)
+        return logits - p.presence_penalty * said - p.frequency_penalty * self._counts + self._bias

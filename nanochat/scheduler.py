@@ -23,7 +23,7 @@ from nanochat.cpu import available_memory
 from nanochat.gpt import GPT
 from nanochat.kv_cache import BLOCK_SIZE, BlockAllocator, KVBlocks
 from nanochat.runner import ModelRunner
-from nanochat.sampling import RowSettings, penalize_repetition, policy_logprobs, sample
+from nanochat.sampling import RowSettings, policy_logprobs, sample
 from nanochat.sequence import Sequence, token_logprob
 from nanochat.tokenizer import Tokenizer
 
@@ -338,10 +338,9 @@ class Scheduler:
         params = [sequence.params for sequence in sequences]
         if params != self._settings.params:
             self._settings = RowSettings(params, logits.device)
-        penalized = [i for i, p in enumerate(params) if p.repetition_penalty != 1]
-        adjusted = logits.clone() if penalized else logits
-        for i in penalized:
-            adjusted[i] = penalize_repetition(logits[i], sequences[i].mark_seen(logits[i]), params[i].repetition_penalty)
+        adjusted = logits.clone() if self._settings.to_adjust else logits
+        for i in self._settings.to_adjust:
+            adjusted[i] = sequences[i].adjust(logits[i])
         uniform = [0.0 if p.greedy else s.random.random() for s, p in zip(sequences, params, strict=True)]
         chosen = sample(adjusted, self._settings, uniform)
         drawn = chosen.tolist()

@@ -13,7 +13,7 @@ from typing import cast
 
 import torch
 
-from nanochat.sampling import SamplingParams
+from nanochat.sampling import Adjustment, SamplingParams
 from nanochat.tokenizer import IncrementalDecoder, Tokenizer
 
 
@@ -55,8 +55,7 @@ class Sequence:
     call: list[int] | None = None  # tokens of the tool call that is open
     random: Random = field(init=False, repr=False)
     decoder: IncrementalDecoder | None = None
-    seen: torch.Tensor | None = None  # with a repetition penalty: (vocab_size,) bool, the tokens of the text
-    seen_length: int = 0  # tokens of the text that `seen` covers
+    adjustment: Adjustment | None = None  # with penalties or biases
     held_text: str = ""  # held back because it may be the beginning of a stop text
 
     @property
@@ -110,18 +109,15 @@ class Sequence:
         self.held_text = text[shown:]
         return text[:shown], False
 
-    def mark_seen(self, logits: torch.Tensor) -> torch.Tensor:
-        """(vocab_size,) bool, on the device of logits (vocab_size,): the tokens that occur; a call adds only the new ones."""
-        if self.seen is None:
-            self.seen = torch.zeros_like(logits, dtype=torch.bool)
-        new = self.slice(self.seen_length, self.length)
-        self.seen[torch.tensor(new, device=logits.device)] = True
-        self.seen_length = self.length
-        return self.seen
+    def adjust(self, logits: torch.Tensor) -> torch.Tensor:
+        """The next token's logits (vocab_size,) with this text's penalties and biases."""
+        if self.adjustment is None:
+            self.adjustment = Adjustment(self.params, self.prompt, logits)
+        return self.adjustment.apply(logits, self.tokens)
 
     def end(self, reason: str, error: str | None = None) -> None:
         """Release what only a growing text needs, show the text that was held back, and tell the caller."""
-        decoder, self.decoder, self.seen = self.decoder, None, None
+        decoder, self.decoder, self.adjustment = self.decoder, None, None
         if decoder is not None and (rest := self.held_text + decoder.flush()):
             self.pieces.append((rest, decoder.part))
         self.error = error

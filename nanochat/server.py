@@ -145,6 +145,7 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
         echoed = max(len(tokens) for tokens, _ in prompts) if request.echo else 0
         length = min(service.context, max_tokens + echoed)
         check_logprobs(len(prompts) * (request.n or 1), length, request.logprobs)
+        check_tokens([int(token) for token in request.logit_bias or ()], service.tokenizer, "logit_bias")
         for tokens, _ in prompts:
             check_prompt(tokens, service.context)
             for choice in range(request.n or 1):
@@ -264,6 +265,7 @@ def _submit_chat(service: Service, request: ChatRequest, prompt: list[int]) -> T
     room = service.context - len(prompt)
     tokens = room if request.limit is None else min(request.limit, room)
     check_logprobs(request.n or 1, tokens, request.num_logprobs)
+    check_tokens([int(token) for token in request.logit_bias or ()], service.tokenizer, "logit_bias")
     params = [request.params(i, request.limit, request.num_logprobs) for i in range(request.n or 1)]
     return service.submit([Sequence(prompt, p) for p in params])
 

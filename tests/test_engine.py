@@ -55,7 +55,7 @@ def test_a_text_does_not_depend_on_its_company(engine: Engine, tokenizer: Tokeni
     prompts = [prompt[:n] for prompt in _prompts(tokenizer) for n in range(2, 10)]
     params = [
         SamplingParams(i // 3 % 2, top_k=i % 3 * 10, top_p=1 - i % 2 * 0.2, min_p=i % 5 * 0.02, seed=i,
-                       repetition_penalty=1 + i % 2 * 0.3, max_tokens=40 + i, ignore_eos=True)
+                       repetition_penalty=1 + i % 2 * 0.3, frequency_penalty=i % 4 / 4, max_tokens=40 + i, ignore_eos=True)
         for i in range(len(prompts))
     ]  # fmt: skip
     alone = [run_texts(engine, [Sequence(p, s)])[0].tokens for p, s in zip(prompts, params, strict=True)]

@@ -143,3 +143,15 @@ def test_the_harness_learns_which_token_begins_a_text(client: TestClient, tokeni
         assert ask(name, add_special_tokens=False) == [tokenizer.encode_special(name)]
         assert ask(name) == tokenizer.encode(name)  # as in a message: the page shows what the model reads
         assert ask(f"a{name}", add_special_tokens=False) == tokenizer.encode(f"a{name}")
+
+
+def test_biases_and_penalties_decide_what_is_said(client: TestClient, tokenizer: Tokenizer) -> None:
+    def tokens(**settings: Any) -> list[str]:
+        body = {"prompt": "the", "max_tokens": 40, "temperature": 0, "logprobs": 0, "ignore_eos": True, **settings}
+        return client.post(TEXT, json=body).json()["choices"][0]["logprobs"]["tokens"]
+
+    (cat,) = tokenizer.encode(" cat")
+    assert tokens(logit_bias={cat: 100}) == [" cat"] * 40
+    assert " cat" not in tokens(logit_bias={cat: -100})
+    for penalty in ("presence_penalty", "frequency_penalty"):
+        assert len(set(tokens(**{penalty: 2}))) > len(set(tokens())) > len(set(tokens(**{penalty: -2})))

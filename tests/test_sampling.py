@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from nanochat import sampling
 from nanochat.common import NanochatError
-from nanochat.sampling import RowSettings, SamplingParams, penalize_repetition, policy_logprobs, sample
+from nanochat.sampling import Adjustment, RowSettings, SamplingParams, policy_logprobs, sample
 
 LOGITS = torch.tensor([0.0, 1.0, 2.0, -1.0, 1.0])
 
@@ -89,12 +90,29 @@ def test_the_ends_of_the_interval_draw_possible_tokens() -> None:
     assert sample(logits, _rows([SamplingParams()] * 2), [0.0, 1 - 1e-16]).tolist() == [1, 2]
 
 
-def test_what_was_said_is_less_likely() -> None:
-    logits = torch.tensor([2.0, -2.0, 1.0])
-    assert penalize_repetition(logits, torch.tensor([True, True, False]), 2.0).tolist() == [1.0, -4.0, 1.0]
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"repetition_penalty": 2.0}, [1.0, -4.0, 0.5, 1.0]),  # of prompt and answer
+        ({"presence_penalty": 0.5}, [2.0, -2.5, 0.5, 1.0]),  # of the answer alone, once
+        ({"frequency_penalty": -0.5}, [2.0, -1.0, 1.5, 1.0]),  # for each time
+        ({"logit_bias": ((0, -100.0), (3, 3.0))}, [-98.0, -2.0, 1.0, 4.0]),
+        ({"repetition_penalty": 2.0, "presence_penalty": 1.0, "logit_bias": ((1, 1.0),)}, [1.0, -4.0, -0.5, 1.0]),
+    ],
+)
+def test_what_was_said_is_less_likely(settings: dict[str, Any], expected: list[float]) -> None:
+    """However many tokens come at a time, and whoever asks twice."""
+    logits, prompt, answer = torch.tensor([2.0, -2.0, 1.0, 1.0]), [0], [1, 2, 1]
+    at_once, one_by_one = (Adjustment(SamplingParams(**settings), prompt, logits) for _ in range(2))
+    assert at_once.apply(logits, answer).tolist() == expected
+    for n in (0, 1, 2, 3, 3):
+        adjusted = one_by_one.apply(logits, answer[:n])
+    assert adjusted.tolist() == expected
+    assert logits.tolist() == [2.0, -2.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"min_p": 2}, {"repetition_penalty": 0},
+                                 {"presence_penalty": 2.5}, {"frequency_penalty": float("nan")}, {"logit_bias": ((1, 200),)},
                                  {"stop": ("",)}, {"max_tokens": -1}, {"temperature": float("nan")}])  # fmt: skip
 def test_settings_that_mean_nothing_are_refused(bad: dict) -> None:
     with pytest.raises(NanochatError, match=next(iter(bad))):

@@ -54,17 +54,12 @@ def test_waiting_for_a_tool_takes_no_steps(engine: Engine, tokenizer: Tokenizer,
 
 def test_logprobs_are_of_the_model_whatever_is_penalized(engine: Engine, tokenizer: Tokenizer) -> None:
     prompt = tokenizer.encode("the cat", prepend="<|bos|>")
-    params = SamplingParams(0, repetition_penalty=5, max_tokens=8, logprobs=0, ignore_eos=True)
+    params = SamplingParams(
+        0, repetition_penalty=5, presence_penalty=1, logit_bias=((7, 5.0),), max_tokens=8, logprobs=0, ignore_eos=True
+    )
     (row,) = run_texts(engine, [Sequence(prompt, params)])
     expected = engine.model(torch.tensor([prompt + row.tokens]))[0, len(prompt) - 1 : -1].log_softmax(-1)
     assert [entry.logprob for entry in row.logprobs] == pytest.approx(expected[range(8), row.tokens].tolist(), abs=1e-3)
-
-
-def test_the_prompt_counts_as_said(engine: Engine) -> None:
-    text = Sequence([1, 2, 3], SamplingParams(0, repetition_penalty=2, max_tokens=3, ignore_eos=True))
-    engine.scheduler.submit(text)
-    engine.scheduler.step()
-    assert text.seen[[1, 2, 3]].all()
 
 
 def test_of_several_stop_texts_the_first_place_counts(

@@ -227,12 +227,13 @@ def test_a_body_that_is_not_said_to_be_json(client: TestClient, path: str) -> No
 @pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest])
 def test_every_setting_reaches_the_sampler(kind: type) -> None:
     asked = {"temperature": 0.3, "top_p": 0.4, "top_k": 5, "min_p": 0.06, "repetition_penalty": 1.7, "seed": 8,
-             "stop": ["a", "b"], "ignore_eos": True}  # fmt: skip
-    arguments, refused = {"max_tokens"}, {"presence_penalty", "frequency_penalty", "logit_bias"}
+             "presence_penalty": 0.6, "frequency_penalty": -0.7, "logit_bias": {"9": -100}, "stop": ["a", "b"],
+             "ignore_eos": True}  # fmt: skip
+    arguments = {"max_tokens"}
     others = {"model", "n", "stream", "stream_options"}  # which say what is answered, and how
-    assert asked.keys() == SamplingRequest.model_fields.keys() - arguments - refused - others
+    assert asked.keys() == SamplingRequest.model_fields.keys() - arguments - others
     body = {"messages": HELLO["messages"]} if kind is ChatRequest else {"prompt": "x"}
-    expected = {**asked, "stop": ("a", "b"), "seed": 10, "max_tokens": 7, "logprobs": 2}
+    expected = {**asked, "logit_bias": ((9, -100.0),), "stop": ("a", "b"), "seed": 10, "max_tokens": 7, "logprobs": 2}
     assert kind(**body, **asked).params(2, 7, 2) == SamplingParams(**expected)
     plain = kind(**body, seed=0).params(0, None, None)
     assert plain == SamplingParams(1.0, seed=0)  # the model's own distribution, as with OpenAI
