@@ -29,14 +29,23 @@ def url(tiny_run: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
-@pytest.fixture
-def browser() -> Iterator[playwright.Browser]:
+@pytest.fixture(scope="module")
+def _chromium() -> Iterator[playwright.Browser]:
+    """Started once for a file of tests, since that costs more than most of them; no longer, since it blocks asyncio."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def browser(_chromium: playwright.Browser) -> Iterator[playwright.Browser]:
+    """Without pages, cookies or storage of the tests before."""
+    yield _chromium
+    for context in _chromium.contexts:
+        context.close()
 
 
 @pytest.fixture
