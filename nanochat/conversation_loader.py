@@ -79,8 +79,13 @@ class ConversationLoader:
         return np.asarray(ids, dtype=np.int64), np.asarray(mask, dtype=bool)
 
     def _refill(self, lane: _Lane) -> None:
-        """Read conversations until the lane has enough to choose from or the data ends."""
+        """Read conversations until the lane has enough to choose from or the data ends.
+
+        Those of an epoch are all given out before the next one's are read, which would otherwise be chosen in their place.
+        """
         while len(lane.buffer) < LANE_CONVERSATIONS and (index := self._index(lane.cursor)) is not None:
+            if lane.buffer and lane.cursor // len(self.task) > (lane.cursor - self.num_lanes) // len(self.task):
+                break
             lane.cursor += self.num_lanes
             if index not in self._unusable:
                 ids, mask = self._render(index)

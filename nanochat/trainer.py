@@ -133,12 +133,15 @@ class Trainer:
         return {
             "step": self.step, "time_s": self.time_s, "flops": self.flops, "results": self.results,
             "best": self._best.record, "loader": gather_objects(loader_state or self.loader.state_dict()),
-            "loss_scale": self._loss_scale.state_dict(),
+            "loss_scale": self._loss_scale.state_dict(), "expansion_step": self.config.expansion_step,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue as the trainer that saved this state would have; it may have had another number of ranks."""
         self.step, self.time_s, self.results = state["step"], state["time_s"], state["results"]
+        # Blocks that have joined stay, also where the plan has changed since.
+        expand_at = state.get("expansion_step", self.config.expansion_step) / self.config.num_iterations
+        self.config = replace(self.config, expand_at=expand_at)
         # A run that did not count yet has worked as planned.
         self.flops = state.get("flops", self.config.total_batch_size * self._work(self.step))
         self._logged = (self.time_s, self.flops)
