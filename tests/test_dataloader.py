@@ -343,6 +343,26 @@ def test_an_epoch_is_estimated_with_its_padding(tokenizer: Tokenizer, length: in
     assert loader.stats()["conversations"] == pytest.approx(540, rel=0.1)
 
 
+@pytest.mark.parametrize("size", [40, 200, 1000])
+def test_an_epoch_gives_out_all_before_the_next_begins(tokenizer: Tokenizer, size: int) -> None:
+    """Each lane its part, though it always takes the longest that it has read."""
+
+    class Numbered(_Letters):
+        def get_example(self, index: int) -> dict:
+            self.length = 2 * (index % 20 + 1)
+            return super().get_example(index)
+
+    task = Numbered(0, usable=10, size=size)
+    loader, given = ConversationLoader(task, tokenizer, 1, 128), Counter[int]()
+    for lane in loader._lanes.values():
+        for _ in range(len(range(lane.cursor, size, loader.num_lanes))):
+            loader._refill(lane)
+            longest = max(lane.buffer, key=lambda entry: len(entry[1]))
+            lane.buffer.remove(longest)
+            given[longest[0]] += 1
+    assert given == Counter(range(size))
+
+
 def test_only_if_none_has_an_answer_in_a_row_there_is_nothing_to_train_on(tokenizer: Tokenizer) -> None:
     """However often the others are met: lanes go through few conversations many times until they have enough of them."""
     with pytest.raises(NanochatError, match="no conversation has an assistant's token within 64"):

@@ -114,6 +114,19 @@ def test_schedules_follow_a_run_that_does_fewer_updates(tmp_path: Path, monkeypa
     assert resumed.flops == flops[-1]
 
 
+def test_blocks_that_have_joined_stay_where_the_plan_grew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a run that is resumed: its settings know the new number of updates, and the share that was asked for."""
+    trainer = make_trainer(tmp_path, num_iterations=10, expand_at=0.8)
+    trainer._time_limit = TimeLimit(1.0, 40, print)
+    monkeypatch.setattr(TimeLimit, "updates", lambda self, step, seconds, schedule: 20 if step >= 9 else 10)
+    trainer.train()
+    resumed = make_trainer(tmp_path, num_iterations=20, expand_at=0.8)
+    resumed.load_state_dict({**trainer.state_dict(), "step": 12})
+    resumed._choose_blocks()
+    assert resumed.config.expansion_step == trainer.config.expansion_step == 8
+    assert resumed.model.idle_blocks == 0
+
+
 def test_time_is_looked_at_only_where_it_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After a row is logged, which waits for the device."""
     asked: list[int] = []
