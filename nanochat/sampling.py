@@ -30,8 +30,8 @@ class SamplingParams:
     top_p: float = 1.0  # only the likeliest tokens that together reach this probability
     min_p: float = 0.0  # only tokens with at least this share of the likeliest token's probability
     repetition_penalty: float = 1.0  # above 1: tokens of prompt and answer are less likely. Method: arXiv 1909.05858
-    presence_penalty: float = 0.0  # taken from the logits of all tokens that the answer has; below 0: more of the same
-    frequency_penalty: float = 0.0  # the same, for each time that the answer has them
+    presence_penalty: float = 0.0  # taken from the logits of all tokens that were sampled; below 0: more of the same
+    frequency_penalty: float = 0.0  # the same, for each time that they were
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
     seed: int = 42
     max_tokens: int | None = None  # None: as many as the context holds
@@ -179,18 +179,22 @@ class Adjustment:
     def __init__(self, params: SamplingParams, prompt: list[int], logits: torch.Tensor) -> None:
         """logits: any that it will adjust, for their shape (vocab_size,) and device."""
         self._params, self._counted = params, 0
-        self._in_prompt = torch.zeros_like(logits, dtype=torch.bool)
-        self._in_prompt[torch.tensor(prompt, device=logits.device)] = True
+        self._said = torch.zeros_like(logits, dtype=torch.bool)  # by anyone: in the prompt, sampled, or forced by a tool
+        self._said[torch.tensor(prompt, device=logits.device)] = True
         self._counts, self._bias = torch.zeros_like(logits), torch.zeros_like(logits)
         for token, bias in params.logit_bias:
             self._bias[token] = bias
 
-    def apply(self, logits: torch.Tensor, answer: list[int]) -> torch.Tensor:
-        """Adjusted logits (vocab_size,) for the token after those of the answer, to which a call adds some or none."""
+    def apply(self, logits: torch.Tensor, answer: list[int], masks: list[int]) -> torch.Tensor:
+        """Adjusted logits (vocab_size,) for the token after those of the answer, to which a call adds some or none.
+
+        masks: 1 where a token of the answer was sampled, 0 where a tool forced it.
+        """
         new = torch.tensor(answer[self._counted :], dtype=torch.int64, device=logits.device)
-        self._counts.index_add_(0, new, torch.ones_like(new, dtype=self._counts.dtype))
+        self._said[new] = True
+        self._counts.index_add_(0, new, torch.tensor(masks[self._counted :], dtype=torch.float32, device=logits.device))
         self._counted = len(answer)
-        p, said = self._params, self._counts > 0
+        p = self._params
         penalized = torch.where(logits > 0, logits / p.repetition_penalty, logits * p.repetition_penalty)
-        logits = torch.where(self._in_prompt | said, penalized, logits)
-        return logits - p.presence_penalty * said - p.frequency_penalty * self._counts + self._bias
+        logits = torch.where(self._said, penalized, logits)
+        return logits - p.presence_penalty * (self._counts > 0) - p.frequency_penalty * self._counts + self._bias

@@ -113,7 +113,7 @@ class Sequence:
         """The next token's logits (vocab_size,) with this text's penalties and biases."""
         if self.adjustment is None:
             self.adjustment = Adjustment(self.params, self.prompt, logits)
-        return self.adjustment.apply(logits, self.tokens)
+        return self.adjustment.apply(logits, self.tokens, self.masks)
 
     def end(self, reason: str, error: str | None = None) -> None:
         """Release what only a growing text needs, show the text that was held back, and tell the caller."""

@@ -102,13 +102,20 @@ def test_the_ends_of_the_interval_draw_possible_tokens() -> None:
 )
 def test_what_was_said_is_less_likely(settings: dict[str, Any], expected: list[float]) -> None:
     """However many tokens come at a time, and whoever asks twice."""
-    logits, prompt, answer = torch.tensor([2.0, -2.0, 1.0, 1.0]), [0], [1, 2, 1]
+    logits, prompt, answer, masks = torch.tensor([2.0, -2.0, 1.0, 1.0]), [0], [1, 2, 1], [1] * 3
     at_once, one_by_one = (Adjustment(SamplingParams(**settings), prompt, logits) for _ in range(2))
-    assert at_once.apply(logits, answer).tolist() == expected
+    assert at_once.apply(logits, answer, masks).tolist() == expected
     for n in (0, 1, 2, 3, 3):
-        adjusted = one_by_one.apply(logits, answer[:n])
+        adjusted = one_by_one.apply(logits, answer[:n], masks[:n])
     assert adjusted.tolist() == expected
     assert logits.tolist() == [2.0, -2.0, 1.0, 1.0]
+
+
+def test_what_a_tool_said_may_be_repeated() -> None:
+    """An answer repeats the calculator's number, which the model did not sample."""
+    logits = torch.tensor([2.0, 2.0])
+    adjustment = Adjustment(SamplingParams(presence_penalty=1.0, frequency_penalty=1.0), [0], logits)
+    assert adjustment.apply(logits, [0, 1, 1], [1, 0, 0]).tolist() == [0.0, 2.0]
 
 
 @pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"min_p": 2}, {"repetition_penalty": 0},
