@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from tasks.common import Conversation, Task
 
 CHATCORE_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
-CHUNK_BATCHES = 8  # batches between progress reports: enough to keep the engine's rows full
+CHUNK_BATCHES = 8  # batches of answers between saves and progress reports: enough to keep the engine's rows full
 NUM_EXAMPLES = 8  # answers kept for the report
 
 
@@ -120,7 +121,8 @@ def evaluate_task(
     # Group problems by length: less padding, and a batch ends together.
     waiting = sorted((i for i in range(count) if i not in rows), key=lambda i: len(prompts[i]))
     report(len(rows))
-    chunk = batch_size * CHUNK_BATCHES * world_size
+    samples = 1 if task.eval_type == "categorical" else answering.num_samples
+    chunk = world_size * max(1, batch_size * CHUNK_BATCHES // samples)
     for start in range(0, len(waiting), chunk):
         chosen = waiting[start : start + chunk]
         mine = chosen[rank::world_size]
@@ -187,14 +189,18 @@ def _judge(task: Task, answered: list[tuple[Conversation, list[str]]]) -> list[l
 
 
 def verdict(judge: Callable[[Conversation, str], float], problem: Conversation, answer: str) -> float:
-    """What a task's `evaluate` or `reward` gives. Raises NanochatError if it fails: the task may be a user's own."""
+    """What a task's `evaluate` or `reward` gives. Raises NanochatError if it fails or gives no finite number: the task may
+    be a user's own."""
     try:
-        return float(judge(problem, answer))
+        value = float(judge(problem, answer))
     except NanochatError:
         raise
     except Exception as error:
         name, what = judge.__qualname__, f"{type(error).__name__}: {first_line(error)}"
         raise NanochatError(f"{name} failed on an answer ({what}): mend it; --debug shows where") from error
+    if not math.isfinite(value):
+        raise NanochatError(f"{judge.__qualname__} gave {value} for an answer: mend it to give a finite number")
+    return value
 
 
 def _digest(problem: object) -> str:

@@ -70,6 +70,7 @@ def test_pass_at_k_is_the_mean_best_of_all_draws(n: int, data: st.DataObject) ->
     ("judge", "message"),
     [
         (lambda *_: 100, "LongAnswers.evaluate gave 100: a score must be from 0 to 1"),
+        (lambda *_: float("nan"), "gave nan for an answer"),
         (lambda *_: {}["x"], r"failed on an answer \(KeyError: 'x'\): mend it"),
     ],
 )
@@ -138,6 +139,14 @@ def test_a_stopped_evaluation_goes_on(
     capsys.readouterr()
     assert evaluate_task(engine, task, -1, 8, answering, path) == whole and not answered
     assert capsys.readouterr().out == f"9 of 9 answers are an earlier run's: remove {path} to answer them again\n"
+
+
+@pytest.mark.parametrize("samples", [1, 4, 99])
+def test_it_saves_after_as_many_answers_however_they_are_shared(engine: Engine, tmp_path: Path, samples: int) -> None:
+    """Eight batches of them, or one problem's, if it has more."""
+    done: list[int] = []
+    evaluate_task(engine, LongAnswers(), -1, 1, Answering(samples, 1, 1.0), tmp_path / "rows.jsonl", done.append)
+    assert done == {1: [0, 8, 9], 4: [0, 2, 4, 6, 8, 9], 99: list(range(10))}[samples]
 
 
 def test_answers_to_other_problems_are_not_used(engine: Engine, tmp_path: Path) -> None:
