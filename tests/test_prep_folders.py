@@ -31,7 +31,8 @@ def test_a_refused_command_writes_nothing(tmp_path: Path, tokenizer: Tokenizer, 
     output, raw = tmp_path / "out", tmp_path / "raw"
     _write(raw / "a.jsonl", range(20))
     own = tokenizer.save(tmp_path / "tokenizer").parent
-    flags = ["--input", str(raw), "--output", str(output), "--tokenizer", str(own), "--executor", executor, "--partition=cpu"]
+    flags = ["--input", str(raw), "--output", str(output), "--tokenizer", str(own), "--executor", executor]
+    flags += ["--partition=cpu"] if executor == "slurm" else []
     with lock_output(Layout(output)):
         refused = subprocess.run(
             [sys.executable, "-m", "scripts.data_prep", *flags], capture_output=True, text=True, timeout=60
