@@ -71,7 +71,8 @@ class TaskResult:
     """Accuracy (the mean over problems and samples) over n problems, with its 95% interval.
 
     pass_at: the expected score of the best of k samples, for k = 1, 2, 4 ... and all; truncated: prompts that were
-    too long for the context and lost their beginning; examples: the first few questions, each with an answer.
+    too long for the context and lost their beginning; unfinished: answers that reached the limit of tokens and were judged
+    as far as they went; examples: the first few questions, each with an answer.
     """
 
     accuracy: float
@@ -81,6 +82,7 @@ class TaskResult:
     baseline: float
     pass_at: dict[int, float]
     truncated: int
+    unfinished: int
     examples: list[dict[str, Any]]
 
     def as_dict(self) -> dict[str, Any]:
@@ -114,22 +116,23 @@ def evaluate_task(
     rows = on_rank0(lambda: _read_outcomes(path, problems))
     if rows:
         print0(f"{len(rows)} of {count} answers are an earlier run's: remove {path} to answer them again")
-        judge = partial(_judge, task, [(problems[i], rows[i]["answers"]) for i in list(rows)[rank::world_size]])
-        for r, judged in enumerate(gather_objects(all_or_none(judge))):  # with this version's judge
-            for i, scores in zip(list(rows)[r::world_size], judged, strict=True):
-                rows[i] = {**rows[i], "scores": scores}
+        _judge(task, problems, list(rows.values()))  # with this version's judge
     # Group problems by length: less padding, and a batch ends together.
     waiting = sorted((i for i in range(count) if i not in rows), key=lambda i: len(prompts[i]))
     report(len(rows))
     samples = 1 if task.eval_type == "categorical" else answering.num_samples
     chunk = world_size * max(1, batch_size * CHUNK_BATCHES // samples)
     for start in range(0, len(waiting), chunk):
-        chosen = waiting[start : start + chunk]
-        mine = chosen[rank::world_size]
+        mine = waiting[start : start + chunk][rank::world_size]
         answer_mine = partial(_answer, engine, task, problems, prompts, mine, batch_size, answering)
         new = list(itertools.chain.from_iterable(gather_objects(all_or_none(answer_mine))))
-        if path is not None:
-            on_rank0(partial(append_json_lines, path, new))
+        save = partial(append_json_lines, path, new) if path is not None else lambda: None
+        try:
+            _judge(task, problems, new)
+        except Exception:  # on all ranks; answers take long, so they are kept for a better judge
+            on_rank0(save)
+            raise
+        on_rank0(save)
         rows.update((row["index"], row) for row in new)
         report(len(rows))
     return _summarize(task, problems, [rows[i] for i in range(count)])
@@ -140,7 +143,13 @@ def _read_outcomes(path: Path | None, problems: list[Conversation]) -> dict[int,
     rows = {}
     for row in read_json_lines(path) if path is not None else ():
         match row:
-            case {"index": int(i), "problem": str(problem), "answers": [_, *_] as answers, "truncated": bool()}:
+            case {
+                "index": int(i),
+                "problem": str(problem),
+                "answers": [_, *_] as answers,
+                "truncated": bool(),
+                "unfinished": int(),
+            }:
                 is_ours = 0 <= i < len(problems) and problem == _digest(problems[i])
                 if is_ours and all(isinstance(answer, str) for answer in answers):
                     rows[i] = row
@@ -156,36 +165,47 @@ def _answer(
     batch_size: int,
     answering: Answering,
 ) -> list[dict[str, Any]]:
-    """The outcomes of the chosen problems.
+    """The outcomes of the chosen problems, not judged yet.
 
-    Each {"index", "problem" (its hash), "scores" (of each sample, 0 to 1), "answers", "truncated"}.
+    Each {"index", "problem" (its hash), "answers", "truncated" (was the prompt?), "unfinished" (how many answers)}.
     """
     limit = engine.model.config.sequence_len
     most = limit if task.eval_type == "categorical" else prompt_room(limit, answering.max_tokens)
     shortened = [trim_prompt(prompts[i], most) for i in chosen]
+    unfinished = [0] * len(chosen)
     if task.eval_type == "categorical":
         answers = []
         for at in range(0, len(chosen), batch_size):
             batch = [problems[i] for i in chosen[at : at + batch_size]]
             answers += [[letter] for letter in choose_letters(engine, shortened[at : at + batch_size], batch)]
     else:
-        answers = _generate(engine, shortened, chosen, answering)
-    judged = _judge(task, [(problems[i], texts) for i, texts in zip(chosen, answers, strict=True)])
+        samples = _generate(engine, shortened, chosen, answering)
+        answers = [[engine.tokenizer.decode(row.tokens) for row in rows] for rows in samples]
+        unfinished = [sum(row.finish_reason == "length" for row in rows) for rows in samples]
     return [
-        {"index": i, "problem": _digest(problems[i]), "scores": scores, "answers": texts, "truncated": len(prompts[i]) > most}
-        for i, texts, scores in zip(chosen, answers, judged, strict=True)
+        {"index": i, "problem": _digest(problems[i]), "answers": texts, "truncated": len(prompts[i]) > most, "unfinished": cut}
+        for i, texts, cut in zip(chosen, answers, unfinished, strict=True)
     ]
 
 
-def _judge(task: Task, answered: list[tuple[Conversation, list[str]]]) -> list[list[float]]:
-    """Scores, 0 to 1, of each problem's answers. Judging may run programs, so all cores are used."""
-    with ThreadPoolExecutor(usable_cores()) as pool:
+def _judge(task: Task, problems: list[Conversation], rows: list[dict[str, Any]]) -> None:
+    """Give outcomes their "scores", 0 to 1 for each answer. All ranks share the work, and all cores: judging may run
+    programs. On an error no outcome changes."""
+    _, rank, _, world_size = get_dist_info()
+
+    def judge_mine() -> list[list[float]]:
+        answered = [(problems[row["index"]], row["answers"]) for row in rows[rank::world_size]]
         pairs = [(problem, text) for problem, texts in answered for text in texts]
-        judged = list(pool.map(lambda pair: verdict(task.evaluate, *pair), pairs))
-    if wrong := [score for score in judged if not 0 <= score <= 1]:
-        raise NanochatError(f"{type(task).__name__}.evaluate gave {wrong[0]:g}: a score must be from 0 to 1")
-    scores = iter(judged)
-    return [[next(scores) for _ in texts] for _, texts in answered]
+        with ThreadPoolExecutor(usable_cores()) as pool:
+            judged = list(pool.map(lambda pair: verdict(task.evaluate, *pair), pairs))
+        if wrong := [score for score in judged if not 0 <= score <= 1]:
+            raise NanochatError(f"{type(task).__name__}.evaluate gave {wrong[0]:g}: a score must be from 0 to 1")
+        scores = iter(judged)
+        return [[next(scores) for _ in texts] for _, texts in answered]
+
+    for r, judged in enumerate(gather_objects(all_or_none(judge_mine))):
+        for row, scores in zip(rows[r::world_size], judged, strict=True):
+            row["scores"] = scores
 
 
 def verdict(judge: Callable[[Conversation, str], float], problem: Conversation, answer: str) -> float:
@@ -207,7 +227,7 @@ def _digest(problem: object) -> str:
     return hashlib.sha256(json.dumps(problem, sort_keys=True, default=repr).encode("utf-8")).hexdigest()[:12]
 
 
-def _generate(engine: Engine, prompts: list[list[int]], numbers: list[int], answering: Answering) -> list[list[str]]:
+def _generate(engine: Engine, prompts: list[list[int]], numbers: list[int], answering: Answering) -> list[list[Sequence]]:
     """num_samples answers to each prompt; each problem has its own seeds."""
     n = answering.num_samples
     params = SamplingParams(answering.temperature, answering.top_k, max_tokens=answering.max_tokens)
@@ -215,8 +235,7 @@ def _generate(engine: Engine, prompts: list[list[int]], numbers: list[int], answ
         Sequence(prompt, replace(params, seed=n * i + k)) for prompt, i in zip(prompts, numbers, strict=True) for k in range(n)
     ]
     engine.run(rows)
-    texts = [engine.tokenizer.decode(row.tokens) for row in rows]
-    return [texts[i : i + n] for i in range(0, len(texts), n)]
+    return [rows[i : i + n] for i in range(0, len(rows), n)]
 
 
 @torch.no_grad()
@@ -246,8 +265,8 @@ def _summarize(task: Task, problems: list[Conversation], rows: list[dict[str, An
          "correct": row["scores"][0] > 0}
         for row in rows[:NUM_EXAMPLES]
     ]  # fmt: skip
-    truncated = sum(row["truncated"] for row in rows)
-    return TaskResult(accuracy, n, *wilson_interval(accuracy, n), task.baseline, pass_at, truncated, examples)
+    truncated, unfinished = (sum(row[name] for row in rows) for name in ("truncated", "unfinished"))
+    return TaskResult(accuracy, n, *wilson_interval(accuracy, n), task.baseline, pass_at, truncated, unfinished, examples)
 
 
 def chatcore(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -248,7 +248,7 @@ def expect(device: torch.device) -> dict[str, Any]:
         tokens = plan_horizon(config, flops).tokens
         row = {"depth": depth, "parameters": model.num_scaling_params()["total"], "tokens": tokens}
         rows.append({**row, "tokens_per_s": tokens_per_s, "seconds": tokens / tokens_per_s})
-    depth = largest_depth((1 - RESERVED) * free, SEQUENCE_LEN, VOCAB_SIZE, 1, Layout())
+    depth = largest_depth((1 - RESERVED) * free, SEQUENCE_LEN, VOCAB_SIZE, 1, Layout(dtype=dtype))
     return {
         "dtype": str(dtype).removeprefix("torch."), "matmul_flops_per_s": matmul, "memory_bytes_per_s": memory_rate,
         "busy": psutil.getloadavg()[0] > (os.cpu_count() or 1), "devices": count, "assumed_mfu": mfu, "trainings": rows,

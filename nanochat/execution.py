@@ -3,8 +3,8 @@
 
 Each program gets its own process in new user, mount, process, network, IPC and UTS namespaces, made by bwrap or, if that is
 missing, by unshare. It sees a read-only root with Python and three devices, a small writable folder in memory, no network, no
-other process and no environment; limits and a filter of system calls keep it to one thread. When a program ends, fails or
-exceeds a limit, all of this goes with it: nothing passes from one program to the next.
+other process and nothing of our environment; limits and a filter of system calls keep it to one thread. When a program ends,
+fails or exceeds a limit, all of this goes with it: nothing passes from one program to the next.
 
 execution_worker.py is the side that runs inside. Processes are started ahead of time (Sandbox), so that a program need not
 wait for Python. A child that must die with its parent dies with the *thread* that started it (prctl(2), PR_SET_PDEATHSIG),

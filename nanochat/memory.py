@@ -29,11 +29,12 @@ MOST_GB = 10_000  # beyond any device there is; models for more take minutes to 
 
 @dataclass(frozen=True)
 class Layout:
-    """How training is laid out: the number of devices, sharded or not, with blocks recomputed or not."""
+    """How training is laid out: the number of devices, sharded or not, with blocks recomputed or not, and in which dtype."""
 
     world_size: int = 1
     fsdp: bool = False
     recompute: bool = False
+    dtype: torch.dtype = torch.bfloat16
 
 
 def training_bytes(config: GPTConfig, rows: int = 1, layout: Layout = Layout()) -> int:
@@ -53,7 +54,7 @@ def training_bytes(config: GPTConfig, rows: int = 1, layout: Layout = Layout()) 
         # includes all tables: FSDP2 reshards modules without differentiable inputs only after the backward pass.
         whole = counts["total"] - counts["matrices"]
         weights = weights // layout.world_size + (2 * 2 + 4) * block + 8 * whole
-    passes = activation_bytes(config, rows, layout.recompute) + loss_bytes(config, rows)
+    passes = activation_bytes(config, rows, layout.recompute, layout.dtype) + loss_bytes(config, rows)
     return weights + state + max(passes, step_bytes(optimizer.groups, layout))
 
 
@@ -92,29 +93,29 @@ class _FusedAttention(torch.autograd.Function):
         raise NotImplementedError("the meta device only counts what is kept")
 
 
-def activation_bytes(config: GPTConfig, rows: int, recompute: bool = False) -> int:
-    """Bytes that a forward pass in bfloat16 over `rows` full sequences keeps for the backward pass, without the loss."""
-    everything = _kept_bytes(config, rows)
+def activation_bytes(config: GPTConfig, rows: int, recompute: bool = False, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Bytes that a forward pass over `rows` full sequences keeps for the backward pass, without the loss."""
+    everything = _kept_bytes(config, rows, dtype)
     if not recompute:
         return everything
     kv_dim = config.n_kv_head * config.head_dim
     embeddings = sum(config.has_value_embedding(layer) for layer in range(config.n_layer)) * kv_dim
-    inputs = 2 * rows * config.sequence_len * (config.n_embd * (config.n_layer + 2) + embeddings)
+    inputs = dtype.itemsize * rows * config.sequence_len * (config.n_embd * (config.n_layer + 2) + embeddings)
     return inputs + everything // config.n_layer  # the inputs of all blocks, and the inside of one
 
 
 @functools.lru_cache
-def _kept_bytes(config: GPTConfig, rows: int) -> int:
+def _kept_bytes(config: GPTConfig, rows: int, dtype: torch.dtype) -> int:
     """Counted on two layers, one with a value embedding and one without: all other pairs keep the same."""
     if config.n_layer > 4 and config.n_layer % 2 == 0:
-        one_pair, two_pairs = (_kept_bytes(replace(config, n_layer=n), rows) for n in (2, 4))
+        one_pair, two_pairs = (_kept_bytes(replace(config, n_layer=n), rows, dtype) for n in (2, 4))
         return one_pair + (config.n_layer // 2 - 1) * (two_pairs - one_pair)
-    return _count_kept_bytes(config, rows)
+    return _count_kept_bytes(config, rows, dtype)
 
 
-def _count_kept_bytes(config: GPTConfig, rows: int) -> int:
+def _count_kept_bytes(config: GPTConfig, rows: int, dtype: torch.dtype) -> int:
     model, idx = GPT.on_meta(config), torch.zeros(rows, config.sequence_len, dtype=torch.long, device="meta")
-    model.compute_dtype = torch.bfloat16
+    model.compute_dtype = dtype
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # a tensor that is kept twice counts once
 

@@ -156,14 +156,22 @@ def _facts(stage: str, rows: list[dict[str, Any]], results: dict[str, Any]) -> d
     facts = {}
     _, values = series(rows, "val/bpb")
     if stage == "base" and values:
-        facts["validation bits per byte"] = f"{results.get('bpb', {}).get('val', values[-1]):.4f}"
+        newest = {} if _at_step(results, rows) else results.get("bpb", {})
+        facts["validation bits per byte"] = f"{newest.get('val', values[-1]):.4f}"
     if core := results.get("core"):
-        facts["CORE" if core["name"] == "core_metric" else "CORE, some tasks"] = describe_mean(core)[0]
+        name = "CORE" if core["name"] == "core_metric" else "CORE, some tasks"
+        facts[name + _at_step(results, rows)] = describe_mean(core)[0]
     for name, mean in _chat_means(results).items():
-        facts[name] = describe_mean(mean)[0]
+        facts[name + _at_step(results, rows)] = describe_mean(mean)[0]
     if rows:
         facts[STAGE_TITLES[stage].lower()] = format_seconds(rows[-1].get("time_s", 0.0))
     return facts
+
+
+def _at_step(results: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Which step was evaluated, where the run has gone on since; else nothing."""
+    step = results.get("step")
+    return f" at step {step:,}" if isinstance(step, int) and rows and rows[-1]["step"] > step else ""
 
 
 def _system_section() -> Section:
@@ -212,7 +220,7 @@ def _overview_row(stage: str, rows: list[dict[str, Any]]) -> list[str]:
         cell("val/bpb"),
         cell("train/tok_per_s", statistics.median_high),
         cell("train/mfu", statistics.median_high),
-        cell("train/peak_memory_mb"),
+        cell("train/peak_memory_mb", max),
     ]
 
 
@@ -322,7 +330,7 @@ def count_parts(model: GPT) -> dict[str, tuple[int, int]]:
     return {name: numbers for name, numbers in parts.items() if any(numbers)}
 
 
-def _core_section(core: dict[str, Any], plots: Path) -> Section:
+def _core_section(core: dict[str, Any], plots: Path, at_step: str) -> Section:
     tasks = core["tasks"]
     table = core_table(core)
     value, interval = describe_mean(core)
@@ -334,7 +342,7 @@ def _core_section(core: dict[str, Any], plots: Path) -> Section:
     ]
     figure = draw_bars("centred accuracy: 0 is guessing, 1 is all right", bars, percent=False)
     columns = ["task", "accuracy", "95% interval", "centred", "questions"]
-    return Section("CORE", columns, table, [_add_picture(plots, "core", "CORE by task", figure)], note=note)
+    return Section(f"CORE{at_step}", columns, table, [_add_picture(plots, "core", "CORE by task", figure)], note=note)
 
 
 def evaluation_table(results: dict[str, Any]) -> list[list[str]]:
@@ -357,8 +365,8 @@ def _chat_means(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _evaluation_sections(stage: str, results: dict[str, Any], rows: list[dict[str, Any]], plots: Path) -> list[Section]:
-    sections = [_core_section(results["core"], plots)] if "core" in results else []
-    tasks, table = results.get("tasks", {}), evaluation_table(results)
+    tasks, table, at = results.get("tasks", {}), evaluation_table(results), _at_step(results, rows)
+    sections = [_core_section(results["core"], plots, at)] if "core" in results else []
     title, pictures = STAGE_TITLES[stage], []
     if tasks:
         bars = [Bar(name, t["accuracy"], t["low"], t["high"], t.get("baseline")) for name, t in tasks.items()]
@@ -366,7 +374,7 @@ def _evaluation_sections(stage: str, results: dict[str, Any], rows: list[dict[st
         pictures = [_add_picture(plots, f"{stage}_tasks", f"{title}: right answers by task", figure)]
     if table:
         columns = ["", "result", "95% interval", "problems"][: 4 if tasks else 2]
-        sections.append(Section(f"{title}: evaluation", columns, [row[: len(columns)] for row in table], pictures))
+        sections.append(Section(f"{title}: evaluation{at}", columns, [row[: len(columns)] for row in table], pictures))
     if samples := _samples(results, rows):
         sections.append(Section(f"{title}: samples", samples=samples, continues=stage == "base"))
     return sections

@@ -215,9 +215,14 @@ class RolloutLoader:
     # ------------------------------------------------------------------------- packing
 
     def _make_batches(self, answers: list[Answer], rewards: torch.Tensor, baseline: float) -> list[RolloutBatch]:
-        """Sort answers by length into micro_batches batches; those that contribute nothing to the update are left out."""
-        advantages = compute_advantages(rewards, self.settings.objective, baseline).flatten().tolist()
-        kept = [(answer, a) for answer, a in zip(answers, advantages, strict=True) if a != 0 or self.settings.kl_weight > 0]
+        """Sort answers by length into micro_batches batches.
+
+        Problems that teach nothing are left out whole: a mere answer, at its group's mean, counts in the loss's denominator.
+        """
+        advantages = compute_advantages(rewards, self.settings.objective, baseline)
+        teaches = (advantages != 0).any(dim=1, keepdim=True).expand_as(advantages).flatten().tolist()
+        rows = zip(answers, advantages.flatten().tolist(), teaches, strict=True)
+        kept = [(answer, a) for answer, a, taught in rows if taught or self.settings.kl_weight > 0]
         kept.sort(key=lambda pair: pair[0].length)
         bounds = [len(kept) * i // self.micro_batches for i in range(self.micro_batches + 1)]
         return [self._pack(kept[start:end]) for start, end in zip(bounds, bounds[1:], strict=False)]

@@ -179,7 +179,7 @@ class SettingsParser(argparse.ArgumentParser):
     def _read(self, path: Path) -> dict[argparse.Action, Any]:
         """The flags that a file gives, with their values. Raises NanochatError."""
         try:
-            content = tomllib.loads(path.read_text(encoding="utf-8"))
+            content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
         except OSError as error:
             raise NanochatError(f"--config {path} cannot be read ({error.strerror}): check the path") from error
         except (ValueError, RecursionError) as error:  # also for numbers with thousands of digits, or deep nesting

@@ -9,9 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError, get_base_dir, print0, run_command
 from nanochat.core_eval import NUM_TASKS, NanochatScorer, Scorer, evaluate_core, find_bundle
@@ -29,6 +26,7 @@ from nanochat.runs import get_stage_dir
 from nanochat.samples import continue_openings
 from nanochat.scores import core_table, describe_mean
 from nanochat.settings import Arguments, SettingsParser, add_device_argument
+from nanochat.tables import print_table
 from nanochat.tokenizer import Tokenizer
 
 KINDS = ("core", "bpb", "sample")
@@ -165,22 +163,15 @@ def run_core(scorer: Scorer, bundle: Path | None, max_per_task: int, folder: Pat
 
 
 def show(results: dict[str, Any]) -> None:
-    console = Console()
     if "core" in results:
         core = results["core"]
-        table = Table("task", "accuracy", "95% interval", "centred", "questions")
-        for row in core_table(core):
-            table.add_row(*row)
-        console.print(table)
+        print_table(["task", "accuracy", "95% interval", "centred", "questions"], core_table(core))
         if core["missing"]:
-            console.print(f"without data: {', '.join(core['missing'])}")
+            print(f"without data: {', '.join(core['missing'])}")
         value, interval = describe_mean(core)
-        console.print(f"{core['name']}: {value} ({interval}), the mean over {len(core['tasks'])} of {NUM_TASKS} tasks")
+        print(f"{core['name']}: {value} ({interval}), the mean over {len(core['tasks'])} of {NUM_TASKS} tasks")
     if "bpb" in results:
-        table = Table("split", "bits per byte")
-        for split, value in results["bpb"].items():
-            table.add_row(split, f"{value:.4f}")
-        console.print(table)
+        print_table(["split", "bits per byte"], [[split, f"{value:.4f}"] for split, value in results["bpb"].items()])
     for sample in results.get("samples", []):
         print(f"{sample['prompt']!r} -> {sample['text']!r}")
 

@@ -11,9 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 from nanochat.chat_eval import CHATCORE_TASKS, Answering, TaskResult, chatcore, evaluate_task
 from nanochat.chosen_model import add_checkpoint_arguments, load_chosen_model
 from nanochat.common import NanochatError, run_command
@@ -26,6 +23,7 @@ from nanochat.runs import get_stage_dir
 from nanochat.sampling import SamplingParams
 from nanochat.scores import describe_interval, describe_mean, describe_pass_at
 from nanochat.settings import Arguments, SettingsParser, add_device_argument, add_sampling_arguments
+from nanochat.tables import print_table
 from tasks import build_judged_task, judged_tasks, task_class, task_name
 from tasks.common import Task
 
@@ -132,19 +130,21 @@ def collect_tasks(names: str | None, data_dir: Path | None) -> tuple[dict[str, T
 
 
 def show(results: dict[str, TaskResult], mean: dict | None, missing: dict[str, str]) -> None:
-    console = Console()
-    table = Table("task", "accuracy", "95% interval", "problems", "pass@k", "truncated")
+    columns = ["task", "accuracy", "95% interval", "problems", "pass@k", "prompts shortened", "answers cut"]
+    rows = []
     for name, result in results.items():
-        interval = describe_interval(result.as_dict())
-        passed = describe_pass_at(result.pass_at)
-        table.add_row(name, f"{result.accuracy:.1%}", interval, str(result.n), passed, str(result.truncated or ""))
-    console.print(table)
+        interval, passed = describe_interval(result.as_dict()), describe_pass_at(result.pass_at)
+        rows.append([name, f"{result.accuracy:.1%}", interval, f"{result.n:,}", passed,
+                     f"{result.truncated or ''}", f"{result.unfinished or ''}"])  # fmt: skip
+    print_table(columns, rows)
+    if any(result.unfinished for result in results.values()):
+        print("answers cut: they reached --max-new-tokens and were judged as far as they went; give more if they need it")
     for name, reason in missing.items():
-        console.print(f"left out: {name}: {reason}", markup=False)
+        print(f"left out: {name}: {reason}")
     if mean is not None:
         over = f"the mean over {mean['tasks']} of {len(CHATCORE_TASKS)} tasks, each 0 for guessing"
         value, interval = describe_mean(mean)
-        console.print(f"{mean['name']}: {value} ({interval}), {over}")
+        print(f"{mean['name']}: {value} ({interval}), {over}")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
 
 from nanochat.common import NanochatError, run_command
 from nanochat.eval_results import read_eval
@@ -30,6 +28,7 @@ from nanochat.runs import SETTINGS_FILE, STAGE_TITLES, STAGES, begun_stages, fin
 from nanochat.same_run import WORK_SETTINGS
 from nanochat.scores import centered
 from nanochat.settings import Arguments, SettingsParser
+from nanochat.tables import print_table
 
 AXES = {"steps": "step", "time": "minutes of training"} | {x: quantity(f"train/{x}").title for x in ("tokens", "flops")}
 # Settings that say nothing about training, or nothing to a reader.
@@ -74,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
     ]
     tables = [table for table in tables if table.rows]
     for table in tables:
-        show(table)
+        print_table(table.columns, table.rows, table.title)
     sections = [Section(f"{STAGE_TITLES[args.stage]}: curves", pictures=draw_curves(runs, args.x)), *draw_scores(runs)]
     context = {
         "title": f"nanochat: {', '.join(run.name for run in runs)}", "made": time.strftime("%Y-%m-%d %H:%M"),
@@ -105,6 +104,9 @@ def final_numbers(runs: list[Run]) -> list[list[str]]:
     def last(name: str) -> Callable[[Run], str]:
         return lambda run: quantity(name).show(run.values(name)[-1])
 
+    def most(name: str) -> Callable[[Run], str]:
+        return lambda run: quantity(name).show(max(run.values(name)))
+
     def median(name: str) -> Callable[[Run], str]:
         return lambda run: quantity(name).show(statistics.median(run.values(name)))
 
@@ -124,7 +126,8 @@ def final_numbers(runs: list[Run]) -> list[list[str]]:
         "pass@1": last("val/pass@1"),
         "tokens/s, median": median("train/tok_per_s"),
         "MFU, median": median("train/mfu"),
-        "most memory": last("train/peak_memory_mb"),
+        "most memory": most("train/peak_memory_mb"),
+        "evaluated at step": lambda run: f"{run.results['step']:,}",
         "evaluated bits per byte": lambda run: f"{run.results['bpb']['val']:.4f}",
         "CORE": lambda run: f"{_core_by_name(run)['core_metric']:.4f}",
         "CORE, some tasks": lambda run: f"{_core_by_name(run)['core_partial']:.4f}",
@@ -159,16 +162,6 @@ def differing_settings(runs: list[Run]) -> list[list[str]]:
         for key in ordered
     ]
     return [row for row in rows if len(set(row[1:])) > 1]
-
-
-def show(table: Section) -> None:
-    """Print a table on the terminal."""
-    drawn = Table(box=None, pad_edge=False)
-    for i, column in enumerate(table.columns):
-        drawn.add_column(column, justify="right" if i else "left", overflow="fold")
-    for row in table.rows:
-        drawn.add_row(*row)
-    Console(highlight=False, markup=False).print(table.title, drawn, "", sep="\n")
 
 
 # ----------------------------------------------------------------------------- pictures

@@ -15,8 +15,6 @@ from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from nanochat.chosen_model import add_checkpoint_arguments, load_chosen_model
 from nanochat.common import NanochatError, run_command
@@ -29,6 +27,7 @@ from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Scheduler
 from nanochat.sequence import Sequence
 from nanochat.settings import Arguments, SettingsParser, add_device_argument, add_sampling_arguments
+from nanochat.tables import print_table
 
 
 def parse_arguments(argv: list[str] | None) -> Arguments:
@@ -172,16 +171,14 @@ def _memory_bytes(device: torch.device) -> int:
 def show(report: dict[str, Any]) -> None:
     compiled = f"compiled in {report['compile_s']} s" if report["compiled"] else "not compiled"
     print(f"{report['model']}: {report['device']}, {report['dtype']}, weights {report['weights']}, {compiled}")
-    table = Table()
-    headings = ("batch size", "first token", "each token", "tokens/s", "memory", "MBU")
-    for heading in headings:
-        table.add_column(heading, justify="right")
-    for row in report["results"]:
-        table.add_row(
+    rows = [
+        [
             str(row["batch_size"]), f"{row['ttft_ms']:.1f} ms", f"{row['ms_per_token']:.2f} ms",
             f"{row['tokens_per_s']:,.0f}", f"{row['memory_mb']:,.0f} MB", f"{row['mbu']:.0%}",
-        )  # fmt: skip
-    Console().print(table)
+        ]
+        for row in report["results"]
+    ]  # fmt: skip
+    print_table(["batch size", "first token", "each token", "tokens/s", "memory", "MBU"], rows)
 
 
 if __name__ == "__main__":

@@ -12,12 +12,11 @@ import tempfile
 from pathlib import Path
 
 import tiktoken
-from rich.console import Console
-from rich.table import Table
 
 from nanochat.common import run_command
 from nanochat.dataset import get_source
 from nanochat.settings import SettingsParser
+from nanochat.tables import print_table
 from nanochat.tokenizer import encode_ordinary, get_tokenizer
 
 OPENAI = "https://openaipublic.blob.core.windows.net/"
@@ -79,9 +78,7 @@ def main(argv: list[str] | None = None) -> int:
         fetch = f"python -c \"import tiktoken; tiktoken.get_encoding('{key}')\""
         print(f"{name} is not compared, since its vocabulary is not in tiktoken's cache: {fetch} fetches it")
 
-    table = Table("text")
-    for column in ("bytes", "ours", *(f"{name} ({peer.n_vocab:,})" for name, peer in peers.items())):
-        table.add_column(column, justify="right")
+    rows = []
     for name, documents in texts.items():
         if not documents:
             print(f"{name} is empty: left out")
@@ -92,9 +89,9 @@ def main(argv: list[str] | None = None) -> int:
             raise AssertionError(f"{name}: decoding does not give the text back")
         counts = [sum(map(len, ours))]
         counts += [sum(len(encode_ordinary(peer, text)) for text in documents) for peer in peers.values()]
-        table.add_row(name, f"{size:,}", *(f"{size / count:.3f}" for count in counts))
-    print(f"bytes per token (vocabulary {tokenizer.get_vocab_size():,})")  # a title of the table would be wrapped at its width
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+        rows.append([name, f"{size:,}", *(f"{size / count:.3f}" for count in counts)])
+    theirs = (f"{name} ({peer.n_vocab:,})" for name, peer in peers.items())
+    print_table(["text", "bytes", "ours", *theirs], rows, f"bytes per token (vocabulary {tokenizer.get_vocab_size():,})")
     return 0
 
 

@@ -100,4 +100,6 @@ def build_mixture(spec: str, split: str, data_dir: Path | None = None) -> TaskMi
         tasks += [task] * (int(times or 1) if split == "train" else 1)
     if not tasks:
         raise NanochatError("--tasks names no task: give at least one")
+    if not any(map(len, tasks)):
+        raise NanochatError(f"--tasks {spec[:100]} has no conversation for the split {split}: give more, or other tasks")
     return TaskMixture(tasks)

@@ -120,7 +120,7 @@ class GeneratedTask(Task):
 
 
 class TaskSequence(Task):
-    """One task after the other: a curriculum."""
+    """One task after the other. Training shuffles whatever it is given."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
         super().__init__()

@@ -75,11 +75,18 @@ def test_pass_at_k_is_the_mean_best_of_all_draws(n: int, data: st.DataObject) ->
     ],
 )
 def test_a_judge_that_fails_is_named(
-    engine: Engine, judge: Callable[..., float], message: str, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, judge: Callable[..., float], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LongAnswers, "evaluate", judge)
-    with pytest.raises(NanochatError, match=message):
-        evaluate_task(engine, LongAnswers(), 2, 8, Answering(max_tokens=4))
+    """Answers take long: those that it could not judge are kept for a better one."""
+    how, path = Answering(max_tokens=4), tmp_path / "rows.jsonl"
+    whole = evaluate_task(engine, LongAnswers(), 2, 8, how)
+    with monkeypatch.context() as patch:
+        patch.setattr(LongAnswers, "evaluate", judge)
+        for _ in range(2):  # the second time it fails on answers that were kept
+            with pytest.raises(NanochatError, match=message):
+                evaluate_task(engine, LongAnswers(), 2, 8, how, path)
+    monkeypatch.setattr(engine, "run", None)
+    assert evaluate_task(engine, LongAnswers(), 2, 8, how, path) == whole
 
 
 def test_intervals_hold_their_share_and_shrink() -> None:
@@ -213,8 +220,11 @@ def test_long_prompts_lose_their_beginning_and_are_counted(engine: Engine) -> No
 
 
 def test_a_model_that_never_stops_ends_at_its_limit(engine: Engine) -> None:
+    engine.scheduler.stop_ids = set(range(engine.model.config.vocab_size))
+    assert evaluate_task(engine, LongAnswers(), 2, 8, Answering(max_tokens=7)).unfinished == 0
     engine.scheduler.stop_ids = set()
-    result = evaluate_task(engine, LongAnswers(), 2, 8, Answering(max_tokens=7))
+    result = evaluate_task(engine, LongAnswers(), 2, 8, Answering(2, max_tokens=7, temperature=1.0))
+    assert result.unfinished == 2 * 2  # samples of each problem
     assert all(0 < len(engine.tokenizer.encode(e["answer"])) <= 3 * 7 for e in result.examples)
     assert engine.scheduler.is_idle
 

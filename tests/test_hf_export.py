@@ -95,6 +95,20 @@ def test_what_an_export_cannot_say_is_refused(tokenizer: Tokenizer, tmp_path: Pa
     assert not (tmp_path / "export").exists()
 
 
+def test_more_tokens_get_rows_in_every_table(custom: Path, tmp_path: Path) -> None:
+    """As when others add tokens for their fine-tuning: old texts have the same logits, new ones work, also loaded again."""
+    model = load(custom)
+    size = model.config.vocab_size
+    ids = some_ids(2, 9, size)
+    with torch.no_grad():
+        before = model(ids).logits
+        model.resize_token_embeddings(size + 3)
+        torch.testing.assert_close(model(ids).logits[..., :size], before)
+        assert model(ids + 3).logits.shape == (2, 9, size + 3)
+        model.save_pretrained(tmp_path / "resized")
+        torch.testing.assert_close(load(tmp_path / "resized")(ids + 3).logits, model(ids + 3).logits)
+
+
 # ----------------------------------------------------------------------------- logits
 
 

@@ -19,6 +19,7 @@ from nanochat.engine import Engine
 from nanochat.gpt import GPT
 from nanochat.hf.export import export, push
 from nanochat.hf.load import check_chat_template, import_run, load_hf
+from nanochat.hf.tokenizer_json import from_tokenizer_json
 from nanochat.hf.weights import NORM_EPS
 from nanochat.runs import list_steps
 from nanochat.sampling import SamplingParams
@@ -384,6 +385,25 @@ def test_merges_in_another_order_are_refused(exported: tuple[GPT, Path]) -> None
     change(path, model=content["model"])
     with pytest.raises(NanochatError, match="merges are in another order"):
         load_hf(str(exported[1]), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"normalizer": {"type": "Lowercase"}}, "changes text before it splits it"),
+        ({"behavior": "Removed"}, "what lies between the pieces"),
+        ({"invert": True}, "what lies between the pieces"),
+    ],
+)
+def test_a_tokenizer_that_would_give_other_ids_is_refused(
+    exported: tuple[GPT, Path], changed: dict[str, Any], reason: str
+) -> None:
+    path = exported[1] / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    (content if "normalizer" in changed else content["pre_tokenizer"]["pretokenizers"][0]).update(changed)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(NanochatError, match=reason):
+        from_tokenizer_json(path)
 
 
 def test_a_missing_file_is_named(exported: tuple[GPT, Path]) -> None:

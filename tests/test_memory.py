@@ -81,6 +81,8 @@ def test_activations_grow_with_rows_and_layers() -> None:
     assert three - two == two - one > one / 2
     assert activation_bytes(deep, 1) == pytest.approx(2 * activation_bytes(small, 1), rel=0.2)
     assert activation_bytes(small, 4, recompute=True) < activation_bytes(small, 4) / 2
+    two_wide, three_wide = (activation_bytes(small, rows, dtype=torch.float32) for rows in (2, 3))
+    assert 1.8 < (three_wide - two_wide) / (three - two) <= 2  # norms and losses are float32 in any case
 
 
 def test_each_way_to_save_memory_saves_some() -> None:
@@ -119,4 +121,4 @@ def test_sizes_that_mean_nothing_are_refused(flag: str) -> None:
 
 def test_two_pairs_of_layers_tell_of_all() -> None:
     config = config_for_depth(8, vocab_size=512, sequence_len=256, aspect_ratio=16, head_dim=16)
-    assert memory._kept_bytes(config, 2) == memory._count_kept_bytes(config, 2)
+    assert memory._kept_bytes(config, 2, torch.bfloat16) == memory._count_kept_bytes(config, 2, torch.bfloat16)

@@ -16,10 +16,11 @@ import pytest
 from nanochat import report
 from nanochat.common import NanochatError
 from nanochat.eval_results import merge_eval, read_eval
-from nanochat.metrics import read_metrics
+from nanochat.files import append_json_lines
+from nanochat.metrics import read_metrics, series
 from nanochat.plots import Bar, Curve, Panel, Shares, draw_bars, draw_panel, draw_shares, save_png, to_svg
 from nanochat.progress import Progress, _Console, format_seconds
-from nanochat.quantities import describe_line
+from nanochat.quantities import describe_line, quantity
 from nanochat.report import count_parts, evaluation_table, make_panels, settings_table, write_report
 from scripts import chat_rl
 from tests.helpers import make_model
@@ -124,6 +125,22 @@ def test_evaluations_of_one_step_are_gathered_and_of_another_dropped(tmp_path: P
     assert merged["bpb"] == {"val": 2.0}
     merge_eval(tmp_path, 6, {"bpb": {"val": 1.0}})
     assert json.loads((tmp_path / "eval.json").read_text(encoding="utf-8")) == {"step": 6, "bpb": {"val": 1.0}}
+
+
+def test_results_of_an_earlier_step_say_so(quick_pictures: None, tiny_run: Path) -> None:
+    """A run goes on after it was measured: its numbers at the top are the newest."""
+    core = {"name": "core_partial", "value": 0.1, "low": 0.0, "high": 0.2, "tasks": {}, "missing": []}
+    merge_eval(tiny_run / "base", 6, {"bpb": {"val": 1.2345}, "core": core})
+    page = _Page(write_report(tiny_run)[1].read_text(encoding="utf-8")).text
+    assert "1.2345" in page and "at step" not in page
+    metrics = tiny_run / "base" / "metrics.jsonl"
+    memory = max(series(read_metrics(metrics), "train/peak_memory_mb")[1])
+    update = {"train/loss": 2.0, "train/peak_memory_mb": 1.0}
+    append_json_lines(metrics, [{"step": 7, "time_s": 9.0, **numbers} for numbers in (update, {"val/bpb": 1.1})])
+    page = _Page(write_report(tiny_run)[1].read_text(encoding="utf-8")).text
+    assert "validation bits per byte1.1000" in re.sub(r"\s*\n\s*", "", page)
+    assert "CORE, some tasks at step 6" in page and "Pretraining: evaluation at step 6" in page
+    assert quantity("train/peak_memory_mb").show(memory) in page
 
 
 def test_evaluations_are_of_the_weights_that_are_there(tiny_run: Path) -> None:

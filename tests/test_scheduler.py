@@ -177,6 +177,19 @@ def test_a_text_that_runs_while_weights_change_shares_nothing_afterwards(engine:
     assert after.cached_tokens == 0
 
 
+def test_weights_that_changed_share_nothing_with_the_old(engine: Engine) -> None:
+    prompt = list(range(40))
+    before = engine.complete([prompt], SamplingParams(0, max_tokens=8))[0].tokens
+    with torch.no_grad():
+        for parameter in engine.model.parameters():
+            parameter.mul_(-0.5)
+    engine.forget()
+    after = engine.complete([prompt], SamplingParams(0, max_tokens=8))[0]
+    assert after.cached_tokens == 0
+    assert after.tokens == Engine(engine.model, engine.tokenizer).complete([prompt], SamplingParams(0, max_tokens=8))[0].tokens
+    assert after.tokens != before
+
+
 def test_a_prompt_is_computed_by_one_set_of_weights(engine: Engine) -> None:
     """Those after the change, if they change between two of its chunks; log-probabilities of it are not doubled."""
 

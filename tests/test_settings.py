@@ -23,6 +23,11 @@ def parse(main_module, content: str, folder: Path, *flags: str) -> dict:
     return vars(main_module.parse_arguments([f"--config={path}", *flags]))
 
 
+def test_a_mark_at_the_beginning_of_a_file_is_passed_over(tmp_path: Path) -> None:
+    """Some editors on Windows write one."""
+    assert parse(base_train, "\ufeffdepth = 4", tmp_path)["depth"] == 4
+
+
 def test_a_file_means_what_its_flags_mean(tmp_path: Path) -> None:
     content = """
         depth = 4

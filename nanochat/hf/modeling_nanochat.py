@@ -8,7 +8,7 @@ and no learned norm weights, an untied head with soft-capped logits. The same nu
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -135,6 +135,16 @@ class NanochatPreTrainedModel(PreTrainedModel):
         if isinstance(module, NanochatModel):
             nn.init.constant_(module.resid_lambdas, 1.0)
             nn.init.constant_(module.x0_lambdas, 0.1)
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As everywhere in transformers; value embeddings too have a row for each token."""
+        embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        tables = cast(NanochatModel, self.base_model).value_embeds
+        for layer, table in tables.items():
+            tables[layer] = self._get_resized_embeddings(table, embedding.num_embeddings, mean_resizing=mean_resizing)
+        return embedding
 
 
 class NanochatModel(NanochatPreTrainedModel):

@@ -15,6 +15,7 @@ from nanochat.common import NanochatError
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 GUARD = "\ufdd0"  # a noncharacter, in chat_template.jinja: before "|", it keeps what spells a special token from being one
+NORMALIZER = {"type": "Replace", "pattern": {"String": GUARD + "|"}, "content": "|"}
 
 
 def _byte_characters() -> list[str]:
@@ -44,7 +45,7 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": [{"id": i, "content": name, **flags} for name, i in tokenizer.special_ids.items()],
-        "normalizer": {"type": "Replace", "pattern": {"String": GUARD + "|"}, "content": "|"},
+        "normalizer": NORMALIZER,
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [
@@ -88,6 +89,8 @@ def from_tokenizer_json(path: Path) -> Tokenizer:
             raise ValueError(f"its special tokens are not {' '.join(SPECIAL_TOKENS)}, behind the ordinary ones")
         tokens = [bytes(BYTES[character] for character in by_id[i]) for i in range(len(by_id))]
         _check_merges(model["merges"], model["vocab"])
+        if content.get("normalizer") not in (None, NORMALIZER):
+            raise ValueError("it changes text before it splits it (its normalizer)")
         return Tokenizer(tokens, _split_pattern(content["pre_tokenizer"]))
     except OSError as error:
         raise NanochatError(f"{path} cannot be read ({error.strerror}): a model needs its tokenizer.json") from error
@@ -109,4 +112,6 @@ def _split_pattern(pre_tokenizer: dict[str, Any]) -> str:
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     if [step["type"] for step in steps] != ["Split", "ByteLevel"] or steps[1]["add_prefix_space"] or steps[1]["use_regex"]:
         raise ValueError("it does not split text by one pattern and then into bytes")
+    if steps[0]["behavior"] != "Isolated" or steps[0]["invert"]:
+        raise ValueError("its pattern is for what lies between the pieces")
     return steps[0]["pattern"]["Regex"]
