@@ -82,7 +82,7 @@ def test_activations_grow_with_rows_and_layers() -> None:
     assert activation_bytes(deep, 1) == pytest.approx(2 * activation_bytes(small, 1), rel=0.2)
     assert activation_bytes(small, 4, recompute=True) < activation_bytes(small, 4) / 2
     two_wide, three_wide = (activation_bytes(small, rows, dtype=torch.float32) for rows in (2, 3))
-    assert 1.8 < (three_wide - two_wide) / (three - two) <= 2  # norms and losses are float32 in any case
+    assert 1.5 < (three_wide - two_wide) / (three - two) < 2  # some is float32 in any case
 
 
 def test_each_way_to_save_memory_saves_some() -> None:

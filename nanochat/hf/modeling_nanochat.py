@@ -142,7 +142,7 @@ class NanochatPreTrainedModel(PreTrainedModel):
         """As everywhere in transformers; value embeddings too have a row for each token."""
         embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         tables = cast(NanochatModel, self.base_model).value_embeds
-        for layer, table in tables.items():
+        for layer, table in cast("dict[str, nn.Embedding]", tables).items():
             tables[layer] = self._get_resized_embeddings(table, embedding.num_embeddings, mean_resizing=mean_resizing)
         return embedding
 
