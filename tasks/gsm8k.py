@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from nanochat.tools import use_calculator
 from tasks.common import Conversation, RowTask, load_rows
 
 NUM_VAL = 473  # questions held out at the end of the training split (at most a tenth of it)
@@ -37,7 +38,8 @@ class GSM8K(RowTask):
                 parts.append({"type": "text", "text": text})
             if expression is not None and result is not None:
                 parts.append({"type": "python", "text": expression})
-                parts.append({"type": "python_output", "text": result})
+                said = use_calculator(expression)  # not 144.00 or a rounded number, but what a call will show
+                parts.append({"type": "python_output", "text": result if said is None else said})
         messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": parts}]
         return {"messages": messages, "answer": answer}
 

@@ -205,16 +205,14 @@ def test_real_tasks_from_the_local_layout(real_data: Path, tokenizer: Tokenizer)
 
 def test_real_gsm8k_calls_are_what_the_calculator_says(real_data: Path) -> None:
     task = build_task("GSM8K", "train", real_data / "tasks")
-    right = total = 0
+    total = 0
     for i in range(300):
         parts = task[i]["messages"][-1]["content"]
         for call, output in zip(parts, parts[1:], strict=False):
             if call["type"] == "python":
-                assert output["type"] == "python_output"
+                assert output == {"type": "python_output", "text": use_calculator(call["text"])}
                 total += 1
-                right += use_calculator(call["text"]) == output["text"].lstrip("0") or False
     assert total > 500
-    assert right / total > 0.9
 
 
 def test_no_training_task_reads_a_test_file(real_data: Path) -> None:
