@@ -5,14 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tasks.common import Conversation, RowTask, evaluate_letter, load_rows, multiple_choice
+from tasks.common import Conversation, LetterTask, load_rows, multiple_choice
 
 
-class ARC(RowTask):
+class ARC(LetterTask):
     """subset: "ARC-Easy" or "ARC-Challenge"."""
-
-    eval_type = "categorical"
-    baseline = 0.25
 
     def __init__(self, split: str, data_dir: Path | None = None, subset: str = "ARC-Easy", **slicing: int) -> None:
         super().__init__(**slicing)
@@ -29,6 +26,3 @@ class ARC(RowTask):
             return multiple_choice(row["query"].removeprefix("Question: "), row["choices"], row["gold"])
         labels = list(row["choices"]["label"])
         return multiple_choice(row["question"], list(row["choices"]["text"]), labels.index(row["answerKey"]))
-
-    def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        return evaluate_letter(conversation, completion)

@@ -174,10 +174,16 @@ def multiple_choice(question: str, choices: Sequence[str], answer: int) -> Conve
     return {"messages": messages, "letters": letters}
 
 
-def evaluate_letter(conversation: Conversation, completion: str) -> bool:
-    """Whether a completion begins with the letter of the reference answer, and not with a word that begins with it."""
-    letter = conversation["messages"][-1]["content"]
-    return re.match(rf"\s*{re.escape(letter)}(?!\w)", completion) is not None
+class LetterTask(RowTask):
+    """A task of questions with four choices, each a `multiple_choice`."""
+
+    eval_type = "categorical"
+    baseline = 0.25
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether a completion begins with the letter of the reference answer, and not with a word that begins with it."""
+        letter = conversation["messages"][-1]["content"]
+        return re.match(rf"\s*{re.escape(letter)}(?!\w)", completion) is not None
 
 
 # ----------------------------------------------------------------------------- rows from a folder or the hub

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tasks.common import Conversation, RowTask, evaluate_letter, load_rows, multiple_choice
+from tasks.common import Conversation, LetterTask, load_rows, multiple_choice
 
 # split: (subset on the hub, split on the hub, local files in order of preference)
 SPLITS = {
@@ -15,11 +15,8 @@ SPLITS = {
 }
 
 
-class MMLU(RowTask):
+class MMLU(LetterTask):
     """Trained on the auxiliary split, measured on the test split."""
-
-    eval_type = "categorical"
-    baseline = 0.25
 
     def __init__(self, split: str, data_dir: Path | None = None, **slicing: int) -> None:
         super().__init__(**slicing)
@@ -33,6 +30,3 @@ class MMLU(RowTask):
     def convert(row: dict[str, Any]) -> Conversation:
         row = row.get("train", row)  # the auxiliary split wraps its rows once more
         return {**multiple_choice(row["question"], row["choices"], row["answer"]), "subject": row["subject"]}
-
-    def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        return evaluate_letter(conversation, completion)

@@ -17,7 +17,7 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.tools import use_calculator
 from tasks import TASKS, build_mixture, build_task, judged_tasks, task_name
 from tasks.arithmetic import Arithmetic
-from tasks.common import Task, TaskMixture, TaskSequence, evaluate_letter, load_rows, multiple_choice, render_mc
+from tasks.common import LetterTask, Task, TaskMixture, TaskSequence, load_rows, multiple_choice, render_mc
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import extract_answer
 from tasks.humaneval import build_program
@@ -248,10 +248,17 @@ def test_what_the_calculator_says_is_no_answer_yet() -> None:
 
 
 def test_a_letter_is_no_word_that_begins_with_it() -> None:
-    problem = multiple_choice("Which?", ["this", "that"], 1)
+    class Quiz(LetterTask):
+        rows = ({},)
+
+        @staticmethod
+        def convert(row: dict) -> dict:
+            return multiple_choice("Which?", ["this", "that"], 1)
+
+    quiz = Quiz()
     right, wrong = ("B", " B\n", "B.", "B) that"), ("Because I think so", "A", "", "b", "the answer is B")
-    assert all(evaluate_letter(problem, said) for said in right)
-    assert not any(evaluate_letter(problem, said) for said in wrong)
+    assert all(quiz.evaluate(quiz[0], said) for said in right)
+    assert not any(quiz.evaluate(quiz[0], said) for said in wrong)
 
 
 @pytest.mark.parametrize("fence", ["```", "```python", "```py", "```Python", "``` python3", "```python\r"])
