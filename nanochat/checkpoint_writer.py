@@ -16,7 +16,9 @@ from typing import Any
 import torch
 
 from nanochat.checkpoint_manager import BEST_FILE, prune, save_checkpoint
-from nanochat.files import atomic_write
+from nanochat.common import NanochatError
+from nanochat.files import atomic_write, read_json
+from nanochat.ranks import on_rank0
 
 State = dict[str, torch.Tensor]
 
@@ -96,15 +98,27 @@ class Best:
             self.record, self._before = {"step": step, "value": value}, self.record
             self._write()
 
-    def load(self, record: dict[str, Any]) -> None:
-        """Continue from this record. The file may name a later step, of an abandoned attempt."""
+    def load(self, record: dict[str, Any], step: int) -> None:
+        """Continue from the record that the checkpoint of `step` holds, or from the file's where that is better (a collective
+        call). Only the file knows how that checkpoint was evaluated once it was saved; but it may name a later one, of an
+        abandoned attempt."""
         self.record = record
+        match on_rank0(self._read):
+            case {"step": int(saved), self.name: int() | float()} as found if saved <= step:
+                self.note(saved, found)
         self._write()
 
     def fall_back(self, steps: list[int]) -> None:
         """Go back to the previous best, or to none, if the best is not among the steps on disk."""
         if self.record and self.step not in steps:
-            self.load(self._before if self._before.get("step") in steps else {})
+            self.record = self._before if self._before.get("step") in steps else {}
+            self._write()
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return read_json(self.path)
+        except NanochatError:  # damaged: then the checkpoint's own record is all that is known
+            return {}
 
     def _write(self) -> None:
         if not self.is_writer:

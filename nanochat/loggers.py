@@ -73,14 +73,14 @@ class WandbLogger:
 
 
 class TensorBoardLogger:
-    """Event files in `tensorboard/` of the stage. A resumed run hides what was written after the step it resumes from."""
+    """Event files in `tensorboard/` of the stage. A run hides what was written there after the step that it goes on from."""
 
     package: ClassVar[str | None] = "tensorboard"
 
     def __init__(self, run: LoggedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        purge_step = None if run.resume_step is None else run.resume_step + 1
+        purge_step = 0 if run.resume_step is None else run.resume_step + 1  # a start that never got far may have left some
         self._writer = SummaryWriter(str(run.stage_dir / "tensorboard"), purge_step=purge_step)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -117,7 +117,10 @@ LOGGERS: dict[str, type[Logger]] = {"wandb": WandbLogger, "tensorboard": TensorB
 def check_installed(name: str) -> None:
     """Raise NanochatError if the package of a logger is missing."""
     package = LOGGERS[name].package
-    if package is not None and importlib.util.find_spec(package) is None:
+    if package is None:
+        return
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:  # a mere folder of that name, such as wandb itself makes, has no origin
         raise NanochatError(
             f"{package} is not installed: bash runs/setup.sh {package}, or pip install {package}, or leave out {name}"
         )

@@ -155,8 +155,7 @@ def replay(stage_dir: Path, to: str, run: str = "dummy") -> int:
     """Send what a stage has logged so far to a logger, as a separate run; returns the number of rows."""
     settings = read_json_object(stage_dir / SETTINGS_FILE)
     rows = [(row["step"], _numbers(row)) for row in read_metrics(stage_dir / METRICS_FILE)]
-    purge_all = -1 if to == "tensorboard" else None  # its directory has room for one: what it holds is replaced
-    logger = LOGGERS[to](LoggedRun(stage_dir, _name(run, stage_dir), settings, purge_all))
+    logger = LOGGERS[to](LoggedRun(stage_dir, _name(run, stage_dir), settings))
     for step, numbers in rows:
         if numbers:
             logger.log(step, numbers)

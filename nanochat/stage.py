@@ -133,7 +133,7 @@ def open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Sta
     """
     if not re.fullmatch("auto|none|[0-9]{1,18}", resume):
         raise NanochatError(f"--resume {resume[:50]!r} is neither auto nor none nor a step: give one of these")
-    if resume == "none" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+    if resume == "none" and _restarted_by() == "torchrun":
         raise NanochatError("torchrun started this job again, but it may not go on from a checkpoint: add --resume auto")
     return on_rank0(lambda: _open_stage(name, tag, default_tag, resume))
 
@@ -141,6 +141,11 @@ def open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Sta
 def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Stage:
     if tag is None:
         tag = _free_tag(name, default_tag) if resume == "none" else _newest_untagged(name, default_tag)
+        if resume == "none" and tag != default_tag and _restarted_by() == "Slurm":
+            raise NanochatError(
+                f"Slurm started this job again, and there is a run {default_tag!r}: add --resume auto to go on with what the "
+                "job has done, or --model-tag NAME if it has not begun"
+            )
     directory = get_stage_dir(tag, name)
     step = _step_to_resume(directory, resume)
     if step is not None and (origin := read_meta(directory, step).get("imported")):
@@ -210,9 +215,15 @@ def _newest_untagged(name: str, default_tag: str) -> str:
     return newest
 
 
+def _restarted_by() -> str | None:
+    """What repeats this command because its processes were lost."""
+    counts = {"torchrun": "TORCHELASTIC_RESTART_COUNT", "Slurm": "SLURM_RESTART_COUNT"}
+    return next((who for who, count in counts.items() if int(os.environ.get(count) or 0)), None)
+
+
 def _is_second_start(directory: Path, resume: str) -> bool:
     """Whether torchrun or Slurm is repeating a command that already resumed from step `resume`."""
-    if not any(int(os.environ.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")):
+    if _restarted_by() is None:
         return False
     settings = read_json(directory / SETTINGS_FILE)
     return resume in (settings.get("resume"), str(settings.get("resume_from_step")))

@@ -148,7 +148,7 @@ class Trainer:
         self._saved_step = self.step
         self._loss_scale.load_state_dict(state["loss_scale"])
         self.loader.load_state_dict(state["loader"])
-        self._best.load(state["best"])  # last, because it writes a file
+        self._best.load(state["best"], self.step)  # last, because it writes a file
         self._best.fall_back(list_steps(self.stage_dir))
 
     def save(self, wait: bool = False, loader_state: dict[str, Any] | None = None) -> None:
@@ -178,13 +178,16 @@ class Trainer:
         try:
             states = {MODEL_FILE: self.model.state_dict(), OPTIMIZER_FILE: optimizer_state}
             save_sharded(self.stage_dir, self.step, states, meta)
-            if self.rank == 0 and self.config.keep_last > 0:
-                prune(self.stage_dir, self.step, self.config.keep_last, self._best.step)
+            self._prune()
             self._saved_step = self.step
         except (OSError, NanochatError) as error:
             if wait:
                 raise
             self.progress.print(f"{NOT_SAVED} {describe_error(error)}")
+
+    def _prune(self) -> None:
+        if self.rank == 0 and self.config.keep_last > 0:
+            prune(self.stage_dir, self.step, self.config.keep_last, self._best.step)
 
     def _report_failed_save(self) -> bool:
         """Wait for the checkpoint being written; True if it failed."""
@@ -262,6 +265,7 @@ class Trainer:
             if (last and config.sample_every >= 0) or self._due(config.sample_every):
                 self._sample()
             if last:
+                self._prune()  # the last step may be the best now, in place of an earlier one
                 if any_rank(self._stop.asked):
                     raise KeyboardInterrupt  # all is saved, but the command after this one must not start
                 return

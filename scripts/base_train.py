@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     stage = open_stage("base", args.model_tag, f"d{args.depth}", resume)
 
     # What to train, for how long, in what batches
-    stage.adopt(args, "data", "total_batch_size", *HORIZON, "expand_at")
+    stage.adopt(args, "data", "total_batch_size", *HORIZON, "expand_at", *RATES)
     source, tokenizer = open_text(args, stage)
     model_switches, optimizer_switches = parse_switches(args.switches, GPTConfig, OptimizerSettings)
     OptimizerSettings(**optimizer_switches)  # refuses meaningless values before anything is written

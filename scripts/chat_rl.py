@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     _, rank, _, world_size, device = compute_init(args.device_type, args.seed)
     tag = find_run(args.source, args.model_tag, heir="rl" if args.resume != "none" else None)
     stage = open_stage("rl", tag, tag, args.resume)
-    stage.adopt(args, "task", "task_data", "num_epochs", "num_iterations")
+    stage.adopt(args, "task", "task_data", "num_epochs", "num_iterations", *RATES)
     rollout_settings = RolloutSettings(
         objective=args.objective, examples_per_step=args.examples_per_step, num_samples=args.num_samples,
         max_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, kl_weight=args.kl_weight,

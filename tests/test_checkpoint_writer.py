@@ -87,3 +87,23 @@ def test_the_best_is_known_and_given_up_if_it_was_never_written(tmp_path: Path, 
     assert not path.exists()
     Best(tmp_path, metric, is_writer=False).note(1, {name: 1.0})
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "step"),
+    [
+        ({"step": 8, "val/bpb": 2.0}, 8),  # a checkpoint is written before it is evaluated
+        ({"step": 8, "val/bpb": 4.0}, 4),
+        ({"step": 9, "val/bpb": 2.0}, 4),  # of an abandoned attempt
+        ({"step": 8, "val/other": 2.0}, 4),
+        ({"step": "8", "val/bpb": 2.0}, 4),
+        (None, 4),
+    ],
+)
+def test_a_resumed_run_knows_the_best_of_what_was_evaluated_last(tmp_path: Path, file: dict | None, step: int) -> None:
+    best, path = Best(tmp_path, "-val/bpb", is_writer=True), tmp_path / "best.json"
+    path.write_text("{" if file is None else json.dumps(file), encoding="utf-8")
+    best.load({"step": 4, "value": 3.0}, 8)
+    assert best.step == step and json.loads(path.read_text(encoding="utf-8"))["step"] == step
+    best.fall_back([4, 12])
+    assert best.step == 4

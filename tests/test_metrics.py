@@ -167,6 +167,13 @@ def test_a_logger_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch
         check_installed("file")
 
 
+def test_a_folder_of_a_loggers_name_is_no_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """wandb makes one where it runs."""
+    (tmp_path / "no_such_package").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    test_a_logger_that_is_not_installed_is_named(monkeypatch)
+
+
 # ----------------------------------------------------------------------------- loggers that break
 
 
@@ -245,6 +252,9 @@ def _expect_whole(points: list[tuple[int, float]]) -> None:
 
 @pytest.mark.slow
 def test_tensorboard_shows_a_resumed_run_as_one(tensorboard: None, stage_dir: Path) -> None:
+    log = MetricsLog(stage_dir, SETTINGS, "dummy", ["tensorboard"], rank=0)
+    log.log(_row(50))  # of a start that never reached a checkpoint
+    log.close()
     _train_and_resume(stage_dir, "tensorboard")
     _expect_whole(_read_tensorboard(stage_dir / "tensorboard", "train/loss"))
     assert _read_tensorboard(stage_dir / "tensorboard", "val/bpb") == [(8, 0.5)]

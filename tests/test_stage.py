@@ -46,6 +46,17 @@ def _begin(stage_dir: Path, name: str, step: int) -> None:
     (stage_dir / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
+def test_a_job_that_slurm_repeats_does_not_begin_another_run(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert open_stage("base", None, "d4", "none").tag == "d4"  # it was lost before it had saved anything
+    save_checkpoint(base_dir / "runs" / "d4" / "base", 100, STATE, None, {})
+    with pytest.raises(NanochatError, match="Slurm started this job again, and there is a run 'd4': add --resume auto"):
+        open_stage("base", None, "d4", "none")
+    assert open_stage("base", None, "d4", "auto").resume_step == 100
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    assert open_stage("base", None, "d4", "none").tag == "d4-2"
+
+
 def test_ranks_that_cannot_share_a_batch_are_told_how_many_can(stage_dir: Path) -> None:
     """Not of other batches: a run that goes on keeps its own."""
     save_checkpoint(stage_dir, 400, STATE, None, {"settings": {"total_batch_size": 12 * 64}})

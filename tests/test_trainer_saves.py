@@ -93,6 +93,19 @@ def test_each_evaluation_is_of_a_saved_step(tmp_path: Path) -> None:
     assert list_steps(tmp_path) == [2, 4, 6]
 
 
+def test_the_best_is_kept_where_the_next_evaluation_is_another(tmp_path: Path) -> None:
+    """The last step's result is known after it was saved: it stays the best, and takes the place of the one before."""
+    trainer = make_trainer(tmp_path, best_metric="-x", keep_last=1)
+    trainer.evaluations = [(2, lambda: {"x": float(-trainer.step)})]
+    trainer.train()
+    assert list_steps(tmp_path) == [6]
+    again = make_trainer(tmp_path, best_metric="-x", keep_last=1, num_iterations=8)
+    again.load_state_dict(read_meta(tmp_path, 6)["trainer"])
+    again.evaluations = [(-1, lambda: {"x": 0.0})]
+    again.train()
+    assert list_steps(tmp_path) == [6, 8]
+
+
 def test_a_best_step_that_is_gone_is_not_taken_over(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, best_metric="x", keep_last=1)
     trainer.evaluations = [(2, lambda: {"x": [3.0, 1.0, 2.0][trainer.step // 2 - 1]})]
