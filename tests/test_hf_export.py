@@ -174,6 +174,42 @@ def test_a_batch_with_padding_generates_what_each_row_would(custom: Path) -> Non
         assert row[-8:].tolist() == model.generate(alone, **settings)[0, -8:].tolist()
 
 
+@torch.no_grad()
+def test_a_cache_that_was_cut_is_not_taken_as_it_was(custom: Path) -> None:
+    """Pairs of tokens need the token before: the cut cache does not say which that is, and the caller can."""
+    model, ids = load(custom), some_ids(2, 12, 200)
+    whole = model(ids)
+    cache = getattr(whole, "past_key_values", None) or whole.cache
+    cache.crop(-7)
+    with pytest.raises(ValueError, match="give previous_ids"):
+        model(ids[:, 5:], past_key_values=cache)
+    cut = model(ids[:, 5:], past_key_values=cache, previous_ids=ids[:, 4:-1])
+    torch.testing.assert_close(cut.logits, whole.logits[:, 5:], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="give previous_ids"):
+        model(ids[:1, :1], past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_packed_texts_see_only_themselves(custom: Path, use_cache: bool) -> None:
+    """As collators for training without padding give them: no mask, and positions that begin again."""
+    model, first, second = load(custom), some_ids(1, 9, 200), some_ids(1, 7, 200, seed=1)
+    positions = torch.cat([torch.arange(9), torch.arange(7)])[None]
+    packed = model(torch.cat([first, second], dim=1), position_ids=positions, use_cache=use_cache).logits
+    alone = torch.cat([model(first).logits, model(second).logits], dim=1)
+    torch.testing.assert_close(packed, alone, rtol=0, atol=1e-5)
+
+
+def test_without_a_mask_the_first_token_is_seen(custom: Path, tokenizer: Tokenizer) -> None:
+    """Rows are padded with <|bos|>, which begins every text; also where the caller names one end only."""
+    model, prompt = load(custom), torch.tensor([tokenizer.encode("the cat", prepend="<|bos|>")])
+    how = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": tokenizer.encode_special("<|assistant_end|>")}
+    masks = []
+    model.model.register_forward_pre_hook(lambda module, args: masks.append(args[1]))
+    model.generate(prompt, **how)
+    assert masks and all(mask is None or bool(mask.all()) for mask in masks)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_gradient_is_ours(custom: Path, tokenizer: Tokenizer, checkpointing: bool) -> None:
     ours, theirs = make_model(vocab_size=tokenizer.get_vocab_size()), load(custom).train()

@@ -8,7 +8,7 @@ and no learned norm weights, an untied head with soft-capped logits. The same nu
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn as nn
@@ -36,19 +36,27 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
 
 
-def visible_keys(
-    query_positions: torch.Tensor, num_keys: int, window: int, attention_mask: torch.Tensor | None
-) -> torch.Tensor:
-    """(B or 1, 1, T, num_keys) bool: each token sees itself and the `window` tokens before it, but no padding.
+class Places(NamedTuple):
+    """Where tokens are in their rows, and what of the rows is theirs.
 
-    query_positions: (T,), places in the rows, padding included; attention_mask: (B, tokens so far), 0 for padding.
+    queries: (T,), places in the rows, padding included; attention_mask: (B, tokens so far), 0 for padding, or None;
+    texts: (B, T), the number of each token's text, where rows hold several, or None.
     """
-    distance = query_positions[:, None] - torch.arange(num_keys, device=query_positions.device)
-    visible = ((distance >= 0) & (distance <= window))[None]
-    if attention_mask is not None:
-        real = F.pad(attention_mask.bool(), (0, num_keys - attention_mask.size(1)))  # a static cache is longer than the text
-        visible = visible & real[:, None] | (distance == 0)  # padding sees itself: an empty row would give NaN
-    return visible[:, None]
+
+    queries: torch.Tensor
+    attention_mask: torch.Tensor | None
+    texts: torch.Tensor | None
+
+    def visible_keys(self, num_keys: int, window: int) -> torch.Tensor:
+        """(B or 1, 1, T, num_keys) bool: each token sees itself and the `window` tokens before it, of its text, no padding."""
+        distance = self.queries[:, None] - torch.arange(num_keys, device=self.queries.device)
+        visible = ((distance >= 0) & (distance <= window))[None]
+        if self.texts is not None:  # a static cache is longer than the text, here and below
+            visible = visible & (F.pad(self.texts, (0, num_keys - self.texts.size(1)))[:, None] == self.texts[..., None])
+        if self.attention_mask is not None:
+            real = F.pad(self.attention_mask.bool(), (0, num_keys - self.attention_mask.size(1)))
+            visible = visible & real[:, None] | (distance == 0)  # padding sees itself: an empty row would give NaN
+        return visible[:, None]
 
 
 class NanochatAttention(nn.Module):
@@ -68,8 +76,7 @@ class NanochatAttention(nn.Module):
         x: torch.Tensor,
         value_embedding: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        query_positions: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        places: Places,
         cache: Cache | None,
     ) -> torch.Tensor:
         B, T, C = x.shape
@@ -86,7 +93,7 @@ class NanochatAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
-        mask = visible_keys(query_positions, k.size(2), self.window, attention_mask)
+        mask = places.visible_keys(k.size(2), self.window)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -114,12 +121,11 @@ class NanochatBlock(GradientCheckpointingLayer):
         lambdas: tuple[torch.Tensor, torch.Tensor],
         value_embedding: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        query_positions: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        places: Places,
         cache: Cache | None = None,
     ) -> torch.Tensor:
         x = (lambdas[0] * x + lambdas[1] * x0).to(x.dtype)
-        x = x + self.attn(norm(x), value_embedding, rotary, query_positions, attention_mask, cache)
+        x = x + self.attn(norm(x), value_embedding, rotary, places, cache)
         return x + self.mlp(norm(x))
 
 
@@ -184,6 +190,7 @@ class NanochatModel(NanochatPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """input_ids: (B, T); attention_mask: (B, tokens so far), 0 for padding; previous_ids: see `embed`.
 
+        position_ids: (B or 1, T); where they begin again at 0 in a row without a mask, as in packed rows, another text begins.
         past_key_values: the cache's name in older versions of transformers.
         """
         if input_ids is None:
@@ -197,11 +204,15 @@ class NanochatModel(NanochatPreTrainedModel):
         past = 0 if cache is None else cache.get_seq_length()
         query_positions = past + torch.arange(input_ids.size(1), device=input_ids.device)
         rotary = self.rotary(query_positions[None] if position_ids is None else position_ids)
-        x0 = x = norm(self.embed(input_ids, attention_mask, cache, past, previous_ids))
+        texts = None
+        if position_ids is not None and attention_mask is None and past == 0:
+            texts = (position_ids == 0).cumsum(1)
+        places = Places(query_positions, attention_mask, texts)
+        x0 = x = norm(self.embed(input_ids, places, cache, past, previous_ids))
         for layer, block in enumerate(self.blocks):
             value_embedding = self.value_embeds[str(layer)](input_ids) if str(layer) in self.value_embeds else None
             lambdas = (self.resid_lambdas[layer], self.x0_lambdas[layer])
-            x = block(x, x0, lambdas, value_embedding, rotary, query_positions, attention_mask, cache=cache)
+            x = block(x, x0, lambdas, value_embedding, rotary, places, cache=cache)
         for_later: dict[str, Any] = {CACHE_NAME: cache if use_cache else None}
         return BaseModelOutputWithPast(last_hidden_state=norm(x), **for_later)
 
@@ -215,14 +226,14 @@ class NanochatModel(NanochatPreTrainedModel):
     def embed(
         self,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        places: Places,
         cache: Any,
         past: int,
         previous_ids: torch.Tensor | None,
     ) -> torch.Tensor:
         """(B, T, hidden_size): each token's embedding plus its bigram's.
 
-        cache: a Cache or None; the last tokens that went into it are stored on it as `last_ids`.
+        cache: a Cache or None; the last tokens that went into it, and how many it holds with them, are stored on it.
         previous_ids: (B, T), the token before each; None: the first one follows the last token in the cache. The first token
         of a text counts as its own predecessor.
         """
@@ -230,15 +241,18 @@ class NanochatModel(NanochatPreTrainedModel):
         if self.bigrams is None:
             return x
         if previous_ids is None:
-            first = getattr(cache, "last_ids", None) if past else input_ids[:, :1]
-            if first is None:
-                raise ValueError("this cache was not made by this model: give previous_ids, the token before each")
+            first, length = (input_ids[:, :1], 0) if past == 0 else getattr(cache, "newest", (None, -1))
+            if first is None or length != past or first.size(0) != input_ids.size(0):
+                raise ValueError("this cache was made or changed elsewhere: give previous_ids, the token before each")
             previous_ids = torch.cat([first, input_ids[:, :-1]], dim=1)
-        if attention_mask is not None:
-            follows_text = F.pad(attention_mask.bool(), (1, 0))[:, past : past + input_ids.size(1)]
+        if places.texts is not None:
+            begins = F.pad(places.texts.diff(dim=1), (1, 0)) > 0
+            previous_ids = torch.where(begins, input_ids, previous_ids)
+        if places.attention_mask is not None:
+            follows_text = F.pad(places.attention_mask.bool(), (1, 0))[:, past : past + input_ids.size(1)]
             previous_ids = torch.where(follows_text, previous_ids, input_ids)
         if cache is not None:
-            cache.last_ids = input_ids[:, -1:]
+            cache.newest = input_ids[:, -1:], past + input_ids.size(1)
         previous_ids = previous_ids.long()  # the product does not fit into 32 bits
         return x + self.bigrams((previous_ids * self.config.pair_factor + input_ids) % self.config.bigram_rows)
 
@@ -303,9 +317,13 @@ class NanochatForCausalLM(NanochatPreTrainedModel, GenerationMixin):
             inputs["previous_ids"] = input_ids[:, -new - 1 : -1]
         return inputs
 
+    def _prepare_attention_mask_for_generation(self, inputs_tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Without a mask nothing is padding: <|bos|>, with which rows are padded, also begins every text."""
+        return torch.ones(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
+
     @staticmethod
     def create_masks_for_generate(
         config: NanochatConfig, *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor | None:
-        """The padding mask unchanged: `visible_keys` applies the windows, also with a static cache."""
+        """The padding mask unchanged: `Places` applies the windows, also with a static cache."""
         return attention_mask
