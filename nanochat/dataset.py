@@ -23,27 +23,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import NanochatError, first_line, get_base_dir, print0, run_command, some_of
-from nanochat.document_files import (
-    READERS,
+from nanochat.document_files import READERS, Batches, Document, DocumentFile, RemoteFile
+from nanochat.files import hash_of_sample, read_json_object
+from nanochat.listings import (
+    COMPRESSIONS,
     VAL,
-    Batches,
-    Document,
-    DocumentFile,
     Listing,
-    RemoteFile,
+    hint_at_hub,
     is_of_split,
     is_remote,
     list_local,
     list_remote,
+    report_unread,
     without_scheme,
     without_strangers,
 )
-from nanochat.files import hash_of_sample, read_json_object
 from nanochat.progress import Progress
 from nanochat.settings import SettingsParser
 from nanochat.tokenizer import Tokenizer
 
-FOR_DATA_PREP = (".gz", ".zst")  # kinds of files that often hold text, but that training ignores
 VAL_SHARE = 0.02  # share of the documents, by hash, if no file is named for validation
 FILES_AHEAD = 2  # remote files that are fetched while one is read
 FOOTERS_AT_A_TIME = 16
@@ -238,16 +236,21 @@ class FileSource(Source):
         if not found and not is_remote(path) and os.path.isdir(self.name):
             raise NanochatError(f"--data {path} is a folder without files (hidden ones do not count): put text into it")
         if not found:
-            raise NanochatError(f"--data {path} is neither {', '.join(SOURCES)} nor an existing file, folder or glob")
+            raise NanochatError(
+                f"--data {path} is neither {', '.join(SOURCES)} nor an existing file, folder or glob{hint_at_hub(path)}"
+            )
         names = [name for name in sorted(found) if name.suffix.lower() in READERS]
         files = {name: found[name]() for name in without_strangers(names)}
         if not files and os.path.isfile(self.name):
             raise NanochatError(f"--data {path} is no {', '.join(READERS)} file: convert it to one of these")
+        compressed = [name.as_posix() for name in sorted(found) if name.suffix.lower() in COMPRESSIONS]
+        hint = f"{some_of(compressed)}; scripts.data_prep makes what training reads of it" if compressed else ""
+        report_unread(found)
         if not files:
-            raise NanochatError(f"--data {path} holds no {', '.join(READERS)} file")
+            raise NanochatError(f"--data {path} holds no {', '.join(READERS)} file{hint and ', but ' + hint}")
         _check_prepared(path, found, files)
-        if others := [name.as_posix() for name in sorted(found) if name.suffix.lower() in FOR_DATA_PREP]:
-            print0(f"not read: {some_of(others)}; scripts.data_prep makes what training reads of it")
+        if hint:
+            print0(f"not read: {hint}")
         for file in files.values():
             if file.size == 0:
                 raise NanochatError(f"{file.address} is empty: remove it or fill it")

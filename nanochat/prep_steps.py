@@ -28,11 +28,11 @@ import pyarrow.parquet as pq
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.word_tokenizers import WordTokenizer
-from fsspec.core import url_to_fs
 
 from nanochat.common import NanochatError
 from nanochat.document_files import TOKEN_COLUMN, TOKENIZER_KEY
 from nanochat.files import atomic_write, written_whole
+from nanochat.listings import filesystem_of
 from nanochat.prep_output import Layout, PrepSettings
 from nanochat.raw_files import read_texts
 from nanochat.tokenizer import Tokenizer
@@ -71,7 +71,7 @@ class ReadDocuments(PipelineStep):
         self.address, self.paths, self.column = settings.input, list(settings.inputs), settings.text_column
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        fs = url_to_fs(self.address)[0]
+        fs = filesystem_of(self.address)
         for number in range(rank, len(self.paths), world_size):
             with fs.open(self.paths[number], "rb") as file:
                 for row, text in enumerate(read_texts(file, self.paths[number], self.column)):

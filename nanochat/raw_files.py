@@ -13,28 +13,24 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
 
 from nanochat.common import NanochatError, first_line, print0, some_of
-from nanochat.document_files import (
-    BATCH_ROWS,
-    READERS,
+from nanochat.document_files import BATCH_ROWS, READERS, RemoteFile, cut_into_documents, is_text, parse_line, text_column
+from nanochat.files import not_utf8
+from nanochat.listings import (
+    COMPRESSIONS,
     VAL,
-    RemoteFile,
-    cut_into_documents,
+    filesystem_of,
+    hint_at_hub,
     is_of_split,
     is_remote,
-    is_text,
     list_local,
     list_remote,
-    parse_line,
-    text_column,
+    report_unread,
     without_strangers,
 )
-from nanochat.files import not_utf8
 from nanochat.tokenizer import Tokenizer
 
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 WAY_OUT = "name one with --text-column"
 
 
@@ -97,7 +93,10 @@ def list_inputs(address: str) -> dict[str, int]:
     """
     found = list_remote(address) if is_remote(address) else list_local(address)
     if not found:
-        raise NanochatError(f"--input {address} is no file, nor a folder or glob of files: check the path")
+        raise NanochatError(
+            f"--input {address} is no file, nor a folder or glob of files{hint_at_hub(address)}: check the path"
+        )
+    report_unread(found)
     paths = without_strangers([path for path in sorted(found) if kind_of(path.name)])
     val = [path for path in paths if is_of_split(VAL, path)]
     if 0 < len(val) < len(paths):
@@ -109,6 +108,8 @@ def list_inputs(address: str) -> dict[str, int]:
     files = [found[path]() for path in paths]
     if not files:
         raise NanochatError(f"--input {address} holds no .parquet, .jsonl, .txt or .md file (all but parquet also .gz, .zst)")
+    if empty := [file for file in files if file.size == 0]:
+        raise NanochatError(f"{empty[0].address} is empty: remove it or fill it")
     return {file.shard.path if isinstance(file, RemoteFile) else file.path.absolute().as_posix(): file.size for file in files}
 
 
@@ -116,7 +117,7 @@ def estimate_tokens(
     address: str, inputs: dict[str, int], column: str | None, tokenizer: Tokenizer | None, sample_bytes: int = 4_000_000
 ) -> int:
     """An estimate of the tokens in the files, from the first texts of about eight; without a tokenizer, 4 bytes per token."""
-    fs = url_to_fs(address)[0]
+    fs = filesystem_of(address)
     text_bytes, tokens, token_bytes = 0.0, 0, 0
     sampled = list(inputs)[:: -(-len(inputs) // 8)]
     for path in sampled:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from nanochat.checkpoint_manager import read_meta
 from nanochat.common import NanochatError, print0, some_of
 from nanochat.conversation_loader import fingerprint
-from nanochat.document_files import VAL, is_of_split
+from nanochat.listings import VAL, is_of_split
 from nanochat.runs import STAGES, get_run_dir
 from nanochat.settings import CONFIG_FILE, flag_of
 from nanochat.training_flags import RATES

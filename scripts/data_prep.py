@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.common import NanochatError, run_command
-from nanochat.document_files import finds_below, is_remote
 from nanochat.files import atomic_write
+from nanochat.listings import finds_below, is_remote
 from nanochat.prep_output import MAX_JOBS, Layout, PrepSettings, describe_output, lock_output
 from nanochat.raw_files import estimate_tokens, list_inputs
 from nanochat.settings import Arguments, SettingsParser

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -53,13 +54,15 @@ def test_what_is_hidden_is_no_text(tmp_path: Path) -> None:
     (tmp_path / ".mine" / "linked").symlink_to(tmp_path / ".mine" / ".venv")  # by a name that says it is meant
     assert "linked/lib/c.jsonl" in get_source(str(tmp_path / ".mine")).describe()["files"]
     (tmp_path / ".mine" / "linked").unlink()
-    for address in (str(tmp_path / ".mine"), f"memory://{tmp_path.name}/.mine"):
+    remote = f"memory://{tmp_path.name}/.mine"
+    for address in (str(tmp_path / ".mine"), remote, f"{remote}/**/*.jsonl"):
         if "memory" in address:
             filesystem = fsspec.filesystem("memory")
             for path in (tmp_path / ".mine").rglob("*.jsonl"):
                 filesystem.pipe(f"/{path.relative_to(tmp_path.parent)}", path.read_bytes())
         assert [Path(name).name for name in get_source(address).describe()["files"]] == ["a.jsonl", "b.jsonl"]
         assert [Path(name).name for name in list_inputs(address)] == ["a.jsonl", "b.jsonl"]
+    assert [Path(name).name for name in list_inputs(f"{remote}/.venv/*/*.jsonl")] == ["c.jsonl"]
 
 
 @pytest.mark.parametrize("remote", [False, True])
@@ -89,6 +92,48 @@ def test_a_file_is_read_once_and_what_is_not_is_named(tmp_path: Path, capsys: py
     (tmp_path / "part-2.jsonl.gz").write_bytes(b"x")
     assert [file.name for file in get_source(str(tmp_path)).train_files] == ["part-1.jsonl"]
     assert "not read: part-2.jsonl.gz; scripts.data_prep makes what training reads of it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("read", [get_source, list_inputs])
+def test_text_in_other_forms_is_named(read: Callable[[str], object], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in ("a.jsonl", "b.json", "c.jsonl.bz2", "d.csv", "dataset_infos.json", "picture.png"):
+        _write(tmp_path / "some" / name, DOCUMENTS)
+    read(str(tmp_path / "some"))
+    assert "not read, being of another kind: b.json, c.jsonl.bz2, d.csv; convert to .jsonl" in capsys.readouterr().out
+    (tmp_path / "some" / "e.jsonl").touch()
+    with pytest.raises(NanochatError, match=r"e\.jsonl is empty: remove it or fill it"):
+        read(str(tmp_path / "some"))
+
+
+def test_what_only_data_prep_reads_is_sent_there(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(b"x")
+    with pytest.raises(NanochatError, match=r"holds no .*, but a\.jsonl\.gz; scripts\.data_prep makes what training reads"):
+        get_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("read", [get_source, list_inputs])
+def test_the_name_of_a_data_set_of_the_hub_is_recognized(read: Callable[[str], object]) -> None:
+    with pytest.raises(NanochatError, match=r"given as hf://datasets/HuggingFaceFW/fineweb-edu/\*\*/\*\.parquet"):
+        read("HuggingFaceFW/fineweb-edu")
+    with pytest.raises(NanochatError) as error:
+        read("/no/such/folder")
+    assert "hub" not in str(error.value)
+
+
+def test_colons_in_a_local_path_are_part_of_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """In a remote address they chain file systems."""
+    _write(tmp_path / "we::ird" / "a.jsonl", DOCUMENTS)
+    address = str(tmp_path / "we::ird")
+    assert estimate_tokens(address, list_inputs(address), None, tokenizer) > 100
+
+
+def test_an_archive_of_the_same_size_is_another(tmp_path: Path) -> None:
+    def read(text: str) -> str:
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+            archive.writestr("a.jsonl", json.dumps({"text": text}))
+        return next(iter(get_source(f"zip://a.jsonl::{tmp_path / 'a.zip'}").train_files[0].batches()))[1][0]
+
+    assert [read("old"), read("new")] == ["old", "new"]
 
 
 def test_what_lies_beside_a_data_set_is_left_out_aloud(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
