@@ -6,7 +6,11 @@ Used by trainer.py, whose TrainConfig is a Schedule and more.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,10 @@ class Schedule:
     def expansion_step(self) -> int:
         """The first step at which all blocks learn; a run of two or more updates has at least one such step."""
         return min(round(self.expand_at * self.num_iterations), max(1, self.num_iterations - 1))
+
+    def replanned(self, num_iterations: int, expansion_step: int) -> Self:
+        """The same course over another number of updates, in which the blocks join at this step."""
+        return replace(self, num_iterations=num_iterations, expand_at=expansion_step / num_iterations)
 
     def learning_rate_factor(self, step: int) -> float:
         """The share of the peak learning rate: linear warm-up, constant, linear warm-down to final_lr_frac.

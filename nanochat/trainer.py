@@ -140,8 +140,8 @@ class Trainer:
         """Continue as the trainer that saved this state would have; it may have had another number of ranks."""
         self.step, self.time_s, self.results = state["step"], state["time_s"], state["results"]
         # Blocks that have joined stay, also where the plan has changed since.
-        expand_at = state.get("expansion_step", self.config.expansion_step) / self.config.num_iterations
-        self.config = replace(self.config, expand_at=expand_at)
+        expansion_step = state.get("expansion_step", self.config.expansion_step)
+        self.config = self.config.replanned(self.config.num_iterations, expansion_step)
         # A run that did not count yet has worked as planned.
         self.flops = state.get("flops", self.config.total_batch_size * self._work(self.step))
         self._logged = (self.time_s, self.flops)
@@ -284,8 +284,7 @@ class Trainer:
         planned, updates = self.config.num_iterations, self._time_limit.updates(self.step, self.time_s, self.config)
         if updates == planned:
             return
-        expand_at = self.config.expansion_step / updates  # blocks that have joined stay
-        self.config = replace(self.config, num_iterations=updates, expand_at=expand_at)
+        self.config = self.config.replanned(updates, self.config.expansion_step)
         self.progress.total = updates
         why = "slower than planned" if updates < planned else "faster than planned"
         self.progress.print(f"step {self.step}: {why}; {updates} updates in place of {planned}, to end in time")
