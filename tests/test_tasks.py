@@ -17,7 +17,7 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.tools import use_calculator
 from tasks import TASKS, build_mixture, build_task, judged_tasks, task_name
 from tasks.arithmetic import Arithmetic
-from tasks.common import LetterTask, Task, TaskMixture, TaskSequence, load_rows, multiple_choice, render_mc
+from tasks.common import ArrowRows, LetterTask, Task, TaskMixture, TaskSequence, load_rows, multiple_choice, render_mc
 from tasks.customjson import CustomJSON
 from tasks.gsm8k import extract_answer
 from tasks.humaneval import build_program
@@ -454,6 +454,19 @@ def test_the_last_number_of_an_answer_counts() -> None:
 def test_docs_of_train_and_val_are_of_other_functions() -> None:
     train, val = ({pair[0] for pair in build_task("DocQA", split).pairs} for split in ("train", "val"))
     assert train and val and not train & val
+
+
+def test_rows_of_the_hub_are_not_loaded_into_memory(tmp_path: Path) -> None:
+    """They may be more than there is; what is read of them is theirs, across files and again."""
+    talks = [[{"role": "user", "content": f"{i} " * 2000}, {"role": "assistant", "content": str(i)}] for i in range(600)]
+    paths = [tmp_path / f"train-{n:05d}-of-00002.parquet" for n in range(2)]
+    for path, part in zip(paths, (talks[:400], talks[400:]), strict=True):
+        pq.write_table(pa.table({"messages": part}), path)
+    for _ in range(2):
+        before = pa.total_allocated_bytes()
+        rows = ArrowRows(paths)
+        assert pa.total_allocated_bytes() - before < 100_000 and len(rows) == 600
+        assert [rows[i]["messages"] for i in (0, 399, 400, 599)] == [talks[i] for i in (0, 399, 400, 599)]
 
 
 def test_a_part_of_a_split_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
