@@ -56,6 +56,7 @@ from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import TrainConfig, Trainer
 from nanochat.training_flags import RATES, chosen_loggers, parse_switches
 
+USUAL_SAVE_EVERY = 250  # updates, as often as base training evaluates by default
 NEXT = {"base": "chat_sft", "sft": "chat_cli", "rl": "chat_cli --source=rl"}  # the script that reads a stage's result
 
 
@@ -281,6 +282,8 @@ def begin(
     save_every = args.save_every if args.save_every >= 0 else args.eval_every
     if "keep_last" not in args.given and 0 < save_every * args.keep_last < settings["num_iterations"]:
         print0(f"the newest {args.keep_last} checkpoints and the best are kept (--keep-last)")
+    if save_every < 0 and settings["num_iterations"] > USUAL_SAVE_EVERY:
+        print0(f"no checkpoint is saved before the end, for nothing is evaluated: --save-every {USUAL_SAVE_EVERY} saves some")
     return settings
 
 

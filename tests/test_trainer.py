@@ -103,14 +103,20 @@ def test_a_logger_that_is_not_installed_leaves_no_run_behind(
     assert not (base_dir / "runs").exists()
 
 
-def test_a_run_says_what_it_is_and_what_it_keeps(corpus: Path, capsys: pytest.CaptureFixture) -> None:
-    """Of checkpoints, where some will be removed and nobody has said how many."""
+def test_a_run_says_what_it_is_and_what_it_keeps(
+    corpus: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of checkpoints, where some will be removed and nobody has said how many, or where there is none for long."""
+    monkeypatch.setattr("nanochat.stage.USUAL_SAVE_EVERY", 5)
     silent = ([], ["--save-every=2"], ["--save-every=1", "--keep-last=2"], ["--save-every=1", "--keep-last=-1"])
     for number, flags in enumerate((["--save-every=1"], *silent)):
         _train(corpus, f"run{number}", *flags)
         printed = capsys.readouterr().out
         assert f"pretraining run{number}: depth 2, " in printed
         assert ("the newest 3 checkpoints and the best are kept (--keep-last)" in printed) == (number == 0)
+        assert "no checkpoint is saved before the end" not in printed
+    _train(corpus, "unsaved", "--eval-every=-1")
+    assert "before the end, for nothing is evaluated: --save-every 5 saves some" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
