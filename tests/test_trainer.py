@@ -103,9 +103,7 @@ def test_a_logger_that_is_not_installed_leaves_no_run_behind(
     assert not (base_dir / "runs").exists()
 
 
-def test_a_run_says_what_it_is_and_what_it_keeps(
-    corpus: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_says_what_it_is_and_keeps(corpus: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of checkpoints, where some will be removed and nobody has said how many, or where there is none for long."""
     monkeypatch.setattr("nanochat.stage.USUAL_SAVE_EVERY", 5)
     silent = ([], ["--save-every=2"], ["--save-every=1", "--keep-last=2"], ["--save-every=1", "--keep-last=-1"])
