@@ -314,7 +314,7 @@ def test_tok_eval_of_text_with_odd_splits_and_characters(
     assert tok_eval.main(["--data", str(tmp_path / "odd")]) == 0
     out = capsys.readouterr().out
     assert f"{tmp_path / 'odd'} (val) is empty: left out" in out
-    assert "│ 29 │" in " ".join(out.split())  # bytes: three for a half, as for what it is read as
+    assert "(train) 29 " in " ".join(out.split())  # bytes: three for a half, as for what it is read as
 
 
 def test_base_eval_measures_and_shows(tiny_run: Path, capsys: pytest.CaptureFixture) -> None:
