@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import math
 import os
@@ -10,7 +11,7 @@ import re
 import socket
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import Any
 from urllib.parse import urlsplit
@@ -83,9 +84,16 @@ def main(argv: list[str] | None = None) -> int:
         args.api_key = args.api_key.strip()  # a secret read from a file may end with a newline
         if not args.api_key or not args.api_key.isascii() or not args.api_key.isprintable():
             raise NanochatError("the API key is empty or has characters that no client sends: set one, or leave out --api-key")
-    check_port(args.host, args.port)
     origins = [check_origin(origin) for origin in args.cors_origin or ()]
     hosts = allowed_hosts(args.host, args.api_key, [check_host(name) for name in args.allow_host])
+    with listening(args.host, args.port) as sockets:  # before a model is loaded in vain
+        return run_server(args, defaults, origins, hosts, sockets)
+
+
+def run_server(
+    args: Arguments, defaults: ChatDefaults, origins: list[str], hosts: list[str] | None, sockets: list[socket.socket]
+) -> int:
+    """Load the model and serve it until told to stop."""
     *_, device = compute_init(args.device_type)
     engines, meta = in_own_thread(lambda: load_engines(args, choose_devices(device, args.num_gpus)))
     limits = Limits(max_waiting=args.max_waiting, request_timeout_s=args.request_timeout, grace_s=args.grace)
@@ -100,12 +108,9 @@ def main(argv: list[str] | None = None) -> int:
         print(
             "the first answers wait about half a minute for the compiler; --no-compile starts at once, and slower", flush=True
         )
-    config = uvicorn.Config(
-        app, host=args.host, port=args.port, http=CarefulProtocol, log_level="warning",
-        timeout_graceful_shutdown=int(args.grace) + 5,
-    )  # fmt: skip
+    config = uvicorn.Config(app, http=CarefulProtocol, log_level="warning", timeout_graceful_shutdown=int(args.grace) + 5)
     with contextlib.suppress(KeyboardInterrupt):  # the usual way to stop a server
-        Server(config, app.state.service).run()
+        Server(config, app.state.service).run(sockets)
     if not app.state.service.is_stopped:
         # Stopped during compilation, or by repeated Ctrl-C. A thread in compiled code cannot be stopped, and a normal exit
         # of Python would end the interpreter under it: the process would abort with a core dump.
@@ -187,17 +192,36 @@ def check_origin(origin: str) -> str:
     return origin
 
 
-def check_port(host: str, port: int) -> None:
-    """Raise NanochatError if the port is not available, before a model is loaded in vain."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+@contextlib.contextmanager
+def listening(host: str, port: int) -> Iterator[list[socket.socket]]:
+    """Sockets at each address of a host; that at :: is for IPv4, too, where the machine can.
+
+    Raises NanochatError if one is not available. An address that the machine has not, such as IPv6's, may be missing if there
+    is another.
+    """
+    with contextlib.ExitStack() as opened:
+        sockets: list[socket.socket] = []
+        missing: OSError | None = None
         try:
-            probe.bind((host, port))
-        except (OSError, OverflowError) as error:
+            found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            for family, address in dict.fromkeys((family, address) for family, *_, address in found):
+                both = host == "::" and socket.has_dualstack_ipv6()
+                try:
+                    server = socket.create_server(address, family=family, dualstack_ipv6=both)
+                except OSError as error:
+                    if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                        raise
+                    missing = error
+                else:
+                    sockets.append(opened.enter_context(server))
+            if missing is not None and not sockets:
+                raise missing
+        except (OSError, UnicodeError) as error:  # the latter: a name that no machine can have
+            reason = str(getattr(error, "strerror", None) or error).partition(" (")[0]
             raise NanochatError(
-                f"port {port} of {host} is not available ({error}): choose another --port or --host"
+                f"port {port} of {host} is not available ({reason}): choose another --port or --host"
             ) from error
+        yield sockets
 
 
 if __name__ == "__main__":
