@@ -22,6 +22,19 @@ MAX_BODY_BYTES = 2 << 20
 HEAD_TIMEOUT_S = BODY_TIMEOUT_S = 30.0  # for the headers of a request to arrive, and for its body
 
 
+class StrictConnection(h11.Connection):
+    """Refuses a body with two lengths: a proxy that believes the other takes the rest for its next client's request.
+
+    See RFC 9112, section 6.1.
+    """
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request) and {name for name, _ in event.headers} >= {b"content-length", b"transfer-encoding"}:
+            raise h11.RemoteProtocolError("both Content-Length and Transfer-Encoding")
+        return event
+
+
 class CarefulProtocol(H11Protocol):
     """uvicorn's HTTP/1.1, which answers one request at a time and bounds headers; what it leaves open is closed here.
 
@@ -31,7 +44,7 @@ class CarefulProtocol(H11Protocol):
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        self.conn = h11.Connection(h11.SERVER, MAX_HEAD_BYTES)
+        self.conn = StrictConnection(h11.SERVER, MAX_HEAD_BYTES)
         super().connection_made(transport)
         self._watch_head()
 

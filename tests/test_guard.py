@@ -98,6 +98,25 @@ def test_a_client_that_leaves_frees_its_place_though_it_has_asked_for_more(engin
         wait_for(lambda: not app.state.service.stats()["running"], "the text to be given up", 10)
 
 
+@pytest.mark.parametrize("method", ["POST", "OPTIONS"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_body_has_one_length(engine: Engine, method: str, order: int) -> None:
+    """Behind a proxy that goes by the other, what follows it is someone else's request."""
+    lengths = "\r\n".join(["Content-Length: 2", "transfer-encoding: chunked"][::order])
+    asked = (
+        f"{method} {CHAT} HTTP/1.1\r\nHost: x\r\nOrigin: http://x\r\nAccess-Control-Request-Method: POST\r\n{lengths}\r\n\r\n"
+    )
+    health = "GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    with serve(create_app([engine], "tiny", cors_origins=["*"])) as port:
+        for before in ("", health):
+            connection = socket.create_connection(("127.0.0.1", port))
+            connection.sendall(f"{before}{asked}2\r\n{{}}\r\n0\r\n\r\n{health}".encode())
+            received = _read_all(connection)
+            assert received.count(b"HTTP/1.1 ") == received.count(b"HTTP/1.1 400 ") + (before != "")
+            assert b"connection: close" in received and received.count(b"HTTP/1.1 400 ") == 1
+            connection.close()
+
+
 @pytest.mark.parametrize("protocol", ["h2c", "websocket"])
 def test_who_offers_another_protocol_is_answered_in_this_one(engine: Engine, protocol: str) -> None:
     """As curl --http2 and Java's clients do, with the body in a packet of its own."""
