@@ -11,6 +11,7 @@ as integers, because the order in which it adds floats depends on the number of 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -173,6 +174,14 @@ def _thresholds(scaled: torch.Tensor, top: torch.Tensor, rows: RowSettings) -> t
     return threshold
 
 
+@lru_cache(maxsize=8)  # the texts of one request begin together, with the same ones
+def _biases(logit_bias: tuple[tuple[int, float], ...], vocab_size: int, device: torch.device) -> torch.Tensor:
+    """(vocab_size,) float32: what is added to each token's logit."""
+    of_tokens, biases = dict(logit_bias), torch.zeros(vocab_size)
+    biases[torch.tensor(list(of_tokens), dtype=torch.int64)] = torch.tensor(list(of_tokens.values()), dtype=torch.float32)
+    return biases.to(device)
+
+
 class Adjustment:
     """The penalties and biases of one text; it remembers how often each token was said."""
 
@@ -181,9 +190,8 @@ class Adjustment:
         self._params, self._counted = params, 0
         self._said = torch.zeros_like(logits, dtype=torch.bool)  # by anyone: in the prompt, sampled, or forced by a tool
         self._said[torch.tensor(prompt, device=logits.device)] = True
-        self._counts, self._bias = torch.zeros_like(logits), torch.zeros_like(logits)
-        for token, bias in params.logit_bias:
-            self._bias[token] = bias
+        self._counts = torch.zeros_like(logits)
+        self._bias = _biases(params.logit_bias, logits.numel(), logits.device)
 
     def apply(self, logits: torch.Tensor, answer: list[int], masks: list[int]) -> torch.Tensor:
         """Adjusted logits (vocab_size,) for the token after those of the answer, to which a call adds some or none.

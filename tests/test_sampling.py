@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from nanochat import sampling
 from nanochat.common import NanochatError
@@ -109,6 +110,26 @@ def test_what_was_said_is_less_likely(settings: dict[str, Any], expected: list[f
         adjusted = one_by_one.apply(logits, answer[:n], masks[:n])
     assert adjusted.tolist() == expected
     assert logits.tolist() == [2.0, -2.0, 1.0, 1.0]
+
+
+def test_biases_are_set_at_once_for_all_texts_of_a_request() -> None:
+    """In the model's thread, where each operation on a tensor holds up everybody's answers."""
+
+    class Count(TorchFunctionMode):
+        n = 0
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.n += 1
+            return func(*args, **(kwargs or {}))
+
+    def operations(biases: int, seed: int) -> int:
+        params = SamplingParams(seed=seed, logit_bias=tuple((token, -1.0) for token in range(biases)))
+        with Count() as count:
+            Adjustment(params, [0], torch.zeros(2000))
+        return count.n
+
+    first, many = operations(1, 0), operations(1000, 0)
+    assert many == first > operations(1000, 1)
 
 
 def test_what_a_tool_said_may_be_repeated() -> None:
