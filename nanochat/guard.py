@@ -21,6 +21,8 @@ MAX_WAITING_BYTES = 1 << 19  # of the requests that a connection sends while one
 MAX_BODY_BYTES = 2 << 20
 HEAD_TIMEOUT_S = BODY_TIMEOUT_S = 30.0  # for the headers of a request to arrive, and for its body
 
+ABORT = "abort"  # in a request's state: ends its connection, whatever the client has not read
+
 
 class StrictConnection(h11.Connection):
     """Refuses a body with two lengths: a proxy that believes the other takes the rest for its next client's request.
@@ -46,6 +48,7 @@ class CarefulProtocol(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         self.conn = StrictConnection(h11.SERVER, MAX_HEAD_BYTES)
         super().connection_made(transport)
+        self.app_state = {**self.app_state, ABORT: transport.abort}
         self._watch_head()
 
     def data_received(self, data: bytes) -> None:

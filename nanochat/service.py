@@ -99,6 +99,7 @@ class Ticket:
         self.loop = asyncio.get_running_loop()
         self.news = asyncio.Event()
         self.told_at = 0.0
+        self.deadline = self.loop.time() + worker.service.limits.request_timeout_s
 
     @property
     def done(self) -> bool:
@@ -109,13 +110,12 @@ class Ticket:
 
         Raises RequestError if a text fails or takes longer than Limits.request_timeout_s.
         """
-        timeout_s = self._worker.service.limits.request_timeout_s
-        deadline = self.loop.time() + timeout_s
         done = False
         while not done:
             try:
-                await asyncio.wait_for(self.news.wait(), deadline - self.loop.time())
+                await asyncio.wait_for(self.news.wait(), self.deadline - self.loop.time())
             except asyncio.TimeoutError:
+                timeout_s = self._worker.service.limits.request_timeout_s
                 raise RequestError(f"no end of the answer within {timeout_s:g} s", status=504, code="timeout") from None
             self.news.clear()
             done = self.done  # before reading: later updates are read the next time

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import time
+from collections.abc import AsyncIterator
 
 import pytest
 from fastapi.testclient import TestClient
 
 from nanochat import guard
 from nanochat.engine import Engine
+from nanochat.openai_api import Reply
 from nanochat.server import create_app
+from nanochat.service import Limits, Ticket
 from tests.helpers import serve, wait_for
 from tests.test_server import CHAT, HELLO, _request
 
@@ -96,6 +100,35 @@ def test_a_client_that_leaves_frees_its_place_though_it_has_asked_for_more(engin
         assert connection.recv(100)
         connection.close()
         wait_for(lambda: not app.state.service.stats()["running"], "the text to be given up", 10)
+
+
+def test_a_client_that_does_not_read_is_left_when_its_time_is_up(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others, and those that read slowly, have the time that is documented."""
+    ended = []
+
+    async def long_answer(ticket: Ticket, reply: Reply) -> AsyncIterator[str]:
+        began = time.monotonic()
+        try:
+            while True:
+                yield "x" * 2**16
+                await asyncio.sleep(0)
+        finally:
+            ended.append(time.monotonic() - began)
+
+    monkeypatch.setattr("nanochat.server.chat_chunks", long_answer)
+    monkeypatch.setattr("nanochat.streams.LAST_EVENT_S", 0.5)
+    with serve(create_app([engine], "tiny", Limits(request_timeout_s=1.0))) as port:
+        silent, slow = (socket.create_connection(("127.0.0.1", port)) for _ in range(2))
+        for connection in (silent, slow):
+            connection.sendall(_request({**HELLO, "stream": True}))
+        slow.settimeout(10)
+        with contextlib.suppress(ConnectionError):
+            while len(ended) < 2 and slow.recv(2**14):
+                time.sleep(0.01)
+        wait_for(lambda: len(ended) == 2, "the connections to end", 10)
+        assert all(1.4 < seconds < 8 for seconds in ended)
+        silent.close()
+        slow.close()
 
 
 @pytest.mark.parametrize("method", ["POST", "OPTIONS"])
