@@ -7,6 +7,7 @@ import contextlib
 import socket
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
@@ -42,6 +43,12 @@ def test_headers_have_an_end_and_come_in_time(engine: Engine, monkeypatch: pytes
             received = _read_all(connection)
             assert received.endswith(end) and received.count(b"200 OK") == (connection is slow)
             connection.close()
+
+
+def test_the_documented_limits_of_a_request_are_those_that_hold() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8").replace("\n", " ")
+    assert f"must arrive within {guard.HEAD_TIMEOUT_S:g} seconds and may have {guard.MAX_HEAD_BYTES >> 10} KB." in page
+    assert f"another {guard.BODY_TIMEOUT_S:g} seconds and may have {guard.MAX_BODY_BYTES >> 20} MB." in page
 
 
 def test_slow_and_broken_clients_do_not_stop_the_others(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,9 +124,10 @@ def test_a_client_that_does_not_read_is_left_when_its_time_is_up(engine: Engine,
 
     monkeypatch.setattr("nanochat.server.chat_chunks", long_answer)
     monkeypatch.setattr("nanochat.streams.LAST_EVENT_S", 0.5)
-    with serve(create_app([engine], "tiny", Limits(request_timeout_s=1.0))) as port:
-        silent, slow = (socket.create_connection(("127.0.0.1", port)) for _ in range(2))
+    app, silent, slow = create_app([engine], "tiny", Limits(request_timeout_s=1.0)), socket.socket(), socket.socket()
+    with serve(app) as port, silent, slow:
         for connection in (silent, slow):
+            connection.connect(("127.0.0.1", port))
             connection.sendall(_request({**HELLO, "stream": True}))
         slow.settimeout(10)
         with contextlib.suppress(ConnectionError):
@@ -127,8 +135,6 @@ def test_a_client_that_does_not_read_is_left_when_its_time_is_up(engine: Engine,
                 time.sleep(0.01)
         wait_for(lambda: len(ended) == 2, "the connections to end", 10)
         assert all(1.4 < seconds < 8 for seconds in ended)
-        silent.close()
-        slow.close()
 
 
 @pytest.mark.parametrize("method", ["POST", "OPTIONS"])
