@@ -56,7 +56,7 @@ LOGIT_ROWS = 2048  # positions whose logits are in memory at a time
 
 @dataclass(frozen=True)
 class CoreTask:
-    """One task of the bundle. baseline: the accuracy of guessing, 0 to 1."""
+    """One task of the bundle. baseline: the accuracy of guessing, 0 to 1. Raises NanochatError for meaningless values."""
 
     label: str
     kind: str  # multiple_choice, schema or language_modeling
@@ -64,6 +64,16 @@ class CoreTask:
     num_fewshot: int
     delimiter: str  # between question and answer
     baseline: float
+
+    def __post_init__(self) -> None:
+        for name, value, fine, allowed in (
+            ("icl_task_type", self.kind, self.kind in list(FIELDS), f"one of {', '.join(FIELDS)}"),
+            ("num_fewshot", self.num_fewshot, type(self.num_fewshot) is int and self.num_fewshot >= 0, "a list of 0 or more"),
+            ("continuation_delimiter", self.delimiter, isinstance(self.delimiter, str), "a text"),
+            ("random baseline", 100 * self.baseline, 0 <= self.baseline < 1, "0 to less than 100 percent"),
+        ):
+            if not fine:
+                raise NanochatError(f"the {name} of the bundle's task {self.label} is {value!r}: it must be {allowed}")
 
 
 @dataclass(frozen=True)
@@ -185,6 +195,9 @@ def _check_item(item: dict[str, Any], wanted: dict[str, type]) -> None:
                 raise ValueError(f"not all of its {name!r} are texts")
             if not 0 <= item["gold"] < len(item[name]):
                 raise ValueError(f"gold {item['gold']} is not one of the {len(item[name])} choices")
+        answers = item[name] if kind is list else [item[name]]
+        if name in ("choices", "continuation") and not all(text.strip() for text in answers):
+            raise ValueError(f"its {name!r} has an empty answer")
 
 
 # ----------------------------------------------------------------------------- prompts
