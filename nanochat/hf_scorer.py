@@ -48,7 +48,7 @@ class HuggingFaceScorer:
             reason = first_line(error)[:300]
             raise NanochatError(f"--hf-path {path!r} is not a {where} that transformers can load: {reason}") from error
         self.device = device
-        self.context = min(LONGEST_CONTEXT, getattr(self.model.config, "max_position_embeddings", LONGEST_CONTEXT))
+        self.context = context_of(self.model.config)
         # The token before the beginning of a document: the model must see something before the first token.
         special = (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id)
         first = next((token for token in special if token is not None), None)
@@ -82,6 +82,13 @@ class HuggingFaceScorer:
             mean = judged.log_softmax(-1).gather(1, wanted[:, None]).mean().item()
             scores.append((mean, bool((judged.argmax(-1) == wanted).all())))
         return scores
+
+
+def context_of(config: Any) -> int:
+    """Tokens of the longest text, by any of the names that models give to it."""
+    parts = (config, getattr(config, "text_config", None))  # the latter: of models that see pictures, too
+    found = [getattr(part, name, None) for part in parts for name in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    return next((min(LONGEST_CONTEXT, size) for size in found if isinstance(size, int) and size > 0), LONGEST_CONTEXT)
 
 
 def _identify(path: str) -> tuple[str, str]:

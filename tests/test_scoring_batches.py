@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +28,14 @@ def test_batches_hold_every_text_once_and_no_more_than_fits(lengths: list[int], 
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= most
     for batch, after in zip(batches, batches[1:], strict=False):  # each is as full as it can be
         assert (len(batch) + 1) * lengths[after[0]] > most
+
+
+@pytest.mark.parametrize("name", ["max_position_embeddings", "n_positions", "max_seq_len"])
+def test_the_context_of_other_peoples_models_is_known(name: str) -> None:
+    """Longer texts would fail in the middle of the work, or be scored as nonsense."""
+    for size, expected in ((512, 512), (10**6, 4096), (None, 4096), (-1, 4096)):
+        config = SimpleNamespace(**{name: size})
+        assert hf_scorer.context_of(config) == hf_scorer.context_of(SimpleNamespace(text_config=config)) == expected
 
 
 def test_logits_of_other_peoples_models_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
