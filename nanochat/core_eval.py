@@ -400,8 +400,8 @@ def evaluate_core(
     folder: Path | None = None,
     report: Callable[[str, int, int], None] = lambda label, done, total: None,
 ) -> dict[str, Any]:
-    """Evaluate every task that has data, over all ranks: {"tasks": {label: ...}, "missing": [...]} and of their
-    mean "name", "value", "low", "high".
+    """Evaluate every task that has data, over all ranks: {"tasks": {label: ...}, "missing": [...], "max_per_task": -1 if no
+    task has more questions} and of their mean "name", "value", "low", "high".
 
     The mean of centred accuracies is named "core_metric" over all 22 tasks and "core_partial" over fewer. folder: for each
     question's outcome, for this model only; tasks found there with the same questions are not computed again, and a line
@@ -441,7 +441,8 @@ def evaluate_core(
         raise NanochatError(f"{bundle} has data for none of its {len(tasks)} tasks: give another with --eval-bundle")
     name = "core_metric" if len(results["tasks"]) == NUM_TASKS else "core_partial"
     mean, low, high = centered_mean(results["tasks"].values())
-    return {**results, "name": name, "value": mean, "low": low, "high": high}
+    limit = max_per_task if any(task["n"] == max_per_task for task in results["tasks"].values()) else -1
+    return {**results, "max_per_task": limit, "name": name, "value": mean, "low": low, "high": high}
 
 
 def _evaluate_task(

@@ -47,7 +47,7 @@ from nanochat.runs import (
     step_dir,
     suggest_runs,
 )
-from nanochat.scores import centered, core_table, describe_interval, describe_mean, describe_pass_at
+from nanochat.scores import centered, core_label, core_table, describe_interval, describe_mean, describe_pass_at
 from nanochat.settings import SettingsParser
 
 if TYPE_CHECKING:
@@ -159,8 +159,7 @@ def _facts(stage: str, rows: list[dict[str, Any]], results: dict[str, Any]) -> d
         newest = {} if _at_step(results, rows) else results.get("bpb", {})
         facts["validation bits per byte"] = f"{newest.get('val', values[-1]):.4f}"
     if core := results.get("core"):
-        name = "CORE" if core["name"] == "core_metric" else "CORE, some tasks"
-        facts[name + _at_step(results, rows)] = describe_mean(core)[0]
+        facts[core_label(core) + _at_step(results, rows)] = describe_mean(core)[0]
     for name, mean in _chat_means(results).items():
         facts[name + _at_step(results, rows)] = describe_mean(mean)[0]
     if rows:

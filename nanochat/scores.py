@@ -46,6 +46,13 @@ def centered_mean(tasks: Iterable[Mapping[str, Any]]) -> tuple[float, float, flo
     return mean, mean - error, mean + error
 
 
+def core_label(core: Mapping[str, Any]) -> str:
+    """ "CORE" if all questions of all tasks were asked, else what was: "CORE, 3 tasks, at most 2 questions of each task"."""
+    limit = core.get("max_per_task", -1)
+    tasks = "" if core["name"] == "core_metric" else f", {len(core['tasks'])} tasks"
+    return f"CORE{tasks}, at most {limit:,} questions of each task" if limit > 0 else f"CORE{tasks}"
+
+
 def core_table(results: Mapping[str, Any]) -> list[list[str]]:
     """Rows of (task, accuracy, 95% interval, centred accuracy, questions) from CORE's results."""
     return [

@@ -26,7 +26,7 @@ from nanochat.quantities import by_kind, quantity
 from nanochat.report import Picture, Section, format_value, render
 from nanochat.runs import SETTINGS_FILE, STAGE_TITLES, STAGES, begun_stages, find_run_dir
 from nanochat.same_run import WORK_SETTINGS
-from nanochat.scores import centered
+from nanochat.scores import centered, centered_mean, core_label
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.tables import print_table
 
@@ -129,19 +129,34 @@ def final_numbers(runs: list[Run]) -> list[list[str]]:
         "most memory": most("train/peak_memory_mb"),
         "evaluated at step": lambda run: f"{run.results['step']:,}",
         "evaluated bits per byte": lambda run: f"{run.results['bpb']['val']:.4f}",
-        "CORE": lambda run: f"{_core_by_name(run)['core_metric']:.4f}",
-        "CORE, some tasks": lambda run: f"{_core_by_name(run)['core_partial']:.4f}",
     }
+    wanted |= core_numbers(runs)
     for key in dict.fromkeys(key for run in runs for key in run.results if key.startswith("chatcore")):  # by settings
         wanted[key.replace("chatcore", "mean of the chat tasks")] = chat_mean(key)
     rows = [[label, *(_or_dash(number, run) for run in runs)] for label, number in wanted.items()]
     return [row for row in rows if set(row[1:]) != {"-"}]
 
 
-def _core_by_name(run: Run) -> dict[str, float]:
-    """CORE's mean by its name: that over some tasks is another number than that over all."""
-    core = run.results["core"]
-    return {core["name"]: core["value"]}
+def core_numbers(runs: list[Run]) -> dict[str, Callable[[Run], str]]:
+    """CORE of whole runs, and for others the mean over the tasks that all have: those over other tasks cannot be compared."""
+    measured = [run.results["core"] for run in runs if "core" in run.results]
+    numbers: dict[str, Callable[[Run], str]] = {}
+
+    def by_label(run: Run) -> dict[str, float]:
+        return {core_label(run.results["core"]): run.results["core"]["value"]}
+
+    if any(core_label(core) == "CORE" for core in measured):
+        numbers["CORE"] = lambda run: f"{by_label(run)['CORE']:.4f}"
+    if any(core_label(core) != "CORE" for core in measured):
+        shared = [label for label in measured[0]["tasks"] if all(label in core["tasks"] for core in measured)]
+
+        def mean(run: Run) -> str:
+            tasks = [run.results["core"]["tasks"][label] for label in shared]
+            return f"{centered_mean(tasks)[0]:.4f} ({sum(task['n'] for task in tasks):,} questions)"
+
+        if shared:
+            numbers[f"CORE, {len(shared)} tasks that all have"] = mean
+    return numbers
 
 
 def _or_dash(number: Callable[[Run], str], run: Run) -> str:

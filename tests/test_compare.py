@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,12 +70,45 @@ def test_settings_that_decide_come_first(two_runs: Path) -> None:
 
 def test_numbers_that_no_run_has_are_left_out() -> None:
     rows = [{"step": s, "time_s": 2.0 * s, "train/loss": 1.0 / s, "val/pass@1": None} for s in (1, 2, 3)]
-    means = {"chatcore, at most 64 tokens": {"value": 0.25}, "core": {"name": "core_partial", "value": 0.5}}
+    means = {
+        "chatcore, at most 64 tokens": {"value": 0.25},
+        "core": {"name": "core_partial", "value": 0.5, "tasks": {"A": _task(0.5, 8)}},
+    }
     table = final_numbers([Run("a", {"num_params": 1000, "num_iterations": 9}, rows, means), Run("empty", {}, [], {})])
     last = "mean of the chat tasks, at most 64 tokens"
-    assert [row[0] for row in table] == ["parameters", "steps", "time", "training loss, smoothed", "CORE, some tasks", last]
+    assert [row[0] for row in table] == [
+        "parameters",
+        "steps",
+        "time",
+        "training loss, smoothed",
+        "CORE, 1 tasks that all have",
+        last,
+    ]
     assert [row[1:] for row in table][:3] == [["1,000", "-"], ["3 of 9", "-"], ["0:06", "-"]]
-    assert [row[1:] for row in table][-2:] == [["0.5000", "-"], ["0.2500", "-"]]
+    assert [row[1:] for row in table][-2:] == [["0.5000 (8 questions)", "-"], ["0.2500", "-"]]
+
+
+def _task(accuracy: float, n: int) -> dict[str, Any]:
+    return {"accuracy": accuracy, "n": n, "low": accuracy, "high": accuracy, "baseline": 0.0}
+
+
+def test_core_over_other_tasks_is_not_set_side_by_side() -> None:
+    def run(name: str, value: float, limit: int = -1, **tasks: dict[str, Any]) -> Run:
+        return Run(name, {}, [], {"core": {"name": name, "value": value, "tasks": tasks, "max_per_task": limit}})
+
+    few = run("core_partial", 0.4, A=_task(0.2, 9), B=_task(0.4, 5), C=_task(0.6, 7))
+    other = run("core_partial", 0.7, B=_task(0.6, 5), C=_task(1.0, 7), D=_task(0.5, 3))
+    whole = run("core_metric", 0.35, A=_task(0.1, 9), B=_task(0.2, 5), C=_task(0.3, 7), D=_task(0.8, 3))
+    quick = run("core_metric", 0.9, 2, A=_task(1.0, 2), B=_task(1.0, 2), C=_task(0.5, 2), D=_task(1.0, 2))
+    both = "CORE, 2 tasks that all have"
+    assert final_numbers([few, other]) == [[both, "0.5000 (12 questions)", "0.8000 (12 questions)"]]
+    assert final_numbers([whole, few]) == [
+        ["CORE", "0.3500", "-"], ["CORE, 3 tasks that all have", "0.2000 (21 questions)", "0.4000 (21 questions)"],
+    ]  # fmt: skip
+    assert final_numbers([whole, quick])[0] == ["CORE", "0.3500", "-"]
+    assert final_numbers([quick]) == [["CORE, 4 tasks that all have", "0.8750 (8 questions)"]]
+    assert final_numbers([whole]) == [["CORE", "0.3500"]]
+    assert final_numbers([few, run("core_partial", 0.5, D=_task(0.5, 3))]) == []
 
 
 def test_axes_say_the_same_of_updates_and_evaluations() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from nanochat.common import NanochatError
-from nanochat.core_eval import CoreTask, read_items, read_tasks
+from nanochat.core_eval import CoreTask, Question, evaluate_core, read_items, read_tasks
+from nanochat.scores import core_label
 
 
 def write_bundle(folder: Path, baseline: str = "25", **changes: Any) -> None:
@@ -56,3 +57,22 @@ def test_an_answer_without_text_cannot_be_judged(tmp_path: Path, kind: str, item
     path.write_text(json.dumps(item), encoding="utf-8")
     with pytest.raises(NanochatError, match=r"copa\.jsonl, line 1, is not a .* has an empty answer.*: restore the bundle"):
         read_items(CoreTask("copa", kind, path, 0, "", 0.0))
+
+
+@pytest.mark.parametrize(("limit", "label"), [(-1, "CORE, 1 tasks"), (9, "CORE, 1 tasks"),
+                                              (2, "CORE, 1 tasks, at most 2 questions of each task")])  # fmt: skip
+def test_results_say_whether_all_questions_were_asked(tmp_path: Path, limit: int, label: str) -> None:
+    class Guess:
+        context = 100
+
+        def encode(self, text: str) -> list[int]:
+            return [0, *text.encode()]
+
+        def score(self, questions: list[Question]) -> list[list[tuple[float, bool]]]:
+            return [[(0.0, True) for _ in question.candidates] for question in questions]
+
+    write_bundle(tmp_path)
+    (tmp_path / "eval_data").mkdir()
+    item = json.dumps({"context_options": ["a", "b"], "continuation": "c", "gold": 0})
+    (tmp_path / "eval_data" / "copa.jsonl").write_text(f"{item}\n" * 3, encoding="utf-8")
+    assert core_label(evaluate_core(Guess(), tmp_path, limit)) == label

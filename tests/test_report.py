@@ -129,7 +129,7 @@ def test_evaluations_of_one_step_are_gathered_and_of_another_dropped(tmp_path: P
 
 def test_results_of_an_earlier_step_say_so(quick_pictures: None, tiny_run: Path) -> None:
     """A run goes on after it was measured: its numbers at the top are the newest."""
-    core = {"name": "core_partial", "value": 0.1, "low": 0.0, "high": 0.2, "tasks": {}, "missing": []}
+    core = {"name": "core_partial", "value": 0.1, "low": 0.0, "high": 0.2, "tasks": {}, "missing": [], "max_per_task": 2}
     merge_eval(tiny_run / "base", 6, {"bpb": {"val": 1.2345}, "core": core})
     page = _Page(write_report(tiny_run)[1].read_text(encoding="utf-8")).text
     assert "1.2345" in page and "at step" not in page
@@ -139,7 +139,7 @@ def test_results_of_an_earlier_step_say_so(quick_pictures: None, tiny_run: Path)
     append_json_lines(metrics, [{"step": 7, "time_s": 9.0, **numbers} for numbers in (update, {"val/bpb": 1.1})])
     page = _Page(write_report(tiny_run)[1].read_text(encoding="utf-8")).text
     assert "validation bits per byte1.1000" in re.sub(r"\s*\n\s*", "", page)
-    assert "CORE, some tasks at step 6" in page and "Pretraining: evaluation at step 6" in page
+    assert "CORE, 0 tasks, at most 2 questions of each task at step 6" in page and "Pretraining: evaluation at step 6" in page
     assert quantity("train/peak_memory_mb").show(memory) in page
 
 

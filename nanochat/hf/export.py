@@ -20,7 +20,7 @@ from nanochat.hf.weights import native_obstacles, to_custom, to_native
 from nanochat.metrics import METRICS_FILE, read_metrics, series
 from nanochat.report import evaluation_table, fill, settings_table
 from nanochat.runs import SETTINGS_FILE, STAGE_TITLES, get_stage_dir, list_steps
-from nanochat.scores import describe_mean
+from nanochat.scores import core_label, describe_mean
 from nanochat.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 FORMATS = ("auto", "nanochat", "custom")
@@ -146,8 +146,7 @@ def _measured(tag: str, stage: str, step: int) -> list[list[str]]:
         results["bpb"] = {"val": logged[-1], **measured}
     rows = evaluation_table(results)
     if core := results.get("core"):
-        label = "CORE" if core["name"] == "core_metric" else f"part of CORE, {len(core['tasks'])} tasks"
-        rows.append([label, *describe_mean(core), ""])
+        rows.append([core_label(core), *describe_mean(core), ""])
     return [[f"{STAGE_TITLES[stage]}: {label}" if label else "", *rest] for label, *rest in rows]
 
 
