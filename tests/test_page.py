@@ -5,7 +5,6 @@ Skipped, saying so, where Playwright or Chromium is not installed.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -175,96 +174,6 @@ def test_an_edit_outlives_the_answer(page: playwright.Page) -> None:
     assert page.get_by_label("Edit the message").input_value() == "half written"
     page.keyboard.press("Escape")
     assert page.locator(".message.user .content").inner_text() == "rewritten"
-
-
-def test_tabs_keep_each_others_messages(page: playwright.Page) -> None:
-    ok = {"token": "ok", "part": "text"}
-    pretend(page, ok)
-    ask(page, "of both")
-    other = page.context.new_page()
-    other.goto(page.url)
-    pretend(other, ok)
-    for tab in (page, other):
-        ask(tab, "and then?")
-    for tab, question in ((page, "of one"), (other, "of the other")):
-        tab.locator("#new").click()
-        ask(tab, question)
-    page.reload()
-    titles = page.locator("#conversations .open")
-    assert titles.all_inner_texts() == ["of the other", "of one", "of both"]
-    titles.last.click()
-    page.get_by_text("1/2").wait_for()
-    page.get_by_label("Delete of both").click()
-    other.get_by_text("of both").click()
-    ask(other, "is it deleted?")
-    page.reload()
-    assert titles.all_inner_texts() == ["of the other", "of one"]
-
-
-def test_a_full_storage_forgets_the_oldest_first(page: playwright.Page) -> None:
-    """First what lies inside old answers, then the oldest conversations; a page that cannot keep even the newest says so."""
-    store, size = "nanochat.conversations", 4000
-    old = []
-    for name in "ab":
-        root = {"id": "root", "children": [name], "chosen": 0}
-        said = {"id": name, "parent": "root", "role": "user", "content": name * size, "children": [], "chosen": 0}
-        old.append({"id": name, "title": name, "nodes": {"root": root, name: said}})
-    old[0]["nodes"]["a"]["tokens"] = [{"text": "t" * size}]
-    page.evaluate("([key, old]) => localStorage.setItem(key, JSON.stringify(old))", [store, old])
-    page.reload()
-    pretend(page, {"token": "ok", "part": "text"})
-    fill = """() => {
-        const put = (size) => localStorage.setItem("rest", "x".repeat(size));
-        const fits = (size) => { try { put(size); return true; } catch { return false; } };
-        let size = 0;
-        for (let step = 2 ** 23; step >= 1; step /= 2) if (fits(size + step)) size += step;
-        put(size);
-    }"""
-    for question, left in (("new", ["new", "a", "b"]), ("n" * 1000, ["n" * 60, "new", "a"])):
-        page.evaluate(fill)
-        page.locator("#new").click()
-        ask(page, question)
-        kept = page.evaluate("(key) => localStorage.getItem(key)", store)
-        assert [conversation["title"] for conversation in json.loads(kept)] == left
-        assert "tokens" not in kept
-    page.locator("#new").click()
-    ask(page, "z" * 20000)
-    page.get_by_text("this browser's storage is full").wait_for()
-
-
-def test_what_another_tab_had_no_room_for_is_stored_again(page: playwright.Page) -> None:
-    """Only what somebody deleted stays so."""
-    ask(page, "first")
-    page.evaluate("() => localStorage.setItem('nanochat.conversations', '[]')")  # as another tab does whose storage is full
-    ask(page, "second")
-    (kept,) = json.loads(page.evaluate("() => localStorage.getItem('nanochat.conversations')"))
-    assert [node.get("content") for node in kept["nodes"].values() if node.get("role") == "user"] == ["first", "second"]
-
-
-def test_a_question_is_kept_before_it_is_answered(page: playwright.Page) -> None:
-    page.route("**/chat/completions", lambda route: None)
-    page.fill("#text", "a long question")
-    page.keyboard.press("Enter")
-    page.locator("#log[aria-busy]").wait_for()
-    page.reload()
-    assert page.locator(".message.user .content").inner_text() == "a long question"
-    page.unroute_all()
-    page.get_by_text("Try again").click()
-    page.locator(".message.assistant").wait_for()
-    settle(page)
-    assert page.get_by_text("Try again").count() == 0
-
-
-def test_a_half_written_answer_outlives_a_reload(page: playwright.Page) -> None:
-    page.evaluate("""() => { window.fetch = async () => new Response(new ReadableStream({ start(c) {
-        c.enqueue(new TextEncoder().encode('data: {"token": "half of it", "part": "text"}\\n\\n'));
-    } }), { headers: { "Content-Type": "text/event-stream" } }); }""")
-    page.fill("#text", "tell me")
-    page.keyboard.press("Enter")
-    page.get_by_text("half of it").wait_for()
-    page.reload()
-    assert "half of it" in page.locator(".message.assistant").inner_text()
-    assert "stopped" in page.locator(".message.assistant").inner_text()
 
 
 def test_an_answer_is_drawn_in_its_own_conversation_alone(page: playwright.Page) -> None:

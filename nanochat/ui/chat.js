@@ -180,7 +180,6 @@ async function ask(content, parent = null) {
   // After the last answer: a question that has none is left beside this one, or the model would read both as one.
   parent ??= store.path(current).findLast((node) => node.role === "assistant") ?? current.nodes.root;
   const node = store.add(current, parent, "user", content);
-  store.save(current);  // at once: an answer may take minutes
   log.scrollTop = log.scrollHeight;
   respond(node);
 }
@@ -190,6 +189,7 @@ function regenerate(node) {
 }
 
 function respond(question) {
+  store.restore(current);  // at once: an answer may take minutes
   const controller = new AbortController();
   const chosen = question.chosen;
   running = { controller, conversation: current, node: store.add(current, question, "assistant", []), chosen };
@@ -225,7 +225,7 @@ async function receive(conversation, question, node, signal) {
   running = null;
   send.textContent = "Send";
   log.removeAttribute("aria-busy");
-  if (failure && node.content.length) node.note = "cut off";
+  if (failure && node.content.length && node.note !== "stopped") node.note = "cut off";
   if (!node.content.length && !node.note) store.removeNode(conversation, node, chosen);
   if (!store.save(conversation)) node.note ??= "this browser's storage is full: the conversation will not be there after a reload";
   if (current === conversation) show(conversation, ...(failure ? [failureNotice(failure)] : []));
@@ -254,10 +254,11 @@ function redraw() {
 }
 
 log.addEventListener("scroll", () => { if (!document.activeElement.closest(".tokens")) hideThought(); });  // the focus scrolls to its token
-addEventListener("pagehide", () => {  // a reload: what is written so far is kept
-  if (!running?.node.content.length) return;
-  running.node.note = "stopped";
-  store.save(running.conversation);
+const keepSoFar = () => { if (running?.node.content.length) store.save(running.conversation); };
+document.addEventListener("visibilitychange", () => { if (document.hidden) keepSoFar(); });  // phones end such a page without a word
+addEventListener("pagehide", () => {  // a reload
+  if (running?.node.content.length) running.node.note = "stopped";
+  keepSoFar();
 });
 
 // The promise is kept when the answer that was being written has ended.
@@ -327,8 +328,7 @@ function showSettings() {
 }
 dialog.addEventListener("input", ({ target }) => {
   if (!target.validity.valid) return;  // half typed, or out of range
-  settings[target.name] = target.value;
-  store.saveSettings();
+  store.set(target.name, target.value);
   showSettings();
 });
 $("open-settings").addEventListener("click", () => { showSettings(); dialog.showModal(); });

@@ -25,17 +25,21 @@ function write(key, value) {
 
 export const settings = { ...DEFAULTS, ...read("nanochat.settings", {}) };
 
-const changed = () =>
-  Object.fromEntries(Object.entries(settings).filter(([name, value]) => String(value) !== String(DEFAULTS[name])));
-export const saveSettings = () => write("nanochat.settings", changed());
+const changed = (values) => Object.fromEntries(Object.entries(values).filter(([name, value]) => String(value) !== String(DEFAULTS[name])));
+
+export function set(name, value) {
+  settings[name] = value;
+  write("nanochat.settings", changed({ ...read("nanochat.settings", {}), [name]: value }));  // the others may be another tab's
+}
 
 export function resetSettings() {
-  Object.assign(settings, DEFAULTS);
-  saveSettings();
+  const { api_key, system } = settings;  // nobody's defaults
+  Object.assign(settings, DEFAULTS, { api_key, system });
+  write("nanochat.settings", changed(settings));
 }
 
 export function setDefaults(defaults) {
-  const kept = changed();
+  const kept = changed(settings);
   Object.assign(DEFAULTS, defaults);
   Object.assign(settings, DEFAULTS, kept);
 }
@@ -61,13 +65,21 @@ export function remove(conversation) {
   write("nanochat.deleted", [...read("nanochat.deleted", []), conversation.id].slice(-MOST_DELETED));
 }
 
+// One that somebody goes on in although it was deleted, here or in another tab.
+export function restore(conversation) {
+  const deleted = read("nanochat.deleted", []);
+  if (deleted.includes(conversation.id)) write("nanochat.deleted", deleted.filter((id) => id !== conversation.id));
+  if (!conversations.includes(conversation)) conversations.unshift(conversation);
+  return save(conversation);
+}
+
 // Only this conversation: of the others, another tab may have stored more than this one knows. If the browser's storage
 // is full, what lies inside old answers is forgotten first, then the oldest of the other conversations. False if even this
 // one alone is too large.
 export function save(conversation) {
   let kept = stored();
   const at = kept.findIndex((c) => c.id === conversation.id);
-  if (at < 0 && read("nanochat.deleted", []).includes(conversation.id)) return true;  // here or in another tab: it stays so
+  if (at < 0 && read("nanochat.deleted", []).includes(conversation.id)) return true;  // while an answer came: it stays so
   if (at < 0) kept.unshift(conversation);
   else kept[at] = joined(conversation, kept[at]);
   if (!write("nanochat.conversations", kept)) {
