@@ -204,3 +204,44 @@ def test_a_button_over_code_stays_while_it_scrolls(page: playwright.Page) -> Non
     boxes = page.locator("pre, pre code")
     assert 300 in boxes.evaluate_all("(boxes) => boxes.map((box) => { box.scrollLeft = 300; return box.scrollLeft; })")
     assert button.bounding_box() == before
+
+
+def test_a_growing_answer_leaves_the_reader_alone(page: playwright.Page) -> None:
+    """What is selected or has the focus stays so while the answer comes and when it ends; no old answer is read again."""
+    page.evaluate("""() => {
+        window.parsed = 0;
+        const parse = marked.parse;
+        marked.parse = (...all) => { window.parsed++; return parse(...all); };
+        window.fetch = async () => new Response(new ReadableStream({ start(c) {
+            const data = (event) => c.enqueue(new TextEncoder().encode(`data: ${JSON.stringify(event)}\\n\\n`));
+            data({ token: "first *words*\\n\\n```\\ncode", part: "text" });
+            window.more = (text) => data({ token: text, part: "text" });
+            window.end = () => { data({ done: true }); c.close(); };
+        } }));
+    }""")
+    page.fill("#text", "?")
+    page.keyboard.press("Enter")
+    button = page.locator("pre button")
+    button.click()
+    page.evaluate("getSelection().selectAllChildren(document.querySelector('.message.assistant em'))")
+    kept = "[getSelection().toString(), document.activeElement.parentElement.tagName]"
+    page.evaluate("window.more(' and code')")
+    page.get_by_text("code and code").wait_for()
+    page.evaluate("window.more('\\n```\\nlast words')")
+    page.get_by_text("last words").wait_for()
+    assert page.evaluate(kept) == ["words", "PRE"]
+    page.evaluate("window.end()")
+    settle(page)
+    assert page.evaluate(kept) == ["words", "PRE"]
+    page.evaluate(
+        "window.copied = ''; Object.defineProperty(navigator, 'clipboard', { value: { writeText: (t) => { copied = t; } } })"
+    )
+    button.click()
+    assert page.evaluate("window.copied") == "code and code\n"
+    page.evaluate("window.parsed = 0")
+    page.fill("#text", "and?")
+    page.keyboard.press("Enter")
+    page.locator(".message.assistant pre").nth(1).wait_for()
+    page.evaluate("window.end()")
+    settle(page)
+    assert page.evaluate("window.parsed") <= 4  # the new answer alone, with each frame

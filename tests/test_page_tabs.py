@@ -63,18 +63,63 @@ def test_a_conversation_that_goes_on_is_no_longer_deleted(page: playwright.Page)
 
 
 def test_tabs_keep_each_others_messages(page: playwright.Page) -> None:
+    """What one stores, the other shows at once, and leaves alone what is typed, edited or being answered there."""
     ask(page, "of both")
     other = _tab(page)
-    for tab in (page, other):
-        ask(tab, "and then?")
+    other.fill("#text", "a draft")
+    _answer_half(page)
+    other.get_by_text("tell me").wait_for()
+    other.get_by_text("Edit").first.click()
+    other.get_by_label("Edit the message").fill("half written")
+    ask(other, "and then?")  # beside the question that has no answer yet
+    page.locator(".message.user", has_text="tell me").get_by_text("1/2").wait_for()
+    page.evaluate("window.more(' and the rest')")
+    page.get_by_text("half of it and the rest").wait_for()
+    page.evaluate("window.end()")
+    settle(page)
+    other.get_by_label("Previous version").last.click()
+    other.get_by_text("half of it and the rest").wait_for()
+    assert other.get_by_label("Edit the message").input_value() == "half written"
+    other.fill("#text", "another draft")
+    page.reload()
+    pretend(page, OK)
     for tab, question in ((page, "of one"), (other, "of the other")):
         tab.locator("#new").click()
         ask(tab, question)
+    other.fill("#text", "a draft")
+    page.get_by_label("Delete of one").click()
+    other.get_by_label("Delete of one").wait_for(state="detached")
+    page.get_by_text("Undo").click()
+    other.get_by_label("Delete of one").wait_for()
+    assert other.locator("#text").input_value() == "a draft"
     page.reload()
-    titles = page.locator("#conversations .open")
-    assert titles.all_inner_texts() == ["of the other", "of one", "of both"]
-    titles.last.click()
-    page.get_by_text("1/2").wait_for()
+    assert sorted(page.locator("#conversations .open").all_inner_texts()) == ["of both", "of one", "of the other"]
+
+
+def test_a_deletion_can_be_undone(page: playwright.Page) -> None:
+    """Where it happened, until the next question; of the conversation that is shown, too, whose answer is kept so far."""
+    pretend(page, OK)
+    ask(page, "first")
+    page.locator("#new").click()
+    _answer_half(page)
+    page.get_by_label("Delete tell me").click()
+    assert [node["title"] for node in _stored(page)] == ["first"]
+    page.keyboard.press("Enter")  # the focus is on "Undo"
+    page.locator("#conversations .open", has_text="tell me").click()
+    assert "half of it" in page.locator(".message.assistant").inner_text()
+    page.reload()
+    assert page.locator("#conversations .open").all_inner_texts() == ["tell me", "first"]
+    page.get_by_label("Delete first").click()
+    ask(page, "and?")
+    assert page.get_by_text("Undo").count() == 0 and [node["title"] for node in _stored(page)] == ["tell me"]
+
+
+def test_the_conversation_that_is_open_goes_on(page: playwright.Page) -> None:
+    """Whoever opens it again, as on a phone to close the list, does not stop its answer."""
+    _answer_half(page)
+    page.locator("#conversations .open", has_text="tell me").click()
+    page.evaluate("window.more(' and the rest')")
+    page.get_by_text("half of it and the rest").wait_for()
 
 
 def test_a_full_storage_forgets_the_oldest_first(page: playwright.Page) -> None:

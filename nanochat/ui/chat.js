@@ -1,7 +1,7 @@
 // The chat page: what is shown, and what its buttons do.
 
 import * as api from "./api.js";
-import { answer, copy, element, hideThought, plainText, tokenView } from "./render.js";
+import { answer, copy, element, hideThought, morph, plainText, tokenView } from "./render.js";
 import * as store from "./store.js";
 
 const $ = (id) => document.getElementById(id);
@@ -9,7 +9,6 @@ const [log, form, text, send, list, status] = ["log", "form", "text", "send", "c
 const settings = store.settings;
 let current = null;  // the conversation that is shown
 let running = null;  // {controller, node, ended} of the answer that is being written; ended: a promise
-const edits = new WeakMap();  // of a message: its open edit, which every redraw puts back
 const MOST_MESSAGES = 1000, MOST_CHARS = 150000;  // of a conversation that is sent
 let inside = false;
 let ready = true;  // false: the server's model is being compiled, and answers wait for it
@@ -21,145 +20,169 @@ const sends = (event) => event.key === "Enter" && !event.shiftKey && !event.isCo
 
 function show(conversation, ...notices) {
   const place = conversation === current && !isAtEnd() ? log.scrollTop : Infinity;  // of a reader who went up
+  const focused = document.activeElement;
   current = conversation;
   hideThought();
   $("title").textContent = conversation.title;
   const nodes = store.path(conversation);
-  keepFocus(() => {
-    log.replaceChildren(...(nodes.length ? nodes.map(showMessage) : welcome()));
-    if (inside && nodes.length) log.append(readingView(nodes));
-    log.append(...notices);
-    showList();
-    log.scrollTop = Math.min(place, log.scrollHeight);
-  });
+  put(log, ...(nodes.length ? nodes.map(draw) : [greeting]), ...(inside && nodes.length ? [reading.box] : []), ...notices);
+  reading.look();
+  showList();
+  if (!focused.isConnected) log.focus();
+  log.scrollTop = Math.min(place, log.scrollHeight);
 }
 
 const isAtEnd = () => log.scrollHeight - log.scrollTop - log.clientHeight < 60;
-const nameOf = (control) => control.title || control.getAttribute("aria-label") || control.textContent;
-const controlOf = (item, name) => [...item.querySelectorAll("button, summary, [tabindex]")].find((control) => nameOf(control) === name);
 
-// Drawing anew removes the control that has the focus: it goes to the one of that name in the same message or conversation
-// of the list, or in what took its place; else to the log.
-function keepFocus(draw) {
-  const focused = document.activeElement;
-  const item = focused?.closest("#log > *, #conversations > *");
-  const box = item?.parentElement;
-  const at = box && [...box.children].indexOf(item);
-  draw();
-  if (!item) return;
-  if (box.contains(focused)) { focused.focus(); return; }  // an edit: its writer goes on
-  const same = [...box.children].find((other) => other.dataset.id && other.dataset.id === item.dataset.id);
-  const successor = same ?? box.children[at] ?? box.lastElementChild;
-  (controlOf(successor, nameOf(focused)) ?? log).focus();
+// Makes these the children, and leaves alone those that are: they keep the focus, and what is selected in them.
+function put(parent, ...children) {
+  const kept = new Set(children);
+  for (const child of [...parent.children]) if (!kept.has(child)) child.remove();
+  let at = parent.firstChild;
+  for (const child of children) {
+    if (child === at) at = at.nextSibling; else parent.insertBefore(child, at);
+  }
 }
+
+// The same element for the same message or conversation, however often it is shown.
+function once(make) {
+  const made = new WeakMap();
+  return (key) => made.get(key) ?? made.set(key, make(key)).get(key);
+}
+
+const button = (label, onclick, attributes = {}) => element("button", { type: "button", onclick, ...attributes }, label);
 
 function welcome() {
   const ideas = ["Who are you?", "What is 23 + 58?", "How many r are in strawberry?"];
-  const buttons = ideas.map((idea) => element("button", { onclick: () => ask(idea) }, idea));
-  return [element("p", { class: "hint" }, "Ask the model something. It is small: be kind."), element("div", { class: "suggestions" }, ...buttons)];
+  const buttons = ideas.map((idea) => button(idea, () => ask(idea)));
+  return element("div", {}, element("p", { class: "hint" }, "Ask the model something. It is small: be kind."), element("div", { class: "suggestions" }, ...buttons));
 }
+
+const greeting = welcome(), reading = readingView();
 
 function showList() {
   const shown = store.all().filter((c) => c === current || c.nodes.root.children.length);
-  list.replaceChildren(...shown.map((conversation) => element("li", { "data-id": conversation.id },
-    element("button", { class: "open", dir: "auto", "aria-current": conversation === current ? "true" : null, onclick: () => { stop(); show(conversation); closeSidebar(); } }, conversation.title),
-    element("button", { "aria-label": `Delete ${conversation.title}`, title: "Delete", onclick: () => forget(conversation) }, "✕"))));
+  put(list, ...shown.map((conversation) => {
+    const row = rowOf(conversation);
+    row.open.textContent = row.deleted.firstChild.textContent = conversation.title;
+    row.open.ariaCurrent = conversation === current ? "true" : null;
+    row.remove.ariaLabel = `Delete ${conversation.title}`;
+    put(row.box, ...(conversation.deleted ? [row.deleted, row.undo] : [row.open, row.remove]));
+    return row.box;
+  }));
 }
+
+const rowOf = once((conversation) => ({
+  box: element("li"),
+  open: button("", () => { if (conversation !== current) { stop(); show(conversation); } closeSidebar(); }, { class: "open", dir: "auto" }),
+  remove: button("✕", () => forget(conversation), { title: "Delete" }),
+  deleted: element("span", { class: "open", dir: "auto" }, element("del")),
+  undo: button("Undo", () => { store.restore(conversation); showList(); rowOf(conversation).open.focus(); }),
+}));
 
 function forget(conversation) {
   if (conversation === current) stop();
   store.remove(conversation);
-  if (conversation === current) show(store.create()); else keepFocus(showList);
+  if (conversation === current) show(store.create()); else showList();
+  rowOf(conversation).undo.focus();
+  status.textContent = `Deleted: ${conversation.title}`;
 }
 
-function showMessage(node) {
-  if (edits.has(node)) return edits.get(node);
-  const content = element("div", { class: "content", dir: node.role === "user" ? "auto" : null });
-  const box = element("article", { class: `message ${node.role}`, "aria-label": node.role === "user" ? "You" : "nanochat" }, content);
-  fill(content, node);
-  const siblings = current.nodes[node.parent].children;
-  const button = (label, action) => element("button", { type: "button", onclick: action }, label);
-  const actions = element("div", { class: "actions" });
-  if (siblings.length > 1) {
-    const at = siblings.indexOf(node.id);
-    const go = async (step) => {
-      await stop();  // an answer is stored when it has ended, not before
-      const parent = current.nodes[node.parent];
-      parent.chosen = (at + step + parent.children.length) % parent.children.length;
-      store.save(current);
-      show(current);
-    };
-    const arrow = (label, name, step) => element("button", { type: "button", "aria-label": name, onclick: () => go(step) }, label);
-    actions.append(arrow("‹", "Previous version", -1), `${at + 1}/${siblings.length}`, arrow("›", "Next version", 1));
-  }
-  actions.append(button("Copy", (event) => copy(plainText(node.content), event.target)));
-  if (node.role === "user") {
-    actions.append(button("Edit", () => edit(box, node)));
-    if (!node.children.length && !running) actions.append(button("Try again", () => respond(node)));  // it was never answered
-  } else if (running?.node !== node) {
-    actions.append(button("Regenerate", () => regenerate(node)));
-  }
-  const note = running?.node === node && !ready ? "the model is getting ready…" : node.note;
-  if (note) actions.append(element("span", { class: "note" }, note));
-  box.append(actions);
-  return box;
+const viewOf = once((node) => {
+  const user = node.role === "user";
+  const content = element("div", { class: "content", dir: user ? "auto" : null });
+  const view = { content, actions: element("div", { class: "actions" }), count: element("span"), note: element("span", { class: "note" }), drawn: "" };
+  const go = async (step, name) => {
+    await stop();  // an answer is stored when it has ended, not before
+    const parent = current.nodes[node.parent], versions = parent.children;
+    parent.chosen = (versions.indexOf(node.id) + step + versions.length) % versions.length;
+    store.save(current);
+    show(current);
+    viewOf(current.nodes[versions[parent.chosen]])[name].focus();
+  };
+  return Object.assign(view, {
+    box: element("article", { class: `message ${node.role}`, "aria-label": user ? "You" : "nanochat" }),
+    back: button("‹", () => go(-1, "back"), { "aria-label": "Previous version" }),
+    on: button("›", () => go(1, "on"), { "aria-label": "Next version" }),
+    copy: button("Copy", (event) => copy(plainText(node.content), event.target)),
+    edit: button("Edit", () => edit(node)),
+    again: button("Try again", () => respond(node)),
+    regenerate: button("Regenerate", () => regenerate(node)),
+    editor: null,
+  });
+});
+
+// A message's element, with what has changed in it.
+function draw(node) {
+  const view = viewOf(node), isRunning = running?.node === node;
+  const versions = current.nodes[node.parent].children;
+  const shown = JSON.stringify([inside, node.content, inside && node.tokens]);
+  if (view.drawn !== shown) fill(view.content, node);
+  view.drawn = shown;
+  view.content.classList.toggle("cursor", isRunning);
+  view.count.textContent = `${versions.indexOf(node.id) + 1}/${versions.length}`;
+  view.note.textContent = isRunning && !ready ? "the model is getting ready…" : node.note ?? "";
+  const actions = versions.length > 1 ? [view.back, view.count, view.on, view.copy] : [view.copy];
+  if (node.role === "user") actions.push(view.edit);
+  else if (!isRunning) actions.push(view.regenerate);
+  if (node.role === "user" && !node.children.length && !running) actions.push(view.again);  // it was never answered
+  if (view.note.textContent) actions.push(view.note);
+  put(view.actions, ...actions);
+  put(view.box, ...(view.editor ? [view.editor] : [view.content, view.actions]));
+  return view.box;
 }
 
 function fill(content, node) {
-  if (inside && node.role === "user" && !node.tokens) readTokens(content, node);
-  if (inside && node.tokens?.length) content.replaceChildren(tokenView(node.tokens));
-  else if (node.role === "user") content.replaceChildren(node.content);
-  else content.replaceChildren(...answer(node.content));
-  content.classList.toggle("cursor", running?.node === node);
+  if (inside && node.role === "user" && !node.tokens) readTokens(node);
+  const fresh = content.cloneNode(false);
+  fresh.append(inside && node.tokens?.length ? tokenView(node.tokens) : node.role === "user" ? node.content : answer(node.content));
+  morph(content, fresh);
 }
 
 // A question's tokens, asked for when they are first looked at.
-async function readTokens(content, node) {
+async function readTokens(node) {
   node.tokens = [];
   try {
     const read = await api.tokenize({ prompt: node.content });
     node.tokens = read.token_strs.map((token) => ({ text: token }));
-    if (inside) content.replaceChildren(tokenView(node.tokens));
+    if (current.nodes[node.id] === node) draw(node);
   } catch {  // the text itself stays
     delete node.tokens;
   }
 }
 
 // All that the model reads, token by token.
-function readingView(nodes) {
-  const box = element("div", {}, "…");
-  const details = element("details", { class: "note" }, element("summary", {}, "The conversation as the model reads it"), box);
-  details.addEventListener("toggle", async () => {
-    if (!details.open) return;
+function readingView() {
+  const text = element("div", {}, "…");
+  const box = element("details", { class: "note" }, element("summary", {}, "The conversation as the model reads it"), text);
+  const look = async () => {
+    if (!box.open || !box.isConnected) return;
     try {
-      const messages = toMessages(nodes);
+      const messages = toMessages(store.path(current));
       while (messages.length && messages.at(-1).role !== "user") messages.pop();
       const read = await api.tokenize({ messages });
-      box.replaceChildren(`${read.count} of at most ${read.max_model_len} tokens`, tokenView(read.token_strs.map((token) => ({ text: token }))));
+      text.replaceChildren(`${read.count} of at most ${read.max_model_len} tokens`, tokenView(read.token_strs.map((token) => ({ text: token }))));
     } catch (error) {
-      box.textContent = error.message;
+      text.textContent = error.message;
     }
-  });
-  return details;
+  };
+  box.addEventListener("toggle", look);
+  return { box, look };
 }
 
-function edit(box, node) {
+function edit(node) {
   const field = element("textarea", { rows: 3, dir: "auto", "aria-label": "Edit the message" });
+  const view = viewOf(node);
   field.value = node.content;
-  const save = () => { const content = field.value.trim(); if (content) { edits.delete(node); ask(content, current.nodes[node.parent]); } };
-  const cancel = () => {
-    const at = [...log.children].indexOf(box);
-    edits.delete(node);
-    show(current);
-    controlOf(log.children[at], "Edit").focus();
-  };
+  const save = () => { const content = field.value.trim(); if (content) { view.editor = null; ask(content, current.nodes[node.parent]); } };
+  const cancel = () => { view.editor = null; draw(node); view.edit.focus(); };
   field.addEventListener("keydown", (event) => {
     if (sends(event)) { event.preventDefault(); save(); }
     if (event.key === "Escape") { event.stopPropagation(); cancel(); }
   });
-  box.replaceChildren(element("div", { class: "edit" }, field, element("div", { class: "bar" },
-    element("button", { type: "button", onclick: cancel }, "Cancel"), element("button", { type: "button", class: "primary", onclick: save }, "Send as a new branch"))));
-  edits.set(node, box);
+  view.editor = element("div", { class: "edit" }, field, element("div", { class: "bar" },
+    button("Cancel", cancel), button("Send as a new branch", save, { class: "primary" })));
+  draw(node);
   field.focus();
 }
 
@@ -189,6 +212,7 @@ function regenerate(node) {
 }
 
 function respond(question) {
+  store.purge();
   store.restore(current);  // at once: an answer may take minutes
   const controller = new AbortController();
   const chosen = question.chosen;
@@ -244,11 +268,8 @@ function redraw() {
   requestAnimationFrame(() => {
     drawing = false;
     if (running?.conversation !== current) return;  // an answer goes on until the browser has heard that it was stopped
-    const box = [...log.querySelectorAll(".message.assistant")].at(-1);
-    if (!box) return;
     const atEnd = isAtEnd();
-    hideThought();
-    fill(box.querySelector(".content"), running.node);
+    draw(running.node);
     if (atEnd) log.scrollTop = log.scrollHeight;  // unless the reader went up to read
   });
 }
@@ -291,7 +312,7 @@ document.addEventListener("keydown", (event) => {
 
 function begin() {
   stop();
-  show(store.all().find((c) => !c.nodes.root.children.length) ?? store.create());
+  show(store.all().find((c) => !c.nodes.root.children.length && !c.deleted) ?? store.create());
   closeSidebar();
   text.focus();
 }
@@ -352,3 +373,8 @@ async function showHealth() {
 }
 showHealth();
 show(store.all()[0] ?? store.create());
+addEventListener("storage", () => {  // another tab has stored something
+  store.refresh(current);
+  show(current, ...log.querySelectorAll(":scope > .error"));
+  if (!dialog.open) showSettings();
+});

@@ -30,6 +30,16 @@ globalThis.marked?.use({
   },
 });
 
+// Makes `old` what `fresh` is, and leaves alone what stays: it keeps the focus, and what is selected in it.
+export function morph(old, fresh) {
+  if (old.isEqualNode(fresh) || (old.tagName === "BUTTON" && fresh.tagName === "BUTTON")) return;
+  if (old.data && fresh.data?.startsWith(old.data)) { old.appendData(fresh.data.slice(old.data.length)); return; }
+  if (old.data !== undefined || !old.cloneNode(false).isEqualNode(fresh.cloneNode(false))) { old.replaceWith(fresh); return; }
+  const olds = [...old.childNodes], children = [...fresh.childNodes];
+  for (const rest of olds.slice(children.length)) rest.remove();
+  children.forEach((child, i) => { if (i < olds.length) morph(olds[i], child); else old.append(child); });
+}
+
 // tools: elements that take the places of their numbers, which stand in the text between two characters of nobody's use.
 export function markdown(text, tools = []) {
   const box = element("div", { class: "markdown" });
@@ -48,8 +58,7 @@ export function markdown(text, tools = []) {
     link.rel = "noopener noreferrer nofollow";
   }
   for (const block of box.querySelectorAll("pre")) {
-    const code = block.textContent;
-    block.append(element("button", { type: "button", onclick: (event) => copy(code, event.target) }, "Copy"));
+    block.append(element("button", { type: "button", onclick: ({ target }) => copy(target.previousSibling.textContent, target) }, "Copy"));
   }
   return box;
 }
@@ -87,13 +96,13 @@ export const plainText = (content) =>
 
 // An answer: one piece of Markdown, with each call of the calculator and its result where it happened.
 export function answer(content) {
-  if (typeof content === "string") return [markdown(content)];
+  if (typeof content === "string") return markdown(content);
   const tools = [];
   const text = content.map((part) => {
     if (part.type === "text") return part.text.replace(/[\uE000\uE001]/g, "\uFFFD");
     return `\uE000${tools.push(element("span", { class: part.type === "python" ? "tool" : "tool output" }, part.text)) - 1}\uE001`;
   });
-  return [markdown(text.join(""), tools)];
+  return markdown(text.join(""), tools);
 }
 
 // ---------------------------------------------------------------------------- look inside

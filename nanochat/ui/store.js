@@ -59,14 +59,20 @@ export function create() {
   return conversation;
 }
 
+// It stays at its place in the list, so that this can be undone, until `purge`.
 export function remove(conversation) {
-  conversations = conversations.filter((c) => c !== conversation);
+  conversation.deleted = true;
   write("nanochat.conversations", stored().filter((c) => c.id !== conversation.id));
   write("nanochat.deleted", [...read("nanochat.deleted", []), conversation.id].slice(-MOST_DELETED));
 }
 
+export function purge() {
+  conversations = conversations.filter((c) => !c.deleted);
+}
+
 // One that somebody goes on in although it was deleted, here or in another tab.
 export function restore(conversation) {
+  delete conversation.deleted;
   const deleted = read("nanochat.deleted", []);
   if (deleted.includes(conversation.id)) write("nanochat.deleted", deleted.filter((id) => id !== conversation.id));
   if (!conversations.includes(conversation)) conversations.unshift(conversation);
@@ -98,13 +104,27 @@ function withoutTokens(conversation) {
   return { ...conversation, nodes: Object.fromEntries(nodes) };
 }
 
-// `conversation` with the messages that another tab added to it: branches beside its own.
+// `conversation` with the messages that another tab added to it: branches beside its own. An answer only grows: the longer
+// is the newer.
 function joined(conversation, other) {
   for (const node of Object.values(other.nodes)) {
     const own = conversation.nodes[node.id] ??= node;
     own.children = [...new Set([...own.children, ...node.children])];
+    if (JSON.stringify(node.content)?.length > JSON.stringify(own.content)?.length) Object.assign(own, { content: node.content, tokens: node.tokens });
+    if (node.note) own.note ??= node.note;
   }
   return conversation;
+}
+
+// What another tab has stored since. `open`, which is shown here, stays even if it was deleted there.
+export function refresh(open) {
+  Object.assign(settings, DEFAULTS, read("nanochat.settings", {}));
+  const mine = new Map([...conversations, open].map((c) => [c.id, c]));
+  const kept = stored().map((other) => (mine.has(other.id) ? joined(mine.get(other.id), other) : other));
+  for (const conversation of kept) delete conversation.deleted;
+  const deleted = new Set(read("nanochat.deleted", []));
+  const others = conversations.filter((c) => !kept.includes(c) && (c === open || c.deleted || !deleted.has(c.id)));
+  conversations = [...others, ...kept];
 }
 
 // A message after `parent`; the branch that it begins is the one that is shown.
