@@ -6,6 +6,7 @@ Skipped, saying so, where Playwright or Chromium is not installed.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -383,3 +384,40 @@ def test_the_runs_page_leaves_the_reader_where_they_are(url: str, page: playwrig
         file.write('{"step": 7, "time_s": 1.0, "val/bpb": 1.5}\n')
     wait_for(lambda: page.evaluate("document.querySelector('summary') !== window.before"), "the new curve")
     assert page.evaluate("document.activeElement === document.querySelector('summary')")
+
+
+def test_the_pages_work_below_a_path(tiny_run: Path, browser: playwright.Browser) -> None:
+    """As behind a proxy that takes the path away, and answers everything beside it with 404."""
+    model, tokenizer, _ = load_model("sft", "cpu", "eval", "tiny")
+    app = create_app([Engine(model, tokenizer)], "tiny")
+
+    async def proxy(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            path = scope["path"].removeprefix("/below")
+            scope = {**scope, "path": "/no/such" if path == scope["path"] else path, "raw_path": path.encode()}
+        await app(scope, receive, send)
+
+    with serve(proxy) as port:
+        page = browser.new_page()
+        page.route("**/chat/completions", never_silent)
+        page.goto(f"http://127.0.0.1:{port}/below/")
+        page.locator("#model", has_text="tiny").wait_for()
+        ask(page, "hello")
+        page.click("#inside")
+        page.locator(".message.user .tokens span").first.wait_for()
+        page.get_by_text("Runs").click()
+        page.get_by_text("Fine-tuning").wait_for()
+        page.get_by_text("Chat").click()
+        page.locator(".message.user", has_text="hello").wait_for()
+        assert page.get_by_text("API", exact=True).evaluate("(link) => link.href").endswith("/below/docs")
+
+
+def test_a_key_that_cannot_be_sent_is_named(page: playwright.Page) -> None:
+    """Browsers refuse it with the same words as if no server answered."""
+    page.click("#open-settings")
+    page.fill("[name=api_key]", "ключ")
+    page.keyboard.press("Escape")
+    page.fill("#text", "hello")
+    page.keyboard.press("Enter")
+    page.get_by_role("alert").wait_for()
+    assert "the API key" in page.get_by_role("alert").inner_text() and "“к”" in page.get_by_role("alert").inner_text()

@@ -17,6 +17,8 @@ async function orSay(sentence, promise) {
 }
 
 async function request(path, { headers = {}, ...options } = {}) {
+  const [strange] = settings.api_key.match(/[^\x20-\x7e]/u) ?? [];  // fetch fails with it as if no server answered
+  if (strange) throw new ServerError(`Settings: the API key has the character “${strange}”. Keys have only ASCII letters, digits and signs.`);
   if (settings.api_key) headers.Authorization = `Bearer ${settings.api_key}`;
   const response = await orSay(SILENT, fetch(path, { headers, ...options }));
   if (!response.ok) {
@@ -35,7 +37,7 @@ export async function* stream(messages, inside, signal) {
     if (settings[name] !== "") body[name] = Number(settings[name]);
   }
   if (inside) Object.assign(body, { logprobs: true, top_logprobs: 5 });
-  const response = await post("/chat/completions", body, signal);
+  const response = await post("chat/completions", body, signal);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let buffer = "", ended = false;
   for (;;) {
@@ -54,5 +56,5 @@ export async function* stream(messages, inside, signal) {
   }
 }
 
-export const tokenize = async (body) => orSay(LOST, (await post("/tokenize", body)).json());
+export const tokenize = async (body) => orSay(LOST, (await post("tokenize", body)).json());
 export const get = async (path) => orSay(LOST, (await request(path)).json());

@@ -360,7 +360,7 @@ let nextLook = null;
 async function showHealth() {
   clearTimeout(nextLook);
   try {
-    const health = await api.get("/health");
+    const health = await api.get("health");
     store.setDefaults(health.defaults);
     $("model").textContent = health.ready ? health.model : `${health.model} is getting ready…`;
     const changed = ready !== health.ready;

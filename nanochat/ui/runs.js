@@ -53,7 +53,7 @@ let shown = "";  // the run as it was drawn
 
 async function refresh() {
   try {
-    const runs = await get("/api/runs");
+    const runs = await get("api/runs");
     if (!runs.length) {
       shown = "";
       main.replaceChildren(element("p", {}, "No run yet: train one with bash runs/demo.sh."));
@@ -64,7 +64,7 @@ async function refresh() {
       choice.replaceChildren(...runs.map((run) => element("option", { value: run.tag }, run.tag)));
     }
     choice.value = chosen;
-    const run = await get(`/api/runs/${encodeURIComponent(chosen)}`);
+    const run = await get(`api/runs/${encodeURIComponent(chosen)}`);
     const newest = Math.max(...Object.values(run.stages).map((stage) => stage.updated));
     const training = Date.now() / 1000 - newest < LIVE_S;
     say(training ? "● training" : "", training ? "live" : "");
