@@ -66,6 +66,28 @@ def test_text_around_the_calculator_is_one_text(page: playwright.Page) -> None:
     assert "- 4 are left." in content.inner_text() and content.locator("strong").inner_text() == "she"
 
 
+def test_latex_is_shown_as_it_was_written(page: playwright.Page) -> None:
+    """But not in code; Markdown's own escapes and prices stay what they are."""
+    for latex in (
+        r"so \(a_1 * b_1\) and \(\frac{1}{2}\{x\}\) hold", "\\[\nx_1 * y_1\n+ z\n- 2 < 3\n\\]", "is $$a_1*b*c_1$$ so",
+        "$$\n\\\\ a\n= b\n$$",
+        r"if $a_1$, $\{b_1\}$ or $c$ holds", r"Then:\[\alpha_1\] and \[\beta_1\] hold", "a\n\\[\n1. b\n\\]\nc",
+    ):  # fmt: skip
+        content = _answer(page, (TEXT, latex))
+        assert content.inner_text().replace("\n\n", "\n") == latex
+        assert content.locator("em, li, h1").count() == 0
+    for text, shown in (
+        (r"2 \* 3 \_ \\ 4 costs *$5* and *$6*, or ($5 and $6)", r"2 * 3 _ \ 4 costs $5 and $6, or ($5 and $6)"),
+        (r"`\(a\)`, `$5` and *so* `$6`", r"\(a\), $5 and so $6"),
+        ("$5, *each*, or $6", "$5, each, or $6"),
+        (r"not closed: \( *a* $ *b*", "not closed: ( a $ b"),
+    ):
+        assert _answer(page, (TEXT, text)).inner_text() == shown
+    content = _answer(page, (TEXT, "- one:\n  \\[\n  a_1*b_1\n  \\]\n- two\n\n```\n\\[a\\]\n```"))
+    assert content.locator("ul > li").count() == 2 and r"\[a\]" in content.locator("pre code").inner_text()
+    assert "a_1*b_1" in content.inner_text() and "\\[" in content.locator("li").first.inner_text()
+
+
 def test_no_call_of_the_calculator_is_lost(page: playwright.Page) -> None:
     """Not where it stands in a link's address, nor in code."""
     content = _answer(page, (TEXT, "[see](http://x/"), (CALL, "1+2"), (RESULT, "3"), (TEXT, ") `"), (CALL, "4"), (TEXT, "`"))

@@ -17,15 +17,43 @@ export function element(tag, attributes = {}, ...children) {
   return node;
 }
 
+// LaTeX, shown as it was written: \( \), \[ \] and $$ $$ without an empty line between them, and $ $ in one line, with no
+// space inside and no digit after, as prices have it.
+const MATH = /^(?:\\\((?:(?!\n\s*\n)[^])+?\\\)|\\\[(?:(?!\n\s*\n)[^])+?\\\]|\$\$(?:(?!\n\s*\n)[^])+?\$\$|\$(?![\s$])(?:\\.|[^$`\\\n])+?(?<!\s)\$(?![\d$]))/;
+const verbatim = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll("\n", "<br>");
+const math = {
+  name: "math",
+  level: "inline",
+  start: (source) => source.match(/\$|\\[([]/)?.index,
+  tokenizer(source) {
+    const raw = source.match(MATH)?.[0];
+    return raw && { type: "math", raw };
+  },
+  renderer: ({ raw }) => verbatim(raw),
+};
+const mathBlock = {  // or its lines might begin a list
+  name: "mathBlock",
+  level: "block",
+  start: (source) => source.match(/(?<=\n) {0,3}(?:\\\[|\$\$)/)?.index,
+  tokenizer(source) {
+    const indent = source.match(/^ {0,3}(?=\\\[|\$\$)/)?.[0];
+    const raw = indent !== undefined && source.slice(indent.length).match(MATH)?.[0];
+    const end = raw && source.slice(indent.length + raw.length).match(/^[ \t]*(?:\n+|$)/)?.[0];
+    return end === undefined || !raw ? undefined : { type: "mathBlock", raw: indent + raw + end, text: raw };
+  },
+  renderer: ({ text }) => `<p>${verbatim(text)}</p>`,
+};
+
 // What looks like HTML, or defines a link, is text, since models write List<String> and x<y; an asterisk after an English letter, a
 // digit or a bracket multiplies. Pictures and boxes that would be left out are shown as they were written.
 globalThis.marked?.use({
+  extensions: [math, mathBlock],
   tokenizer: {
     html() {}, tag() {}, def() {},
     emStrong: (source, masked, before) => (source[0] === "*" && /[\w)*]/.test(before) ? undefined : false),
   },
   renderer: {
-    image: ({ raw }) => raw.replaceAll("&", "&amp;").replaceAll("<", "&lt;"),
+    image: ({ raw }) => verbatim(raw),
     checkbox: ({ checked }) => (checked ? "☑ " : "☐ "),
   },
 });
