@@ -14,7 +14,8 @@ pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed: apt-get install chromium"),
 ]
 OK = {"token": "ok", "part": "text"}
-HALF = """() => { window.fetch = async () => new Response(new ReadableStream({ start(c) {
+HALF = """() => { window.fetch = async (path, { signal }) => new Response(new ReadableStream({ start(c) {
+    signal?.addEventListener("abort", () => c.error(signal.reason));
     const data = (event) => c.enqueue(new TextEncoder().encode(`data: ${JSON.stringify(event)}\\n\\n`));
     data({ token: "half of it", part: "text" });
     window.more = (text) => data({ token: text, part: "text" });
