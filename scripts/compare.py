@@ -61,12 +61,8 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    directories = {find_run_dir(run).resolve(): run for run in args.runs}  # a run given twice counts once
-    plain = [directory.name for directory in directories]
-    runs = [
-        read_run(directory, args.stage, directory.name if plain.count(directory.name) == 1 else given)
-        for directory, given in directories.items()
-    ]
+    directories = list(dict.fromkeys(find_run_dir(run).resolve() for run in args.runs))  # a run given twice counts once
+    runs = [read_run(directory, args.stage, name_among(directory, directories)) for directory in directories]
     tables = [
         Section("Numbers", ["", *(run.name for run in runs)], final_numbers(runs)),
         Section("Settings that differ", ["", *(run.name for run in runs)], differing_settings(runs)),
@@ -84,6 +80,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # ----------------------------------------------------------------------------- reading
+
+
+def name_among(directory: Path, all_directories: list[Path]) -> str:
+    """The last parts of a directory's path, as many as tell it from the others."""
+    for n in range(1, len(directory.parts)):
+        if sum(other.parts[-n:] == directory.parts[-n:] for other in all_directories) == 1:
+            return "/".join(directory.parts[-n:])
+    return str(directory)
 
 
 def read_run(directory: Path, stage: str, name: str) -> Run:

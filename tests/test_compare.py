@@ -146,7 +146,8 @@ def test_a_run_that_is_not_there_is_named_with_its_nearest(two_runs: Path, tmp_p
 def test_runs_of_one_name_are_told_apart(two_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     copy = shutil.copytree(two_runs / "tiny", tmp_path / "elsewhere" / "tiny")
     assert compare.main(["tiny", str(copy / "sft"), "--stage=sft", "--output", str(tmp_path / "page.html")]) == 0
-    assert "elsewhere" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "elsewhere/tiny" in page and "runs/tiny" in page and str(tmp_path) not in page  # nor a path that fills the page
 
 
 def test_the_best_loss_is_the_least() -> None:
