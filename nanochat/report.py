@@ -352,6 +352,8 @@ def evaluation_table(results: dict[str, Any]) -> list[list[str]]:
         table.append([name, f"{task['accuracy']:.1%}", describe_interval(task), f"{task['n']:,}"])
         if passed := describe_pass_at(task.get("pass_at", {})):
             table.append(["", passed, "", ""])
+        if cut := task.get("unfinished"):
+            table.append(["", f"{cut:,} answers reached the limit of tokens", "", ""])
     for name, mean in _chat_means(results).items():
         table.append([f"{name}, over {mean['tasks']} tasks", *describe_mean(mean), ""])
     return table

@@ -238,12 +238,12 @@ def test_the_parts_of_a_model_are_all_of_it() -> None:
 
 
 def test_chat_scores_are_drawn_with_their_intervals(tiny_run: Path) -> None:
-    scores = {"accuracy": 0.4, "low": 0.3, "high": 0.5, "n": 80, "baseline": 0.25}
+    scores = {"accuracy": 0.4, "low": 0.3, "high": 0.5, "n": 80, "baseline": 0.25, "unfinished": 7}
     answer = {"question": "2+2?", "answer": "<|python_start|>2+2<|python_end|> 4", "correct": True}
     merge_eval(tiny_run / "sft", 4, {"tasks": {"Sums": scores}, "examples": {"Sums": [answer] * 9}})
     _, html = write_report(tiny_run)
     text = html.read_text(encoding="utf-8")
-    assert "30.0% to 50.0%" in text
+    assert "30.0% to 50.0%" in text and "7 answers reached the limit of tokens" in text
     assert 'aria-label="Supervised fine-tuning: right answers by task"' in text
     assert text.count("<code>python_start</code>2+2") == 3  # of nine
     assert text.count("Sums, right") == 3
