@@ -49,7 +49,8 @@ def centered_mean(tasks: Iterable[Mapping[str, Any]]) -> tuple[float, float, flo
 def core_label(core: Mapping[str, Any]) -> str:
     """ "CORE" if all questions of all tasks were asked, else what was: "CORE, 3 tasks, at most 2 questions of each task"."""
     limit = core.get("max_per_task", -1)
-    tasks = "" if core["name"] == "core_metric" else f", {len(core['tasks'])} tasks"
+    count = len(core["tasks"])
+    tasks = "" if core["name"] == "core_metric" else ", 1 task" if count == 1 else f", {count} tasks"
     return f"CORE{tasks}, at most {limit:,} questions of each task" if limit > 0 else f"CORE{tasks}"
 
 

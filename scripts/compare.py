@@ -159,7 +159,7 @@ def core_numbers(runs: list[Run]) -> dict[str, Callable[[Run], str]]:
             return f"{centered_mean(tasks)[0]:.4f} ({sum(task['n'] for task in tasks):,} questions)"
 
         if shared:
-            numbers[f"CORE, {len(shared)} tasks that all have"] = mean
+            numbers[f"CORE, tasks that all have: {len(shared)}"] = mean
     return numbers
 
 

@@ -81,7 +81,7 @@ def test_numbers_that_no_run_has_are_left_out() -> None:
         "steps",
         "time",
         "training loss, smoothed",
-        "CORE, 1 tasks that all have",
+        "CORE, tasks that all have: 1",
         last,
     ]
     assert [row[1:] for row in table][:3] == [["1,000", "-"], ["3 of 9", "-"], ["0:06", "-"]]
@@ -100,13 +100,13 @@ def test_core_over_other_tasks_is_not_set_side_by_side() -> None:
     other = run("core_partial", 0.7, B=_task(0.6, 5), C=_task(1.0, 7), D=_task(0.5, 3))
     whole = run("core_metric", 0.35, A=_task(0.1, 9), B=_task(0.2, 5), C=_task(0.3, 7), D=_task(0.8, 3))
     quick = run("core_metric", 0.9, 2, A=_task(1.0, 2), B=_task(1.0, 2), C=_task(0.5, 2), D=_task(1.0, 2))
-    both = "CORE, 2 tasks that all have"
+    both = "CORE, tasks that all have: 2"
     assert final_numbers([few, other]) == [[both, "0.5000 (12 questions)", "0.8000 (12 questions)"]]
     assert final_numbers([whole, few]) == [
-        ["CORE", "0.3500", "-"], ["CORE, 3 tasks that all have", "0.2000 (21 questions)", "0.4000 (21 questions)"],
+        ["CORE", "0.3500", "-"], ["CORE, tasks that all have: 3", "0.2000 (21 questions)", "0.4000 (21 questions)"],
     ]  # fmt: skip
     assert final_numbers([whole, quick])[0] == ["CORE", "0.3500", "-"]
-    assert final_numbers([quick]) == [["CORE, 4 tasks that all have", "0.8750 (8 questions)"]]
+    assert final_numbers([quick]) == [["CORE, tasks that all have: 4", "0.8750 (8 questions)"]]
     assert final_numbers([whole]) == [["CORE", "0.3500"]]
     assert final_numbers([few, run("core_partial", 0.5, D=_task(0.5, 3))]) == []
 

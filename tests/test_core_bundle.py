@@ -59,8 +59,8 @@ def test_an_answer_without_text_cannot_be_judged(tmp_path: Path, kind: str, item
         read_items(CoreTask("copa", kind, path, 0, "", 0.0))
 
 
-@pytest.mark.parametrize(("limit", "label"), [(-1, "CORE, 1 tasks"), (9, "CORE, 1 tasks"),
-                                              (2, "CORE, 1 tasks, at most 2 questions of each task")])  # fmt: skip
+@pytest.mark.parametrize(("limit", "label"), [(-1, "CORE, 1 task"), (9, "CORE, 1 task"),
+                                              (2, "CORE, 1 task, at most 2 questions of each task")])  # fmt: skip
 def test_results_say_whether_all_questions_were_asked(tmp_path: Path, limit: int, label: str) -> None:
     class Guess:
         context = 100
