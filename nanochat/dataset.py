@@ -244,13 +244,15 @@ class FileSource(Source):
         if not files and os.path.isfile(self.name):
             raise NanochatError(f"--data {path} is no {', '.join(READERS)} file: convert it to one of these")
         compressed = [name.as_posix() for name in sorted(found) if name.suffix.lower() in COMPRESSIONS]
-        hint = f"{some_of(compressed)}; scripts.data_prep makes what training reads of it" if compressed else ""
+        way_out = f"{some_of(compressed)}; scripts.data_prep makes what training reads of it"
         report_unread(found)
         if not files:
-            raise NanochatError(f"--data {path} holds no {', '.join(READERS)} file{hint and ', but ' + hint}")
+            raise NanochatError(
+                f"--data {path} holds no {', '.join(READERS)} file" + (f", but {way_out}" if compressed else "")
+            )
         _check_prepared(path, found, files)
-        if hint:
-            print0(f"not read: {hint}")
+        if compressed:
+            print0(f"not read: {way_out}")
         for file in files.values():
             if file.size == 0:
                 raise NanochatError(f"{file.address} is empty: remove it or fill it")

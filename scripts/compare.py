@@ -144,23 +144,19 @@ def final_numbers(runs: list[Run]) -> list[list[str]]:
 def core_numbers(runs: list[Run]) -> dict[str, Callable[[Run], str]]:
     """CORE of whole runs, and for others the mean over the tasks that all have: those over other tasks cannot be compared."""
     measured = [run.results["core"] for run in runs if "core" in run.results]
-    numbers: dict[str, Callable[[Run], str]] = {}
+    shared = [label for label in measured[0]["tasks"] if all(label in core["tasks"] for core in measured)] if measured else []
 
-    def by_label(run: Run) -> dict[str, float]:
-        return {core_label(run.results["core"]): run.results["core"]["value"]}
+    def whole(run: Run) -> str:
+        core = run.results["core"]
+        return f"{core['value']:.4f}" if core_label(core) == "CORE" else "-"
 
-    if any(core_label(core) == "CORE" for core in measured):
-        numbers["CORE"] = lambda run: f"{by_label(run)['CORE']:.4f}"
-    if any(core_label(core) != "CORE" for core in measured):
-        shared = [label for label in measured[0]["tasks"] if all(label in core["tasks"] for core in measured)]
+    def over_shared(run: Run) -> str:
+        tasks = [run.results["core"]["tasks"][label] for label in shared]
+        return f"{centered_mean(tasks)[0]:.4f} ({sum(task['n'] for task in tasks):,} questions)"
 
-        def mean(run: Run) -> str:
-            tasks = [run.results["core"]["tasks"][label] for label in shared]
-            return f"{centered_mean(tasks)[0]:.4f} ({sum(task['n'] for task in tasks):,} questions)"
-
-        if shared:
-            numbers[f"CORE, tasks that all have: {len(shared)}"] = mean
-    return numbers
+    if not shared or all(core_label(core) == "CORE" for core in measured):
+        return {"CORE": whole}
+    return {"CORE": whole, f"CORE, tasks that all have: {len(shared)}": over_shared}
 
 
 def _or_dash(number: Callable[[Run], str], run: Run) -> str:

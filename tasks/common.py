@@ -193,7 +193,7 @@ class LetterTask(RowTask):
 class ArrowRows(Sequence):
     """The rows of parquet files, in any order: from an uncompressed copy beside the first, which is mapped and not loaded.
 
-    A conversation is then read from the disk or its cache, which all ranks share; loaded, SmolTalk takes 2 GB in each.
+    A conversation is then read from the disk or its cache, which all ranks share; loaded, a large set takes gigabytes in each.
     """
 
     def __init__(self, paths: list[Path]) -> None:
