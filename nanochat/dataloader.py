@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -292,11 +293,19 @@ def _size(document: Document) -> int:
 
 
 def _tokenize(dealt: Iterable[_Dealt], tokenizer: Tokenizer) -> Iterator[list[_Dealt]]:
-    """The dealt documents in chunks, each document as ids (n,) int32."""
+    """The dealt documents in chunks, each document as ids (n,) int32.
+
+    Where one document is longer than all others together, every lane waits for it, in an epoch of its own: it is tokenized
+    once, and they share its ids as long as one of them holds it.
+    """
     dealt = iter(dealt)
+    long: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
     while chunk := _take_chunk(dealt):
-        tokens = _encode([d.document for d in chunk], tokenizer)
-        yield [d._replace(document=ids) for d, ids in zip(chunk, tokens, strict=True)]
+        known = {d.number: ids for d in chunk if (ids := long.get(d.number)) is not None}
+        rest = [d for d in chunk if d.number not in known]
+        known |= zip((d.number for d in rest), _encode([d.document for d in rest], tokenizer), strict=True)
+        long.update({d.number: known[d.number] for d in rest if len(d.document) >= CHUNK_SIZE})
+        yield [d._replace(document=known[d.number]) for d in chunk]
 
 
 def _take_chunk(dealt: Iterator[_Dealt]) -> list[_Dealt]:

@@ -430,6 +430,22 @@ def test_long_documents_are_tokenized_a_few_at_a_time(monkeypatch: pytest.Monkey
     assert max(sum(len(d.document) for d in chunk) for chunk in chunks) < 1000 + 700
 
 
+def test_a_document_longer_than_all_others_is_tokenized_once(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each lane gets it, each in another epoch, before the lane's first row is full."""
+    monkeypatch.setattr(dataloader, "CHUNK_SIZE", 10_000)
+    book = make_document(0, sentences=400)
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in (book, "a", "b")))
+    encode, encoded = tokenizer.encode_arrays, []
+    monkeypatch.setattr(tokenizer, "encode_arrays", lambda texts: encoded.extend(texts) or encode(texts))
+    with _loader(get_source(str(tmp_path)), tokenizer, batch_size=dataloader.LANES) as loader:
+        next(loader)
+        assert len(loader.state_dict()["lanes"]) == dataloader.LANES
+        assert loader.stats()["epoch"] >= dataloader.LANES - 1
+    assert encoded.count(book) == 1
+
+
 def test_a_place_beyond_the_end_is_in_the_next_epoch(corpus: Path) -> None:
     place = _Reading(0, 10**6, (0,) * 16)
     dealt = _deal(get_source(str(corpus)), "train", True, place, {lane: (0, 0) for lane in range(16)}, 400)
