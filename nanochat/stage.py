@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -125,8 +126,10 @@ class Stage:
             )
 
 
-def open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Stage:
+def open_stage(name: str, tag: str | None, default_tag: str, resume: str, loggers: Sequence[str] = ()) -> Stage:
     """Decide whether to resume or to start, without ever overwriting an older run. Rank 0 decides for all.
+
+    loggers: those that the stage will log to; NanochatError if one is not installed where rank 0 runs.
 
     resume "none": start; a given tag must be new, and without one the first free of d4, d4-2, d4-3 ... is taken.
     "auto": resume from the newest intact checkpoint, or start if there is none; without a tag, in the newest of those runs.
@@ -136,10 +139,12 @@ def open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Sta
         raise NanochatError(f"--resume {resume[:50]!r} is neither auto nor none nor a step: give one of these")
     if resume == "none" and _restarted_by() == "torchrun":
         raise NanochatError("torchrun started this job again, but it may not go on from a checkpoint: add --resume auto")
-    return on_rank0(lambda: _open_stage(name, tag, default_tag, resume))
+    return on_rank0(lambda: _open_stage(name, tag, default_tag, resume, loggers))
 
 
-def _open_stage(name: str, tag: str | None, default_tag: str, resume: str) -> Stage:
+def _open_stage(name: str, tag: str | None, default_tag: str, resume: str, loggers: Sequence[str]) -> Stage:
+    for logger in loggers:
+        check_installed(logger)
     if tag is None:
         tag = _free_tag(name, default_tag) if resume == "none" else _newest_untagged(name, default_tag)
         if resume == "none" and tag != default_tag and _restarted_by() == "Slurm":
@@ -289,8 +294,6 @@ def begin(
 
 def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, Any], args: Arguments) -> None:
     """Write settings.json, config.toml and the tokenizer before the stage starts."""
-    for name in chosen_loggers(args):
-        check_installed(name)
     stage.lock.enter_context(lock_stage(stage.directory))  # for the life of the stage
     if list_steps(stage.directory) != stage.steps:
         raise NanochatError(f"{stage.directory} was trained by another process meanwhile: give the same command again")

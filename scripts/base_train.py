@@ -47,7 +47,14 @@ from nanochat.tokenizer import (
     without_folder,
 )
 from nanochat.trainer import Trainer
-from nanochat.training_flags import RATES, add_rate_arguments, add_schedule_arguments, add_training_arguments, parse_switches
+from nanochat.training_flags import (
+    RATES,
+    add_rate_arguments,
+    add_schedule_arguments,
+    add_training_arguments,
+    chosen_loggers,
+    parse_switches,
+)
 from scripts import tok_train
 
 HORIZON = ("num_iterations", "target_minutes", "target_flops", "target_param_data_ratio")
@@ -191,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.fsdp and args.core_metric_every > 0:
         raise NanochatError("--core-metric-every needs a whole model: leave it out with --fsdp, and run base_eval afterwards")
     resume = str(args.resume_from_step) if args.resume_from_step >= 0 else args.resume
-    stage = open_stage("base", args.model_tag, f"d{args.depth}", resume)
+    stage = open_stage("base", args.model_tag, f"d{args.depth}", resume, chosen_loggers(args))
 
     # What to train, for how long, in what batches
     stage.adopt(args, "data", "total_batch_size", *HORIZON, "expand_at", *RATES)

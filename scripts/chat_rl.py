@@ -37,7 +37,7 @@ from nanochat.stage import (
 )
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import Trainer
-from nanochat.training_flags import RATES, add_rate_arguments, add_training_arguments
+from nanochat.training_flags import RATES, add_rate_arguments, add_training_arguments, chosen_loggers
 from tasks import build_judged_task
 from tasks.common import Task
 
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     _, rank, _, world_size, device = compute_init(args.device_type, args.seed)
     tag = find_run(args.source, args.model_tag, heir="rl" if args.resume != "none" else None)
-    stage = open_stage("rl", tag, tag, args.resume)
+    stage = open_stage("rl", tag, tag, args.resume, chosen_loggers(args))
     stage.adopt(args, "task", "task_data", "num_epochs", "num_iterations", *RATES)
     rollout_settings = RolloutSettings(
         objective=args.objective, examples_per_step=args.examples_per_step, num_samples=args.num_samples,

@@ -43,7 +43,7 @@ from nanochat.stage import (
     train_config,
 )
 from nanochat.trainer import Trainer
-from nanochat.training_flags import RATES, add_rate_arguments, add_schedule_arguments, add_training_arguments
+from nanochat.training_flags import RATES, add_rate_arguments, add_schedule_arguments, add_training_arguments, chosen_loggers
 from tasks import build_mixture, with_absolute_paths
 
 DEFAULT_TASKS = "SmolTalk,MMLU*3,GSM8K*4,Identity*2,SimpleSpelling,SpellingBee"
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     _, rank, _, world_size, device = compute_init(args.device_type, args.seed)
     base_tag = find_base(args)
-    stage = open_stage("sft", base_tag, base_tag, args.resume)
+    stage = open_stage("sft", base_tag, base_tag, args.resume, chosen_loggers(args))
     stage.adopt(args, "tasks", "task_data", "max_seq_len", "total_batch_size", "num_iterations", "target_minutes", *RATES)
 
     # The starting point: the base model, its tokenizer, its settings
