@@ -64,6 +64,8 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._began = time.perf_counter()
+        # The time left follows from the pace since the first of these, (time, step): half of the work or more ago.
+        self._paced_from = self._paced_next = (self._began, self.start)
         if self.active and self._console.is_terminal:
             count = "{task.completed:,} " + f"{self.unit}s"
             done: ProgressColumn = TextColumn(count) if self.total is None else MofNCompleteColumn()
@@ -91,6 +93,8 @@ class Progress:
             return
         self._last = step, parts
         now = time.perf_counter()
+        if self._work_since(self.start, step) >= 2 * self._work_since(self.start, self._paced_next[1]):
+            self._paced_from, self._paced_next = self._paced_next, (now, step)
         ended = self.total is not None and step >= self.total
         if self._bar is not None:
             if ended or now - self._shown_at >= REFRESH_S:
@@ -126,11 +130,15 @@ class Progress:
         return next((line for line in described if len(line) <= room), self._describe(step, now, ()))
 
     def _describe(self, step: int, now: float, parts: tuple[str, ...]) -> str:
-        elapsed, done = now - self._began, self.work(step) - self.work(self.start)
-        if self.total is None:
-            return "  ".join([*parts, format_seconds(elapsed)])
-        left = elapsed / done * (self.work(self.total) - self.work(step)) if done else 0.0
-        return "  ".join([*parts, f"{format_seconds(left)} left" if step < self.total else format_seconds(elapsed)])
+        if self.total is None or step >= self.total:
+            return "  ".join([*parts, format_seconds(now - self._began)])
+        since, first = self._paced_from
+        done = self._work_since(first, step)
+        left = (now - since) / done * self._work_since(step, self.total) if done else 0.0
+        return "  ".join([*parts, f"{format_seconds(left)} left"])
+
+    def _work_since(self, first: int, step: int) -> float:
+        return self.work(step) - self.work(first)
 
 
 def format_seconds(seconds: float) -> str:

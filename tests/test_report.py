@@ -341,6 +341,17 @@ def test_progress_time_left_counts_what_the_steps_to_come_take(
     assert capsys.readouterr().out == "pretraining: step 1/10  0:29 left\n"
 
 
+def test_progress_time_left_forgets_a_slow_beginning(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A minute of compiling in the second of 100 steps: the others take a second each."""
+    now = [0.0]
+    monkeypatch.setattr("nanochat.progress.time.perf_counter", lambda: now[0])
+    with Progress("pretraining", total=100) as progress:
+        for step in range(1, 21):
+            now[0] += 61.0 if step == 2 else 1.0
+            progress.update(step)
+    assert capsys.readouterr().out.splitlines()[-1] == "pretraining: step 16/100  1:24 left"
+
+
 def test_progress_is_one_live_line_on_a_terminal() -> None:
     screen = io.StringIO()
     progress = Progress("pretraining", total=3)
