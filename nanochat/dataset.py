@@ -38,6 +38,7 @@ from nanochat.listings import (
     without_scheme,
     without_strangers,
 )
+from nanochat.prep_output import PREPARED
 from nanochat.progress import Progress
 from nanochat.settings import SettingsParser
 from nanochat.tokenizer import Tokenizer
@@ -103,7 +104,8 @@ class Source:
         first = [document for _, document in itertools.islice(self.numbered("train"), 100)]
         sample = "".join(text for text in first if isinstance(text, str))[:1_000_000]
         bytes_per_token = len(sample.encode()) / len(tokenizer.encode(sample)) if sample else 4.0
-        if sum(file.size for file in self.train_files) >= num_tokens * bytes_per_token:  # compressed, most of them
+        # A parquet file is compressed; a line of JSON may hold much besides the text.
+        if sum(file.size for file in self.train_files if file.suffix != ".jsonl") >= num_tokens * bytes_per_token:
             return True
         tokens = 0.0
         for _, document in self.numbered("train"):
@@ -257,7 +259,7 @@ class FileSource(Source):
             if file.size == 0:
                 raise NanochatError(f"{file.address} is empty: remove it or fill it")
         val = [file for name, file in files.items() if is_of_split(VAL, name)]
-        train = [file for file in files.values() if file not in val]
+        train = [file for name, file in files.items() if not is_of_split(VAL, name)]
         super().__init__(train or val, val if train else [])
 
 
@@ -268,7 +270,7 @@ def _check_prepared(path: str, found: Listing, files: dict[PurePath, DocumentFil
     """
     for name in [name for name in found if name.name == "settings.json"]:
         folder = name.parent
-        if not {"num_shards", "shard_tokens"} <= _json_object(found[name]()).keys():
+        if not _json_object(found[name]()).keys() >= PREPARED:
             continue  # somebody else's
         if folder / "manifest.json" not in found:
             raise NanochatError(

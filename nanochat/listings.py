@@ -167,15 +167,14 @@ def without_strangers(paths: list[PurePath]) -> list[PurePath]:
     """The files, by relative path, without those not meant for training, such as a test split or README.md. Reports them."""
     has_train = any(is_of_split("train", path) for path in paths)
     has_rows = any(path.suffix.lower() not in (".md", ".txt") for path in paths)
-    left_out = [
-        p
-        for p in paths
-        if (has_train and is_of_split("test", p) and not is_of_split("train", p))
-        or (has_rows and p.name.lower() == "readme.md")
-    ]
-    if left_out:
-        print0(f"not read, as no text to learn from: {some_of([path.as_posix() for path in left_out], 3)}")
-    return [path for path in paths if path not in left_out]
+
+    def is_stranger(path: PurePath) -> bool:
+        of_test = has_train and is_of_split("test", path) and not is_of_split("train", path)
+        return of_test or (has_rows and path.name.lower() == "readme.md")
+
+    if left_out := [path.as_posix() for path in paths if is_stranger(path)]:
+        print0(f"not read, as no text to learn from: {some_of(left_out, 3)}")
+    return [path for path in paths if not is_stranger(path)]
 
 
 def report_unread(paths: Iterable[PurePath]) -> None:

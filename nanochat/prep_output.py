@@ -1,6 +1,7 @@
 """The folder that scripts/data_prep fills: what determines its shards, where its files are, and who is at work on it.
 
-Used by that script, prep_steps.py and prep_stages.py. It does without datatrove, so that the script can say what is missing.
+Used by that script, prep_steps.py, prep_stages.py and dataset.py. It does without datatrove, so that the script can say what
+is missing.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from nanochat.common import NanochatError
 from nanochat.files import atomic_write, locked
 
 MAX_JOBS = 1000  # in a Slurm array; most clusters allow 1001
+PREPARED = {"num_shards", "shard_tokens"}  # settings by which its settings.json is told from somebody else's
 
 
 @dataclass(frozen=True)

@@ -169,15 +169,16 @@ class ChooseValidation(PipelineStep):
         documents = sum(counts.get("documents", 0) for counts in self.layout.counts("scatter"))
         wanted = self.settings.val_documents or max(1, min(MAX_VAL_DOCUMENTS, int(VAL_SHARE * documents)))
         lowest = _LowestKeys(wanted + 1)
-        for path in sorted(self.layout.lowest.iterdir()):
+        for path in sorted(self.layout.lowest.glob("[0-9]*")):  # nothing that a killed task left half written
             data = path.read_bytes()
             for start in range(0, len(data), 16):
                 lowest.add(data[start : start + 16])
         keys = lowest.keys()
         if len(keys) <= wanted:
+            fewer = "choose fewer --val-documents" if self.settings.val_documents else "give more text"
             raise NanochatError(
-                f"{self.settings.input} holds {len(keys)} different documents, and {wanted} are for validation: none is left "
-                "to train on, choose fewer --val-documents and another --output"
+                f"{self.settings.input} holds {len(keys)} different documents, and {wanted} for validation leaves none to "
+                f"train on: {fewer} and another --output"
             )
         atomic_write(self.layout.val_limit, keys[wanted - 1].hex())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import pyarrow as pa
@@ -29,6 +29,7 @@ from nanochat.listings import (
     report_unread,
     without_strangers,
 )
+from nanochat.shard_cache import plain_path
 from nanochat.tokenizer import Tokenizer
 
 WAY_OUT = "name one with --text-column"
@@ -36,10 +37,9 @@ WAY_OUT = "name one with --text-column"
 
 def kind_of(path: str) -> str | None:
     """The suffix that says how to read a file, less its compression; None for a file that is not read."""
-    name = Path(path).name.lower()
-    if name.startswith("."):
+    plain = PurePath(plain_path(path).name.lower())
+    if plain.name.startswith("."):
         return None
-    plain = Path(name)
     if plain.suffix in COMPRESSIONS:
         plain = plain.with_suffix("")
         if plain.suffix == ".parquet":  # parquet is compressed inside
@@ -55,7 +55,7 @@ def read_texts(file: Any, path: str, column: str | None) -> Iterator[str]:
         if kind_of(path) == ".parquet":
             texts = _read_parquet(file, path, column)
         else:
-            compression = COMPRESSIONS.get(Path(path).suffix.lower())
+            compression = COMPRESSIONS.get(plain_path(path).suffix.lower())
             stream = pa.CompressedInputStream(pa.PythonFile(file, "r"), compression) if compression else file
             lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n" if kind_of(path) == ".jsonl" else None)
             texts = _read_jsonl(lines, path, column) if kind_of(path) == ".jsonl" else cut_into_documents(lines)
@@ -98,11 +98,11 @@ def list_inputs(address: str) -> dict[str, int]:
         )
     report_unread(found)
     paths = without_strangers([path for path in sorted(found) if kind_of(path.name)])
-    val = [path for path in paths if is_of_split(VAL, path)]
+    val = {path for path in paths if is_of_split(VAL, path)}
     if 0 < len(val) < len(paths):
         print0(
-            f"left out, as named for validation: {some_of([path.as_posix() for path in val], 3)}; the shards hold out text of "
-            "the other files (rename a file to prepare it with them)"
+            f"left out, as named for validation: {some_of([path.as_posix() for path in sorted(val)], 3)}; the shards hold out "
+            "text of the other files (rename a file to prepare it with them)"
         )
         paths = [path for path in paths if path not in val]
     files = [found[path]() for path in paths]

@@ -27,10 +27,14 @@ from nanochat.common import NanochatError, first_line, get_base_dir
 RETRY_WAITS_S = (1.0, 4.0, 15.0)  # between attempts; permanent errors are not retried
 DEFAULT_LIMIT_GB = 50.0
 ROOM_WAIT_S = 60.0  # for downloads of other processes, which cannot be evicted before they end
-LEFTOVER_AGE_S = 24 * 3600
 OPEN_ATTEMPTS = 5
 
 T = TypeVar("T")
+
+
+def plain_path(path: str) -> PurePosixPath:
+    """A path without the query of a web address (https://host/a.parquet?download=true)."""
+    return PurePosixPath(path.split("?")[0] if path.startswith(("http://", "https://")) else path)
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,7 @@ class Shard:
 
     @property
     def name(self) -> PurePosixPath:
-        """The path without the query of a web address (https://host/a.parquet?download=true)."""
-        return PurePosixPath(self.path.split("?")[0] if self.url.startswith(("http://", "https://")) else self.path)
+        return plain_path(self.path)
 
     @property
     def entry(self) -> str:
@@ -183,15 +186,11 @@ class ShardCache:
                     yield path, status, int(declared[1]) if declared else status.st_size
 
     def _remove_leftovers(self) -> None:
-        """Remove files of killed downloads (their lock is free). Files without a lock are removed after a day."""
-        for path, status, _ in list(self._files()):
-            if path.suffix != ".tmp":
-                continue
+        """Remove files of killed downloads: their lock is free."""
+        for path, _, _ in list(self._files()):
             if underway := re.fullmatch(r"(.+-[0-9a-f]{16}\.\w+)\.\d+\.[0-9a-f]{8}\.tmp", path.name):
                 with contextlib.suppress(Timeout), self._lock(underway[1], timeout_s=0):
                     path.unlink(missing_ok=True)
-            elif time.time() - status.st_mtime > LEFTOVER_AGE_S:
-                path.unlink(missing_ok=True)
 
     def _remove_temporary(self, entry: str) -> None:
         """Remove what a killed process left of this entry, whose lock we hold."""

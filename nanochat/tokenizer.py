@@ -64,7 +64,6 @@ class Tokenizer:
             raise ValueError("it has a token twice")
         self.tokens, self.pattern = tokens, pattern
         self.special_ids = {name: len(tokens) + i for i, name in enumerate(SPECIAL_TOKENS)}
-        self._special_names = {i: name for name, i in self.special_ids.items()}
         self._encoding = tiktoken.Encoding(
             "nanochat",
             pat_str=pattern,
@@ -210,7 +209,7 @@ class Tokenizer:
         return token if isinstance(token, int) else self.encode_special(token)
 
     def is_special(self, token_id: int) -> bool:
-        return token_id in self._special_names
+        return len(self.tokens) <= token_id < self.get_vocab_size()
 
     def id_to_token(self, token_id: int) -> str:
         return self.decode([token_id])
@@ -242,9 +241,8 @@ class Tokenizer:
 
         for message in _turns(conversation):
             if message["role"] == "user":
-                add([self.special_ids["<|user_start|>"]], 0)
-                add(self.encode(as_text(message["content"])), 0)
-                add([self.special_ids["<|user_end|>"]], 0)
+                text = self.encode(as_text(message["content"]))
+                add([self.special_ids["<|user_start|>"], *text, self.special_ids["<|user_end|>"]], 0)
                 continue
             add([self.special_ids["<|assistant_start|>"]], 0)
             for part in as_parts(message["content"]):
@@ -404,8 +402,8 @@ def get_tokenizer_dir(name_or_path: str = "default") -> Path:
     return path if is_here and name_or_path != "default" and not (named / FILE_NAME).exists() else named
 
 
-def without_folder(name_or_path: str) -> str:
-    """A tokenizer's name as it is, a path as an absolute one: the next command may be given in another folder."""
+def name_or_absolute_path(name_or_path: str) -> str:
+    """A tokenizer's name as it is, a path made absolute: the next command may be given in another folder."""
     directory = get_tokenizer_dir(name_or_path)
     return name_or_path if directory == get_base_dir() / "tokenizers" / name_or_path else str(directory.absolute())
 

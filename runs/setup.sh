@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes .venv in this checkout and installs nanochat into it: bash runs/setup.sh [dev|wandb|tensorboard ...]
-# Uses uv if it is installed and works with the network, else python -m venv and pip. Does nothing if run again.
+# Uses uv if it is installed and can reach the network, else python -m venv and pip. Does nothing if run again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,18 +14,13 @@ case ",$(cut -d ' ' -f 1 "$stamp" 2>/dev/null)," in
     *,gpu,*) device=gpu ;;
     *,cpu,*) [ "$device" = cpu ] || { say "a GPU is here now: making .venv anew"; rm -rf .venv; } ;;
 esac
-extras="$device"
-for extra in "$@"; do extras="$extras,$extra"; done
+# What earlier calls installed is kept, so a call that asks for fewer extras has nothing to do.
+extras=$(cut -d ' ' -f 1 "$stamp" 2>/dev/null || true)
+for extra in "$device" "$@"; do
+    case ",$extras," in *",$extra,"*) ;; *) extras="${extras:+$extras,}$extra" ;; esac
+done
 wanted="$extras $(cksum <pyproject.toml)"
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then exit 0; fi
-# An installation with more extras is enough for a call that asks for fewer.
-if [ -f "$stamp" ] && [ "$(sed 's/^[^ ]* //' "$stamp")" = "$(cksum <pyproject.toml)" ]; then
-    missing=0
-    for extra in ${extras//,/ }; do
-        case ",$(sed 's/ .*//' "$stamp")," in *",$extra,"*) ;; *) missing=1 ;; esac
-    done
-    if [ "$missing" = 0 ]; then exit 0; fi
-fi
 
 find_python() {
     local candidate
@@ -69,11 +64,11 @@ install_with_pip() {
             || say "PyTorch's index cannot be reached: taking the build that pip finds"
     fi
     say "installing with pip ($extras); a first time takes some minutes"
-    quietly "${pip[@]}" -e ".[$extras]" || fail "the installation failed: the reason stands above"
+    quietly "${pip[@]}" -e ".[$extras]" || fail "the installation failed: see above"
 }
 
 if command -v uv >/dev/null 2>&1; then
-    install_with_uv || { say "uv did not succeed: using pip"; install_with_pip; }
+    install_with_uv || { say "uv failed: using pip"; install_with_pip; }
 else
     install_with_pip
 fi

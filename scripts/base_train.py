@@ -44,7 +44,7 @@ from nanochat.tokenizer import (
     get_run_tokenizer,
     get_tokenizer,
     get_tokenizer_dir,
-    without_folder,
+    name_or_absolute_path,
 )
 from nanochat.trainer import Trainer
 from nanochat.training_flags import (
@@ -277,7 +277,7 @@ def open_text(args: Arguments, stage: Stage) -> tuple[Source, Tokenizer]:
     else:
         on_rank0(lambda: make_default_tokenizer(args.tokenizer, args.data))
         tokenizer = get_tokenizer(args.tokenizer)
-        args.tokenizer = without_folder(args.tokenizer)
+        args.tokenizer = name_or_absolute_path(args.tokenizer)
     source.check_tokens(tokenizer)
     return source, tokenizer
 

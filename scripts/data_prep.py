@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from nanochat.common import NanochatError, run_command
-from nanochat.files import atomic_write
+from nanochat.files import atomic_write, read_json
 from nanochat.listings import finds_below, is_remote
-from nanochat.prep_output import MAX_JOBS, Layout, PrepSettings, describe_output, lock_output
+from nanochat.prep_output import MAX_JOBS, PREPARED, Layout, PrepSettings, describe_output, lock_output
 from nanochat.raw_files import estimate_tokens, list_inputs
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.tokenizer import Tokenizer, get_tokenizer
@@ -109,9 +109,9 @@ def _list_inputs(args: Arguments, layout: Layout) -> dict[str, int]:
 def _choose_settings(args: Arguments, layout: Layout, inputs: dict[str, int], tokenizer: Tokenizer | None) -> PrepSettings:
     """The settings of this output. Raises NanochatError if it was begun with others. Writes nothing."""
     begun = _begun(layout)
-    if begun is None and layout.output.is_dir() and any(layout.output.glob("*.parquet")):
+    if not begun and layout.output.is_dir() and any(layout.output.glob("*.parquet")):
         raise NanochatError(f"--output {layout.output} holds parquet files of another origin: choose an empty folder")
-    num_shards = begun["num_shards"] if begun else None
+    num_shards = begun.get("num_shards")
     if num_shards is None:
         tokens = estimate_tokens(args.input, inputs, args.text_column, tokenizer)
         num_shards = max(1, round(tokens / args.shard_tokens))
@@ -127,9 +127,12 @@ def _choose_settings(args: Arguments, layout: Layout, inputs: dict[str, int], to
     return settings
 
 
-def _begun(layout: Layout) -> dict[str, Any] | None:
-    """The settings that an output was begun with."""
-    return json.loads(layout.settings.read_text(encoding="utf-8")) if layout.settings.exists() else None
+def _begun(layout: Layout) -> dict[str, Any]:
+    """The settings that an output was begun with, {} if it was not. Raises NanochatError if the folder is somebody else's."""
+    begun = read_json(layout.settings)
+    if (begun or layout.manifest.exists()) and not begun.keys() >= PREPARED:
+        raise NanochatError(f"--output {layout.output} holds files of another origin: choose an empty folder")
+    return begun
 
 
 def _compare(settings: PrepSettings, begun: dict[str, Any], layout: Layout) -> None:
@@ -145,7 +148,7 @@ def _open_output(stack: contextlib.ExitStack, settings: PrepSettings, layout: La
     """Lock the output for as long as the stack is open, and write its settings and tokenizer on the first call."""
     try:
         stack.enter_context(lock_output(layout))
-        if (begun := _begun(layout)) is not None:
+        if begun := _begun(layout):
             return _compare(settings, begun, layout)  # again: another command may have begun it meanwhile
         if tokenizer:  # keeps the tokenizer together with its shards
             tokenizer.save(layout.output)

@@ -14,7 +14,7 @@ from pathlib import Path
 import tiktoken
 
 from nanochat.common import run_command
-from nanochat.dataset import get_source
+from nanochat.dataset import Source, get_source
 from nanochat.settings import SettingsParser
 from nanochat.tables import print_table
 from nanochat.tokenizer import encode_ordinary, get_tokenizer
@@ -72,11 +72,15 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = get_tokenizer(args.tokenizer)
     texts = {name: [text] for name, text in TEXTS.items()}
     if args.data is not None:
-        texts.update({f"{args.data} ({split})": read_some(args.data, split, args.max_chars) for split in ("train", "val")})
-    peers = {name: tiktoken.get_encoding(key) for key, (name, files) in PEERS.items() if is_cached(files)}
-    for key, name in ((key, name) for key, (name, _) in PEERS.items() if name not in peers):
-        fetch = f"python -c \"import tiktoken; tiktoken.get_encoding('{key}')\""
-        print(f"{name} is not compared, since its vocabulary is not in tiktoken's cache: {fetch} fetches it")
+        source = get_source(args.data)
+        texts.update({f"{args.data} ({split})": read_some(source, split, args.max_chars) for split in ("train", "val")})
+    peers = {}
+    for key, (name, files) in PEERS.items():
+        if is_cached(files):
+            peers[name] = tiktoken.get_encoding(key)
+        else:
+            fetch = f"python -c \"import tiktoken; tiktoken.get_encoding('{key}')\""
+            print(f"{name} is not compared, since its vocabulary is not in tiktoken's cache: {fetch} fetches it")
 
     rows = []
     for name, documents in texts.items():
@@ -95,10 +99,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def read_some(data: str, split: str, max_chars: int) -> list[str]:
+def read_some(source: Source, split: str, max_chars: int) -> list[str]:
     """The first documents of a split, until max_chars are read."""
     total, documents = 0, []
-    for text in get_source(data).documents(split):
+    for text in source.documents(split):
         documents.append(text)
         total += len(text)
         if total >= max_chars:

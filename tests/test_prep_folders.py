@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
 import subprocess
 import sys
@@ -12,12 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat.common import NanochatError
-from nanochat.prep_output import Layout, lock_output
+from nanochat.prep_output import Layout, PrepSettings, lock_output
+from nanochat.raw_files import read_texts
 from nanochat.tokenizer import Tokenizer
 from scripts import data_prep
 from tests.helpers import make_document
 
 pytest.importorskip("datatrove", reason="data preparation needs bash runs/setup.sh data")
+
+from nanochat.prep_steps import ChooseValidation
 
 
 def _write(path: Path, seeds: range) -> None:
@@ -75,3 +80,42 @@ def test_an_output_begun_where_the_input_finds_it_goes_on(tmp_path: Path, monkey
     for name in ("manifest.json", "work/log/manifest/completions/00000"):
         (raw / "prep" / name).unlink()
     assert data_prep.main(flags) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("settings.json", '{"editor": 1}'), ("settings.json", "{"), ("manifest.json", "{}")]
+)
+def test_files_of_another_origin_are_left_alone(tmp_path: Path, name: str, content: str) -> None:
+    _write(tmp_path / "raw" / "a.jsonl", range(20))
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / name).write_text(content)
+    with pytest.raises(NanochatError, match=r"of another origin: choose an empty folder|cannot be read .*: restore or remove"):
+        data_prep.main(["--input", str(tmp_path / "raw"), "--output", str(output), "--no-tokenize"])
+    assert [path.read_text() for path in output.iterdir()] == [content]
+
+
+def test_too_few_documents_for_two_splits(tmp_path: Path) -> None:
+    _write(tmp_path / "raw" / "a.jsonl", range(1))
+    flags = ["--input", str(tmp_path / "raw"), "--output", str(tmp_path / "out"), "--no-tokenize", "--workers=1"]
+    with pytest.raises(NanochatError, match="leaves none to train on: give more text"):
+        data_prep.main(flags)
+
+
+def test_what_a_killed_task_left_does_not_move_the_split(tmp_path: Path) -> None:
+    def limit(output: Path, leftover: bytes) -> str:
+        layout = Layout(output)
+        for folder in (layout.lowest, layout.val_limit.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        (layout.lowest / "00000").write_bytes(bytes(range(64)))
+        (layout.lowest / ".00000.1.tmp").write_bytes(leftover)
+        ChooseValidation(PrepSettings("x", {}, None, None, 0, 2, 1, 1, True, False, 1), layout).run()
+        return layout.val_limit.read_text()
+
+    assert limit(tmp_path / "a", b"\0" * 5) == limit(tmp_path / "b", b"\xff" * 5) == bytes(range(16, 32)).hex()
+
+
+@pytest.mark.parametrize("path", ["data/a.jsonl.gz", "https://host/a.jsonl.gz?download=true"])
+def test_the_query_of_a_web_address_does_not_hide_the_kind(path: str) -> None:
+    lines = gzip.compress(b'{"text": "one"}\n{"text": "two"}\n')
+    assert list(read_texts(io.BytesIO(lines), path, None)) == ["one", "two"]

@@ -49,4 +49,5 @@ def test_an_environment_follows_the_machine(checkout: Path) -> None:
     assert _set_up(checkout) == []
     _program(checkout, "nvidia-smi", "exit 1")
     assert _set_up(checkout) == _set_up(checkout, "dev") == []
-    assert _set_up(checkout, "wandb") == ["[gpu,wandb]"]
+    assert _set_up(checkout, "wandb") == ["[gpu,dev,wandb]"]
+    assert _set_up(checkout, "dev") == _set_up(checkout, "wandb", "dev") == []  # each call keeps what others installed

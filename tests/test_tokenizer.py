@@ -23,7 +23,7 @@ from nanochat.tokenizer import (
     get_run_tokenizer,
     get_tokenizer,
     get_tokenizer_dir,
-    without_folder,
+    name_or_absolute_path,
 )
 from scripts import tok_train
 from tests.helpers import make_document
@@ -378,7 +378,7 @@ def test_a_tokenizer_is_recorded_as_it_is_found_from_any_folder(
     tokenizer.save(tmp_path / "mine")
     monkeypatch.chdir(tmp_path)
     for path in ("mine", "./mine", "mine/", str(tmp_path / "mine")):
-        assert without_folder(path) == str(tmp_path / "mine")
-    assert without_folder("default") == "default"
+        assert name_or_absolute_path(path) == str(tmp_path / "mine")
+    assert name_or_absolute_path("default") == "default"
     tokenizer.save(base_dir / "tokenizers" / "mine")
-    assert without_folder("mine") == "mine"
+    assert name_or_absolute_path("mine") == "mine"
