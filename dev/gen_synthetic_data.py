@@ -27,7 +27,7 @@ import numpy as np
 from nanochat.common import NanochatError, run_command
 from nanochat.files import append_json_lines, atomic_write, read_jsonl
 from nanochat.progress import Progress
-from nanochat.settings import Arguments, SettingsParser
+from nanochat.settings import Arguments, SettingsParser, tomllib
 
 Messages = list[dict[str, str]]
 
@@ -100,10 +100,6 @@ def read_facts(path: Path) -> Facts:
         raise NanochatError(f"--facts {path} cannot be read ({error}): give a text or a TOML file in UTF-8") from error
     if path.suffix != ".toml":
         return Facts(_not_empty(text, path))
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -279,7 +275,7 @@ class Signatures:
         self.similarities: list[float] = []  # of each to the most similar before it, 0 to 1
 
     def similarity(self, messages: Messages) -> tuple[float, np.ndarray]:
-        """(the largest share of runs of characters that it has in common with one that was added, its signature)."""
+        """(its largest Jaccard similarity to one that was added, by runs of characters, its signature)."""
         text = " ".join(message["content"] for message in messages).casefold()
         shingles = {text[i : i + SHINGLE] for i in range(max(1, len(text) - SHINGLE + 1))}
         hashes = np.array([zlib.crc32(shingle.encode()) >> 1 for shingle in shingles], np.uint64)  # below 2**31
@@ -415,19 +411,19 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     parser.add_argument("--facts", type=Path, required=True, help="what is true of the model: a text, or a .toml file")
     parser.add_argument("--output", type=Path, default=Path("identity.jsonl"), help="appended to")
     parser.add_argument("-n", "--number", type=int, default=1000, help="conversations in the file at the end")
-    parser.add_argument("--seed", type=int, default=0, help="of the plans")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the plans")
     parser.add_argument("--by-turns", action="store_true", help="a request for each message; for models that write no JSON")
-    parser.add_argument("--max-similarity", type=float, default=0.6, help="drop what shares more of its text with another")
+    parser.add_argument("--max-similarity", type=float, default=0.6, help="drop what is more like an earlier one, 0 to 1")
     endpoint = parser.add_argument_group("endpoint")
     endpoint.add_argument("--base-url", default=os.environ.get("OPENAI_BASE_URL") or "http://127.0.0.1:8000/v1",
-                          metavar="URL", help="of its API")  # fmt: skip
+                          metavar="URL", help="address of the API")  # fmt: skip
     endpoint.add_argument("--api-key", default=None, metavar="KEY", help="else the environment's OPENAI_API_KEY")
     endpoint.add_argument("--model", default=None, help="its name there (default: the first that the endpoint lists)")
-    endpoint.add_argument("--temperature", type=float, default=1.0, help="of its sampling")
-    endpoint.add_argument("--max-tokens", type=int, default=0, help="of a reply (default: as the endpoint likes)")
+    endpoint.add_argument("--temperature", type=float, default=1.0, help="sampling temperature")
+    endpoint.add_argument("--max-tokens", type=int, default=0, help="limit for a reply (default: the endpoint's)")
     endpoint.add_argument("--concurrency", type=int, default=8, help="requests at once")
-    endpoint.add_argument("--retries", type=int, default=6, help="of a request that gets 429, 5xx or no reply")
-    endpoint.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="for a reply")
+    endpoint.add_argument("--retries", type=int, default=6, help="for a request that gets 429, 5xx or no reply")
+    endpoint.add_argument("--timeout", type=float, default=120.0, metavar="SECONDS", help="to wait for a reply")
     args = parser.parse_args(argv)
     if min(args.number, args.concurrency) < 1 or args.retries < 0 or not 0 < args.max_similarity <= 1:
         raise NanochatError("--number and --concurrency start at 1, --retries at 0, --max-similarity is above 0 and at most 1")

@@ -21,6 +21,7 @@ from nanochat.files import read_json
 from nanochat.metrics import METRICS_FILE, read_metrics, series
 from nanochat.runs import SETTINGS_FILE, get_runs_dir
 from nanochat.settings import SettingsParser
+from nanochat.tables import print_table
 
 COLUMNS = ("run", "depth", "size", "tokens", "flops", "tokens_per_param", "bpb")
 
@@ -105,12 +106,9 @@ def main(argv: list[str] | None = None) -> int:
     rows = sorted((row for row in found if row), key=lambda row: (row["budget"], row["size"]))
     if not rows:
         raise NanochatError(f"no run {args.runs!r} in {get_runs_dir()} has a validation result: start with runs/miniseries.sh")
-    print(f"{'run':24} {'depth':>5} {'size':>12} {'tokens':>14} {'FLOPs':>9} {'tokens/size':>11} {'bpb':>7}")
-    for row in rows:
-        print(
-            f"{row['run']:24} {row['depth']:5} {row['size']:12,} {row['tokens']:14,} {row['flops']:9.2e} "
-            f"{row['tokens_per_param']:11.1f} {row['bpb']:7.4f}"
-        )
+    table = [[row["run"], str(row["depth"]), f"{row['size']:,}", f"{row['tokens']:,}", f"{row['flops']:.2e}",
+              f"{row['tokens_per_param']:.1f}", f"{row['bpb']:.4f}"] for row in rows]  # fmt: skip
+    print_table(["run", "depth", "size", "tokens", "FLOPs", "tokens/size", "bpb"], table)
     optima = analyse(rows)
     for optimum in optima:
         ratio = optimum["tokens"] / optimum["size"]
