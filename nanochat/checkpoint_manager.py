@@ -214,8 +214,8 @@ def set_aside(stage_dir: Path, step: int) -> list[str]:
 def prune(stage_dir: Path, step: int, keep_last: int, best: int | None) -> None:
     """Remove checkpoints up to `step` except the newest keep_last, the best, and those that later stages were begun from.
 
-    Those after `step` belong to another attempt. Damaged ones do not count among the newest, as far as that shows without
-    reading them.
+    Those after `step` belong to another attempt. Visibly damaged ones (a missing or short file) do not count among the newest;
+    their content is not read.
     """
     kept, parents = 0, _parents(stage_dir)
     for n in reversed([n for n in list_steps(stage_dir) if n <= step]):
@@ -464,6 +464,4 @@ def build_model(
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"these weights do not fit the model they claim to be ({reason}): train it again") from None
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
     return model.to(device)

@@ -57,6 +57,11 @@ class CheckpointWriter:
         self._write(step, model_state, optimizer_state, meta, best)
         self.wait()
 
+    def prune(self, step: int, best: int | None) -> None:
+        """Remove what need not be kept once `step` is there, whose best evaluation is that of step `best`."""
+        if self.keep_last > 0:
+            prune(self.stage_dir, step, self.keep_last, best)
+
     def wait(self) -> None:
         """Wait until the checkpoint is on disk. Raises its error, once: most often OSError, for a full disk."""
         if self._thread is not None:
@@ -69,8 +74,7 @@ class CheckpointWriter:
     def _write(self, step: int, model_state: State, optimizer_state: State, meta: dict[str, Any], best: int | None) -> None:
         try:
             save_checkpoint(self.stage_dir, step, model_state, optimizer_state, meta)
-            if self.keep_last > 0:
-                prune(self.stage_dir, step, self.keep_last, best)
+            self.prune(step, best)
         except Exception as error:  # whatever it is, `wait` raises it
             self._error = error
 

@@ -28,7 +28,7 @@ from nanochat.tokenizer import Tokenizer
 LANE_DOCUMENTS, LANE_ROWS = 32, 32  # a lane holds this many documents to choose from, or this many rows if they are long
 CHUNK_DOCUMENTS, CHUNK_SIZE = 128, 1_000_000  # documents tokenized at a time; fewer if they exceed this many characters
 CHUNKS_AHEAD = 4
-FAR = 4096  # documents: rather than to read so many in vain, open the file once more
+FAR = 4096  # documents: across a larger gap, reopening the file beats reading through it
 BATCHES_AHEAD = 4
 
 
@@ -61,7 +61,7 @@ class TokenLoader:
         # Without a next epoch, lanes end, and only a rank that packs all of them knows whose turn is next.
         packed = rank_lanes(lanes, rank, world_size) if loop else range(lanes)
         self._lanes = {lane: _Lane(self.row_len) for lane in packed}
-        self._place = _Place(_Reading(0, 0, (0,) * lanes), 0, 0, _look(self._lanes))
+        self._place = _Place(_Reading(0, 0, (0,) * lanes), 0, 0, _snapshot(self._lanes))
         self._batches: ReadAhead[tuple[np.ndarray, np.ndarray, _Place]] | None = None
 
     def _start(self) -> ReadAhead[tuple[np.ndarray, np.ndarray, _Place]]:
@@ -132,7 +132,7 @@ class TokenLoader:
         placed = sum(state["tokens"] for state in states) // self.world_size
         # Ranks had read ahead by different amounts: start from the earliest. Lanes know what they were dealt already.
         earliest = min((saved[number][1] for number in mine), key=lambda reading: reading[:2])
-        self._place = _Place(earliest, rows, placed, _look(self._lanes))
+        self._place = _Place(earliest, rows, placed, _snapshot(self._lanes))
 
     def _read_again(self, numbers: set[int]) -> dict[int, np.ndarray]:
         """The tokens of the documents with these numbers; those between that are far from all of them are not read."""
@@ -203,7 +203,7 @@ def _spans(numbers: list[int]) -> Iterator[tuple[int, int]]:
         yield numbers[begin], numbers[end - 1]
 
 
-def _look(lanes: dict[int, _Lane]) -> dict[int, _LaneState]:
+def _snapshot(lanes: dict[int, _Lane]) -> dict[int, _LaneState]:
     return {n: _LaneState(lane.next, list(lane.candidates.values()), list(lane.waiting)) for n, lane in lanes.items()}
 
 
@@ -385,5 +385,5 @@ def _pack(
             return
         inputs, targets = rows[:, :-1], rows[:, 1:].copy()
         targets[np.arange(1, row_len) >= used[:, None]] = -1
-        after = _Place(reading, made, placed, _look(lanes))
+        after = _Place(reading, made, placed, _snapshot(lanes))
         yield np.ascontiguousarray(inputs[own]), np.ascontiguousarray(targets[own]), after

@@ -65,7 +65,7 @@ class GPTConfig:
                 raise NanochatError(f"{name} {getattr(self, name)} is too small: choose {least} or more")
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 8:
             raise NanochatError(
-                f"n_embd {self.n_embd} over n_head {self.n_head} is no head size divisible by 8: "
+                f"n_embd {self.n_embd} over n_head {self.n_head} does not give a head size divisible by 8: "
                 f"choose n_embd as a multiple of {8 * self.n_head}"
             )
         if self.n_head % self.n_kv_head:
@@ -411,9 +411,8 @@ class GPT(nn.Module):
             return x
         # A sharded block gathers its parameters in hooks of __call__; sharding.py makes run_block its forward.
         constants, run_block = self.constants(T), Block.__call__ if self.is_sharded else self.run_block
-        if not self.is_compiled:
-            return self.trunk(idx, *constants, run_block)
-        with torch.enable_grad():  # otherwise evaluation would compile separate graphs without gradients
+        # Compiled, evaluations run with gradients, too: otherwise other graphs would be compiled for them.
+        with torch.set_grad_enabled(self.is_compiled or torch.is_grad_enabled()):
             x = self.trunk(idx, *constants, run_block, norm=self._compiled_norm or norm)
         return x if torch.is_grad_enabled() else x.detach()
 
@@ -426,7 +425,7 @@ class GPT(nn.Module):
     def run_block(self, block: Block, *inputs: Any) -> torch.Tensor:
         """Run a block as training does: compiled or not, its activations kept for the backward pass or recomputed."""
         forward = self._compiled_block or Block.forward
-        if self.recompute_blocks and self.training:
+        if self.recompute_blocks:
             return checkpoint(forward, block, *inputs, use_reentrant=False)
         return forward(block, *inputs)
 

@@ -105,7 +105,7 @@ class Heartbeat:
     def _count(self) -> None:
         keys = [f"beat/{rank}" for rank in range(self.world_size)]
         counts, changed_at = [0] * self.world_size, [time.monotonic()] * self.world_size
-        if self.rank == 0:  # the store waits with its answer for counters that nobody made: a rank may die before it beats
+        if self.rank == 0:  # the store does not answer for counters that do not exist yet, and a rank may die before its first
             for key in keys:
                 self._store.add(key, 0)
         while not self._stopped.wait(self.beat_s):

@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     args.require_positive("world_size", "max_seq_len", "vocab_size", "rows")
     for size in args.gb:
         if not 0 < size <= MOST_GB:
-            raise NanochatError(f"--gb {size:g} is no device's memory: choose above 0 and at most {MOST_GB:,}")
+            raise NanochatError(f"--gb {size:g} is not a plausible size: choose above 0 and at most {MOST_GB:,}")
     n = args.world_size
     layouts = {
         "1 device": Layout(),

@@ -132,7 +132,7 @@ def _choose_sparse_gradients(model: GPT) -> None:
 
 
 def _block(name: str, shape: torch.Size, head_dim: int) -> tuple[int, int]:
-    """The block that Muon orthogonalizes at a time: one head, as rows of a matrix that makes heads, columns of one that reads.
+    """What Muon orthogonalizes at a time: one head, that is head_dim rows of c_q, c_k or c_v, or head_dim columns of c_proj.
 
     MLP neurons are grouped the same way: as good, and smaller blocks are less work (dev/LOG.md, "Muon in blocks").
     """
@@ -223,7 +223,7 @@ class _Unit:
 
     def _count_rows(self) -> int:
         """Rows of all parameters together."""
-        raise NotImplementedError
+        return self._as_rows([p.data for p in self.params]).size(0)
 
     def _as_rows(self, tensors: list[Tensor]) -> Tensor:
         """Arrange tensors shaped like the parameters as a table (rows, ...)."""
@@ -314,9 +314,6 @@ class _Unit:
 
 class _AdamWUnit(_Unit):
     """One parameter of any shape, as a flat vector."""
-
-    def _count_rows(self) -> int:
-        return self._as_rows([self.params[0].data]).size(0)
 
     def _as_rows(self, tensors: list[Tensor]) -> Tensor:
         return tensors[0].reshape(-1)

@@ -117,8 +117,8 @@ class TimeLimit:
     def updates(self, step: int, seconds: float, schedule: Schedule) -> int:
         """How many updates the run is to have, after `step` of them in so many seconds (a collective call).
 
-        Another number only if it differs by 3%. A pause is no pace: the median of three checks decides, and at most half of
-        those left are dropped, or as many added, at a time.
+        The plan changes only if the number differs by 3% or more. The median of the last three checks decides, so that a
+        single pause does not; at most half of the remaining updates are dropped, or as many added, at a time.
         """
         planned, first = schedule.num_iterations, schedule.expansion_step
         if step <= first:  # nothing is known yet of the time that all blocks take

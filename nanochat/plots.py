@@ -61,14 +61,6 @@ class Bar:
     color: int = 0
 
 
-@dataclass
-class Shares:
-    """Named parts of a whole, drawn as one bar across the picture."""
-
-    label: str
-    parts: Mapping[str, float]
-
-
 def draw_panel(panel: Panel) -> Figure:
     from matplotlib.ticker import EngFormatter
 
@@ -144,23 +136,23 @@ def draw_bars(title: str, bars: Sequence[Bar], percent: bool = True, names: Sequ
     return figure
 
 
-def draw_shares(title: str, wholes: Sequence[Shares]) -> Figure:
-    """One bar for each whole, divided into its parts; a part has the same colour in all bars."""
+def draw_shares(title: str, wholes: Mapping[str, Mapping[str, float]]) -> Figure:
+    """One bar across the picture for each whole, {part: size} by its label; a part has the same colour in all bars."""
     figure = _figure(WIDE, 1.15 + 0.42 * len(wholes))
     axis = figure.subplots()
     bars: list[Any] = []
-    names = list(dict.fromkeys(name for whole in wholes for name, value in whole.parts.items() if value))
+    names = list(dict.fromkeys(name for parts in wholes.values() for name, value in parts.items() if value))
     places = range(len(wholes) - 1, -1, -1)
     starts = [0.0] * len(wholes)
     for number, name in enumerate(names):
         color = _color(number)
-        widths = [100 * whole.parts.get(name, 0) / sum(whole.parts.values()) for whole in wholes]
+        widths = [100 * parts.get(name, 0) / sum(parts.values()) for parts in wholes.values()]
         bars.append(axis.barh(places, widths, left=starts, height=0.62, color=color, alpha=0.75))
         for place, start, width in zip(places, starts, widths, strict=True):
             if width >= 5:
                 axis.text(start + width / 2, place, f"{width:.0f}%", ha="center", va="center", fontsize=8, color=TEXT)
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
-    axis.set_yticks(list(places), [whole.label for whole in wholes])
+    axis.set_yticks(list(places), list(wholes))
     axis.set_xlim(0, 100)
     _set_title(axis, title)
     _finish(axis)

@@ -35,7 +35,7 @@ class _Console(Console):
 
     @contextlib.contextmanager
     def unharmed(self) -> Iterator[None]:
-        """Keep output that cannot be written while a disk is full; otherwise drop it."""
+        """If output cannot be written, go silent, except while a disk is full: then try again with the next output."""
         try:
             yield
         except OSError as error:

@@ -32,7 +32,7 @@ from nanochat.files import atomic_write, read_json, short_name
 from nanochat.gpt import GPT
 from nanochat.metrics import METRICS_FILE, curve, read_metrics, series
 from nanochat.model_config import read_config
-from nanochat.plots import Bar, Curve, Panel, Shares, draw_bars, draw_panel, draw_shares, save_png, to_svg
+from nanochat.plots import Bar, Curve, Panel, draw_bars, draw_panel, draw_shares, save_png, to_svg
 from nanochat.progress import format_seconds
 from nanochat.quantities import QUANTITIES, by_kind, quantity
 from nanochat.runs import (
@@ -114,7 +114,7 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
         sections += _evaluation_sections(stage, results, rows, plots)
         if stage == "base":
             sections += _model_section(stage_dir, plots)
-        sections.append(_settings_section(stage, settings))
+        sections.append(Section(f"{STAGE_TITLES[stage]}: settings", ["", ""], settings_table(settings)))
     if not overview.rows:
         raise NanochatError(f"{run_dir} holds no stage to report on; {suggest_runs(run_dir.name)}")
     sections.append(_system_section())
@@ -223,10 +223,6 @@ def _overview_row(stage: str, rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _settings_section(stage: str, settings: dict[str, Any]) -> Section:
-    return Section(f"{STAGE_TITLES[stage]}: settings", ["", ""], settings_table(settings))
-
-
 def settings_table(settings: dict[str, Any]) -> list[list[str]]:
     """Rows of (name, value): the settings that describe a stage; only the last part of paths."""
     shown = {key: settings[key] for key in SHOWN_SETTINGS if settings.get(key) not in (None, [])}
@@ -302,10 +298,7 @@ def _model_section(stage_dir: Path, plots: Path) -> list[Section]:
 
     table = [[name, *cells(params, total[0]), *cells(flops, total[1])] for name, (params, flops) in parts.items()]
     table.append(["together", f"{total[0]:,}", "", f"{total[1]:,}", ""])
-    wholes = [
-        Shares("parameters", {name: params for name, (params, _) in parts.items()}),
-        Shares("operations", {name: flops for name, (_, flops) in parts.items()}),
-    ]
+    wholes = {what: {name: both[i] for name, both in parts.items()} for i, what in enumerate(("parameters", "operations"))}
     picture = _add_picture(plots, "model", "what the model is made of", draw_shares("shares of the model's parts", wholes))
     columns = ["part", "parameters", "share", "FLOPs per token", "share"]
     return [Section("The model", columns, table, [picture])]

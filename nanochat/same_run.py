@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Settings that change how the work is done, not what is computed.
 WORK_SETTINGS = {
-    "resume", "resume_from_step", "run", "log_to", "tensorboard", "model_tag", "tag",
+    "resume", "resume_from_step", "run", "log_to", "model_tag", "tag",
     "device", "device_type", "world_size", "fsdp", "activation_checkpointing", "device_batch_size", "max_rows", "compile",
     "eval_every", "eval_tokens", "eval_examples", "eval_samples", "eval_bundle", "core_metric_every",
     "core_metric_max_per_task", "sample_every", "save_every", "keep_last",
@@ -69,10 +69,10 @@ def check_settings(stage: Stage, new: dict[str, Any], args: Arguments) -> None:
 
 
 def check_data(stage: Stage, source: Source) -> None:
-    """Raise NanochatError if files that a stage read are gone or changed. They keep their order, and new ones go behind them.
+    """Raise NanochatError if files that a stage has read are gone or changed.
 
-    Every rank orders them alike, by what the stage recorded. What is held out for validation stays so. Files that the run
-    has not come to may change, as they do where damage stopped it and was mended.
+    Known files keep the order that the stage recorded, on every rank; new ones are read after them. The validation split stays
+    as it was. Files that the run has not reached may change: a damaged one that stopped it may have been repaired.
     """
     if stage.resume_step is None:
         return

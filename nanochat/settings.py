@@ -59,25 +59,26 @@ class Arguments(argparse.Namespace):
         """Raise NanochatError if one of these counts, which may be -1, is 0."""
         for name in names:
             if getattr(self, name) == 0:
-                raise NanochatError(f"{flag_of(name)} 0 asks nothing: choose 1 or more, or leave it out")
+                raise NanochatError(f"{flag_of(name)} 0 asks for nothing: choose 1 or more, or leave it out")
 
     def typed_of(self, names: Iterable[str]) -> str:
         """The flags among these that the command line gives, to name them in a message; "" if there are none."""
         return " and ".join(flag_of(name) for name in names if name in self.typed)
 
+    def forget(self, *names: str) -> None:
+        """Treat these flags as not given."""
+        for name in names:
+            setattr(self, name, self.defaults[name])
+            self.given.discard(name)
+
     def leave_open(self, *names: str) -> None:
         """For these numbers, 0 or less means not given: they become their defaults."""
-        for name in names:
-            if getattr(self, name) <= 0:
-                setattr(self, name, self.defaults[name])
-                self.given.discard(name)
+        self.forget(*(name for name in names if getattr(self, name) <= 0))
 
     def prefer_typed(self, *names: str) -> None:
         """Of these numbers, of which one decides: forget the file's where the command line gives another one above 0."""
         if any(name in self.typed and getattr(self, name) > 0 for name in names):
-            for name in set(names) - self.typed:
-                setattr(self, name, self.defaults[name])
-                self.given.discard(name)
+            self.forget(*set(names) - self.typed)
 
     def adopt(self, values: dict[str, Any]) -> None:
         """Take from `values`, settings of a run, those flags that were not given."""

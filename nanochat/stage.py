@@ -37,7 +37,7 @@ from nanochat.checkpoint_manager import (
     set_aside,
     verify_checkpoint,
 )
-from nanochat.common import NanochatError, describe_error, get_dist_info, print0
+from nanochat.common import NanochatError, describe_error, get_dist_info, print0, some_of
 from nanochat.dataset import Source
 from nanochat.files import atomic_write, read_json
 from nanochat.flash_attention import choose_backend
@@ -99,8 +99,8 @@ class Stage:
     def adopt(self, args: Arguments, *names: str) -> None:
         """Where the stage goes on, give those flags that were left to their defaults the values that it was begun with.
 
-        A run by time may have planned other numbers of updates after this step; to ask for as many, with its config.toml, is
-        nothing new.
+        A run by time may have changed its number of updates after this step. Its config.toml asks for the newest number; that
+        is not a request for other settings.
         """
         if self.resume_step is not None:
             planned = read_json(self.directory / SETTINGS_FILE).get("num_iterations")
@@ -414,7 +414,7 @@ def train(trainer: Trainer, stage: Stage) -> None:
         load_optimizer(trainer.optimizer, stage.directory, step, way_out)
         trainer.load_state_dict(read_meta(stage.directory, step)["trainer"])
         if trainer.rank == 0 and (later := set_aside(stage.directory, step)):  # last, when nothing can fail any more
-            print(f"{later[0]} to {later[-1]} of an earlier attempt are set aside there and may be deleted")
+            print(f"an earlier attempt's later steps are set aside in {stage.directory} and may be deleted: {some_of(later)}")
     trainer.train()
 
 

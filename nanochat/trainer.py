@@ -2,7 +2,7 @@
 
 `state_dict()` holds everything that decides what comes next: a run that is stopped and resumed continues exactly as if
 it had not been, on the same number of ranks or on another. Order at a step: save, evaluate, sample, then train. So an
-exception in an evaluation costs nothing; a kill costs at most the checkpoint being written.
+exception in an evaluation costs nothing; a kill costs the updates since the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from nanochat.checkpoint_manager import MODEL_FILE, OPTIMIZER_FILE, prune, save_sharded
+from nanochat.checkpoint_manager import MODEL_FILE, OPTIMIZER_FILE, save_sharded
 from nanochat.checkpoint_writer import Best, CheckpointWriter
 from nanochat.common import NanochatError, describe_error, get_dist_info
-from nanochat.compilation import can_compile, try_to_compile
+from nanochat.compilation import try_to_compile
 from nanochat.devices import is_lost_connection, peak_memory_bytes, synchronize
 from nanochat.gpt import GPT
 from nanochat.loss_scale import LossScale
@@ -120,19 +120,17 @@ class Trainer:
         self._best = Best(stage_dir, config.best_metric, is_writer=self.rank == 0)
         self._saved_step: int | None = None  # the step of the newest checkpoint
         self._writer = CheckpointWriter(stage_dir, config.keep_last)
+        self._loader_state: dict[str, Any] | None = None  # while batches are fetched, the state before them
         self._pending: list[torch.Tensor] = []  # losses not yet read from the device
         self._stop = StopRequest()
 
     # ------------------------------------------------------------------------- state
 
-    def state_dict(self, loader_state: dict[str, Any] | None = None) -> dict[str, Any]:
-        """All that decides how the run continues, apart from the tensors of model and optimizer; JSON. A collective call.
-
-        loader_state: an earlier state of this rank's loader, to save in place of the present one.
-        """
+    def state_dict(self) -> dict[str, Any]:
+        """All that decides how the run continues, apart from the tensors of model and optimizer; JSON. A collective call."""
         return {
             "step": self.step, "time_s": self.time_s, "flops": self.flops, "results": self.results,
-            "best": self._best.record, "loader": gather_objects(loader_state or self.loader.state_dict()),
+            "best": self._best.record, "loader": gather_objects(self._loader_state or self.loader.state_dict()),
             "loss_scale": self._loss_scale.state_dict(), "expansion_step": self.config.expansion_step,
         }  # fmt: skip
 
@@ -151,7 +149,7 @@ class Trainer:
         self._best.load(state["best"], self.step)  # last, because it writes a file
         self._best.fall_back(list_steps(self.stage_dir))
 
-    def save(self, wait: bool = False, loader_state: dict[str, Any] | None = None) -> None:
+    def save(self, wait: bool = False) -> None:
         """Begin to write a checkpoint of this step; `wait`: return once it is on disk (a collective call).
 
         With `wait`, raises OSError if it cannot be written. Otherwise a failure is reported when the next checkpoint is due,
@@ -161,7 +159,7 @@ class Trainer:
         self._check_finite()
         if self.rank == 0:
             self._report_failed_save()  # first: if the best checkpoint was not written, the record of it changes
-        meta = {"model_config": asdict(self.model.config), **self.meta, "trainer": self.state_dict(loader_state)}
+        meta = {"model_config": asdict(self.model.config), **self.meta, "trainer": self.state_dict()}
         optimizer_state = self.optimizer.state_dict()
         if self.model.is_sharded:
             self._save_sharded(optimizer_state, meta, wait)
@@ -186,8 +184,8 @@ class Trainer:
             self.progress.print(f"{NOT_SAVED} {describe_error(error)}")
 
     def _prune(self) -> None:
-        if self.rank == 0 and self.config.keep_last > 0:
-            prune(self.stage_dir, self.step, self.config.keep_last, self._best.step)
+        if self.rank == 0:
+            self._writer.prune(self.step, self._best.step)
 
     def _report_failed_save(self) -> bool:
         """Wait for the checkpoint being written; True if it failed."""
@@ -199,11 +197,11 @@ class Trainer:
             self._best.fall_back(list_steps(self.stage_dir))
             return True
 
-    def _save_before_leaving(self, loader_state: dict[str, Any] | None = None) -> None:
+    def _save_before_leaving(self) -> None:
         if any_rank(self._report_failed_save()):
             self._saved_step = None
         if self.step > 0 and self.step != self._saved_step:
-            self.save(wait=True, loader_state=loader_state)
+            self.save(wait=True)
             self.progress.print(f"step {self.step} is saved; once the cause is fixed, go on with {self._resume}")
 
     def _check_finite(self) -> None:
@@ -241,7 +239,7 @@ class Trainer:
             self._stop.listening(),
             frozen_garbage(),
         ):
-            self._prepare()
+            self.model.train()
             try:
                 self._loop()
             finally:
@@ -254,15 +252,17 @@ class Trainer:
             config = self.config
             last = self.step >= config.num_iterations
             self._choose_blocks()
-            self._settle()
             first = config.eval_first and self.step == 0
             due = [evaluate for period, evaluate in self.evaluations if last or first or self._due(period)]
-            saved = self._due(config.save_every) if config.save_every >= 0 else bool(due) and self.step > 0
-            if (last or saved) and self.step != self._saved_step:
+            saves = self._due(config.save_every) if config.save_every >= 0 else bool(due) and self.step > 0
+            samples = self._due(config.sample_every) or (last and config.sample_every >= 0)
+            if due or saves or samples:
+                self._settle()
+            if (last or saves) and self.step != self._saved_step:
                 self.save(wait=last)
             if due:
                 self._evaluate(due)
-            if (last and config.sample_every >= 0) or self._due(config.sample_every):
+            if samples:
                 self._sample()
             if last:
                 self._prune()  # the last step may be the best now, in place of an earlier one
@@ -298,15 +298,6 @@ class Trainer:
         if idle_before and expanded:
             self.progress.print(f"step {self.step}: all blocks learn from here on, and updates take longer")
 
-    def _prepare(self) -> None:
-        self.model.train()
-        if self.config.compile and (reason := can_compile(self.device)) is not None:
-            self._train_uncompiled(reason)
-
-    def _train_uncompiled(self, reason: str) -> None:
-        self.progress.print(f"training without torch.compile: {reason}")
-        self.config = replace(self.config, compile=False)
-
     def _get_up_to_speed(self) -> None:
         """Measure the device and compile: before the first update, or after it in a new run on a CPU.
 
@@ -323,20 +314,19 @@ class Trainer:
             self.matmul_rate = reference_rate(self.device, self.model.get_compute_dtype()) * self.world_size
         if not to_compile:
             return
+        if (reason := try_to_compile(self.device)) is not None:
+            self.progress.print(f"training without torch.compile: {reason}")
+            self.config = replace(self.config, compile=False)
+            return
         if self.device.type == "cpu":
             self.progress.print("compiling; the next step takes up to a minute, later runs find it cached")
-        if (reason := try_to_compile(self.device)) is not None:
-            self._train_uncompiled(reason)
-        else:
-            self.model.compile()
+        self.model.compile()
 
     def _settle(self) -> None:
         """Before anything else is computed, wait for training queued on a GPU, and count it as training time."""
-        periods = (self.config.save_every, self.config.sample_every, *(period for period, _ in self.evaluations))
-        if any(map(self._due, periods)):
-            started = time.perf_counter()
-            synchronize(self.device)
-            self.time_s += time.perf_counter() - started
+        started = time.perf_counter()
+        synchronize(self.device)
+        self.time_s += time.perf_counter() - started
 
     def _due(self, period: int) -> bool:
         return period > 0 and self.step > 0 and self.step % period == 0
@@ -369,12 +359,13 @@ class Trainer:
 
         If the data fails on any rank, all ranks save the state before this update and stop.
         """
-        loader_state = self.loader.state_dict()
+        self._loader_state = self.loader.state_dict()
         try:
             batches = all_or_none(lambda: [next(self.loader) for _ in range(self.config.grad_accum_steps)])
         except Exception:  # whatever it is, nothing learned so far may be lost
-            self._save_before_leaving(loader_state)
+            self._save_before_leaving()
             raise
+        self._loader_state = None
         count = torch.stack([self.count_fn(batch) for batch in batches]).sum()
         sum_over_ranks(count)
         return batches, count
@@ -400,7 +391,7 @@ class Trainer:
         steps = len(values)
         time_before, flops_before = self._logged
         elapsed, self._logged = self.time_s - time_before, (self.time_s, self.flops)
-        row = {"step": self.step, "time_s": round(self.time_s, 4), "train/loss": sum(values) / steps, "train/lrm": factor}
+        row = {"train/loss": sum(values) / steps, "train/lrm": factor}
         if batch_size := self.config.total_batch_size:
             row |= {
                 "train/tok_per_s": round(batch_size * steps / elapsed, 1),
@@ -411,8 +402,11 @@ class Trainer:
                 row["train/mfu"] = (self.flops - flops_before) / elapsed / self.matmul_rate
         row["train/peak_memory_mb"] = round(peak_memory_bytes(self.device) / 1e6)
         row |= more
-        self.metrics.log(row)
+        self._write_row(row)
         self.progress.update(self.step, *describe_line(row | self.results))
+
+    def _write_row(self, values: dict[str, Any]) -> None:
+        self.metrics.log({"step": self.step, "time_s": round(self.time_s, 4), **values})
 
     def _work(self, steps: int) -> int:
         """Floating-point operations that the present plan has in the first `steps` updates, per token of a batch."""
@@ -449,7 +443,7 @@ class Trainer:
         self.results = {**self.results, **results}
         if self.step == self._saved_step:
             self._best.note(self.step, results)  # first: once the last step's row is there, a run counts as complete
-        self.metrics.log({"step": self.step, "time_s": round(self.time_s, 4), **results})
+        self._write_row(results)
         text = ", ".join(f"{name} {quantity(name).show(value)}" for name, value in results.items())
         self.progress.print(f"step {self.step}: {text}")
 
@@ -465,8 +459,7 @@ class Trainer:
             self.progress.print(f"warning: no samples at step {self.step}; training goes on. {reason}")
             samples = []
         for sample in samples:
-            row = {"sample/prompt": sample["prompt"], "sample/text": sample["text"]}
-            self.metrics.log({"step": self.step, "time_s": round(self.time_s, 4), **row})
+            self._write_row({f"sample/{name}": sample[name] for name in ("prompt", "text")})
             self.progress.print(f"{sample['prompt']!r} -> {sample['text']!r}")
         self.model.train()
 

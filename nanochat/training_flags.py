@@ -54,7 +54,6 @@ def add_training_arguments(
         metavar="LOGGER",
         help=f"loggers beside metrics.jsonl: {', '.join(LOGGERS)} (WANDB_MODE=offline keeps the first one's on disk)",
     )
-    run.add_argument("--tensorboard", action="store_true", help="the same as --log-to tensorboard")
     run.add_argument("--model-tag", default=None, metavar="TAG", help=model_tag)
     run.add_argument(
         "--resume",
@@ -90,8 +89,7 @@ def add_training_arguments(
 
 def chosen_loggers(args: argparse.Namespace) -> list[str]:
     """The loggers that the flags name; --run without any means wandb."""
-    named = [*args.log_to, *(["tensorboard"] if args.tensorboard else [])]
-    return named or (["wandb"] if args.run != "dummy" else [])
+    return args.log_to or (["wandb"] if args.run != "dummy" else [])
 
 
 def add_rate_arguments(group: argparse._ArgumentGroup) -> None:

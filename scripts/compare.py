@@ -105,14 +105,8 @@ def read_run(directory: Path, stage: str, name: str) -> Run:
 def final_numbers(runs: list[Run]) -> list[list[str]]:
     """A row for each number that any of the runs has, beginning with its name."""
 
-    def last(name: str) -> Callable[[Run], str]:
-        return lambda run: quantity(name).show(run.values(name)[-1])
-
-    def most(name: str) -> Callable[[Run], str]:
-        return lambda run: quantity(name).show(max(run.values(name)))
-
-    def median(name: str) -> Callable[[Run], str]:
-        return lambda run: quantity(name).show(statistics.median(run.values(name)))
+    def logged(name: str, choose: Callable[[list[float]], float] = lambda values: values[-1]) -> Callable[[Run], str]:
+        return lambda run: quantity(name).show(choose(run.values(name)))
 
     def chat_mean(key: str) -> Callable[[Run], str]:
         return lambda run: f"{run.results[key]['value']:.4f}"
@@ -120,17 +114,17 @@ def final_numbers(runs: list[Run]) -> list[list[str]]:
     wanted: dict[str, Callable[[Run], str]] = {
         "parameters": lambda run: f"{run.settings['num_params']:,}",
         "steps": lambda run: f"{run.rows[-1]['step']:,} of {run.settings['num_iterations']:,}",
-        "tokens": last("train/tokens"),
-        "FLOPs": last("train/flops"),
+        "tokens": logged("train/tokens"),
+        "FLOPs": logged("train/flops"),
         "time": lambda run: format_seconds(run.rows[-1]["time_s"]),
         "training loss, smoothed": lambda run: f"{smooth(run.values('train/loss'))[-1]:.4f}",
-        "validation bits per byte": last("val/bpb"),
-        "the best of them": lambda run: f"{min(run.values('val/bpb')):.4f}",
-        "reward": last("rl/reward"),
-        "pass@1": last("val/pass@1"),
-        "tokens/s, median": median("train/tok_per_s"),
-        "MFU, median": median("train/mfu"),
-        "most memory": most("train/peak_memory_mb"),
+        "validation bits per byte": logged("val/bpb"),
+        "the best of them": logged("val/bpb", min),
+        "reward": logged("rl/reward"),
+        "pass@1": logged("val/pass@1"),
+        "tokens/s, median": logged("train/tok_per_s", statistics.median),
+        "MFU, median": logged("train/mfu", statistics.median),
+        "most memory": logged("train/peak_memory_mb", max),
         "evaluated at step": lambda run: f"{run.results['step']:,}",
         "evaluated bits per byte": lambda run: f"{run.results['bpb']['val']:.4f}",
     }
@@ -142,7 +136,7 @@ def final_numbers(runs: list[Run]) -> list[list[str]]:
 
 
 def core_numbers(runs: list[Run]) -> dict[str, Callable[[Run], str]]:
-    """CORE of whole runs, and for others the mean over the tasks that all have: those over other tasks cannot be compared."""
+    """CORE of runs measured on all tasks; if others were measured on fewer, also the mean over the tasks that all share."""
     measured = [run.results["core"] for run in runs if "core" in run.results]
     shared = [label for label in measured[0]["tasks"] if all(label in core["tasks"] for core in measured)] if measured else []
 

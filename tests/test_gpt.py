@@ -213,7 +213,7 @@ def test_idle_blocks_change_nothing_but_the_cost() -> None:
 
 def test_config_refuses_what_cannot_be() -> None:
     for bad, reason in (
-        ({"n_embd": 100, "n_head": 3}, "n_embd 100 over n_head 3 is no head size"),
+        ({"n_embd": 100, "n_head": 3}, "n_embd 100 over n_head 3 does not give a head size"),
         ({"n_embd": 64, "n_head": 4, "n_kv_head": 3}, "n_kv_head 3 does not divide n_head 4"),
         ({"window_pattern": "SX"}, "window_pattern 'SX' may hold only S and L"),
         ({"qk_scale": 0}, "qk_scale 0 must be above 0"),
@@ -359,3 +359,28 @@ def test_layers_share_the_graphs_of_their_kinds() -> None:
         return counter.frame_count
 
     assert count_graphs(10) == count_graphs(6) <= 4
+
+
+def test_recomputed_blocks_keep_as_little_while_evaluating() -> None:
+    """A compiled model evaluates with gradients, and rows were chosen by what training keeps."""
+    model = make_model(n_layer=6).train()
+    model._compiled_block = Block.forward  # stands for compiled code
+    model.recompute_blocks = True
+    tokens = torch.zeros(2, 32, dtype=torch.long)
+
+    def bytes_kept() -> int:
+        kept = 0
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            model(tokens, tokens)
+        return kept
+
+    in_training = bytes_kept()
+    model.eval()
+    with torch.no_grad():
+        assert 0 < bytes_kept() <= in_training

@@ -168,7 +168,7 @@ def test_without_a_compiler_training_runs_eagerly_and_says_so(
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(compilation.shutil, "which", lambda name: None)
     flags = [flag for flag in TINY_TRAINING if flag != "--no-compile"]
-    assert base_train.main([*flags, "--data", str(corpus), "--num-iterations=1"]) == 0
+    assert base_train.main([*flags, "--data", str(corpus), "--num-iterations=2"]) == 0
     assert capsys.readouterr().out.count("training without torch.compile: no C++ compiler") == 1
 
 
@@ -183,7 +183,6 @@ def test_a_compiler_that_lacks_what_it_needs_ends_no_training(
 
     monkeypatch.setattr(compilation.torch, "compile", fail)
     monkeypatch.setattr(compilation, "can_compile", lambda device: None)
-    monkeypatch.setattr("nanochat.trainer.can_compile", lambda device: None)
     compilation._why_no_kernel.cache_clear()
     flags = [flag for flag in TINY_TRAINING if flag not in ("--no-compile", "--num-iterations=6")]
     assert base_train.main([*flags, "--data", str(corpus), horizon]) == 0

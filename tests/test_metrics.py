@@ -117,7 +117,7 @@ class _Memory:
     """A logger that keeps what it is given."""
 
     made: list[_Memory]
-    package: str | None = None
+    package = "json"
 
     def __init__(self, run: LoggedRun) -> None:
         self.run, self.rows, self.closed = run, [], False
@@ -145,8 +145,8 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[_Memory]]:
         ([], []),
         (["--run=dummy"], []),
         (["--run=x"], ["x"]),
-        (["--tensorboard"], ["d2-base"]),
-        (["--run=x", "--log-to", "trackio", "--tensorboard", "--log-to", "trackio", "wandb"], ["x", "x", "x"]),
+        (["--log-to=tensorboard"], ["d2-base"]),
+        (["--run=x", "--log-to", "trackio", "tensorboard", "--log-to", "trackio", "wandb"], ["x", "x", "x"]),
     ],
 )
 def test_flags_choose_the_loggers(flags: list[str], names: list[str], stage_dir: Path, memory: list[_Memory]) -> None:

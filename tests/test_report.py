@@ -18,7 +18,7 @@ from nanochat.common import NanochatError
 from nanochat.eval_results import merge_eval, read_eval
 from nanochat.files import append_json_lines
 from nanochat.metrics import read_metrics, series
-from nanochat.plots import Bar, Curve, Panel, Shares, draw_bars, draw_panel, draw_shares, save_png, to_svg
+from nanochat.plots import Bar, Curve, Panel, draw_bars, draw_panel, draw_shares, save_png, to_svg
 from nanochat.progress import Progress, _Console, format_seconds
 from nanochat.quantities import describe_line, quantity
 from nanochat.report import count_parts, evaluation_table, make_panels, settings_table, write_report
@@ -291,7 +291,7 @@ def test_names_are_shown_as_they_are(name: str, tmp_path: Path) -> None:
     for figure in (
         draw_panel(Panel(name, [Curve(name, [1, 2], [3.0, 4.0]), Curve("two", [1, 2], [4.0, 3.0])], x_label=name)),
         draw_bars(name, [Bar(name, 0.5, 0.4, 0.6)], names=[name, "two"]),
-        draw_shares(name, [Shares(name, {name: 1.0, "two": 3.0})]),
+        draw_shares(name, {name: {name: 1.0, "two": 3.0}}),
     ):
         save_png(figure, tmp_path / "picture.png")
         shown = [

@@ -159,7 +159,7 @@ def test_a_base_directory_that_may_not_be_written(tmp_path: Path) -> None:
         (chat_eval.main, ["--model-tag=tiny", "-a", "ARC-Easy", "-t", "-1"], "temperature cannot be -1.0: choose 0 or more"),
         (chat_eval.main, ["--model-tag=tiny", "-n", "0"], "--num-samples 0 is too small"),
         (chat_eval.main, ["--model-tag=tiny", "-m", "0"], "--max-new-tokens 0 is too small"),
-        (chat_eval.main, ["--model-tag=tiny", "-x", "0"], "--max-problems 0 asks nothing: choose 1 or more, or leave it out"),
+        (chat_eval.main, ["--model-tag=tiny", "-x", "0"], "--max-problems 0 asks for nothing: choose 1 or more"),
         (chat_cli.main, ["--model-tag=tiny", "-p", "word " * 500], "does not fit"),
         (chat_cli.main, ["--source=rl"], "rl"),
         (chat_cli.main, ["--model-tag=tiny", "-m", "0"], "--max-tokens 0 is too small"),

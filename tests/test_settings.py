@@ -38,7 +38,7 @@ def test_a_file_means_what_its_flags_mean(tmp_path: Path) -> None:
         [anything.at-all]
         max-seq-len = 512
         set = ["bigrams=8", "n_layer=1"]
-        tensorboard = false
+        fp8 = false
         resume = 500
     """
     flags = ["--depth=4", "--target-flops=1e15", "--no-compile", "--data=builtin", "--max-seq-len=512", "--resume=500"]
@@ -149,10 +149,10 @@ def test_a_wrong_flag_is_one_sentence(flags: list[str], named: str, capsys: pyte
      (base_train, ["--warmup-steps=-5"], "--warmup-steps -5 is out of range: choose 0 or more"),
      (chat_sft, ["--warmup-steps=-5"], "--warmup-steps -5 is out of range: choose 0 or more"),
      (chat_rl, ["--temperature=nan"], "--temperature nan is not a finite number"),
-     (base_train, ["--core-metric-max-per-task=0"], "--core-metric-max-per-task 0 asks nothing: .* leave it out"),
-     (base_eval, ["--max-per-task=0"], "--max-per-task 0 asks nothing: .* leave it out"),
-     (base_eval, ["--split-tokens=0"], "--split-tokens 0 asks nothing: .* leave it out"),
-     (chat_eval, ["--max-problems=0"], "--max-problems 0 asks nothing: .* leave it out")],
+     (base_train, ["--core-metric-max-per-task=0"], "--core-metric-max-per-task 0 asks for nothing: .* leave it out"),
+     (base_eval, ["--max-per-task=0"], "--max-per-task 0 asks for nothing: .* leave it out"),
+     (base_eval, ["--split-tokens=0"], "--split-tokens 0 asks for nothing: .* leave it out"),
+     (chat_eval, ["--max-problems=0"], "--max-problems 0 asks for nothing: .* leave it out")],
 )  # fmt: skip
 def test_numbers_that_mean_nothing_are_refused(module: Any, flags: list[str], words: str) -> None:
     with pytest.raises(NanochatError, match=words):
