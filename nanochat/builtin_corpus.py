@@ -30,6 +30,7 @@ from filelock import FileLock
 from nanochat.common import NanochatError
 from nanochat.cpu import usable_cores
 from nanochat.files import atomic_write, read_json_object, sha256_of, written_whole
+from nanochat.progress import Progress
 
 HARVEST_VERSION = 1  # part of the manifest; increase it when the rules below change, to rebuild the corpus
 MANIFEST_FILE, FILES = "manifest.json", ("train.parquet", "val.parquet", "summaries.jsonl")
@@ -113,8 +114,11 @@ def _collect() -> tuple[list[str], list[tuple[str, str]]]:
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     workers = usable_cores() if sys.platform == "linux" else min(4, usable_cores())  # a spawned one imports torch: gigabytes
     # Syntax trees have no cycles; looking for them takes longer than parsing.
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=gc.disable) as pool:
-        for found, pairs in pool.map(_parse_files, chunks):
+    with (
+        concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=gc.disable) as pool,
+        Progress("collecting the builtin text", len(chunks), unit="batch") as progress,
+    ):
+        for found, pairs in progress.watch(pool.map(_parse_files, chunks)):
             documents += found
             summaries += pairs
     unique, seen, size = [], set(), 0

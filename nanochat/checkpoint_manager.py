@@ -382,14 +382,14 @@ def read_meta(stage_dir: Path, step: int) -> dict[str, Any]:
 
 
 def newest_valid_step(stage_dir: Path) -> tuple[int | None, list[str]]:
-    """(the newest step whose files are all intact, or None; one sentence for each newer step that was skipped)."""
+    """(the newest step whose files are all intact, or None; why each newer one was skipped)."""
     skipped: list[str] = []
     for step in reversed(list_steps(stage_dir)):
         try:
             verify_checkpoint(step_dir(stage_dir, step))
             return step, skipped
         except CheckpointError as error:
-            skipped.append(str(error))
+            skipped.append(str(error).rsplit("; ", 1)[0])  # without the way out, which is taken here
     return None, skipped
 
 

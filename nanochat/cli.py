@@ -41,6 +41,11 @@ def main() -> int:
         except BrokenPipeError:  # the reader (head, less) has seen enough
             sys.stderr.close()
         return 0
+    if name in ("--version", "-V"):
+        from importlib.metadata import version
+
+        print(f"nanochat {version('nanochat')}")
+        return 0
     if name not in COMMANDS:
         print(f"error: {unknown(name)}", file=sys.stderr)
         return 2

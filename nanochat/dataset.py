@@ -51,10 +51,8 @@ FOOTERS_AT_A_TIME = 16
 class Source:
     """Documents in a fixed order, in two splits. Files named for validation form that split; otherwise a hash decides."""
 
-    name: str
-
-    def __init__(self, train_files: Iterable[DocumentFile], val_files: Iterable[DocumentFile]) -> None:
-        self.train_files, self.val_files = list(train_files), list(val_files)
+    def __init__(self, name: str, train_files: Iterable[DocumentFile], val_files: Iterable[DocumentFile]) -> None:
+        self.name, self.train_files, self.val_files = name, list(train_files), list(val_files)
         self.num_files_read = 0  # of the train files, so far
         self.counted_rows: dict[str, int] = {}  # by name, of the files that were passed
         self.samples: dict[str, str] = {}  # by name, for the record of a run: see `sample`
@@ -233,9 +231,9 @@ class FileSource(Source):
     """
 
     def __init__(self, path: str) -> None:
-        self.name = path if is_remote(path) else _absolute(path)
+        address = path if is_remote(path) else _absolute(path)
         found = list_remote(path) if is_remote(path) else list_local(path)
-        if not found and not is_remote(path) and os.path.isdir(self.name):
+        if not found and not is_remote(path) and os.path.isdir(address):
             raise NanochatError(f"--data {path} is a folder without files (hidden ones do not count): put text into it")
         if not found:
             raise NanochatError(
@@ -243,16 +241,16 @@ class FileSource(Source):
             )
         names = [name for name in sorted(found) if name.suffix.lower() in READERS]
         files = {name: found[name]() for name in without_strangers(names)}
-        if not files and os.path.isfile(self.name):
+        if not files and os.path.isfile(address):
             raise NanochatError(f"--data {path} is no {', '.join(READERS)} file: convert it to one of these")
         compressed = [name.as_posix() for name in sorted(found) if name.suffix.lower() in COMPRESSIONS]
         way_out = f"{some_of(compressed)}; scripts.data_prep makes what training reads of it"
-        report_unread(found)
+        prepared = _check_prepared(path, found, files)
+        report_unread(name for name in found if not prepared.intersection(name.parents))
         if not files:
             raise NanochatError(
                 f"--data {path} holds no {', '.join(READERS)} file" + (f", but {way_out}" if compressed else "")
             )
-        _check_prepared(path, found, files)
         if compressed:
             print0(f"not read: {way_out}")
         for file in files.values():
@@ -260,18 +258,20 @@ class FileSource(Source):
                 raise NanochatError(f"{file.address} is empty: remove it or fill it")
         val = [file for name, file in files.items() if is_of_split(VAL, name)]
         train = [file for name, file in files.items() if not is_of_split(VAL, name)]
-        super().__init__(train or val, val if train else [])
+        super().__init__(address, train or val, val if train else [])
 
 
-def _check_prepared(path: str, found: Listing, files: dict[PurePath, DocumentFile]) -> None:
-    """Raises NanochatError if a folder is an output of scripts.data_prep that is not finished, or lacks part of its shards.
+def _check_prepared(path: str, found: Listing, files: dict[PurePath, DocumentFile]) -> set[PurePath]:
+    """The folders that are outputs of scripts.data_prep. Raises NanochatError if one is not finished, or lacks shards.
 
     files: those of `found` that are read.
     """
+    prepared = set()
     for name in [name for name in found if name.name == "settings.json"]:
         folder = name.parent
         if not _json_object(found[name]()).keys() >= PREPARED:
             continue  # somebody else's
+        prepared.add(folder)
         if folder / "manifest.json" not in found:
             raise NanochatError(
                 f"--data {path} holds an unfinished output of scripts.data_prep ({name} without manifest.json): "
@@ -290,6 +290,7 @@ def _check_prepared(path: str, found: Listing, files: dict[PurePath, DocumentFil
                     f"{file.address} has {file.size} bytes, and had {written['bytes']} when scripts.data_prep wrote it: "
                     "restore it, or prepare the text in another folder"
                 )
+    return prepared
 
 
 def _json_object(file: DocumentFile) -> dict[str, Any]:
@@ -320,9 +321,8 @@ class BuiltinSource(Source):
     def __init__(self, name: str) -> None:
         from nanochat.builtin_corpus import harvest
 
-        self.name = name
         self.directory = harvest(get_base_dir() / "data" / name)
-        super().__init__(*([DocumentFile(self.directory / f"{split}.parquet")] for split in ("train", "val")))
+        super().__init__(name, *([DocumentFile(self.directory / f"{split}.parquet")] for split in ("train", "val")))
 
     def describe(self) -> dict[str, Any]:
         from nanochat.builtin_corpus import MANIFEST_FILE
@@ -368,7 +368,6 @@ class HubSource(Source):
     """The shards of a hub data set that are on disk. Raises NanochatError if the pinned validation shard is missing."""
 
     def __init__(self, name: str) -> None:
-        self.name = name
         repository = HUB_REPOSITORIES[name]
         directory, files = hub_files(name)
         val = [path for path in files if path.name == repository.val_file]
@@ -376,7 +375,7 @@ class HubSource(Source):
         if not val or not train:
             what = f"the validation shard {repository.val_file}" if train else "every training shard"
             raise NanochatError(f"{what} is missing in {directory}: run python -m nanochat.dataset --data {name} -n 8")
-        super().__init__(map(DocumentFile, train), map(DocumentFile, val))
+        super().__init__(name, map(DocumentFile, train), map(DocumentFile, val))
 
 
 SOURCES: dict[str, Callable[[str], Source]] = {"builtin": BuiltinSource, **dict.fromkeys(HUB_REPOSITORIES, HubSource)}

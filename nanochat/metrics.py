@@ -171,8 +171,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--to", required=True, choices=LOGGERS, help="logger to send its numbers to")
     parser.add_argument("--run", default="dummy", metavar="NAME", help="what it is called there (default: its tag and stage)")
     args = parser.parse_args(argv)
-    check_installed(args.to)
     run_dir = find_run_dir(args.run_dir)
+    check_installed(args.to)
     for stage_dir in (run_dir / stage for stage in begun_stages(run_dir)):
         print(f"{stage_dir}: {replay(stage_dir, args.to, args.run):,} rows sent to {args.to}")
     return 0

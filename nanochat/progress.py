@@ -108,7 +108,7 @@ class Progress:
         if ended or far or (step == self.start + 1 and self.total is not None):
             self._shown_at, self._shown_step = now, step
             done = f"{step}/{self.total}" if self.total is not None else f"{step}"
-            self.print(f"{self.stage}: {self.unit} {done}  {self._describe(step, now, parts)}")
+            self.print(f"{self.stage}: {self.unit} {done}  {self._describe(step, now, parts)}".rstrip())
 
     def watch(self, items: Iterable[T]) -> Iterator[T]:
         """Yield the items; each counts as a step done when the next one is requested."""
@@ -134,7 +134,9 @@ class Progress:
             return "  ".join([*parts, format_seconds(now - self._began)])
         since, first = self._paced_from
         done = self._work_since(first, step)
-        left = (now - since) / done * self._work_since(step, self.total) if done else 0.0
+        if since == self._began or not done:  # the first step says nothing of the others: it loads and starts much
+            return "  ".join(parts)
+        left = (now - since) / done * self._work_since(step, self.total)
         return "  ".join([*parts, f"{format_seconds(left)} left"])
 
     def _work_since(self, first: int, step: int) -> float:

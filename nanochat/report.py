@@ -40,12 +40,11 @@ from nanochat.runs import (
     STAGE_TITLES,
     STAGES,
     begun_stages,
-    get_run_dir,
+    find_run_dir,
     get_runs_dir,
     is_tag,
     list_steps,
     step_dir,
-    suggest_runs,
 )
 from nanochat.scores import centered, core_label, core_table, describe_interval, describe_mean, describe_pass_at
 from nanochat.settings import SettingsParser
@@ -115,8 +114,6 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
         if stage == "base":
             sections += _model_section(stage_dir, plots)
         sections.append(Section(f"{STAGE_TITLES[stage]}: settings", ["", ""], settings_table(settings)))
-    if not overview.rows:
-        raise NanochatError(f"{run_dir} holds no stage to report on; {suggest_runs(run_dir.name)}")
     sections.append(_system_section())
     context = {
         "title": f"nanochat: {run_dir.name}", "made": time.strftime("%Y-%m-%d %H:%M"), "facts": facts, "sections": sections,
@@ -399,14 +396,15 @@ def find_newest_run() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = SettingsParser("Write the report of a run.", examples=["%(prog)s", "%(prog)s --model-tag d12"])
-    parser.add_argument("command", nargs="?", default="generate", choices=("generate", "reset"), help="may be left out")
-    parser.add_argument("-g", "--model-tag", default=None, metavar="TAG", help="run (default: the newest)")
+    parser = SettingsParser("Write the report of a run.", examples=["%(prog)s", "%(prog)s d12"])
+    parser.add_argument("run", nargs="?", default=None, metavar="RUN", help="model tag, or the directory of a run")
+    parser.add_argument("-g", "--model-tag", default=None, metavar="TAG", help="the same (default: the newest)")
     args = parser.parse_args(argv)
-    if args.command == "reset":  # as the public recipes begin
+    if args.run == "reset":  # as the public recipes begin
         print("nothing to reset: every run has its own report")
         return 0
-    for path in write_report(get_run_dir(args.model_tag or find_newest_run())):
+    run = args.model_tag or (args.run if args.run != "generate" else None)  # their other command
+    for path in write_report(find_run_dir(run or find_newest_run())):
         print(path)
     return 0
 

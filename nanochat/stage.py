@@ -186,8 +186,7 @@ def _step_to_resume(directory: Path, resume: str) -> int | None:
     step, skipped = newest_valid_step(directory)
     if step is None and skipped:  # starting again would overwrite files that may still be repaired
         raise NanochatError(
-            f"no checkpoint in {directory} is whole ({re.split('[:;]', skipped[0])[0]}): restore its files, or "
-            f"{way_to_begin_anew(directory)}"
+            f"no checkpoint in {directory} is whole ({skipped[0]}): restore its files, or {way_to_begin_anew(directory)}"
         )
     for sentence in skipped:
         print0(f"passed over: {sentence}")

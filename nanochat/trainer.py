@@ -24,7 +24,7 @@ from nanochat.compilation import try_to_compile
 from nanochat.devices import is_lost_connection, peak_memory_bytes, synchronize
 from nanochat.gpt import GPT
 from nanochat.loss_scale import LossScale
-from nanochat.machine import reference_rate
+from nanochat.machine import measure_matmul_rate, reference_rate
 from nanochat.metrics import MetricsLog
 from nanochat.optim import MuonAdamW
 from nanochat.pace import TimeLimit
@@ -311,7 +311,7 @@ class Trainer:
             return
         self.model.recompute_blocks = self._recompute_blocks
         if self.matmul_rate is None:
-            self.matmul_rate = reference_rate(self.device, self.model.get_compute_dtype()) * self.world_size
+            self._measure_device()
         if not to_compile:
             return
         if (reason := try_to_compile(self.device)) is not None:
@@ -321,6 +321,10 @@ class Trainer:
         if self.device.type == "cpu":
             self.progress.print("compiling; the next step takes up to a minute, later runs find it cached")
         self.model.compile()
+
+    def _measure_device(self) -> None:
+        rate = reference_rate(self.device, self.model.get_compute_dtype()) * self.world_size
+        self.matmul_rate = max(rate, self.matmul_rate or 0.0)
 
     def _settle(self) -> None:
         """Before anything else is computed, wait for training queued on a GPU, and count it as training time."""
@@ -399,7 +403,11 @@ class Trainer:
                 "train/flops": self.flops,
             }
             if self.matmul_rate is not None:
-                row["train/mfu"] = (self.flops - flops_before) / elapsed / self.matmul_rate
+                rate = (self.flops - flops_before) / elapsed
+                if rate > self.matmul_rate:  # other work on the machine slowed the measurement down
+                    measure_matmul_rate.cache_clear()
+                    self._measure_device()
+                row["train/mfu"] = rate / self.matmul_rate
         row["train/peak_memory_mb"] = round(peak_memory_bytes(self.device) / 1e6)
         row |= more
         self._write_row(row)

@@ -54,7 +54,7 @@ def add_training_arguments(
         metavar="LOGGER",
         help=f"loggers beside metrics.jsonl: {', '.join(LOGGERS)} (WANDB_MODE=offline keeps the first one's on disk)",
     )
-    run.add_argument("--model-tag", default=None, metavar="TAG", help=model_tag)
+    run.add_argument("-g", "--model-tag", default=None, metavar="TAG", help=model_tag)
     run.add_argument(
         "--resume",
         default="none",
@@ -65,7 +65,8 @@ def add_training_arguments(
     run.add_argument("--save-every", type=int, default=-1, metavar="STEPS",
                      help="steps between checkpoints (0: only at the end; -1: before each evaluation)")  # fmt: skip
     run.add_argument("--keep-last", type=int, default=3, metavar="K", help="keep the newest K and the best (-1: all)")
-    run.add_argument("--eval-every", type=int, default=eval_every, metavar="STEPS", help="validate (-1: only at the end)")
+    run.add_argument("--eval-every", type=int, default=eval_every, metavar="STEPS",
+                     help=f"validate (-1: only {'before and after' if generates else 'at the end'})")  # fmt: skip
     run.add_argument("--sample-every", type=int, default=sample_every, metavar="STEPS",
                      help="show samples of the model's text (0: only at the end; -1: never)")  # fmt: skip
     if not generates:
@@ -134,5 +135,5 @@ def parse_switches(pairs: list[str], *settings: type) -> list[dict[str, Any]]:
             else:
                 target[name] = text if isinstance(default, str) else type(default)(ast.literal_eval(text))
         except (ValueError, SyntaxError, TypeError, KeyError, OverflowError):
-            raise NanochatError(f"--set {pair}: the value must be like {default!r}") from None
+            raise NanochatError(f"--set {pair}: the value must be like {default!r}, as in --set {name}={default}") from None
     return parsed

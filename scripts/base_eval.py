@@ -64,6 +64,8 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     machine.add_argument("--no-compile", dest="compile", action="store_false", help="run CORE eagerly")
     args = parser.parse_args(argv)
     args.require_some("max_per_task", "split_tokens")
+    if args.eval is not None and not args.eval.strip():
+        raise NanochatError("--eval is empty: name what to measure, or leave it out")
     if args.hf_path is not None and (useless := args.typed_of(OF_RUNS)):
         raise NanochatError(f"--hf-path {args.hf_path} is no run: leave out {useless}, or --hf-path")
     return args

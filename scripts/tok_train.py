@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     meta = {"recipe": recipe, **counts, "seconds": round(seconds, 2), "fingerprint": tokenizer.fingerprint()}
     atomic_write(directory / "meta.json", json.dumps(meta, indent=2))
     if tokenizer.get_vocab_size() < args.vocab_size:
-        print(f"the text is too short for --vocab-size {args.vocab_size}: it gives all the tokens that it has pairs for")
+        print(f"the text is too short for --vocab-size {args.vocab_size}: it has pairs for fewer tokens")
     print(
         f"{tokenizer.get_vocab_size():,} tokens from {counts['characters']:,} characters of {counts['documents']:,} "
         f"documents in {seconds:.1f} s: {path}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import re
@@ -33,10 +34,14 @@ def task_name(name: str) -> str:
     """The name as spelled in TASKS, whatever its case; a path to a .jsonl file unchanged. Raises NanochatError."""
     if name.endswith(".jsonl"):
         return name
-    found = {known.lower(): known for known in TASKS}.get(name.lower())
-    if found is None:
-        raise NanochatError(f"unknown task {name!r}: choose from {', '.join(TASKS)}, or a path to a .jsonl file")
-    return found
+    known = {task.lower(): task for task in TASKS}
+    if name.lower() in known:
+        return known[name.lower()]
+    if os.path.isfile(os.path.expanduser(name)):
+        raise NanochatError(f"{name} is no .jsonl file: write one conversation on each line, and name it so")
+    nearest = difflib.get_close_matches(name.lower(), known, 1)
+    hint = f"did you mean {known[nearest[0]]}?" if nearest else f"choose from {', '.join(TASKS)}, or a path to a .jsonl file"
+    raise NanochatError(f"unknown task {name!r}: {hint}")
 
 
 def build_task(name: str, split: str, data_dir: Path | None = None, stop: int | None = None) -> Task:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nanochat.common import NanochatError
+from nanochat.common import NanochatError, print0
 from nanochat.files import read_jsonl
 from nanochat.tokenizer import check_messages
 from tasks.common import Conversation, Task
@@ -16,7 +16,8 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 class CustomJSON(Task):
     """One conversation per line: a list of {"role", "content"}, {"messages": that list}, or ShareGPT's form.
 
-    Every twentieth line is held out for "val". Raises NanochatError naming a line that is not a conversation.
+    Every twentieth line is held out for "val", unless there is only one. Raises NanochatError, naming the line, for what is
+    not a conversation.
     """
 
     def __init__(self, path: Path, split: str = "train", **slicing: int) -> None:
@@ -26,7 +27,10 @@ class CustomJSON(Task):
         if not rows:
             raise NanochatError(f"{path} holds no conversation: add at least one line")
         self.conversations = [_as_conversation(row, path, n) for n, row in enumerate(rows, 1)]
-        if len(rows) > 1:
+        if len(rows) == 1:
+            if split == "val":
+                print0(f"{path} holds a single conversation: it is learned and measured on")
+        else:
             keep = (lambda n: n % 20 == 0) if split == "val" else (lambda n: n % 20 != 0)
             self.conversations = [c for n, c in enumerate(self.conversations) if keep(n)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -41,6 +42,12 @@ def test_an_unknown_command_names_the_nearest(
     assert cli.main() == 2
     said = capsys.readouterr().err
     assert repr(name) in said and hint in said and said.count("\n") == 1
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["nanochat", "--version"])
+    assert cli.main() == 0
+    assert capsys.readouterr().out == f"nanochat {importlib.metadata.version('nanochat')}\n"
 
 
 def test_each_module_of_the_table_exists_and_has_a_main() -> None:

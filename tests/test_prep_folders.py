@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat.common import NanochatError
+from nanochat.dataset import get_source
 from nanochat.prep_output import Layout, PrepSettings, lock_output
 from nanochat.raw_files import read_texts
 from nanochat.tokenizer import Tokenizer
@@ -119,3 +120,13 @@ def test_what_a_killed_task_left_does_not_move_the_split(tmp_path: Path) -> None
 def test_the_query_of_a_web_address_does_not_hide_the_kind(path: str) -> None:
     lines = gzip.compress(b'{"text": "one"}\n{"text": "two"}\n')
     assert list(read_texts(io.BytesIO(lines), path, None)) == ["one", "two"]
+
+
+def test_training_passes_over_what_a_preparation_left_beside_its_shards(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    _write(tmp_path / "raw" / "a.jsonl", range(20))
+    flags = ["--input", str(tmp_path / "raw"), "--output", str(tmp_path / "data" / "out"), "--no-tokenize", "--workers=1"]
+    assert data_prep.main(flags) == 0
+    (tmp_path / "data" / "mine.csv").touch()
+    capsys.readouterr()
+    get_source(str(tmp_path / "data"))
+    assert capsys.readouterr().out.startswith("not read, being of another kind: mine.csv; ")

@@ -45,7 +45,7 @@ class _Page(HTMLParser):
 
 
 def test_the_report_holds_what_the_run_left_behind(tiny_run: Path) -> None:
-    assert report.main(["--model-tag=tiny"]) == 0
+    assert report.main(["tiny"]) == 0
     markdown = (tiny_run / "report.md").read_text(encoding="utf-8")
     page = _Page((tiny_run / "report.html").read_text(encoding="utf-8"))
     settings = json.loads((tiny_run / "base" / "settings.json").read_text(encoding="utf-8"))
@@ -218,10 +218,18 @@ def test_what_is_evaluated_again_after_a_resume_counts_once(tmp_path: Path) -> N
     assert read(sitting(0, 4, 1), sitting(2, 2, 2)) == expected[: -4 * 6]
 
 
+def test_a_run_is_named_in_any_way(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[Path] = []
+    monkeypatch.setattr(report, "write_report", lambda run_dir: reported.append(run_dir.resolve()) or [])
+    for flags in ([], ["tiny"], [str(tiny_run)], ["-g", "tiny"], ["generate"], ["generate", "--model-tag=tiny"]):
+        assert report.main(flags) == 0
+    assert reported == [tiny_run.resolve()] * 6
+
+
 def test_a_run_without_stages_is_an_error(base_dir: Path) -> None:
     with pytest.raises(NanochatError, match="base_train"):
         report.main([])
-    with pytest.raises(NanochatError, match="no stage to report on; there is none yet"):
+    with pytest.raises(NanochatError, match="no run 'nothing' in .*; there is none yet"):
         report.main(["--model-tag=nothing"])
     (base_dir / "runs" / "nothings" / "base").mkdir(parents=True)
     (base_dir / "runs" / "nothings" / "base" / "settings.json").write_text("{}", encoding="utf-8")
@@ -325,8 +333,7 @@ def test_progress_says_stage_numbers_and_time_left(capsys: pytest.CaptureFixture
             progress.update(step, *describe_line({"step": step, "train/tok_per_s": 12345.6, "train/loss": 2.5}))
         progress.print("[bold]not markup[/bold]")
     first, *_, last, said = capsys.readouterr().out.splitlines()
-    assert first.startswith("[2/6] pretraining: step 5/10  loss 2.5000  tok/s 12,346")
-    assert first.endswith("left")
+    assert first == "[2/6] pretraining: step 5/10  loss 2.5000  tok/s 12,346"  # the first step says nothing of the others
     assert last.startswith("[2/6] pretraining: step 10/10")
     assert said == "[bold]not markup[/bold]"
 
@@ -334,11 +341,12 @@ def test_progress_says_stage_numbers_and_time_left(capsys: pytest.CaptureFixture
 def test_progress_time_left_counts_what_the_steps_to_come_take(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter([0.0, 1.0])
+    clock = iter([0.0, 9.0, 20.0])
     monkeypatch.setattr("nanochat.progress.time.perf_counter", lambda: next(clock))
     with Progress("pretraining", total=10, work=lambda steps: steps + 10 * max(0, steps - 8)) as progress:
-        progress.update(1)  # a second for a short step: seven more are to come, and two of eleven seconds
-    assert capsys.readouterr().out == "pretraining: step 1/10  0:29 left\n"
+        progress.update(1)
+        progress.update(2)  # eleven seconds for a short step: six more are to come, and two that take eleven times as long
+    assert capsys.readouterr().out.splitlines()[-1] == "pretraining: step 2/10  5:08 left"
 
 
 def test_progress_time_left_forgets_a_slow_beginning(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

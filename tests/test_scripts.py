@@ -348,9 +348,9 @@ def test_base_eval_knows_how_many_batches_a_short_text_has(
         (text / f"{name}.txt").write_text("A cat sees a house. " * times, encoding="utf-8")
     assert base_eval.main(["--model-tag=tiny", "--eval=bpb", "--device-batch-size=8", "--data", str(text)]) == 0
     out = capsys.readouterr().out
-    first, last = re.findall(r"bits per byte of train: batch (\d+)/(\d+) ", out)
+    first, last = re.findall(r"bits per byte of train: batch (\d+)/(\d+)\b", out)
     assert first[0] == "1" and first[1] == last[0] == last[1] and 1 < int(last[0]) < 10
-    assert re.findall(r"bits per byte of val: batch (\d+)/(\d+) ", out) == [("1", "1")]
+    assert re.findall(r"bits per byte of val: batch (\d+)/(\d+)\b", out) == [("1", "1")]
 
 
 @pytest.mark.parametrize("given", [0, 3, 127, 128, 129, 500])

@@ -56,3 +56,12 @@ def test_mfu_is_the_share_of_what_the_machine_could_have_done(
         else:
             assert row["train/mfu"] == pytest.approx((flops - done) / elapsed / RATE, rel=0.01)
         done = flops
+
+
+def test_a_rate_that_training_exceeds_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other work slowed its measurement down: no more than all of a machine can be used."""
+    measured = iter([1.0, 1e15, 1e16])
+    monkeypatch.setattr("nanochat.trainer.reference_rate", lambda *arguments: next(measured))
+    shares = [row["train/mfu"] for row in train_rows(tmp_path) if "train/mfu" in row]
+    assert len(shares) == 6 and max(shares) < 1
+    assert next(measured) == 1e16
