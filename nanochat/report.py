@@ -230,6 +230,8 @@ def settings_table(settings: dict[str, Any]) -> list[list[str]]:
 
 def format_value(value: Any) -> str:
     """A setting, as a table shows it."""
+    if value is None or (isinstance(value, float) and value == -1):  # not given
+        return "-"
     if isinstance(value, float) and abs(value) >= 1e6:  # FLOPs
         return f"{value:.3g}"
     if isinstance(value, list):
