@@ -1,5 +1,6 @@
 """A web server of this machine that has a folder's files, also in the layout of the Hugging Face hub. Used by
-test_remote_sources.py, test_tasks.py (data sets) and test_hf_load.py (models, which can be sent as well).
+test_dataset.py, test_remote_sources.py, test_tasks.py (data sets), test_core_eval.py and test_hf_load.py (models, which can be
+sent as well).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import yaml
 
 
@@ -30,6 +32,14 @@ def serve_folder(folder: Path, kind: type[HubServer] | None = None) -> Iterator[
     finally:
         server.shutdown()
         server.server_close()
+
+
+def ask_hub(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """Have huggingface_hub ask this server, which need not be there."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 class HubServer(http.server.BaseHTTPRequestHandler):

@@ -37,7 +37,7 @@ from nanochat.tokenizer import Tokenizer
 from scripts import base_eval, base_train
 from tests.conftest import TINY_TRAINING
 from tests.helpers import make_document, make_model
-from tests.hub_server import ModelHub, serve_folder
+from tests.hub_server import ModelHub, ask_hub, serve_folder
 from tests.many_ranks import Ranks
 
 CHOICES = [{"query": f"Question {i}: which", "choices": [f"the cat {i}", f"a small dog {i}", "her brother"], "gold": i % 3}
@@ -398,10 +398,7 @@ def test_another_commit_of_the_hub_is_another_model(tmp_path: Path, monkeypatch:
     save_llama(tmp_path / "llama")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     with serve_folder(tmp_path / "llama", Hub) as hub:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
-        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.address)
-        template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        ask_hub(monkeypatch, hub.address)
         first, again = (HuggingFaceScorer("someone/model", torch.device("cpu")) for _ in range(2))
         save_llama(tmp_path / "llama", 1)
         hub.commit = "2" * 40

@@ -26,7 +26,7 @@ from nanochat.sampling import SamplingParams
 from nanochat.tokenizer import Tokenizer
 from scripts import base_eval, base_train, chat_cli, chat_sft, export_hf
 from tests.helpers import make_document, make_model
-from tests.hub_server import ModelHub, serve_folder
+from tests.hub_server import ModelHub, ask_hub, serve_folder
 from tests.test_hf_export import META, make_plain_model, some_ids
 
 transformers = pytest.importorskip("transformers", reason="exports are loaded by transformers: bash runs/setup.sh hf")
@@ -247,10 +247,7 @@ def test_fine_tuning_a_plain_model_makes_it_one_of_ours(tokenizer: Tokenizer, tm
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[ModelHub]]:
     (tmp_path / "hub").mkdir()
     with serve_folder(tmp_path / "hub", ModelHub) as server:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
-        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", server.address)
-        template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        ask_hub(monkeypatch, server.address)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
         yield server
 
@@ -297,8 +294,7 @@ def test_a_hub_that_cannot_be_reached_is_said(
     tokenizer: Tokenizer, tmp_path: Path, hub: type[ModelHub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export(make_plain_model(tokenizer), tokenizer, META, tmp_path / "export")
-    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", "http://127.0.0.1:1")
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
+    ask_hub(monkeypatch, "http://127.0.0.1:1")
     with pytest.raises(NanochatError, match="'someone/model' could not be sent to the hub .* check the name and the network"):
         push(tmp_path / "export", "someone/model", private=False)
 

@@ -23,7 +23,7 @@ from nanochat.common import NanochatError
 from nanochat.dataset import get_source
 from nanochat.shard_cache import Shard, ShardCache, get_shard_cache
 from tests.helpers import file_names, make_document, wait_for
-from tests.hub_server import HubServer, serve_folder
+from tests.hub_server import HubServer, ask_hub, serve_folder
 
 DOCUMENTS = [make_document(seed) for seed in range(100)]
 
@@ -218,9 +218,7 @@ def test_a_source_can_be_pickled(memory: str) -> None:
 @pytest.fixture
 def server(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[HubServer]]:
     with serve_folder(folder) as server:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.address)
-        template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+        ask_hub(monkeypatch, server.address)
         yield server
 
 

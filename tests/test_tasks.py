@@ -23,7 +23,7 @@ from tasks.gsm8k import extract_answer
 from tasks.humaneval import build_program
 from tasks.identity import Identity
 from tasks.spellingbee import get_words
-from tests.hub_server import serve_folder
+from tests.hub_server import ask_hub, serve_folder
 
 
 class Count(Task):
@@ -425,18 +425,12 @@ def test_tasks_of_the_hub_are_there_without_a_network(tmp_path: Path, monkeypatc
     def load(split: str) -> list[str]:
         return [row["question"] for row in load_rows(None, [], "someone/texts", "main", split, lambda row: None)]
 
-    def ask(address: str) -> None:
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
-        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", address)
-        template = address + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
-
     with serve_folder(tmp_path) as server:
-        ask(server.address)
+        ask_hub(monkeypatch, server.address)
         assert load("train") == ["train-00000-of-00002", "train-00001-of-00002"]
         with pytest.raises(NanochatError, match=r"has no main/validation-\*"):
             load("validation")
-    ask("http://127.0.0.1:1")
+    ask_hub(monkeypatch, "http://127.0.0.1:1")
     assert load("train") == ["train-00000-of-00002", "train-00001-of-00002"]
     with pytest.raises(NanochatError, match="could not be fetched.*--task-data"):
         load("test")
