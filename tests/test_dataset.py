@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import http.server
 import json
+import shutil
 import sysconfig
-import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +21,7 @@ from nanochat.common import NanochatError
 from nanochat.dataset import HubRepository, get_source
 from nanochat.raw_files import list_inputs
 from tests.helpers import make_document
+from tests.hub_server import HubServer, ask_hub, serve_folder
 
 DOCUMENTS = [make_document(seed) for seed in range(100)]
 
@@ -359,72 +359,19 @@ def test_of_several_that_want_a_harvest_one_makes_it(monkeypatch: pytest.MonkeyP
 # ----------------------------------------------------------------------------- downloading
 
 
-class _Hub(http.server.BaseHTTPRequestHandler):
-    """The part of the hub's file protocol that huggingface_hub uses; `files` and `cut` are set by the test."""
-
-    files: dict[str, bytes]
-    cut: dict[str, int]
-    requests: list[str]
-
-    def do_HEAD(self) -> None:
-        self._answer(False)
-
-    def do_GET(self) -> None:
-        self._answer(True)
-
-    def _answer(self, with_body: bool) -> None:
-        name = self.path.split("?")[0].rsplit("/", 1)[-1]
-        self.requests.append(f"{self.command} {name} {self.headers.get('Range', '')}".strip())
-        body = self.files.get(name)
-        if body is None:
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        begin = int(self.headers["Range"].removeprefix("bytes=").split("-")[0]) if "Range" in self.headers else 0
-        self.send_response(206 if begin else 200)
-        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(body) - begin))
-        if begin:
-            self.send_header("Content-Range", f"bytes {begin}-{len(body) - 1}/{len(body)}")
-        self.end_headers()
-        if with_body:
-            end = self.cut.pop(name, len(body))
-            self.wfile.write(body[begin:end])
-
-    def log_message(self, *arguments: object) -> None:
-        """Tests are quiet."""
-
-
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[HubServer]]:
     """A local server in the hub's layout with three shards, and the data set "local" that lives there."""
-    files = {}
     for i in range(3):
-        path = tmp_path / "made" / f"shard_{i:05d}.parquet"
-        _write(path, DOCUMENTS[i * 30 : i * 30 + 30])
-        files[path.name] = path.read_bytes()
-    handler = type("Handler", (_Hub,), {"files": files, "cut": {}, "requests": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    import huggingface_hub
-
-    original = huggingface_hub.hf_hub_download
-    monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download", lambda *args, **kwargs: original(*args, endpoint=endpoint, **kwargs)
-    )
+        _write(tmp_path / "made" / f"shard_{i:05d}.parquet", DOCUMENTS[i * 30 : i * 30 + 30])
     monkeypatch.setitem(dataset.HUB_REPOSITORIES, "local", HubRepository("someone/texts", 3))
     monkeypatch.setitem(dataset.SOURCES, "local", dataset.HubSource)
-    yield handler
-    server.shutdown()
-    server.server_close()
+    with serve_folder(tmp_path / "made") as server:
+        ask_hub(monkeypatch, server.address)
+        yield server
 
 
-def test_download_then_read(hub) -> None:
+def test_download_then_read(hub: type[HubServer]) -> None:
     with pytest.raises(NanochatError, match=r"python -m nanochat\.dataset --data local"):
         get_source("local")
     dataset.download("local", 2)
@@ -436,45 +383,48 @@ def test_download_then_read(hub) -> None:
     assert not hub.requests  # nothing is fetched twice
 
 
-def test_download_goes_on_after_a_cut(hub) -> None:
-    hub.cut["shard_00000.parquet"] = 500
-    try:
+def test_download_goes_on_after_a_cut(hub: type[HubServer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda seconds: None))  # between its tries
+    hub.cut = 500
+    with pytest.raises(NanochatError, match="run the same command again, it goes on"):
         dataset.download("local", 1)
-    except NanochatError:  # whether the library retries by itself or not, the same command goes on
-        dataset.download("local", 1)
+    hub.cut = None
+    dataset.download("local", 1)
     assert list(get_source("local").documents("train")) == DOCUMENTS[:30]
 
 
-def test_failed_download_is_an_error_and_leaves_nothing(hub) -> None:
-    hub.files.pop("shard_00001.parquet")
+def test_failed_download_is_an_error_and_leaves_nothing(hub: type[HubServer]) -> None:
+    (hub.root / "shard_00001.parquet").unlink()
     with pytest.raises(NanochatError, match="1 of 3 shards"):
         dataset.download("local", 2)
     assert len(list(get_source("local").documents("train"))) == 30  # what came is whole
-    hub.files["shard_00001.parquet"] = b"not parquet"
+    (hub.root / "shard_00001.parquet").write_bytes(b"not parquet")
     with pytest.raises(NanochatError, match="not a parquet file"):
         dataset.download("local", 2)
     assert not (dataset.get_base_dir() / "data" / "local" / "shard_00001.parquet").exists()
 
 
-def test_validation_shard_is_needed(hub) -> None:
+def test_validation_shard_is_needed(hub: type[HubServer]) -> None:
     dataset.download("local", 2)
     (dataset.get_base_dir() / "data" / "local" / "shard_00002.parquet").unlink()
     with pytest.raises(NanochatError, match=r"shard_00002\.parquet is missing"):
         get_source("local")
 
 
-def test_shards_of_the_public_nanochat_are_read_where_they_lie(hub, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shards_of_the_public_nanochat_are_read_where_they_lie(
+    hub: type[HubServer], base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(dataset.HUB_REPOSITORIES, "climbmix", HubRepository("someone/texts", 3, "base_data_climbmix"))
     assert dataset.default_source_name() == "builtin"
     public = base_dir / "base_data_climbmix"
     public.mkdir()
     for name in ("shard_00000.parquet", "shard_00002.parquet"):
-        (public / name).write_bytes(hub.files[name])
+        shutil.copy(hub.root / name, public)
     assert dataset.default_source_name() == "climbmix"
     source = get_source("climbmix")
     assert list(source.documents("train")) == DOCUMENTS[:30] and list(source.documents("val")) == DOCUMENTS[60:90]
     dataset.download("climbmix", 2)  # only what is missing, to the others
-    assert [r for r in hub.requests if r.startswith("GET")] == ["GET shard_00001.parquet"]
+    assert [Path(r).name for r in hub.requests if r.startswith("GET")] == ["shard_00001.parquet"]
     assert list(get_source("climbmix").documents("train")) == DOCUMENTS[:60] and not (base_dir / "data").exists()
     (base_dir / "data" / "climbmix").mkdir(parents=True)
     for name in ("shard_00001.parquet", "shard_00002.parquet"):
@@ -482,7 +432,7 @@ def test_shards_of_the_public_nanochat_are_read_where_they_lie(hub, base_dir: Pa
     assert list(get_source("climbmix").documents("train")) == DOCUMENTS[30:60]  # ours, where both are
 
 
-def test_a_download_that_fails_without_a_word_is_an_error(hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_that_fails_without_a_word_is_an_error(hub: type[HubServer], monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
     def fail(*arguments: object, **settings: object) -> None:
