@@ -7,10 +7,12 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import uvicorn
@@ -49,12 +51,25 @@ def make_document(seed: int, sentences: int | None = None) -> str:
     )
 
 
+DOCUMENTS = [make_document(seed) for seed in range(100)]
+
+
+def write_documents(path: Path, documents: Iterable[str]) -> None:
+    """A file of its name's kind: lines, text between blank lines, or row groups of seven; its folder need not be there."""
+    documents = list(documents)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"text": documents}), path, row_group_size=7)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents), encoding="utf-8")
+    else:
+        path.write_text("\n\n".join(documents), encoding="utf-8")
+
+
 def write_corpus(folder: Path, documents: int = 200) -> Path:
     """A folder with train.jsonl and val.jsonl."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, seeds in (("train", range(documents)), ("val", range(10_000, 10_000 + documents // 10))):
-        lines = [json.dumps({"text": make_document(seed)}) for seed in seeds]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        write_documents(folder / f"{name}.jsonl", map(make_document, seeds))
     return folder
 
 

@@ -26,7 +26,7 @@ from nanochat.raw_files import list_inputs
 from nanochat.tokenizer import Tokenizer
 from scripts import base_eval, base_train, data_prep
 from tests.conftest import TINY_TRAINING
-from tests.helpers import make_document
+from tests.helpers import DOCUMENTS, make_document, write_documents
 
 pytest.importorskip("datatrove", reason="data preparation needs bash runs/setup.sh data")
 
@@ -240,10 +240,9 @@ def test_keys_ignore_case_space_and_composition() -> None:
 def test_near_duplicates_are_kept_once(prepare, tmp_path: Path, texts: list[str]) -> None:
     pytest.importorskip("tokenizers", reason="--min-hash needs the package tokenizers")
     folder = tmp_path / "near"
-    folder.mkdir()
     long = [make_document(seed, 40) for seed in range(30)]
     changed = [text.replace("cat", "dog", 1) + " The end." for text in long[:10]]
-    (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in [*long, *changed]), encoding="utf-8")
+    write_documents(folder / "a.jsonl", [*long, *changed])
     flags = ["--min-hash", "--val-documents=5", "--no-tokenize"]
     output = prepare("out", *flags, source=folder)
     counts = json.loads((output / "manifest.json").read_text(encoding="utf-8"))["counts"]
@@ -279,10 +278,9 @@ def test_other_settings_into_the_same_output_are_refused(prepare, flag: str, nam
 
 def test_a_changed_input_is_noticed(prepare, tmp_path: Path) -> None:
     folder = tmp_path / "changing"
-    folder.mkdir()
-    (folder / "a.jsonl").write_text("".join(json.dumps({"text": f"text {i}"}) + "\n" for i in range(20)), encoding="utf-8")
+    write_documents(folder / "a.jsonl", DOCUMENTS[:20])
     prepare("out", source=folder)
-    (folder / "b.jsonl").write_text('{"text": "more"}\n', encoding="utf-8")
+    write_documents(folder / "b.jsonl", ["more"])
     with pytest.raises(NanochatError, match="other input files"):
         prepare("out", source=folder)
 
@@ -290,10 +288,8 @@ def test_a_changed_input_is_noticed(prepare, tmp_path: Path) -> None:
 def test_a_failed_task_is_taken_up_again(prepare, tmp_path: Path, raw: Path, tokenizer) -> None:
     """A damaged file stops the command with its name; once it is mended the same command finishes."""
     folder = tmp_path / "damaged"
-    folder.mkdir()
     for number in range(3):
-        lines = [json.dumps({"text": make_document(100 * number + i)}) for i in range(20)]
-        (folder / f"{number}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+        write_documents(folder / f"{number}.jsonl", DOCUMENTS[20 * number : 20 * number + 20])
     whole = _shards(prepare("whole", source=folder))
     good = (folder / "2.jsonl").read_bytes()
     (folder / "2.jsonl").write_bytes(good.replace(b'"}', b'"]', 1))

@@ -26,7 +26,7 @@ from nanochat.tokenizer import Tokenizer
 from tasks.arithmetic import Arithmetic
 from tasks.common import Task, TaskMixture
 from tasks.identity import Identity
-from tests.helpers import make_document, wait_for
+from tests.helpers import make_document, wait_for, write_documents
 
 
 @pytest.fixture
@@ -34,8 +34,7 @@ def source(tmp_path: Path):
     """Documents from much shorter to much longer than a row."""
     documents = [make_document(seed, sentences=1 + seed % 7 if seed % 10 else 150) for seed in range(130)]
     for name, part in (("train", documents), ("val", documents[:9])):
-        text = "".join(json.dumps({"text": d}) + "\n" for d in part)
-        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        write_documents(tmp_path / f"{name}.jsonl", part)
     return get_source(str(tmp_path))
 
 
@@ -146,8 +145,8 @@ def test_lanes_stay_level_whatever_the_lengths(tmp_path: Path, tokenizer: Tokeni
     """So that no lane has to wait with much text for another."""
     rng = np.random.default_rng(0)
     documents = [make_document(i, sentences=int(rng.pareto(1.2) * 3) + 1) for i in range(600)]
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents), encoding="utf-8")
-    (tmp_path / "val.jsonl").write_text(json.dumps({"text": "x"}), encoding="utf-8")
+    write_documents(tmp_path / "train.jsonl", documents)
+    write_documents(tmp_path / "val.jsonl", ["x"])
     most = 0
     with _loader(get_source(str(tmp_path)), tokenizer, batch_size=8) as loader:
         for _ in range(100):
@@ -159,9 +158,8 @@ def test_lanes_stay_level_whatever_the_lengths(tmp_path: Path, tokenizer: Tokeni
 @pytest.mark.parametrize("other", ["\N{HIRAGANA LETTER A}" * 192, "\N{HIRAGANA LETTER A}" * 64, "qzxj" * 48])
 def test_lanes_stay_level_whatever_the_kinds(tmp_path: Path, tokenizer: Tokenizer, other: str) -> None:
     """Documents of two kinds in turn, as long as each other in characters or in bytes, of which one has more tokens."""
-    kinds = [json.dumps({"text": text}) + "\n" for text in ("the dog likes the river." * 8, other)]
-    (tmp_path / "train.jsonl").write_text("".join(kinds * 1000), encoding="utf-8")
-    (tmp_path / "val.jsonl").write_text(json.dumps({"text": "x"}), encoding="utf-8")
+    write_documents(tmp_path / "train.jsonl", ["the dog likes the river." * 8, other] * 1000)
+    write_documents(tmp_path / "val.jsonl", ["x"])
     with _loader(get_source(str(tmp_path)), tokenizer, batch_size=16) as loader:
         for _ in range(100):
             next(loader)
@@ -184,7 +182,7 @@ def test_tokens_need_no_tokenizer(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Shards of tokens give what the tokenizer would have."""
     texts = [make_document(seed) for seed in range(80)]
     for name, part in (("train", texts), ("val", texts[:5])):
-        pq.write_table(pa.table({"text": part}), tmp_path / f"{name}.parquet", row_group_size=10)
+        write_documents(tmp_path / f"{name}.parquet", part)
     (tmp_path / "tokens").mkdir()
     for name, part in (("train", texts), ("val", texts[:5])):
         table = pa.table({"tokens": pa.array(tokenizer.encode(part), pa.list_(pa.uint16()))})
@@ -389,8 +387,7 @@ def test_to_go_on_nothing_is_read_but_what_comes_and_what_waits(
     monkeypatch.setattr(dataloader, "FAR", 20)
     monkeypatch.setattr(dataloader, "LANE_DOCUMENTS", 2)
     for name, size in (("a", 300), ("b", 300), ("c", 300), ("val", 5)):
-        lines = "".join(json.dumps({"text": make_document(seed)}) + "\n" for seed in range(size))
-        (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
+        write_documents(tmp_path / f"{name}.jsonl", map(make_document, range(size)))
 
     def go_on(batches: int) -> set[str]:
         """The files that are read to go on after so many batches."""
@@ -436,7 +433,7 @@ def test_a_document_longer_than_all_others_is_tokenized_once(
     """Each lane gets it, each in another epoch, before the lane's first row is full."""
     monkeypatch.setattr(dataloader, "CHUNK_SIZE", 10_000)
     book = make_document(0, sentences=400)
-    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in (book, "a", "b")))
+    write_documents(tmp_path / "train.jsonl", [book, "a", "b"])
     encode, encoded = tokenizer.encode_arrays, []
     monkeypatch.setattr(tokenizer, "encode_arrays", lambda texts: encoded.extend(texts) or encode(texts))
     with _loader(get_source(str(tmp_path)), tokenizer, batch_size=dataloader.LANES) as loader:

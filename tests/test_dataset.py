@@ -20,27 +20,15 @@ from nanochat.builtin_corpus import clean, first_sentence
 from nanochat.common import NanochatError
 from nanochat.dataset import HubRepository, get_source
 from nanochat.raw_files import list_inputs
-from tests.helpers import make_document
+from tests.helpers import DOCUMENTS, write_documents
 from tests.hub_server import HubServer, ask_hub, serve_folder
-
-DOCUMENTS = [make_document(seed) for seed in range(100)]
-
-
-def _write(path: Path, documents: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        pq.write_table(pa.table({"text": documents}), path, row_group_size=7)
-    elif path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents), encoding="utf-8")
-    else:
-        path.write_text("\n\n".join(documents), encoding="utf-8")
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 def test_a_file_named_for_validation_is_the_validation_split(tmp_path: Path, suffix: str) -> None:
-    _write(tmp_path / f"a{suffix}", DOCUMENTS[:50])
-    _write(tmp_path / f"b{suffix}", DOCUMENTS[50:90])
-    _write(tmp_path / f"shard_val{suffix}", DOCUMENTS[90:])
+    write_documents(tmp_path / f"a{suffix}", DOCUMENTS[:50])
+    write_documents(tmp_path / f"b{suffix}", DOCUMENTS[50:90])
+    write_documents(tmp_path / f"shard_val{suffix}", DOCUMENTS[90:])
     source = get_source(str(tmp_path))
     assert list(source.documents("train")) == DOCUMENTS[:90]
     assert list(source.documents("val")) == DOCUMENTS[90:]
@@ -48,16 +36,16 @@ def test_a_file_named_for_validation_is_the_validation_split(tmp_path: Path, suf
 
 def test_files_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     for folder in ("x", "y/deep"):
-        _write(tmp_path / folder / "a.jsonl", DOCUMENTS)
-    _write(tmp_path / "y" / "b.jsonl", DOCUMENTS)
+        write_documents(tmp_path / folder / "a.jsonl", DOCUMENTS)
+    write_documents(tmp_path / "y" / "b.jsonl", DOCUMENTS)
     for path in (tmp_path, tmp_path / "**" / "*.jsonl"):
         assert list(get_source(str(path)).describe()["files"]) == ["x/a.jsonl", "y/b.jsonl", "y/deep/a.jsonl"]
 
 
 def test_what_is_linked_is_read_and_what_is_there_is_no_glob(tmp_path: Path) -> None:
     far, folder = tmp_path / "far", tmp_path / "data [v2]"
-    _write(far / "deep" / "a.jsonl", DOCUMENTS)
-    _write(far / "b.jsonl", DOCUMENTS)
+    write_documents(far / "deep" / "a.jsonl", DOCUMENTS)
+    write_documents(far / "b.jsonl", DOCUMENTS)
     folder.mkdir()
     (folder / "b [1].jsonl").symlink_to(far / "b.jsonl")
     (folder / "linked").symlink_to(far / "deep")
@@ -76,13 +64,13 @@ def test_what_is_no_text_is_not_trained_on(tmp_path: Path, value: str) -> None:
 
 
 def test_without_one_a_hash_splits_and_nothing_is_in_both(tmp_path: Path) -> None:
-    _write(tmp_path / "all.jsonl", DOCUMENTS)
+    write_documents(tmp_path / "all.jsonl", DOCUMENTS)
     source = get_source(str(tmp_path / "*.jsonl"))
     train, val = list(source.documents("train")), list(source.documents("val"))
     assert val
     assert sorted(train + val) == sorted(DOCUMENTS)
     assert not set(train) & set(val)
-    _write(tmp_path / "all.jsonl", DOCUMENTS[::-1])  # the order of the file does not matter
+    write_documents(tmp_path / "all.jsonl", DOCUMENTS[::-1])  # the order of the file does not matter
     assert set(get_source(str(tmp_path)).documents("val")) == set(val)
 
 
@@ -111,9 +99,9 @@ def _write_tokens(path: Path, documents: list[np.ndarray], kind: pa.DataType, fi
 def test_numbers_do_not_depend_on_where_reading_begins(tmp_path: Path, suffix: str, by_hash: bool) -> None:
     with_blanks = [" \n" if i % 9 == 0 else d for i, d in enumerate(DOCUMENTS)]
     for i in range(4):
-        _write(tmp_path / f"a{i}{suffix}", with_blanks[i * 25 : i * 25 + 25])
+        write_documents(tmp_path / f"a{i}{suffix}", with_blanks[i * 25 : i * 25 + 25])
     if not by_hash:
-        _write(tmp_path / f"val{suffix}", DOCUMENTS[:3])
+        write_documents(tmp_path / f"val{suffix}", DOCUMENTS[:3])
     source = get_source(str(tmp_path))
     everything = list(source.numbered("train"))
     assert all(text == with_blanks[number] and text.strip() for number, text in everything)
@@ -127,8 +115,8 @@ def test_numbers_do_not_depend_on_where_reading_begins(tmp_path: Path, suffix: s
 
 
 def test_numbers_of_a_text_file(tmp_path: Path) -> None:
-    _write(tmp_path / "book.txt", DOCUMENTS)
-    _write(tmp_path / "val.txt", DOCUMENTS[:1])
+    write_documents(tmp_path / "book.txt", DOCUMENTS)
+    write_documents(tmp_path / "val.txt", DOCUMENTS[:1])
     source = get_source(str(tmp_path))
     everything = list(source.numbered("train"))
     assert list(source.numbered("train", 3)) == everything[3:]
@@ -137,8 +125,8 @@ def test_numbers_of_a_text_file(tmp_path: Path) -> None:
 def test_what_comes_before_is_not_read(tmp_path: Path) -> None:
     """A damaged row group before the start is passed over, as is a whole damaged file with a good footer."""
     for name in ("a", "b"):
-        _write(tmp_path / f"{name}.parquet", DOCUMENTS[:50])
-    _write(tmp_path / "val.parquet", DOCUMENTS[:3])
+        write_documents(tmp_path / f"{name}.parquet", DOCUMENTS[:50])
+    write_documents(tmp_path / "val.parquet", DOCUMENTS[:3])
     for name, groups in (("a", 8), ("b", 2)):
         path = tmp_path / f"{name}.parquet"
         data = bytearray(path.read_bytes())
@@ -173,7 +161,7 @@ def test_tokens(tmp_path: Path, kind: pa.DataType, by_hash: bool) -> None:
 
 def test_kinds_are_not_mixed(tmp_path: Path) -> None:
     kind = pa.list_(pa.uint16())
-    _write(tmp_path / "texts" / "a.jsonl", DOCUMENTS)
+    write_documents(tmp_path / "texts" / "a.jsonl", DOCUMENTS)
     assert get_source(str(tmp_path / "texts")).tokenizer_fingerprint is None
     _write_tokens(tmp_path / "texts" / "val.parquet", TOKENS, kind)
     with pytest.raises(NanochatError, match=r"val\.parquet holds tokens .* holds texts"):
@@ -191,7 +179,7 @@ def test_kinds_are_not_mixed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
 def test_a_shard_that_vanishes_or_shrinks_is_named(tmp_path: Path, suffix: str) -> None:
     for name in ("a", "b", "val"):
-        _write(tmp_path / f"{name}{suffix}", DOCUMENTS[:20])
+        write_documents(tmp_path / f"{name}{suffix}", DOCUMENTS[:20])
     path = tmp_path / f"b{suffix}"
     whole = path.read_bytes()
     source = get_source(str(tmp_path))
@@ -209,11 +197,11 @@ def test_a_shard_that_vanishes_or_shrinks_is_named(tmp_path: Path, suffix: str) 
 
 
 def test_a_file_cut_between_two_lines_while_it_is_read_is_named(tmp_path: Path) -> None:
-    _write(tmp_path / "a.jsonl", DOCUMENTS * 100)
-    _write(tmp_path / "val.jsonl", DOCUMENTS[:1])
+    write_documents(tmp_path / "a.jsonl", DOCUMENTS * 100)
+    write_documents(tmp_path / "val.jsonl", DOCUMENTS[:1])
     reading = get_source(str(tmp_path)).numbered("train")
     next(reading)
-    _write(tmp_path / "a.jsonl", DOCUMENTS * 50)
+    write_documents(tmp_path / "a.jsonl", DOCUMENTS * 50)
     with pytest.raises(NanochatError, match=r"a\.jsonl has"):
         list(reading)
 
@@ -231,7 +219,7 @@ def test_bad_data_is_named(tmp_path: Path) -> None:
     with pytest.raises(NanochatError, match=r"empty\.txt is empty"):
         get_source(str(tmp_path))
     (tmp_path / "empty.txt").unlink()
-    _write(tmp_path / "a.parquet", DOCUMENTS)
+    write_documents(tmp_path / "a.parquet", DOCUMENTS)
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-100])
     with pytest.raises(NanochatError, match=r"b\.parquet cannot be read"):
         list(get_source(str(tmp_path)).documents("train"))
@@ -252,7 +240,7 @@ def test_bad_data_is_named(tmp_path: Path) -> None:
 def test_half_a_surrogate_pair_becomes_text_that_utf8_can_hold(tmp_path: Path) -> None:
     lines = ['{"text": "a \\ud83d cat"}', '{"text": "a \\ud83d\\ude42 dog"}']  # half a pair, and a whole one
     (tmp_path / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    _write(tmp_path / "val.jsonl", DOCUMENTS[:1])
+    write_documents(tmp_path / "val.jsonl", DOCUMENTS[:1])
     assert list(get_source(str(tmp_path)).documents("train")) == ["a \ufffd cat", "a \U0001f642 dog"]
 
 
@@ -276,7 +264,7 @@ def test_two_columns_of_one_name_are_named(tmp_path: Path, name: str) -> None:
 def test_text_of_every_arrow_type_is_read(tmp_path: Path, kind: pa.DataType) -> None:
     pq.write_table(pa.table({"text": pa.array(["a", None, "b"], kind)}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"text": pa.nulls(2)}), tmp_path / "b.parquet")
-    _write(tmp_path / "val.parquet", DOCUMENTS[:1])
+    write_documents(tmp_path / "val.parquet", DOCUMENTS[:1])
     assert list(get_source(str(tmp_path)).documents("train")) == ["a", "b"]
 
 
@@ -363,7 +351,7 @@ def test_of_several_that_want_a_harvest_one_makes_it(monkeypatch: pytest.MonkeyP
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[HubServer]]:
     """A local server in the hub's layout with three shards, and the data set "local" that lives there."""
     for i in range(3):
-        _write(tmp_path / "made" / f"shard_{i:05d}.parquet", DOCUMENTS[i * 30 : i * 30 + 30])
+        write_documents(tmp_path / "made" / f"shard_{i:05d}.parquet", DOCUMENTS[i * 30 : i * 30 + 30])
     monkeypatch.setitem(dataset.HUB_REPOSITORIES, "local", HubRepository("someone/texts", 3))
     monkeypatch.setitem(dataset.SOURCES, "local", dataset.HubSource)
     with serve_folder(tmp_path / "made") as server:
@@ -446,5 +434,5 @@ def test_a_download_that_fails_without_a_word_is_an_error(hub: type[HubServer], 
 
 
 def test_a_few_documents_have_one_for_validation(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"text {i}"}) for i in range(3)))
+    write_documents(tmp_path / "a.jsonl", DOCUMENTS[:3])
     assert len(list(get_source(str(tmp_path)).documents("val"))) >= 1

@@ -22,11 +22,11 @@ from nanochat.dataset import get_source
 from nanochat.document_files import DocumentFile
 from nanochat.raw_files import estimate_tokens, list_inputs
 from nanochat.tokenizer import Tokenizer
-from tests.test_dataset import DOCUMENTS, _write
+from tests.helpers import DOCUMENTS, write_documents
 
 
 def test_text_files_become_documents(tmp_path: Path) -> None:
-    _write(tmp_path / "book.txt", DOCUMENTS)
+    write_documents(tmp_path / "book.txt", DOCUMENTS)
     source = get_source(str(tmp_path / "book.txt"))
     documents = [*source.documents("train"), *source.documents("val")]
     assert 5 < len(documents) < 100
@@ -49,7 +49,7 @@ def test_text_without_blank_lines_becomes_documents(tmp_path: Path, text: str) -
 def test_what_is_hidden_is_no_text(tmp_path: Path) -> None:
     """macOS writes ._a.jsonl beside a.jsonl on foreign disks, and notebooks keep copies."""
     for name in ("a.jsonl", "b.jsonl", ".venv/lib/c.jsonl"):
-        _write(tmp_path / ".mine" / name, DOCUMENTS)
+        write_documents(tmp_path / ".mine" / name, DOCUMENTS)
     (tmp_path / ".mine" / "._a.jsonl").write_bytes(b"\x00\x05\x16\x07\xff")
     (tmp_path / ".mine" / "linked").symlink_to(tmp_path / ".mine" / ".venv")  # by a name that says it is meant
     assert "linked/lib/c.jsonl" in get_source(str(tmp_path / ".mine")).describe()["files"]
@@ -70,7 +70,7 @@ def test_folders_may_be_named_for_splits(tmp_path: Path, remote: bool, capsys: p
     """But not those in which the data set itself lies."""
     root, address = tmp_path / "test" / "val", str(tmp_path / "test" / "val")
     for split in ("train", "validation", "test"):
-        _write(root / split / "part-0.jsonl", DOCUMENTS)
+        write_documents(root / split / "part-0.jsonl", DOCUMENTS)
     if remote:
         address = f"memory://{tmp_path.name}/test/val"
         for path in root.rglob("*.jsonl"):
@@ -87,7 +87,7 @@ def test_folders_may_be_named_for_splits(tmp_path: Path, remote: bool, capsys: p
 
 
 def test_a_file_is_read_once_and_what_is_not_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    _write(tmp_path / "part-1.jsonl", DOCUMENTS)
+    write_documents(tmp_path / "part-1.jsonl", DOCUMENTS)
     (tmp_path / "latest.jsonl").symlink_to("part-1.jsonl")
     (tmp_path / "part-2.jsonl.gz").write_bytes(b"x")
     assert [file.name for file in get_source(str(tmp_path)).train_files] == ["part-1.jsonl"]
@@ -97,7 +97,7 @@ def test_a_file_is_read_once_and_what_is_not_is_named(tmp_path: Path, capsys: py
 @pytest.mark.parametrize("read", [get_source, list_inputs])
 def test_text_in_other_forms_is_named(read: Callable[[str], object], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for name in ("a.jsonl", "b.json", "c.jsonl.bz2", "d.csv", "dataset_infos.json", "picture.png"):
-        _write(tmp_path / "some" / name, DOCUMENTS)
+        write_documents(tmp_path / "some" / name, DOCUMENTS)
     read(str(tmp_path / "some"))
     assert "not read, being of another kind: b.json, c.jsonl.bz2, d.csv; convert to .jsonl" in capsys.readouterr().out
     (tmp_path / "some" / "e.jsonl").touch()
@@ -122,7 +122,7 @@ def test_the_name_of_a_data_set_of_the_hub_is_recognized(read: Callable[[str], o
 
 def test_colons_in_a_local_path_are_part_of_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """In a remote address they chain file systems."""
-    _write(tmp_path / "we::ird" / "a.jsonl", DOCUMENTS)
+    write_documents(tmp_path / "we::ird" / "a.jsonl", DOCUMENTS)
     address = str(tmp_path / "we::ird")
     assert estimate_tokens(address, list_inputs(address), None, tokenizer) > 100
 
@@ -138,19 +138,19 @@ def test_an_archive_of_the_same_size_is_another(tmp_path: Path) -> None:
 
 def test_what_lies_beside_a_data_set_is_left_out_aloud(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for name in ("train-00000-of-00002", "train-00001-of-00002", "validation", "test-00000-of-00001"):
-        _write(tmp_path / f"{name}.parquet", DOCUMENTS)
+        write_documents(tmp_path / f"{name}.parquet", DOCUMENTS)
     (tmp_path / "README.md").write_text("# A data set", encoding="utf-8")
     source = get_source(str(tmp_path))
     assert [file.name[:5] for file in source.train_files] == ["train"] * 2 and len(source.val_files) == 1
     said = capsys.readouterr().out
     assert "README.md" in said and "test-00000-of-00001.parquet" in said
     assert [Path(path).name[:5] for path in list_inputs(str(tmp_path))] == ["train", "train"]
-    _write(tmp_path / "both" / "train_test_split.jsonl", DOCUMENTS)
+    write_documents(tmp_path / "both" / "train_test_split.jsonl", DOCUMENTS)
     assert len(get_source(str(tmp_path / "both")).train_files) == 1
     capsys.readouterr()
     notes = tmp_path / "notes"
     for name in ("README.md", "how to test.md", "test.txt"):
-        _write(notes / name, DOCUMENTS)
+        write_documents(notes / name, DOCUMENTS)
     assert len(get_source(str(notes)).train_files) == 3  # these are texts of one's own
     assert not capsys.readouterr().out
 
@@ -158,7 +158,7 @@ def test_what_lies_beside_a_data_set_is_left_out_aloud(tmp_path: Path, capsys: p
 def test_a_truncated_shard_is_noticed_before_training(tmp_path: Path) -> None:
     names = ("shard_00000.parquet", "shard_00001.parquet", "shard_val.parquet")
     for name in names:
-        _write(tmp_path / name, DOCUMENTS)
+        write_documents(tmp_path / name, DOCUMENTS)
     shards = {name: {"bytes": (tmp_path / name).stat().st_size} for name in names}
     (tmp_path / "settings.json").write_text(json.dumps({"num_shards": 2, "shard_tokens": 100}))
     (tmp_path / "manifest.json").write_text(json.dumps({"shards": shards}))
@@ -175,8 +175,8 @@ def test_what_cannot_be_read_is_not_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[str], object], capsys: pytest.CaptureFixture
 ) -> None:
     """A user may not enter a folder; a disk that links lead to is not there. A glob goes past, and says so."""
-    _write(tmp_path / "a.jsonl", DOCUMENTS)
-    _write(tmp_path / "closed" / "b.jsonl", DOCUMENTS)
+    write_documents(tmp_path / "a.jsonl", DOCUMENTS)
+    write_documents(tmp_path / "closed" / "b.jsonl", DOCUMENTS)
     (tmp_path / "notes").symlink_to("nowhere")  # would not be read
     read(str(tmp_path))
     for address in (tmp_path, tmp_path / "*.jsonl", tmp_path / "c.jsonl"):
@@ -197,7 +197,7 @@ def test_what_cannot_be_read_is_not_left_out(
     assert "may not enter" not in capsys.readouterr().out
     for pattern in ("**/*.jsonl", "*/*.jsonl", "**"):
         (tmp_path / "open").mkdir(exist_ok=True)
-        _write(tmp_path / "open" / "c.jsonl", DOCUMENTS)
+        write_documents(tmp_path / "open" / "c.jsonl", DOCUMENTS)
         read(str(tmp_path / pattern))
         assert f"not read, as this user may not enter them: {tmp_path / 'closed'}\n" in capsys.readouterr().out
     read(str(tmp_path / "*.jsonl"))
@@ -206,7 +206,7 @@ def test_what_cannot_be_read_is_not_left_out(
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".txt"])
 def test_how_much_text_there_is_is_known(tmp_path: Path, tokenizer: Tokenizer, suffix: str) -> None:
-    _write(tmp_path / f"a{suffix}", DOCUMENTS)
+    write_documents(tmp_path / f"a{suffix}", DOCUMENTS)
     source = get_source(str(tmp_path))
     tokens = sum(len(tokenizer.encode(text)) for _, text in source.numbered("train"))
     assert source.holds(0.8 * tokens, tokenizer)

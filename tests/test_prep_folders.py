@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from nanochat.common import NanochatError
@@ -19,23 +16,18 @@ from nanochat.prep_output import Layout, PrepSettings, lock_output
 from nanochat.raw_files import read_texts
 from nanochat.tokenizer import Tokenizer
 from scripts import data_prep
-from tests.helpers import make_document
+from tests.helpers import make_document, write_documents
 
 pytest.importorskip("datatrove", reason="data preparation needs bash runs/setup.sh data")
 
 from nanochat.prep_steps import ChooseValidation
 
 
-def _write(path: Path, seeds: range) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"text": make_document(seed)}) + "\n" for seed in seeds), encoding="utf-8")
-
-
 @pytest.mark.parametrize("executor", ["local", "slurm"])
 def test_a_refused_command_writes_nothing(tmp_path: Path, tokenizer: Tokenizer, executor: str) -> None:
     """Neither its settings nor its tokenizer take the place of those of the command at work."""
     output, raw = tmp_path / "out", tmp_path / "raw"
-    _write(raw / "a.jsonl", range(20))
+    write_documents(raw / "a.jsonl", map(make_document, range(20)))
     own = tokenizer.save(tmp_path / "tokenizer").parent
     flags = ["--input", str(raw), "--output", str(output), "--tokenizer", str(own), "--executor", executor]
     flags += ["--partition=cpu"] if executor == "slurm" else []
@@ -50,10 +42,7 @@ def test_a_refused_command_writes_nothing(tmp_path: Path, tokenizer: Tokenizer, 
 @pytest.mark.parametrize("address", ["{raw}/**/*.parquet", "file://{raw}", "{raw}/*/*", "{raw}/p*/shard*"])
 def test_an_output_that_the_input_would_find_is_refused(tmp_path: Path, address: str) -> None:
     raw = tmp_path / "raw"
-    raw.mkdir()
-    pq.write_table(pa.table({"text": [make_document(seed) for seed in range(20)]}), raw / "a.parquet")
-    (raw / "part").mkdir()
-    (raw / "a.parquet").rename(raw / "part" / "shard.parquet")
+    write_documents(raw / "part" / "shard.parquet", map(make_document, range(20)))
     with pytest.raises(NanochatError, match=r"overlap: choose another folder"):
         data_prep.main(["--input", address.format(raw=raw), "--output", str(raw / "prep"), "--no-tokenize"])
     assert not (raw / "prep").exists()
@@ -62,7 +51,7 @@ def test_an_output_that_the_input_would_find_is_refused(tmp_path: Path, address:
 @pytest.mark.parametrize("address", ["{raw}/*.jsonl", "file://{raw}/a.jsonl", "{raw}/**/*.jsonl"])
 def test_an_output_that_the_input_would_not_find_may_lie_below(tmp_path: Path, address: str) -> None:
     raw = tmp_path / "raw"
-    _write(raw / "a.jsonl", range(20))
+    write_documents(raw / "a.jsonl", map(make_document, range(20)))
     for _ in range(2):  # and is complete
         flags = ["--input", address.format(raw=raw), "--output", str(raw / "prep"), "--no-tokenize", "--workers=1"]
         assert data_prep.main(flags) == 0
@@ -72,8 +61,7 @@ def test_an_output_that_the_input_would_not_find_may_lie_below(tmp_path: Path, a
 def test_an_output_begun_where_the_input_finds_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As an earlier version allowed: killed among its shards, it would find them as other input files."""
     raw = tmp_path / "raw"
-    raw.mkdir()
-    pq.write_table(pa.table({"text": [make_document(seed) for seed in range(20)]}), raw / "a.parquet")
+    write_documents(raw / "a.parquet", map(make_document, range(20)))
     flags = ["--input", f"{raw}/**/*.parquet", "--output", str(raw / "prep"), "--no-tokenize", "--workers=1"]
     with monkeypatch.context() as patch:
         patch.setattr(data_prep, "finds_below", lambda *_: False)
@@ -87,7 +75,7 @@ def test_an_output_begun_where_the_input_finds_it_goes_on(tmp_path: Path, monkey
     ("name", "content"), [("settings.json", '{"editor": 1}'), ("settings.json", "{"), ("manifest.json", "{}")]
 )
 def test_files_of_another_origin_are_left_alone(tmp_path: Path, name: str, content: str) -> None:
-    _write(tmp_path / "raw" / "a.jsonl", range(20))
+    write_documents(tmp_path / "raw" / "a.jsonl", DOCUMENTS[:20])
     output = tmp_path / "out"
     output.mkdir()
     (output / name).write_text(content)
@@ -97,7 +85,7 @@ def test_files_of_another_origin_are_left_alone(tmp_path: Path, name: str, conte
 
 
 def test_too_few_documents_for_two_splits(tmp_path: Path) -> None:
-    _write(tmp_path / "raw" / "a.jsonl", range(1))
+    write_documents(tmp_path / "raw" / "a.jsonl", DOCUMENTS[:1])
     flags = ["--input", str(tmp_path / "raw"), "--output", str(tmp_path / "out"), "--no-tokenize", "--workers=1"]
     with pytest.raises(NanochatError, match="leaves none to train on: give more text"):
         data_prep.main(flags)
@@ -123,7 +111,7 @@ def test_the_query_of_a_web_address_does_not_hide_the_kind(path: str) -> None:
 
 
 def test_training_passes_over_what_a_preparation_left_beside_its_shards(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    _write(tmp_path / "raw" / "a.jsonl", range(20))
+    write_documents(tmp_path / "raw" / "a.jsonl", DOCUMENTS[:20])
     flags = ["--input", str(tmp_path / "raw"), "--output", str(tmp_path / "data" / "out"), "--no-tokenize", "--workers=1"]
     assert data_prep.main(flags) == 0
     (tmp_path / "data" / "mine.csv").touch()

@@ -9,8 +9,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -19,7 +17,7 @@ from nanochat.checkpoint_manager import find_run, load_checkpoint, newest_valid_
 from nanochat.common import NanochatError
 from nanochat.runs import list_steps, step_dir
 from scripts import base_train
-from tests.helpers import load_all, make_document
+from tests.helpers import load_all, make_document, write_documents
 from tests.nursery import Nursery
 from tests.recovery_helpers import (
     FILES,
@@ -181,10 +179,9 @@ def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setattr(dataloader, name, 1)
     monkeypatch.setattr(dataloader, "CHUNK_DOCUMENTS", 2)
     folder = tmp_path / "shards"
-    folder.mkdir()
     for shard in range(40):
         texts = [make_document(100 * shard + i, 5) for i in range(4)]
-        pq.write_table(pa.table({"text": texts}), folder / f"{'val' if shard == 39 else 'train'}_{shard:02d}.parquet")
+        write_documents(folder / f"{'val' if shard == 39 else 'train'}_{shard:02d}.parquet", texts)
     return folder
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import pickle
 import shutil
@@ -14,18 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from nanochat import shard_cache
 from nanochat.common import NanochatError
 from nanochat.dataset import get_source
 from nanochat.shard_cache import Shard, ShardCache, get_shard_cache
-from tests.helpers import file_names, make_document, wait_for
+from tests.helpers import DOCUMENTS, file_names, wait_for, write_documents
 from tests.hub_server import HubServer, ask_hub, serve_folder
-
-DOCUMENTS = [make_document(seed) for seed in range(100)]
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +33,7 @@ def folder(tmp_path: Path) -> Path:
     """Four training shards, in two folders, and one for validation."""
     folder = tmp_path / "shards"
     for i, name in enumerate(["one/a.parquet", "one/b.parquet", "one-more/c.parquet", "one-more/d.jsonl", "val.parquet"]):
-        part, path = DOCUMENTS[i * 20 : i * 20 + 20], folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".jsonl":
-            path.write_text("".join(json.dumps({"text": d}) + "\n" for d in part))
-        else:
-            pq.write_table(pa.table({"text": part}), path, row_group_size=7)
+        write_documents(folder / name, DOCUMENTS[i * 20 : i * 20 + 20])
     return folder
 
 

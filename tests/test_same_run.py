@@ -23,8 +23,7 @@ from nanochat.stage import Stage
 from nanochat.tokenizer import Tokenizer
 from scripts import base_eval, base_train, chat_sft
 from tests.conftest import TINY_TRAINING
-from tests.helpers import make_document
-from tests.test_dataset import _write as write_documents
+from tests.helpers import make_document, write_documents
 
 pytestmark = pytest.mark.usefixtures("tokenizer_in_place")
 
@@ -32,13 +31,8 @@ pytestmark = pytest.mark.usefixtures("tokenizer_in_place")
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
     """Few documents, of which a hash holds at least one out."""
-    (tmp_path / "texts").mkdir()
-    _write(tmp_path / "texts" / "a.jsonl", range(12))
+    write_documents(tmp_path / "texts" / "a.jsonl", map(make_document, range(12)))
     return tmp_path / "texts"
-
-
-def _write(path: Path, seeds: range) -> None:
-    path.write_text("".join(json.dumps({"text": make_document(seed)}) + "\n" for seed in seeds), encoding="utf-8")
 
 
 def _train(texts: Path | str, *flags: str) -> None:
@@ -55,7 +49,7 @@ def test_what_a_hash_holds_out_is_never_learned_from(texts: Path, base_dir: Path
     held_out = list(get_source(str(texts)).documents("val"))
     moved = []
     for seeds in (range(100 * n, 100 * n + 300) for n in range(1, 8)):  # some of these have a lower hash
-        _write(texts / "b.jsonl", seeds)
+        write_documents(texts / "b.jsonl", map(make_document, seeds))
         alone, resumed = get_source(str(texts)), get_source(str(texts))
         check_data(Stage("r", "base", stage_dir, 3, [3, 6]), resumed)
         moved.append(not set(held_out) <= set(alone.documents("val")))
@@ -66,7 +60,7 @@ def test_what_a_hash_holds_out_is_never_learned_from(texts: Path, base_dir: Path
 
 def test_what_is_measured_was_not_learned_from(texts: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though the file that had the document of the lowest hash, which decides what is held out, has gone since."""
-    _write(texts / "b.jsonl", range(100, 400))
+    write_documents(texts / "b.jsonl", map(make_document, range(100, 400)))
     _train(texts)
     learned = set(get_source(str(texts)).documents("train"))
     (texts / "b.jsonl").unlink()
@@ -83,7 +77,7 @@ def test_what_is_measured_was_not_learned_from(texts: Path, base_dir: Path, monk
 
 
 def test_nothing_is_measured_on_training_text_when_the_validation_files_are_gone(texts: Path, base_dir: Path) -> None:
-    _write(texts / "val.jsonl", range(90, 95))
+    write_documents(texts / "val.jsonl", map(make_document, range(90, 95)))
     _train(texts)
     (texts / "val.jsonl").unlink()
     with pytest.raises(NanochatError, match=r"the validation files that the run holds out are gone from .*: restore them"):
@@ -93,15 +87,14 @@ def test_nothing_is_measured_on_training_text_when_the_validation_files_are_gone
 def test_files_are_read_in_the_order_in_which_the_run_knows_them(base_dir: Path, tmp_path: Path) -> None:
     """Shards of a download may arrive in any order, some between two resumptions."""
     shards = tmp_path / "shards"
-    shards.mkdir()
     for name, seeds in (("2", range(12)), ("4", range(12, 24)), ("val", range(90, 95))):
-        _write(shards / f"{name}.jsonl", seeds)
+        write_documents(shards / f"{name}.jsonl", map(make_document, seeds))
     _train(shards)
     stage_dir = base_dir / "runs" / "r" / "base"
-    _write(shards / "3.jsonl", range(24, 36))
+    write_documents(shards / "3.jsonl", map(make_document, range(24, 36)))
     _train(shards, "--resume=3")
     assert list(read_meta(stage_dir, 6)["data"]["files"]) == ["2.jsonl", "4.jsonl", "3.jsonl", "val.jsonl"]
-    _write(shards / "1.jsonl", range(36, 48))
+    write_documents(shards / "1.jsonl", map(make_document, range(36, 48)))
     source = get_source(str(shards))
     check_data(Stage("r", "base", stage_dir, 6, [3, 6]), source)
     assert list(source.numbered("train")) == [(number, make_document(number)) for number in range(48)]
@@ -109,9 +102,8 @@ def test_files_are_read_in_the_order_in_which_the_run_knows_them(base_dir: Path,
 
 def test_damaged_text_is_mended_and_the_run_goes_on(base_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     shards, broken = tmp_path / "shards", tmp_path / "shards" / "b.jsonl"
-    shards.mkdir()
     for name, seeds in (("a", range(100, 640)), ("b", range(12)), ("val", range(90, 95))):
-        _write(shards / f"{name}.jsonl", seeds)
+        write_documents(shards / f"{name}.jsonl", map(make_document, seeds))
     lines = broken.read_text(encoding="utf-8").splitlines(keepends=True)
     broken.write_text("".join([*lines[:5], lines[5][:20] + "\n", *lines[6:]]), encoding="utf-8")
     long = ("--num-iterations=40", "--resume=auto")
@@ -120,7 +112,7 @@ def test_damaged_text_is_mended_and_the_run_goes_on(base_dir: Path, tmp_path: Pa
     broken.write_text("".join([*lines[:5], *lines[6:]]), encoding="utf-8")  # without that line
     _train(shards, *long)
     assert f"going on with b.jsonl of {shards} as found now: run 'r' had not read so far" in capsys.readouterr().out
-    _write(broken, range(13))  # and now the run has read it
+    write_documents(broken, map(make_document, range(13)))  # and now the run has read it
     with pytest.raises(NanochatError, match=r"b.jsonl of .* has changed since run 'r' read it: restore it to go on"):
         _train(shards, *long, "--resume=39")
 
@@ -222,7 +214,7 @@ def test_what_an_address_is_called_says_nothing_of_its_files(base_dir: Path, mon
 
 def test_validation_files_that_come_later_are_refused(texts: Path, base_dir: Path) -> None:
     _train(texts)
-    _write(texts / "val.jsonl", range(12, 20))
+    write_documents(texts / "val.jsonl", map(make_document, range(12, 20)))
     refused = r"val.jsonl of .* is for validation and came after the run began, .*: move it away"
     with pytest.raises(NanochatError, match=refused):
         _train(texts, "--resume=3")

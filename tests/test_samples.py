@@ -14,14 +14,14 @@ from nanochat.tokenizer import Tokenizer
 from tasks import build_task
 from tasks.common import TaskMixture
 from tasks.customjson import CustomJSON
-from tests.helpers import make_engine, write_corpus
+from tests.helpers import make_engine, write_corpus, write_documents
 
 
 @pytest.mark.parametrize("text", ["\u4f60\u597d" * 2000, "a " * 5, "x", "word" * 3000])
 def test_openings_fit_the_context(engine: Engine, tmp_path: Path, text: str) -> None:
     """Where no spaces part words, the first six words of a text are all of it."""
     write_corpus(tmp_path)
-    (tmp_path / "val.jsonl").write_text(json.dumps({"text": text}), encoding="utf-8")
+    write_documents(tmp_path / "val.jsonl", [text])
     (sample,) = continue_openings(engine, get_source(str(tmp_path)), max_tokens=4)
     shown = sample["prompt"].removesuffix("\ufffd")  # a character may be cut
     assert shown and text.startswith(shown)

@@ -26,7 +26,7 @@ from nanochat.tokenizer import (
     name_or_absolute_path,
 )
 from scripts import tok_train
-from tests.helpers import make_document
+from tests.helpers import DOCUMENTS, make_document, write_documents
 
 BYTES_ONLY = Tokenizer([bytes([i]) for i in range(256)])
 TRICKY = "don't 12345 naïve 你好 🙂👩‍👩‍👧 \r\n\t  end\u0000 <|bos|> مرحبا"
@@ -262,19 +262,13 @@ def test_visualization_shows_every_token(tokenizer: Tokenizer) -> None:
 # ----------------------------------------------------------------------------- training one
 
 
-def _write_shard(folder: Path, name: str) -> None:
-    text = "\n".join(json.dumps({"text": make_document(seed)}) for seed in range(40))
-    (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
-
-
 @pytest.fixture
 def train(tmp_path: Path, base_dir: Path, capsys: pytest.CaptureFixture):
     """Runs tok_train on a folder "text" with shards a and b, and gives what it printed."""
     folder = tmp_path / "text"
-    folder.mkdir()
     arguments = ["--data", str(folder), "--vocab-size=300", f"--tokenizer={tmp_path / 'made' / 'tok'}"]
     for name in ("a", "b", "val"):
-        _write_shard(folder, name)
+        write_documents(folder / f"{name}.jsonl", DOCUMENTS[:40])
 
     def run(*flags: str) -> str:
         assert tok_train.main([*arguments, *flags]) == 0
@@ -286,13 +280,13 @@ def train(tmp_path: Path, base_dir: Path, capsys: pytest.CaptureFixture):
 def test_files_that_would_not_be_read_do_not_matter(train, tmp_path: Path) -> None:
     some = "--max-chars=3000"
     assert "there already" not in train(some)
-    _write_shard(tmp_path / "text", "c")
+    write_documents(tmp_path / "text" / "c.jsonl", DOCUMENTS[:40])
     assert "there already" in train(some)
-    _write_shard(tmp_path / "text", "0")  # is read first
+    write_documents(tmp_path / "text" / "0.jsonl", DOCUMENTS[:40])  # is read first
     assert "there already" not in train(some)
     assert "there already" not in train()
     assert "there already" in train()
-    _write_shard(tmp_path / "text", "d")
+    write_documents(tmp_path / "text" / "d.jsonl", DOCUMENTS[:40])
     assert "there already" not in train()  # it reads everything
     (tmp_path / "text" / "val.jsonl").unlink()
     assert "there already" not in train()
