@@ -155,3 +155,12 @@ def test_the_speedrun_needs_no_home(checkout: Checkout) -> None:
     done = checkout.run("speedrun.sh", HOME=None, NANOCHAT_BASE_DIR=None, NPROC="1", MODEL_TAG="no-such-run")
     assert done.returncode == 0, done.stderr
     assert checkout.called("scripts.tok_train")
+
+
+def test_the_speedrun_keeps_the_tokenizer_of_a_run_that_began(checkout: Checkout, base_dir: Path) -> None:
+    for begun in (False, True):
+        assert checkout.run("speedrun.sh", NPROC="1", DEPTH="4").returncode == 0
+        assert checkout.called("scripts.base_train")
+        assert bool(checkout.called("scripts.tok_train")) is not begun
+        (base_dir / "runs" / "d4").mkdir(parents=True, exist_ok=True)
+        (base_dir / "runs" / "d4" / "tokenizer.json").touch()

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -314,27 +311,6 @@ def test_a_damaged_tokenizer_is_trained_anew(train, tmp_path: Path, name: str, c
     path.write_text(content, encoding="utf-8")
     assert "there already" not in train()
     assert "there already" in train()
-
-
-def test_the_speedrun_keeps_the_tokenizer_of_a_run_that_began(tmp_path: Path, base_dir: Path) -> None:
-    (tmp_path / "runs").mkdir()
-    shutil.copy(Path(__file__).parent.parent / "runs" / "speedrun.sh", tmp_path / "runs")
-    (tmp_path / "runs" / "setup.sh").touch()
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "bin" / "activate").touch()
-    for name in ("python", "torchrun"):
-        (tmp_path / name).write_text('#!/bin/sh\necho "$@" >>"$(dirname "$0")/calls"\n', encoding="utf-8")
-        (tmp_path / name).chmod(0o755)
-    environment = {**os.environ, "NPROC": "1", "DEPTH": "4", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    begun = []
-    for _ in range(2):
-        subprocess.run(["bash", str(tmp_path / "runs" / "speedrun.sh")], env=environment, check=True, timeout=60)
-        calls = (tmp_path / "calls").read_text(encoding="utf-8")
-        (tmp_path / "calls").unlink()
-        assert "scripts.base_train" in calls
-        begun.append("scripts.tok_train" in calls)
-        BYTES_ONLY.save(base_dir / "runs" / "d4")
-    assert begun == [True, False]
 
 
 def test_a_tokenizer_with_another_pattern_is_another(tokenizer: Tokenizer) -> None:
