@@ -266,14 +266,13 @@ def test_a_complete_output_is_left_alone(prepare, capsys: pytest.CaptureFixture)
     assert not (output / "work" / "scratch").exists()
 
 
-@pytest.mark.parametrize(
-    ("flag", "name"), [("--seed=7", "seed"), ("--no-dedup", "dedup"), ("--tasks=2", "tasks"), ("--no-tokenize", "tokenizer")]
-)
-def test_other_settings_into_the_same_output_are_refused(prepare, flag: str, name: str) -> None:
-    before = _shards(prepare("out"))
-    with pytest.raises(NanochatError, match=f"was begun with {name} ") as error:
-        prepare("out", flag)
-    assert _shards(Path(re.match(r"(\S+) was", str(error.value)).group(1))) == before
+def test_other_settings_into_the_same_output_are_refused(prepare) -> None:
+    output = prepare("out")
+    before = _shards(output)
+    for flag, name in (("--seed=7", "seed"), ("--no-dedup", "dedup"), ("--tasks=2", "tasks"), ("--no-tokenize", "tokenizer")):
+        with pytest.raises(NanochatError, match=f"out was begun with {name} "):
+            prepare("out", flag)
+    assert _shards(output) == before
 
 
 def test_a_changed_input_is_noticed(prepare, tmp_path: Path) -> None:
