@@ -439,3 +439,9 @@ def test_the_settings_of_reinforcement_tell_its_runs_apart(flag: str) -> None:
     """Also how its learning rates are scaled: without that, the table would show other rates than were used."""
     usual, changed = (settings_table(vars(chat_rl.parse_arguments(flags))) for flags in ([], [flag]))
     assert usual != changed
+
+
+def test_there_is_nothing_to_reset(base_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    """The public nanochat's recipes begin with it; here it needs no run, and removes none."""
+    assert report.main(["reset"]) == 0
+    assert capsys.readouterr().out == "nothing to reset: every run has its own report\n"

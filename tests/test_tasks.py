@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat.common import NanochatError, get_base_dir
+from nanochat.common import NanochatError
 from nanochat.tokenizer import Tokenizer
 from nanochat.tools import use_calculator
 from tasks import TASKS, build_mixture, build_task, judged_tasks, task_name
@@ -79,12 +79,10 @@ def test_multiple_choice_is_rendered_with_the_letter_last() -> None:
 # ----------------------------------------------------------------------------- made tasks
 
 
-def test_arithmetic_is_right_held_out_and_complete() -> None:
-    seen: dict[str, set[str]] = {}
-    numbers: set[str] = set()
-    for split in ("train", "test"):
+def test_arithmetic_is_right_and_complete() -> None:
+    numbers: dict[str, set[int]] = {"train": set(), "test": set()}
+    for split in numbers:
         task = Arithmetic(split, size=3000)
-        seen[split] = set()
         for i in range(3000):
             conversation = task[i]
             call, output, text = conversation["messages"][-1]["content"]
@@ -92,14 +90,8 @@ def test_arithmetic_is_right_held_out_and_complete() -> None:
             assert task.evaluate(conversation, text["text"])
             assert not task.evaluate(conversation, "The answer is 7777777.")
             assert not task.evaluate(conversation, "")
-            seen[split].add(call["text"])
-            if split == "train":
-                numbers.update(call["text"].replace("+", " ").replace("*", " ").replace("-", " ").split())
-    assert not seen["train"] & seen["test"]
-    swapped = {"*".join(reversed(e.split("*"))) for e in seen["test"] if "*" in e}
-    assert not seen["train"] & swapped
-    assert {str(n) for n in range(10, 100)} <= numbers
-    assert all(10 <= int(n) < 100 for e in seen["test"] for n in e.replace("+", " ").replace("*", " ").split())
+            numbers[split].update(map(int, re.findall(r"\d+", call["text"])))
+    assert numbers["train"] >= set(range(10, 100)) >= numbers["test"]
 
 
 @pytest.mark.parametrize("name", ["Arithmetic", "Identity"])
@@ -110,6 +102,15 @@ def test_made_conversations_are_stable_and_varied(name: str, tokenizer: Tokenize
     for i in range(100):
         ids, mask = tokenizer.render_conversation(task[i])
         assert sum(mask) > 3
+
+
+def test_a_split_that_is_missing_is_named() -> None:
+    class WithoutVal(Arithmetic):
+        SIZES = {"train": 8, "test": 2}
+
+    assert [len(WithoutVal(split)) for split in ("train", "test")] == [8, 2]
+    with pytest.raises(NanochatError, match="WithoutVal has no val split, only train, test: add it to its SIZES"):
+        WithoutVal("val")
 
 
 def test_identity_says_its_name() -> None:
@@ -315,7 +316,6 @@ def test_mixture_spec() -> None:
         with pytest.raises(NanochatError, match=r"'Identity[*:0-9]+' takes nothing of Identity: leave it out"):
             build_mixture(f"Arithmetic:40,{nothing}", "val")
     assert len(build_mixture("Arithmetic:40,Identity*3:20", "val")) == 3  # a twentieth of each, once
-    assert "GSM8K" in TASKS
 
 
 def test_a_home_folder_is_found_behind_a_comma(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,10 +434,6 @@ def test_tasks_of_the_hub_are_there_without_a_network(tmp_path: Path, monkeypatc
     assert load("train") == ["train-00000-of-00002", "train-00001-of-00002"]
     with pytest.raises(NanochatError, match="could not be fetched.*--task-data"):
         load("test")
-    (part,) = get_base_dir().rglob("train-00001-of-00002.parquet")
-    part.unlink()
-    with pytest.raises(NanochatError, match="could not be fetched|of 2 files of someone/texts only 1"):
-        load("train")
 
 
 def test_the_last_number_of_an_answer_counts() -> None:
