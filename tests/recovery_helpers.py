@@ -96,7 +96,7 @@ def content_of(stage_dir: Path, step: int) -> tuple[Any, ...]:
     return *((directory / name).read_bytes() for name in FILES[:2]), {**trainer, "time_s": None}
 
 
-def logged(stage_dir: Path, name: str) -> list[tuple[int, float]]:
+def logged_steps(stage_dir: Path, name: str) -> list[tuple[int, float]]:
     """(step, value) of all lives; what was done again after a resume is there once if it came to the same."""
     return list(dict.fromkeys(_series(read_json_lines(stage_dir / "metrics.jsonl"), name)))
 
@@ -109,9 +109,10 @@ def assert_ended_alike(stage_dir: Path, whole: Path) -> None:
     last = list_steps(whole)[-1]
     assert list_steps(stage_dir)[-1] == last
     assert content_of(stage_dir, last) == content_of(whole, last)
-    assert [step for step, _ in logged(whole, "train/loss")] == list(range(1, last + 1))
+    assert [step for step, _ in logged_steps(whole, "train/loss")] == list(range(1, last + 1))
     for name in ("train/loss", "val/bpb", "val/pass@1"):
-        assert logged(stage_dir, name) == logged(whole, name) == _series(read_metrics(stage_dir / "metrics.jsonl"), name)
+        once = _series(read_metrics(stage_dir / "metrics.jsonl"), name)
+        assert logged_steps(stage_dir, name) == logged_steps(whole, name) == once
     assert not [*stage_dir.glob(".step_*"), *stage_dir.parent.rglob(".*.tmp")]
     best = json.loads((stage_dir / "best.json").read_text(encoding="utf-8"))
     assert best == json.loads((whole / "best.json").read_text(encoding="utf-8"))

@@ -39,7 +39,7 @@ from tests.recovery_helpers import (
     content_of,
     count_rows,
     interrupted_copy,
-    logged,
+    logged_steps,
     stage_dir_of,
     start_command,
     train,
@@ -267,7 +267,7 @@ def test_a_row_that_had_no_room_is_there_when_its_step_is_saved(
         train_here(base_flags, {7: lambda: os.kill(os.getpid(), signal.SIGTERM)}, monkeypatch)
     assert refused and list_steps(stage_dir_of(base_dir))[-1] == 8
     train_here(base_flags, {}, monkeypatch)
-    assert [step for step, _ in logged(stage_dir_of(base_dir), "train/loss")] == list(range(1, LAST + 1))
+    assert [step for step, _ in logged_steps(stage_dir_of(base_dir), "train/loss")] == list(range(1, LAST + 1))
 
 
 @pytest.mark.parametrize(("first", "best"), [(3.0, 6), (1.5, 2)])

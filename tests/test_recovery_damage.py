@@ -26,7 +26,7 @@ from tests.recovery_helpers import (
     assert_ended_alike,
     content_of,
     interrupted_copy,
-    logged,
+    logged_steps,
     stage_dir_of,
     train,
     train_here,
@@ -204,7 +204,7 @@ def test_data_that_fails_in_mid_run(
     """One sentence names the file, all that was learned is saved, and once the file is back the end is the same."""
     flags, stage_dir = [*base_flags, f"--data={shards}", "--save-every=5", "--device-batch-size=1"], stage_dir_of(base_dir)
     undisturbed = load_checkpoint(train_here(flags, {}, monkeypatch), LAST)[0]
-    losses = logged(stage_dir, "train/loss")
+    losses = logged_steps(stage_dir, "train/loss")
     victim = shards / "train_23.parquet"  # its rows come to an update that has read some of its micro-batches
     content = victim.read_bytes()
     for damage in (_delete, _truncate, _zero):
@@ -212,7 +212,7 @@ def test_data_that_fails_in_mid_run(
         with pytest.raises(NanochatError, match=re.escape(str(victim))) as error:
             train_here(flags, {3: lambda damage=damage: damage(victim)}, monkeypatch)
         assert "\n" not in str(error.value)
-        trained = logged(stage_dir, "train/loss")[-1][0]
+        trained = logged_steps(stage_dir, "train/loss")[-1][0]
         assert 3 < trained < LAST and newest_valid_step(stage_dir) == (trained, [])
         if damage is not _delete:  # then it would go on without it
             with pytest.raises(NanochatError):
@@ -220,7 +220,7 @@ def test_data_that_fails_in_mid_run(
         assert newest_valid_step(stage_dir) == (trained, [])
         victim.write_bytes(content)
         train_here(flags, {}, monkeypatch)
-        assert logged(stage_dir, "train/loss") == losses
+        assert logged_steps(stage_dir, "train/loss") == losses
         for name, tensor in load_checkpoint(stage_dir, LAST)[0].items():
             assert torch.equal(tensor, undisturbed[name]), name
 

@@ -26,7 +26,7 @@ from tests.recovery_helpers import (
     begin,
     content_of,
     count_rows,
-    logged,
+    logged_steps,
     stage_dir_of,
     start_command,
     train,
@@ -68,7 +68,7 @@ def test_signals_at_random_moments(nursery: Nursery, base_flags: list[str], whol
                 assert newest_valid_step(stage_dir) == (step, [])
                 assert content_of(stage_dir, step)[:2] == content_of(whole, step)[:2] if step % 2 == 0 else step < LAST
         assert content_of(stage_dir, LAST)[:2] == content_of(whole, LAST)[:2]
-        assert logged(stage_dir, "train/loss") == logged(whole, "train/loss")
+        assert logged_steps(stage_dir, "train/loss") == logged_steps(whole, "train/loss")
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_a_stopped_command_goes_on(
     assert newest_valid_step(stage_dir) == (step, [])
     train(nursery, base_dir, flags)
     assert content_of(stage_dir, LONG)[:2] == content_of(whole_long, LONG)[:2]
-    assert logged(stage_dir, "train/loss") == logged(whole_long, "train/loss")
+    assert logged_steps(stage_dir, "train/loss") == logged_steps(whole_long, "train/loss")
 
 
 # ----------------------------------------------------------------------------- clocks
@@ -187,4 +187,4 @@ def test_a_stage_is_taken_before_training_begins(
     assert base_train.main(base_flags) == 0
     assert re.search(RIVAL, said[0], re.MULTILINE)
     settings = json.loads((stage_dir_of(base_dir) / "settings.json").read_text(encoding="utf-8"))
-    assert settings["matrix_lr"] == 0.0126 and len(logged(stage_dir_of(base_dir), "train/loss")) == LAST
+    assert settings["matrix_lr"] == 0.0126 and len(logged_steps(stage_dir_of(base_dir), "train/loss")) == LAST
