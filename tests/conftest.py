@@ -126,6 +126,12 @@ def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails to be fetched is tried again at once."""
+    monkeypatch.setattr("nanochat.shard_cache.RETRY_WAITS_S", (0.0, 0.0))
+
+
+@pytest.fixture
 def planned_pace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs by time do as many updates as planned, however slow the machine becomes."""
     monkeypatch.setattr(TimeLimit, "updates", lambda self, step, seconds, schedule: schedule.num_iterations)

@@ -15,17 +15,13 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from nanochat import shard_cache
 from nanochat.common import NanochatError
 from nanochat.dataset import get_source
 from nanochat.shard_cache import Shard, ShardCache, get_shard_cache
 from tests.helpers import DOCUMENTS, file_names, wait_for, write_documents
 from tests.hub_server import HubServer, ask_hub, serve_folder
 
-
-@pytest.fixture(autouse=True)
-def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_cache, "RETRY_WAITS_S", (0.0, 0.0))
+pytestmark = pytest.mark.usefixtures("no_waits")
 
 
 @pytest.fixture

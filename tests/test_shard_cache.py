@@ -16,10 +16,7 @@ from nanochat.common import NanochatError
 from nanochat.shard_cache import Shard, ShardCache, get_shard_cache
 from tests.helpers import file_names, wait_for
 
-
-@pytest.fixture(autouse=True)
-def no_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_cache, "RETRY_WAITS_S", (0.0, 0.0))
+pytestmark = pytest.mark.usefixtures("no_waits")
 
 
 class _Far:
