@@ -14,7 +14,7 @@ import pytest
 
 from nanochat.engine import Engine
 from scripts import chat_cli
-from tests.many_ranks import ROOT
+from tests.nursery import ROOT
 
 
 @pytest.mark.parametrize(

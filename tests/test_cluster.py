@@ -27,10 +27,10 @@ from scripts import base_eval, base_train, chat_eval, chat_sft
 from tests.conftest import TINY_TRAINING
 from tests.helpers import wait_for
 from tests.many_ranks import free_port
+from tests.nursery import ROOT
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the recipes are for Linux, macOS and WSL")
 
-ROOT = Path(__file__).resolve().parent.parent
 CLUSTER = ROOT / "runs" / "cluster"
 SCRIPTS = ["slurm.sbatch", "train.sh"]
 STAGES = {"base_train": base_train, "chat_sft": chat_sft, "base_eval": base_eval, "chat_eval": chat_eval}

@@ -25,7 +25,7 @@ from nanochat.server import create_app
 from nanochat.settings import SettingsParser
 from tasks import TASKS
 from tests.helpers import serve
-from tests.many_ranks import ROOT
+from tests.nursery import ROOT
 
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])

@@ -25,8 +25,8 @@ from nanochat.sampling import SamplingParams
 from scripts import base_train
 from tests.conftest import TINY_TRAINING
 from tests.helpers import OUT_OF_MEMORY, make_model
+from tests.nursery import ROOT
 
-ROOT = Path(__file__).parent.parent
 FOLDERS = ("nanochat", "scripts", "tasks", "dev", "benchmarks")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 

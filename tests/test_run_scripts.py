@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.many_ranks import ROOT
+from tests.nursery import ROOT
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the recipes are for Linux, macOS and WSL")
 

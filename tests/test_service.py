@@ -25,6 +25,7 @@ from nanochat.service import MAX_FAILURES, ChatDefaults, Limits, Service
 from nanochat.tokenizer import Tokenizer
 from scripts.chat_web import allowed_hosts, check_host, check_origin, choose_devices, in_url, listening
 from tests.helpers import make_engine, wait_for
+from tests.many_ranks import free_port
 
 HELLO = {"messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0, "max_tokens": 12, "ignore_eos": True}
 CHAT = "/v1/chat/completions"
@@ -306,19 +307,13 @@ def test_the_address_of_a_server_can_be_opened() -> None:
 @pytest.mark.parametrize(("host", "reason"), [("127.0.0.1", "in use"), ("192.0.2.7", "address"), ("a" * 70, "codec")])
 def test_a_port_that_cannot_be_had_is_named(host: str, reason: str) -> None:
     """And one that is had is so from then on: nobody takes it while a model is loaded."""
-    with listening("127.0.0.1", port := _free_port()) as sockets:
+    with listening("127.0.0.1", port := free_port()) as sockets:
         assert sockets[0].getsockname() == ("127.0.0.1", port)
         error = pytest.raises(NanochatError, match=rf"port {port} of {host} .*{reason}.*: choose another --port")
         with error, listening(host, port):
             pass
     with listening("127.0.0.1", port):
         pass
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
@@ -329,7 +324,7 @@ def test_a_host_is_reached_at_all_its_addresses(host: str, monkeypatch: pytest.M
         local = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1"), (socket.AF_INET6, "2001:db8::1")]
         found = [(family, socket.SOCK_STREAM, 6, "", address) for family, address in (2 * local)]
         monkeypatch.setattr("socket.getaddrinfo", lambda _, port, **how: [(*one[:4], (one[4], port)) for one in found])
-    port = _free_port()
+    port = free_port()
     with listening(host, port):
         monkeypatch.undo()
         for address in ("127.0.0.1", "::1"):

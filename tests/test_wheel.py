@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.nursery import ROOT
+
 PACKAGES = ("nanochat", "scripts", "tasks")
 CHECKS = """
 import json, pathlib, sys
