@@ -119,6 +119,12 @@ def make_engine(tokenizer: Tokenizer, sequence_len: int = 512, **options: Any) -
     return Engine(make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=sequence_len), tokenizer, **options)
 
 
+def make_prompts(tokenizer: Tokenizer) -> list[list[int]]:
+    """Of a few tokens each, and one of a hundred."""
+    texts = ["the cat", "my old friend likes some bread " * 20, "a", "one quick fox finds"]
+    return [tokenizer.encode(text, prepend="<|bos|>") for text in texts]
+
+
 class RandomBatches:
     """Endless batches of 2 x 16 tokens, the same in every run."""
 

@@ -33,8 +33,8 @@ from nanochat.sequence import Sequence
 from nanochat.tokenizer import Tokenizer
 from scripts import base_train, chat_eval, chat_rl, chat_sft
 from tests.conftest import TINY_TRAINING
-from tests.helpers import logged, make_model
-from tests.many_ranks import ROOT
+from tests.helpers import logged, make_model, make_prompts
+from tests.nursery import ROOT
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no NVIDIA GPU here"),
@@ -275,16 +275,11 @@ def engine(tokenizer: Tokenizer) -> Engine:
     return engine
 
 
-def _prompts(tokenizer: Tokenizer) -> list[list[int]]:
-    texts = ["the cat", "my old friend likes some bread " * 20, "a", "one quick fox finds"]
-    return [tokenizer.encode(text, prepend="<|bos|>") for text in texts]
-
-
 @pytest.mark.parametrize("compiled", [False, True])
 def test_greedy_equals_plain_generation(engine: Engine, tokenizer: Tokenizer, compiled: bool) -> None:
     """With CUDA graphs and without, past the window, alone, among others, and several times."""
     assert not compiled or engine.compile() is None
-    prompts = _prompts(tokenizer)
+    prompts = make_prompts(tokenizer)
     expected = [list(engine.model.generate(prompt, 60, temperature=0)) for prompt in prompts]
     assert [row.tokens for row in engine.complete(prompts, SamplingParams(0, max_tokens=60))] == expected
     assert [engine.complete([prompt], SamplingParams(0, max_tokens=60))[0].tokens for prompt in prompts] == expected
@@ -305,7 +300,7 @@ def test_what_is_forced_is_in_the_context(engine: Engine, tokenizer: Tokenizer, 
 
     monkeypatch.setattr("nanochat.scheduler.sample", speak)
     engine.scheduler.tool = lambda expression: "42 " * 40
-    prompt = _prompts(tokenizer)[0]
+    prompt = make_prompts(tokenizer)[0]
     row = Sequence(prompt, SamplingParams(max_tokens=150))
     engine.run([row])
     known = [*prompt, *row.tokens[: row.tokens.index(special("<|output_end|>")) + 1]]

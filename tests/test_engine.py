@@ -20,18 +20,12 @@ from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
 from nanochat.sequence import Sequence
 from nanochat.tokenizer import Tokenizer
-from tests.helpers import calculator_call, make_it_say, make_model, run_texts, wait_for
+from tests.helpers import calculator_call, make_engine, make_it_say, make_model, make_prompts, run_texts, wait_for
 
 
 @pytest.fixture
 def engine(tokenizer: Tokenizer) -> Engine:
-    model = make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=512)
-    return Engine(model, tokenizer, calculator=lambda expression: "42")
-
-
-def _prompts(tokenizer: Tokenizer) -> list[list[int]]:
-    texts = ["the cat", "my old friend likes some bread " * 20, "a", "one quick fox finds"]
-    return [tokenizer.encode(text, prepend="<|bos|>") for text in texts]
+    return make_engine(tokenizer, calculator=lambda expression: "42")
 
 
 def _free_blocks(engine: Engine) -> int:
@@ -44,7 +38,7 @@ def _free_blocks(engine: Engine) -> int:
 def test_greedy_equals_plain_generation(engine: Engine, tokenizer: Tokenizer) -> None:
     """Past the window, over several blocks, whatever the length of the prompt."""
     engine.scheduler.stop_ids = set()
-    for prompt in _prompts(tokenizer):
+    for prompt in make_prompts(tokenizer):
         expected = list(engine.model.generate(prompt, 150, temperature=0))
         (result,), _ = engine.generate_batch(prompt, max_tokens=150, temperature=0)
         assert [t for t in result[len(prompt) :]] == expected
@@ -52,7 +46,7 @@ def test_greedy_equals_plain_generation(engine: Engine, tokenizer: Tokenizer) ->
 
 def test_a_text_does_not_depend_on_its_company(engine: Engine, tokenizer: Tokenizer) -> None:
     """Drawn or greedy; alone, among 31 others, and where memory is so short that texts are put back and computed again."""
-    prompts = [prompt[:n] for prompt in _prompts(tokenizer) for n in range(2, 10)]
+    prompts = [prompt[:n] for prompt in make_prompts(tokenizer) for n in range(2, 10)]
     params = [
         SamplingParams(i // 3 % 2, top_k=i % 3 * 10, top_p=1 - i % 2 * 0.2, min_p=i % 5 * 0.02, seed=i,
                        repetition_penalty=1 + i % 2 * 0.3, frequency_penalty=i % 4 / 4, max_tokens=40 + i, ignore_eos=True)
@@ -83,7 +77,7 @@ def test_a_text_that_was_put_back_is_the_same_in_bfloat16(tokenizer: Tokenizer) 
 
 
 def test_texts_come_and_go_at_any_step(engine: Engine, tokenizer: Tokenizer) -> None:
-    prompts = _prompts(tokenizer)
+    prompts = make_prompts(tokenizer)
     expected = [run_texts(engine, [Sequence(p, SamplingParams(0, max_tokens=30))])[0].tokens for p in prompts]
     late = [Sequence(p, SamplingParams(0, max_tokens=30)) for p in prompts]
     for sequence in late:
@@ -96,7 +90,7 @@ def test_texts_come_and_go_at_any_step(engine: Engine, tokenizer: Tokenizer) -> 
 
 
 def test_samples_differ_and_depend_on_their_seed_alone(engine: Engine, tokenizer: Tokenizer) -> None:
-    prompt = _prompts(tokenizer)[0]
+    prompt = make_prompts(tokenizer)[0]
     five, _ = engine.generate_batch(prompt, 5, max_tokens=12, seed=7)
     assert len({tuple(tokens) for tokens in five}) > 1
     assert len({tokens[len(prompt)] for tokens in five if len(tokens) > len(prompt)}) > 1  # also in the first token
@@ -107,7 +101,7 @@ def test_samples_differ_and_depend_on_their_seed_alone(engine: Engine, tokenizer
 
 def test_streaming_gives_what_the_batch_gives(engine: Engine, tokenizer: Tokenizer) -> None:
     engine.scheduler.stop_ids = set(range(0, 400, 7))
-    prompt = _prompts(tokenizer)[3]
+    prompt = make_prompts(tokenizer)[3]
     whole, _ = engine.generate_batch(prompt, 4, max_tokens=20, seed=3)
     columns = list(engine.generate(prompt, 4, max_tokens=20, seed=3))
     for i, tokens in enumerate(whole):
@@ -119,7 +113,7 @@ def test_streaming_gives_what_the_batch_gives(engine: Engine, tokenizer: Tokeniz
 
 def test_stop_tokens_end_a_row_and_the_rest_go_on(engine: Engine, tokenizer: Tokenizer) -> None:
     engine.scheduler.stop_ids = set(range(0, 400, 7))
-    rows = engine.complete(_prompts(tokenizer) * 3, SamplingParams(max_tokens=40))
+    rows = engine.complete(make_prompts(tokenizer) * 3, SamplingParams(max_tokens=40))
     assert {row.finish_reason for row in rows} >= {"stop"}
     assert len({len(row.tokens) for row in rows}) > 1
     for row in rows:
@@ -142,7 +136,7 @@ def test_generation_ends_with_the_context(engine: Engine, tokenizer: Tokenizer) 
         SamplingParams(top_p=0)
 
 
-def test_a_step_never_computes_two_chunks_of_prompts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_never_computes_two_chunks_ofmake_prompts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler, sizes = engine.scheduler, []
     scheduler.chunk = 32
     prefill = scheduler.runner.prefill
@@ -159,7 +153,7 @@ def test_a_step_never_computes_two_chunks_of_prompts(engine: Engine, monkeypatch
 
 def test_stop_texts_end_an_answer_and_are_left_out(engine: Engine, tokenizer: Tokenizer) -> None:
     """Also one that is spread over tokens, of which nothing is shown before it is sure."""
-    prompt = _prompts(tokenizer)[0]
+    prompt = make_prompts(tokenizer)[0]
     params = SamplingParams(0, max_tokens=60, ignore_eos=True)
     (free,) = run_texts(engine, [Sequence(prompt, params)])
     assert len(free.text) > 30
@@ -185,7 +179,7 @@ def test_what_is_read_at_the_end_is_all(engine: Engine, tokenizer: Tokenizer) ->
             if name == "finish_reason" and value is not None:
                 at_the_end.append((self.text, self.error))
 
-    prompt = _prompts(tokenizer)[0]
+    prompt = make_prompts(tokenizer)[0]
     (free,) = run_texts(engine, [Sequence(prompt, SamplingParams(0, max_tokens=20, ignore_eos=True))])
     params = SamplingParams(0, max_tokens=20, ignore_eos=True, stop=(free.text[-1] + "\0",))
     (held,) = run_texts(engine, [Watched(prompt, params)])
@@ -197,7 +191,7 @@ def test_what_is_read_at_the_end_is_all(engine: Engine, tokenizer: Tokenizer) ->
 
 
 def test_a_repetition_penalty_keeps_a_text_from_repeating_itself(engine: Engine, tokenizer: Tokenizer) -> None:
-    prompt = list(dict.fromkeys(_prompts(tokenizer)[3]))
+    prompt = list(dict.fromkeys(make_prompts(tokenizer)[3]))
     for penalty, repeats in ((1.0, True), (100.0, False)):
         params = SamplingParams(0, repetition_penalty=penalty, max_tokens=40, ignore_eos=True)
         (row,) = run_texts(engine, [Sequence(prompt, params)])
@@ -205,7 +199,7 @@ def test_a_repetition_penalty_keeps_a_text_from_repeating_itself(engine: Engine,
 
 
 def test_logprobs_are_those_of_the_model(engine: Engine, tokenizer: Tokenizer) -> None:
-    prompt = _prompts(tokenizer)[3]
+    prompt = make_prompts(tokenizer)[3]
     (sequence,) = run_texts(engine, [Sequence(prompt, SamplingParams(0.7, seed=5, max_tokens=8, logprobs=3, ignore_eos=True))])
     ids = torch.tensor([prompt + sequence.tokens])
     with torch.no_grad():
@@ -220,7 +214,7 @@ def test_logprobs_are_those_of_the_model(engine: Engine, tokenizer: Tokenizer) -
 def test_logprobs_of_the_prompt(engine: Engine, tokenizer: Tokenizer) -> None:
     """Over several chunks, also where nothing is generated, and where the prompt's blocks are known already."""
     engine.scheduler.chunk = 16
-    prompt = _prompts(tokenizer)[1][:50]
+    prompt = make_prompts(tokenizer)[1][:50]
     engine.complete([prompt], SamplingParams(max_tokens=2))
     with torch.no_grad():
         expected = engine.model(torch.tensor([prompt]))[0].log_softmax(-1)
@@ -238,7 +232,7 @@ def test_logprobs_of_the_prompt(engine: Engine, tokenizer: Tokenizer) -> None:
 
 
 def test_shared_prefixes_are_computed_once(engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = _prompts(tokenizer)[1], [*_prompts(tokenizer)[1][:60], 5, 6, 7]
+    first, second = make_prompts(tokenizer)[1], [*make_prompts(tokenizer)[1][:60], 5, 6, 7]
     fresh = Engine(engine.model, tokenizer).generate_batch(second, max_tokens=10, temperature=0)
     engine.generate_batch(first, max_tokens=10, temperature=0)
     computed: list[int] = []
@@ -266,7 +260,7 @@ def test_the_longest_unused_block_is_reused_first() -> None:
 
 
 def test_a_conversation_goes_on_from_its_last_turn(engine: Engine, tokenizer: Tokenizer) -> None:
-    (turn,) = engine.complete([_prompts(tokenizer)[3]], SamplingParams(0, max_tokens=100))
+    (turn,) = engine.complete([make_prompts(tokenizer)[3]], SamplingParams(0, max_tokens=100))
     longer = turn.prompt + turn.tokens + [5, 6, 7]
     (next_turn,) = engine.complete([longer], SamplingParams(0, max_tokens=5))
     assert next_turn.cached_tokens >= len(longer) - 3 - 16
@@ -277,7 +271,7 @@ def test_a_conversation_goes_on_from_its_last_turn(engine: Engine, tokenizer: To
 def test_all_memory_comes_back(engine: Engine, tokenizer: Tokenizer) -> None:
     """Whatever ends a text: its end, its stop text, a cancellation in any state, a listener that leaves."""
     free = _free_blocks(engine)
-    sequences = [Sequence(p, SamplingParams(max_tokens=50, seed=i)) for i, p in enumerate(_prompts(tokenizer) * 12)]
+    sequences = [Sequence(p, SamplingParams(max_tokens=50, seed=i)) for i, p in enumerate(make_prompts(tokenizer) * 12)]
     for sequence in sequences:
         engine.scheduler.submit(sequence)
     for n in range(30):
@@ -286,7 +280,7 @@ def test_all_memory_comes_back(engine: Engine, tokenizer: Tokenizer) -> None:
     engine.scheduler.end_all("cancelled")
     assert _free_blocks(engine) == free
     assert all(s.finish_reason for s in sequences)
-    stream = engine.generate(_prompts(tokenizer)[0], 3)
+    stream = engine.generate(make_prompts(tokenizer)[0], 3)
     next(stream)
     stream.close()
     assert _free_blocks(engine) == free
@@ -298,7 +292,7 @@ def test_an_engine_leaves_nothing_behind(engine: Engine, tokenizer: Tokenizer) -
     gc.disable()
     try:
         other = Engine(engine.model, tokenizer)
-        other.complete(_prompts(tokenizer), SamplingParams(max_tokens=3))
+        other.complete(make_prompts(tokenizer), SamplingParams(max_tokens=3))
         keys = weakref.ref(other.scheduler.runner.memory.keys[0])
         del other
         assert keys() is None
@@ -451,7 +445,7 @@ def test_compiled_decoding_gives_the_same_texts(tokenizer: Tokenizer) -> None:
     if reason := can_compile(torch.device("cpu")):
         pytest.skip(f"nothing compiles here: {reason}")
     model = make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=512)
-    prompts = [prompt[:n] for prompt in _prompts(tokenizer) for n in range(2, 10)]
+    prompts = [prompt[:n] for prompt in make_prompts(tokenizer) for n in range(2, 10)]
     plain = Engine(model, tokenizer).complete(prompts, SamplingParams(0, max_tokens=40))
     engine = Engine(model, tokenizer)
     assert engine.compile() is None
