@@ -125,6 +125,12 @@ def make_prompts(tokenizer: Tokenizer) -> list[list[int]]:
     return [tokenizer.encode(text, prepend="<|bos|>") for text in texts]
 
 
+def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The difference's norm over that of what is expected."""
+    exact = expected.detach().cpu().double()
+    return float((found.detach().cpu().double() - exact).norm() / exact.norm())
+
+
 class RandomBatches:
     """Endless batches of 2 x 16 tokens, the same in every run."""
 

@@ -33,7 +33,7 @@ from nanochat.sequence import Sequence
 from nanochat.tokenizer import Tokenizer
 from scripts import base_train, chat_eval, chat_rl, chat_sft
 from tests.conftest import TINY_TRAINING
-from tests.helpers import logged, make_model, make_prompts
+from tests.helpers import logged, make_model, make_prompts, relative_error
 from tests.nursery import ROOT
 
 pytestmark = [
@@ -52,10 +52,6 @@ def _one_gpu() -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision(before)
-
-
-def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.detach().cpu().float() - expected.detach()).norm() / expected.detach().norm())
 
 
 # ----------------------------------------------------------------------------- attention
@@ -89,9 +85,9 @@ def test_attention_equals_naive_masked_softmax(backend: str, T: int, window: int
     distance = torch.arange(T)[:, None] - torch.arange(T)
     scores = (q @ k.mT * D**-0.5).masked_fill((distance < 0) | (distance > window), float("-inf"))
     expected = (scores.softmax(dim=-1) @ v).transpose(1, 2)
-    assert _relative(result, expected) < 0.01
+    assert relative_error(result, expected) < 0.01
     for found, naive in zip(grads, torch.autograd.grad(expected, exact, grad), strict=True):
-        assert _relative(found, naive) < 0.02
+        assert relative_error(found, naive) < 0.02
 
 
 def test_the_chosen_attention_skips_what_a_window_hides() -> None:
@@ -140,7 +136,7 @@ def test_loss_and_every_gradient(dtype: torch.dtype, compiled: bool) -> None:
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5 if fine else 5e-3)
     for (name, a), b in zip(exact.named_parameters(), mine.parameters(), strict=True):
         assert b.grad is not None
-        assert _relative(b.grad, a.grad) < (1e-3 if fine else 0.08), name
+        assert relative_error(b.grad, a.grad) < (1e-3 if fine else 0.08), name
 
 
 def test_an_update_moves_parameters_as_on_a_cpu() -> None:
@@ -156,7 +152,7 @@ def test_an_update_moves_parameters_as_on_a_cpu() -> None:
             optimizer.step()
             optimizer.zero_grad()
     for (name, a), b in zip(exact.named_parameters(), mine.parameters(), strict=True):
-        assert _relative(b.detach().cpu() - before[name], a.detach() - before[name]) < 0.1, name
+        assert relative_error(b.detach().cpu() - before[name], a.detach() - before[name]) < 0.1, name
 
 
 @pytest.mark.parametrize("fp8", [False, True])
@@ -208,10 +204,10 @@ def test_a_recorded_pass_gives_what_a_launched_one_gives() -> None:
             )
             assert recorded._recording is not None
             assert torch.equal(loss, again)
-            assert _relative(loss, expected_loss.cpu()) < 1e-4
+            assert relative_error(loss, expected_loss.cpu()) < 1e-4
             assert found.keys() == expected.keys()
             for name, gradient in found.items():
-                assert _relative(gradient, expected[name].cpu()) < 0.01, name
+                assert relative_error(gradient, expected[name].cpu()) < 0.01, name
     assert launched._recording is None
 
 
@@ -305,7 +301,7 @@ def test_what_is_forced_is_in_the_context(engine: Engine, tokenizer: Tokenizer, 
     engine.run([row])
     known = [*prompt, *row.tokens[: row.tokens.index(special("<|output_end|>")) + 1]]
     expected = engine.model(torch.tensor([known], device=GPU))[0, -1]
-    assert _relative(seen[len(script)], expected.cpu()) < 1e-3
+    assert relative_error(seen[len(script)], expected.cpu()) < 1e-3
 
 
 @pytest.mark.parametrize("vocab_size", [4096, 8192, 50257, 131072])
@@ -338,10 +334,10 @@ def test_compiled_decoding_in_the_gpus_own_dtype(tokenizer: Tokenizer, weights: 
     exact = make_engine(torch.device("cpu"), torch.float32).scheduler.runner.decode(*inputs)
     engine = make_engine(GPU, torch.bfloat16)
     runner = engine.scheduler.runner
-    assert _relative(runner.decode(*inputs), exact) < 0.03
+    assert relative_error(runner.decode(*inputs), exact) < 0.03
     assert engine.compile() is None
     for B in (32, 31, 8, 3, 1):  # fewer and fewer: a row that is left empty writes over its text
-        assert _relative(runner.decode(*(row[:B] for row in inputs)), exact[:B]) < 0.03
+        assert relative_error(runner.decode(*(row[:B] for row in inputs)), exact[:B]) < 0.03
 
 
 # ----------------------------------------------------------------------------- commands
@@ -403,4 +399,4 @@ def test_under_torchrun_with_nccl_it_learns_the_same(corpus: Path, tokenizer_in_
     compiled = _weights("compiled")
     cut, *_ = load_model("base", torch.device("cpu"), "eval", "cut")
     for name, tensor in cut.state_dict().items():
-        assert _relative(tensor, compiled[name].float()) < 0.02, name
+        assert relative_error(tensor, compiled[name].float()) < 0.02, name

@@ -9,10 +9,7 @@ from nanochat.common import NanochatError
 from nanochat.fp8 import enable_fp8, fp8_linear, is_eligible, quantize
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.layers import Linear
-
-
-def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found - expected).norm() / expected.norm())
+from tests.helpers import relative_error
 
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
@@ -43,7 +40,7 @@ def test_product_and_gradients_are_near_the_exact_ones() -> None:
     exact.backward(grad)
     for mine, theirs, bound in zip(found, (exact.detach(), x.grad, weight.grad), (0.05, 0.08, 0.08), strict=True):
         assert mine.shape == theirs.shape
-        assert 1e-4 < _relative(mine, theirs) < bound
+        assert 1e-4 < relative_error(mine, theirs) < bound
 
 
 def test_a_model_learns_with_it_and_is_measured_without() -> None:

@@ -16,6 +16,7 @@ from nanochat.cross_entropy import chunk_loss
 from nanochat.gpt import LOGIT_CAP
 from nanochat.kernels import AMPERE, HOPPER
 from nanochat.layers import Embedding, in_heads
+from tests.helpers import relative_error
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
@@ -34,11 +35,6 @@ def kernels() -> Iterator[SimpleNamespace]:
         from nanochat import heads_kernel, lookup, loss_kernel, relu_squared
 
         yield SimpleNamespace(heads=heads_kernel, lookup=lookup, loss=loss_kernel, mlp=relu_squared)
-
-
-def _relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    exact = expected.detach().cpu().double()
-    return float((found.detach().cpu().double() - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,10 +78,10 @@ def test_the_fused_mlp(kernels: SimpleNamespace, size: tuple[int, int, int], dty
     x, up, down = exact = [x.double().requires_grad_() for x in inputs]
     found, expected = kernels.mlp.mlp(*mine), F.linear(F.relu(F.linear(x, up)).square(), down)
     tolerance = 1e-6 if dtype == torch.float32 else 0.01
-    assert _relative(found, expected) < tolerance
+    assert relative_error(found, expected) < tolerance
     grads = torch.autograd.grad(found, mine, grad.to(DEVICE, dtype)), torch.autograd.grad(expected, exact, grad.double())
     for a, b in zip(*grads, strict=True):
-        assert _relative(a, b) < tolerance
+        assert relative_error(a, b) < tolerance
 
 
 @pytest.mark.parametrize("dtype", [HALF] if ON_GPU else DTYPES)
@@ -107,7 +103,7 @@ def test_heads_by_one_kernel(
     grad = torch.autograd.grad(found, mine, [g.to(DEVICE, dtype) for g in grads])[0]
     exact_grad = torch.autograd.grad(expected, exact, grads)[0]
     for a, b in [*zip(found, expected, strict=True), (grad[:, 9:], exact_grad[:, 9:]), (grad[0, :9], exact_grad[0, :9])]:
-        assert _relative(a, b) < (1e-5 if dtype == torch.float32 else 0.01)
+        assert relative_error(a, b) < (1e-5 if dtype == torch.float32 else 0.01)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -120,4 +116,4 @@ def test_the_loss_in_one_kernel(kernels: SimpleNamespace, n: int, vocab_size: in
     expected = chunk_loss(logits.float(), targets, x.float(), LOGIT_CAP)
     found = kernels.loss.chunk_loss(logits, targets, x, LOGIT_CAP)
     for (a, b), rows in zip(zip(found, expected, strict=True), (1, found[2], 1, 1), strict=True):
-        assert _relative(a * rows, b * rows) < (1e-5 if dtype == torch.float32 else 5e-3)
+        assert relative_error(a * rows, b * rows) < (1e-5 if dtype == torch.float32 else 5e-3)
