@@ -6,12 +6,10 @@ import itertools
 import json
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from nanochat.checkpoint_manager import load_model
 from nanochat.engine import Engine
 from nanochat.server import create_app
 from tests.helpers import serve
@@ -23,9 +21,8 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 @pytest.fixture
-def url(tiny_run: Path) -> Iterator[str]:
-    model, tokenizer, _ = load_model("sft", "cpu", "eval", "tiny")
-    with serve(create_app([Engine(model, tokenizer)], "tiny")) as port:
+def url(engine: Engine) -> Iterator[str]:
+    with serve(create_app([engine], "tiny")) as port:
         yield f"http://127.0.0.1:{port}"
 
 

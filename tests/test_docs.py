@@ -18,7 +18,6 @@ import pytest
 import yaml
 
 from nanochat import cli, memory
-from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError
 from nanochat.engine import Engine
 from nanochat.server import create_app
@@ -79,13 +78,12 @@ def test_the_example_of_the_sandbox_runs() -> None:
         pytest.skip(f"programs cannot be isolated here: {error}")
 
 
-def test_the_example_of_a_client_runs(tiny_run: Path) -> None:
+def test_the_example_of_a_client_runs(engine: Engine) -> None:
     """With the port that a server here has, and with one choice of few tokens."""
     pytest.importorskip("openai", reason="the client comes with the extra dev")
-    model, tokenizer, _ = load_model("sft", "cpu", "eval", "tiny")
     blocks = runner.read_blocks((DOCS / "serving.md").read_text(encoding="utf-8"))
     code = next(block.text for block in blocks if block.language == "python")
-    with serve(create_app([Engine(model, tokenizer)], "tiny")) as port:
+    with serve(create_app([engine], "tiny")) as port:
         names: dict[str, object] = {}
         exec(code.replace(":8000", f":{port}"), names)
     assert names["reply"].choices[0].finish_reason in ("stop", "length")

@@ -15,7 +15,6 @@ import torch
 
 import nanochat
 from nanochat import compilation, cpu, flash_attention, machine, pace
-from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError, get_base_dir
 from nanochat.devices import get_compute_dtype
 from nanochat.engine import Engine
@@ -224,14 +223,12 @@ def test_compiled_equals_eager(T: int) -> None:
         assert not models[1](idx, idx).requires_grad
 
 
-def test_generation_never_runs_what_training_compiled(tiny_run: Path) -> None:
-    model, tokenizer, _ = load_model("sft", "cpu", "eval", "tiny")
-
+def test_generation_never_runs_what_training_compiled(engine: Engine) -> None:
     def fail(*args: object) -> torch.Tensor:
         raise AssertionError("the compiled block ran")
 
-    model._compiled_block = fail
-    row = Engine(model, tokenizer).complete([tokenizer.encode("the cat", prepend="<|bos|>")], SamplingParams(max_tokens=4))[0]
+    engine.model._compiled_block = fail
+    (row,) = engine.complete([engine.tokenizer.encode("the cat", prepend="<|bos|>")], SamplingParams(max_tokens=4))
     assert row.tokens
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from nanochat.checkpoint_manager import load_model
 from nanochat.engine import Engine
 from nanochat.server import create_app
 from nanochat.service import ChatDefaults
@@ -317,11 +316,9 @@ def test_settings_are_kept_and_used(page: playwright.Page) -> None:
     assert sent.value.post_data_json["messages"][0] == {"role": "system", "content": "Be kind."}
 
 
-def test_settings_that_nobody_chose_are_the_servers(tiny_run: Path, browser: playwright.Browser) -> None:
+def test_settings_that_nobody_chose_are_the_servers(engine: Engine, browser: playwright.Browser) -> None:
     """A chosen one stays, until it is what the server says anyway; "Defaults" brings back what that is."""
-    model, tokenizer, _ = load_model("sft", "cpu", "eval", "tiny")
-    app = create_app([Engine(model, tokenizer)], "tiny", defaults=ChatDefaults(0.35, 7, 9))
-    with serve(app) as port:
+    with serve(create_app([engine], "tiny", defaults=ChatDefaults(0.35, 7, 9))) as port:
         page = browser.new_page()
         page.add_init_script('localStorage.setItem("nanochat.settings", \'{"max_tokens": 4, "top_k": 7}\')')
         with page.expect_response("**/health"):
@@ -386,10 +383,9 @@ def test_the_runs_page_leaves_the_reader_where_they_are(url: str, page: playwrig
     assert page.evaluate("document.activeElement === document.querySelector('summary')")
 
 
-def test_the_pages_work_below_a_path(tiny_run: Path, browser: playwright.Browser) -> None:
+def test_the_pages_work_below_a_path(engine: Engine, browser: playwright.Browser) -> None:
     """As behind a proxy that takes the path away, and answers everything beside it with 404."""
-    model, tokenizer, _ = load_model("sft", "cpu", "eval", "tiny")
-    app = create_app([Engine(model, tokenizer)], "tiny")
+    app = create_app([engine], "tiny")
 
     async def proxy(scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] == "http":

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nanochat.checkpoint_manager import load_model
 from nanochat.engine import Engine
 from nanochat.server import create_app
 from tests.helpers import serve
@@ -106,10 +104,9 @@ def test_an_answer_that_was_cut_off_says_so(page: playwright.Page) -> None:
     assert page.get_by_text("cut off").count() == 2
 
 
-def test_a_lost_connection_is_told_and_what_came_stays(tiny_run: Path, browser: playwright.Browser) -> None:
+def test_a_lost_connection_is_told_and_what_came_stays(engine: Engine, browser: playwright.Browser) -> None:
     """While an answer comes, before it, and for what else is asked of the server: never in the browser's own words."""
-    model, tokenizer, _ = load_model("sft", "cpu", "eval", "tiny")
-    app = create_app([Engine(model, tokenizer)], "tiny")
+    app = create_app([engine], "tiny")
     half = b'data: {"token": "Half of it", "part": "text"}\n\n'
 
     async def breaking_off(scope: dict[str, Any], receive: Any, send: Any) -> None:
