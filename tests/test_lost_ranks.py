@@ -194,13 +194,12 @@ def test_a_beat_is_two_requests_however_many_ranks_there_are() -> None:
         assert beats == ["add", "multi_get"] * (len(beats) // 2)
 
 
-@pytest.mark.slow
 def test_a_rank_that_dies_before_its_first_beat_is_missed() -> None:
     reasons: list[tuple[int, str]] = []
     stores = _stores(3)
     hearts = _hearts(reasons, stores, range(2))
     wait_for(lambda: len(reasons) == 2, "the loss to be noticed", 30)
-    assert all(reason.startswith("nothing was heard of rank 2") for _, reason in reasons)
+    assert sorted(reasons) == [(rank, "nothing was heard of rank 2 for 3 s") for rank in range(2)]
     for heart in hearts:
         heart.stop()
 
@@ -259,15 +258,6 @@ def test_an_attempt_shares_nothing_with_the_one_before() -> None:
         assert fresh[1].get("address") == fresh[2].get("address") == f"of {order}".encode()
     with pytest.raises(TimeoutError, match="rank 1, 2 did not come"):
         fresh_store(stores[0], 0, 3, 0.3)
-
-
-def test_heartbeat_notices_a_rank_that_never_came() -> None:
-    reasons: list[tuple[int, str]] = []
-    stores = _stores(2)
-    hearts = _hearts(reasons, stores, range(1))
-    wait_for(lambda: reasons, "the loss to be noticed", 30)
-    assert reasons == [(0, "nothing was heard of rank 1 for 3 s")]
-    hearts[0].stop()
 
 
 # ----------------------------------------------------------------------------- two machines
