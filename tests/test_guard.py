@@ -18,7 +18,7 @@ from nanochat.openai_api import Reply
 from nanochat.server import create_app
 from nanochat.service import Limits, Ticket
 from tests.helpers import serve, wait_for
-from tests.test_server import CHAT, HELLO, _request
+from tests.test_server import CHAT, HELLO, http_request
 
 
 def test_an_api_key_is_asked_for(engine: Engine) -> None:
@@ -59,9 +59,9 @@ def test_slow_and_broken_clients_do_not_stop_the_others(engine: Engine, monkeypa
     app = create_app([engine], "tiny")
     with serve(app) as port:
         crowd = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
-        crowd[0].sendall(_request(HELLO)[:-10])
+        crowd[0].sendall(http_request(HELLO)[:-10])
         crowd[1].sendall(b"\x00\xff garbage\r\n\r\n")
-        crowd[2].sendall(_request({**HELLO, "stream": True}))
+        crowd[2].sendall(http_request({**HELLO, "stream": True}))
         assert httpx.post(f"http://127.0.0.1:{port}{CHAT}", json=HELLO, timeout=30).status_code == 200
         crowd[0].settimeout(10)
         assert b" 408 " in crowd[0].recv(100)
@@ -103,7 +103,7 @@ def test_a_client_that_leaves_frees_its_place_though_it_has_asked_for_more(engin
     app = create_app([engine], "tiny")
     with serve(app) as port:
         connection = socket.create_connection(("127.0.0.1", port))
-        connection.sendall(2 * _request({**HELLO, "max_tokens": 100_000, "ignore_eos": True, "stream": True}))
+        connection.sendall(2 * http_request({**HELLO, "max_tokens": 100_000, "ignore_eos": True, "stream": True}))
         assert connection.recv(100)
         connection.close()
         wait_for(lambda: not app.state.service.stats()["running"], "the text to be given up", 10)
@@ -128,7 +128,7 @@ def test_a_client_that_does_not_read_is_left_when_its_time_is_up(engine: Engine,
     with serve(app) as port, silent, slow:
         for connection in (silent, slow):
             connection.connect(("127.0.0.1", port))
-            connection.sendall(_request({**HELLO, "stream": True}))
+            connection.sendall(http_request({**HELLO, "stream": True}))
         slow.settimeout(60)
         with contextlib.suppress(ConnectionError):
             while len(ended) < 2 and slow.recv(2**14):
@@ -159,7 +159,7 @@ def test_a_body_has_one_length(engine: Engine, method: str, order: int) -> None:
 @pytest.mark.parametrize("protocol", ["h2c", "websocket"])
 def test_who_offers_another_protocol_is_answered_in_this_one(engine: Engine, protocol: str) -> None:
     """As curl --http2 and Java's clients do, with the body in a packet of its own."""
-    request = _request(HELLO)
+    request = http_request(HELLO)
     offer = f"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: {protocol}\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n"
     head, _, body = request.replace(b"\r\n", b"\r\n" + offer.encode(), 1).partition(b"\r\n\r\n")
     with serve(create_app([engine], "tiny")) as port:

@@ -28,6 +28,7 @@ from nanochat.sequence import Sequence
 from nanochat.server import DetokenizeRequest, create_app
 from nanochat.service import Limits
 from tests.helpers import serve, wait_for
+from tests.many_ranks import free_port
 
 HELLO = {"messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0, "max_tokens": 12}
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -378,7 +379,7 @@ def test_health_metrics_and_runs(client: TestClient) -> None:
 # ----------------------------------------------------------------------------- over a real socket
 
 
-def _request(body: dict[str, Any], path: str = CHAT) -> bytes:
+def http_request(body: dict[str, Any], path: str = CHAT) -> bytes:
     content = json.dumps(body).encode()
     lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {len(content)}"]
     return "\r\n".join([*lines, "\r\n"]).encode() + content
@@ -393,7 +394,7 @@ def test_a_client_that_leaves_frees_its_place(engine: Engine, stream: bool) -> N
     scheduler.runner.decode = lambda *args: slow.wait(0.1) or decode(*args)
     with serve(create_app([engine], "tiny")) as port:
         with socket.create_connection(("127.0.0.1", port)) as connection:
-            connection.sendall(_request({**HELLO, "stream": stream, "ignore_eos": True, "max_tokens": 10_000}))
+            connection.sendall(http_request({**HELLO, "stream": stream, "ignore_eos": True, "max_tokens": 10_000}))
             wait_for(lambda: scheduler.num_running == 1, "a text to run")
         wait_for(lambda: scheduler.num_running == 0 and scheduler.allocator.num_free == free, "all to be given back")
         assert scheduler.generated_tokens < 60  # of more than 100 that it would have been
@@ -445,7 +446,7 @@ def test_running_answers_are_ended_properly_when_the_server_stops(engine: Engine
     decode = engine.scheduler.runner.decode
     engine.scheduler.runner.decode = lambda *args: time.sleep(0.02) or decode(*args)
     with serve(app) as port, socket.create_connection(("127.0.0.1", port)) as connection:
-        connection.sendall(_request({**HELLO, "stream": True, "ignore_eos": True, "max_tokens": 10_000}))
+        connection.sendall(http_request({**HELLO, "stream": True, "ignore_eos": True, "max_tokens": 10_000}))
         wait_for(lambda: engine.scheduler.num_running == 1, "a text to run")
         app.state.service.cancel_all()
         connection.settimeout(20)
@@ -468,15 +469,13 @@ sys.exit(run_command(main))
 @pytest.mark.parametrize("presses", [1, 3])
 def test_ctrl_c_stops_a_server_that_still_compiles(tiny_run: Path, presses: int) -> None:
     """At once, with a clean exit code; and who waited for an answer gets the end of one."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-c", SERVE_WHILE_COMPILING, "--model-tag=tiny", "--device-type=cpu", f"--port={port}"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         wait_for(lambda: _status(port) == "compiling", "the compiler", 60)
         with socket.create_connection(("127.0.0.1", port)) as connection:
-            connection.sendall(_request(HELLO))
+            connection.sendall(http_request(HELLO))
             stats = f"http://127.0.0.1:{port}/stats"
             wait_for(lambda: b'"waiting":1' in urllib.request.urlopen(stats).read(), "a request to wait")
             began = time.monotonic()
