@@ -43,6 +43,10 @@ TINY_TRAINING = [
     "--matrix-lr=0.0126", "--embedding-lr=0.19", "--unembedding-lr=0.005", "--scalar-lr=0.32", "--weight-decay=0",
     "--set", "bigrams=1",
 ]  # fmt: skip
+TINY_TUNING = [
+    "--tasks=Arithmetic:60,Identity:40", "--num-iterations=4", "--no-compile", "--device-type=cpu", "--model-tag=tiny",
+    "--eval-tokens=512", "--save-every=2",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -153,8 +157,7 @@ def _tiny_base_dir(tmp_path_factory: pytest.TempPathFactory, corpus: Path, token
     try:
         tokenizer.save(directory / "tokenizers" / "default")
         assert base_train.main([*TINY_TRAINING, "--data", str(corpus), "--model-tag=tiny", "--save-every=3"]) == 0
-        sft = ["--tasks=Arithmetic:60,Identity:40", "--num-iterations=4", "--no-compile", "--device-type=cpu"]
-        assert chat_sft.main([*sft, "--model-tag=tiny", "--eval-tokens=512", "--save-every=2"]) == 0
+        assert chat_sft.main(TINY_TUNING) == 0
     finally:
         if before is None:
             del os.environ["NANOCHAT_BASE_DIR"]

@@ -22,7 +22,7 @@ from nanochat.same_run import check_data
 from nanochat.stage import Stage
 from nanochat.tokenizer import Tokenizer
 from scripts import base_eval, base_train, chat_sft
-from tests.conftest import TINY_TRAINING
+from tests.conftest import TINY_TRAINING, TINY_TUNING
 from tests.helpers import make_document, write_documents
 
 pytestmark = pytest.mark.usefixtures("tokenizer_in_place")
@@ -262,9 +262,8 @@ def test_a_text_is_found_again_from_elsewhere(
 def test_rates_that_are_left_out_stay_as_they_were(corpus: Path, tiny_run: Path, capsys: pytest.CaptureFixture) -> None:
     flags = [flag for flag in TINY_TRAINING if "-lr=" not in flag]
     assert base_train.main([*flags, "--data", str(corpus), "--model-tag=tiny", "--resume=3"]) == 0
-    same = ["--tasks=Arithmetic:60,Identity:40", "--num-iterations=4", "--no-compile", "--device-type=cpu", "--model-tag=tiny"]
-    assert chat_sft.main([*same, "--eval-tokens=512", "--resume=2", "--matrix-lr=0.004", "--model-step=6"]) == 0
+    assert chat_sft.main([*TINY_TUNING, "--resume=2", "--matrix-lr=0.004", "--model-step=6"]) == 0
     assert "until now it was" in capsys.readouterr().out
     shutil.rmtree(tiny_run / "sft" / "step_000004")
-    assert chat_sft.main([*same, "--eval-tokens=512", "--resume=auto"]) == 0
+    assert chat_sft.main([*TINY_TUNING, "--resume=auto"]) == 0
     assert "until now it was" not in capsys.readouterr().out

@@ -19,7 +19,7 @@ from nanochat.dataloader import TokenLoader
 from nanochat.dataset import get_source
 from nanochat.runs import get_stage_dir, list_steps
 from scripts import base_eval, base_train, chat_cli, chat_eval, chat_sft, chat_web, tok_eval, tok_train
-from tests.conftest import TINY_TRAINING
+from tests.conftest import TINY_TRAINING, TINY_TUNING
 from tests.helpers import OUT_OF_MEMORY, write_corpus
 
 SCRIPTS = [
@@ -382,11 +382,10 @@ def test_a_stage_ends_with_a_command_that_works_next(
 
     on = ["--model-tag=tiny", "--resume=auto"]
     assert next_command(base_train, *TINY_TRAINING, "--data", str(corpus), *on) == ["chat_sft --model-tag=tiny"]
-    sft = ["--tasks=Arithmetic:60,Identity:40", "--num-iterations=4", "--no-compile"]
-    assert next_command(chat_sft, *sft, *on) == ["chat_cli --model-tag=tiny"]
+    assert next_command(chat_sft, *TINY_TUNING, *on) == ["chat_cli --model-tag=tiny"]
     assert next_command(chat_cli, "--model-tag=tiny") == []
     monkeypatch.setenv("NANOCHAT_STAGE", "2/6")  # a recipe knows what comes next
-    assert next_command(chat_sft, *sft, *on) == []
+    assert next_command(chat_sft, *TINY_TUNING, *on) == []
 
 
 def test_chat_cli_answers_once_and_goes_on(

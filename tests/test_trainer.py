@@ -32,7 +32,7 @@ from nanochat.stage import open_stage, prepare_directory
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import Batch, Trainer, summed_loss
 from scripts import base_train, chat_sft
-from tests.conftest import TINY_TRAINING
+from tests.conftest import TINY_TRAINING, TINY_TUNING
 from tests.helpers import RandomBatches, logged, make_model, make_trainer
 
 pytestmark = pytest.mark.usefixtures("tokenizer_in_place")
@@ -193,22 +193,19 @@ def test_the_speed_of_rows_that_tell_of_several_steps(tmp_path: Path) -> None:
 
 
 def test_sft_resume_equals_uninterrupted(tiny_run: Path) -> None:
-    flags = ["--tasks=Arithmetic:60,Identity:40", "--num-iterations=4", "--no-compile", "--device-type=cpu"]
-    flags += ["--model-tag=tiny", "--eval-tokens=512", "--save-every=2"]
     whole, losses = _weights(tiny_run / "sft", 4), logged(tiny_run / "sft")
-    assert chat_sft.main([*flags, "--resume=2"]) == 0
+    assert chat_sft.main([*TINY_TUNING, "--resume=2"]) == 0
     assert logged(tiny_run / "sft") == losses
     for name, tensor in _weights(tiny_run / "sft", 4).items():
         assert torch.equal(tensor, whole[name]), name
     for tasks, count in (("Arithmetic:60,Identity:30", 90), ("Arithmetic:50,Identity:50", 100)):
         with pytest.raises(NanochatError, match=rf"the mixture, {count} conversations, is not .* \(100\)"):
-            chat_sft.main([*flags, f"--tasks={tasks}", "--resume=2"])
+            chat_sft.main([*TINY_TUNING, f"--tasks={tasks}", "--resume=2"])
 
 
 def test_a_stage_goes_on_when_its_base_has_gone_on(corpus: Path, tiny_run: Path) -> None:
     """With the same weights before it, or none any more; but not with others that are asked for."""
-    flags = ["--tasks=Arithmetic:60,Identity:40", "--num-iterations=4", "--no-compile", "--device-type=cpu"]
-    flags += ["--model-tag=tiny", "--eval-tokens=512", "--save-every=2", "--resume=2"]
+    flags = [*TINY_TUNING, "--resume=2"]
     whole = _weights(tiny_run / "sft", 4)
     shutil.copytree(tiny_run / "base" / "step_000006", tiny_run / "base" / "step_000012")
     assert chat_sft.main(flags) == 0
