@@ -73,6 +73,13 @@ def write_corpus(folder: Path, documents: int = 200) -> Path:
     return folder
 
 
+def write_program(path: Path, script: str) -> None:
+    """A bash script that can be called, in a folder that need not be there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{script}\n", encoding="utf-8")
+    path.chmod(0o755)
+
+
 def file_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_file())
 

@@ -25,7 +25,7 @@ import yaml
 from nanochat.runs import list_steps
 from scripts import base_eval, base_train, chat_eval, chat_sft
 from tests.conftest import TINY_TRAINING
-from tests.helpers import wait_for
+from tests.helpers import wait_for, write_program
 from tests.many_ranks import free_port
 from tests.nursery import ROOT
 
@@ -62,14 +62,11 @@ def _pod_spec() -> dict[str, Any]:
 def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Puts a bash script under a name at the front of PATH; beside it `calls` collects what the scripts note there."""
     folder = tmp_path / "fakes"
-    folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("VIRTUAL_ENV", sys.prefix)  # the recipes leave an active environment as it is
 
     def add(name: str, script: str) -> Path:
-        path = folder / name
-        path.write_text(f"#!/usr/bin/env bash\n{script}", encoding="utf-8")
-        path.chmod(0o755)
+        write_program(folder / name, script)
         return folder / "calls"
 
     return add

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ from nanochat.raw_files import list_inputs
 from nanochat.tokenizer import Tokenizer
 from scripts import base_eval, base_train, data_prep
 from tests.conftest import TINY_TRAINING
-from tests.helpers import DOCUMENTS, make_document, write_documents
+from tests.helpers import DOCUMENTS, make_document, write_documents, write_program
 
 pytest.importorskip("datatrove", reason="data preparation needs bash runs/setup.sh data")
 
@@ -422,7 +421,7 @@ def test_the_screen_shows_only_progress(raw: Path, tokenizer_dir: Path, tmp_path
 # ----------------------------------------------------------------------------- Slurm and Ray
 
 # Stand-ins for Slurm's commands. With RUN_JOBS, sbatch runs the array at once, one task after the other.
-SBATCH = r"""#!/bin/bash
+SBATCH = r"""
 count=$(ls "$FAKE_SLURM" | wc -l); id=$((100 + count))
 echo "$@" > "$FAKE_SLURM/$id.args"; script="${@: -1}"; cp "$script" "$FAKE_SLURM/$id.sh"; touch "$FAKE_SLURM/$id.more"
 if [ -n "$RUN_JOBS" ]; then
@@ -433,20 +432,16 @@ if [ -n "$RUN_JOBS" ]; then
 fi
 echo "Submitted batch job $id"
 """
-SRUN = '#!/bin/bash\nwhile [[ "$1" == -* ]]; do if [[ "$1" == -n ]]; then shift; fi; shift; done\nexec "$@"\n'
-SCONTROL = "#!/bin/bash\necho here\n"
-SQUEUE = '#!/bin/bash\necho "$WAITING"\n'
+SRUN = 'while [[ "$1" == -* ]]; do if [[ "$1" == -n ]]; then shift; fi; shift; done\nexec "$@"'
 
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder that records what was submitted to a Slurm of shell scripts."""
     folder, record = tmp_path / "bin", tmp_path / "jobs"
-    folder.mkdir()
     record.mkdir()
-    for name, content in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", SCONTROL), ("squeue", SQUEUE)):
-        (folder / name).write_text(content)
-        (folder / name).chmod((folder / name).stat().st_mode | stat.S_IXUSR)
+    for name, script in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", "echo here"), ("squeue", 'echo "$WAITING"')):
+        write_program(folder / name, script)
     monkeypatch.setenv("PATH", f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_SLURM", str(record))
     monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)

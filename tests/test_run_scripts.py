@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import write_program
 from tests.nursery import ROOT
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the recipes are for Linux, macOS and WSL")
@@ -32,10 +33,7 @@ class Checkout:
         self.add("programs/nvidia-smi", "echo 'GPU 0: one'; echo 'GPU 1: another'\n")
 
     def add(self, name: str, body: str) -> None:
-        path = self.root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"#!/usr/bin/env bash\n{body}", encoding="utf-8")
-        path.chmod(0o755)
+        write_program(self.root / name, body)
 
     def run(self, script: str, *arguments: str, cwd: Path | None = None, **env: str | None) -> subprocess.CompletedProcess:
         """env: variables to be set, or with None to be missing."""

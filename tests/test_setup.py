@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import write_program
 from tests.nursery import ROOT
 
 
@@ -18,16 +19,9 @@ def checkout(tmp_path: Path) -> Path:
     (tmp_path / "runs").mkdir()
     shutil.copy(ROOT / "runs" / "setup.sh", tmp_path / "runs")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    _program(tmp_path, "uv", 'mkdir -p .venv/bin; echo "$@" >>uv.log')
-    _program(tmp_path, "nvidia-smi", "exit 1")
+    write_program(tmp_path / "programs" / "uv", 'mkdir -p .venv/bin; echo "$@" >>uv.log')
+    write_program(tmp_path / "programs" / "nvidia-smi", "exit 1")
     return tmp_path
-
-
-def _program(checkout: Path, name: str, body: str) -> None:
-    path = checkout / "programs" / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{body}\n")
-    path.chmod(0o755)
 
 
 def _set_up(checkout: Path, *extras: str) -> list[str]:
@@ -43,11 +37,11 @@ def test_an_environment_follows_the_machine(checkout: Path) -> None:
     assert _set_up(checkout) == ["[cpu]"]
     assert _set_up(checkout) == []
     (checkout / ".venv" / "old").touch()
-    _program(checkout, "nvidia-smi", "exit 0")
+    write_program(checkout / "programs" / "nvidia-smi", "exit 0")
     assert _set_up(checkout, "dev") == ["[gpu,dev]"]
     assert not (checkout / ".venv" / "old").exists()
     assert _set_up(checkout) == []
-    _program(checkout, "nvidia-smi", "exit 1")
+    write_program(checkout / "programs" / "nvidia-smi", "exit 1")
     assert _set_up(checkout) == _set_up(checkout, "dev") == []
     assert _set_up(checkout, "wandb") == ["[gpu,dev,wandb]"]
     assert _set_up(checkout, "dev") == _set_up(checkout, "wandb", "dev") == []  # each call keeps what others installed
