@@ -75,7 +75,7 @@ def test_an_output_begun_where_the_input_finds_it_goes_on(tmp_path: Path, monkey
     ("name", "content"), [("settings.json", '{"editor": 1}'), ("settings.json", "{"), ("manifest.json", "{}")]
 )
 def test_files_of_another_origin_are_left_alone(tmp_path: Path, name: str, content: str) -> None:
-    write_documents(tmp_path / "raw" / "a.jsonl", DOCUMENTS[:20])
+    write_documents(tmp_path / "raw" / "a.jsonl", map(make_document, range(20)))
     output = tmp_path / "out"
     output.mkdir()
     (output / name).write_text(content)
@@ -85,7 +85,7 @@ def test_files_of_another_origin_are_left_alone(tmp_path: Path, name: str, conte
 
 
 def test_too_few_documents_for_two_splits(tmp_path: Path) -> None:
-    write_documents(tmp_path / "raw" / "a.jsonl", DOCUMENTS[:1])
+    write_documents(tmp_path / "raw" / "a.jsonl", map(make_document, range(1)))
     flags = ["--input", str(tmp_path / "raw"), "--output", str(tmp_path / "out"), "--no-tokenize", "--workers=1"]
     with pytest.raises(NanochatError, match="leaves none to train on: give more text"):
         data_prep.main(flags)
@@ -111,7 +111,7 @@ def test_the_query_of_a_web_address_does_not_hide_the_kind(path: str) -> None:
 
 
 def test_training_passes_over_what_a_preparation_left_beside_its_shards(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    write_documents(tmp_path / "raw" / "a.jsonl", DOCUMENTS[:20])
+    write_documents(tmp_path / "raw" / "a.jsonl", map(make_document, range(20)))
     flags = ["--input", str(tmp_path / "raw"), "--output", str(tmp_path / "data" / "out"), "--no-tokenize", "--workers=1"]
     assert data_prep.main(flags) == 0
     (tmp_path / "data" / "mine.csv").touch()
