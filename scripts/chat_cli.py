@@ -30,7 +30,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         examples=["%(prog)s", '%(prog)s -g demo -t 0 -p "What is 23 + 58?"'],
     )
     add_checkpoint_arguments(parser, from_hf=True)
-    parser.add_argument("-p", "--prompt", default=None, metavar="TEXT", help="answer this and exit")
+    parser.add_argument("-p", "--prompt", default=None, metavar="TEXT", help="answer this and exit (-: what is piped in)")
     add_sampling_arguments(parser, 0.6, 50)
     parser.add_argument("-m", "--max-tokens", type=int, default=256, help="most tokens in an answer")
     parser.add_argument("--seed", type=int, default=42, help="seed of the sampling")
@@ -38,6 +38,8 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     args = parser.parse_args(argv)
     args.require_positive("max_tokens")
     SamplingParams(args.temperature, args.top_k)  # raises for what cannot be meant, before a model is loaded
+    if args.prompt == "-":
+        args.prompt = sys.stdin.read()
     if args.prompt is not None and not args.prompt.strip():
         raise NanochatError("--prompt is empty: give the text to answer, or leave --prompt out to talk")
     return args

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -107,6 +108,16 @@ def test_a_line_that_is_not_utf8_is_read(tiny_run: Path) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(command, input=b"caf\xe9?\n", cwd=ROOT, env=environment, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_prompt_of_several_lines_may_be_piped_in(
+    tiny_run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(chat_cli.Chat, "answer", lambda self, text: asked.append(text))
+    monkeypatch.setattr("sys.stdin", io.StringIO("first line\nsecond line\n"))
+    assert chat_cli.main(["--model-tag=tiny", "--device-type=cpu", "-p", "-"]) == 0
+    assert asked == ["first line\nsecond line\n"] and capsys.readouterr().out == ""
 
 
 def test_half_a_character_before_a_call_is_shown_before_it(
