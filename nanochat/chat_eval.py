@@ -48,7 +48,7 @@ class Answering:
     top_k: int = 50
 
     def label(self, task: Task, name: str) -> str:
-        """The key of a task's result: those of other settings are kept beside it."""
+        """The key of a task's result, and the name of its file: those of other settings are kept beside it."""
         return name if task.eval_type == "categorical" else name + self.described()
 
     def described(self) -> str:
@@ -62,17 +62,14 @@ class Answering:
             text += f", at most {self.max_tokens} tokens"
         return text
 
-    def file_name(self, task_name: str) -> str:
-        return f"{task_name}_n{self.num_samples}_m{self.max_tokens}_t{self.temperature:g}_k{self.top_k}.jsonl"
-
 
 @dataclass(frozen=True)
 class TaskResult:
     """Accuracy (the mean over problems and samples) over n problems, with its 95% interval.
 
     pass_at: the expected score of the best of k samples, for k = 1, 2, 4 ... and all; truncated: prompts that were
-    too long for the context and lost their beginning; unfinished: answers that reached the limit of tokens and were judged
-    as far as they went; examples: the first few questions, each with an answer.
+    too long for the context and lost their beginning; unfinished: answers that reached the limit of tokens or the end of the
+    context and were judged as far as they went; examples: the first few questions, each with an answer.
     """
 
     accuracy: float
@@ -181,7 +178,7 @@ def _answer(
     else:
         samples = _generate(engine, shortened, chosen, answering)
         answers = [[engine.tokenizer.decode(row.tokens) for row in rows] for rows in samples]
-        unfinished = [sum(row.finish_reason == "length" for row in rows) for rows in samples]
+        unfinished = [sum(row.finish_reason in ("length", "context") for row in rows) for rows in samples]
     return [
         {"index": i, "problem": _digest(problems[i]), "answers": texts, "truncated": len(prompts[i]) > most, "unfinished": cut}
         for i, texts, cut in zip(chosen, answers, unfinished, strict=True)

@@ -463,7 +463,7 @@ def _evaluate_task(
             questions = [build_question(task, items, index, scorer) for index in mine[at : at + 256]]
             for question, scores in zip(questions, scorer.score(questions), strict=True):
                 rows.append({"index": lines[question.index], **_judge(task, question, scores)})
-            report(task.label, len(rows), len(mine))
+            report(task.label, min(count, len(rows) * world_size), count)  # the other ranks are about as far
         return rows
 
     rows = itertools.chain.from_iterable(gather_objects(all_or_none(judge_mine)))

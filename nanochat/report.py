@@ -345,7 +345,7 @@ def evaluation_table(results: dict[str, Any]) -> list[list[str]]:
         if passed := describe_pass_at(task.get("pass_at", {})):
             table.append(["", passed, "", ""])
         if cut := task.get("unfinished"):
-            table.append(["", f"{cut:,} answers reached the limit of tokens", "", ""])
+            table.append(["", f"{cut:,} answers reached the limit of tokens or the end of the context", "", ""])
     for name, mean in _chat_means(results).items():
         table.append([f"{name}, over {mean['tasks']} tasks", *describe_mean(mean), ""])
     return table

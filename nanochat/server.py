@@ -70,6 +70,7 @@ class TokenizeRequest(BaseModel):
 
     prompt: str | None = Field(None, max_length=MAX_CHARS)
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)  # of the answer to the messages, which they leave room for
     add_special_tokens: bool | None = None  # adds none here, but tells that vLLM's clients ask
 
 
@@ -185,7 +186,8 @@ def _add_chat_routes(app: FastAPI, service: Service, defaults: dict[str, Any]) -
         elif request.prompt is not None:
             tokens = await asyncio.to_thread(service.tokenizer.encode, request.prompt)
         else:
-            tokens, dropped = await _render(service, ChatRequest.model_validate({"messages": request.messages}))
+            asked = {"messages": request.messages, "max_tokens": request.max_tokens}
+            tokens, dropped = await _render(service, ChatRequest.model_validate(asked))
         extra, headers = _tell(dropped)
         known = {"count": len(tokens), "max_model_len": service.context, "tokens": tokens}
         known |= {"nanochat": extra} if extra else {}

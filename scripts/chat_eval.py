@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     merged: dict[str, Any] = {}  # all that eval.json holds
     for name, task in tasks.items():
         total = len(task) if args.max_problems < 0 else min(args.max_problems, len(task))
-        path = folder / answering.file_name(name)
+        path = folder / f"{answering.label(task, name)}.jsonl"
         with Progress(f"evaluating {name}", total, unit="problem") as progress:
             results[name] = evaluate_task(
                 engine, task, args.max_problems, args.batch_size, answering, path, progress.update
@@ -88,7 +88,9 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{name}: eval.json and the report keep the result over {kept:,} problems")
     if rank == 0:
         merge_eval(stage_dir, meta["step"], means_of(merged, answering))
-        show(results, chatcore({name: result.as_dict() for name, result in results.items()}), missing)
+        has_mean = answering.temperature == 0  # as in eval.json
+        mean = chatcore({name: result.as_dict() for name, result in results.items()}) if has_mean else None
+        show(results, mean, missing)
     return 0
 
 
@@ -138,7 +140,7 @@ def show(results: dict[str, TaskResult], mean: dict | None, missing: dict[str, s
                      f"{result.truncated or ''}", f"{result.unfinished or ''}"])  # fmt: skip
     print_table(columns, rows)
     if any(result.unfinished for result in results.values()):
-        print("answers cut: they reached --max-new-tokens and were judged as far as they went; give more if they need it")
+        print("answers cut: they reached --max-new-tokens or the end of the context, and were judged as far as they went")
     for name, reason in missing.items():
         print(f"left out: {name}: {reason}")
     if mean is not None:

@@ -77,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     args.require_positive("num_gpus", "max_rows", "max_waiting", "max_tokens")
     SamplingParams(args.temperature, args.top_k, max_tokens=args.max_tokens)  # raises if a default is invalid
     defaults = ChatDefaults(args.temperature, args.top_k, args.max_tokens)
-    args.require_between(0, 86400, "grace", "request_timeout")
+    args.require_between(0, 86400, "grace")
+    args.require_between(1, 86400, "request_timeout")
     args.require_between(1, 65535, "port")
     args.require_between(0, math.inf, "kv_tokens")
     if args.api_key is not None:

@@ -453,7 +453,8 @@ def test_two_ranks_find_what_one_does(many_ranks: Ranks, tiny_run: Path, bundle:
     found = []
     for ranks in (1, 2):
         flags = ["--eval=core", f"--eval-bundle={bundle}", "--model-tag=tiny", "--no-compile", "--device-type=cpu"]
-        many_ranks.run(ranks, "-m", "scripts.base_eval", *flags)
+        said = many_ranks.run(ranks, "-m", "scripts.base_eval", *flags)
+        assert all(f"{label}: {len(items)} questions" in said for label, (_, items, *_) in BUNDLE.items())
         (folder,) = (tiny_run / "base" / "core").iterdir()
         rows = {path.name: read_json_lines(path) for path in folder.iterdir()}
         found.append({name: [(row["index"], row["correct"]) for row in part] for name, part in rows.items()})

@@ -60,7 +60,9 @@ def test_looking_inside(page: playwright.Page) -> None:
     token.focus()
     assert "chosen:" in page.locator("#thought").inner_text()
     assert page.locator("#thought tr").count() == 5
-    page.get_by_text("The conversation as the model reads it").click()
+    with page.expect_request("**/tokenize") as sent:
+        page.get_by_text("The conversation as the model reads it").click()
+    assert sent.value.post_data_json["max_tokens"] == 16  # which decide what there is room for
     page.get_by_text("<|user_start|>").wait_for()
 
 
@@ -331,6 +333,24 @@ def test_settings_that_nobody_chose_are_the_servers(engine: Engine, browser: pla
         page.locator("#reset-settings").click()
         assert page.locator("[name=max_tokens]").input_value() == "9"
         assert page.evaluate('localStorage.getItem("nanochat.settings")') == "{}"
+
+
+def test_any_settings_of_the_server_are_shown_as_they_are(tiny_run: Path, browser: playwright.Browser) -> None:
+    """Also those beyond the sliders and between their steps; and they keep nobody from closing the dialog."""
+    model, tokenizer, _ = load_model("sft", "cpu", "eval", "tiny")
+    with serve(create_app([Engine(model, tokenizer)], "tiny", defaults=ChatDefaults(2.33, 2000, 8192))) as port:
+        page = browser.new_page()
+        with page.expect_response("**/health"):
+            page.goto(f"http://127.0.0.1:{port}")
+        page.get_by_text("tiny", exact=True).wait_for()
+        page.locator("#open-settings").click()
+        assert page.locator("label", has_text="Temperature").locator("output").inner_text() == "2.33"
+        page.locator("[name=max_tokens]").fill("9000")
+        page.get_by_text("Done").click()
+        page.locator("#settings").wait_for(state="hidden")
+        with page.expect_request("**/chat/completions") as sent:
+            ask(page, "hello")
+        assert [sent.value.post_data_json[name] for name in ("temperature", "top_k", "max_tokens")] == [2.33, 2000, 9000]
 
 
 def test_a_phone_has_room_for_everything(url: str, browser: playwright.Browser) -> None:

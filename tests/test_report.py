@@ -251,7 +251,7 @@ def test_chat_scores_are_drawn_with_their_intervals(tiny_run: Path) -> None:
     merge_eval(tiny_run / "sft", 4, {"tasks": {"Sums": scores}, "examples": {"Sums": [answer] * 9}})
     _, html = write_report(tiny_run)
     text = html.read_text(encoding="utf-8")
-    assert "30.0% to 50.0%" in text and "7 answers reached the limit of tokens" in text
+    assert "30.0% to 50.0%" in text and "7 answers reached the limit of tokens or the end of the context" in text
     assert 'aria-label="Supervised fine-tuning: right answers by task"' in text
     assert text.count("<code>python_start</code>2+2") == 3  # of nine
     assert text.count("Sums, right") == 3

@@ -175,6 +175,11 @@ def test_a_base_directory_that_may_not_be_written(tmp_path: Path) -> None:
         (chat_web.main, ["--model-tag=tiny", "--api-key="], "the API key is empty"),
         (chat_web.main, ["--model-tag=tiny", "-t=-1"], "temperature cannot be -1.0"),
         (chat_web.main, ["--model-tag=tiny", "--port=0"], "--port 0 is out of range: choose 1 to 65535"),
+        (
+            chat_web.main,
+            ["--model-tag=tiny", "--request-timeout=0"],
+            "--request-timeout 0 is out of range: choose 1 to 86400",
+        ),
         (chat_web.main, ["--model-tag=tiny", "--kv-tokens=-5"], "--kv-tokens -5 is out of range: choose 0 or more"),
         (chat_web.main, ["--model-tag=tiny", "--allow-host=my.example:80"], "--allow-host my.example:80 is no name"),
         (tok_eval.main, ["--tokenizer=unknown"], "tok_train"),

@@ -183,11 +183,12 @@ def test_long_conversations_are_trimmed_and_the_reply_says_so(client: TestClient
         {"role": role, "content": "some words that fill the context " * 2} for _ in range(20) for role in ("user", "assistant")
     ]
     body = {**HELLO, "messages": [*turns, {"role": "user", "content": "last"}]}
-    response = client.post(CHAT, json=body)
-    assert response.json()["nanochat"]["dropped_turns"] == int(response.headers["x-nanochat-dropped-turns"]) > 0
+    chat = client.post(CHAT, json=body)
+    assert chat.json()["nanochat"]["dropped_turns"] == int(chat.headers["x-nanochat-dropped-turns"]) > 0
     assert _events(client.post("/chat/completions", json=body).text)[0]["dropped_turns"] > 0
-    response = client.post("/tokenize", json={"messages": body["messages"]})
-    assert response.json()["nanochat"]["dropped_turns"] == int(response.headers["x-nanochat-dropped-turns"]) > 0
+    read = client.post("/tokenize", json={name: body[name] for name in ("messages", "max_tokens")})
+    assert read.json()["nanochat"]["dropped_turns"] == int(read.headers["x-nanochat-dropped-turns"])
+    assert read.json()["nanochat"] == chat.json()["nanochat"] and read.json()["count"] == chat.json()["usage"]["prompt_tokens"]
     assert "nanochat" not in client.post("/tokenize", json={"messages": HELLO["messages"]}).json()
 
 

@@ -160,7 +160,7 @@ function readingView() {
     try {
       const messages = toMessages(store.path(current));
       while (messages.length && messages.at(-1).role !== "user") messages.pop();
-      const read = await api.tokenize({ messages });
+      const read = await api.tokenize({ messages, max_tokens: Number(settings.max_tokens) || null });
       text.replaceChildren(`${read.count} of at most ${read.max_model_len} tokens`, tokenView(read.token_strs.map((token) => ({ text: token }))));
     } catch (error) {
       text.textContent = error.message;
@@ -342,7 +342,7 @@ function showSettings() {
   for (const field of dialog.querySelectorAll("[name]")) {
     field.value = settings[field.name];
     const output = field.parentElement.querySelector("output");
-    if (output) output.textContent = field.value;
+    if (output) output.textContent = settings[field.name];  // a slider stands at the nearest step
   }
   if (settings.theme) document.documentElement.dataset.theme = settings.theme;
   else delete document.documentElement.dataset.theme;
