@@ -312,6 +312,7 @@ def test_settings_are_kept_and_used(page: playwright.Page) -> None:
     page.keyboard.press("Escape")
     page.reload()
     assert page.locator("html").get_attribute("data-theme") == "dark"
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(23, 24, 26)"  # on a light system
     with page.expect_request("**/chat/completions") as sent:
         ask(page, "hello")
     assert sent.value.post_data_json["max_tokens"] == 3
