@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nanochat.sampling import SamplingParams
-from nanochat.sequence import Sequence, TokenLogprob, next_piece, spoken
+from nanochat.sequence import Sequence, TokenLogprob, spoken
 from nanochat.tokenizer import IncrementalDecoder, Tokenizer
 
 MAX_MESSAGES, MAX_PARTS = 2000, 500  # in a conversation; in a message
@@ -390,7 +390,7 @@ class Reply:
 
 
 def as_event(content: dict[str, Any]) -> str:
-    """Server-sent, JSON."""
+    """One server-sent event that carries JSON."""
     return f"data: {json.dumps(content)}\n\n"
 
 
@@ -408,7 +408,8 @@ class TextOffsets:
         places = []
         for token in tokens:
             places.append(self._end)
-            self._end += len(spoken([next_piece(self._decoder, token)]))
+            part, text = self._decoder.part, self._decoder.feed(token)
+            self._end += len(text) if part == "text" else 0
         return places
 
 

@@ -88,7 +88,7 @@ class Sequence:
     def append(self, token: int, mask: int) -> bool:
         """Add a token and the text that it completes; True if a stop text ends the answer with it."""
         decoder = cast("IncrementalDecoder", self.decoder)  # present until the text ends
-        (text, part), stopped = next_piece(decoder, token), False
+        part, text, stopped = decoder.part, decoder.feed(token), False
         if decoder.part != part:  # a stop text never spans two parts
             text, self.held_text = self.held_text + text, ""
         elif self.params.stop and part == "text":  # hidden text (tool calls) does not end an answer
@@ -127,19 +127,16 @@ class Sequence:
 
 
 def _beginning(stop: str, text: str) -> int:
-    """Where the end of a text begins that may become `stop`, which it does not hold; its length if no end may."""
+    """The index from which the rest of `text` could still become `stop`; len(text) if there is none.
+
+    `text` does not contain `stop`.
+    """
     at = max(0, len(text) - len(stop) + 1)
     while (at := text.find(stop[0], at)) >= 0:
         if stop.startswith(text[at:]):
             return at
         at += 1
     return len(text)
-
-
-def next_piece(decoder: IncrementalDecoder, token: int) -> tuple[str, str]:
-    """(text, type of its part) for the next token; a token that begins a new part yields the end of the previous one."""
-    part, text = decoder.part, decoder.feed(token)
-    return (text if decoder.part == part else decoder.flush()), part
 
 
 def spoken(pieces: list[tuple[str, str]]) -> str:

@@ -375,14 +375,17 @@ class IncrementalDecoder:
         self.part = "text"
 
     def feed(self, token_id: int) -> str:
-        """The characters that this token completes; special tokens are never shown."""
+        """The characters that this token completes; from one that begins another part, what is left of the part before.
+
+        Special tokens themselves are never shown.
+        """
         if self._tokenizer.is_special(token_id):
-            self.part = self._kinds.get(token_id, "text")
-            return ""
+            before, self.part = self.part, self._kinds.get(token_id, "text")
+            return "" if self.part == before else self.flush()
         return self._decoder.decode(self._tokenizer.tokens[token_id])
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD if a character is incomplete."""
+        """What is left at the end of a part: U+FFFD if a character is incomplete."""
         return self._decoder.decode(b"", final=True)
 
 

@@ -13,7 +13,6 @@ from nanochat.devices import compute_init
 from nanochat.engine import Engine
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
-from nanochat.sequence import next_piece
 from nanochat.settings import Arguments, SettingsParser, add_device_argument, add_sampling_arguments
 from nanochat.tokenizer import IncrementalDecoder
 from nanochat.trimming import prompt_room, trim_conversation
@@ -138,7 +137,7 @@ class Chat:
                 if token in self.engine.stop_ids:
                     break
                 tokens.append(token)
-                text, _ = next_piece(decoder, token)  # before a mark, what is left of the part that it ends
+                text = decoder.feed(token)  # before a mark, what is left of the part that it ends
                 print(text.translate(CONTROLS) + self.marks.get(token, ""), end="", flush=True)
         except KeyboardInterrupt:
             print(" (stopped)" + self.plain, flush=True)

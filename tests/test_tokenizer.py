@@ -168,8 +168,10 @@ def test_incremental_decoding_gives_whole_characters(text: str) -> None:
 
 
 def test_incremental_decoding_hides_special_tokens_and_flushes_the_tail() -> None:
-    decoder = IncrementalDecoder(BYTES_ONLY)
-    assert decoder.feed(BYTES_ONLY.encode_special("<|output_start|>")) == ""
+    decoder, special = IncrementalDecoder(BYTES_ONLY), BYTES_ONLY.encode_special
+    assert decoder.feed(special("<|output_start|>")) == ""
+    assert decoder.feed("🙂".encode()[0]) == ""
+    assert decoder.feed(special("<|output_end|>")) == "\ufffd"  # of the part that ends
     assert decoder.feed("🙂".encode()[0]) == ""
     assert decoder.flush() == "\ufffd"
 
