@@ -56,8 +56,8 @@ def main(argv: list[str] | None = None) -> int:
             tokenizer,
             max_rows=32,
         )
-        if args.compile:
-            engine.compile()
+        if args.compile and (reason := engine.compile()):
+            print(f"decoding without torch.compile: {reason}")
         return engine, [measure_engine(engine, args.clients, args.rounds, seed) for seed in range(2)][-1]
 
     engine, alone = in_own_thread(begin)

@@ -73,14 +73,11 @@ class Engine:
         params = SamplingParams(temperature, top_k or 0, seed=seed, max_tokens=max_tokens)
         sequences = _sequences([tokens] * num_samples, params)
         shown = 0
-        try:
-            for _ in self._run(sequences):
-                while shown < _columns(sequences):
-                    column = [_at(sequence, shown) for sequence in sequences]
-                    yield [token for token, _ in column], [mask for _, mask in column]
-                    shown += 1
-        finally:  # also if the caller stops reading
-            self._abandon(sequences)
+        for _ in self._run(sequences):
+            while shown < _columns(sequences):
+                column = [_at(sequence, shown) for sequence in sequences]
+                yield [token for token, _ in column], [mask for _, mask in column]
+                shown += 1
 
     def generate_batch(
         self,
@@ -106,35 +103,31 @@ class Engine:
 
     def run(self, sequences: list[Sequence]) -> None:
         """Continue texts, each with its own settings, until all are done."""
-        try:
-            for _ in self._run(sequences):
-                pass
-        finally:
-            self._abandon(sequences)
+        for _ in self._run(sequences):
+            pass
 
     def _run(self, sequences: list[Sequence]) -> Iterator[None]:
-        """Step until all of these are done; yields after each step."""
-        for sequence in sequences:
-            self.scheduler.submit(sequence)
-        while any(sequence.finish_reason is None for sequence in sequences):
-            if self.scheduler.is_idle:
-                self.scheduler.wait()
-            self.scheduler.step()
-            yield
-
-    def _abandon(self, sequences: list[Sequence]) -> None:
-        """Free the texts that are not done, after an error or when the caller has gone."""
-        unfinished = [sequence for sequence in sequences if sequence.finish_reason is None]
-        for sequence in unfinished:
-            self.scheduler.cancel(sequence)
-        if unfinished:
-            self.scheduler.take_messages()
+        """Step until all of these are done; yields after each step. Those that are not done at its end are freed."""
+        try:
+            for sequence in sequences:
+                self.scheduler.submit(sequence)
+            while any(sequence.finish_reason is None for sequence in sequences):
+                if self.scheduler.is_idle:
+                    self.scheduler.wait()
+                self.scheduler.step()
+                yield
+        finally:  # also after an error, or when the caller has stopped reading
+            unfinished = [sequence for sequence in sequences if sequence.finish_reason is None]
+            for sequence in unfinished:
+                self.scheduler.cancel(sequence)
+            if unfinished:
+                self.scheduler.take_messages()
 
 
 class EngineThread:
     """A thread that runs an engine's scheduler until it is closed; other threads submit texts and cancel them."""
 
-    def __init__(self, engine: Engine, after_step: Callable[[], None] | None = None, compile: bool = False) -> None:
+    def __init__(self, engine: Engine, after_step: Callable[[], None] = lambda: None, compile: bool = False) -> None:
         """after_step: called in the thread after each step, when all `on_update` calls of that step are done.
 
         compile: whether to compile first; what is submitted meanwhile waits.
@@ -190,9 +183,9 @@ class EngineThread:
                 logger.exception("a step of the model failed")
                 self.failures, self.failed_at = self.failures + 1, time.monotonic()
                 self._end_all("error", "the model failed on this request: see the server's log")
-            self._tell()
+            self.after_step()
         self._end_all("cancelled")
-        self._tell()
+        self.after_step()
         self.scheduler.close()
 
     def _end_all(self, reason: str, error: str | None = None) -> None:
@@ -216,13 +209,9 @@ class EngineThread:
         compiler.start()
         while compiler.is_alive() and not self._closing.is_set():
             self.scheduler.wait(timeout_s=0.1)
-            self._tell()
+            self.after_step()
         if reasons and reasons[0] is not None:
             logger.warning("decoding without torch.compile: %s", reasons[0])
-
-    def _tell(self) -> None:
-        if self.after_step is not None:
-            self.after_step()
 
 
 def _sequences(prompts: list[list[int]], params: SamplingParams) -> list[Sequence]:

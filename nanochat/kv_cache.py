@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from nanochat.flash_attention import heads_first
 from nanochat.gpt import GPT, GPTConfig
 
-INITIAL_LENGTH = 128  # of a KVCache, in tokens
 BLOCK_SIZE = 16  # tokens in a block
 
 
@@ -35,7 +34,7 @@ class KVCache:
     ) -> None:
         self.batch_size, self.seq_len = batch_size, seq_len
         self.length = 0  # tokens in each row
-        shape = (num_layers, batch_size, min(INITIAL_LENGTH, seq_len), num_heads, head_dim)
+        shape = (num_layers, batch_size, seq_len, num_heads, head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.tokens = torch.zeros(batch_size, seq_len, dtype=torch.long, device=device)
@@ -81,17 +80,9 @@ class KVCache:
         if self.length or other.batch_size != 1:
             raise ValueError("prefill copies a cache of one row into an empty one")
         self.length = length = other.length
-        self._reserve(length)
         self.keys[:, :, :length] = other.keys[:, :, :length]
         self.values[:, :, :length] = other.values[:, :, :length]
         self.tokens[:, :length] = other.tokens[:, :length]
-
-    def _reserve(self, length: int) -> None:
-        """Make room for rows of this length."""
-        allocated = self.keys.size(2)
-        if length > allocated:
-            more = min(max(length, 2 * allocated), self.seq_len) - allocated
-            self.keys, self.values = (F.pad(x, (0, 0, 0, 0, 0, more)) for x in (self.keys, self.values))
 
     def attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         """Store the keys and values of T new tokens, then attend to them and to earlier ones.
@@ -101,7 +92,6 @@ class KVCache:
         """
         T = q.size(1)
         end = self.length + T
-        self._reserve(end)
         keys, values = self.keys[layer], self.values[layer]
         keys[:, self.length : end] = k
         values[:, self.length : end] = v
@@ -278,7 +268,7 @@ class DecodeView(NamedTuple):
         values[own, positions % BLOCK_SIZE] = v[:, 0]
         blocks, visible = self._reach(window)
         k, v = (x[blocks].flatten(1, 2).unsqueeze(3).float() for x in (keys, values))  # (B, L, KV, 1, D)
-        q = in_memory(q.view(B, 1, KV, H // KV, D).float())
+        q = materialized(q.view(B, 1, KV, H // KV, D).float())
         scores = ((q * k).sum(-1) * D**-0.5).masked_fill(~visible, float("-inf"))  # (B, L, KV, G)
         weights = (scores - scores.amax(1, keepdim=True)).exp()
         y = (weights.unsqueeze(-1) * v).sum(1) / weights.sum(1).unsqueeze(-1)
@@ -295,13 +285,13 @@ class DecodeView(NamedTuple):
         else:
             first = (positions - window).clamp(min=0) // BLOCK_SIZE
             columns = first[:, None] + torch.arange(reach, device=device)
-            blocks = in_memory(self.table.gather(1, columns.clamp(max=self.max_blocks - 1)))
+            blocks = materialized(self.table.gather(1, columns.clamp(max=self.max_blocks - 1)))
             at = (columns[:, :, None] * BLOCK_SIZE + within).flatten(1)
         distance = positions[:, None] - at
         visible = ((distance >= 0) & (distance <= window))[:, :, None, None]
         return blocks, visible
 
 
-def in_memory(x: torch.Tensor) -> torch.Tensor:
+def materialized(x: torch.Tensor) -> torch.Tensor:
     """x itself. On a CPU, `cat` makes the compiler write it to memory, instead of recomputing it at each use."""
     return torch.cat((x[..., :1], x[..., 1:]), dim=-1) if x.device.type == "cpu" else x

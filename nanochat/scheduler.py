@@ -9,7 +9,6 @@ back and is computed again later. Tools run in their own threads, and only the t
 from __future__ import annotations
 
 import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -35,7 +34,7 @@ class ComputedPrompt(NamedTuple):
     """A computed prompt that is kept because more waiting texts begin with it."""
 
     tokens: list[int]
-    blocks: list[int]  # kept in use; the first text writes only behind the prompt in the last one
+    blocks: list[int]  # still in use; the first text writes into the last one only after the prompt's end
     content: int  # of its last full block
     logits: torch.Tensor  # (1, vocab_size), after its last token
 
@@ -47,7 +46,7 @@ class Scheduler:
     """Continuous batching for one model. Any thread may call `submit`, `cancel` and `post`; only one may call the rest."""
 
     def __init__(
-        self, model: GPT, tokenizer: Tokenizer, tool: Callable[[str], str | None], max_rows: int = 32, kv_tokens: int = 0
+        self, model: GPT, tokenizer: Tokenizer, tool: Callable[[str], str | None], max_rows: int, kv_tokens: int
     ) -> None:
         """kv_tokens: tokens whose keys and values are held at once (0: enough for max_rows texts, if memory allows)."""
         self.tokenizer, self.tool, self.max_rows = tokenizer, tool, max_rows
@@ -67,10 +66,9 @@ class Scheduler:
         self._settings = RowSettings([], self.runner.device)  # of the rows that were sampled last
         self.calling: set[Sequence] = set()
         self._waits_for_tools = False  # nothing runs, and no waiting text fits until a tool answers
-        self._submitted = self._enqueued = 0
-        self._counting = threading.Lock()  # several threads may submit
+        self._arriving: set[Sequence] = set()  # submitted, and not yet seen by the one thread
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._tools: ThreadPoolExecutor | None = None
+        self._tools = ThreadPoolExecutor(max_rows, thread_name_prefix="tool")
         self.preemptions = self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
 
     # ------------------------------------------------------------------------- from any thread
@@ -82,8 +80,7 @@ class Scheduler:
         if len(sequence.prompt) >= self.limit:
             n = len(sequence.prompt)
             raise NanochatError(f"a prompt of {n} tokens leaves no room in a context of {self.limit}: shorten it")
-        with self._counting:
-            self._submitted += 1
+        self._arriving.add(sequence)
         self.post(lambda: self._enqueue(sequence))
 
     def cancel(self, sequence: Sequence) -> None:
@@ -97,7 +94,7 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """The number of texts that are queued but not begun."""
-        return self._submitted - self._enqueued + len(self.waiting)
+        return len(self._arriving) + len(self.waiting)
 
     # ------------------------------------------------------------------------- the step
 
@@ -158,7 +155,7 @@ class Scheduler:
         self.end_all(reason, error)
 
     def _enqueue(self, sequence: Sequence) -> None:
-        self._enqueued += 1
+        self._arriving.discard(sequence)
         if sequence.finish_reason is not None:  # already cancelled
             return
         sequence.begin(self.tokenizer)
@@ -431,8 +428,6 @@ class Scheduler:
         expression, sequence.call = self.tokenizer.decode(sequence.call or ()), None
         self._leave_row(sequence)
         self.calling.add(sequence)
-        if self._tools is None:
-            self._tools = ThreadPoolExecutor(max_workers=self.max_rows, thread_name_prefix="tool")
         future = self._tools.submit(self.tool, expression)
         future.add_done_callback(lambda done: self.post(lambda: self._take_answer(sequence, done)))
 
@@ -440,9 +435,9 @@ class Scheduler:
         """Append a tool's answer as forced tokens and let the text continue."""
         if sequence.finish_reason is not None:
             return
-        if done.exception() is not None:
-            logger.warning("a tool failed: %s", done.exception())
-        result = None if done.exception() is not None else done.result()
+        if (error := done.exception()) is not None:
+            logger.warning("a tool failed: %s", error)
+        result = None if error is not None else done.result()
         self.calling.discard(sequence)
         if result is not None:
             for token in [self._output_start, *self.tokenizer.encode(result), self._output_end]:
@@ -453,8 +448,7 @@ class Scheduler:
         self._end_or_go_on(sequence)
 
     def close(self) -> None:
-        if self._tools is not None:
-            self._tools.shutdown(wait=False, cancel_futures=True)
+        self._tools.shutdown(wait=False, cancel_futures=True)
 
 
 def _choose_num_blocks(model: GPT, max_rows: int, kv_tokens: int) -> int:

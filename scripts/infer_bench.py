@@ -77,6 +77,8 @@ def run(model: Any, tokenizer: Any, args: argparse.Namespace, report: dict[str, 
         )
     started = time.perf_counter()
     reason = engine.compile() if args.compile else "--no-compile"
+    if args.compile and reason:
+        print(f"decoding without torch.compile: {reason}")
     compile_s = 0.0 if reason else time.perf_counter() - started
     memory_rate = measure_memory_rate(device)
     rows = [measure(engine, B, args, memory_rate) for B in batch_sizes]
