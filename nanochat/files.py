@@ -1,4 +1,4 @@
-"""Writes files that survive a crash at any point, locks folders, reads JSON that may be damaged. Used by whatever does so."""
+"""Writes files that survive a crash, locks folders, reads JSON that may be damaged. Used wherever files are written."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def hash_of_sample(path: Path) -> str:
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A temporary path, to be written in the block, that becomes `path` at its end; if the block fails, nothing does."""
+    """Yields a temporary path to write. At the end of the block it is renamed to `path`; if the block fails, it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
     try:
@@ -121,12 +121,12 @@ def short_name(name: str) -> str:
     return Path(name).name if os.path.isabs(name) else name
 
 
-def share_mode(model: Path) -> None:
+def share_mode(example: Path) -> None:
     """Give a file's mode to everything beside and below it: safetensors makes files that only their owner can read."""
-    for path in model.parent.rglob("*"):
+    for path in example.parent.rglob("*"):
         if path.is_file():
             with contextlib.suppress(OSError):  # a file system without modes
-                shutil.copymode(model, path)
+                shutil.copymode(example, path)
 
 
 def remove_leftovers(path: Path) -> None:
@@ -147,7 +147,7 @@ def read_json_lines(path: Path) -> list[Any]:
 
 
 def not_utf8(path: object, error: UnicodeDecodeError) -> NanochatError:
-    """For a text in another encoding."""
+    """The error for a file that is not UTF-8."""
     return NanochatError(f"{path} is not UTF-8 ({error}): convert it, as iconv -f latin1 -t utf-8 does, or remove it")
 
 

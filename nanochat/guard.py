@@ -21,7 +21,7 @@ MAX_WAITING_BYTES = 1 << 19  # of the requests that a connection sends while one
 MAX_BODY_BYTES = 2 << 20
 HEAD_TIMEOUT_S = BODY_TIMEOUT_S = 30.0  # for the headers of a request to arrive, and for its body
 
-ABORT = "abort"  # in a request's state: ends its connection, whatever the client has not read
+ABORT = "abort"  # key in a request's state: a function that closes its connection at once
 
 
 class StrictConnection(h11.Connection):
@@ -127,23 +127,23 @@ class Guard:
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > MAX_BODY_BYTES:
             raise too_large
-        body, more, gone = bytearray(), True, False
 
-        async def read() -> None:
-            nonlocal more, gone
-            while more:
+        async def read() -> tuple[bytes, bool]:
+            """(the body, whether the client is gone)."""
+            body = bytearray()
+            message: Message = {"more_body": True}
+            while message.get("more_body", False):  # a disconnect has none
                 message = await receive()
-                gone = message["type"] == "http.disconnect"
                 body.extend(message.get("body", b""))
-                more = message.get("more_body", False) and not gone
                 if len(body) > MAX_BODY_BYTES:
                     raise too_large
+            return bytes(body), message["type"] == "http.disconnect"
 
         try:
-            await asyncio.wait_for(read(), BODY_TIMEOUT_S)
+            body, gone = await asyncio.wait_for(read(), BODY_TIMEOUT_S)
         except asyncio.TimeoutError:
             raise RequestError(f"the request did not arrive within {BODY_TIMEOUT_S:g} s", status=408) from None
-        waiting: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+        waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:
             return waiting.pop() if waiting else ({"type": "http.disconnect"} if gone else await receive())

@@ -194,7 +194,7 @@ class Adjustment:
         self._bias = _biases(params.logit_bias, logits.numel(), logits.device)
 
     def apply(self, logits: torch.Tensor, answer: list[int], masks: list[int]) -> torch.Tensor:
-        """Adjusted logits (vocab_size,) for the token after those of the answer, to which a call adds some or none.
+        """Adjusted logits (vocab_size,) for the token after `answer`, which extends the answer of the previous call.
 
         masks: 1 where a token of the answer was sampled, 0 where a tool forced it.
         """

@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -71,7 +71,7 @@ class TokenizeRequest(BaseModel):
     prompt: str | None = Field(None, max_length=MAX_CHARS)
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)  # of the answer to the messages, which they leave room for
-    add_special_tokens: bool | None = None  # adds none here, but tells that vLLM's clients ask
+    add_special_tokens: bool | None = None  # its value is ignored; its presence marks a vLLM-style client (see tokenize)
 
 
 def create_app(
@@ -130,7 +130,7 @@ def _add_openai_routes(app: FastAPI, service: Service) -> None:
         prompt, dropped = await _render(service, request)
         ticket = _submit_chat(service, request, prompt)
         reply = Reply("chat", service.model_name, service.tokenizer, request.include_usage)
-        reply.extra, headers = _tell(dropped)
+        reply.extra, headers = _report_dropped(dropped)
         if request.stream:
             return stream(ticket, chat_chunks(ticket, reply), headers)
         await _wait_until_done(ticket, http)
@@ -188,7 +188,7 @@ def _add_chat_routes(app: FastAPI, service: Service, defaults: dict[str, Any]) -
         else:
             asked = {"messages": request.messages, "max_tokens": request.max_tokens}
             tokens, dropped = await _render(service, ChatRequest.model_validate(asked))
-        extra, headers = _tell(dropped)
+        extra, headers = _report_dropped(dropped)
         known = {"count": len(tokens), "max_model_len": service.context, "tokens": tokens}
         known |= {"nanochat": extra} if extra else {}
         return await _write(
@@ -258,7 +258,7 @@ async def _render(service: Service, request: ChatRequest) -> tuple[list[int], in
         raise RequestError(str(error), param="messages", code="context_length_exceeded") from None
 
 
-def _tell(dropped: int) -> tuple[dict[str, int], dict[str, str]]:
+def _report_dropped(dropped: int) -> tuple[dict[str, int], dict[str, str]]:
     """How a reply reports dropped turns: (under the key "nanochat", in its headers)."""
     return ({"dropped_turns": dropped}, {"X-Nanochat-Dropped-Turns": str(dropped)}) if dropped else ({}, {})
 
@@ -316,13 +316,13 @@ class FreshFiles(StaticFiles):
 
 
 def _add_pages(app: FastAPI) -> None:
-    folder = files("nanochat").joinpath("ui")
-    app.mount("/ui", FreshFiles(directory=str(folder)), name="ui")
+    folder = Path(__file__).with_name("ui")
+    app.mount("/ui", FreshFiles(directory=folder), name="ui")
 
     def page(path: str, name: str) -> None:
         @app.api_route(path, methods=["GET", "HEAD"], response_class=FileResponse, include_in_schema=False)
         async def show() -> FileResponse:
-            return FileResponse(str(folder.joinpath(name)), media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
+            return FileResponse(folder / name, media_type="text/html; charset=utf-8", headers=PAGE_HEADERS)
 
     page("/", "index.html")
     page("/runs", "runs.html")

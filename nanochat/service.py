@@ -44,29 +44,27 @@ class Metrics:
 
     def __init__(self, service: Service) -> None:
         self.registry = CollectorRegistry()
-        labels: dict[str, Any] = {"labelnames": ("model_name",), "registry": self.registry}
-        seconds = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
         self._name = service.model_name
+        seconds = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
-        def gauge(name: str, text: str, value: Any) -> None:
-            Gauge(name, text, **labels).labels(self._name).set_function(value)
+        def metric(kind: Any, name: str, text: str, **more: Any) -> Any:
+            return kind(f"vllm:{name}", text, ("model_name",), registry=self.registry, **more).labels(self._name)
 
-        gauge("vllm:num_requests_running", "Texts being computed", lambda: service.count("num_running"))
-        gauge("vllm:num_requests_waiting", "Texts in the queues", lambda: service.num_waiting)
-        gauge("vllm:kv_cache_usage_perc", "Share of key/value blocks in use, 0 to 1", lambda: service.kv_usage)
-        self.prompt_tokens = Counter("vllm:prompt_tokens", "Prompt tokens read", **labels).labels(self._name)
-        self.generated = Counter("vllm:generation_tokens", "Tokens generated", **labels).labels(self._name)
-        self.queries = Counter("vllm:prefix_cache_queries", "Prompt tokens looked up", **labels).labels(self._name)
-        self.hits = Counter("vllm:prefix_cache_hits", "Prompt tokens found computed", **labels).labels(self._name)
-        self.first_token = Histogram(
-            "vllm:time_to_first_token_seconds", "From arrival to the first token", buckets=seconds, **labels
-        ).labels(self._name)
-        self.each_token = Histogram(
-            "vllm:time_per_output_token_seconds", "Between tokens, the mean of a text", buckets=seconds, **labels
-        ).labels(self._name)
-        self.latency = Histogram(
-            "vllm:e2e_request_latency_seconds", "From arrival to the end", buckets=seconds, **labels
-        ).labels(self._name)
+        running = metric(Gauge, "num_requests_running", "Texts being computed")
+        running.set_function(lambda: service.total("num_running"))
+        waiting = metric(Gauge, "num_requests_waiting", "Texts in the queues")
+        waiting.set_function(lambda: service.total("num_waiting"))
+        usage = metric(Gauge, "kv_cache_usage_perc", "Share of key/value blocks in use, 0 to 1")
+        usage.set_function(lambda: service.kv_usage)
+        self.prompt_tokens = metric(Counter, "prompt_tokens", "Prompt tokens read")
+        self.generated = metric(Counter, "generation_tokens", "Tokens generated")
+        self.queries = metric(Counter, "prefix_cache_queries", "Prompt tokens looked up")
+        self.hits = metric(Counter, "prefix_cache_hits", "Prompt tokens found computed")
+        self.first_token = metric(Histogram, "time_to_first_token_seconds", "From arrival to the first token", buckets=seconds)
+        self.each_token = metric(
+            Histogram, "time_per_output_token_seconds", "Between tokens, the mean of a text", buckets=seconds
+        )
+        self.latency = metric(Histogram, "e2e_request_latency_seconds", "From arrival to the end", buckets=seconds)
         self.finished = Counter(
             "vllm:request_success", "Texts finished", ("model_name", "finished_reason"), registry=self.registry
         )
@@ -136,7 +134,7 @@ class Worker:
 
     def __init__(self, engine: Engine, service: Service, compile: bool) -> None:
         self.engine, self.service = engine, service
-        self.thread = EngineThread(engine, self._tell, compile)
+        self.thread = EngineThread(engine, self._wake_readers, compile)
         self._updated: set[Ticket] = set()
 
     @property
@@ -160,14 +158,14 @@ class Worker:
         def update(sequence: Sequence) -> None:  # in the model's thread
             self._updated.add(ticket)
             if sequence.finish_reason is not None:
-                self.service.finished(sequence)
+                self.service.count_finished(sequence)
 
         for sequence in sequences:
             sequence.on_update = update
             self.engine.scheduler.submit(sequence)
         return ticket
 
-    def _tell(self) -> None:
+    def _wake_readers(self) -> None:
         """Wake each event loop once, for all tickets with updates that are due."""
         now, idle = time.perf_counter(), self.engine.scheduler.is_idle
         by_loop: dict[asyncio.AbstractEventLoop, list[Ticket]] = {}
@@ -227,18 +225,15 @@ class Service:
         worker.check()  # again: the thread may have ended before it saw this submission
         return ticket
 
-    def finished(self, sequence: Sequence) -> None:
+    def count_finished(self, sequence: Sequence) -> None:
         self.answered += 1
         self.metrics.observe(sequence)
 
     # ------------------------------------------------------------------------- what it tells of itself
 
-    def count(self, name: str) -> int:
+    def total(self, name: str) -> int:
+        """The sum of a number that each scheduler has."""
         return sum(getattr(worker.engine.scheduler, name) for worker in self.workers)
-
-    @property
-    def num_waiting(self) -> int:
-        return self.count("num_waiting")
 
     @property
     def is_healthy(self) -> bool:
@@ -266,12 +261,12 @@ class Service:
             "devices": [str(worker.engine.model.get_device()) for worker in self.workers],
             "compiled": [worker.engine.is_compiled for worker in self.workers],
             "context": self.context,
-            "running": self.count("num_running"),
-            "waiting": self.num_waiting,
+            "running": self.total("num_running"),
+            "waiting": self.total("num_waiting"),
             "answered": self.answered,
-            "prompt_tokens": self.count("prompt_tokens"),
-            "cached_tokens": self.count("cached_tokens"),
-            "generated_tokens": self.count("generated_tokens"),
-            "preemptions": self.count("preemptions"),
+            "prompt_tokens": self.total("prompt_tokens"),
+            "cached_tokens": self.total("cached_tokens"),
+            "generated_tokens": self.total("generated_tokens"),
+            "preemptions": self.total("preemptions"),
             "kv_usage": round(self.kv_usage, 4),
         }

@@ -27,7 +27,7 @@ from nanochat.sequence import Sequence, TokenLogprob, spoken
 from nanochat.service import Ticket
 from nanochat.tokenizer import Tokenizer
 
-LAST_EVENT_S = 1.0  # after the time limit, for who reads: to be told of it
+LAST_EVENT_S = 1.0  # after the time limit: time to send the error event to a client that still reads
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -38,7 +38,7 @@ def stream(ticket: Ticket, events: AsyncIterator[str], headers: dict[str, str] |
 
 
 class TimedResponse(StreamingResponse):
-    """Ends the connection of a client that has not read all when its time is up: until it reads, nothing else is looked at."""
+    """Closes the connection when the time is up, even if the client has stopped reading: a blocked send notices nothing."""
 
     def __init__(self, ticket: Ticket, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
