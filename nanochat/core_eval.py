@@ -50,7 +50,7 @@ BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip
 BUNDLE_SHA256 = "90a7c19e28ee7a52b4f6e1f87658deb9fde7f63deba2379045bdb1fe9ea5d200"
 NUM_TASKS = 22
 BATCH_TOKENS = {"cpu": 8_192, "cuda": 131_072}  # tokens in a batch, over all candidates
-JUDGED = ("correct", "truncated")  # the fields of a question's outcome that are summed up
+SUMMED = ("correct", "truncated")  # the fields of a question's outcome that are summed up
 LOGIT_ROWS = 2048  # positions whose logits are in memory at a time
 
 
@@ -281,8 +281,8 @@ class Row:
 class NanochatScorer:
     """Scores with a GPT: rows of similar length together within a token budget, shared beginnings once."""
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, batch_tokens: int | None = None, share: bool = True) -> None:
-        self.model, self.tokenizer, self.share = model, tokenizer, share
+    def __init__(self, model: GPT, tokenizer: Tokenizer, batch_tokens: int | None = None) -> None:
+        self.model, self.tokenizer = model, tokenizer
         self.context = model.config.sequence_len
         self.batch_tokens = batch_tokens or BATCH_TOKENS.get(model.get_device().type, BATCH_TOKENS["cpu"])
         self._run_block: Callable[..., torch.Tensor] = Block.forward
@@ -308,9 +308,8 @@ class NanochatScorer:
 
     def _rows(self, question: Question) -> list[Row]:
         """One row for all candidates, or one for each if attention over the long row would cost more."""
-        shared = question.num_shared if self.share else 0
-        together = Row.of(question.candidates, shared)
-        if self.share and len(together.tokens) ** 2 <= sum(len(c.tokens) ** 2 for c in question.candidates):
+        together = Row.of(question.candidates, question.num_shared)
+        if len(together.tokens) ** 2 <= sum(len(c.tokens) ** 2 for c in question.candidates):
             return [together]
         return [Row.of([candidate], 0) for candidate in question.candidates]
 
@@ -494,5 +493,5 @@ def _finished_rows(path: Path | None) -> list[dict[str, Any]] | None:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (ValueError, RecursionError):
         return None
-    is_whole = all(isinstance(row, dict) and {type(row.get(name)) for name in JUDGED} == {bool} for row in rows)
+    is_whole = all(isinstance(row, dict) and {type(row.get(name)) for name in SUMMED} == {bool} for row in rows)
     return rows if rows and is_whole else None

@@ -22,7 +22,7 @@ from nanochat.gpt import GPT
 from nanochat.loss_eval import batches_to_validate, evaluate_bpb
 from nanochat.model_config import read_config
 from nanochat.pace import choose_device_batch_size, steps_in
-from nanochat.ranks import from_rank0
+from nanochat.ranks import from_rank0, on_rank0
 from nanochat.runs import get_stage_dir, list_steps
 from nanochat.same_run import check_mixture, check_settings
 from nanochat.samples import sample_answers
@@ -121,7 +121,7 @@ def find_base(args: Arguments) -> str:
         return find_run("base", args.model_tag, heir="sft" if args.resume != "none" else None)
     from nanochat.hf.load import import_run
 
-    return import_run(args.from_hf, args.model_tag)
+    return on_rank0(lambda: import_run(args.from_hf, args.model_tag))
 
 
 def began_with(name: str, tag: str) -> bool:

@@ -22,6 +22,7 @@ from nanochat.core_eval import (
     CoreTask,
     NanochatScorer,
     Question,
+    Row,
     build_question,
     evaluate_core,
     find_bundle,
@@ -166,7 +167,12 @@ def test_the_likeliest_candidate_is_the_answer(tokenizer: Tokenizer, bundle: Pat
 
 def test_batches_and_shared_beginnings_change_nothing(scorer: NanochatScorer, bundle: Path) -> None:
     """Against the plain model, one text at a time; long prompts that lose their beginning included."""
-    plain = NanochatScorer(scorer.model, scorer.tokenizer, batch_tokens=1, share=False)
+
+    class Plain(NanochatScorer):
+        def _rows(self, question: Question) -> list[Row]:
+            return [Row.of([candidate], 0) for candidate in question.candidates]
+
+    plain = Plain(scorer.model, scorer.tokenizer, batch_tokens=1)
     for context in (256, 40):
         scorer.context = plain.context = context
         for task in read_tasks(bundle)[:3]:

@@ -22,7 +22,6 @@ from nanochat.gpt import GPT
 from nanochat.hf import TEMPLATE_FILE, read_resource
 from nanochat.hf.tokenizer_json import from_tokenizer_json
 from nanochat.hf.weights import CUSTOM_TYPE, NATIVE_TYPE, from_custom, from_native
-from nanochat.ranks import on_rank0
 from nanochat.runs import get_run_dir, get_stage_dir, heirs, list_steps
 from nanochat.tokenizer import Tokenizer
 
@@ -127,15 +126,11 @@ def check_chat_template(directory: Path) -> None:
 
 
 def import_run(name: str, tag: str | None) -> str:
-    """Import a model as the base of a run, so that it can be fine-tuned; returns the run's tag (a collective call).
+    """Import a model as the base of a run, so that it can be fine-tuned; returns the run's tag ; on one rank.
 
     A run made earlier from the same model is used again. Raises NanochatError if the tag belongs to another model, or to later
     stages whose base model is gone.
     """
-    return on_rank0(lambda: _import_run(name, tag))
-
-
-def _import_run(name: str, tag: str | None) -> str:
     model, tokenizer, meta = load_hf(name, "cpu")
     tag, state = tag or meta["tag"], model.state_dict()
     stage_dir = get_stage_dir(tag, "base")

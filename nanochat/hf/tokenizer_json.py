@@ -70,7 +70,7 @@ def to_tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             "byte_fallback": False,
             "ignore_merges": True,  # tiktoken too takes a whole word if it is a token, however it came about
             "vocab": vocabulary,
-            "merges": [list(merge) for merge in merges],
+            "merges": merges,
         },
     }
 
