@@ -16,7 +16,8 @@ import torch
 
 from benchmarks.common import describe_machine, print_result, random_model, real_data
 from nanochat.common import run_command
-from nanochat.core_eval import NanochatScorer, Question, build_question, read_items, read_tasks
+from nanochat.core_bundle import read_items, read_tasks
+from nanochat.core_eval import NanochatScorer, Question, build_question
 from nanochat.devices import compute_init
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.tokenizer import Tokenizer

@@ -11,7 +11,8 @@ from typing import Any
 
 from nanochat.checkpoint_manager import load_model
 from nanochat.common import NanochatError, get_base_dir, print0, run_command
-from nanochat.core_eval import NUM_TASKS, NanochatScorer, Scorer, evaluate_core, find_bundle
+from nanochat.core_bundle import find_bundle
+from nanochat.core_eval import NUM_TASKS, NanochatScorer, Scorer, evaluate_core
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import Source, get_source
 from nanochat.devices import compute_init

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nanochat.common import NanochatError, print0, run_command
-from nanochat.core_eval import NanochatScorer, evaluate_core, find_bundle
+from nanochat.core_bundle import find_bundle
+from nanochat.core_eval import NanochatScorer, evaluate_core
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import DATA_HELP, Source, default_source_name, get_source
 from nanochat.devices import compute_init, in_process_group

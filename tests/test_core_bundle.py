@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from nanochat.common import NanochatError
-from nanochat.core_eval import CoreTask, Question, evaluate_core, read_items, read_tasks
+from nanochat.core_bundle import CoreTask, read_items, read_tasks
+from nanochat.core_eval import Question, evaluate_core
 from nanochat.scores import core_label
 
 

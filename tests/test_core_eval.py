@@ -18,18 +18,8 @@ import torch
 
 from nanochat import report
 from nanochat.common import NanochatError
-from nanochat.core_eval import (
-    CoreTask,
-    NanochatScorer,
-    Question,
-    Row,
-    build_question,
-    evaluate_core,
-    find_bundle,
-    read_items,
-    read_tasks,
-    render,
-)
+from nanochat.core_bundle import CoreTask, find_bundle, read_items, read_tasks
+from nanochat.core_eval import NanochatScorer, Question, Row, build_question, evaluate_core, render
 from nanochat.files import read_json_lines
 from nanochat.hf_scorer import HuggingFaceScorer
 from nanochat.metrics import read_metrics
@@ -274,7 +264,7 @@ def test_malformed_lines_are_named(scorer: NanochatScorer, bundle: Path, line: s
 def test_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NanochatError, match=r"no core\.yaml"):
         find_bundle(tmp_path)
-    monkeypatch.setattr("nanochat.core_eval.BUNDLE_URL", (tmp_path / "absent.zip").as_uri())
+    monkeypatch.setattr("nanochat.core_bundle.BUNDLE_URL", (tmp_path / "absent.zip").as_uri())
     with pytest.raises(NanochatError, match="give a folder with --eval-bundle"):
         find_bundle(None)
 
@@ -285,7 +275,7 @@ def test_a_damaged_download_leaves_no_bundle(
 ) -> None:
     path = Path(shutil.make_archive(str(tmp_path / "bundle"), "zip", bundle))
     content = bytearray(path.read_bytes())
-    monkeypatch.setattr("nanochat.core_eval.BUNDLE_SHA256", hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr("nanochat.core_bundle.BUNDLE_SHA256", hashlib.sha256(content).hexdigest())
     with zipfile.ZipFile(path) as archive:
         largest = max(archive.infolist(), key=lambda member: member.compress_size)
     content[largest.header_offset + 30 + len(largest.filename) + largest.compress_size // 2] ^= 0xFF
@@ -305,8 +295,8 @@ def test_a_damaged_download_leaves_no_bundle(
 
 def test_a_bundle_is_downloaded_once(bundle: Path, tmp_path: Path, base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     archive = shutil.make_archive(str(tmp_path / "packed"), "zip", bundle.parent, bundle.name)
-    monkeypatch.setattr("nanochat.core_eval.BUNDLE_URL", Path(archive).as_uri())
-    monkeypatch.setattr("nanochat.core_eval.BUNDLE_SHA256", hashlib.sha256(Path(archive).read_bytes()).hexdigest())
+    monkeypatch.setattr("nanochat.core_bundle.BUNDLE_URL", Path(archive).as_uri())
+    monkeypatch.setattr("nanochat.core_bundle.BUNDLE_SHA256", hashlib.sha256(Path(archive).read_bytes()).hexdigest())
     folder = find_bundle(None)
     assert folder == base_dir / "eval_bundle" and len(read_tasks(folder)) == 4
     Path(archive).unlink()

@@ -71,6 +71,20 @@ def test_steps_of_others_are_not_counted(
     assert timed == [[size], [size], [size] * 8, [size] * 8]
 
 
+def test_why_nothing_is_compiled_is_said(
+    tokenizer: Tokenizer, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless that was asked for."""
+    monkeypatch.setattr("nanochat.runner.can_compile", lambda device: "no C++ compiler")
+    parser = ArgumentParser()
+    infer_bench.add_measurement_arguments(parser)
+    flags = ["--batch-sizes=1", "--prompt-tokens=8", "--new-tokens=2"]
+    for more in ([], ["--no-compile"]):
+        model = make_model(vocab_size=tokenizer.get_vocab_size(), sequence_len=128)
+        assert infer_bench.run(model, tokenizer, parser.parse_args([*flags, *more]), {"model": "tiny"}) == 0
+        assert ("decoding without torch.compile: no C++ compiler" in capsys.readouterr().out) == (not more)
+
+
 def test_a_context_without_room_is_refused(tokenizer: Tokenizer, capsys: pytest.CaptureFixture) -> None:
     for flags in (["--prompt-tokens=60", "--new-tokens=60", "--batch-sizes=64"], ["--new-tokens=1"]):
         with pytest.raises(NanochatError, match="choose smaller --prompt-tokens|at least 2"):

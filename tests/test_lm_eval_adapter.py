@@ -17,7 +17,8 @@ import yaml
 
 from nanochat.checkpoint_manager import save_checkpoint
 from nanochat.common import NanochatError
-from nanochat.core_eval import CoreTask, NanochatScorer, build_question, read_items
+from nanochat.core_bundle import CoreTask, read_items
+from nanochat.core_eval import NanochatScorer, build_question
 from nanochat.engine import Engine
 from nanochat.runs import get_run_dir, get_stage_dir
 from nanochat.sampling import SamplingParams

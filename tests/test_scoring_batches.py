@@ -13,8 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanochat import core_eval, hf_scorer
-from nanochat.core_eval import Candidate, NanochatScorer, Question, Row, batches_by_length, find_bundle
+from nanochat import core_bundle, hf_scorer
+from nanochat.core_bundle import find_bundle
+from nanochat.core_eval import Candidate, NanochatScorer, Question, Row, batches_by_length
 from nanochat.tokenizer import Tokenizer
 from tests.helpers import OUT_OF_MEMORY, make_model
 from tests.test_core_eval import save_llama
@@ -66,7 +67,7 @@ def test_one_of_all_that_need_it_fetches_the_bundle(base_dir: Path, monkeypatch:
         folder.mkdir()
         (folder / "core.yaml").write_text("", encoding="utf-8")
 
-    monkeypatch.setattr(core_eval, "_download_bundle", download)
+    monkeypatch.setattr(core_bundle, "_download_bundle", download)
     base_dir.mkdir()
     threads = [threading.Thread(target=find_bundle, args=(None,)) for _ in range(4)]
     for thread in threads:
