@@ -448,6 +448,7 @@ class Scheduler:
         self._end_or_go_on(sequence)
 
     def close(self) -> None:
+        """Drop the tool calls that have not begun. No text can call a tool afterwards."""
         self._tools.shutdown(wait=False, cancel_futures=True)
 
 
