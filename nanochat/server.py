@@ -352,7 +352,9 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         asked, message = f"{request.method} {request.url.path[:100]}", str(error.detail)
-        if error.status_code in (404, 405):
+        if error.status_code == 405:
+            message = f"there is no {asked} here, but {(error.headers or {}).get('Allow')}: /docs lists everything"
+        if error.status_code == 404:
             message = (
                 f"there is no {asked} here: OpenAI's API has the base URL {_base_url(request)}, and /docs lists everything"
             )

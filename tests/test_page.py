@@ -336,10 +336,9 @@ def test_settings_that_nobody_chose_are_the_servers(engine: Engine, browser: pla
         assert page.evaluate('localStorage.getItem("nanochat.settings")') == "{}"
 
 
-def test_any_settings_of_the_server_are_shown_as_they_are(tiny_run: Path, browser: playwright.Browser) -> None:
+def test_any_settings_of_the_server_are_shown_as_they_are(engine: Engine, browser: playwright.Browser) -> None:
     """Also those beyond the sliders and between their steps; and they keep nobody from closing the dialog."""
-    model, tokenizer, _ = load_model("sft", "cpu", "eval", "tiny")
-    with serve(create_app([Engine(model, tokenizer)], "tiny", defaults=ChatDefaults(2.33, 2000, 8192))) as port:
+    with serve(create_app([engine], "tiny", defaults=ChatDefaults(2.33, 2000, 8192))) as port:
         page = browser.new_page()
         with page.expect_response("**/health"):
             page.goto(f"http://127.0.0.1:{port}")
