@@ -126,7 +126,7 @@ def check_chat_template(directory: Path) -> None:
 
 
 def import_run(name: str, tag: str | None) -> str:
-    """Import a model as the base of a run, so that it can be fine-tuned; returns the run's tag ; on one rank.
+    """Import a model as the base of a run, so that it can be fine-tuned; returns the run's tag. For one rank.
 
     A run made earlier from the same model is used again. Raises NanochatError if the tag belongs to another model, or to later
     stages whose base model is gone.
