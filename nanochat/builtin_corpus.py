@@ -116,7 +116,7 @@ def _collect() -> tuple[list[str], list[tuple[str, str]]]:
     # Syntax trees have no cycles; looking for them takes longer than parsing.
     with (
         concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=gc.disable) as pool,
-        Progress("collecting the builtin text", len(chunks), unit="batch") as progress,
+        Progress("collecting the builtin text", len(chunks), unit="part") as progress,
     ):
         for found, pairs in progress.watch(pool.map(_parse_files, chunks)):
             documents += found

@@ -404,7 +404,7 @@ class Trainer:
             }
             if self.matmul_rate is not None:
                 rate = (self.flops - flops_before) / elapsed
-                if rate > self.matmul_rate:  # other work on the machine slowed the measurement down
+                if rate > self.matmul_rate and self.device.type == "cpu":  # other work slowed the measurement down
                     measure_matmul_rate.cache_clear()
                     self._measure_device()
                 row["train/mfu"] = rate / self.matmul_rate
