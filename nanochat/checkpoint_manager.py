@@ -19,6 +19,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -389,7 +390,7 @@ def newest_valid_step(stage_dir: Path) -> tuple[int | None, list[str]]:
             verify_checkpoint(step_dir(stage_dir, step))
             return step, skipped
         except CheckpointError as error:
-            skipped.append(str(error).rsplit("; ", 1)[0])  # without the way out, which is taken here
+            skipped.append(re.split(r"(?<=\))[;:] |: (?=update|train)", str(error))[0])  # without the way out, taken here
     return None, skipped
 
 

@@ -295,16 +295,18 @@ def _size(document: Document) -> int:
 def _tokenize(dealt: Iterable[_Dealt], tokenizer: Tokenizer) -> Iterator[list[_Dealt]]:
     """The dealt documents in chunks, each document as ids (n,) int32.
 
-    Where one document is longer than all others together, every lane waits for it, in an epoch of its own: it is tokenized
-    once, and they share its ids as long as one of them holds it.
+    Where one document is longer than all others together, each lane gets it, in a different epoch: it is tokenized once, and
+    they share its ids as long as one of them holds it.
     """
     dealt = iter(dealt)
     long: weakref.WeakValueDictionary[int, np.ndarray] = weakref.WeakValueDictionary()
     while chunk := _take_chunk(dealt):
         known = {d.number: ids for d in chunk if (ids := long.get(d.number)) is not None}
         rest = [d for d in chunk if d.number not in known]
-        known |= zip((d.number for d in rest), _encode([d.document for d in rest], tokenizer), strict=True)
-        long.update({d.number: known[d.number] for d in rest if len(d.document) >= CHUNK_SIZE})
+        for d, ids in zip(rest, _encode([d.document for d in rest], tokenizer), strict=True):
+            if len(d.document) >= CHUNK_SIZE:
+                ids = long[d.number] = ids.copy()  # what the lanes hold keeps an array alive that has its own memory, no view
+            known[d.number] = ids
         yield [d._replace(document=known[d.number]) for d in chunk]
 
 

@@ -102,8 +102,9 @@ class Source:
         first = [document for _, document in itertools.islice(self.numbered("train"), 100)]
         sample = "".join(text for text in first if isinstance(text, str))[:1_000_000]
         bytes_per_token = len(sample.encode()) / len(tokenizer.encode(sample)) if sample else 4.0
-        # A parquet file is compressed; a line of JSON may hold much besides the text.
-        if sum(file.size for file in self.train_files if file.suffix != ".jsonl") >= num_tokens * bytes_per_token:
+        # A parquet file is compressed; a line of JSON may hold much besides the text, but hardly ten times as much.
+        least = (file.size // 10 if file.suffix == ".jsonl" else file.size for file in self.train_files)
+        if sum(least) >= num_tokens * bytes_per_token:
             return True
         tokens = 0.0
         for _, document in self.numbered("train"):
@@ -245,8 +246,8 @@ class FileSource(Source):
             raise NanochatError(f"--data {path} is no {', '.join(READERS)} file: convert it to one of these")
         compressed = [name.as_posix() for name in sorted(found) if name.suffix.lower() in COMPRESSIONS]
         way_out = f"{some_of(compressed)}; scripts.data_prep makes what training reads of it"
-        prepared = _check_prepared(path, found, files)
-        report_unread(name for name in found if not prepared.intersection(name.parents))
+        ours = _check_prepared(path, found, files)
+        report_unread(name for name in found if not ours.intersection((name, *name.parents)))
         if not files:
             raise NanochatError(
                 f"--data {path} holds no {', '.join(READERS)} file" + (f", but {way_out}" if compressed else "")
@@ -262,16 +263,16 @@ class FileSource(Source):
 
 
 def _check_prepared(path: str, found: Listing, files: dict[PurePath, DocumentFile]) -> set[PurePath]:
-    """The folders that are outputs of scripts.data_prep. Raises NanochatError if one is not finished, or lacks shards.
+    """What scripts.data_prep wrote besides shards. Raises NanochatError if an output is not finished, or lacks shards.
 
     files: those of `found` that are read.
     """
-    prepared = set()
+    ours: set[PurePath] = set()
     for name in [name for name in found if name.name == "settings.json"]:
         folder = name.parent
         if not _json_object(found[name]()).keys() >= PREPARED:
             continue  # somebody else's
-        prepared.add(folder)
+        ours |= {folder / part for part in ("work", "settings.json", "manifest.json", "tokenizer.json")}
         if folder / "manifest.json" not in found:
             raise NanochatError(
                 f"--data {path} holds an unfinished output of scripts.data_prep ({name} without manifest.json): "
@@ -290,7 +291,7 @@ def _check_prepared(path: str, found: Listing, files: dict[PurePath, DocumentFil
                     f"{file.address} has {file.size} bytes, and had {written['bytes']} when scripts.data_prep wrote it: "
                     "restore it, or prepare the text in another folder"
                 )
-    return prepared
+    return ours
 
 
 def _json_object(file: DocumentFile) -> dict[str, Any]:

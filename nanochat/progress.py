@@ -64,7 +64,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._began = time.perf_counter()
-        # The time left follows from the pace since the first of these, (time, step): half of the work or more ago.
+        # The time left follows from the pace since the first of these, (time, step): when half of the present work was done.
         self._paced_from = self._paced_next = (self._began, self.start)
         if self.active and self._console.is_terminal:
             count = "{task.completed:,} " + f"{self.unit}s"
@@ -132,7 +132,7 @@ class Progress:
     def _describe(self, step: int, now: float, parts: tuple[str, ...]) -> str:
         if self.total is None or step >= self.total:
             return "  ".join([*parts, format_seconds(now - self._began)])
-        since, first = self._paced_from
+        since, first = self._paced_from if self._paced_from[0] > self._began else self._paced_next
         done = self._work_since(first, step)
         if since == self._began or not done:  # the first step says nothing of the others: it loads and starts much
             return "  ".join(parts)

@@ -353,7 +353,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         asked, message = f"{request.method} {request.url.path[:100]}", str(error.detail)
         if error.status_code == 405:
-            message = f"there is no {asked} here, but {(error.headers or {}).get('Allow')}: /docs lists everything"
+            allowed = (error.headers or {}).get("Allow", "another method")
+            message = f"{request.url.path[:100]} takes {allowed}, not {request.method}: /docs lists everything"
         if error.status_code == 404:
             message = (
                 f"there is no {asked} here: OpenAI's API has the base URL {_base_url(request)}, and /docs lists everything"

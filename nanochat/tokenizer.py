@@ -375,7 +375,7 @@ class IncrementalDecoder:
         self.part = "text"
 
     def feed(self, token_id: int) -> str:
-        """The characters that this token completes; from one that begins another part, what is left of the part before.
+        """The characters that this token completes; one that begins another part returns what the previous part still held.
 
         Special tokens themselves are never shown.
         """

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from nanochat.checkpoint_manager import MODEL_FILE, OPTIMIZER_FILE, save_sharded
 from nanochat.checkpoint_writer import Best, CheckpointWriter
 from nanochat.common import NanochatError, describe_error, get_dist_info
-from nanochat.compilation import try_to_compile
+from nanochat.compilation import can_compile, try_to_compile
 from nanochat.devices import is_lost_connection, peak_memory_bytes, synchronize
 from nanochat.gpt import GPT
 from nanochat.loss_scale import LossScale
@@ -304,6 +304,8 @@ class Trainer:
         On a CPU this takes half a minute, and a first update without it shows within seconds that data, memory and loss are
         right; a resumed run computes what the uninterrupted one did. A GPU may have no memory for an uncompiled batch.
         """
+        if self.config.compile and (reason := can_compile(self.device)) is not None:
+            self._give_up_compiling(reason)
         to_compile = self.config.compile and not self.model.is_compiled
         if self.device.type == "cpu" and self.step == 0 and not self.model.is_compiled:
             # Uncompiled blocks keep several times as much for the backward pass; if not run in pieces, recompute them.
@@ -315,12 +317,15 @@ class Trainer:
         if not to_compile:
             return
         if (reason := try_to_compile(self.device)) is not None:
-            self.progress.print(f"training without torch.compile: {reason}")
-            self.config = replace(self.config, compile=False)
+            self._give_up_compiling(reason)
             return
         if self.device.type == "cpu":
             self.progress.print("compiling; the next step takes up to a minute, later runs find it cached")
         self.model.compile()
+
+    def _give_up_compiling(self, reason: str) -> None:
+        self.progress.print(f"training without torch.compile: {reason}")
+        self.config = replace(self.config, compile=False)
 
     def _measure_device(self) -> None:
         rate = reference_rate(self.device, self.model.get_compute_dtype()) * self.world_size
@@ -407,6 +412,7 @@ class Trainer:
                 if rate > self.matmul_rate and self.device.type == "cpu":  # other work slowed the measurement down
                     measure_matmul_rate.cache_clear()
                     self._measure_device()
+                    self.matmul_rate = max(self.matmul_rate, rate)
                 row["train/mfu"] = rate / self.matmul_rate
         row["train/peak_memory_mb"] = round(peak_memory_bytes(self.device) / 1e6)
         row |= more

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import shlex
 from dataclasses import fields
 from typing import Any
 
@@ -135,5 +136,6 @@ def parse_switches(pairs: list[str], *settings: type) -> list[dict[str, Any]]:
             else:
                 target[name] = text if isinstance(default, str) else type(default)(ast.literal_eval(text))
         except (ValueError, SyntaxError, TypeError, KeyError, OverflowError):
-            raise NanochatError(f"--set {pair}: the value must be like {default!r}, as in --set {name}={default}") from None
+            example = shlex.quote(f"{name}={default}")
+            raise NanochatError(f"--set {pair}: the value must be like {default!r}, as in --set {example}") from None
     return parsed

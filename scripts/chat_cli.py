@@ -38,7 +38,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     args.require_positive("max_tokens")
     SamplingParams(args.temperature, args.top_k)  # raises for what cannot be meant, before a model is loaded
     if args.prompt == "-":
-        args.prompt = sys.stdin.read()
+        args.prompt = sys.stdin.read().rstrip("\r\n")
     if args.prompt is not None and not args.prompt.strip():
         raise NanochatError("--prompt is empty: give the text to answer, or leave --prompt out to talk")
     return args

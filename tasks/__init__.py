@@ -38,7 +38,7 @@ def task_name(name: str) -> str:
     if name.lower() in known:
         return known[name.lower()]
     if os.path.isfile(os.path.expanduser(name)):
-        raise NanochatError(f"{name} is no .jsonl file: write one conversation on each line, and name it so")
+        raise NanochatError(f"{name} must be a .jsonl file with one conversation per line")
     nearest = difflib.get_close_matches(name.lower(), known, 1)
     hint = f"did you mean {known[nearest[0]]}?" if nearest else f"choose from {', '.join(TASKS)}, or a path to a .jsonl file"
     raise NanochatError(f"unknown task {name!r}: {hint}")

@@ -29,7 +29,7 @@ class CustomJSON(Task):
         self.conversations = [_as_conversation(row, path, n) for n, row in enumerate(rows, 1)]
         if len(rows) == 1:
             if split == "val":
-                print0(f"{path} holds a single conversation: it is learned and measured on")
+                print0(f"{path} holds a single conversation: training and validation both use it")
         else:
             keep = (lambda n: n % 20 == 0) if split == "val" else (lambda n: n % 20 != 0)
             self.conversations = [c for n, c in enumerate(self.conversations) if keep(n)]

@@ -117,7 +117,7 @@ def test_a_prompt_of_several_lines_may_be_piped_in(
     monkeypatch.setattr(chat_cli.Chat, "answer", lambda self, text: asked.append(text))
     monkeypatch.setattr("sys.stdin", io.StringIO("first line\nsecond line\n"))
     assert chat_cli.main(["--model-tag=tiny", "--device-type=cpu", "-p", "-"]) == 0
-    assert asked == ["first line\nsecond line\n"] and capsys.readouterr().out == ""
+    assert asked == ["first line\nsecond line"] and capsys.readouterr().out == ""
 
 
 def test_half_a_character_before_a_call_is_shown_before_it(

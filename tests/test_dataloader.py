@@ -443,6 +443,22 @@ def test_a_document_longer_than_all_others_is_tokenized_once(
     assert encoded.count(book) == 1
 
 
+def test_a_long_document_is_tokenized_once_while_rests_of_it_wait(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rests are slices; and many short documents came in between."""
+    monkeypatch.setattr(dataloader, "CHUNK_SIZE", 10_000)
+    book, encode, encoded = make_document(0, sentences=400), tokenizer.encode_arrays, []
+    monkeypatch.setattr(tokenizer, "encode_arrays", lambda texts: encoded.extend(texts) or encode(texts))
+    reading = _Reading(0, 0, (0,))
+    short = (_Dealt(0, 0, number, "a", reading) for number in range(1, 2 * dataloader.CHUNK_DOCUMENTS))
+    dealt = itertools.chain([_Dealt(0, 0, 0, book, reading)], short, [_Dealt(0, 1, 0, book, reading)])
+    chunks = _tokenize(dealt, tokenizer)
+    rest = next(chunks)[0].document[50:]
+    last = [item for chunk in chunks for item in chunk][-1]
+    assert encoded.count(book) == 1 and last.document[50:].tolist() == rest.tolist()
+
+
 def test_a_place_beyond_the_end_is_in_the_next_epoch(corpus: Path) -> None:
     place = _Reading(0, 10**6, (0,) * 16)
     dealt = _deal(get_source(str(corpus)), "train", True, place, {lane: (0, 0) for lane in range(16)}, 400)

@@ -136,7 +136,7 @@ def test_generation_ends_with_the_context(engine: Engine, tokenizer: Tokenizer) 
         SamplingParams(top_p=0)
 
 
-def test_a_step_never_computes_two_chunks_ofmake_prompts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_never_computes_two_chunks_of_prompts(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler, sizes = engine.scheduler, []
     scheduler.chunk = 32
     prefill = scheduler.runner.prefill

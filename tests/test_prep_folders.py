@@ -114,7 +114,9 @@ def test_training_passes_over_what_a_preparation_left_beside_its_shards(tmp_path
     write_documents(tmp_path / "raw" / "a.jsonl", map(make_document, range(20)))
     flags = ["--input", str(tmp_path / "raw"), "--output", str(tmp_path / "data" / "out"), "--no-tokenize", "--workers=1"]
     assert data_prep.main(flags) == 0
-    (tmp_path / "data" / "mine.csv").touch()
-    capsys.readouterr()
-    get_source(str(tmp_path / "data"))
-    assert capsys.readouterr().out.startswith("not read, being of another kind: mine.csv; ")
+    (tmp_path / "data" / "out" / "mine.csv").touch()
+    for address in (tmp_path / "data", tmp_path / "data" / "out"):
+        capsys.readouterr()
+        get_source(str(address))
+        name = (tmp_path / "data" / "out" / "mine.csv").relative_to(address)
+        assert capsys.readouterr().out.startswith(f"not read, being of another kind: {name}; ")

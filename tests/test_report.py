@@ -360,6 +360,19 @@ def test_progress_time_left_forgets_a_slow_beginning(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out.splitlines()[-1] == "pretraining: step 16/100  1:24 left"
 
 
+def test_progress_that_begins_with_what_was_done_before_tells_the_time_left(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an evaluation does that goes on: its work will never double."""
+    now = [0.0]
+    monkeypatch.setattr("nanochat.progress.time.perf_counter", lambda: now[0])
+    with Progress("evaluating", total=1300) as progress:
+        for step in (900, 1000):
+            now[0] += 20.0
+            progress.update(step)
+    assert capsys.readouterr().out.splitlines()[-1] == "evaluating: step 1000/1300  1:00 left"
+
+
 def test_progress_is_one_live_line_on_a_terminal() -> None:
     screen = io.StringIO()
     progress = Progress("pretraining", total=3)

@@ -307,7 +307,7 @@ def test_unknown_models_and_places(client: TestClient) -> None:
     assert client.get("/v1/models/tiny").json()["id"] == "tiny"
     assert "message" in client.get("/nowhere").json()["error"]
     wrong = client.get(CHAT)
-    assert wrong.status_code == 405 and "here, but POST:" in wrong.json()["error"]["message"]
+    assert wrong.status_code == 405 and " takes POST, not GET:" in wrong.json()["error"]["message"]
     assert client.post(TEXT, json={"prompt": [999_999]}).status_code == 400
     assert client.post(TEXT, json={"prompt": "word " * 2000}).json()["error"]["code"] == "context_length_exceeded"
     assert client.get("/api/runs/..%2f..").status_code in (400, 404)
