@@ -10,7 +10,7 @@ import pytest
 from nanochat.metrics import read_metrics
 from tests.helpers import make_trainer
 
-RATE = 1e9  # what the machine's matrix units could do in a second
+RATE = 1e13  # what the machine's matrix units could do in a second
 
 
 def train_rows(folder: Path, **config: Any) -> list[dict[str, Any]]:
