@@ -304,16 +304,17 @@ class Trainer:
         On a CPU this takes half a minute, and a first update without it shows within seconds that data, memory and loss are
         right; a resumed run computes what the uninterrupted one did. A GPU may have no memory for an uncompiled batch.
         """
-        if self.config.compile and (reason := can_compile(self.device)) is not None:
-            self._give_up_compiling(reason)
         to_compile = self.config.compile and not self.model.is_compiled
+        if to_compile and (reason := can_compile(self.device)) is not None:
+            self._give_up_compiling(reason)
+            to_compile = False
         if self.device.type == "cpu" and self.step == 0 and not self.model.is_compiled:
             # Uncompiled blocks keep several times as much for the backward pass; if not run in pieces, recompute them.
             self.model.recompute_blocks = self._recompute_blocks or (to_compile and not self._passes.in_pieces)
             return
         self.model.recompute_blocks = self._recompute_blocks
         if self.matmul_rate is None:
-            self._measure_device()
+            self.matmul_rate = self._measure_device()
         if not to_compile:
             return
         if (reason := try_to_compile(self.device)) is not None:
@@ -327,9 +328,9 @@ class Trainer:
         self.progress.print(f"training without torch.compile: {reason}")
         self.config = replace(self.config, compile=False)
 
-    def _measure_device(self) -> None:
-        rate = reference_rate(self.device, self.model.get_compute_dtype()) * self.world_size
-        self.matmul_rate = max(rate, self.matmul_rate or 0.0)
+    def _measure_device(self) -> float:
+        """The rate of all ranks' matrix products together, FLOP/s."""
+        return reference_rate(self.device, self.model.get_compute_dtype()) * self.world_size
 
     def _settle(self) -> None:
         """Before anything else is computed, wait for training queued on a GPU, and count it as training time."""
@@ -411,8 +412,7 @@ class Trainer:
                 rate = (self.flops - flops_before) / elapsed
                 if rate > self.matmul_rate and self.device.type == "cpu":  # other work slowed the measurement down
                     measure_matmul_rate.cache_clear()
-                    self._measure_device()
-                    self.matmul_rate = max(self.matmul_rate, rate)
+                    self.matmul_rate = max(rate, self._measure_device())
                 row["train/mfu"] = rate / self.matmul_rate
         row["train/peak_memory_mb"] = round(peak_memory_bytes(self.device) / 1e6)
         row |= more
