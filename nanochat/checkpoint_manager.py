@@ -19,7 +19,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
 from pathlib import Path
@@ -57,7 +56,11 @@ META_FILE = "meta.json"
 
 
 class CheckpointError(NanochatError):
-    """A checkpoint is missing, damaged, or belongs to another model."""
+    """A checkpoint is missing, damaged, or belongs to another model. reason: the message without its way out."""
+
+    def __init__(self, reason: str, way_out: str = "") -> None:
+        super().__init__(reason + way_out)
+        self.reason = reason
 
 
 # ----------------------------------------------------------------------------- which run is meant
@@ -287,13 +290,14 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = read_json_object(path)
     except NanochatError as error:
-        raise CheckpointError(f"{error}: choose another step with --step") from error
+        raise CheckpointError(str(error), ": choose another step with --step") from error
     version = content.get("version")
     if type(version) is not int:
         raise _damage(path)
     if version != FORMAT_VERSION:
         way_out = "update it" if version > FORMAT_VERSION else "train it again, or use the nanochat that saved it"
-        raise CheckpointError(f"{path.parent} has format {version}, but this nanochat reads only {FORMAT_VERSION}: {way_out}")
+        reason = f"{path.parent} has format {version}, but this nanochat reads only {FORMAT_VERSION}"
+        raise CheckpointError(reason, f": {way_out}")
     return content
 
 
@@ -323,7 +327,7 @@ def _damage(path: Path) -> CheckpointError:
     directory = next(parent for parent in path.parents if parent.name.startswith("step_"))
     others = [str(step) for step in list_steps(directory.parent) if step_dir(directory.parent, step) != directory]
     way_out = f"use another step: {', '.join(others)}" if others else "train it again"
-    return CheckpointError(f"{path} is damaged (missing, or not what was saved); {way_out}")
+    return CheckpointError(f"{path} is damaged (missing, or not what was saved)", f"; {way_out}")
 
 
 def load_checkpoint(
@@ -390,7 +394,7 @@ def newest_valid_step(stage_dir: Path) -> tuple[int | None, list[str]]:
             verify_checkpoint(step_dir(stage_dir, step))
             return step, skipped
         except CheckpointError as error:
-            skipped.append(re.split(r"(?<=\))[;:] |: (?=update|train)", str(error))[0])  # without the way out, taken here
+            skipped.append(error.reason)
     return None, skipped
 
 

@@ -452,3 +452,13 @@ def test_a_new_switch_may_be_off_at_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert model_config.read_config({"smear": 0.5, "heads_alone": 2}) == Config(smear=0.5, heads_alone=2)
     with pytest.raises(NanochatError, match="smear '-0.5'"):
         model_config.read_config({"smear": -0.5})
+
+
+def test_what_is_skipped_is_told_without_the_way_out_that_was_taken(stage_dir: Path) -> None:
+    for step, content in ((1, "{"), (2, '{"version": 99}')):
+        directory = step_dir(stage_dir, step)
+        directory.mkdir(parents=True)
+        (directory / "manifest.json").write_text(content)
+    step, skipped = newest_valid_step(stage_dir)
+    assert step is None and skipped[0].endswith(f"reads only {checkpoint_manager.FORMAT_VERSION}")
+    assert not any(word in reason for reason in skipped for word in ("update it", "--step", "train it"))
