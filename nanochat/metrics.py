@@ -129,7 +129,7 @@ def series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float
 def curve(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float], list[float]]:
     """(steps, values in the unit of the number's title, the same values smoothed if they are noisy)."""
     shown, (steps, values) = quantity(name), series(rows, name)
-    values = [value * shown.scale for value in values]
+    values = [value / shown.divisor for value in values]
     return steps, values, smooth(values) if shown.noisy else values
 
 

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 
 @dataclass(frozen=True)
 class Quantity:
-    """title: of its curve. noisy: smooth the curve. scale: factor from the value to the title's unit.
+    """title: of its curve. noisy: smooth the curve. divisor: from the value to the title's unit.
 
     form: format of the value in tables, in that unit. line: format for the progress line, with {name} (the part after the
     slash) and {value}; "": not shown.
@@ -22,12 +22,12 @@ class Quantity:
     title: str
     form: str = "{:.4f}"
     noisy: bool = False
-    scale: float = 1
+    divisor: float = 1
     line: str = ""
 
     def show(self, value: float) -> str:
         """The value as a table shows it."""
-        return self.form.format(value * self.scale)
+        return self.form.format(value / self.divisor)
 
 
 # By name in metrics.jsonl, or by its beginning, before *; the progress line has this order.
@@ -40,7 +40,7 @@ QUANTITIES = {
     "val/core*": Quantity("CORE"),
     "val/pass@*": Quantity("held-out problems solved", "{:.1%}", line="{name} {value:.1%}"),
     "train/lrm": Quantity("learning rate, share of its peak"),
-    "train/peak_memory_mb": Quantity("most memory held, GB", "{:.2f} GB", scale=1e-3),
+    "train/peak_memory_mb": Quantity("most memory held, GB", "{:.2f} GB", divisor=1000),
     "train/tokens": Quantity("tokens trained on", "{:,.0f}"),
     "train/flops": Quantity("FLOPs of training", "{:.3g}"),
     "rl/mixed_groups": Quantity("groups with right and wrong answers", noisy=True),

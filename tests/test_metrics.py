@@ -17,6 +17,7 @@ from nanochat import loggers, metrics
 from nanochat.common import NanochatError
 from nanochat.loggers import LOGGERS, LoggedRun, check_installed
 from nanochat.metrics import MetricsLog, read_metrics, series, smooth
+from nanochat.quantities import quantity
 from nanochat.stage import Stage, open_metrics
 from scripts.base_train import parse_arguments
 
@@ -99,6 +100,12 @@ def test_a_series_is_of_numbers_alone() -> None:
     values: list = [1, 2.5, math.nan, "3", None, math.inf, 10**400, True]
     rows = [{"step": step, "x": value} for step, value in enumerate(values)] + [{"step": 9, "y": 1}]
     assert series(rows, "x") == ([0, 1, 6, 7], [1, 2.5, 10**400, True])
+
+
+def test_megabytes_are_rounded_once() -> None:
+    """695 times 1e-3 is a little more than 0.695."""
+    show = quantity("train/peak_memory_mb").show
+    assert [show(mb) for mb in range(2000)] == [f"{mb / 1000:.2f} GB" for mb in range(2000)]
 
 
 def test_a_smoothed_picture_neither_lags_nor_leads() -> None:
