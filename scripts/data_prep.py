@@ -109,8 +109,6 @@ def _list_inputs(args: Arguments, layout: Layout) -> dict[str, int]:
 def _choose_settings(args: Arguments, layout: Layout, inputs: dict[str, int], tokenizer: Tokenizer | None) -> PrepSettings:
     """The settings of this output. Raises NanochatError if it was begun with others. Writes nothing."""
     begun = _begun(layout)
-    if not begun and layout.output.is_dir() and any(layout.output.glob("*.parquet")):
-        raise NanochatError(f"--output {layout.output} holds parquet files of another origin: choose an empty folder")
     num_shards = begun.get("num_shards")
     if num_shards is None:
         tokens = estimate_tokens(args.input, inputs, args.text_column, tokenizer)
@@ -130,7 +128,8 @@ def _choose_settings(args: Arguments, layout: Layout, inputs: dict[str, int], to
 def _begun(layout: Layout) -> dict[str, Any]:
     """The settings that an output was begun with, {} if it was not. Raises NanochatError if the folder is somebody else's."""
     begun = read_json(layout.settings)
-    if (begun or layout.manifest.exists()) and not begun.keys() >= PREPARED:
+    files = layout.output.glob("[!.]*")  # hidden ones are the system's, or what a killed process was writing
+    if not begun.keys() >= PREPARED and any(path.name != "work" for path in files):
         raise NanochatError(f"--output {layout.output} holds files of another origin: choose an empty folder")
     return begun
 
@@ -148,11 +147,12 @@ def _open_output(stack: contextlib.ExitStack, settings: PrepSettings, layout: La
     """Lock the output for as long as the stack is open, and write its settings and tokenizer on the first call."""
     try:
         stack.enter_context(lock_output(layout))
-        if begun := _begun(layout):
-            return _compare(settings, begun, layout)  # again: another command may have begun it meanwhile
+        if begun := _begun(layout):  # another command may have begun it meanwhile
+            _compare(settings, begun, layout)
+        else:
+            atomic_write(layout.settings, json.dumps(asdict(settings), indent=1))
         if tokenizer:  # keeps the tokenizer together with its shards
             tokenizer.save(layout.output)
-        atomic_write(layout.settings, json.dumps(asdict(settings), indent=1))
     except OSError as error:
         raise NanochatError(f"--output {layout.output} cannot be written ({error.strerror}): choose another") from error
 

@@ -72,7 +72,8 @@ def test_an_output_begun_where_the_input_finds_it_goes_on(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [("settings.json", '{"editor": 1}'), ("settings.json", "{"), ("manifest.json", "{}")]
+    ("name", "content"),
+    [("settings.json", '{"editor": 1}'), ("settings.json", "{"), ("manifest.json", "{}"), ("thesis.tex", "all of it")],
 )
 def test_files_of_another_origin_are_left_alone(tmp_path: Path, name: str, content: str) -> None:
     write_documents(tmp_path / "raw" / "a.jsonl", map(make_document, range(20)))
