@@ -73,7 +73,7 @@ class TokenLoader:
         rows, own = self.batch_size, slice(None)
         if not self.loop:
             rows, own = rows * self.world_size, slice(self.rank, None, self.world_size)
-        return ReadAhead(_pack(tokenized, self._lanes, rows, own, self.row_len, bos, place), BATCHES_AHEAD)
+        return ReadAhead(_Packer(tokenized, self._lanes, self.row_len, bos, place).batches(rows, own), BATCHES_AHEAD)
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         return self
@@ -326,66 +326,64 @@ def _encode(documents: list[Document], tokenizer: Tokenizer) -> list[np.ndarray]
     return tokenizer.encode_arrays(texts) if texts else [d for d in documents if not isinstance(d, str)]
 
 
-def _pack(
-    chunks: Iterable[list[_Dealt]],
-    lanes: dict[int, _Lane],
-    batch_size: int,
-    own: slice,
-    row_len: int,
-    bos: int,
-    place: _Place,
-) -> Iterator[tuple[np.ndarray, np.ndarray, _Place]]:
-    """Batches of rows, taken from the lanes in turn: (inputs and targets of the own ones, the consumer's place after all)."""
-    dealt = itertools.chain.from_iterable(chunks)
-    turns = list(lanes.values())
-    reading, made, placed = place.reading, place.rows, place.tokens
-    turn = made
+class _Packer:
+    """Packs dealt documents into rows, which the lanes fill in turn."""
 
-    def feed(lane: _Lane) -> None:
-        nonlocal reading
-        while lane.is_hungry():
-            if lane.waiting:
-                lane.add(lane.waiting.popleft())
-                continue
-            if (item := next(dealt, None)) is None:
+    def __init__(self, chunks: Iterable[list[_Dealt]], lanes: dict[int, _Lane], row_len: int, bos: int, place: _Place) -> None:
+        self.dealt = itertools.chain.from_iterable(chunks)
+        self.lanes, self.row_len, self.bos = lanes, row_len, bos
+        self.reading, self.rows, self.tokens = place.reading, place.rows, place.tokens
+        self.turn = place.rows
+
+    def batches(self, batch_size: int, own: slice) -> Iterator[tuple[np.ndarray, np.ndarray, _Place]]:
+        """(inputs and targets of the own rows of a batch, the consumer's place after all of its rows)."""
+        while True:
+            rows = np.full((batch_size, self.row_len), self.bos, dtype=np.int64)
+            used = np.array([self._fill_next(row) for row in rows])
+            if not used.any():
                 return
-            other = lanes[item.lane]
-            other.waiting.append(_Piece(item.epoch, item.number, 0, np.asarray(item.document)))
-            reading = item.reading
-            other.next = reading[:2]
+            inputs, targets = rows[:, :-1], rows[:, 1:].copy()
+            targets[np.arange(1, self.row_len) >= used[:, None]] = -1
+            after = _Place(self.reading, self.rows, self.tokens, _snapshot(self.lanes))
+            yield np.ascontiguousarray(inputs[own]), np.ascontiguousarray(targets[own]), after
 
-    def fill(row: np.ndarray, lane: _Lane) -> int:
+    def _fill_next(self, row: np.ndarray) -> int:
+        """Fill a row from the lane whose turn it is; returns how many places were used, 0 if all lanes have ended."""
+        turns = list(self.lanes.values())
+        for _ in turns:  # a lane that has ended, which happens only without a next epoch, loses its turn
+            lane = turns[self.turn % len(turns)]
+            self.turn += 1
+            if used := self._fill(row, lane):
+                self.rows += 1
+                return used
+        return 0
+
+    def _fill(self, row: np.ndarray, lane: _Lane) -> int:
         """Fill a row, all BOS so far, from a lane; returns how many places were used, 0 if the lane has ended."""
-        nonlocal placed
         used = 0
-        while used < row_len - 1:
-            feed(lane)
+        while used < self.row_len - 1:
+            self._feed(lane)
             if not lane.candidates:
                 break
-            room = row_len - used - 1  # what remains after the BOS before each piece
+            room = self.row_len - used - 1  # what remains after the BOS before each piece
             piece = lane.take(room, used == 0)
             count = min(room, len(piece.tokens))
             row[used + 1 : used + 1 + count] = piece.tokens[:count]
             used += 1 + count
-            placed += count
+            self.tokens += count
             if count < len(piece.tokens):  # queue the rest at the end, so that rows mix documents
                 lane.add(piece._replace(offset=piece.offset + count, tokens=piece.tokens[count:]))
         return used
 
-    while True:
-        rows = np.full((batch_size, row_len), bos, dtype=np.int64)
-        used = np.zeros(batch_size, dtype=np.int64)
-        for i in range(batch_size):
-            for _ in turns:  # a lane that has ended, which happens only without a next epoch, loses its turn
-                lane = turns[turn % len(turns)]
-                turn += 1
-                used[i] = fill(rows[i], lane)
-                if used[i]:
-                    made += 1
-                    break
-        if not used.any():
-            return
-        inputs, targets = rows[:, :-1], rows[:, 1:].copy()
-        targets[np.arange(1, row_len) >= used[:, None]] = -1
-        after = _Place(reading, made, placed, _snapshot(lanes))
-        yield np.ascontiguousarray(inputs[own]), np.ascontiguousarray(targets[own]), after
+    def _feed(self, lane: _Lane) -> None:
+        """Give a lane as many candidates as it wants; what is dealt meanwhile waits in its own lane."""
+        while lane.is_hungry():
+            if lane.waiting:
+                lane.add(lane.waiting.popleft())
+                continue
+            if (item := next(self.dealt, None)) is None:
+                return
+            other = self.lanes[item.lane]
+            other.waiting.append(_Piece(item.epoch, item.number, 0, np.asarray(item.document)))
+            self.reading = item.reading
+            other.next = item.reading[:2]

@@ -52,7 +52,9 @@ def check_settings(stage: Stage, new: dict[str, Any], args: Arguments) -> None:
         )
     for key, value in json.loads(json.dumps(new)).items():
         flag = "--set" if key == "switches" else flag_of(key)
-        before = old.get(key, args.defaults[key] if key in args.given else value)  # a flag newer than the run
+        if key not in old and key not in args.given:
+            continue
+        before = old[key] if key in old else args.defaults[key]  # the run is older than this flag
         if key in RATES and before != value:
             print0(f"going on with {flag} {value}: until now it was {before}")
         if key in FREE_SETTINGS or before == value:

@@ -251,23 +251,26 @@ class Scheduler:
 
     def _begin_samples(self) -> None:
         """Start the next waiting texts as long as their prompt is the one that is kept."""
-        while (held := self._computed) is not None:
-            whole = len(held.tokens) // BLOCK_SIZE  # full blocks; each text gets its own copy of the partial one after them
-            needed, samples = len(held.blocks) - whole, []
-            while self._next_is_sample and self._has_row and self._has_blocks(needed):
-                sequence = self.waiting[0]
-                self.allocator.use(held.blocks[:whole])
-                self._begin(sequence, held.blocks[:whole], held.content, needed, len(held.tokens))
-                self._enter_row(sequence)
-                samples.append(sequence)
-            if samples:
-                if needed:
-                    self.runner.copy_block(held.blocks[-1], [sequence.blocks[-1] for sequence in samples])
-                self._sample(samples, held.logits.expand(len(samples), -1))
-            elif self._next_is_sample and not self._has_row:
-                return
-            else:  # another prompt comes next, or there is no memory to keep this one
-                self._let_go()
+        while self._computed is not None and self._start_samples(self._computed):  # some end at once, and free their rows
+            pass
+        if self._has_row or not self._next_is_sample:  # another prompt comes next, or there is no memory to keep this one
+            self._let_go()
+
+    def _start_samples(self, held: ComputedPrompt) -> bool:
+        """Start as many texts of the kept prompt as there is room for; returns whether there were any."""
+        whole = len(held.tokens) // BLOCK_SIZE  # full blocks; each text gets its own copy of the partial one after them
+        needed, samples = len(held.blocks) - whole, []
+        while self._next_is_sample and self._has_row and self._has_blocks(needed):
+            sequence = self.waiting[0]
+            self.allocator.use(held.blocks[:whole])
+            self._begin(sequence, held.blocks[:whole], held.content, needed, len(held.tokens))
+            self._enter_row(sequence)
+            samples.append(sequence)
+        if samples:
+            if needed:
+                self.runner.copy_block(held.blocks[-1], [sequence.blocks[-1] for sequence in samples])
+            self._sample(samples, held.logits.expand(len(samples), -1))
+        return bool(samples)
 
     def _let_go(self) -> None:
         """Release the kept prompt."""

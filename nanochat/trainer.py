@@ -308,15 +308,17 @@ class Trainer:
         if to_compile and (reason := can_compile(self.device)) is not None:
             self._give_up_compiling(reason)
             to_compile = False
+        self.model.recompute_blocks = self._recompute_blocks
         if self.device.type == "cpu" and self.step == 0 and not self.model.is_compiled:
             # Uncompiled blocks keep several times as much for the backward pass; if not run in pieces, recompute them.
-            self.model.recompute_blocks = self._recompute_blocks or (to_compile and not self._passes.in_pieces)
+            self.model.recompute_blocks |= to_compile and not self._passes.in_pieces
             return
-        self.model.recompute_blocks = self._recompute_blocks
         if self.matmul_rate is None:
             self.matmul_rate = self._measure_device()
-        if not to_compile:
-            return
+        if to_compile:
+            self._compile()
+
+    def _compile(self) -> None:
         if (reason := try_to_compile(self.device)) is not None:
             self._give_up_compiling(reason)
             return
