@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     *_, device = compute_init()
     config = config_for_depth(args.depth, VOCAB_SIZE, CONTEXT, head_dim=64)
-    model = build_model(asdict(config), None, device).train()
+    model = build_model(config, None, device).train()
     train_config = TrainConfig(
         num_iterations=(args.saves + 1) * args.save_every, total_batch_size=args.rows * CONTEXT, sample_every=-1,
         save_every=args.save_every, keep_last=2, compile=args.compile, stage_name="checkpoints",

@@ -11,7 +11,6 @@ import itertools
 import os
 import sys
 import time
-from dataclasses import asdict
 
 import torch
 
@@ -26,7 +25,7 @@ from nanochat.tokenizer import Tokenizer
 
 def measure_share(loader: TokenLoader, tokenizer: Tokenizer, context: int, steps: int = 10) -> float:
     """The share of training time spent waiting for batches; the loader's own threads run meanwhile."""
-    model = build_model(asdict(config_for_depth(4, tokenizer.get_vocab_size(), context, head_dim=64)), None, "cpu").train()
+    model = build_model(config_for_depth(4, tokenizer.get_vocab_size(), context, head_dim=64), None, "cpu").train()
     optimizer = model.setup_optimizer()
     waited = total = 0.0
     for step in range(steps + 2):  # two to warm up

@@ -11,7 +11,6 @@ import argparse
 import statistics
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ class Update:
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.device, self.name = device, f"depth {args.depth}{', fp8' if args.fp8 else ''}"
         config = shape_of(args)
-        self.model = build_model(asdict(config), None, device, seed=0)
+        self.model = build_model(config, None, device, seed=0)
         if args.fp8:
             enable_fp8(self.model, device)
         if can_compile(device) is None:

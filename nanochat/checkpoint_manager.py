@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,7 @@ from safetensors.torch import load_file, save_file
 
 from nanochat.common import NanochatError, get_dist_info
 from nanochat.files import locked, read_json_object, remove_leftovers, replace, replace_directory, sha256_of, share_mode
-from nanochat.gpt import GPT
-from nanochat.model_config import read_config
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.ranks import all_or_none, on_rank0
 from nanochat.runs import (
     MANIFEST_FILE,
@@ -449,16 +449,26 @@ def load_model(
         raise ValueError(f"phase must be train or eval, not {phase!r}")
     stage_dir, tokenizer, meta = open_checkpoint(source, model_tag, step)
     model_state, _ = load_checkpoint(stage_dir, meta["step"], device)
-    model = build_model(meta["model_config"], model_state, device)
+    model = build_model(read_config(meta["model_config"]), model_state, device)
     model.train(phase == "train")
     return model, tokenizer, meta
 
 
-def build_model(
-    model_config: dict[str, Any], state: dict[str, torch.Tensor] | None, device: torch.device | str, seed: int = 42
-) -> GPT:
+def read_config(content: Any) -> GPTConfig:
+    """The model_config of a meta.json, which may be damaged or written by another version. Raises NanochatError."""
+    if not isinstance(content, dict):
+        raise NanochatError("the model does not say what it is like (model_config): restore its file, or use another model")
+    if unknown := sorted(content.keys() - {field.name for field in fields(GPTConfig)}):
+        raise NanochatError(f"the model is of another version: its model_config has {', '.join(unknown)}; update nanochat")
+    try:
+        return GPTConfig(**content)
+    except NanochatError as error:
+        raise NanochatError(f"model_config: {error}; restore the file, or use another model") from error
+
+
+def build_model(config: GPTConfig, state: dict[str, torch.Tensor] | None, device: torch.device | str, seed: int = 42) -> GPT:
     """A GPT on `device` with the given weights, or newly initialized ones if `state` is None."""
-    model = GPT.on_meta(read_config(model_config))
+    model = GPT.on_meta(config)
     if state is None:
         # The same as to_empty, whose empty_like imports the symbolic algebra of PyTorch's compiler (0.4 s)
         model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device=device))

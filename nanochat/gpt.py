@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +36,12 @@ ROTARY_BASE = 100_000
 LOGIT_CAP = 15.0
 PAIR_FACTOR = 1_000_003  # hashes two tokens; a prime, so that pairs spread evenly whatever the table's size
 GATE_CHANNELS = 32  # the value-embedding gate reads only the first channels of its input
+KINDS: dict[Any, tuple[tuple[type, ...], str]] = {  # by annotation in GPTConfig: the types of values, what they are called
+    "int": ((int,), "a whole number above 0"),
+    "float": ((int, float), "a number above 0"),
+    "bool": ((bool,), "true or false"),
+    "str": ((str,), "a text"),
+}
 
 
 @dataclass(frozen=True)
@@ -59,10 +65,13 @@ class GPTConfig:
     rotary_base: float = ROTARY_BASE
 
     def __post_init__(self) -> None:
-        for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "bigrams"):
-            least = 0 if name == "bigrams" else 1
-            if getattr(self, name) < least:
-                raise NanochatError(f"{name} {getattr(self, name)} is too small: choose {least} or more")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            types, wanted = KINDS.get(field.type, ((type(value),), "a value"))
+            if value == field.default and type(value) in types:
+                continue  # a switch may be off at 0
+            if type(value) not in types or (wanted.endswith("above 0") and not 0 < value < 1 << 31):
+                raise NanochatError(f"{field.name} {value!r:.50} is not {wanted} (default: {field.default})")
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 8:
             raise NanochatError(
                 f"n_embd {self.n_embd} over n_head {self.n_head} does not give a head size divisible by 8: "

@@ -24,14 +24,13 @@ import psutil
 import torch
 from markupsafe import Markup, escape
 
-from nanochat.checkpoint_manager import META_FILE
+from nanochat.checkpoint_manager import META_FILE, read_config
 from nanochat.common import NanochatError, run_command
 from nanochat.cpu import cpu_name
 from nanochat.eval_results import read_eval
 from nanochat.files import atomic_write, read_json, short_name
 from nanochat.gpt import GPT
 from nanochat.metrics import METRICS_FILE, curve, read_metrics, series
-from nanochat.model_config import read_config
 from nanochat.plots import Bar, Curve, Panel, draw_bars, draw_panel, draw_shares, save_png, to_svg
 from nanochat.progress import format_seconds
 from nanochat.quantities import QUANTITIES, by_kind, quantity

@@ -46,7 +46,6 @@ from nanochat.gpt import GPT, GPTConfig
 from nanochat.lanes import LANES
 from nanochat.loggers import check_installed
 from nanochat.metrics import METRICS_FILE, MetricsLog, read_metrics
-from nanochat.model_config import read_config
 from nanochat.optim import MuonAdamW, OptimizerSettings
 from nanochat.pace import TimeLimit
 from nanochat.ranks import compare_ranks, on_rank0
@@ -316,16 +315,14 @@ def write_settings(stage: Stage, settings: dict[str, Any], args: Arguments) -> N
     atomic_write(stage.directory / CONFIG_FILE, config)
 
 
-def make_model(
-    model_config: dict[str, Any], device: torch.device, args: argparse.Namespace, start: tuple[Path, int] | None
-) -> GPT:
+def make_model(config: GPTConfig, device: torch.device, args: argparse.Namespace, start: tuple[Path, int] | None) -> GPT:
     """The model that a stage's flags describe: new, or with the weights of `start`, a step of some stage."""
     if not args.fsdp:
-        model = build_model(model_config, load_checkpoint(*start, device)[0] if start else None, device, args.seed)
+        model = build_model(config, load_checkpoint(*start, device)[0] if start else None, device, args.seed)
     else:
         from nanochat.sharding import shard
 
-        model = GPT.on_meta(read_config(model_config))
+        model = GPT.on_meta(config)
         shard(model, device)
         model.to_empty(device=device)
         if start is None:

@@ -10,7 +10,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     kept = {**shape, "total_batch_size": args.total_batch_size, "tokenizer_fingerprint": tokenizer.fingerprint()}
     check_settings(stage, kept, args)
     stage.check_batch(args.device_batch_size, args.max_seq_len, world_size)
-    model = make_model(asdict(config), device, args, stage.start)
+    model = make_model(config, device, args, stage.start)
 
     def holds(tokens: float) -> bool:
         return on_rank0(lambda: source.holds(tokens, tokenizer))

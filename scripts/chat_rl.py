@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from nanochat.chat_eval import Answering, evaluate_task
-from nanochat.checkpoint_manager import find_run, load_model
+from nanochat.checkpoint_manager import find_run, load_model, read_config
 from nanochat.common import NanochatError, print0, run_command
 from nanochat.devices import compute_init
 from nanochat.engine import Engine
@@ -125,13 +125,14 @@ def main(argv: list[str] | None = None) -> int:
     train_task, val_task = (build_judged_task(args.task, split, args.task_data) for split in ("train", "val"))
     if len(val_task) == 0:
         raise NanochatError(f"--task {args.task} has too few problems to hold some out for measuring: give more")
-    check_room(train_task, tokenizer, args.max_new_tokens, meta["model_config"]["sequence_len"])
+    config = read_config(meta["model_config"])
+    check_room(train_task, tokenizer, args.max_new_tokens, config.sequence_len)
     mixture = check_mixture(stage, train_task, args.task)
     if mixture is None:
         return 0
     in_epochs = max(1, args.num_epochs * len(train_task) // args.examples_per_step)
     num_iterations = args.num_iterations if args.num_iterations > 0 else in_epochs
-    model = make_model(meta["model_config"], device, args, (start_dir, meta["step"]))
+    model = make_model(config, device, args, (start_dir, meta["step"]))
     model.fixed_shape = False  # answers are of any length
     begun = stage.resume_step is not None
     parent = meta["parent"] if begun else {"stage": args.source, "step": parent_step, "weights": meta["weights"]}

@@ -10,17 +10,17 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nanochat.checkpoint_manager import find_run, read_meta
+from nanochat.checkpoint_manager import find_run, read_config, read_meta
 from nanochat.common import NanochatError, get_base_dir, print0, run_command
 from nanochat.conversation_loader import ConversationLoader, check_answers, estimate_tokens
 from nanochat.devices import compute_init
 from nanochat.engine import Engine
-from nanochat.gpt import GPT
+from nanochat.gpt import GPT, GPTConfig
 from nanochat.loss_eval import batches_to_validate, evaluate_bpb
-from nanochat.model_config import read_config
 from nanochat.pace import choose_device_batch_size, steps_in
 from nanochat.ranks import from_rank0, on_rank0
 from nanochat.runs import get_stage_dir, list_steps
@@ -134,13 +134,13 @@ def began_with(name: str, tag: str) -> bool:
     return not known.isdisjoint([name, os.path.abspath(os.path.expanduser(name))])
 
 
-def change_context(model_config: dict[str, Any], sequence_len: int) -> None:
-    """Give a base model's config another context, and report it if this changes how far layers see."""
-    before = read_config(model_config).windows()
-    model_config["sequence_len"] = sequence_len
-    after = read_config(model_config).windows()
+def with_context(config: GPTConfig, sequence_len: int) -> GPTConfig:
+    """A base model's config with another context; tells if this changes how far layers see."""
+    changed = replace(config, sequence_len=sequence_len)
+    before, after = config.windows(), changed.windows()
     if after != before:
         print0(f"layers see {min(after)} to {max(after)} tokens back, in the base model {min(before)} to {max(before)}")
+    return changed
 
 
 def plan(
@@ -174,10 +174,10 @@ def main(argv: list[str] | None = None) -> int:
 
     # The starting point: the base model, its tokenizer, its settings
     start_dir, tokenizer, meta, base_step = open_start(stage, "base", args.model_step)
-    model_config = meta["model_config"]
+    config = read_config(meta["model_config"])
     if args.max_seq_len > 0:
-        change_context(model_config, args.max_seq_len)
-    sequence_len = model_config["sequence_len"]
+        config = with_context(config, args.max_seq_len)
+    sequence_len = config.sequence_len
     args.tasks = from_rank0(with_absolute_paths(default_tasks() if args.tasks is None else args.tasks))
     train_task = build_mixture(args.tasks, "train", args.task_data)
     val_task = build_mixture(args.tasks, "val", args.task_data)
@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     kept = {"total_batch_size": args.total_batch_size, "tokenizer_fingerprint": tokenizer.fingerprint()}
     check_settings(stage, kept, args)
     stage.check_batch(args.device_batch_size, sequence_len, world_size)
-    model = make_model(model_config, device, args, (start_dir, meta["step"]))
+    model = make_model(config, device, args, (start_dir, meta["step"]))
 
     def tokens_in_pass() -> int:
         return estimate_tokens(train_task, tokenizer, sequence_len)

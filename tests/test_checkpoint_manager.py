@@ -15,7 +15,7 @@ import pytest
 import torch
 from filelock import SoftFileLock
 
-from nanochat import checkpoint_manager, files, model_config
+from nanochat import checkpoint_manager, files
 from nanochat.checkpoint_manager import (
     CheckpointError,
     clean_up,
@@ -25,6 +25,7 @@ from nanochat.checkpoint_manager import (
     load_model,
     newest_valid_step,
     prune,
+    read_config,
     read_meta,
     save_checkpoint,
     save_sharded,
@@ -238,16 +239,16 @@ def test_a_time_that_is_none_hinders_nobody(tiny_run: Path, created: object) -> 
         ("meta.json", {"step": "x"}, None),
         ("meta.json", {"model_config": None}, "does not say what it is like"),
         ("meta.json", {"foo": 1}, "of another version: its model_config has foo; update nanochat"),
-        ("meta.json", {"n_layer": "2"}, "n_layer '2', which is not a whole number above 0: restore the file, or use another"),
-        ("meta.json", {"n_layer": 2.5}, "n_layer '2.5', which is not"),
-        ("meta.json", {"n_layer": -1}, "n_layer '-1', which is not"),
-        ("meta.json", {"n_head": 0}, "n_head '0', which is not"),
-        ("meta.json", {"n_kv_head": True}, "n_kv_head 'True', which is not"),
-        ("meta.json", {"sequence_len": -5}, "sequence_len '-5', which is not"),
-        ("meta.json", {"rotary_base": "x"}, "rotary_base 'x', which is not a number above 0"),
-        ("meta.json", {"bigrams": -1}, "bigrams '-1', which is not"),
-        ("meta.json", {"value_embeddings": 1}, "value_embeddings '1', which is not true or false"),
-        ("meta.json", {"window_pattern": 7}, "window_pattern '7', which is not a text"),
+        ("meta.json", {"n_layer": "2"}, "n_layer '2' is not a whole number above 0 .*; restore the file, or use another"),
+        ("meta.json", {"n_layer": 2.5}, "n_layer 2.5 is not"),
+        ("meta.json", {"n_layer": -1}, "n_layer -1 is not"),
+        ("meta.json", {"n_head": 0}, "n_head 0 is not"),
+        ("meta.json", {"n_kv_head": True}, "n_kv_head True is not"),
+        ("meta.json", {"sequence_len": -5}, "sequence_len -5 is not"),
+        ("meta.json", {"rotary_base": "x"}, "rotary_base 'x' is not a number above 0"),
+        ("meta.json", {"bigrams": -1}, "bigrams -1 is not"),
+        ("meta.json", {"value_embeddings": 1}, "value_embeddings 1 is not true or false"),
+        ("meta.json", {"window_pattern": 7}, "window_pattern 7 is not a text"),
     ],
 )
 def test_json_that_says_something_else_is_named(tiny_run: Path, name: str, change: dict, reason: str | None) -> None:
@@ -298,7 +299,7 @@ def test_a_changed_tokenizer_is_noticed(tiny_run: Path) -> None:
 def test_weights_of_another_shape_are_refused(tiny_run: Path) -> None:
     _, meta = load_checkpoint(tiny_run / "base", 6)
     with pytest.raises(CheckpointError, match="do not fit"):
-        checkpoint_manager.build_model(meta["model_config"], STATE, "cpu")
+        checkpoint_manager.build_model(GPTConfig(**meta["model_config"]), STATE, "cpu")
 
 
 def test_lineage_is_stored(tiny_run: Path) -> None:
@@ -447,11 +448,11 @@ def test_a_new_switch_may_be_off_at_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         smear: float = 0.0
         heads_alone: int | None = None
 
-    monkeypatch.setattr(model_config, "GPTConfig", Config)
-    assert model_config.read_config(asdict(Config(bigrams=0))) == Config(bigrams=0)
-    assert model_config.read_config({"smear": 0.5, "heads_alone": 2}) == Config(smear=0.5, heads_alone=2)
-    with pytest.raises(NanochatError, match="smear '-0.5'"):
-        model_config.read_config({"smear": -0.5})
+    monkeypatch.setattr(checkpoint_manager, "GPTConfig", Config)
+    assert read_config(asdict(Config(bigrams=0))) == Config(bigrams=0)
+    assert read_config({"smear": 0.5, "heads_alone": 2}) == Config(smear=0.5, heads_alone=2)
+    with pytest.raises(NanochatError, match="smear -0.5"):
+        read_config({"smear": -0.5})
 
 
 def test_what_is_skipped_is_told_without_the_way_out_that_was_taken(stage_dir: Path) -> None:

@@ -216,7 +216,8 @@ def test_config_refuses_what_cannot_be() -> None:
         ({"n_embd": 100, "n_head": 3}, "n_embd 100 over n_head 3 does not give a head size"),
         ({"n_embd": 64, "n_head": 4, "n_kv_head": 3}, "n_kv_head 3 does not divide n_head 4"),
         ({"window_pattern": "SX"}, "window_pattern 'SX' may hold only S and L"),
-        ({"qk_scale": 0}, "qk_scale 0 must be above 0"),
+        ({"qk_scale": 0}, "qk_scale 0 is not a number above 0"),
+        ({"qk_scale": 2.0}, "qk_scale 2.0 must be above 0 and at most 1.2"),
     ):
         with pytest.raises(NanochatError, match=reason):
             GPTConfig(**bad)

@@ -256,5 +256,5 @@ def test_set_takes_no_value_of_another_kind(pair: str) -> None:
 @pytest.mark.parametrize("name", ["sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"])
 def test_a_model_has_some_of_everything(name: str) -> None:
     for value in (0, -1):
-        with pytest.raises(NanochatError, match=f"^{name} {value} is too small: choose 1 or more"):
+        with pytest.raises(NanochatError, match=f"^{name} {value} is not a whole number above 0"):
             replace(GPTConfig(), **{name: value})

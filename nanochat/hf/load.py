@@ -49,12 +49,15 @@ def load_hf(name: str, device: torch.device | str) -> tuple[GPT, Tokenizer, dict
         if (layers := content["num_hidden_layers"]) > len(weights):  # a billion of them would take long to make
             raise NanochatError(f"{name} has {layers} layers in config.json, but {len(weights)} tensors: export it again")
         convert = from_custom if content["model_type"] == CUSTOM_TYPE else from_native
-        config, state = convert(content, weights)
+        try:
+            config, state = convert(content, weights)
+        except NanochatError as error:
+            raise NanochatError(f"{name}: {error}") from error
     except KeyError as error:
         raise NanochatError(f"{name} is incomplete: it has no {error}") from error
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise NanochatError(f"{name} is damaged ({first_line(error)}): fetch or export the model again") from error
-    model = build_model(asdict(config), {key: tensor.float() for key, tensor in state.items()}, device)
+    model = build_model(config, {key: tensor.float() for key, tensor in state.items()}, device)
     model.eval()
     tag = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name.rstrip("/\\")).resolve().name if Path(name).is_dir() else name)
     return model, tokenizer, {"tag": tag.strip("-._") or "model", "step": 0, "model_config": asdict(config)}
