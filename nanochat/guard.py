@@ -20,8 +20,7 @@ MAX_HEAD_BYTES = 1 << 16  # of a request's headers, and of its trailers
 MAX_WAITING_BYTES = 1 << 19  # of the requests that a connection sends while one is being answered
 MAX_BODY_BYTES = 2 << 20
 HEAD_TIMEOUT_S = BODY_TIMEOUT_S = 30.0  # for the headers of a request to arrive, and for its body
-
-ABORT = "abort"  # key in a request's state: a function that closes its connection at once
+READ_TIMEOUT_S = 60.0  # for the client to read some of an answer that fills the buffers
 
 
 class StrictConnection(h11.Connection):
@@ -40,15 +39,15 @@ class StrictConnection(h11.Connection):
 class CarefulProtocol(H11Protocol):
     """uvicorn's HTTP/1.1, which answers one request at a time and bounds headers; what it leaves open is closed here.
 
-    A connection whose next headers do not come in time, or that sends many requests ahead, is ended.
+    A connection is ended whose next headers do not come in time, that sends many requests ahead, or does not read its answers.
     """
 
     _deadline: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         self.conn = StrictConnection(h11.SERVER, MAX_HEAD_BYTES)
         super().connection_made(transport)
-        self.app_state = {**self.app_state, ABORT: transport.abort}
         self._watch_head()
 
     def data_received(self, data: bytes) -> None:
@@ -61,6 +60,19 @@ class CarefulProtocol(H11Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         super().connection_lost(error)
         self._stop_watching()
+        self._stop_waiting()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(READ_TIMEOUT_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_waiting()
+
+    def _stop_waiting(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not HTTP; after a request whose answer has begun, it is too late: only close the connection."""

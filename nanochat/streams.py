@@ -9,9 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any, NamedTuple
 
 from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
 
-from nanochat.guard import ABORT
 from nanochat.openai_api import (
     Parts,
     Reply,
@@ -27,30 +25,13 @@ from nanochat.sequence import Sequence, TokenLogprob, spoken
 from nanochat.service import Ticket
 from nanochat.tokenizer import Tokenizer
 
-LAST_EVENT_S = 1.0  # after the time limit: time to send the error event to a client that still reads
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 def stream(ticket: Ticket, events: AsyncIterator[str], headers: dict[str, str] | None = None) -> StreamingResponse:
     """The response that sends a ticket's events, which one of the generators below makes."""
     headers = {**HEADERS, **(headers or {})}
-    return TimedResponse(ticket, _until_left(ticket, events), media_type="text/event-stream", headers=headers)
-
-
-class TimedResponse(StreamingResponse):
-    """Closes the connection when the time is up, even if the client has stopped reading: a blocked send notices nothing."""
-
-    def __init__(self, ticket: Ticket, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.ticket = ticket
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        abort = scope.get("state", {}).get(ABORT, self.ticket.cancel)
-        timer = self.ticket.loop.call_at(self.ticket.deadline + LAST_EVENT_S, abort)
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            timer.cancel()
+    return StreamingResponse(_until_left(ticket, events), media_type="text/event-stream", headers=headers)
 
 
 async def _until_left(ticket: Ticket, events: AsyncIterator[str]) -> AsyncIterator[str]:
