@@ -37,6 +37,7 @@ from nanochat.runs import (
     MANIFEST_FILE,
     SETTINGS_FILE,
     STAGES,
+    check_stage,
     get_run_dir,
     get_runs_dir,
     get_stage_dir,
@@ -81,7 +82,7 @@ def find_run(stage: str, model_tag: str | None = None, heir: str | None = None) 
         raise CheckpointError(f"run {model_tag!r} has no {stage} checkpoint in {get_runs_dir()}; {choices}")
     runs = newest_of_runs(stage)
     if not runs:
-        command = {"base": "scripts.base_train", "sft": "scripts.chat_sft", "rl": "scripts.chat_rl"}[stage]
+        command = "scripts.base_train" if stage == STAGES[0] else f"scripts.chat_{stage}"
         raise CheckpointError(f"no {stage} checkpoint in {get_runs_dir()}: make one with python -m {command}")
     return max(runs)[1]
 
@@ -89,7 +90,7 @@ def find_run(stage: str, model_tag: str | None = None, heir: str | None = None) 
 def newest_of_runs(stage: str) -> list[tuple[float, str]]:
     """(time of its newest checkpoint, tag) for each run with this stage ("*": any), without unreadable ones."""
     found = []
-    for stage_dir in get_runs_dir().glob(f"*/{stage}"):
+    for stage_dir in get_runs_dir().glob(f"*/{stage if stage == '*' else check_stage(stage)}"):
         if not is_tag(stage_dir.parent.name):
             continue  # such as "d4 copy", made by a file manager
         for step in reversed(list_steps(stage_dir)):
@@ -442,7 +443,7 @@ def hash_of_weights(stage_dir: Path, step: int) -> str:
 
 
 def load_model(
-    source: str, device: torch.device | str, phase: str, model_tag: str | None = None, step: int | None = None
+    source: str, device: torch.device | str, phase: str = "eval", model_tag: str | None = None, step: int | None = None
 ) -> tuple[GPT, Tokenizer, dict[str, Any]]:
     """The model, its tokenizer and its meta (see `open_checkpoint`); phase: "train" or "eval". Raises CheckpointError."""
     if phase not in ("train", "eval"):

@@ -54,10 +54,15 @@ def begun_stages(run_dir: Path) -> list[str]:
     return [stage for stage in STAGES if (run_dir / stage / SETTINGS_FILE).exists()]
 
 
+def check_stage(name: str) -> str:
+    """The name of a stage, as it is. Raises NanochatError if there is no such stage."""
+    if name not in STAGES:
+        raise NanochatError(f"unknown source {name!r}: choose one of {', '.join(STAGES)}")
+    return name
+
+
 def get_stage_dir(tag: str, stage: str) -> Path:
-    if stage not in STAGES:
-        raise NanochatError(f"unknown source {stage!r}: choose one of {', '.join(STAGES)}")
-    return get_run_dir(tag) / stage
+    return get_run_dir(tag) / check_stage(stage)
 
 
 def heirs(tag: str) -> list[str]:

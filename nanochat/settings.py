@@ -30,8 +30,17 @@ else:
 
 CONFIG_FILE = "config.toml"
 NOT_IN_FILES = ("help", "config", "debug")
-# Flags of the public nanochat for which the suggested nearest name would be wrong.
-RENAMED = {f"{dashes}warmup-ratio": f"{dashes}warmup-steps" for dashes in ("", "--")}
+# Flags of the public nanochat that take another form here: what to do instead, where the nearest name would be wrong.
+_DTYPE, _MIXTURE = "set NANOCHAT_DTYPE=bfloat16", "write --tasks 'SmolTalk,MMLU*3,GSM8K*4'"
+_AFTERWARDS, _BETAS = "measure with scripts.chat_eval afterwards", "give --set 'adam_betas=(0.8, 0.95)'"
+ELSEWHERE = {
+    "warmup-ratio": "give --warmup-steps, a number of updates",
+    "d": _DTYPE, "dtype": _DTYPE,
+    "mmlu-epochs": _MIXTURE, "gsm8k-epochs": _MIXTURE,
+    "chatcore-every": _AFTERWARDS, "chatcore-max-cat": _AFTERWARDS, "chatcore-max-sample": _AFTERWARDS,
+    "adam-beta1": _BETAS, "adam-beta2": _BETAS,
+    "fp8-recipe": "leave it out, since --fp8 has one scale for each tensor",
+}  # fmt: skip
 # By the type of a flag:
 METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}
 WANTED: dict[Any, str] = {int: "a whole number", float: "a number"}
@@ -170,6 +179,8 @@ class SettingsParser(argparse.ArgumentParser):
 
     def _with_dashes(self, args: Sequence[str]) -> list[str]:
         """The command line with flags such as --max_seq_len, as in the public recipes, written with dashes."""
+        if args[:1] == ["--"]:  # what torchrun takes before a script's flags, and a command without it keeps
+            args = args[1:]
         flags = list(itertools.takewhile(lambda arg: arg != "--", args))  # after -- there are no flags
         for i, (name, *value) in enumerate(flag.split("=", 1) for flag in flags):
             dashed = name.replace("_", "-")
@@ -281,7 +292,9 @@ def _flatten(table: dict[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(RENAMED.get(name, name), known, 1)
+    if instead := ELSEWHERE.get(name.lstrip("-").replace("_", "-")):
+        return f": {instead}"
+    nearest = difflib.get_close_matches(name, known, 1)
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 

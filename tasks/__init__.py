@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import os
 import re
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import Any
 from nanochat.common import NanochatError
 from tasks.common import Task, TaskMixture
 
-# name: (module, class, further arguments). Each class is called with (split, data_dir=..., **arguments); the splits are
-# "train", "val" (held out of the training data) and "test" (only for the final measurement).
+# name: (module, class, further arguments). Each class is called with split and these, and with data_dir if it takes that:
+# the folder of --task-data. Splits are "train", "val" (held out of the training data) and "test" (for the final measurement).
 TASKS: dict[str, tuple[str, str, dict[str, object]]] = {
     "ARC-Easy": ("arc", "ARC", {"subset": "ARC-Easy"}),
     "ARC-Challenge": ("arc", "ARC", {"subset": "ARC-Challenge"}),
@@ -51,7 +52,15 @@ def build_task(name: str, split: str, data_dir: Path | None = None, stop: int | 
         from tasks.customjson import CustomJSON
 
         return CustomJSON(Path(os.path.expanduser(name)), split, **slicing)  # shells do not expand ~ after a comma
-    task: Task = task_class(name)(split, data_dir=data_dir, **TASKS[name][2], **slicing)
+    make, arguments = task_class(name), {"split": split, **TASKS[name][2], **slicing}
+    parameters = inspect.signature(make)
+    if "data_dir" in parameters.parameters:
+        arguments["data_dir"] = data_dir
+    try:
+        parameters.bind(**arguments)
+    except TypeError as error:
+        raise NanochatError(f"task {name} takes other arguments than TASKS gives it ({error}): see tasks/common.py") from error
+    task: Task = make(**arguments)
     return task
 
 

@@ -108,7 +108,7 @@ class GeneratedTask(Task):
 
     SIZES: ClassVar[dict[str, int]]
 
-    def __init__(self, split: str, data_dir: Path | None = None, size: int | None = None, **slicing: int) -> None:
+    def __init__(self, split: str, size: int | None = None, **slicing: int) -> None:
         super().__init__(**slicing)
         if split not in self.SIZES:
             name, known = type(self).__name__, ", ".join(self.SIZES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
 
 from nanochat.dataset import BuiltinSource
 from tasks.common import Conversation, Task
@@ -18,7 +17,7 @@ QUESTIONS = (
 class DocQA(Task):
     """What a function or class is for, in the first sentence of its documentation. Every twentieth is held out."""
 
-    def __init__(self, split: str, data_dir: Path | None = None, **slicing: int) -> None:
+    def __init__(self, split: str, **slicing: int) -> None:
         super().__init__(**slicing)
         lines = (BuiltinSource("builtin").directory / "summaries.jsonl").read_text(encoding="utf-8").split("\n")
         pairs = [json.loads(line) for line in lines if line]

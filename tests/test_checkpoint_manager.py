@@ -288,6 +288,8 @@ def test_what_is_absent_is_named_with_what_there_is(tiny_run: Path) -> None:
         load_model("base", "cpu", "eval", "../etc")
     with pytest.raises(NanochatError, match="choose one of base, sft, rl"):
         load_model("best", "cpu", "eval", "tiny")
+    with pytest.raises(NanochatError, match="unknown source 'mid': choose one of base, sft, rl"):
+        load_model("mid", "cpu")
 
 
 def test_a_changed_tokenizer_is_noticed(tiny_run: Path) -> None:

@@ -106,7 +106,9 @@ def test_a_file_must_be_there_and_be_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [(["--depth=4.5"], "'4.5' is not a whole number, such as 12"), (["--matrix-lr=x"], "'x' is not a number, such as 0.5"),
-     (["--data", "a.txt", "b.txt"], "'b.txt' belongs to no flag: quote"), (["--depht=4"], "did you mean --depth?")],
+     (["--data", "a.txt", "b.txt"], "'b.txt' belongs to no flag: quote"), (["--depht=4"], "did you mean --depth?"),
+     (["--warmup_ratio=0.1"], "'--warmup_ratio=0.1' here: give --warmup-steps"), (["-d", "x"], "here: set NANOCHAT_DTYPE"),
+     (["--fp8-recipe", "rowwise"], "here: leave it out")],
 )  # fmt: skip
 def test_what_is_wrong_with_a_command_line_is_one_sentence(
     flags: list[str], sentence: str, capsys: pytest.CaptureFixture
@@ -174,6 +176,7 @@ def test_flags_may_be_written_with_underscores(capsys: pytest.CaptureFixture) ->
     parser.add_argument("--some-flag")
     parser.add_argument("rest", nargs="*")
     assert parser.parse_args(["--some_flag=x", "--", "--some_flag"]).rest == ["--some_flag"]
+    assert parser.parse_args(["--", "--some_flag=x"]).some_flag == "x"  # from a line of torchrun
     with pytest.raises(SystemExit):
         base_train.parse_arguments(["--max_seq_lenn=4"])
     assert "'--max_seq_lenn=4' here; did you mean --max-seq-len?" in capsys.readouterr().err

@@ -299,6 +299,25 @@ def test_tasks_that_only_teach_are_known() -> None:
     assert set(TASKS) - set(judged_tasks()) == {"DocQA", "SmolTalk"}
 
 
+def test_a_task_gets_the_arguments_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that reads no files need not take their folder; one that cannot be made is named."""
+
+    class Plain(Arithmetic):
+        def __init__(self, size: int = 10, split: str = "train", **slicing: int) -> None:
+            super().__init__(split, size, **slicing)
+
+    class Odd(Arithmetic):
+        def __init__(self, *, level: int) -> None:
+            super().__init__("train")
+
+    for task in (Plain, Odd):
+        monkeypatch.setitem(TASKS, task.__name__, ("common", task.__name__, {}))
+        monkeypatch.setattr(f"tasks.common.{task.__name__}", task, raising=False)
+    assert len(build_mixture("plain*2:3", "train")) == 6
+    with pytest.raises(NanochatError, match=r"^task Odd takes other arguments than TASKS gives it \("):
+        build_task("odd", "train")
+
+
 def test_a_task_has_one_name() -> None:
     assert [task_name(name) for name in ("gsm8k", "ARC-EASY", "My.jsonl")] == ["GSM8K", "ARC-Easy", "My.jsonl"]
     with pytest.raises(NanochatError, match="unknown task 'gsm'"):
