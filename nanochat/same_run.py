@@ -35,7 +35,7 @@ WORK_SETTINGS = {
 # Settings that may change when a run is resumed: also rates, since lower ones are the remedy for a divergence, what another
 # machine can do, and whatever has its content compared in place of its path.
 FREE_SETTINGS = WORK_SETTINGS | {
-    *RATES, "dtype", "attention", "fp8", "data", "tasks", "task_data", "tokenizer", "from_hf", "model_step"
+    *RATES, "dtype", "attention", "fp8", "data", "tasks", "task_data", "tokenizer", "from_hf", "from_run", "model_step"
 }  # fmt: skip
 
 
@@ -147,4 +147,6 @@ def check_mixture(stage: Stage, task: Task, tasks: str) -> dict[str, Any] | None
 
 def way_to_begin_anew(directory: Path) -> str:
     """The end of a sentence: how to start a stage again. Later stages cannot use another tag: it has no model for them."""
-    return "choose another --model-tag" if directory.name == STAGES[0] else f"remove {directory} to start it again"
+    if directory.name == STAGES[0]:
+        return "choose another --model-tag"
+    return f"begin another run with --from-run {directory.parent.name} (or remove {directory} to start it again)"

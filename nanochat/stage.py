@@ -145,7 +145,7 @@ def _open_stage(name: str, tag: str | None, default_tag: str, resume: str, logge
     for logger in loggers:
         check_installed(logger)
     if tag is None:
-        tag = _free_tag(name, default_tag) if resume == "none" else _newest_untagged(name, default_tag)
+        tag = free_tag(name, default_tag) if resume == "none" else _newest_untagged(name, default_tag)
         if resume == "none" and tag != default_tag and _restarted_by() == "Slurm":
             raise NanochatError(
                 f"Slurm started this job again, and there is a run {default_tag!r}: add --resume auto to go on with what the "
@@ -192,7 +192,7 @@ def _step_to_resume(directory: Path, resume: str) -> int | None:
     return step
 
 
-def _free_tag(name: str, default_tag: str) -> str:
+def free_tag(name: str, default_tag: str) -> str:
     """The first of d4, d4-2, d4-3 ... without such a stage."""
     tags = itertools.chain([default_tag], (f"{default_tag}-{n}" for n in itertools.count(2)))
     return next(tag for tag in tags if not _is_taken(tag, name))

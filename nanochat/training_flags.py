@@ -56,6 +56,8 @@ def add_training_arguments(
         help=f"loggers beside metrics.jsonl: {', '.join(LOGGERS)} (WANDB_MODE=offline keeps the first one's on disk)",
     )
     run.add_argument("-g", "--model-tag", default=None, metavar="TAG", help=model_tag)
+    run.add_argument("--from-run", default=None, metavar="TAG",
+                     help="begin a run of its own, that of --model-tag, with the model of this one")  # fmt: skip
     run.add_argument(
         "--resume",
         default="none",

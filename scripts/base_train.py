@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nanochat.branch import check_tag, start_of
 from nanochat.common import NanochatError, print0, run_command
 from nanochat.core_bundle import find_bundle
 from nanochat.core_eval import NanochatScorer, evaluate_core
@@ -199,10 +200,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.fsdp and args.core_metric_every > 0:
         raise NanochatError("--core-metric-every needs a whole model: leave it out with --fsdp, and run base_eval afterwards")
     resume = str(args.resume_from_step) if args.resume_from_step >= 0 else args.resume
-    stage = open_stage("base", args.model_tag, f"d{args.depth}", resume, chosen_loggers(args))
+    check_tag(args, resume)
+    stage = open_stage("base", args.model_tag, args.from_run or f"d{args.depth}", resume, chosen_loggers(args))
 
     # What to train, for how long, in what batches
     stage.adopt(args, "data", "total_batch_size", *HORIZON, "expand_at", *RATES)
+    start = start_of(args, stage, SHAPE)
     source, tokenizer = open_text(args, stage)
     model_switches, optimizer_switches = parse_switches(args.switches, GPTConfig, OptimizerSettings)
     OptimizerSettings(**optimizer_switches)  # refuses meaningless values before anything is written
@@ -211,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     kept = {**shape, "total_batch_size": args.total_batch_size, "tokenizer_fingerprint": tokenizer.fingerprint()}
     check_settings(stage, kept, args)
     stage.check_batch(args.device_batch_size, args.max_seq_len, world_size)
-    model = make_model(config, device, args, stage.start)
+    model = make_model(config, device, args, start)
 
     def holds(tokens: float) -> bool:
         return on_rank0(lambda: source.holds(tokens, tokenizer))
@@ -220,7 +223,8 @@ def main(argv: list[str] | None = None) -> int:
     bundle = find_bundle(args.eval_bundle) if args.core_metric_every > 0 else None
     decided = {
         "eval_bundle": bundle, "num_iterations": horizon.num_iterations, "total_batch_size": horizon.total_batch_size,
-        "device_batch_size": rows, "expand_at": expand_at, "target_flops": target_flops, "parent": None,
+        "device_batch_size": rows, "expand_at": expand_at, "target_flops": target_flops,
+        "parent": None if args.from_run is None else f"base of {args.from_run}",
     }  # fmt: skip
     settings = begin(stage, model, tokenizer, args, decided, source)
     if settings is None:

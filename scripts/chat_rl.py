@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nanochat.branch import branch
 from nanochat.chat_eval import Answering, evaluate_task
 from nanochat.checkpoint_manager import find_run, load_model, read_config
 from nanochat.common import NanochatError, print0, run_command
@@ -111,7 +112,10 @@ def check_room(task: Task, tokenizer: Tokenizer, max_new_tokens: int, sequence_l
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     _, rank, _, world_size, device = compute_init(args.device_type, args.seed)
-    tag = find_run(args.source, args.model_tag, heir="rl" if args.resume != "none" else None)
+    if args.from_run is not None:
+        tag = branch(args, "rl", args.source, args.model_step)
+    else:
+        tag = find_run(args.source, args.model_tag, heir="rl" if args.resume != "none" else None)
     stage = open_stage("rl", tag, tag, args.resume, chosen_loggers(args))
     stage.adopt(args, "task", "task_data", "num_epochs", "num_iterations", *RATES)
     rollout_settings = RolloutSettings(

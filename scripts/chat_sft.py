@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nanochat.branch import branch
 from nanochat.checkpoint_manager import find_run, read_config, read_meta
 from nanochat.common import NanochatError, get_base_dir, print0, run_command
 from nanochat.conversation_loader import ConversationLoader, check_answers, estimate_tokens
@@ -114,7 +115,14 @@ def choose_batch(usual: int, together: int, tokens_in_pass: int) -> int:
 
 
 def find_base(args: Arguments) -> str:
-    """The run whose base model is fine-tuned; --from-hf imports it first, unless fine-tuning it has begun."""
+    """The run whose base model is fine-tuned.
+
+    --from-run copies it first and --from-hf imports it, unless fine-tuning it has begun.
+    """
+    if args.from_run is not None:
+        if args.from_hf is not None:
+            raise NanochatError("--from-run and --from-hf both name a model to start from: leave one out")
+        return branch(args, "sft", "base", args.model_step)
     if args.from_hf is not None and (path := Path(os.path.expanduser(args.from_hf))).is_dir():
         args.from_hf = str(path.absolute())  # the next command may be given in another folder
     if args.from_hf is None or (args.resume != "none" and args.model_tag and began_with(args.from_hf, args.model_tag)):

@@ -178,7 +178,7 @@ def test_a_damaged_file_is_named(quick_pictures: None, tiny_run: Path, name: str
     if damage.startswith("{") and name != "step_000006/meta.json":
         write_report(tiny_run)  # JSON that says nothing of it
         return
-    reason = "n_layer '2.5'" if damage.startswith("{") else f"{Path(name).name} cannot be read .*: restore or remove it"
+    reason = "n_layer 2.5 is not" if damage.startswith("{") else f"{Path(name).name} cannot be read .*: restore or remove it"
     with pytest.raises(NanochatError, match=reason):
         write_report(tiny_run)
 

@@ -186,7 +186,13 @@ def test_without_a_tag_the_newest_of_such_runs_is_gone_on_with(base_dir: Path, c
     assert open_stage("base", "d4-2", "d4", "auto").tag == "d4-2"
 
 
-@pytest.mark.parametrize(("name", "way_out"), [("base", "choose another --model-tag"), ("rl", "remove .* to start it again")])
+@pytest.mark.parametrize(
+    ("name", "way_out"),
+    [
+        ("base", "choose another --model-tag"),
+        ("rl", r"begin another run with --from-run r \(or remove .* to start it again\)"),
+    ],
+)
 def test_the_way_to_a_stage_anew(name: str, way_out: str, base_dir: Path) -> None:
     """A later stage of another run would have no base model to start from."""
     save_checkpoint(get_stage_dir("r", name), 5, STATE, None, {"settings": {"seed": 1}})
