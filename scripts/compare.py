@@ -120,6 +120,8 @@ def final_numbers(runs: list[Run]) -> list[list[str]]:
         "training loss, smoothed": lambda run: f"{smooth(run.values('train/loss'))[-1]:.4f}",
         "validation bits per byte": logged("val/bpb"),
         "the best of them": logged("val/bpb", min),
+        "FLOPs to the first one's bits per byte": lambda run: share_to_result(run, runs[0], "flops"),
+        "time to the first one's bits per byte": lambda run: share_to_result(run, runs[0], "time"),
         "reward": logged("rl/reward"),
         "pass@1": logged("val/pass@1"),
         "tokens/s, median": logged("train/tok_per_s", statistics.median),
@@ -133,6 +135,23 @@ def final_numbers(runs: list[Run]) -> list[list[str]]:
         wanted[key.replace("chatcore", "mean of the chat tasks")] = chat_mean(key)
     rows = [[label, *(_or_dash(number, run) for run in runs)] for label, number in wanted.items()]
     return [row for row in rows if set(row[1:]) != {"-"}]
+
+
+def share_to_result(run: Run, first: Run, x: str) -> str:
+    """What a run had spent, in FLOPs or time, when it reached the first run's last bits per byte: a share of what that spent.
+
+    Between two evaluations as on a straight line. Raises IndexError if the first run has none.
+    """
+    ends, results = series(first.rows, "val/bpb")
+    steps, values = series(run.rows, "val/bpb")
+    reached = next((i for i, value in enumerate(values) if value <= results[-1]), None)
+    if run is first or not values:
+        return "-"
+    if reached is None:
+        return "not reached"
+    around = slice(max(0, reached - 1), reached + 1)  # np.interp wants what it looks up to ascend
+    spent = np.interp(results[-1], values[around][::-1], over(x, run, steps[around])[::-1])
+    return f"{spent / over(x, first, ends[-1:])[0]:.0%}"
 
 
 def core_numbers(runs: list[Run]) -> dict[str, Callable[[Run], str]]:
@@ -156,7 +175,7 @@ def core_numbers(runs: list[Run]) -> dict[str, Callable[[Run], str]]:
 def _or_dash(number: Callable[[Run], str], run: Run) -> str:
     try:
         return number(run)
-    except (KeyError, IndexError, ValueError):  # it was not measured
+    except (KeyError, IndexError, ValueError, NanochatError):  # it was not measured
         return "-"
 
 

@@ -128,6 +128,25 @@ def test_flops_are_those_that_were_counted() -> None:
     assert over("flops", run, [5, 10, 20, 25, 30, 40]) == pytest.approx([5e8, 1e9, 2e9, 4e9, 6e9, 10e9])
 
 
+def test_what_a_result_costs_is_a_share_of_what_it_cost_the_first() -> None:
+    """Half way between evaluations on both sides of it."""
+
+    def run(name: str, *values: float, flops: float) -> Run:
+        rows = [{"step": i, "time_s": 6 * i, "val/bpb": value, "train/flops": i * flops} for i, value in enumerate(values)]
+        return Run(name, {}, rows, {})
+
+    first, others = (
+        run("a", 3, 2, 1, flops=10),
+        [run("b", 3, 1.5, 0.5, flops=20), run("c", 3, 2, flops=10), run("d", 0.5, flops=1)],
+    )
+    rows = {label: shown for label, *shown in final_numbers([first, *others]) if "to the first" in label}
+    assert rows == {
+        "FLOPs to the first one's bits per byte": ["-", "150%", "not reached", "0%"],
+        "time to the first one's bits per byte": ["-", "75%", "not reached", "0%"],
+    }
+    assert not [label for label, *_ in final_numbers([first]) if "to the first" in label]
+
+
 def test_a_run_that_is_not_there_is_named_with_its_nearest(two_runs: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     hints = {"tinny": r"did you mean tiny\?$", "no/such/wide": r"did you mean wide\?$", "xyz": "there are tiny, wide$"}
