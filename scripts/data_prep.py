@@ -93,14 +93,12 @@ def _check_installed(args: Arguments) -> None:
 
 
 def _list_inputs(args: Arguments, layout: Layout) -> dict[str, int]:
-    """The files to prepare, without what an earlier call has written. Raises NanochatError if it would read its own output."""
+    """The files to prepare, with their sizes. Raises NanochatError if the output's are, or will be, among them."""
     inputs = list_inputs(args.input)
     if is_remote(args.input):
         return inputs
     output = Path(os.path.realpath(layout.output))  # links and .. may lead into the other folder
-    ours = [path for path in inputs if output in Path(os.path.realpath(path)).parents]
-    if layout.settings.exists() and len(ours) < len(inputs):
-        return {path: size for path, size in inputs.items() if path not in ours}
+    ours = any(output in Path(os.path.realpath(path)).parents for path in inputs)
     if ours or finds_below(args.input, output, "shard_00000.parquet"):
         raise NanochatError(f"--output {layout.output} and --input {args.input} overlap: choose another folder")
     return inputs

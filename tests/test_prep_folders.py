@@ -58,19 +58,6 @@ def test_an_output_that_the_input_would_not_find_may_lie_below(tmp_path: Path, a
     assert (raw / "prep" / "manifest.json").exists()
 
 
-def test_an_output_begun_where_the_input_finds_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As an earlier version allowed: killed among its shards, it would find them as other input files."""
-    raw = tmp_path / "raw"
-    write_documents(raw / "a.parquet", map(make_document, range(20)))
-    flags = ["--input", f"{raw}/**/*.parquet", "--output", str(raw / "prep"), "--no-tokenize", "--workers=1"]
-    with monkeypatch.context() as patch:
-        patch.setattr(data_prep, "finds_below", lambda *_: False)
-        assert data_prep.main(flags) == 0
-    for name in ("manifest.json", "work/log/manifest/completions/00000"):
-        (raw / "prep" / name).unlink()
-    assert data_prep.main(flags) == 0
-
-
 @pytest.mark.parametrize(
     ("name", "content"),
     [("settings.json", '{"editor": 1}'), ("settings.json", "{"), ("manifest.json", "{}"), ("thesis.tex", "all of it")],
