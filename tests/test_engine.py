@@ -14,7 +14,6 @@ import torch
 from nanochat.common import NanochatError
 from nanochat.compilation import can_compile
 from nanochat.engine import Engine, EngineThread
-from nanochat.kv_cache import BLOCK_SIZE, BlockAllocator
 from nanochat.openai_api import joined_parts
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
@@ -244,19 +243,6 @@ def test_shared_prefixes_are_computed_once(engine: Engine, tokenizer: Tokenizer,
     assert computed == [len(second) - 48]  # three blocks of 16 are shared, the fourth is not full
     (row,) = engine.complete([second], SamplingParams(0, max_tokens=10))
     assert row.cached_tokens == 48
-
-
-def test_the_longest_unused_block_is_reused_first() -> None:
-    """So that what many texts begin with stays findable."""
-    allocator = BlockAllocator(4)
-    blocks = [allocator.allocate() for _ in range(3)]
-    texts = [[i] * BLOCK_SIZE for i in range(3)]
-    for block, text in zip(blocks, texts, strict=True):
-        allocator.publish(block, 0, tuple(text))
-        allocator.release([block])
-    allocator.release(allocator.share(texts[0])[0])  # used once more, so that the second is the oldest
-    assert [allocator.allocate(), allocator.allocate()] == blocks[1:]
-    assert [allocator.share(text)[0] for text in texts] == [blocks[:1], [], []]
 
 
 def test_a_conversation_goes_on_from_its_last_turn(engine: Engine, tokenizer: Tokenizer) -> None:

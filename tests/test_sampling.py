@@ -139,12 +139,35 @@ def test_what_a_tool_said_may_be_repeated() -> None:
     assert adjustment.apply(logits, [0, 1, 1], [1, 0, 0]).tolist() == [0.0, 2.0]
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"min_p": 2}, {"repetition_penalty": 0},
-                                 {"presence_penalty": 2.5}, {"frequency_penalty": float("nan")}, {"logit_bias": ((1, 200),)},
-                                 {"stop": ("",)}, {"max_tokens": -1}, {"temperature": float("nan")}])  # fmt: skip
-def test_settings_that_mean_nothing_are_refused(bad: dict) -> None:
-    with pytest.raises(NanochatError, match=next(iter(bad))):
-        SamplingParams(**bad)
+@pytest.mark.parametrize(
+    ("name", "fine", "bad"),
+    [
+        ("temperature", [0, 100], [-1e-6, float("nan")]),
+        ("top_k", [0, 10**30], [-1]),
+        ("top_p", [1e-6, 1], [0, 1.001]),
+        ("min_p", [0, 1], [-1e-6, 1.001]),
+        ("repetition_penalty", [0.01, 100], [0, 0.009, 100.1]),
+        ("presence_penalty", [-2, 2], [-2.001, 2.001]),
+        ("frequency_penalty", [-2, 2], [-2.001, 2.001, float("nan")]),
+        ("logit_bias", [((1, -100), (2, 100))], [((1, 1), (2, -100.1)), ((1, 100.1), (2, 1))]),
+        ("max_tokens", [None, 0], [-1]),
+        ("stop", [(), (" ",)], [("a", ""), ("", "a")]),
+        ("logprobs", [None, 0], [-1]),
+    ],
+)
+def test_settings_reach_to_their_limits_and_no_further(name: str, fine: list[Any], bad: list[Any]) -> None:
+    for value in fine:
+        SamplingParams(**{name: value})
+    for value in bad:
+        with pytest.raises(NanochatError, match=f"{name} cannot be"):
+            SamplingParams(**{name: value})
+
+
+def test_settings_without_effect_make_no_columns() -> None:
+    """On a GPU each column would wait for all computation that was queued before."""
+    rows = _rows([SamplingParams(), SamplingParams(seed=1)])
+    assert [rows.greedy, rows.temperature, rows.min_p, rows.top_k, rows.top_p] == [None] * 5
+    assert not (rows.restricts or rows.all_greedy or rows.to_adjust)
 
 
 def test_a_row_without_top_k_draws_from_all_beside_one_with_it() -> None:
