@@ -125,6 +125,26 @@ def test_a_text_that_is_put_back_is_counted_once(engine: Engine) -> None:
     assert text.cached_tokens == 0 and engine.scheduler.prompt_tokens == 51
 
 
+def test_a_text_that_is_put_back_is_the_next_to_run(engine: Engine) -> None:
+    one_row = Engine(engine.model, engine.tokenizer, max_rows=1).scheduler
+    texts = [Sequence([1, 2], SamplingParams(0, max_tokens=9, ignore_eos=True)) for _ in range(2)]
+    for text in texts:
+        one_row.submit(text)
+    one_row.step()
+    one_row._preempt(texts[0])
+    assert list(one_row.waiting) == texts
+
+
+def test_a_text_is_its_prompt_and_what_follows() -> None:
+    text, whole = Sequence([5, 6, 7], tokens=[8, 9]), [5, 6, 7, 8, 9]
+    assert text.length == 5
+    assert [text.token_at(i) for i in range(5)] == whole
+    assert [text.token_before(i) for i in range(5)] == [5, *whole[:-1]]
+    for start in range(6):
+        for end in range(start, 6):
+            assert text.slice(start, end) == whole[start:end]
+
+
 def test_the_token_that_ends_an_answer_has_no_logprob(
     engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
