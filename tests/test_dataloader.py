@@ -129,6 +129,21 @@ def test_another_number_of_ranks_takes_over(make_loader) -> None:
             assert torch.equal(found, next(expected))
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_what_was_read_is_counted_once_whoever_goes_on(make_loader, world_size: int) -> None:
+    def count(loaders: list) -> int:
+        return sum(stats.get("tokens", stats.get("conversations")) for stats in (loader.stats() for loader in loaders))
+
+    before = _ranks(make_loader, 4)
+    _rows(before, 10, 4)
+    after = _ranks(make_loader, world_size)
+    for loader in after:
+        loader.load_state_dict(_states(before))
+    assert 0 <= count(before) - count(after) < world_size  # what does not divide by it
+    _rows(after, 2, 4)
+    assert count(before) < count(after) < 2 * count(before)
+
+
 def test_ranks_that_cannot_share_the_lanes(make_loader) -> None:
     states = _states(_ranks(make_loader, 2))
     with pytest.raises(NanochatError, match="3 processes cannot share evenly: go on with one of 1, 2, 4, 8, 16"):
@@ -198,8 +213,12 @@ def test_tokens_need_no_tokenizer(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert seen[0] == seen[1]
 
 
-@pytest.mark.parametrize("wrong", [-1, 1 << 20])
-def test_ids_that_the_vocabulary_lacks_are_named_by_their_file(tmp_path: Path, tokenizer: Tokenizer, wrong: int) -> None:
+@pytest.mark.parametrize("wrong", [-1, None, 1 << 20])
+def test_ids_that_the_vocabulary_lacks_are_named_by_their_file(
+    tmp_path: Path, tokenizer: Tokenizer, wrong: int | None
+) -> None:
+    """None: the first one that it lacks."""
+    wrong = tokenizer.get_vocab_size() if wrong is None else wrong
     for name, ids in (("a", [[1, 2]]), ("b", [[3], [4, wrong]]), ("val", [[5]])):
         table = pa.table({"tokens": pa.array(ids, pa.list_(pa.int32()))})
         table = table.replace_schema_metadata({"nanochat.tokenizer": tokenizer.fingerprint()})
@@ -240,14 +259,19 @@ def test_a_panic_in_the_thread_reaches_the_consumer() -> None:
     assert len(caught) == 1
 
 
-def test_a_forgotten_loader_ends_its_threads(source, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("closed", [True, False])
+def test_a_loader_that_is_closed_or_forgotten_ends_its_threads(source, tokenizer: Tokenizer, closed: bool) -> None:
     before = set(threading.enumerate())
     loader = _loader(source, tokenizer)
     next(loader)
     started = set(threading.enumerate()) - before
     assert started
-    del loader
-    gc.collect()
+    if closed:
+        with loader:
+            pass
+    else:
+        del loader
+        gc.collect()
     wait_for(lambda: not any(thread.is_alive() for thread in started), "the end of its threads", 5)
 
 
@@ -262,9 +286,9 @@ def _mixture() -> TaskMixture:
 def test_conversations_are_whole_and_supervised(tokenizer: Tokenizer, sequence_len: int) -> None:
     task = _mixture()
     supervised: Counter[int] = Counter()
-    loader = ConversationLoader(task, tokenizer, 2, sequence_len, loop=False)
+    loader = ConversationLoader(task, tokenizer, 3, sequence_len, loop=False)
     for inputs, targets in loader:
-        assert inputs.shape == targets.shape == (2, sequence_len)
+        assert inputs.shape == targets.shape == (3, sequence_len) and targets.min() >= -1
         supervised.update(targets[targets >= 0].tolist())
     expected: Counter[int] = Counter()
     for i in range(len(task)):
@@ -281,6 +305,10 @@ def test_conversations_longer_than_a_row_are_counted(tokenizer: Tokenizer) -> No
     assert all(len(targets[targets >= 0]) for _, targets in batches)
     with pytest.raises(NanochatError, match="raise --max-seq-len"):
         next(ConversationLoader(_mixture(), tokenizer, 2, 4))
+    loader = ConversationLoader(_Letters(20, usable=7), tokenizer, 2, 64, loop=False)
+    list(loader)
+    stats = loader.stats()
+    assert (stats["conversations"], stats["skipped"], stats["truncated"]) == (420, 180, 0)
 
 
 def test_conversation_ranks_share_an_epoch(tokenizer: Tokenizer) -> None:

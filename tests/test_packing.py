@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from nanochat import dataloader
+from nanochat.common import NanochatError
 from nanochat.dataloader import TokenLoader
 
 BOS, FIRST = 0, 1000  # a token says of which document it is, and its place there: FIRST * (1 + document) + place
@@ -145,3 +146,8 @@ def test_stats_count_only_rows_that_hold_text(lengths: list[int], count: int) ->
         rows = [row for batch in loader for row in rows_of(*batch)]
         tokens = sum(token != BOS for row in rows for token in row)
         assert loader.stats() == {"tokens": tokens, "filled": pytest.approx(tokens / (64 * len(rows))), "epoch": 0}
+
+
+def test_a_split_without_a_document_is_noticed() -> None:
+    with open_loader([], loop=False) as loader, pytest.raises(NanochatError, match="numbered has no train document"):
+        next(loader)
