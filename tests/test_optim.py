@@ -244,6 +244,27 @@ def test_rates_of_what_is_no_matrix_follow_the_width(n_embd: int, scale: float) 
     assert {name: rates[name] for name in expected} == pytest.approx(expected)
 
 
+def test_each_setting_reaches_the_parameters_that_it_names() -> None:
+    optimizer = make_model(n_layer=2).setup_optimizer(
+        weight_decay=0.7, adam_betas=(0.1, 0.2), adam_eps=0.3, scalar_eps=0.4, muon_momentum=0.5, muon_beta2=0.6
+    )
+    groups = {name: group for group in optimizer.groups for name in group.names}
+    head, table, stream, first = (groups[name] for name in ("lm_head.weight", "wte.weight", "resid_lambdas", "x0_lambdas"))
+    assert head.betas == table.betas == stream.betas == (0.1, 0.2) != first.betas
+    assert (head.eps, stream.eps, first.eps) == (0.3, 0.4, 0.4)
+    matrices = [group for group in optimizer.groups if group.kind == "muon"]
+    assert {(group.momentum, group.betas[1], group.weight_decay) for group in matrices} == {(0.5, 0.6, 0.7)}
+    assert not any(group.weight_decay for group in optimizer.groups if group.kind != "muon")
+
+
+def test_of_a_table_only_rows_that_were_looked_up_have_gradients_on_a_cpu() -> None:
+    model = make_model()
+    model.setup_optimizer()
+    idx = torch.tensor([[7, 8, 7]])
+    model(idx, idx).backward()
+    assert sorted(model.wte.weight.grad.coalesce().indices()[0].tolist()) == [7, 8]
+
+
 def test_state_goes_on_exactly() -> None:
     def train(model, optimizer, seeds) -> None:
         for seed in seeds:
