@@ -328,7 +328,7 @@ def _convert_one(action: argparse.Action, what: str, value: Any) -> Any:
         raise NanochatError(f"{what} is not {wanted}: write it like {_example(action)}")
     try:
         value = action.type(value if wanted != "text" else str(value)) if callable(action.type) else str(value)
-    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+    except (ValueError, TypeError, OverflowError, argparse.ArgumentTypeError) as error:
         raise NanochatError(f"{what} does not suit --{_long_name(action)} ({error}): see --help") from error
     if action.choices is not None and value not in action.choices:
         raise NanochatError(f"{what} is not among the choices: take one of {', '.join(map(str, action.choices))}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def test_a_file_may_give_what_a_command_requires(tmp_path: Path) -> None:
         ("depth = x", ("not TOML", "line 1")),
         (f"seed = {'9' * 6000}", ("not TOML", "4300 digits")),
         (f"set = {'[' * 5000}", ("not TOML",)),
+        (f"matrix_lr = {'9' * 400}", ("matrix_lr = 999", "does not suit --matrix-lr", "too large")),
     ],
 )
 def test_what_is_wrong_with_a_file_is_one_sentence(content: str, named: tuple[str, ...], tmp_path: Path) -> None:
@@ -125,7 +127,7 @@ def test_a_horizon_on_the_command_line_replaces_that_of_the_file(tmp_path: Path)
     file = "num_iterations = 5\ntarget_flops = 1e9\ndepth = 2"
     for flags, expected in (
         ([], (5, -1.0, 1e9)), (["--target-minutes=3"], (-1, 3.0, -1.0)), (["--target-flops=2"], (-1, -1.0, 2.0)),
-        (["--num-iterations=-1"], (-1, -1.0, 1e9)), (["--depth=3"], (5, -1.0, 1e9)),
+        (["--num-iterations=-1"], (-1, -1.0, 1e9)), (["--num-iterations=0"], (-1, -1.0, 1e9)), (["--depth=3"], (5, -1.0, 1e9)),
     ):  # fmt: skip
         found = parse(base_train, file, tmp_path, *flags)
         assert tuple(found[name] for name in ("num_iterations", "target_minutes", "target_flops")) == expected
@@ -200,6 +202,7 @@ def test_help_has_groups_defaults_and_examples_that_parse(
     text, _, examples = capsys.readouterr().out.partition("examples:\n")
     for part in ("usage: command ", "every command:", "--debug", "--config FILE", "default: "):
         assert part in text
+    assert re.findall(r"^(\w.*):$", text, re.MULTILINE)[-1] == "every command"  # the command's own flags come first
     for line in examples.splitlines():
         command, *flags = shlex.split(line)
         if command == "command" and "--config" not in flags:
@@ -248,3 +251,26 @@ def test_two_long_names_are_one_setting() -> None:
     parser = SettingsParser("A test.")
     parser.add_argument("--new-name", "--old-name", dest="name")
     assert 'new_name = "x"' in parser.parse_args(["--old-name=x"]).to_toml({"name": "x"})
+
+
+def test_help_says_each_default_once_and_only_if_it_means_something() -> None:
+    parser = SettingsParser("A test.")
+    shown = {"--plain": (5, "text", "text (default: 5)"), "--large": (10**6, "text", "text (default: 1,000,000)"),
+             "--bracket": (5, "text (0: all)", "text (0: all; default: 5)"), "--own": (5, "default: all", "default: all"),
+             "--none": (None, "text", "text"), "--open": (-1, "text", "text"), "--off": (False, "text", "text")}  # fmt: skip
+    for flag, (default, text, _) in shown.items():
+        parser.add_argument(flag, default=default, help=text)
+    lines = [line.split(maxsplit=2) for line in parser.format_help().splitlines()]
+    assert {words[0]: words[2] for words in lines if words and words[0] in shown} == {
+        flag: expected for flag, (_, _, expected) in shown.items()
+    }
+
+
+def test_a_flag_of_many_values_is_a_list_in_a_file(tmp_path: Path) -> None:
+    parser = SettingsParser("A test.")
+    parser.add_argument("--sizes", type=float, nargs="+", default=[1.0])
+    (tmp_path / "some.toml").write_text("sizes = [24, 80.5]", encoding="utf-8")
+    found = parser.parse_args([f"--config={tmp_path / 'some.toml'}"])
+    assert found.sizes == [24.0, 80.5] and found.to_toml(vars(found)).endswith(
+        "[options]\nsizes = [\n    24.0,\n    80.5,\n]\n"
+    )
