@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from nanochat.common import NanochatError
 from nanochat.scaling import config_for_depth, default_device_batch_size, fit_batch, plan_horizon
 from scripts.base_train import peak_weight_decay
 
@@ -43,3 +44,20 @@ def test_the_smallest_plans() -> None:
     assert config_for_depth(4, 200_000).bigrams == 2
     assert plan_horizon(config_for_depth(4, 512), 1e6, target_flops=1.0).num_iterations == 1
     assert default_device_batch_size(512, 2048, 1, 9) == 1  # a row that is longer than the batch, and than what fits
+    assert plan_horizon(config_for_depth(4, 512), 1, num_iterations=1).num_iterations == 1
+
+
+def test_batches_grow_with_the_tokens_and_faster_where_these_are_few() -> None:
+    """Around the reference of 12 tokens for each parameter at depth 12: by the power 0.383 above it, 0.79 below."""
+    config = config_for_depth(12, 32768)
+    sizes = [plan_horizon(config, 1, tokens_per_param=12 * share).total_batch_size for share in (1 / 16, 1 / 4, 1, 4, 16)]
+    assert sizes == [2**16, 2**17, 2**19, 2**20, 2**21]
+
+
+def test_no_model_is_made_of_nothing() -> None:
+    with pytest.raises(NanochatError, match="depth 0 is too small"):
+        config_for_depth(0, 512)
+    for head_dim in (0, 4, 12):
+        with pytest.raises(NanochatError, match=f"head_dim {head_dim} is not a multiple of 8"):
+            config_for_depth(2, 512, head_dim=head_dim)
+    assert config_for_depth(2, 512, head_dim=8).head_dim == 8
