@@ -280,6 +280,8 @@ def test_weights_that_are_none_are_named(tiny_run: Path) -> None:
 def test_what_is_absent_is_named_with_what_there_is(tiny_run: Path) -> None:
     with pytest.raises(CheckpointError, match="'nope' has no base checkpoint.*runs with one: tiny"):
         load_model("base", "cpu", "eval", "nope")
+    with pytest.raises(CheckpointError, match=r"'tiny' has no rl .* no run has one yet; of this run there is base, sft \("):
+        load_model("rl", "cpu", "eval", "tiny")
     with pytest.raises(CheckpointError, match="no rl checkpoint.*scripts.chat_rl"):
         load_model("rl", "cpu", "eval")
     with pytest.raises(CheckpointError, match="steps there: 3, 6"):
@@ -405,8 +407,21 @@ def test_state_that_is_read_in_parts_and_is_not_there_is_named(stage_dir: Path, 
     save_checkpoint(stage_dir, 1, STATE, None, {})
     with pytest.raises(CheckpointError, match="was saved without optimizer state: add --load-optimizer 0"):
         load_optimizer(ShardedOptimizer(("b",)), stage_dir, 1)
-    with pytest.raises(CheckpointError, match=r"optim\.safetensors is damaged \(missing"):
+    with pytest.raises(CheckpointError, match=r"optim\.safetensors is damaged \(missing, .*; train it again"):
         load_into(step_dir(stage_dir, 1), "optim.safetensors", {"b": torch.zeros(4)})
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_what_a_killed_save_left_is_not_in_the_next_one(stage_dir: Path, in_parts: bool) -> None:
+    left = stage_dir / ".step_000001.tmp" / "sharded" / "left"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    if in_parts:
+        save_sharded(stage_dir, 1, {"model.safetensors": STATE}, {})
+    else:
+        save_checkpoint(stage_dir, 1, STATE, None, {})
+    assert not [path for path in stage_dir.rglob("*") if path.name == "left" or ".tmp" in path.name]
 
 
 def test_a_copy_that_a_file_manager_named_is_no_run(tiny_run: Path) -> None:

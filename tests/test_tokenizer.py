@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -133,16 +134,23 @@ def test_long_conversations_are_cut(tokenizer: Tokenizer) -> None:
 
 
 @pytest.mark.parametrize(
-    "conversation",
-    [{}, {"messages": []}, {"messages": [{"role": "assistant", "content": "x"}]},
-     {"messages": [{"role": "user", "content": "x"}, {"role": "user", "content": "y"}]},
-     {"messages": [{"role": "system", "content": "x"}]},
-     {"messages": [{"role": "user", "content": [{"type": "image", "text": "x"}]}]},
-     {"messages": [{"role": "user", "content": ["x"]}]}],
+    ("messages", "reason"),
+    [(None, "is not a list of messages"), ([], "is not a list of messages"), ("hi", "is not a list of messages"),
+     ([{"role": "assistant", "content": "x"}], "out of turn: message 1 is from 'assistant', not 'user'"),
+     ([{"role": "user", "content": "x"}] * 2, "out of turn: message 2 is from 'user', not 'assistant'"),
+     ([{"role": "system", "content": "x"}] * 2, "out of turn: message 2 is from 'system', not 'user'"),
+     ([{"role": "system", "content": "x"}], "has only a system message"),
+     ([{"role": "user", "content": "x"}, {"role": "assistant"}], "has message 2 without role and content"),
+     ([{"content": "x"}], "has message 1 without role and content"), (["x"], "has message 1 without role and content"),
+     ([{"role": "user", "content": [{"type": "image", "text": "x"}]}], "is damaged in message 1 .*'image'"),
+     ([{"role": "user", "content": [{"type": "text", "text": 1}]}], "is damaged in message 1"),
+     ([{"role": "user", "content": ["x"]}], "is damaged in message 1 .*'x'")],
 )  # fmt: skip
-def test_what_is_no_conversation_is_refused(tokenizer: Tokenizer, conversation: dict) -> None:
-    with pytest.raises(NanochatError):
-        tokenizer.render_conversation(conversation)
+def test_what_is_no_conversation_is_refused_with_its_reason(tokenizer: Tokenizer, messages: Any, reason: str) -> None:
+    with pytest.raises(NanochatError, match=f"a conversation .*{reason}"):
+        tokenizer.render_conversation({"messages": messages})
+    with pytest.raises(NanochatError, match="a conversation is not a list of messages"):
+        tokenizer.render_conversation({})
 
 
 def test_parts_survive_the_round_trip(tokenizer: Tokenizer) -> None:
@@ -207,6 +215,8 @@ def test_a_home_that_there_is_not_is_no_place_of_a_tokenizer() -> None:
     [
         ({"tokens": [base64.b64encode(bytes([i])).decode() for i in range(256) if i != 65]}, "lacks the .* byte 0x41"),
         ({"tokens": [base64.b64encode(bytes([i % 256])).decode() for i in range(257)]}, "has a token twice"),
+        ({"version": 2}, "another version of the format"),
+        ({"special_tokens": SPECIAL_TOKENS[:-1]}, "another version of the format"),
         ({"pattern": ""}, "its pattern '' does not match all of a text"),
         ({"pattern": "a*"}, r"its pattern 'a\*' does not match all of a text"),  # it matches no character, and tiktoken panics
         ({"pattern": "zzzqq"}, "its pattern 'zzzqq' does not match all of a text"),
