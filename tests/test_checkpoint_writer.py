@@ -64,6 +64,29 @@ def test_what_goes_wrong_then_is_for_whoever_waits(tmp_path: Path, monkeypatch: 
     with pytest.raises(NotADirectoryError):
         writer.wait()
     writer.wait()  # it is said once
+    with pytest.raises(NotADirectoryError):
+        writer.write(1, MODEL, OPTIMIZER, {}, None)
+
+
+def test_copies_keep_their_memory_as_long_as_it_fits(tmp_path: Path) -> None:
+    def places() -> list[int]:
+        return [tensor.data_ptr() for state in writer._copies for tensor in state.values()]
+
+    writer = CheckpointWriter(tmp_path, keep_last=0)
+    writer.start(1, MODEL, OPTIMIZER, {"note": 1}, None)
+    writer.wait()
+    before = places()
+    writer.start(2, MODEL, OPTIMIZER, {"note": 2}, None)
+    writer.wait()
+    assert places() == before
+    other = {"a": torch.tensor([7.0]), "b": torch.ones(3, dtype=torch.bfloat16)}
+    writer.start(3, other, OPTIMIZER, {"note": 3}, None)
+    writer.wait()
+    assert places()[2:] == before[2:]
+    model, _, _ = load_all(tmp_path, 3)
+    for name, tensor in other.items():
+        assert torch.equal(model[name], tensor) and model[name].dtype == tensor.dtype
+    _assert_saved(tmp_path, 2)
 
 
 @pytest.mark.parametrize(("metric", "values"), [("-val/bpb", (3.0, 2.0, 2.5, 1.0)), ("val/pass@1", (0.1, 0.2, 0.15, 0.3))])

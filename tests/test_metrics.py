@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sqlite3
@@ -16,7 +17,7 @@ import pytest
 from nanochat import loggers, metrics
 from nanochat.common import NanochatError
 from nanochat.loggers import LOGGERS, LoggedRun, check_installed
-from nanochat.metrics import MetricsLog, read_metrics, series, smooth
+from nanochat.metrics import MetricsLog, read_metrics, series, smooth, thinned
 from nanochat.quantities import quantity
 from nanochat.stage import Stage, open_metrics
 from scripts.base_train import parse_arguments
@@ -80,6 +81,54 @@ def test_metrics_survive_a_torn_line_and_numbers_that_are_none(tmp_path: Path) -
     log.close()
     assert [row["step"] for row in read_metrics(path)] == [1, 2]
     assert read_metrics(path)[-1]["train/loss"] is None
+
+
+@pytest.mark.parametrize(("there", "lines"), [(b"", 1), (b"\n", 2), (b"{", 2), (b"{}\n", 2), (b"{}\n{", 3)])
+def test_a_row_has_a_line_of_its_own_whatever_stands_before_it(tmp_path: Path, there: bytes, lines: int) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(there)
+    log = MetricsLog(tmp_path, {})
+    log.log(_row(1))
+    log.close()
+    found = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(found) == lines and json.loads(found[-1])["step"] == 1
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_what_a_full_disk_refused_is_written_later(tmp_path: Path, ends: bool, capfd: pytest.CaptureFixture) -> None:
+    """With the next row, or at the end; and it is told once."""
+
+    class Disk:
+        full = True
+
+        def write(self, content: bytes) -> int:
+            if self.full:
+                raise OSError(28, "No space left on device")
+            return file.write(content[:10])  # as systems may do
+
+        def close(self) -> None:
+            file.close()
+
+    log = MetricsLog(tmp_path, {})
+    file, log._file = log._file, Disk()
+    for step in (1, 2):
+        log.log(_row(step))
+    Disk.full = False
+    if not ends:
+        log.log(_row(3))
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == ([] if ends else [1, 2, 3])
+    log.close()
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == ([1, 2] if ends else [1, 2, 3])
+    assert capfd.readouterr().err.count("metrics cannot be written now (No space left on device)") == 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 9, 10, 11, 100, 101, 109])
+def test_points_are_left_out_evenly_but_for_the_last(count: int) -> None:
+    kept = thinned(count, 10)
+    assert kept == sorted(set(kept)) and len(kept) <= 11
+    if count:
+        assert (kept[0], kept[-1]) == (0, count - 1)
+    gaps = [b - a for a, b in itertools.pairwise(kept)]
+    assert len({*gaps[:-1]}) <= 1 and (not gaps or gaps[-1] <= gaps[0] <= -(-count // 10))
 
 
 def test_lines_that_are_no_rows_are_passed_over(tmp_path: Path) -> None:
