@@ -94,6 +94,7 @@ def test_training_sees_the_distribution_that_was_sampled(engine: Engine, tempera
     loader = RolloutLoader(engine, Vowels(), settings, micro_batches=3)
     checked = stopped = 0
     for inputs, targets, _, _, sampled_logprobs in (next(loader) for _ in range(3)):
+        assert inputs.size(1) == rl.ROW_STEP  # no wider than they must be
         drawn = targets >= 0
         logprobs = policy_logprobs(engine.model, inputs, targets, temperature, top_k)
         torch.testing.assert_close(logprobs[drawn], sampled_logprobs[drawn], atol=2e-4, rtol=0)
@@ -228,6 +229,8 @@ def test_ranks_share_an_update_and_epochs_see_every_problem_once(engine: Engine)
         assert together == alone._problems()
         seen += [index for _, index in together]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+    with pytest.raises(NanochatError, match="2 problems a step, of 10, are too few for 3 ranks"):
+        RolloutLoader(engine, Vowels(), _settings(examples_per_step=2), 1, 0, 3)
 
 
 def test_an_answer_that_never_ends_earns_nothing(ending: Engine) -> None:
@@ -472,15 +475,16 @@ def test_a_reference_is_kept_to_where_rewards_say_nothing(engine: Engine, monkey
 
 
 def test_prompts_that_were_cut_are_counted(tokenizer: Tokenizer) -> None:
-    class Long(Vowels):
+    class Same(Vowels):
         def get_example(self, index: int) -> Conversation:
-            question = {"role": "user", "content": make_document(index, 9)}
-            return {"messages": [question, {"role": "assistant", "content": "e"}]}
+            return super().get_example(0)
 
-    engine = make_engine(tokenizer, 32)
-    loader = RolloutLoader(engine, Long(), _settings(examples_per_step=2, num_samples=2, max_tokens=8), 1)
-    next(loader)
-    assert loader.metrics()["rl/shortened_prompts"] == 2
+    length = len(tokenizer.render_for_completion(Same()[0]))
+    for context, cut in ((length + 8, 0), (length + 7, 2)):
+        engine = make_engine(tokenizer, context)
+        loader = RolloutLoader(engine, Same(), _settings(examples_per_step=2, num_samples=2, max_tokens=8), 1)
+        next(loader)
+        assert loader.metrics()["rl/shortened_prompts"] == cut and engine.model.training
 
 
 def test_shares_of_unfinished_answers_and_mixed_groups(ending: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
