@@ -219,6 +219,20 @@ def test_long_prompts_lose_their_beginning_and_are_counted(engine: Engine) -> No
     assert (result.truncated, result.n) == (1, 9)
 
 
+@pytest.mark.parametrize(("base", "truncated"), [(LongAnswers, 1), (Letters, 0)])
+def test_only_answers_of_more_than_a_letter_take_room(engine: Engine, base: type[LongAnswers], truncated: int) -> None:
+    class Long(base):
+        def get_example(self, index: int) -> Conversation:
+            problem = super().get_example(index)
+            beginning = problem["messages"][0]["content"]
+            while len(engine.tokenizer.render_for_completion(problem)) < 240:
+                beginning = f"word {beginning}"
+                problem["messages"][0]["content"] = beginning
+            return problem
+
+    assert evaluate_task(engine, Long(), 1, 8, Answering(max_tokens=32)).truncated == truncated
+
+
 def test_a_model_that_never_stops_ends_at_its_limit(engine: Engine) -> None:
     engine.scheduler.stop_ids = set(range(engine.model.config.vocab_size))
     assert evaluate_task(engine, LongAnswers(), 2, 8, Answering(max_tokens=7)).unfinished == 0

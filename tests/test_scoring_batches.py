@@ -1,4 +1,4 @@
-"""How texts to be scored go together, and how the data to score on is fetched."""
+"""How texts to be scored are cut and go together, and how the data to score on is fetched."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanochat import core_bundle, hf_scorer
-from nanochat.core_bundle import find_bundle
-from nanochat.core_eval import Candidate, NanochatScorer, Question, Row, batches_by_length
+from nanochat.core_bundle import CoreTask, find_bundle
+from nanochat.core_eval import Candidate, NanochatScorer, Question, Row, batches_by_length, build_question
 from nanochat.tokenizer import Tokenizer
 from tests.helpers import OUT_OF_MEMORY, make_model
-from tests.test_core_eval import save_llama
+from tests.test_core_eval import BUNDLE, save_llama
 
 
 @given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 200))
@@ -29,6 +29,29 @@ def test_batches_hold_every_text_once_and_no_more_than_fits(lengths: list[int], 
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= most
     for batch, after in zip(batches, batches[1:], strict=False):  # each is as full as it can be
         assert (len(batch) + 1) * lengths[after[0]] > most
+
+
+def _ask(tokenizer: Tokenizer, context: int, items: list[dict], index: int, kind: str, shots: int) -> Question:
+    scorer = SimpleNamespace(context=context, encode=lambda text: tokenizer.encode(text, prepend="<|bos|>"))
+    return build_question(CoreTask("x", kind, Path(), shots, " ", 0.0), items, index, scorer)
+
+
+@pytest.mark.parametrize("label", BUNDLE)
+def test_texts_that_are_too_long_lose_their_beginning_alone(tokenizer: Tokenizer, label: str) -> None:
+    """All candidates as much, so that what they share remains shared."""
+    kind, items, *_ = BUNDLE[label]
+    whole, cut = (_ask(tokenizer, context, items, 1, kind, 3) for context in (10_000, 40))
+    assert cut.truncated and not whole.truncated
+    (lost,) = {before.start - after.start for before, after in zip(whole.candidates, cut.candidates, strict=True)}
+    assert [after.tokens for after in cut.candidates] == [before.tokens[lost:] for before in whole.candidates]
+    assert max(len(after.tokens) for after in cut.candidates) == 40
+
+
+def test_a_choice_that_begins_with_another_is_judged_from_the_same_place(tokenizer: Tokenizer) -> None:
+    items = [{"query": "Who sees it?", "choices": ["the cat", "the cat and the dog"], "gold": 0}]
+    short, long = _ask(tokenizer, 256, items, 0, "multiple_choice", 0).candidates
+    assert long.tokens[: len(short.tokens)] == short.tokens
+    assert 0 < short.start == long.start < len(short.tokens)
 
 
 @pytest.mark.parametrize("name", ["max_position_embeddings", "n_positions", "max_seq_len"])
