@@ -233,6 +233,12 @@ def test_only_answers_of_more_than_a_letter_take_room(engine: Engine, base: type
     assert evaluate_task(engine, Long(), 1, 8, Answering(max_tokens=32)).truncated == truncated
 
 
+def test_a_task_without_problems_tells_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LongAnswers, "num_examples", lambda task: 0)
+    result = evaluate_task(engine, LongAnswers())
+    assert (result.n, result.accuracy, result.low, result.high, result.pass_at) == (0, 0, 0, 1, {1: 0})
+
+
 def test_a_model_that_never_stops_ends_at_its_limit(engine: Engine) -> None:
     engine.scheduler.stop_ids = set(range(engine.model.config.vocab_size))
     assert evaluate_task(engine, LongAnswers(), 2, 8, Answering(max_tokens=7)).unfinished == 0
