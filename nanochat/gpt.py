@@ -71,7 +71,7 @@ class GPTConfig:
             if value == field.default and type(value) in types:
                 continue  # a switch may be off at 0
             if type(value) not in types or (wanted.endswith("above 0") and not 0 < value < 1 << 31):
-                raise NanochatError(f"{field.name} {value!r:.50} is not {wanted} (default: {field.default})")
+                raise NanochatError(f"{field.name} {value!r:.50} is not {wanted}, nor the default, {field.default}")
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 8:
             raise NanochatError(
                 f"n_embd {self.n_embd} over n_head {self.n_head} does not give a head size divisible by 8: "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import math
 import re
 from typing import Any
 
@@ -64,11 +65,18 @@ class CarefulProtocol(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._unread = self.loop.call_later(READ_TIMEOUT_S, self.transport.abort)
+        self._watch_reader(math.inf)
 
     def resume_writing(self) -> None:
         super().resume_writing()
         self._stop_waiting()
+
+    def _watch_reader(self, waiting: float) -> None:
+        """Close the connection if no less waits to be read than the last time; look again later."""
+        if (size := self.transport.get_write_buffer_size()) >= waiting:
+            self.transport.abort()
+        else:
+            self._unread = self.loop.call_later(READ_TIMEOUT_S, self._watch_reader, size)
 
     def _stop_waiting(self) -> None:
         if self._unread is not None:

@@ -35,7 +35,7 @@ WORK_SETTINGS = {
 # Settings that may change when a run is resumed: also rates, since lower ones are the remedy for a divergence, what another
 # machine can do, and whatever has its content compared in place of its path.
 FREE_SETTINGS = WORK_SETTINGS | {
-    *RATES, "dtype", "attention", "fp8", "data", "tasks", "task_data", "tokenizer", "from_hf", "from_run", "model_step"
+    *RATES, "dtype", "attention", "fp8", "data", "tasks", "task_data", "tokenizer", "from_hf", "model_step"
 }  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def check_mixture(stage: Stage, task: Task, tasks: str) -> dict[str, Any] | None
     raise NanochatError(
         f"the mixture, {len(task):,} conversations, is not the one that run {stage.tag!r} was started with "
         f"({before['conversations']:,}): it has other files or another choice of tasks, or a newer nanochat makes other "
-        f"conversations; restore them to go on, or remove {stage.directory} to start this stage again"
+        f"conversations; restore them to go on, or {way_to_begin_anew(stage.directory)}"
     )
 
 

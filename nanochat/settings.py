@@ -31,8 +31,8 @@ else:
 CONFIG_FILE = "config.toml"
 NOT_IN_FILES = ("help", "config", "debug")
 # Flags of the public nanochat that take another form here: what to do instead, where the nearest name would be wrong.
-_DTYPE, _MIXTURE = "set NANOCHAT_DTYPE=bfloat16", "write --tasks 'SmolTalk,MMLU*3,GSM8K*4'"
-_AFTERWARDS, _BETAS = "measure with scripts.chat_eval afterwards", "give --set 'adam_betas=(0.8, 0.95)'"
+_DTYPE, _MIXTURE = "for another precision, set NANOCHAT_DTYPE=bfloat16", "write --tasks 'SmolTalk,MMLU*3,GSM8K*4'"
+_AFTERWARDS, _BETAS = "measure with scripts.chat_eval afterwards", "base_train has --set 'adam_betas=(0.8, 0.95)'"
 ELSEWHERE = {
     "warmup-ratio": "give --warmup-steps, a number of updates",
     "d": _DTYPE, "dtype": _DTYPE,

@@ -136,7 +136,7 @@ def open_stage(name: str, tag: str | None, default_tag: str, resume: str, logger
     """
     if not re.fullmatch("auto|none|[0-9]{1,18}", resume):
         raise NanochatError(f"--resume {resume[:50]!r} is neither auto nor none nor a step: give one of these")
-    if resume == "none" and _restarted_by() == "torchrun":
+    if resume == "none" and restarted_by() == "torchrun":
         raise NanochatError("torchrun started this job again, but it may not go on from a checkpoint: add --resume auto")
     return on_rank0(lambda: _open_stage(name, tag, default_tag, resume, loggers))
 
@@ -146,7 +146,7 @@ def _open_stage(name: str, tag: str | None, default_tag: str, resume: str, logge
         check_installed(logger)
     if tag is None:
         tag = free_tag(name, default_tag) if resume == "none" else _newest_untagged(name, default_tag)
-        if resume == "none" and tag != default_tag and _restarted_by() == "Slurm":
+        if resume == "none" and tag != default_tag and restarted_by() == "Slurm":
             raise NanochatError(
                 f"Slurm started this job again, and there is a run {default_tag!r}: add --resume auto to go on with what the "
                 "job has done, or --model-tag NAME if it has not begun"
@@ -219,7 +219,7 @@ def _newest_untagged(name: str, default_tag: str) -> str:
     return newest
 
 
-def _restarted_by() -> str | None:
+def restarted_by() -> str | None:
     """What repeats this command because its processes were lost."""
     counts = {"torchrun": "TORCHELASTIC_RESTART_COUNT", "Slurm": "SLURM_RESTART_COUNT"}
     return next((who for who, count in counts.items() if int(os.environ.get(count) or 0)), None)
@@ -227,21 +227,24 @@ def _restarted_by() -> str | None:
 
 def _is_second_start(directory: Path, resume: str) -> bool:
     """Whether torchrun or Slurm is repeating a command that already resumed from step `resume`."""
-    if _restarted_by() is None:
+    if restarted_by() is None:
         return False
     settings = read_json(directory / SETTINGS_FILE)
     return resume in (settings.get("resume"), str(settings.get("resume_from_step")))
 
 
-def open_start(stage: Stage, source: str, step: int | None) -> tuple[Path, Tokenizer, dict[str, Any], int]:
+def open_start(
+    stage: Stage, source: str, step: int | None, from_run: str | None = None
+) -> tuple[Path, Tokenizer, dict[str, Any], int]:
     """(directory, tokenizer, meta, parent's step) of the checkpoint that a stage starts or resumes from.
 
-    source, step: the previous stage and its step (None: the newest). A resumed stage keeps its parent, even if that was
-    removed or trained further; NanochatError if another one is requested.
+    source, step: the previous stage and its step (None: the newest), of the same run or, until that has a copy, of from_run.
+    A resumed stage keeps its parent, even if that was removed or trained further; NanochatError if another one is requested.
     """
     step = None if step is None or step < 0 else step
     if stage.resume_step is None:
-        directory, tokenizer, meta = open_checkpoint(source, stage.tag, step)
+        has_own = on_rank0(lambda: bool(list_steps(get_stage_dir(stage.tag, source))))
+        directory, tokenizer, meta = open_checkpoint(source, stage.tag if has_own else from_run or stage.tag, step)
         return directory, tokenizer, meta, meta["step"]
     directory, tokenizer, meta = open_checkpoint(stage.name, stage.tag, stage.resume_step)
     parent = meta["parent"]

@@ -57,7 +57,7 @@ def add_training_arguments(
     )
     run.add_argument("-g", "--model-tag", default=None, metavar="TAG", help=model_tag)
     run.add_argument("--from-run", default=None, metavar="TAG",
-                     help="begin a run of its own, that of --model-tag, with the model of this one")  # fmt: skip
+                     help="start a new run, named by --model-tag, from this run's model")  # fmt: skip
     run.add_argument(
         "--resume",
         default="none",

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nanochat.branch import check_tag, start_of
+from nanochat.branch import branch_tag, start_of
 from nanochat.common import NanochatError, print0, run_command
 from nanochat.core_bundle import find_bundle
 from nanochat.core_eval import NanochatScorer, evaluate_core
@@ -200,11 +200,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.fsdp and args.core_metric_every > 0:
         raise NanochatError("--core-metric-every needs a whole model: leave it out with --fsdp, and run base_eval afterwards")
     resume = str(args.resume_from_step) if args.resume_from_step >= 0 else args.resume
-    check_tag(args, resume)
-    stage = open_stage("base", args.model_tag, args.from_run or f"d{args.depth}", resume, chosen_loggers(args))
+    tag = args.model_tag if args.from_run is None else branch_tag(args, "base", resume)
+    stage = open_stage("base", tag, f"d{args.depth}", resume, chosen_loggers(args))
 
     # What to train, for how long, in what batches
-    stage.adopt(args, "data", "total_batch_size", *HORIZON, "expand_at", *RATES)
+    stage.adopt(args, "from_run", "data", "total_batch_size", *HORIZON, "expand_at", *RATES)
     start = start_of(args, stage, SHAPE)
     source, tokenizer = open_text(args, stage)
     model_switches, optimizer_switches = parse_switches(args.switches, GPTConfig, OptimizerSettings)

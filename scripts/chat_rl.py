@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nanochat.branch import branch
+from nanochat.branch import branch_tag, copy_start
 from nanochat.chat_eval import Answering, evaluate_task
 from nanochat.checkpoint_manager import find_run, load_model, read_config
 from nanochat.common import NanochatError, print0, run_command
@@ -83,12 +83,12 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     return args
 
 
-def load_reference(parent: dict[str, Any], stage: Stage, device: torch.device) -> GPT:
+def load_reference(parent: dict[str, Any], tag: str, stage: Stage, device: torch.device) -> GPT:
     """The model that --kl-weight measures from. Raises NanochatError if its weights changed since this stage began."""
-    model, _, meta = load_model(parent["stage"], device, "eval", stage.tag, parent["step"])
+    model, _, meta = load_model(parent["stage"], device, "eval", tag, parent["step"])
     if parent.get("weights") != meta["weights"]:
         raise NanochatError(
-            f"{parent['stage']} step {parent['step']} of run {stage.tag!r} has other weights than when {stage.directory} was "
+            f"{parent['stage']} step {parent['step']} of run {tag!r} has other weights than when {stage.directory} was "
             "begun from it, and --kl-weight needs those: put them back, or remove that folder to start again"
         )
     return model
@@ -112,12 +112,12 @@ def check_room(task: Task, tokenizer: Tokenizer, max_new_tokens: int, sequence_l
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     _, rank, _, world_size, device = compute_init(args.device_type, args.seed)
-    if args.from_run is not None:
-        tag = branch(args, "rl", args.source, args.model_step)
-    else:
+    if args.from_run is None:
         tag = find_run(args.source, args.model_tag, heir="rl" if args.resume != "none" else None)
+    else:
+        tag = branch_tag(args, "rl", args.resume)
     stage = open_stage("rl", tag, tag, args.resume, chosen_loggers(args))
-    stage.adopt(args, "task", "task_data", "num_epochs", "num_iterations", *RATES)
+    stage.adopt(args, "from_run", "task", "task_data", "num_epochs", "num_iterations", *RATES)
     rollout_settings = RolloutSettings(
         objective=args.objective, examples_per_step=args.examples_per_step, num_samples=args.num_samples,
         max_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, kl_weight=args.kl_weight,
@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
 
     # Where to start, and how long to train
-    start_dir, tokenizer, meta, parent_step = open_start(stage, args.source, args.model_step)
+    start_dir, tokenizer, meta, parent_step = open_start(stage, args.source, args.model_step, args.from_run)
     train_task, val_task = (build_judged_task(args.task, split, args.task_data) for split in ("train", "val"))
     if len(val_task) == 0:
         raise NanochatError(f"--task {args.task} has too few problems to hold some out for measuring: give more")
@@ -140,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
     model.fixed_shape = False  # answers are of any length
     begun = stage.resume_step is not None
     parent = meta["parent"] if begun else {"stage": args.source, "step": parent_step, "weights": meta["weights"]}
-    reference = load_reference(parent, stage, device) if args.kl_weight > 0 else None
+    reference = load_reference(parent, meta["tag"], stage, device) if args.kl_weight > 0 else None
     rows = choose_answer_rows(model, args.device_batch_size)
     rows_per_rank = -(-args.examples_per_step // world_size) * args.num_samples
     decided = {
@@ -150,6 +150,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = begin(stage, model, tokenizer, args, decided)
     if settings is None:
         return 0
+    copy_start(stage, start_dir, parent_step)
     print0(f"reinforcing {stage.tag} on {args.task}: {num_iterations:,} updates of {args.examples_per_step} problems")
 
     # The parts

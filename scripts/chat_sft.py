@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nanochat.branch import branch
+from nanochat.branch import branch_tag, copy_start
 from nanochat.checkpoint_manager import find_run, read_config, read_meta
 from nanochat.common import NanochatError, get_base_dir, print0, run_command
 from nanochat.conversation_loader import ConversationLoader, check_answers, estimate_tokens
@@ -115,14 +115,11 @@ def choose_batch(usual: int, together: int, tokens_in_pass: int) -> int:
 
 
 def find_base(args: Arguments) -> str:
-    """The run whose base model is fine-tuned.
-
-    --from-run copies it first and --from-hf imports it, unless fine-tuning it has begun.
-    """
+    """The run whose base model is fine-tuned, or that gets a copy of one; --from-hf imports it, unless that has begun."""
+    if args.from_run is not None and args.from_hf is not None:
+        raise NanochatError("--from-run and --from-hf both name a model to start from: leave one out")
     if args.from_run is not None:
-        if args.from_hf is not None:
-            raise NanochatError("--from-run and --from-hf both name a model to start from: leave one out")
-        return branch(args, "sft", "base", args.model_step)
+        return branch_tag(args, "sft", args.resume)
     if args.from_hf is not None and (path := Path(os.path.expanduser(args.from_hf))).is_dir():
         args.from_hf = str(path.absolute())  # the next command may be given in another folder
     if args.from_hf is None or (args.resume != "none" and args.model_tag and began_with(args.from_hf, args.model_tag)):
@@ -178,10 +175,12 @@ def main(argv: list[str] | None = None) -> int:
     _, rank, _, world_size, device = compute_init(args.device_type, args.seed)
     base_tag = find_base(args)
     stage = open_stage("sft", base_tag, base_tag, args.resume, chosen_loggers(args))
-    stage.adopt(args, "tasks", "task_data", "max_seq_len", "total_batch_size", "num_iterations", "target_minutes", *RATES)
+    stage.adopt(
+        args, "from_run", "tasks", "task_data", "max_seq_len", "total_batch_size", "num_iterations", "target_minutes", *RATES
+    )
 
     # The starting point: the base model, its tokenizer, its settings
-    start_dir, tokenizer, meta, base_step = open_start(stage, "base", args.model_step)
+    start_dir, tokenizer, meta, base_step = open_start(stage, "base", args.model_step, args.from_run)
     config = read_config(meta["model_config"])
     if args.max_seq_len > 0:
         config = with_context(config, args.max_seq_len)
@@ -209,6 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = begin(stage, model, tokenizer, args, decided)
     if settings is None:
         return 0
+    copy_start(stage, start_dir, base_step)
     print0(f"fine-tuning {stage.tag}: {len(train_task):,} conversations, {num_iterations:,} steps")
 
     # The parts

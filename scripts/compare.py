@@ -145,13 +145,14 @@ def share_to_result(run: Run, first: Run, x: str) -> str:
     ends, results = series(first.rows, "val/bpb")
     steps, values = series(run.rows, "val/bpb")
     reached = next((i for i, value in enumerate(values) if value <= results[-1]), None)
-    if run is first or not values:
+    begun_elsewhere = any(each.settings.get("stage") == "base" and each.settings.get("from_run") for each in (run, first))
+    if run is first or not values or begun_elsewhere or not (whole := over(x, first, ends[-1:])[0]):
         return "-"
     if reached is None:
         return "not reached"
     around = slice(max(0, reached - 1), reached + 1)  # np.interp wants what it looks up to ascend
     spent = np.interp(results[-1], values[around][::-1], over(x, run, steps[around])[::-1])
-    return f"{spent / over(x, first, ends[-1:])[0]:.0%}"
+    return f"{spent / whole:.0%}"
 
 
 def core_numbers(runs: list[Run]) -> dict[str, Callable[[Run], str]]:

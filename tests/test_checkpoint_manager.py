@@ -239,7 +239,11 @@ def test_a_time_that_is_none_hinders_nobody(tiny_run: Path, created: object) -> 
         ("meta.json", {"step": "x"}, None),
         ("meta.json", {"model_config": None}, "does not say what it is like"),
         ("meta.json", {"foo": 1}, "of another version: its model_config has foo; update nanochat"),
-        ("meta.json", {"n_layer": "2"}, "n_layer '2' is not a whole number above 0 .*; restore the file, or use another"),
+        (
+            "meta.json",
+            {"n_layer": "2"},
+            "n_layer '2' is not a whole number above 0, .*; restore the file, or use another",
+        ),
         ("meta.json", {"n_layer": 2.5}, "n_layer 2.5 is not"),
         ("meta.json", {"n_layer": -1}, "n_layer -1 is not"),
         ("meta.json", {"n_head": 0}, "n_head 0 is not"),

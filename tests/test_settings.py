@@ -109,7 +109,7 @@ def test_a_file_must_be_there_and_be_text(tmp_path: Path) -> None:
     ("flags", "sentence"),
     [(["--depth=4.5"], "'4.5' is not a whole number, such as 12"), (["--matrix-lr=x"], "'x' is not a number, such as 0.5"),
      (["--data", "a.txt", "b.txt"], "'b.txt' belongs to no flag: quote"), (["--depht=4"], "did you mean --depth?"),
-     (["--warmup_ratio=0.1"], "'--warmup_ratio=0.1' here: give --warmup-steps"), (["-d", "x"], "here: set NANOCHAT_DTYPE"),
+     (["--warmup_ratio=0.1"], "'--warmup_ratio=0.1' here: give --warmup-steps"), (["-d", "x"], "here: for another precision"),
      (["--fp8-recipe", "rowwise"], "here: leave it out")],
 )  # fmt: skip
 def test_what_is_wrong_with_a_command_line_is_one_sentence(
