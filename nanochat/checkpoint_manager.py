@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from nanochat.common import NanochatError, get_dist_info
+from nanochat.common import NanochatError, get_base_dir, get_dist_info
 from nanochat.files import locked, read_json_object, remove_leftovers, replace, replace_directory, sha256_of, share_mode
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.ranks import all_or_none, on_rank0
@@ -54,6 +54,7 @@ BEST_FILE = "best.json"
 SHARDED_DIR = "sharded"
 MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optim.safetensors"
 META_FILE = "meta.json"
+PUBLIC_FOLDERS = ("base_checkpoints", "chatsft_checkpoints", "chatrl_checkpoints")  # the public nanochat's, in the same place
 
 
 class CheckpointError(NanochatError):
@@ -83,7 +84,9 @@ def find_run(stage: str, model_tag: str | None = None, heir: str | None = None) 
     runs = newest_of_runs(stage)
     if not runs:
         command = "scripts.base_train" if stage == STAGES[0] else f"scripts.chat_{stage}"
-        raise CheckpointError(f"no {stage} checkpoint in {get_runs_dir()}: make one with python -m {command}")
+        theirs = [name for name in PUBLIC_FOLDERS if (get_base_dir() / name).is_dir()]
+        note = f" (the public nanochat's in {', '.join(theirs)} are not read: see docs/exporting.md)" if theirs else ""
+        raise CheckpointError(f"no {stage} checkpoint in {get_runs_dir()}{note}: make one with python -m {command}")
     return max(runs)[1]
 
 

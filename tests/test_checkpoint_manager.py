@@ -286,7 +286,8 @@ def test_what_is_absent_is_named_with_what_there_is(tiny_run: Path) -> None:
         load_model("base", "cpu", "eval", "nope")
     with pytest.raises(CheckpointError, match=r"'tiny' has no rl .* no run has one yet; of this run there is base, sft \("):
         load_model("rl", "cpu", "eval", "tiny")
-    with pytest.raises(CheckpointError, match="no rl checkpoint.*scripts.chat_rl"):
+    (tiny_run.parent.parent / "chatsft_checkpoints").mkdir()
+    with pytest.raises(CheckpointError, match=r"no rl checkpoint.* nanochat's in chatsft_checkpoints are not.*scripts.chat_rl"):
         load_model("rl", "cpu", "eval")
     with pytest.raises(CheckpointError, match="steps there: 3, 6"):
         load_model("base", "cpu", "eval", "tiny", step=5)
