@@ -287,7 +287,7 @@ def test_what_is_absent_is_named_with_what_there_is(tiny_run: Path) -> None:
     with pytest.raises(CheckpointError, match=r"'tiny' has no rl .* no run has one yet; of this run there is base, sft \("):
         load_model("rl", "cpu", "eval", "tiny")
     (tiny_run.parent.parent / "chatsft_checkpoints").mkdir()
-    with pytest.raises(CheckpointError, match=r"no rl checkpoint.* nanochat's in chatsft_checkpoints are not.*scripts.chat_rl"):
+    with pytest.raises(CheckpointError, match=r"no rl .* nanochat's in chatsft_checkpoints are not.*scripts.chat_rl"):
         load_model("rl", "cpu", "eval")
     with pytest.raises(CheckpointError, match="steps there: 3, 6"):
         load_model("base", "cpu", "eval", "tiny", step=5)
