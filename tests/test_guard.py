@@ -175,3 +175,10 @@ def test_who_offers_another_protocol_is_answered_in_this_one(engine: Engine, pro
         connection.settimeout(20)
         assert connection.recv(1000).startswith(b"HTTP/1.1 200 OK")
         connection.close()
+
+
+def test_nothing_on_the_way_keeps_a_stream(client: TestClient) -> None:
+    """Neither caches nor a proxy that gathers what it passes on."""
+    response = client.post(CHAT, json={**HELLO, "stream": True})
+    expected = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
+    assert {name: response.headers.get(name) for name in expected} == expected

@@ -250,6 +250,11 @@ def test_completions_show_what_chat_shows(client: TestClient, engine: Engine, mo
     assert "".join(chunk["text"] for chunk in streamed) == choice["text"]
     for name, row in rows.items():  # of a stream, too
         assert [value for chunk in streamed for value in chunk["logprobs"][name]] == row
+    monkeypatch.setattr("nanochat.service.STREAM_INTERVAL_S", 0.0)
+    _say(engine, monkeypatch, "It costs 😀 ", "23+58", "81 é.")
+    events = _events(client.post(TEXT, json={"prompt": "é: ", "max_tokens": 60, "stream": True}))
+    texts = [event["choices"][0]["text"] for event in events]
+    assert "".join(texts) == choice["text"] and all(texts[:-1])
     _say(engine, monkeypatch, "It costs 😀 ", "23+58", "81 é.")
     echoed = client.post(TEXT, json={**body, "echo": True}).json()["choices"][0]
     assert echoed["text"] == "é: " + choice["text"]
