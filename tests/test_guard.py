@@ -43,6 +43,12 @@ def test_headers_have_an_end_and_come_in_time(engine: Engine, monkeypatch: pytes
             received = _read_all(connection)
             assert received.endswith(end) and received.count(b"200 OK") == (connection is slow)
             connection.close()
+        again = socket.create_connection(("127.0.0.1", port))
+        again.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b"200 OK" in again.recv(1000)
+        again.sendall(b"GET /health HTT")  # as late as in the first request
+        assert _read_all(again).count(b"HTTP/1.1 ") == 0
+        again.close()
 
 
 def test_the_documented_limits_of_a_request_are_those_that_hold() -> None:
@@ -64,8 +70,8 @@ def test_slow_and_broken_clients_do_not_stop_the_others(engine: Engine, monkeypa
         crowd[1].sendall(b"\x00\xff garbage\r\n\r\n")
         crowd[2].sendall(http_request({**HELLO, "stream": True}))
         assert httpx.post(f"http://127.0.0.1:{port}{CHAT}", json=HELLO, timeout=30).status_code == 200
-        crowd[0].settimeout(10)
-        assert b" 408 " in crowd[0].recv(100)
+        refused = _read_all(crowd[0])  # whose body may still come, and is no request
+        assert b" 408 " in refused and b"connection: close" in refused.lower()
         received = b""
         crowd[2].settimeout(10)
         while b"[DONE]" not in received:
@@ -82,6 +88,28 @@ def _read_all(connection: socket.socket) -> bytes:
         while more := connection.recv(2**16):
             received += more
     return received
+
+
+def test_only_a_body_that_was_not_read_closes_the_connection(engine: Engine) -> None:
+    with TestClient(create_app([engine], "tiny", api_key="secret")) as client:
+        for content, key, status in ((b"{}", "wrong", 401), (b"x" * (guard.MAX_BODY_BYTES + 1), "secret", 413)):
+            response = client.post(CHAT, content=content, headers={"Authorization": f"Bearer {key}"})
+            assert response.status_code == status
+            assert (response.headers.get("connection") == "close") == (status == 413)
+
+
+def test_a_request_may_be_sent_while_another_is_answered(engine: Engine) -> None:
+    with serve(create_app([engine], "tiny")) as port:
+        connection = socket.create_connection(("127.0.0.1", port))
+        connection.settimeout(20)
+        connection.sendall(http_request({**HELLO, "stream": True, "max_tokens": 100, "ignore_eos": True}))
+        received = connection.recv(100)
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        while received.count(b"HTTP/1.1 200 OK") < 2:
+            more = connection.recv(2**16)
+            assert more, "the connection was ended"
+            received += more
+        connection.close()
 
 
 @pytest.mark.parametrize("key", ["secret", "wrong"])
