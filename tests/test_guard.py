@@ -98,6 +98,28 @@ def test_only_a_body_that_was_not_read_closes_the_connection(engine: Engine) -> 
             assert (response.headers.get("connection") == "close") == (status == 413)
 
 
+@pytest.mark.parametrize(
+    ("length", "is_read"), [("x", False), (guard.MAX_BODY_BYTES, True), (guard.MAX_BODY_BYTES + 1, False)]
+)
+def test_a_body_that_is_told_to_be_too_large_is_not_read(length: str | int, is_read: bool) -> None:
+    headers = [(b"content-length", str(length).encode())]
+    scope = {"type": "http", "path": "/", "method": "POST", "headers": headers}
+    read, answered = [], []
+
+    async def receive() -> dict:
+        read.append(1)
+        return {"type": "http.request", "body": b"{}"}
+
+    async def app(scope: object, receive: object, send: object) -> None:
+        pass
+
+    async def send(message: dict) -> None:
+        answered.append(message.get("status"))
+
+    asyncio.run(guard.Guard(app, None, None)(scope, receive, send))
+    assert (bool(read), answered[:1]) == ((True, []) if is_read else (False, [413]))
+
+
 def test_a_request_may_be_sent_while_another_is_answered(engine: Engine) -> None:
     with serve(create_app([engine], "tiny")) as port:
         connection = socket.create_connection(("127.0.0.1", port))
