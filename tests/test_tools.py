@@ -36,6 +36,9 @@ from tests.helpers import serve
         ("17 % 5", "2"),
         ("2**10", "1024"),
         ("0.1+0.2", "0.3"),
+        ("0**2", "0"),
+        ("1**256", "1"),
+        ("0.5**3", "0.125"),
         ('"strawberry".count("r")', "3"),
         ("'1,000,000'.count(',')", "2"),
     ],
@@ -57,6 +60,24 @@ def test_computes(expression: str, result: str) -> None:
 )  # fmt: skip
 def test_refuses(expression: str) -> None:
     assert use_calculator(expression) is None
+
+
+@pytest.mark.parametrize(
+    ("fits", "exceeds"),
+    [
+        ("+".join(["1"] * 33), "+".join(["1"] * 34)),  # each is one level deeper
+        ("-" * 32 + "1", "-" * 33 + "1"),
+        ("+" * 32 + "1", "+" * 33 + "1"),
+        ("9" * 64, "1" + "0" * 64),
+        ("9" * 63 + "8+1", "9" * 64 + "+1"),
+        ("2**212", "2**213"),
+        ("1**256", "1**257"),
+        (" " * 255 + "1", " " * 256 + "1"),
+    ],
+)
+def test_computes_up_to_its_limits(fits: str, exceeds: str) -> None:
+    assert use_calculator(fits) == str(eval(fits))
+    assert use_calculator(exceeds) is None
 
 
 @given(st.text(max_size=300))
