@@ -123,7 +123,6 @@ class TimeLimit:
         planned, first = schedule.num_iterations, schedule.expansion_step
         if step <= first:  # nothing is known yet of the time that all blocks take
             self._checked = (step, seconds)
-            self._paces.clear()
         if step - self._checked[0] < max(1, planned // TIME_CHECKS) or step >= planned:
             return planned
         (step_before, seconds_before), self._checked = self._checked, (step, seconds)
