@@ -159,3 +159,18 @@ def test_garbage_that_refers_to_itself_does_not_pile_up(tmp_path: Path, monkeypa
     trainer.train()
     alive = [row["alive"] for row in read_metrics(tmp_path / "metrics.jsonl") if "alive" in row]
     assert len(alive) > 4 and max(alive) <= 3
+
+
+def test_a_checkpoint_is_written_to_its_end_before_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it takes; the training goes on meanwhile, in which the tensors change."""
+    trainer, save, events = make_trainer(tmp_path, save_every=2), checkpoint_writer.save_checkpoint, []
+
+    def save_slowly(stage_dir: Path, step: int, *rest: Any) -> None:
+        events.append(("begins", step))
+        time.sleep(0.2)
+        save(stage_dir, step, *rest)
+        events.append(("ends", step))
+
+    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", save_slowly)
+    trainer.train()
+    assert events == [(what, step) for step in (2, 4, 6) for what in ("begins", "ends")]
