@@ -362,8 +362,9 @@ def test_horizon_may_be_overridden() -> None:
         decayed = horizon.lr_scale * horizon.weight_decay_scale * horizon.num_iterations
         assert decayed == pytest.approx(plan_horizon(config_for_depth(12, 4096), 1).num_iterations, rel=0.1)
     assert trial.total_batch_size == whole.total_batch_size  # and a trial is the start of the real one
-    with pytest.raises(NanochatError, match="no horizon"):
-        plan_horizon(config, 1, tokens_per_param=-1)
+    for nothing in (-1, 0):
+        with pytest.raises(NanochatError, match="no horizon"):
+            plan_horizon(config, 1, tokens_per_param=nothing)
 
 
 def test_one_block_learns_alone_where_tokens_are_few() -> None:
