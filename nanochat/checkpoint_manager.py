@@ -439,10 +439,11 @@ def _choose(source: str, model_tag: str | None, step: int | None) -> tuple[str, 
 
 def hash_of_weights(stage_dir: Path, step: int) -> str:
     """A hash of a step's weights, to tell its results from those of others. Raises CheckpointError if files are missing."""
-    directory = step_dir(stage_dir, step)
-    model_file = list_files(directory, but_for=OPTIMIZER_FILE).get(MODEL_FILE, {})
-    digest: str = model_file.get("sha256") or _read_json(directory / MANIFEST_FILE)["digest"]
-    return digest
+    hashes = {name: file["sha256"] for name, file in list_files(step_dir(stage_dir, step), but_for=OPTIMIZER_FILE).items()}
+    if MODEL_FILE in hashes:
+        return str(hashes[MODEL_FILE])
+    shards = sorted(hash for name, hash in hashes.items() if name != META_FILE)  # the same in a copy
+    return hashlib.sha256("".join(shards).encode()).hexdigest()
 
 
 def load_model(

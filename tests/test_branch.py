@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanochat.checkpoint_manager import find_run, load_model, read_meta
+from nanochat import branch
+from nanochat.checkpoint_manager import begin_checkpoint, find_run, finish_checkpoint, hash_of_weights, load_model, read_meta
 from nanochat.common import NanochatError
 from nanochat.files import sha256_of
 from nanochat.report import write_report
@@ -95,6 +96,21 @@ def test_a_disk_without_links_gets_copies(tiny_run: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "link", refuse)
     assert chat_sft.main(TUNING) == 0
     assert same(weights("base", "tiny"), weights("base", "tiny-2"))
+
+
+@pytest.mark.parametrize("shards", [[], ["sharded/0.distcp", "sharded/.metadata"]])
+def test_a_copy_has_the_weights_of_its_original(tmp_path: Path, tiny_run: Path, shards: list[str]) -> None:
+    """By their hash, with which results and references are compared, also where ranks have saved their shards."""
+    base = tiny_run / "base"
+    if shards:
+        temporary = begin_checkpoint(base, 7)
+        (temporary / "sharded").mkdir()
+        for name in shards:
+            (temporary / name).write_bytes(name.encode())
+        finish_checkpoint(temporary, base, 7, read_meta(base, 6))
+    step = list_steps(base)[-1]
+    branch._copy(base, step, tmp_path)
+    assert hash_of_weights(tmp_path / "base", step) == hash_of_weights(base, step) != hash_of_weights(base, 3)
 
 
 def test_a_base_model_is_trained_on(tiny_run: Path, corpus: Path) -> None:
