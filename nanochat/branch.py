@@ -29,7 +29,7 @@ from nanochat.settings import Arguments
 from nanochat.stage import Stage, free_tag, restarted_by
 from nanochat.tokenizer import FILE_NAME
 
-RECORDS = (METRICS_FILE, SETTINGS_FILE, EVAL_FILE)  # how the copied stage came about, for reports
+RECORDS = (SETTINGS_FILE, METRICS_FILE, EVAL_FILE)  # how the copied stage came about, for reports
 
 
 def branch_tag(args: Arguments, stage: str, resume: str) -> str:
@@ -63,7 +63,8 @@ def _copy(start_dir: Path, step: int, run_dir: Path) -> None:
     verify_checkpoint(source)
     with lock_stage(target):
         shutil.copyfile(start_dir.parent / FILE_NAME, run_dir / FILE_NAME)
-        for record in RECORDS:
+        is_newest = step == list_steps(start_dir)[-1]
+        for record in RECORDS if is_newest else RECORDS[:1]:  # the others tell of later steps, too
             if (start_dir / record).exists():
                 shutil.copyfile(start_dir / record, target / record)
         temporary = begin_checkpoint(target, step)

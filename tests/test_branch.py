@@ -66,6 +66,7 @@ def test_a_start_that_was_interrupted_keeps_its_model(tiny_run: Path) -> None:
     shutil.rmtree(second / "sft")
     tiny_run.rename(tiny_run.parent / "gone")
     assert chat_sft.main([*TUNING, "--model-tag=second", "--resume=auto"]) == 0
+    assert not (second / "base" / "metrics.jsonl").exists()  # which goes on to step 6
     assert list_steps(second / "base") == [3] and read_meta(second / "sft", 4)["parent"]["step"] == 3
 
 

@@ -144,7 +144,11 @@ def test_what_a_result_costs_is_a_share_of_what_it_cost_the_first() -> None:
         "FLOPs to the first one's bits per byte": ["-", "150%", "not reached", "0%"],
         "time to the first one's bits per byte": ["-", "75%", "not reached", "0%"],
     }
-    assert not [label for label, *_ in final_numbers([first]) if "to the first" in label]
+    for unequal in (
+        [first], [run("e", 3, flops=10), *others],  # nothing was spent on its only evaluation
+        [first, Run("f", {"stage": "base", "from_run": "a"}, first.rows, {})],  # which had the first one's work to begin with
+    ):  # fmt: skip
+        assert not [label for label, *_ in final_numbers(unequal) if "to the first" in label]
 
 
 def test_a_run_that_is_not_there_is_named_with_its_nearest(two_runs: Path, tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import socket
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fastapi.testclient import TestClient
@@ -225,6 +227,20 @@ def test_who_offers_another_protocol_is_answered_in_this_one(engine: Engine, pro
         connection.settimeout(20)
         assert connection.recv(1000).startswith(b"HTTP/1.1 200 OK")
         connection.close()
+
+
+def test_whoever_reads_at_all_is_waited_for() -> None:
+    """However long a large answer takes: what counts is that less of it waits than the last time."""
+    connection, later, ended = guard.CarefulProtocol.__new__(guard.CarefulProtocol), [], []
+    connection.loop = SimpleNamespace(call_later=lambda seconds, call, waiting: later.append((call, waiting)))
+    sizes = iter([900, 800, 100, 100])
+    connection.transport = SimpleNamespace(get_write_buffer_size=lambda: next(sizes), abort=lambda: ended.append(True))
+    connection._watch_reader(math.inf)
+    for n in range(3):
+        assert not ended
+        call, waiting = later[n]
+        call(waiting)
+    assert ended and len(later) == 3
 
 
 def test_nothing_on_the_way_keeps_a_stream(client: TestClient) -> None:
