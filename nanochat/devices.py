@@ -149,11 +149,11 @@ def compute_init(device_type: str = "", seed: int = 42) -> tuple[bool, int, int,
     if not -(2**63) <= seed < 2**63:
         raise NanochatError(f"--seed {seed} is out of range: choose a whole number of at most 18 digits")
     torch.manual_seed(seed)
-    torch.set_float32_matmul_precision("high")  # tf32 where CUDA has it; no effect on CPU
     device = torch.device(device_type, local_rank) if device_type == "cuda" else torch.device(device_type)
     if device_type == "cuda":
         torch.cuda.manual_seed(seed)
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32; on a CPU it would let matrix units round, too
         if sys.platform == "win32" or "microsoft" in platform.release().lower():  # the latter: WSL
             # Otherwise the driver spills into the host's memory, which is far slower; PyTorch should say that it is full.
             free, total = torch.cuda.mem_get_info(device)

@@ -284,6 +284,7 @@ def begin(
     if source is not None:
         source.samples = on_rank0(source.sample)  # not on each rank, which may read over a network
         check_data(stage, source)
+        on_rank0(source.check_validation)
     on_rank0(lambda: prepare_directory(stage, tokenizer, settings, args))
     save_every = args.save_every if args.save_every >= 0 else args.eval_every
     if "keep_last" not in args.given and 0 < save_every * args.keep_last < settings["num_iterations"]:
@@ -295,7 +296,14 @@ def begin(
 
 def prepare_directory(stage: Stage, tokenizer: Tokenizer, settings: dict[str, Any], args: Arguments) -> None:
     """Write settings.json, config.toml and the tokenizer before the stage starts."""
-    stage.lock.enter_context(lock_stage(stage.directory))  # for the life of the stage
+    try:
+        stage.lock.enter_context(lock_stage(stage.directory))  # for the life of the stage
+    except NanochatError as error:
+        if stage.name == STAGES[0] and args.model_tag is None and stage.resume_step is None:
+            raise NanochatError(
+                f"another command has begun {stage.tag} meanwhile: give this one again, and it takes the next name"
+            ) from error
+        raise
     if list_steps(stage.directory) != stage.steps:
         raise NanochatError(f"{stage.directory} was trained by another process meanwhile: give the same command again")
     if stage.resume_step is not None:
@@ -395,7 +403,7 @@ def time_limit(stage: Stage, settings: dict[str, Any], args: Arguments, most: fl
         return None
 
     def record(updates: int) -> None:
-        settings["num_iterations"] = updates
+        settings["num_iterations"] = updates  # in the very dict that the trainer writes into checkpoints
         try:
             if get_dist_info().rank == 0:
                 write_settings(stage, settings, args)

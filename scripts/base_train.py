@@ -229,7 +229,6 @@ def main(argv: list[str] | None = None) -> int:
     settings = begin(stage, model, tokenizer, args, decided, source)
     if settings is None:
         return 0
-    on_rank0(source.check_validation)
     print0(
         f"pretraining {stage.tag}: depth {args.depth}, {settings['num_params']:,} parameters, "
         f"{horizon.num_iterations:,} steps of {horizon.total_batch_size:,} tokens, {device} in "

@@ -164,8 +164,8 @@ def main(argv: list[str] | None = None) -> int:
 
     def evaluate() -> dict[str, float]:
         engine.forget()
-        problems = min(args.eval_examples, len(val_task)) if args.eval_examples >= 0 else len(val_task)
-        trainer.progress.print(f"measuring: {args.eval_samples} answers to each of {problems} held-out problems")
+        problems = min(args.eval_examples, len(val_task))
+        print0(f"measuring: {args.eval_samples} answers to each of {problems} held-out problems")
         result = evaluate_task(engine, val_task, args.eval_examples, args.max_rows, answering)
         return {f"val/pass@{k}": share for k, share in result.pass_at.items() if k in (1, args.eval_samples)}
 

@@ -31,7 +31,7 @@ class Repeat(GeneratedTask):
         rng = random.Random(f"repeat {self.split} {index}")
         words = rng.choice(get_documents(self.split)).split()
         start = rng.randrange(len(words))
-        text = " ".join(words[start : start + rng.randint(1, MOST_WORDS)])[:100]
+        text = " ".join(words[start : start + rng.randint(1, MOST_WORDS)])[:100].rstrip()  # evaluate strips, too
         messages = [
             {"role": "user", "content": rng.choice(QUESTIONS).format(text=text)},
             {"role": "assistant", "content": f"You said {text}"},
