@@ -115,7 +115,7 @@ class ModelRunner:
     # ------------------------------------------------------------------------- decoding
 
     def set_block(self, row: int, column: int, block: int) -> None:
-        self.table[row, column] = block
+        self.table[row, column].fill_(block)  # assigning it would copy from the host, and wait
 
     def set_row(self, row: int, blocks: list[int]) -> None:
         """Assign a row of the batch to a text with these blocks."""
