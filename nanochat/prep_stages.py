@@ -26,7 +26,7 @@ from nanochat import prep_steps as steps
 from nanochat.common import NanochatError
 from nanochat.cpu import usable_cores
 from nanochat.files import atomic_write
-from nanochat.prep_output import MAX_JOBS, Layout, PrepSettings, describe_output
+from nanochat.prep_output import MAX_JOBS, OutputLayout, PrepSettings, describe_output
 from nanochat.progress import Progress
 from nanochat.settings import Arguments
 
@@ -42,7 +42,7 @@ class PrepStage:
     tasks: int
 
 
-def build_stages(settings: PrepSettings, layout: Layout) -> list[PrepStage]:
+def build_stages(settings: PrepSettings, layout: OutputLayout) -> list[PrepStage]:
     """All stages of the work, in order."""
     read, write = steps.ReadShard(settings, layout), steps.WriteShard(settings, layout)
     near_stages, near_filter = _near_duplicates(settings, layout, read) if settings.min_hash else ([], [])
@@ -56,7 +56,7 @@ def build_stages(settings: PrepSettings, layout: Layout) -> list[PrepStage]:
 
 
 def _near_duplicates(
-    settings: PrepSettings, layout: Layout, read: steps.ReadShard
+    settings: PrepSettings, layout: OutputLayout, read: steps.ReadShard
 ) -> tuple[list[PrepStage], list[PipelineStep]]:
     """Stages that find near-duplicates with datatrove's MinHash, and the step that then drops them.
 
@@ -80,7 +80,7 @@ def _near_duplicates(
 # ----------------------------------------------------------------------------- executors
 
 
-def run_here(args: Arguments, stages: list[PrepStage], layout: Layout) -> None:
+def run_here(args: Arguments, stages: list[PrepStage], layout: OutputLayout) -> None:
     """With the local or the Ray executor: stage by stage, until all is done."""
     if args.executor == "ray":
         import ray
@@ -105,7 +105,7 @@ def run_here(args: Arguments, stages: list[PrepStage], layout: Layout) -> None:
     print(f"{layout.output}: {describe_output(layout)}; {seconds:.1f} s")
 
 
-def submit(args: Arguments, stages: list[PrepStage], layout: Layout) -> None:
+def submit(args: Arguments, stages: list[PrepStage], layout: OutputLayout) -> None:
     """With Slurm: one job array per stage, each after the previous one; returns when they are in the queue."""
     if not args.partition:
         raise NanochatError("--executor slurm needs a --partition: sinfo lists them")
