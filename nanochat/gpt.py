@@ -29,7 +29,7 @@ from nanochat.layers import Embedding, Linear, make_heads, norm
 if TYPE_CHECKING:
     from nanochat.kernels import Heads
     from nanochat.kv_cache import KVCache
-    from nanochat.lookup import Order
+    from nanochat.lookup_kernel import Order
     from nanochat.optim import MuonAdamW
 
 ROTARY_BASE = 100_000
