@@ -33,8 +33,8 @@ from nanochat.common import NanochatError
 from nanochat.document_files import TOKEN_COLUMN, TOKENIZER_KEY
 from nanochat.files import atomic_write, written_whole
 from nanochat.listings import filesystem_of
+from nanochat.prep_input import read_texts
 from nanochat.prep_output import OutputLayout, PrepSettings
-from nanochat.raw_files import read_texts
 from nanochat.tokenizer import Tokenizer
 
 ROW_GROUP_DOCUMENTS = 1024

@@ -13,8 +13,8 @@ from typing import Any
 from nanochat.common import NanochatError, run_command
 from nanochat.files import atomic_write, read_json
 from nanochat.listings import finds_below, is_remote
+from nanochat.prep_input import estimate_tokens, list_inputs
 from nanochat.prep_output import MAX_JOBS, PREPARED, OutputLayout, PrepSettings, describe_output, lock_output
-from nanochat.raw_files import estimate_tokens, list_inputs
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 

@@ -20,8 +20,8 @@ import pytest
 from nanochat.common import NanochatError
 from nanochat.dataset import get_source
 from nanochat.metrics import read_metrics
+from nanochat.prep_input import list_inputs
 from nanochat.prep_output import OutputLayout, PrepSettings
-from nanochat.raw_files import list_inputs
 from nanochat.tokenizer import Tokenizer
 from scripts import base_eval, base_train, data_prep
 from tests.conftest import TINY_TRAINING

@@ -19,7 +19,7 @@ from nanochat import builtin_corpus, dataset
 from nanochat.builtin_corpus import clean, first_sentence
 from nanochat.common import NanochatError
 from nanochat.dataset import HubRepository, get_source
-from nanochat.raw_files import list_inputs
+from nanochat.prep_input import list_inputs
 from tests.helpers import DOCUMENTS, write_documents
 from tests.hub_server import HubServer, ask_hub, serve_folder
 

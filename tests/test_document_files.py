@@ -20,7 +20,7 @@ from nanochat import dataset
 from nanochat.common import NanochatError
 from nanochat.dataset import get_source
 from nanochat.document_files import DocumentFile
-from nanochat.raw_files import estimate_tokens, list_inputs
+from nanochat.prep_input import estimate_tokens, list_inputs
 from nanochat.tokenizer import Tokenizer
 from tests.helpers import DOCUMENTS, write_documents
 

@@ -12,8 +12,8 @@ import pytest
 
 from nanochat.common import NanochatError
 from nanochat.dataset import get_source
+from nanochat.prep_input import read_texts
 from nanochat.prep_output import OutputLayout, PrepSettings, lock_output
-from nanochat.raw_files import read_texts
 from nanochat.tokenizer import Tokenizer
 from scripts import data_prep
 from tests.helpers import make_document, write_documents
