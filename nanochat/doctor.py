@@ -27,10 +27,10 @@ from packaging.requirements import Requirement
 from nanochat.common import NanochatError, describe_error, get_base_dir, run_command
 from nanochat.compilation import try_to_compile
 from nanochat.cpu import INSTRUCTIONS, available_memory, cpu_name, has_instructions, usable_cores
-from nanochat.dataset import hub_files
 from nanochat.devices import autodetect_device_type, get_compute_dtype, has_nvidia_gpu
 from nanochat.flash_attention import asked_backend, choose_backend, list_backends
 from nanochat.gpt import GPT
+from nanochat.hub_shards import hub_files
 from nanochat.machine import expected_mfu, measure_matmul_rate, measure_memory_rate
 from nanochat.memory import RESERVED, TrainingLayout, largest_depth
 from nanochat.scaling import TOKENS_PER_PARAM, config_for_depth, plan_horizon
