@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import nanochat
-from nanochat import compilation, cpu, flash_attention, machine, pace
+from nanochat import block_attention, compilation, cpu, flash_attention, machine, pace
 from nanochat.common import NanochatError, get_base_dir
 from nanochat.devices import get_compute_dtype
 from nanochat.engine import Engine
@@ -76,7 +76,7 @@ def test_flex_attention_has_a_kernel_for_every_batch_that_is_tried(monkeypatch: 
             q, k, v = (torch.randn(rows, 256, 1, 16) for _ in range(3))
             mask = flash_attention.flex_mask(256, window, q.device)
             plan = flash_attention.AttentionPlan(flash_attention.attend_flex, window, mask)
-            expected = flash_attention._attend_by_pytorch(q, k, v, window)
+            expected = block_attention._attend_by_pytorch(q, k, v, window)
             torch.testing.assert_close(flash_attention.attend_flex(q, k, v, plan), expected)
     flash_attention._compiled_flex.cache_clear()
 
