@@ -23,12 +23,13 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from nanochat.block_attention import attend_masked
 from nanochat.common import NanochatError, get_dist_info, print0
 from nanochat.compilation import try_to_compile
 from nanochat.core_bundle import CoreTask, read_items, read_tasks
 from nanochat.devices import is_out_of_memory
 from nanochat.files import atomic_write
-from nanochat.flash_attention import AttentionPlan, attend_masked
+from nanochat.flash_attention import AttentionPlan
 from nanochat.gpt import GPT, Block
 from nanochat.ranks import all_or_none, compare_ranks, gather_objects, on_rank0
 from nanochat.scores import centered, centered_mean, wilson_interval

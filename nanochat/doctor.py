@@ -27,12 +27,12 @@ from packaging.requirements import Requirement
 from nanochat.common import NanochatError, describe_error, get_base_dir, run_command
 from nanochat.compilation import try_to_compile
 from nanochat.cpu import INSTRUCTIONS, available_memory, cpu_name, has_instructions, usable_cores
-from nanochat.dataset import hub_files
 from nanochat.devices import autodetect_device_type, get_compute_dtype, has_nvidia_gpu
 from nanochat.flash_attention import asked_backend, choose_backend, list_backends
 from nanochat.gpt import GPT
+from nanochat.hub_shards import hub_files
 from nanochat.machine import expected_mfu, measure_matmul_rate, measure_memory_rate
-from nanochat.memory import RESERVED, Layout, largest_depth
+from nanochat.memory import RESERVED, TrainingLayout, largest_depth
 from nanochat.scaling import TOKENS_PER_PARAM, config_for_depth, plan_horizon
 from nanochat.settings import SettingsParser
 
@@ -248,7 +248,7 @@ def expect(device: torch.device) -> dict[str, Any]:
         tokens = plan_horizon(config, flops).tokens
         row = {"depth": depth, "parameters": model.num_scaling_params()["total"], "tokens": tokens}
         rows.append({**row, "tokens_per_s": tokens_per_s, "seconds": tokens / tokens_per_s})
-    depth = largest_depth((1 - RESERVED) * free, SEQUENCE_LEN, VOCAB_SIZE, 1, Layout(dtype=dtype))
+    depth = largest_depth((1 - RESERVED) * free, SEQUENCE_LEN, VOCAB_SIZE, 1, TrainingLayout(dtype=dtype))
     return {
         "dtype": str(dtype).removeprefix("torch."), "matmul_flops_per_s": matmul, "memory_bytes_per_s": memory_rate,
         "busy": psutil.getloadavg()[0] > (os.cpu_count() or 1), "devices": count, "assumed_mfu": mfu, "trainings": rows,

@@ -1,5 +1,5 @@
 """Files of documents (parquet, JSON lines, plain text) that can be read from any row on. Used by listings.py,
-dataset.py, prep_steps.py and raw_files.py.
+dataset.py, prep_steps.py and prep_input.py.
 
 A document is a text or, in a parquet file written by scripts/data_prep, its token ids.
 """

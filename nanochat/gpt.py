@@ -20,16 +20,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from nanochat.block_attention import QK_SCALE, lay_out
 from nanochat.common import NanochatError
 from nanochat.cross_entropy import ChunkLoss, chunk_loss, softcap, softcapped_cross_entropy, softmax_gradient
 from nanochat.devices import get_compute_dtype
-from nanochat.flash_attention import QK_SCALE, Attention, AttentionPlan, lay_out, plan_attention
+from nanochat.flash_attention import Attention, AttentionPlan, plan_attention
 from nanochat.layers import Embedding, Linear, make_heads, norm
 
 if TYPE_CHECKING:
     from nanochat.kernels import Heads
     from nanochat.kv_cache import KVCache
-    from nanochat.lookup import Order
+    from nanochat.lookup_kernel import Order
     from nanochat.optim import MuonAdamW
 
 ROTARY_BASE = 100_000

@@ -18,7 +18,7 @@ from nanochat.common import first_line, logger
 
 if TYPE_CHECKING:
     from nanochat.cross_entropy import ChunkLoss
-    from nanochat.lookup import Order
+    from nanochat.lookup_kernel import Order
 
 AMPERE, HOPPER = (8, 0), (9, 0)
 Heads = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -28,7 +28,7 @@ class Kernels(NamedTuple):
     """What trains in place of PyTorch's own operations; None: those."""
 
     chunk_loss: ChunkLoss  # the loss between its matrix products: cross_entropy.chunk_loss
-    sort_ids: Callable[[torch.Tensor, int], Order] | None  # embeddings: with its order, layers.Embedding calls lookup.look_up
+    sort_ids: Callable[[torch.Tensor, int], Order] | None  # for layers.Embedding, which calls look_up with its order
     heads: Heads | None  # queries, keys and values: layers.in_heads
     mlp: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None  # gpt.MLP.forward
 
@@ -36,7 +36,7 @@ class Kernels(NamedTuple):
 @functools.lru_cache
 def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     """The kernels for this GPU and the dtype of its matrix products."""
-    from nanochat import heads_kernel, lookup, loss_kernel, relu_squared  # which need Triton
+    from nanochat import heads_kernel, lookup_kernel, loss_kernel, mlp_kernel  # which need Triton
 
     capability, has_16_bits = torch.cuda.get_device_capability(device), dtype != torch.float32
     # 32-bit values take more shared memory than some cards have; Ampere's are the oldest tensor cores that Triton supports.
@@ -45,12 +45,12 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     fuses_heads = has_16_bits and _is_usable("the kernel of queries' and keys' gradients", heads_kernel.probe, device)
     # GPUs older than Hopper lack the copy engine, newer ones were not measured.
     fuses_mlp = dtype == torch.bfloat16 and capability == HOPPER
-    fuses_mlp = fuses_mlp and _is_usable("the kernel of products that square", relu_squared.probe, device)
+    fuses_mlp = fuses_mlp and _is_usable("the kernel of products that square", mlp_kernel.probe, device)
     return Kernels(
         chunk_loss=loss_kernel.chunk_loss,
-        sort_ids=lookup.sort_ids if sorts else None,
+        sort_ids=lookup_kernel.sort_ids if sorts else None,
         heads=heads_kernel.fused_heads if fuses_heads else None,
-        mlp=relu_squared.mlp if fuses_mlp else None,
+        mlp=mlp_kernel.mlp if fuses_mlp else None,
     )
 
 

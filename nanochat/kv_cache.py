@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from nanochat.flash_attention import heads_first
+from nanochat.block_attention import heads_first
 from nanochat.gpt import GPT, GPTConfig
 
 BLOCK_SIZE = 16  # tokens in a block

@@ -16,7 +16,7 @@ from nanochat.fp8 import fp8_linear
 
 if TYPE_CHECKING:
     from nanochat.kernels import Heads
-    from nanochat.lookup import Order
+    from nanochat.lookup_kernel import Order
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
@@ -57,7 +57,7 @@ class Embedding(nn.Embedding):
         """The rows (*shape, C) of ids of any shape, in the given dtype; order: see GPT.sort_ids."""
         if order is None:
             return super().forward(idx).to(dtype)
-        from nanochat.lookup import look_up
+        from nanochat.lookup_kernel import look_up
 
         return look_up(self.weight, idx, order, dtype)
 

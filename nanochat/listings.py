@@ -1,6 +1,6 @@
 """What files an address leads to: a file, a folder or a glob, here or at an fsspec address (hf://, s3://, https://, ...).
 
-Used by dataset.py, raw_files.py and scripts/data_prep. Files are named by their paths relative to the folder; hidden ones do
+Used by dataset.py, prep_input.py and scripts/data_prep. Files are named by their paths relative to the folder; hidden ones do
 not count.
 """
 

@@ -28,7 +28,7 @@ MOST_GB = 10_000  # beyond any device there is; models for more take minutes to 
 
 
 @dataclass(frozen=True)
-class Layout:
+class TrainingLayout:
     """How training is laid out: the number of devices, sharded or not, with blocks recomputed or not, and in which dtype."""
 
     world_size: int = 1
@@ -37,7 +37,7 @@ class Layout:
     dtype: torch.dtype = torch.bfloat16
 
 
-def training_bytes(config: GPTConfig, rows: int = 1, layout: Layout = Layout()) -> int:
+def training_bytes(config: GPTConfig, rows: int = 1, layout: TrainingLayout = TrainingLayout()) -> int:
     """The peak memory of one device, in bytes, for micro-batches of `rows` sequences.
 
     The peak is in the backward pass, or in the optimizer's step, which copies the matrices of one shape. Recorded passes
@@ -58,7 +58,7 @@ def training_bytes(config: GPTConfig, rows: int = 1, layout: Layout = Layout()) 
     return weights + state + max(passes, step_bytes(optimizer.groups, layout))
 
 
-def step_bytes(groups: Sequence[Group], layout: Layout) -> int:
+def step_bytes(groups: Sequence[Group], layout: TrainingLayout) -> int:
     """Roughly the bytes that an update takes on each device, besides weights, gradients and optimizer state."""
     matrices = [sum(p.numel() for p in group.params) for group in groups if group.kind == "muon"]
     others = [p.numel() for group in groups if group.kind != "muon" for p in group.params]
@@ -131,7 +131,7 @@ def _count_kept_bytes(config: GPTConfig, rows: int, dtype: torch.dtype) -> int:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def largest_depth(budget: float, sequence_len: int, vocab_size: int, rows: int, layout: Layout) -> int:
+def largest_depth(budget: float, sequence_len: int, vocab_size: int, rows: int, layout: TrainingLayout) -> int:
     """The largest even depth whose training fits `budget` bytes on each device; 0 if none does."""
 
     def fits(depth: int) -> bool:
@@ -163,11 +163,11 @@ def main(argv: list[str] | None = None) -> int:
             raise NanochatError(f"--gb {size:g} is not a plausible size: choose above 0 and at most {MOST_GB:,}")
     n = args.world_size
     layouts = {
-        "1 device": Layout(),
-        "1 device, --activation-checkpointing": Layout(recompute=True),
-        f"{n} devices, --activation-checkpointing": Layout(n, recompute=True),
-        f"{n} devices, --fsdp": Layout(n, fsdp=True),
-        f"{n} devices, --fsdp --activation-checkpointing": Layout(n, fsdp=True, recompute=True),
+        "1 device": TrainingLayout(),
+        "1 device, --activation-checkpointing": TrainingLayout(recompute=True),
+        f"{n} devices, --activation-checkpointing": TrainingLayout(n, recompute=True),
+        f"{n} devices, --fsdp": TrainingLayout(n, fsdp=True),
+        f"{n} devices, --fsdp --activation-checkpointing": TrainingLayout(n, fsdp=True, recompute=True),
     }
     print(f"largest --depth, {args.rows} x {args.max_seq_len} tokens at a time, {args.vocab_size} words (parameters)")
     for name, layout in layouts.items():

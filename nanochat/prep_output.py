@@ -39,7 +39,7 @@ class PrepSettings:
     tasks: int
 
 
-class Layout:
+class OutputLayout:
     """The layout of an output directory; everything except the shards and three JSON files is below work/."""
 
     def __init__(self, output: Path) -> None:
@@ -62,7 +62,7 @@ class Layout:
 
 
 @contextlib.contextmanager
-def lock_output(layout: Layout) -> Iterator[None]:
+def lock_output(layout: OutputLayout) -> Iterator[None]:
     """While this lasts no other command may prepare this output here; the system ends it with the process.
 
     Two would write, and clean up, each other's files. Raises NanochatError if another process is at it.
@@ -76,7 +76,7 @@ def lock_output(layout: Layout) -> Iterator[None]:
         yield
 
 
-def describe_output(layout: Layout) -> str:
+def describe_output(layout: OutputLayout) -> str:
     """What a complete output holds. Raises NanochatError if a shard is missing."""
     manifest = json.loads(layout.manifest.read_text(encoding="utf-8"))
     missing = [name for name in manifest["shards"] if not (layout.output / name).exists()]

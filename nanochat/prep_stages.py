@@ -26,7 +26,7 @@ from nanochat import prep_steps as steps
 from nanochat.common import NanochatError
 from nanochat.cpu import usable_cores
 from nanochat.files import atomic_write
-from nanochat.prep_output import MAX_JOBS, Layout, PrepSettings, describe_output
+from nanochat.prep_output import MAX_JOBS, OutputLayout, PrepSettings, describe_output
 from nanochat.progress import Progress
 from nanochat.settings import Arguments
 
@@ -34,7 +34,7 @@ MINHASH_BANDS = 14  # datatrove's own: 14 bands of 8 hashes find texts that shar
 
 
 @dataclass(frozen=True)
-class Stage:
+class PrepStage:
     """Steps that a number of tasks run in parallel, once all tasks of the previous stage are done."""
 
     name: str
@@ -42,20 +42,22 @@ class Stage:
     tasks: int
 
 
-def build_stages(settings: PrepSettings, layout: Layout) -> list[Stage]:
+def build_stages(settings: PrepSettings, layout: OutputLayout) -> list[PrepStage]:
     """All stages of the work, in order."""
     read, write = steps.ReadShard(settings, layout), steps.WriteShard(settings, layout)
     near_stages, near_filter = _near_duplicates(settings, layout, read) if settings.min_hash else ([], [])
     return [
-        Stage("scatter", [steps.ReadDocuments(settings), steps.ScatterDocuments(settings, layout)], settings.tasks),
-        Stage("validation", [steps.ChooseValidation(settings, layout)], 1),
+        PrepStage("scatter", [steps.ReadDocuments(settings), steps.ScatterDocuments(settings, layout)], settings.tasks),
+        PrepStage("validation", [steps.ChooseValidation(settings, layout)], 1),
         *near_stages,
-        Stage("gather", [read, *near_filter, write], settings.num_shards),
-        Stage("manifest", [steps.WriteManifest(settings, layout)], 1),
+        PrepStage("gather", [read, *near_filter, write], settings.num_shards),
+        PrepStage("manifest", [steps.WriteManifest(settings, layout)], 1),
     ]
 
 
-def _near_duplicates(settings: PrepSettings, layout: Layout, read: steps.ReadShard) -> tuple[list[Stage], list[PipelineStep]]:
+def _near_duplicates(
+    settings: PrepSettings, layout: OutputLayout, read: steps.ReadShard
+) -> tuple[list[PrepStage], list[PipelineStep]]:
     """Stages that find near-duplicates with datatrove's MinHash, and the step that then drops them.
 
     It works on shards, whose documents are always the same, so the result does not depend on the number of tasks.
@@ -68,9 +70,9 @@ def _near_duplicates(settings: PrepSettings, layout: Layout, read: steps.ReadSha
     sign = minhash.MinhashDedupSignature(signatures, config, language=steps.SplitAtSpaces())
     num_pair_tasks = MINHASH_BANDS * max(1, settings.num_shards // 100)
     stages = [
-        Stage("signatures", [read, sign], settings.num_shards),
-        Stage("pairs", [minhash.MinhashDedupBuckets(signatures, pairs, config=config)], num_pair_tasks),
-        Stage("clusters", [minhash.MinhashDedupCluster(pairs, clusters, config=config)], 1),
+        PrepStage("signatures", [read, sign], settings.num_shards),
+        PrepStage("pairs", [minhash.MinhashDedupBuckets(signatures, pairs, config=config)], num_pair_tasks),
+        PrepStage("clusters", [minhash.MinhashDedupCluster(pairs, clusters, config=config)], 1),
     ]
     return stages, [minhash.MinhashDedupFilter(clusters)]
 
@@ -78,7 +80,7 @@ def _near_duplicates(settings: PrepSettings, layout: Layout, read: steps.ReadSha
 # ----------------------------------------------------------------------------- executors
 
 
-def run_here(args: Arguments, stages: list[Stage], layout: Layout) -> None:
+def run_here(args: Arguments, stages: list[PrepStage], layout: OutputLayout) -> None:
     """With the local or the Ray executor: stage by stage, until all is done."""
     if args.executor == "ray":
         import ray
@@ -103,7 +105,7 @@ def run_here(args: Arguments, stages: list[Stage], layout: Layout) -> None:
     print(f"{layout.output}: {describe_output(layout)}; {seconds:.1f} s")
 
 
-def submit(args: Arguments, stages: list[Stage], layout: Layout) -> None:
+def submit(args: Arguments, stages: list[PrepStage], layout: OutputLayout) -> None:
     """With Slurm: one job array per stage, each after the previous one; returns when they are in the queue."""
     if not args.partition:
         raise NanochatError("--executor slurm needs a --partition: sinfo lists them")

@@ -33,8 +33,8 @@ from nanochat.common import NanochatError
 from nanochat.document_files import TOKEN_COLUMN, TOKENIZER_KEY
 from nanochat.files import atomic_write, written_whole
 from nanochat.listings import filesystem_of
-from nanochat.prep_output import Layout, PrepSettings
-from nanochat.raw_files import read_texts
+from nanochat.prep_input import read_texts
+from nanochat.prep_output import OutputLayout, PrepSettings
 from nanochat.tokenizer import Tokenizer
 
 ROW_GROUP_DOCUMENTS = 1024
@@ -93,7 +93,7 @@ class ScatterDocuments(PipelineStep):
 
     type, name = "SHUFFLE", "nanochat scatter"
 
-    def __init__(self, settings: PrepSettings, layout: Layout, run_bytes: int = RUN_BYTES) -> None:
+    def __init__(self, settings: PrepSettings, layout: OutputLayout, run_bytes: int = RUN_BYTES) -> None:
         super().__init__()
         self.seed, self.num_shards, self.layout, self.run_bytes = settings.seed, settings.num_shards, layout, run_bytes
         self.num_lowest = (settings.val_documents or MAX_VAL_DOCUMENTS) + 1  # one more, to know that some are left over
@@ -161,7 +161,7 @@ class ChooseValidation(PipelineStep):
 
     type, name = "SHUFFLE", "nanochat validation"
 
-    def __init__(self, settings: PrepSettings, layout: Layout) -> None:
+    def __init__(self, settings: PrepSettings, layout: OutputLayout) -> None:
         super().__init__()
         self.settings, self.layout = settings, layout
 
@@ -194,7 +194,7 @@ class ReadShard(PipelineStep):
 
     type, name = "SHUFFLE", "nanochat gather"
 
-    def __init__(self, settings: PrepSettings, layout: Layout) -> None:
+    def __init__(self, settings: PrepSettings, layout: OutputLayout) -> None:
         super().__init__()
         self.dedup, self.layout = settings.dedup, layout
 
@@ -238,7 +238,7 @@ class WriteShard(PipelineStep):
 
     type, name = "WRITER", "nanochat shard"
 
-    def __init__(self, settings: PrepSettings, layout: Layout) -> None:
+    def __init__(self, settings: PrepSettings, layout: OutputLayout) -> None:
         super().__init__()
         self.fingerprint, self.layout = settings.tokenizer, layout
 
@@ -321,7 +321,7 @@ class WriteManifest(PipelineStep):
 
     type, name = "WRITER", "nanochat manifest"
 
-    def __init__(self, settings: PrepSettings, layout: Layout) -> None:
+    def __init__(self, settings: PrepSettings, layout: OutputLayout) -> None:
         super().__init__()
         self.settings, self.layout = settings, layout
 

@@ -253,7 +253,7 @@ class RolloutLoader:
 # ----------------------------------------------------------------------------- the loss
 
 
-def policy_logprobs(model: GPT, inputs: torch.Tensor, targets: torch.Tensor, temperature: float, top_k: int) -> torch.Tensor:
+def target_logprobs(model: GPT, inputs: torch.Tensor, targets: torch.Tensor, temperature: float, top_k: int) -> torch.Tensor:
     """(B, T) float32: log-probabilities of the targets in the distribution that sampling uses; 0 where a target is -1."""
     head = model.lm_head.weight[: model.config.vocab_size]
     losses = token_losses(model.features(inputs).flatten(0, 1), head, targets.flatten(), LOGIT_CAP, temperature, top_k)
@@ -273,12 +273,12 @@ def make_policy_loss(
 
     def loss_fn(model: GPT, batch: RolloutBatch) -> torch.Tensor:
         inputs, targets, advantages, scale, sampled_logprobs = batch
-        logprobs = policy_logprobs(model, inputs, targets, settings.temperature, settings.top_k)
+        logprobs = target_logprobs(model, inputs, targets, settings.temperature, settings.top_k)
         correction = (logprobs.detach() - sampled_logprobs).exp().clamp(max=CORRECTION_LIMIT)
         gain = advantages * correction * logprobs
         if reference is not None:
             with torch.no_grad():
-                expected = policy_logprobs(reference, inputs, targets, settings.temperature, 0)
+                expected = target_logprobs(reference, inputs, targets, settings.temperature, 0)
             log_ratio = expected - logprobs
             gain = gain - settings.kl_weight * (log_ratio.exp() - log_ratio - 1)
         return -(gain * scale).sum()

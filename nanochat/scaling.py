@@ -24,7 +24,7 @@ REFERENCE_DEPTH = 12
 REFERENCE_BATCH = 2**19
 TOKENS_PER_PARAM = 12.0  # training tokens for each scaling parameter
 FEW_TOKENS_PER_PARAM, EXPAND_AT = 2.0, 0.85  # with fewer tokens, only the last block learns for this share of the run
-MOST_PASSES = 2.0  # over the text; training only the last block with more passes would memorize the text
+MOST_EPOCHS = 2.0  # of the text; training only the last block for more would memorize the text
 BATCH_EXPONENT, SMALL_BATCH_EXPONENT = 0.383, 0.79  # above and below the reference
 LR_BATCH_EXPONENT = 1 / 10
 

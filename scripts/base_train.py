@@ -30,7 +30,7 @@ from nanochat.ranks import gather_objects, on_rank0
 from nanochat.same_run import check_settings
 from nanochat.samples import continue_openings
 from nanochat.scaling import (
-    MOST_PASSES,
+    MOST_EPOCHS,
     TOKENS_PER_PARAM,
     Horizon,
     accumulation_steps,
@@ -175,7 +175,7 @@ def choose_expansion(asked: float, model: GPT, flops_in_time: float, holds: Call
         return 0.0
     share = expansion_share(flops_in_time / model.estimate_flops() / model.num_scaling_params()["scaling"])
     tokens = flops_in_time / mean_flops(model, share)
-    return share if share == 0 or holds(tokens / MOST_PASSES) else 0.0
+    return share if share == 0 or holds(tokens / MOST_EPOCHS) else 0.0
 
 
 def mean_flops(model: GPT, expand_at: float) -> float:

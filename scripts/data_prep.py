@@ -13,8 +13,8 @@ from typing import Any
 from nanochat.common import NanochatError, run_command
 from nanochat.files import atomic_write, read_json
 from nanochat.listings import finds_below, is_remote
-from nanochat.prep_output import MAX_JOBS, PREPARED, Layout, PrepSettings, describe_output, lock_output
-from nanochat.raw_files import estimate_tokens, list_inputs
+from nanochat.prep_input import estimate_tokens, list_inputs
+from nanochat.prep_output import MAX_JOBS, PREPARED, OutputLayout, PrepSettings, describe_output, lock_output
 from nanochat.settings import Arguments, SettingsParser
 from nanochat.tokenizer import Tokenizer, get_tokenizer
 
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
     if "://" not in args.input:
         args.input = str(Path(os.path.expanduser(args.input)).absolute())
-    layout = Layout(Path(os.path.expanduser(args.output)).absolute())
+    layout = OutputLayout(Path(os.path.expanduser(args.output)).absolute())
     inputs = _list_inputs(args, layout)
     tokenizer = None if args.no_tokenize else get_tokenizer(args.tokenizer)
     settings = _choose_settings(args, layout, inputs, tokenizer)
@@ -92,7 +92,7 @@ def _check_installed(args: Arguments) -> None:
     logger.remove()  # datatrove's log goes to work/log, not to the screen
 
 
-def _list_inputs(args: Arguments, layout: Layout) -> dict[str, int]:
+def _list_inputs(args: Arguments, layout: OutputLayout) -> dict[str, int]:
     """The files to prepare, with their sizes. Raises NanochatError if the output's are, or will be, among them."""
     inputs = list_inputs(args.input)
     if is_remote(args.input):
@@ -104,7 +104,9 @@ def _list_inputs(args: Arguments, layout: Layout) -> dict[str, int]:
     return inputs
 
 
-def _choose_settings(args: Arguments, layout: Layout, inputs: dict[str, int], tokenizer: Tokenizer | None) -> PrepSettings:
+def _choose_settings(
+    args: Arguments, layout: OutputLayout, inputs: dict[str, int], tokenizer: Tokenizer | None
+) -> PrepSettings:
     """The settings of this output. Raises NanochatError if it was begun with others. Writes nothing."""
     begun = _begun(layout)
     num_shards = begun.get("num_shards")
@@ -123,7 +125,7 @@ def _choose_settings(args: Arguments, layout: Layout, inputs: dict[str, int], to
     return settings
 
 
-def _begun(layout: Layout) -> dict[str, Any]:
+def _begun(layout: OutputLayout) -> dict[str, Any]:
     """The settings that an output was begun with, {} if it was not. Raises NanochatError if the folder is somebody else's."""
     begun = read_json(layout.settings)
     files = layout.output.glob("[!.]*")  # hidden ones are the system's, or what a killed process was writing
@@ -132,7 +134,7 @@ def _begun(layout: Layout) -> dict[str, Any]:
     return begun
 
 
-def _compare(settings: PrepSettings, begun: dict[str, Any], layout: Layout) -> None:
+def _compare(settings: PrepSettings, begun: dict[str, Any], layout: OutputLayout) -> None:
     """Raises NanochatError if an output was begun with other settings."""
     for field in fields(settings):
         before, now = begun.get(field.name), getattr(settings, field.name)
@@ -141,7 +143,9 @@ def _compare(settings: PrepSettings, begun: dict[str, Any], layout: Layout) -> N
             raise NanochatError(f"{layout.output} was begun {difference}: use that again, or another --output")
 
 
-def _open_output(stack: contextlib.ExitStack, settings: PrepSettings, layout: Layout, tokenizer: Tokenizer | None) -> None:
+def _open_output(
+    stack: contextlib.ExitStack, settings: PrepSettings, layout: OutputLayout, tokenizer: Tokenizer | None
+) -> None:
     """Lock the output for as long as the stack is open, and write its settings and tokenizer on the first call."""
     try:
         stack.enter_context(lock_output(layout))

@@ -15,12 +15,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat import flash_attention
+from nanochat import block_attention, flash_attention
+from nanochat.block_attention import QK_SCALE
 from nanochat.checkpoint_manager import load_model, read_tensors
 from nanochat.common import get_base_dir
 from nanochat.compilation import can_compile
 from nanochat.engine import Engine
-from nanochat.flash_attention import QK_SCALE, AttentionPlan
+from nanochat.flash_attention import AttentionPlan
 from nanochat.fp8 import LOWEST_CAPABILITY, enable_fp8
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.kernels import AMPERE, HOPPER, choose_kernels
@@ -59,7 +60,7 @@ def _one_gpu() -> Iterator[None]:
 
 BACKENDS = {
     "flex": (flash_attention.attend_flex, flash_attention.flex_mask),
-    "plain": (flash_attention.attend_plain, flash_attention.plain_mask),
+    "plain": (block_attention.attend_plain, block_attention.plain_mask),
     "flash_attn_interface": (flash_attention.attend_fa3, flash_attention.no_mask),
     "flash_attn.cute": (flash_attention.attend_fa4, flash_attention.no_mask),
 }

@@ -20,8 +20,8 @@ import pytest
 from nanochat.common import NanochatError
 from nanochat.dataset import get_source
 from nanochat.metrics import read_metrics
-from nanochat.prep_output import Layout, PrepSettings
-from nanochat.raw_files import list_inputs
+from nanochat.prep_input import list_inputs
+from nanochat.prep_output import OutputLayout, PrepSettings
 from nanochat.tokenizer import Tokenizer
 from scripts import base_eval, base_train, data_prep
 from tests.conftest import TINY_TRAINING
@@ -222,7 +222,7 @@ def test_memory_bounds_the_runs_and_changes_nothing(raw: Path, tmp_path: Path) -
             input=str(raw), inputs=list_inputs(str(raw)), text_column=None, tokenizer=None, seed=1, val_documents=1,
             shard_tokens=1, num_shards=5, dedup=True, min_hash=False, tasks=1,
         )  # fmt: skip
-        layout = Layout(tmp_path / name)
+        layout = OutputLayout(tmp_path / name)
         ScatterDocuments(settings, layout, run_bytes).run(ReadDocuments(settings).run())
         reader = build_stages(settings, layout)[2].steps[0]
         found.append([[document.text for document in reader.run(rank=shard)] for shard in range(5)])

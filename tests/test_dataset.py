@@ -15,11 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import builtin_corpus, dataset
+from nanochat import builtin_corpus, dataset, hub_shards
 from nanochat.builtin_corpus import clean, first_sentence
-from nanochat.common import NanochatError
-from nanochat.dataset import HubRepository, get_source
-from nanochat.raw_files import list_inputs
+from nanochat.common import NanochatError, get_base_dir
+from nanochat.dataset import get_source
+from nanochat.hub_shards import HubRepository
+from nanochat.prep_input import list_inputs
 from tests.helpers import DOCUMENTS, write_documents
 from tests.hub_server import HubServer, ask_hub, serve_folder
 
@@ -352,7 +353,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[HubSer
     """A local server in the hub's layout with three shards, and the data set "local" that lives there."""
     for i in range(3):
         write_documents(tmp_path / "made" / f"shard_{i:05d}.parquet", DOCUMENTS[i * 30 : i * 30 + 30])
-    monkeypatch.setitem(dataset.HUB_REPOSITORIES, "local", HubRepository("someone/texts", 3))
+    monkeypatch.setitem(hub_shards.HUB_REPOSITORIES, "local", HubRepository("someone/texts", 3))
     monkeypatch.setitem(dataset.SOURCES, "local", dataset.HubSource)
     with serve_folder(tmp_path / "made") as server:
         ask_hub(monkeypatch, server.address)
@@ -362,12 +363,12 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[HubSer
 def test_download_then_read(hub: type[HubServer]) -> None:
     with pytest.raises(NanochatError, match=r"python -m nanochat\.dataset --data local"):
         get_source("local")
-    dataset.download("local", 2)
+    hub_shards.download("local", 2)
     source = get_source("local")
     assert list(source.documents("train")) == DOCUMENTS[:60]
     assert list(source.documents("val")) == DOCUMENTS[60:90]  # the last shard, pinned by name
     hub.requests.clear()
-    dataset.download("local", 2)
+    hub_shards.download("local", 2)
     assert not hub.requests  # nothing is fetched twice
 
 
@@ -375,26 +376,26 @@ def test_download_goes_on_after_a_cut(hub: type[HubServer], monkeypatch: pytest.
     monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda seconds: None))  # between its tries
     hub.cut = 500
     with pytest.raises(NanochatError, match="run the same command again, it goes on"):
-        dataset.download("local", 1)
+        hub_shards.download("local", 1)
     hub.cut = None
-    dataset.download("local", 1)
+    hub_shards.download("local", 1)
     assert list(get_source("local").documents("train")) == DOCUMENTS[:30]
 
 
 def test_failed_download_is_an_error_and_leaves_nothing(hub: type[HubServer]) -> None:
     (hub.root / "shard_00001.parquet").unlink()
     with pytest.raises(NanochatError, match="1 of 3 shards"):
-        dataset.download("local", 2)
+        hub_shards.download("local", 2)
     assert len(list(get_source("local").documents("train"))) == 30  # what came is whole
     (hub.root / "shard_00001.parquet").write_bytes(b"not parquet")
     with pytest.raises(NanochatError, match="not a parquet file"):
-        dataset.download("local", 2)
-    assert not (dataset.get_base_dir() / "data" / "local" / "shard_00001.parquet").exists()
+        hub_shards.download("local", 2)
+    assert not (get_base_dir() / "data" / "local" / "shard_00001.parquet").exists()
 
 
 def test_validation_shard_is_needed(hub: type[HubServer]) -> None:
-    dataset.download("local", 2)
-    (dataset.get_base_dir() / "data" / "local" / "shard_00002.parquet").unlink()
+    hub_shards.download("local", 2)
+    (get_base_dir() / "data" / "local" / "shard_00002.parquet").unlink()
     with pytest.raises(NanochatError, match=r"shard_00002\.parquet is missing"):
         get_source("local")
 
@@ -402,7 +403,7 @@ def test_validation_shard_is_needed(hub: type[HubServer]) -> None:
 def test_shards_of_the_public_nanochat_are_read_where_they_lie(
     hub: type[HubServer], base_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(dataset.HUB_REPOSITORIES, "climbmix", HubRepository("someone/texts", 3, "base_data_climbmix"))
+    monkeypatch.setitem(hub_shards.HUB_REPOSITORIES, "climbmix", HubRepository("someone/texts", 3, "base_data_climbmix"))
     assert dataset.default_source_name() == "builtin"
     public = base_dir / "base_data_climbmix"
     public.mkdir()
@@ -411,7 +412,7 @@ def test_shards_of_the_public_nanochat_are_read_where_they_lie(
     assert dataset.default_source_name() == "climbmix"
     source = get_source("climbmix")
     assert list(source.documents("train")) == DOCUMENTS[:30] and list(source.documents("val")) == DOCUMENTS[60:90]
-    dataset.download("climbmix", 2)  # only what is missing, to the others
+    hub_shards.download("climbmix", 2)  # only what is missing, to the others
     fetched = [Path(request).name for request in hub.requests if request.startswith("GET") and "/resolve/" in request]
     assert fetched == ["shard_00001.parquet"]
     assert list(get_source("climbmix").documents("train")) == DOCUMENTS[:60] and not (base_dir / "data").exists()
@@ -429,9 +430,9 @@ def test_a_download_that_fails_without_a_word_is_an_error(hub: type[HubServer], 
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     with pytest.raises(NanochatError, match="shard_00000.parquet: TimeoutError"):
-        dataset.download("local", 1)
+        hub_shards.download("local", 1)
     with pytest.raises(NanochatError, match="--num-workers 0 is too small: choose 1 or more"):
-        dataset.download("local", 1, workers=0)
+        hub_shards.download("local", 1, workers=0)
 
 
 def test_a_few_documents_have_one_for_validation(tmp_path: Path) -> None:

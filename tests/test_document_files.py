@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat import dataset
+from nanochat import hub_shards
 from nanochat.common import NanochatError
 from nanochat.dataset import get_source
 from nanochat.document_files import DocumentFile
-from nanochat.raw_files import estimate_tokens, list_inputs
+from nanochat.prep_input import estimate_tokens, list_inputs
 from nanochat.tokenizer import Tokenizer
 from tests.helpers import DOCUMENTS, write_documents
 
@@ -248,7 +248,7 @@ def test_a_download_without_a_network_soon_ends(monkeypatch: pytest.MonkeyPatch,
         return None if name.endswith("05.parquet") else f"{name}: no network"
 
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    monkeypatch.setattr(dataset, "_download_one", fail)
+    monkeypatch.setattr(hub_shards, "_download_one", fail)
     with pytest.raises(NanochatError, match=r"8 shards of climbmix in a row .*first: shard_00006.*: check the network"):
-        dataset.download("climbmix", -1, workers=2)
+        hub_shards.download("climbmix", -1, workers=2)
     assert len(tried) < 3000

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nanochat import cross_entropy, flash_attention
+from nanochat import block_attention, cross_entropy, flash_attention
+from nanochat.block_attention import QK_SCALE
 from nanochat.common import NanochatError
 from nanochat.cross_entropy import softcap, softcapped_cross_entropy, token_losses
-from nanochat.flash_attention import QK_SCALE, _attend_whole, plan_attention
+from nanochat.flash_attention import _attend_whole, plan_attention
 from nanochat.gpt import GPT, LOGIT_CAP, Block, GPTConfig
 from nanochat.kv_cache import KVCache
 from nanochat.layers import Linear, multiply_joined
@@ -120,7 +121,7 @@ def test_attention_in_float16_is_as_exact_as_its_numbers(window: int, D: int) ->
     rows = torch.where(visible, 0.0, float("-inf")).half().expand(2, 1, 256, 256)
     grad = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     naive = torch.autograd.grad(expected, inputs, grad)
-    for plan in (plain, plain._replace(backend=flash_attention.attend_masked, mask=rows)):
+    for plan in (plain, plain._replace(backend=block_attention.attend_masked, mask=rows)):
         result = plan.backend(*half, plan)
         error = (result.float() - expected).norm(dim=-1) / expected.norm(dim=-1)
         assert result.dtype == torch.float16 and error.max() < 5e-3
@@ -130,10 +131,10 @@ def test_attention_in_float16_is_as_exact_as_its_numbers(window: int, D: int) ->
 
 def test_only_our_own_attention_is_given_blocks() -> None:
     """On a CPU that compiles another backend's mask may be a tensor, which says nothing of blocks."""
-    mask = flash_attention.plain_mask(256, 100, torch.device("cpu"))
-    plan = flash_attention.AttentionPlan(flash_attention.attend_plain, 100, mask, compiled=True)
+    mask = block_attention.plain_mask(256, 100, torch.device("cpu"))
+    plan = flash_attention.AttentionPlan(block_attention.attend_plain, 100, mask, compiled=True)
     assert plan.block_size(256) == 128 and plan.block_size(200) is None
-    assert plan._replace(backend=flash_attention.attend_masked, mask=torch.zeros(2, 1, 256, 256)).block_size(256) is None
+    assert plan._replace(backend=block_attention.attend_masked, mask=torch.zeros(2, 1, 256, 256)).block_size(256) is None
 
 
 def test_a_backend_of_any_device_can_be_probed() -> None:

@@ -32,9 +32,9 @@ def kernels() -> Iterator[SimpleNamespace]:
     with pytest.MonkeyPatch.context() as patch:
         if not ON_GPU:
             patch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=3))
-        from nanochat import heads_kernel, lookup, loss_kernel, relu_squared
+        from nanochat import heads_kernel, lookup_kernel, loss_kernel, mlp_kernel
 
-        yield SimpleNamespace(heads=heads_kernel, lookup=lookup, loss=loss_kernel, mlp=relu_squared)
+        yield SimpleNamespace(heads=heads_kernel, lookup=lookup_kernel, loss=loss_kernel, mlp=mlp_kernel)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

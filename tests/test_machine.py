@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import nanochat
-from nanochat import compilation, cpu, flash_attention, machine, pace
+from nanochat import block_attention, compilation, cpu, flash_attention, machine, pace
 from nanochat.common import NanochatError, get_base_dir
 from nanochat.devices import get_compute_dtype
 from nanochat.engine import Engine
@@ -76,7 +76,7 @@ def test_flex_attention_has_a_kernel_for_every_batch_that_is_tried(monkeypatch: 
             q, k, v = (torch.randn(rows, 256, 1, 16) for _ in range(3))
             mask = flash_attention.flex_mask(256, window, q.device)
             plan = flash_attention.AttentionPlan(flash_attention.attend_flex, window, mask)
-            expected = flash_attention._attend_by_pytorch(q, k, v, window)
+            expected = block_attention._attend_by_pytorch(q, k, v, window)
             torch.testing.assert_close(flash_attention.attend_flex(q, k, v, plan), expected)
     flash_attention._compiled_flex.cache_clear()
 
@@ -85,7 +85,7 @@ def test_flex_attention_has_a_kernel_for_every_batch_that_is_tried(monkeypatch: 
     ("capability", "dtype", "broken", "chosen"),
     [
         ((9, 0), "bfloat16", "", {"sort_ids", "heads", "mlp"}),
-        ((9, 0), "bfloat16", "heads_kernel relu_squared", {"sort_ids"}),
+        ((9, 0), "bfloat16", "heads_kernel mlp_kernel", {"sort_ids"}),
         ((9, 0), "float16", "", {"sort_ids", "heads"}),
         ((9, 0), "float32", "", set()),
         ((10, 0), "bfloat16", "", {"sort_ids", "heads"}),
@@ -95,7 +95,7 @@ def test_flex_attention_has_a_kernel_for_every_batch_that_is_tried(monkeypatch: 
 def test_our_own_kernels_are_used_where_they_agree_with_pytorch(
     capability: tuple[int, int], dtype: str, broken: str, chosen: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("heads_kernel", "lookup", "loss_kernel", "relu_squared"):
+    for name in ("heads_kernel", "lookup_kernel", "loss_kernel", "mlp_kernel"):
         found = torch.full((2,), 1.5 if name in broken else 1.0)
         fake = SimpleNamespace(probe=lambda device, found=found: [(found, torch.ones(2))])
         fake.fused_heads = fake.sort_ids = fake.chunk_loss = fake.mlp = lambda *inputs: None

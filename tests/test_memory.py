@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from nanochat import memory
 from nanochat.common import NanochatError
-from nanochat.memory import Layout, activation_bytes, largest_depth, loss_bytes, main, step_bytes, training_bytes
+from nanochat.memory import TrainingLayout, activation_bytes, largest_depth, loss_bytes, main, step_bytes, training_bytes
 from nanochat.scaling import config_for_depth
 from tests.helpers import make_model
 
@@ -69,7 +69,7 @@ def test_a_step_takes_about_what_is_counted(world_size: int, bigrams: int, monke
             parameter.grad = torch.ones_like(parameter)
         with Peak() as peak:
             optimizer.step()
-        assert 0.7 < peak.most / step_bytes(optimizer.groups, Layout(world_size)) < 1.1
+        assert 0.7 < peak.most / step_bytes(optimizer.groups, TrainingLayout(world_size)) < 1.1
     finally:
         if world_size > 1:
             dist.destroy_process_group()
@@ -86,19 +86,19 @@ def test_activations_grow_with_rows_and_layers() -> None:
 
 
 def test_each_way_to_save_memory_saves_some() -> None:
-    layouts = (Layout(), Layout(8), Layout(8, fsdp=True), Layout(8, fsdp=True, recompute=True))
+    layouts = (TrainingLayout(), TrainingLayout(8), TrainingLayout(8, fsdp=True), TrainingLayout(8, fsdp=True, recompute=True))
     sizes = [training_bytes(config_for_depth(20, 4096, 1024), 4, layout) for layout in layouts]
     assert sizes == sorted(set(sizes), reverse=True)
     depths = [largest_depth(12e9, 1024, 4096, 4, layout) for layout in layouts]
     assert depths == sorted(depths)
     assert depths[-1] > depths[0]
-    assert largest_depth(1e6, 1024, 4096, 1, Layout()) == 0
+    assert largest_depth(1e6, 1024, 4096, 1, TrainingLayout()) == 0
 
 
 def test_the_largest_table_is_whole_while_it_is_read() -> None:
     """Of a model that is cut: that of pairs of tokens, where it has one, with its gradient."""
     config = config_for_depth(4, 4096, 256)
-    layout = Layout(10**9, fsdp=True)  # what is cut is next to nothing
+    layout = TrainingLayout(10**9, fsdp=True)  # what is cut is next to nothing
     sizes = [training_bytes(replace(config, bigrams=bigrams), 1, layout) for bigrams in (2, 4)]
     assert sizes[1] - sizes[0] == 8 * 2 * 4096 * config.n_embd
 

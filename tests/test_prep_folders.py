@@ -12,8 +12,8 @@ import pytest
 
 from nanochat.common import NanochatError
 from nanochat.dataset import get_source
-from nanochat.prep_output import Layout, PrepSettings, lock_output
-from nanochat.raw_files import read_texts
+from nanochat.prep_input import read_texts
+from nanochat.prep_output import OutputLayout, PrepSettings, lock_output
 from nanochat.tokenizer import Tokenizer
 from scripts import data_prep
 from tests.helpers import make_document, write_documents
@@ -31,7 +31,7 @@ def test_a_refused_command_writes_nothing(tmp_path: Path, tokenizer: Tokenizer, 
     own = tokenizer.save(tmp_path / "tokenizer").parent
     flags = ["--input", str(raw), "--output", str(output), "--tokenizer", str(own), "--executor", executor]
     flags += ["--partition=cpu"] if executor == "slurm" else []
-    with lock_output(Layout(output)):
+    with lock_output(OutputLayout(output)):
         refused = subprocess.run(
             [sys.executable, "-m", "scripts.data_prep", *flags], capture_output=True, text=True, timeout=60
         )
@@ -81,7 +81,7 @@ def test_too_few_documents_for_two_splits(tmp_path: Path) -> None:
 
 def test_what_a_killed_task_left_does_not_move_the_split(tmp_path: Path) -> None:
     def limit(output: Path, leftover: bytes) -> str:
-        layout = Layout(output)
+        layout = OutputLayout(output)
         for folder in (layout.lowest, layout.val_limit.parent):
             folder.mkdir(parents=True, exist_ok=True)
         (layout.lowest / "00000").write_bytes(bytes(range(64)))

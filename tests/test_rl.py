@@ -20,7 +20,7 @@ from nanochat.engine import Engine
 from nanochat.files import read_json_lines
 from nanochat.kv_cache import BLOCK_SIZE
 from nanochat.lanes import epoch_order
-from nanochat.rl import OBJECTIVES, RolloutLoader, RolloutSettings, compute_advantages, make_policy_loss, policy_logprobs
+from nanochat.rl import OBJECTIVES, RolloutLoader, RolloutSettings, compute_advantages, make_policy_loss, target_logprobs
 from nanochat.runs import get_stage_dir, list_steps
 from nanochat.sequence import Sequence as Answer
 from nanochat.tokenizer import Tokenizer
@@ -96,7 +96,7 @@ def test_training_sees_the_distribution_that_was_sampled(engine: Engine, tempera
     for inputs, targets, _, _, sampled_logprobs in (next(loader) for _ in range(3)):
         assert inputs.size(1) == rl.ROW_STEP  # no wider than they must be
         drawn = targets >= 0
-        logprobs = policy_logprobs(engine.model, inputs, targets, temperature, top_k)
+        logprobs = target_logprobs(engine.model, inputs, targets, temperature, top_k)
         torch.testing.assert_close(logprobs[drawn], sampled_logprobs[drawn], atol=2e-4, rtol=0)
         assert torch.equal(targets[:, :-1][drawn[:, :-1]], inputs[:, 1:][drawn[:, :-1]])
         last = drawn.flip(1).float().argmax(1)
@@ -187,7 +187,7 @@ def test_what_sampling_saw_otherwise_counts_less_and_at_most_twice(ending: Engin
     settings = _settings()
     inputs, targets, advantages, scale, _ = next(RolloutLoader(ending, Vowels(), settings, micro_batches=1))
     loss_fn, _ = make_policy_loss(settings)
-    own = policy_logprobs(ending.model, inputs, targets, 1.0, 0).detach()
+    own = target_logprobs(ending.model, inputs, targets, 1.0, 0).detach()
 
     def loss_and_gradient(sampled_logprobs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         loss = loss_fn(ending.model, (inputs, targets, advantages, scale, sampled_logprobs))

@@ -73,14 +73,14 @@ def test_blocks_join_after_a_share_of_the_updates(corpus: Path) -> None:
 def test_a_budget_decides_when_blocks_join(corpus: Path, more: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Minutes, few for this model, are spent on one block first; so many updates or FLOPs train all blocks."""
     monkeypatch.setattr(base_train, "flops_in", lambda model, minutes: 1e8)
-    monkeypatch.setattr(base_train, "MOST_PASSES", 1e3)  # over a text of a few pages
+    monkeypatch.setattr(base_train, "MOST_EPOCHS", 1e3)  # over a text of a few pages
     stage_dir = _train(corpus, "budget", "--num-iterations=-1", *more)
     settings = read_meta(stage_dir, list_steps(stage_dir)[-1])["settings"]
     assert settings["expand_at"] == (0.85 if settings["target_minutes"] > 0 else 0)
     done = [row["train/flops"] for row in read_metrics(stage_dir / "metrics.jsonl") if "train/flops" in row][-1]
     if settings["target_flops"] > 0:
         assert done == pytest.approx(settings["target_flops"], rel=0.2)
-    monkeypatch.setattr(base_train, "MOST_PASSES", 1e-3)  # such a run would read its text too often
+    monkeypatch.setattr(base_train, "MOST_EPOCHS", 1e-3)  # such a run would read its text too often
     stage_dir = _train(corpus, "repeated", "--num-iterations=-1", *more)
     assert read_meta(stage_dir, list_steps(stage_dir)[-1])["settings"]["expand_at"] == 0
     with pytest.raises(NanochatError, match="no updates for the other blocks"):

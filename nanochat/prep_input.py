@@ -35,7 +35,7 @@ from nanochat.tokenizer import Tokenizer
 WAY_OUT = "name one with --text-column"
 
 
-def kind_of(path: str) -> str | None:
+def reader_suffix(path: str) -> str | None:
     """The suffix that says how to read a file, less its compression; None for a file that is not read."""
     plain = PurePath(plain_path(path).name.lower())
     if plain.name.startswith("."):
@@ -52,13 +52,13 @@ def kind_of(path: str) -> str | None:
 def read_texts(file: Any, path: str, column: str | None) -> Iterator[str]:
     """The text of every row of an open file, "" if there is none. Raises NanochatError, naming the file."""
     try:
-        if kind_of(path) == ".parquet":
+        if reader_suffix(path) == ".parquet":
             texts = _read_parquet(file, path, column)
         else:
             compression = COMPRESSIONS.get(plain_path(path).suffix.lower())
             stream = pa.CompressedInputStream(pa.PythonFile(file, "r"), compression) if compression else file
-            lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n" if kind_of(path) == ".jsonl" else None)
-            texts = _read_jsonl(lines, path, column) if kind_of(path) == ".jsonl" else cut_into_documents(lines)
+            lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n" if reader_suffix(path) == ".jsonl" else None)
+            texts = _read_jsonl(lines, path, column) if reader_suffix(path) == ".jsonl" else cut_into_documents(lines)
         yield from texts
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from error
@@ -97,7 +97,7 @@ def list_inputs(address: str) -> dict[str, int]:
             f"--input {address} is no file, nor a folder or glob of files{hint_at_hub(address)}: check the path"
         )
     report_unread(found)
-    paths = without_strangers([path for path in sorted(found) if kind_of(path.name)])
+    paths = without_strangers([path for path in sorted(found) if reader_suffix(path.name)])
     val = {path for path in paths if is_of_split(VAL, path)}
     if 0 < len(val) < len(paths):
         print0(
@@ -139,7 +139,7 @@ def _sample(fs: Any, path: str, size: int, column: str | None, sample_bytes: int
             texts.append(text)
             text_bytes += len(text.encode())
             if text_bytes >= sample_bytes:
-                if kind_of(path) == ".parquet":  # columns are not read from front to back
+                if reader_suffix(path) == ".parquet":  # columns are not read from front to back
                     with fs.open(path, "rb") as again:
                         share = len(texts) / pq.read_metadata(again).num_rows
                 else:
