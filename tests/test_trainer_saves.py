@@ -152,9 +152,9 @@ def test_a_run_that_is_stopped_says_so_only_once_it_is_saved(
     trainer = make_trainer(tmp_path)
     trainer.step_metrics = lambda: os.kill(os.getpid(), signal.SIGINT) or {}
     monkeypatch.setattr(checkpoint_writer, "save_checkpoint", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises((OSError, KeyboardInterrupt)) as ended:
         trainer.train()
-    assert "stopped after" not in capsys.readouterr().out
+    assert ended.type is OSError and "stopped after" not in capsys.readouterr().out
 
 
 def test_the_best_is_kept_where_the_next_evaluation_is_another(tmp_path: Path) -> None:
