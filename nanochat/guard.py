@@ -119,7 +119,7 @@ class Guard:
         headers = dict(scope["headers"])
         try:
             self._check_host(headers)
-            self._check_key(scope["path"], scope["method"], headers)
+            self._check_key(scope["path"], headers)
             receive = await self._body(headers, receive)
         except RequestError as error:
             close = {"Connection": "close"} if error.status in (408, 413) else None
@@ -134,8 +134,8 @@ class Guard:
             way_out = f"ask it as {self.hosts[0]}, or start it with --allow-host {host[:100]} or with --api-key"
             raise RequestError(f"this server is not {host[:100]!r}: {way_out}", 403)
 
-    def _check_key(self, path: str, method: str, headers: dict[bytes, bytes]) -> None:
-        if self.api_key is None or method == "OPTIONS" or path in OPEN_PATHS or path.startswith(OPEN_PREFIXES):
+    def _check_key(self, path: str, headers: dict[bytes, bytes]) -> None:
+        if self.api_key is None or path in OPEN_PATHS or path.startswith(OPEN_PREFIXES):
             return
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         if scheme.lower() != b"bearer" or not hmac.compare_digest(given.strip(), self.api_key.encode("utf-8")):

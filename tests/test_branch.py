@@ -15,6 +15,7 @@ from nanochat.common import NanochatError
 from nanochat.files import sha256_of
 from nanochat.report import write_report
 from nanochat.runs import list_steps
+from nanochat.stage import open_stage, open_start
 from scripts import base_train, chat_rl, chat_sft
 from tests.conftest import TINY_TRAINING, TINY_TUNING
 
@@ -57,6 +58,15 @@ def test_a_stage_is_begun_again_in_a_run_of_its_own(stage: str, tiny_run: Path) 
     assert {name: after[name] for name in before if name.startswith("step")} == {
         name: hash for name, hash in before.items() if name.startswith("step")
     }
+
+
+def test_a_stage_goes_on_from_the_kind_of_model_that_it_began_with(tiny_run: Path) -> None:
+    """Also where the step is the same, or none is given."""
+    stage = open_stage("sft", "tiny", "d2", "auto")
+    for step in (None, -1, 6):
+        assert open_start(stage, "base", step)[3] == 6
+        with pytest.raises(NanochatError, match="run 'tiny' was started from base step 6, not sft"):
+            open_start(stage, "sft", step)
 
 
 def test_a_start_that_was_interrupted_keeps_its_model(tiny_run: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import json
 import os
 import signal
@@ -143,6 +144,7 @@ def test_many_threads_at_once(usable_launchers: list[str], adopted_children) -> 
 def test_streams_and_limits_of_one_program(usable_launchers: list[str]) -> None:
     result = execute_code("import sys\nprint(1)\nprint(2, file=sys.stderr)\nraise ValueError('three\\nlines')", 20)
     assert result == ExecutionResult(False, "1\n", "2\n", "ValueError: three lines")
+    assert execute_code("raise KeyError", 20).error == "KeyError"
     for text in ("'\\ud800' * 500", "'a\\r\\u2028b'"):
         error = execute_code(f"raise ValueError({text})", 20).error
         assert error is not None
@@ -155,6 +157,7 @@ def test_streams_and_limits_of_one_program(usable_launchers: list[str]) -> None:
 
 
 def test_closed_sandbox(usable_launchers: list[str], adopted_children) -> None:
+    before = state_of_this_process()
     sandbox = Sandbox(2)
     with ThreadPoolExecutor(1) as thread:
         running = thread.submit(sandbox.run, "while True: pass", 60)
@@ -163,9 +166,11 @@ def test_closed_sandbox(usable_launchers: list[str], adopted_children) -> None:
         sandbox.close()
         with contextlib.suppress(NanochatError):  # a slow machine had not begun with it
             assert not running.result(10).success
-    with pytest.raises(NanochatError, match="closed"):
-        sandbox.run("pass")
+    for _ in range(2):
+        with pytest.raises(NanochatError, match="closed"):
+            sandbox.run("pass")
     assert adopted_children() == []
+    assert state_of_this_process() == before
 
 
 def test_whoever_asks_is_told_why_no_process_began(usable_launchers: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +191,7 @@ def test_whoever_asks_is_told_why_no_process_began(usable_launchers: list[str], 
                 told.append(str(error))
 
     monkeypatch.setattr(execution, "choose_launcher", lambda: launcher)
+    before = state_of_this_process()
     with Sandbox(1) as sandbox:
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
@@ -193,6 +199,16 @@ def test_whoever_asks_is_told_why_no_process_began(usable_launchers: list[str], 
     reasons = ("too many", "MemoryError", "a")
     assert told[:3] == [f"no process for a program ({reason}): end others, or raise that limit" for reason in reasons]
     assert told[3:] == ["use another Python", "1\n"]
+    assert state_of_this_process() == before
+
+
+def test_no_more_programs_run_at_once_than_were_asked_for(usable_launchers: list[str]) -> None:
+    """Each has its time to itself; those that wait for their turn lose none of it."""
+    code = "import time\nprint(time.time())\ntime.sleep(0.3)\nprint(time.time())"
+    with Sandbox(1) as sandbox, ThreadPoolExecutor(3) as threads:
+        outputs = list(threads.map(lambda _: sandbox.run(code, 20).stdout, range(3)))
+    times = sorted(tuple(map(float, output.split())) for output in outputs)
+    assert all(end <= begin for (_, end), (begin, _) in zip(times, times[1:], strict=False))
 
 
 PARENT_TO_KILL = """
@@ -244,6 +260,11 @@ def test_unsafe_execution_has_limits_only(adopted_children, monkeypatch: pytest.
     assert execute_code("import os\nos.closerange(0, 64)\nwhile True: pass", 0.5).error
     assert execute_code("import os\nos._exit(0)", 20).error == "ended before its end with exit code 0"
     assert execute_code("import os\nos.abort()", 20).error == "ended with signal 6"
+    killed, kill = [], os.killpg
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "killpg", lambda group, number: killed.append(group) or kill(group, number))
+        assert execute_code("pass", 20).success
+    assert len(killed) == 1  # once it is gone, its number may be another's
     with Sandbox(2) as sandbox:
         assert sandbox.run("print(1)", 20) == ExecutionResult(True, "1\n", "")
     assert adopted_children() == []
@@ -258,15 +279,17 @@ def test_falls_back_to_the_other_launcher(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_refuses_without_isolation(monkeypatch: pytest.MonkeyPatch) -> None:
     execution.find_launcher.cache_clear()
-    monkeypatch.delenv("NANOCHAT_UNSAFE_EXECUTION", raising=False)
     monkeypatch.setitem(execution.ENVIRONMENT, "PATH", "/nonexistent")
-    for run in (lambda: execute_code("print(1)"), Sandbox):
+    for run, unsafe in itertools.product((lambda: execute_code("print(1)"), Sandbox), ("", "0")):
+        monkeypatch.setenv("NANOCHAT_UNSAFE_EXECUTION", unsafe)
         with pytest.raises(NanochatError, match="bwrap: not installed; unshare: not installed.*--unsafe-execution"):
             run()
 
 
 def test_says_why_a_launcher_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(execution.LAUNCHERS, "unshare", lambda: ["sh", "-c", "echo no namespaces >&2; exit 1", "sh"])
+    monkeypatch.setitem(
+        execution.LAUNCHERS, "unshare", lambda: ["sh", "-c", "echo trying >&2; echo no namespaces >&2; exit 1", "sh"]
+    )
     assert execution.why_unusable("unshare") == "no namespaces"
 
 

@@ -162,6 +162,19 @@ def test_init_weights_sets_everything() -> None:
         assert torch.equal(tensor, models[1][name]), f"{name} is not the same under the same seed"
 
 
+def test_a_new_block_changes_nothing_and_can_learn() -> None:
+    """What writes into the stream is zero; what it multiplies has rows of length 1 on average, whatever the width."""
+    for n_embd in (64, 256):
+        model = GPT(GPTConfig(sequence_len=64, vocab_size=500, n_layer=2, n_head=2, n_kv_head=2, n_embd=n_embd, bigrams=1))
+        model.init_weights(0)
+        for block in model.blocks:
+            assert not block.attn.c_proj.weight.any() and not block.mlp.c_proj.weight.any()
+            for matrix in (block.attn.c_q, block.attn.c_k, block.attn.c_v, block.mlp.c_fc):
+                assert matrix.weight.norm(dim=1).mean().item() == pytest.approx(1, rel=0.05)
+        assert not model.bigrams.weight.any() and not model.blocks[1].attn.ve_gate.weight.any()
+        assert model.value_embeds["1"].weight.norm(dim=1).mean().item() == pytest.approx(1, rel=0.05)
+
+
 def test_first_loss_is_that_of_guessing() -> None:
     model = GPT(GPTConfig(sequence_len=64, vocab_size=100, n_layer=2, n_head=2, n_kv_head=2, n_embd=32))
     model.init_weights(0)
@@ -215,6 +228,11 @@ def test_idle_blocks_change_nothing_but_the_cost() -> None:
 def test_config_refuses_what_cannot_be() -> None:
     for bad, reason in (
         ({"n_embd": 100, "n_head": 3}, "n_embd 100 over n_head 3 does not give a head size"),
+        ({"n_embd": 36, "n_head": 3, "n_kv_head": 3}, "a head size divisible by 8: choose n_embd as a multiple of 24"),
+        ({"n_layer": 1 << 31}, "n_layer 2147483648 is not a whole number above 0"),
+        ({"sequence_len": 2048.0}, "sequence_len 2048.0 is not a whole number"),
+        ({"value_embeddings": 1}, "value_embeddings 1 is not true or false"),
+        ({"window_pattern": ""}, "window_pattern '' may hold only S and L"),
         ({"n_embd": 64, "n_head": 4, "n_kv_head": 3}, "n_kv_head 3 does not divide n_head 4"),
         ({"window_pattern": "SX"}, "window_pattern 'SX' may hold only S and L"),
         ({"qk_scale": 0}, "qk_scale 0 is not a number above 0"),
@@ -386,3 +404,4 @@ def test_recomputed_blocks_keep_as_little_while_evaluating() -> None:
     model.eval()
     with torch.no_grad():
         assert 0 < bytes_kept() <= in_training
+        assert not model.features(tokens).requires_grad

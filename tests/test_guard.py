@@ -30,7 +30,20 @@ def test_an_api_key_is_asked_for(engine: Engine) -> None:
         assert client.get("/api/runs").status_code == 401
         for scheme in ("Bearer", "bearer"):
             assert client.post(CHAT, json=HELLO, headers={"Authorization": f"{scheme} secret"}).status_code == 200
-        assert client.get("/").status_code == client.get("/health").status_code == client.get("/docs").status_code == 200
+        for given in ("Basic secret", "secret", "Bearer", ""):
+            assert client.post(CHAT, json=HELLO, headers={"Authorization": given}).status_code == 401
+        pages = ("/", "/health", "/metrics", "/docs", "/openapi.json", "/runs", "/ui/index.html")
+        answers = {path: client.get(path).status_code for path in pages}
+        assert 401 not in answers.values() and {answers[path] for path in pages[:-1]} == {200}, answers
+
+
+def test_a_browser_may_ask_what_it_may_send_before_it_sends_the_key(engine: Engine) -> None:
+    """To a page of another origin; and clients that write two spaces are understood."""
+    origin = {"Origin": "http://other.example", "Access-Control-Request-Method": "POST"}
+    app = create_app([engine], "tiny", api_key="secret", cors_origins=["http://other.example"])
+    with TestClient(app) as client:
+        assert client.options(CHAT, headers=origin).status_code == 200
+        assert client.post(CHAT, json=HELLO, headers={"Authorization": "Bearer  secret"}).status_code == 200
 
 
 def test_headers_have_an_end_and_come_in_time(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,6 +64,35 @@ def test_headers_have_an_end_and_come_in_time(engine: Engine, monkeypatch: pytes
         again.sendall(b"GET /health HTT")  # as late as in the first request
         assert _read_all(again).count(b"HTTP/1.1 ") == 0
         again.close()
+
+
+def test_only_headers_must_come_in_time(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer may take longer, and so may a connection's next request, also where headers come in pieces."""
+
+    async def slow_answer(ticket: Ticket, reply: Reply) -> AsyncIterator[str]:
+        yield "data: a\n\n"
+        await asyncio.sleep(0.5)
+        yield "data: [DONE]\n\n"
+
+    monkeypatch.setattr("nanochat.server.chat_chunks", slow_answer)
+    monkeypatch.setattr(guard, "HEAD_TIMEOUT_S", 0.3)
+    with serve(create_app([engine], "tiny")) as port:
+        connection, request = (
+            socket.create_connection(("127.0.0.1", port), timeout=10),
+            http_request({**HELLO, "stream": True}),
+        )
+        for _ in range(2):
+            connection.sendall(request[:40])
+            time.sleep(0.1)
+            connection.sendall(request[40:])
+            received = b""
+            while not received.endswith(b"0\r\n\r\n"):
+                more = connection.recv(2**16)
+                assert more, "the connection was ended"
+                received += more
+            assert received.startswith(b"HTTP/1.1 200 OK") and b"[DONE]" in received
+            time.sleep(0.4)
+        connection.close()
 
 
 def test_the_documented_limits_of_a_request_are_those_that_hold() -> None:

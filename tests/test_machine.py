@@ -352,6 +352,22 @@ def test_answers_in_a_batch_are_halved_until_they_fit(monkeypatch: pytest.Monkey
     assert pace.choose_answer_rows(model, 64) == 64
 
 
+@pytest.mark.parametrize(("most", "tried"), [(24, [24]), (5, [24, 12, 8, 6, 4]), (0, [24, 12, 8, 6, 4, 3, 2])])
+def test_rows_on_a_gpu_are_the_most_that_fit_and_divide_the_batch(
+    most: int, tried: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One row is not tried: there is nothing less. On a CPU, rows are chosen by their tokens."""
+    model, seen = make_model(sequence_len=512), []
+    assert pace.choose_device_batch_size(model, -1, 48 * 512, 2) == 12
+    monkeypatch.setattr(model, "get_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(pace, "_fits", lambda model, rows: seen.append(rows) or rows <= most)
+    assert pace.choose_device_batch_size(model, -1, 48 * 512, 2) == (tried[-1] if most else 1)
+    assert seen == tried
+    for rows, tokens in ((5, 48 * 512), (-1, 1000)):
+        with pytest.raises(NanochatError, match="nearest"):
+            pace.choose_device_batch_size(model, rows, tokens, 2)
+
+
 @pytest.mark.parametrize("error", [None, *OUT_OF_MEMORY])
 def test_trying_a_batch_takes_no_memory_away(error: RuntimeError | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fit or not: a second try finds as much free as the first, an engine's share included."""

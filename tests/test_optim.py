@@ -214,6 +214,15 @@ def test_normalizing_neurons_keeps_the_norm_and_evens_rows() -> None:
         assert norms.max() / norms.min() < 1.01
 
 
+def test_neurons_without_an_update_spoil_no_others() -> None:
+    """A neuron that was never active, a matrix of such: their running mean square is 0."""
+    update = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    update[0, 1] = update[1] = 0
+    found = normalize_neurons(update.clone(), torch.zeros(2, 4, 1), 0.9)
+    assert not found[0, 1].any() and not found[1].any()
+    torch.testing.assert_close(found[0].norm(), update[0].norm())
+
+
 def test_every_parameter_is_in_one_group_and_moves() -> None:
     model = make_model()
     optimizer = model.setup_optimizer()

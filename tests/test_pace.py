@@ -9,7 +9,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from nanochat import pace
+from nanochat.common import NanochatError
 from nanochat.gpt import GPT, GPTConfig
 from nanochat.metrics import read_metrics
 from nanochat.optim import OptimizerSettings
@@ -56,9 +59,42 @@ def test_the_optimizer_that_is_measured_is_the_one_that_trains(stage: str, monke
     assert len(built) == (2 if stage == "base" else 1) and all(expected.items() <= how.items() for how in built)
 
 
+@pytest.mark.parametrize(("gone", "expand_at", "updates"), [(20, 0.0, 7), (20, 0.25, 8), (20, 0.5, 10), (119.9, 0.0, 1)])
+def test_a_plan_by_time_counts_all_that_an_update_does(
+    gone: float, expand_at: float, updates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four micro-batches of a second for each block that learns, and two seconds of the optimizer, in what is left of 120."""
+    model = make_model(sequence_len=64)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def seconds_of(work: Any, device: object) -> float:
+        is_update = getattr(work, "__name__", "") == "step"
+        work()
+        return 2.0 if is_update else float(model.config.n_layer - model.idle_blocks)
+
+    monkeypatch.setattr(pace, "seconds_of", seconds_of)
+    monkeypatch.setattr(pace, "seconds_since_start", lambda: gone)
+    monkeypatch.setattr(pace, "try_to_compile", lambda device: "no compiler")
+    assert pace.steps_in(model, 2, 2, 8 * 64, True, {"weight_decay": 0.2}, expand_at) == updates
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.idle_blocks == 0 and not model.is_compiled
+    monkeypatch.setattr(pace, "gather_objects", lambda mine: [(mine[0] / 2, gone), mine, (mine[0], 120)])
+    with pytest.raises(NanochatError, match="--target-minutes 2 is over: start-up alone took 120 s"):  # on another rank
+        pace.steps_in(model, 2, 2, 8 * 64, False, {})
+
+
+def test_all_ranks_count_in_what_time_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "measure_matmul_rate", lambda *where: 1e9)
+    monkeypatch.setattr(pace, "expected_mfu", lambda *where: 0.5)
+    monkeypatch.setattr(pace, "get_dist_info", lambda: SimpleNamespace(world_size=4))
+    assert pace.flops_in(make_model(), 2) == 0.5e9 * 4 * 120
+
+
 def test_a_run_ends_in_its_time_whatever_the_machine_does() -> None:
     """100 updates were planned for 100 seconds."""
     assert simulate([1.0] * 100, 100 / 60) == (100, 100)
+    assert simulate([1.0] * 8, 8 / 60) == (8, 8)  # fewer than there are checks
     assert simulate([1.02] * 100, 100 / 60)[0] == 100  # too little to matter
     assert simulate([0.5] * 100, 100 / 60) == (100, 50)  # never more than the most
     for step_at, factor in ((0, 1.25), (0, 2.0), (40, 1.5), (70, 2.0), (0, 3.0)):
@@ -66,10 +102,23 @@ def test_a_run_ends_in_its_time_whatever_the_machine_does() -> None:
         assert 97 < seconds < 103 and updates < 100, (step_at, factor)
 
 
+def test_a_run_has_the_time_that_its_start_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pace, "seconds_since_start", lambda: 20.0)
+    assert simulate([1.0] * 200, 2, planned=100) == (100, 100)
+
+
 @pytest.mark.parametrize("factor", [0.2, 0.5, 0.9])
 def test_a_machine_that_was_slow_only_when_it_was_measured_uses_its_time(factor: float) -> None:
     updates, seconds = simulate([factor] * 1000, 100 / 60, planned=100)
     assert 97 < seconds < 103 and updates == pytest.approx(100 / factor, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("planned", "step", "seconds", "updates"), [(100, 10, 0.001, 190), (100, 10, 900, 55), (10, 9, 2000, 10)]
+)
+def test_a_plan_drops_half_of_what_is_left_or_doubles_it(planned: int, step: int, seconds: float, updates: int) -> None:
+    """At most, at a time; the last update is not dropped."""
+    assert TimeLimit(1000 / 60, 10**6, print).updates(step, seconds, Schedule(planned)) == updates
 
 
 def test_a_run_does_what_was_planned_where_only_its_start_was_slow() -> None:
@@ -90,6 +139,8 @@ def test_a_pause_is_no_pace() -> None:
 def test_blocks_that_join_late_are_not_judged_by_the_steps_before() -> None:
     """Where the first 80 of 100 updates take a second and the others four: as planned."""
     assert simulate([1.0] * 80 + [4.0] * 20, 160 / 60, expand_at=0.8) == (100, 160)
+    limit, schedule = TimeLimit(1.0, 100, print), Schedule(10, expand_at=0.8)
+    assert {limit.updates(step, step, schedule) for step in range(9)} == {10}
     updates, seconds = simulate([1.0] * 80 + [8.0] * 20, 160 / 60, expand_at=0.8)
     assert 80 < updates < 100
 

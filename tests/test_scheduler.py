@@ -44,6 +44,7 @@ def test_waiting_for_a_tool_takes_no_steps(engine: Engine, tokenizer: Tokenizer,
     while not engine.scheduler.is_idle:
         engine.scheduler.step()
     assert engine.scheduler.calling == {texts[0]} and list(engine.scheduler.waiting) == [texts[1]]
+    assert engine.scheduler.num_running == 1
     answered.set()
     engine.scheduler.wait()
     assert not engine.scheduler.is_idle
@@ -93,8 +94,31 @@ def test_the_shortest_text_is_held_back(text: str, stop: str) -> None:
 
 
 def test_a_text_that_was_only_submitted_waits(engine: Engine) -> None:
-    engine.scheduler.submit(Sequence([1], SamplingParams(0)))
+    text = Sequence([1], SamplingParams(0))
+    engine.scheduler.submit(text)
     assert engine.scheduler.num_waiting == 1
+    engine.scheduler.end_all("cancelled")
+    assert engine.scheduler.num_waiting == 0 and text.finish_reason == "cancelled"
+
+
+def test_a_text_that_was_given_up_before_it_came_is_not_begun(engine: Engine) -> None:
+    text = Sequence([1], SamplingParams(0))
+    engine.scheduler.cancel(text)
+    engine.scheduler.submit(text)
+    engine.scheduler.step()
+    assert engine.scheduler.is_idle and not text.tokens and text.finish_reason == "cancelled"
+
+
+def test_a_prompt_that_is_given_up_halfway_leaves_nothing(engine: Engine) -> None:
+    engine.scheduler.chunk = 16
+    text = Sequence([1] * 50, SamplingParams(0))
+    engine.scheduler.submit(text)
+    engine.scheduler.step()
+    assert engine.scheduler.prefilling is text
+    engine.scheduler.cancel(text)
+    engine.scheduler.step()
+    assert engine.scheduler.is_idle and engine.scheduler.num_running == 0 and not text.tokens
+    assert engine.scheduler.allocator.num_free == engine.scheduler.allocator.num_blocks - 1
 
 
 def test_texts_that_wait_for_a_tool_are_ended_too(
@@ -109,7 +133,8 @@ def test_texts_that_wait_for_a_tool_are_ended_too(
         engine.scheduler.step()
     engine.scheduler.end_all("error", "failed")
     release.set()
-    assert slow.finish_reason == "error"
+    engine.scheduler.wait(10)  # its answer comes too late
+    assert slow.finish_reason == "error" and engine.scheduler.num_running == 0
 
 
 def test_a_text_that_is_put_back_is_counted_once(engine: Engine) -> None:
@@ -123,6 +148,20 @@ def test_a_text_that_is_put_back_is_counted_once(engine: Engine) -> None:
         engine.scheduler.step()
     assert len(text.prompt_logprobs) == 49
     assert text.cached_tokens == 0 and engine.scheduler.prompt_tokens == 51
+
+
+def test_the_youngest_text_gives_way(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the oldest is never put back, and all come to their end."""
+    poor = Engine(engine.model, engine.tokenizer, kv_tokens=512).scheduler
+    texts = [Sequence([i + 1], SamplingParams(0, max_tokens=250, ignore_eos=True)) for i in range(3)]
+    preempt, chosen = poor._preempt, []
+    monkeypatch.setattr(poor, "_preempt", lambda text: chosen.append(text) or preempt(text))
+    for text in reversed(texts):
+        poor.submit(text)
+    while not poor.is_idle:
+        poor.step()
+    assert texts[2] in chosen and texts[0] not in chosen
+    assert all(len(text.tokens) == 250 for text in texts)
 
 
 def test_a_text_that_is_put_back_is_the_next_to_run(engine: Engine) -> None:
@@ -152,6 +191,62 @@ def test_the_token_that_ends_an_answer_has_no_logprob(
     (text,) = run_texts(engine, [Sequence([1, 2], SamplingParams(seed=1000, max_tokens=20, logprobs=0))])
     choice = Reply("chat", "m", tokenizer, False).chat_choice(0, text)
     assert len(choice["logprobs"]["content"]) == 2
+
+
+@pytest.mark.parametrize("name", ["<|assistant_end|>", "<|bos|>"])
+def test_an_answer_ends_where_the_model_says_so(
+    name: str, engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = tokenizer.encode_special(name)
+    make_it_say(engine, monkeypatch, [7, end])
+    (text,) = run_texts(engine, [Sequence([1, 2], SamplingParams(seed=1000, max_tokens=20))])
+    assert (text.tokens, text.stop_token, text.finish_reason) == ([7], end, "stop")
+
+
+def test_the_end_of_a_call_that_never_began_is_a_token_like_others(
+    engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.scheduler.tool = lambda expression: "42"
+    said, times = [7, calculator_call(tokenizer, "")[-1], 8], set()
+    make_it_say(engine, monkeypatch, said)
+    text = Sequence([1, 2], SamplingParams(seed=1000, max_tokens=5), lambda text: times.add(text.first_token_at))
+    run_texts(engine, [text])
+    assert text.tokens == [*said, 5, 5] and set(text.masks) == {1}
+    assert len(times) == 1  # when its first token came does not change
+
+
+def test_a_forced_answer_ends_with_the_context(engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.scheduler.tool = lambda expression: "123456789" * 3
+    make_it_say(engine, monkeypatch, said := calculator_call(tokenizer, "x"))
+    (text,) = run_texts(engine, [Sequence([1] * (510 - len(said)), SamplingParams(seed=1000))])
+    assert text.length == 512 and text.finish_reason == "context" and text.masks == [1] * len(said) + [0, 0]
+
+
+def test_a_text_waits_for_the_memory_of_one_that_calls_a_tool(
+    engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered = threading.Event()
+    poor = Engine(engine.model, tokenizer, lambda expression: "1" if answered.wait(60) else None, kv_tokens=512)
+    make_it_say(poor, monkeypatch, said := calculator_call(tokenizer, "x"))
+    texts = [Sequence([i + 1] * 300, SamplingParams(seed=seed, max_tokens=9)) for i, seed in enumerate((1000, 0))]
+    for text in texts:
+        poor.scheduler.submit(text)
+    while not poor.scheduler.is_idle:
+        poor.scheduler.step()
+    assert poor.scheduler.calling == {texts[0]} and list(poor.scheduler.waiting) == [texts[1]]
+    answered.set()
+    run_texts(poor, [Sequence([9], SamplingParams(max_tokens=1))])
+    while any(text.finish_reason is None for text in texts):
+        poor.scheduler.step()
+    assert texts[0].tokens[: len(said)] == said and texts[1].tokens == [5] * 9
+
+
+def test_each_text_has_the_probabilities_of_its_prompt_that_it_asks_for(engine: Engine) -> None:
+    """Also where another one's computation of the same prompt could be shared."""
+    prompt = list(range(1, 2 * BLOCK_SIZE + 3))
+    asked = [SamplingParams(0, max_tokens=2, seed=i, prompt_logprobs=i != 1, ignore_eos=True) for i in range(4)]
+    texts = run_texts(engine, [Sequence(prompt, params) for params in asked])
+    assert [len(text.prompt_logprobs) for text in texts] == [len(prompt) - 1, 0, len(prompt) - 1, len(prompt) - 1]
 
 
 @pytest.mark.parametrize("length", [3, BLOCK_SIZE, 2 * BLOCK_SIZE + 5])
@@ -221,7 +316,7 @@ def test_a_prompt_is_computed_by_one_set_of_weights(engine: Engine) -> None:
     for text in texts:
         engine.scheduler.submit(text)
     engine.scheduler.step()
-    assert engine.scheduler.prefilling is texts[0] and texts[0].computed == chunk
+    assert engine.scheduler.prefilling is texts[0] and texts[0].computed == chunk and engine.scheduler.num_running == 1
     with torch.no_grad():
         engine.model.blocks[0].attn.c_v.weight.neg_()
     engine.forget()
@@ -270,6 +365,13 @@ def test_many_short_prompts_do_not_hold_up_running_texts(engine: Engine) -> None
     engine.scheduler.step()
     assert len(running.tokens) == before + 1
     assert 0 < sum(text.finish_reason is not None for text in short) <= 10
+
+
+def test_there_is_memory_for_what_was_asked_and_for_one_whole_text() -> None:
+    """And a block that nobody has."""
+    model = make_model(sequence_len=512)
+    blocks = [scheduler._choose_num_blocks(model, max_rows=1, kv_tokens=tokens) - 1 for tokens in (1, 512, 513, 600)]
+    assert [n * BLOCK_SIZE for n in blocks] == [512, 512, 512 + BLOCK_SIZE, -(-600 // BLOCK_SIZE) * BLOCK_SIZE]
 
 
 def test_memory_that_was_freed_is_free_for_keys_and_values(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from nanochat import ranks, training_flags
+from nanochat import ranks, stage, training_flags
 from nanochat.checkpoint_manager import save_checkpoint, set_aside
 from nanochat.common import NanochatError
 from nanochat.gpt import GPTConfig
@@ -22,9 +23,11 @@ from nanochat.ranks import compare_ranks
 from nanochat.runs import get_stage_dir, list_steps
 from nanochat.same_run import check_settings
 from nanochat.settings import Arguments, SettingsParser
-from nanochat.stage import Stage, open_stage
+from nanochat.stage import Stage, open_stage, prepare_directory, time_limit, write_settings
+from nanochat.tokenizer import Tokenizer
 from nanochat.training_flags import add_rate_arguments, parse_switches
 from scripts import base_train, chat_rl, chat_sft
+from tests.helpers import make_model
 
 STATE = {"a": torch.ones(2)}
 STARTS = [("TORCHELASTIC_RESTART_COUNT", "resume"), ("SLURM_RESTART_COUNT", "resume_from_step")]
@@ -57,12 +60,30 @@ def test_a_job_that_slurm_repeats_does_not_begin_another_run(base_dir: Path, mon
     assert open_stage("base", None, "d4", "none").tag == "d4-2"
 
 
+def test_a_job_that_torchrun_repeats_does_not_begin_again(stage_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be refused, or be another run; the first start has said nothing of it."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert open_stage("base", "new", "d4", "none").resume_step is None
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(NanochatError, match="may not go on from a checkpoint: add --resume auto"):
+        open_stage("base", "new", "d4", "none")
+    assert open_stage("base", "r", "d4", "auto").resume_step == 300
+
+
+def test_a_checkpoint_that_was_about_to_be_replaced_is_gone_on_from(stage_dir: Path) -> None:
+    """The process was killed in between."""
+    (stage_dir / "step_000300").rename(stage_dir / ".step_000300.old")
+    assert open_stage("base", "r", "d4", "auto").resume_step == 300
+    assert list_steps(stage_dir) == [100, 200, 300]
+
+
 def test_ranks_that_cannot_share_a_batch_are_told_how_many_can(stage_dir: Path) -> None:
     """Not of other batches: a run that goes on keeps its own."""
     save_checkpoint(stage_dir, 400, STATE, None, {"settings": {"total_batch_size": 12 * 64}})
     stage = Stage("r", "base", stage_dir, 400, [400])
     for world_size in (1, 2, 4):
         stage.check_batch(-1, 64, world_size)
+        stage.check_batch(0, 64, world_size)
     for world_size in (8, 5):
         with pytest.raises(NanochatError, match=f"which {world_size} processes cannot share: go on with one of 1, 2, 4$"):
             stage.check_batch(-1, 64, world_size)
@@ -111,6 +132,82 @@ def test_two_runs_without_a_tag_do_not_meet(base_dir: Path) -> None:
         other.stdout.readline()
         assert open_stage("base", None, "d2", "none").tag == "d2-2"
         other.communicate(b"\n")
+
+
+def test_a_base_whose_name_later_stages_have_gets_another(base_dir: Path) -> None:
+    """Without a tag; they need the tokenizer of the one that they came from."""
+    save_checkpoint(get_stage_dir("d4", "sft"), 5, STATE, None, {})
+    assert open_stage("base", None, "d4", "none").tag == "d4-2"
+
+
+@pytest.mark.parametrize(("step", "rows"), [(None, False), (5, True)])
+def test_rows_of_a_start_that_saved_nothing_are_no_part_of_the_next(
+    step: int | None, rows: bool, base_dir: Path, tokenizer: Tokenizer
+) -> None:
+    directory = get_stage_dir("r", "base")
+    if step is not None:
+        save_checkpoint(directory, step, STATE, None, {})
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "metrics.jsonl").write_text('{"step": 1}\n', encoding="utf-8")
+    stage = Stage("r", "base", directory, step, [] if step is None else [step])
+    with stage.lock:
+        prepare_directory(stage, tokenizer, {}, base_train.parse_arguments([]))
+    assert (directory / "metrics.jsonl").exists() == rows
+
+
+def test_a_stage_is_repeated_by_what_was_asked_for_and_what_came_of_it(base_dir: Path) -> None:
+    """Not by what holds for these ranks or this start alone; and recipes find the path of the data as it is."""
+    stage = Stage("r", "base", get_stage_dir("r", "base"), None, [])
+    stage.directory.mkdir(parents=True)
+    args = base_train.parse_arguments(["--resume=auto", "--data=/tmp/Überall", "--target-minutes=5"])
+    settings = {**vars(args), "num_iterations": 7, "device_batch_size": 8}
+    write_settings(stage, settings, args)
+    assert '"/tmp/Überall"' in (stage.directory / "settings.json").read_text(encoding="utf-8")
+    again = base_train.parse_arguments([f"--config={stage.directory / 'config.toml'}"])
+    expected = {"model_tag": "r", "num_iterations": 7, "data": "/tmp/Überall", "target_minutes": -1, "resume": "none",
+                "resume_from_step": -1, "device_batch_size": -1}  # fmt: skip
+    assert {name: vars(again)[name] for name in expected} == expected
+
+
+def test_minutes_hold_a_stage_that_is_new(base_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """One that goes on keeps its updates, one that was planned otherwise has no limit; a full disk ends neither."""
+    args, settings = base_train.parse_arguments(["--target-minutes=5"]), {"num_iterations": 9}
+    new, begun = (Stage("r", "base", base_dir, step, []) for step in (None, 3))
+    assert time_limit(begun, settings, args, 20.0) is None is time_limit(new, settings, args, None)
+    limit = time_limit(new, settings, args, 20.0)
+
+    def fail(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("nanochat.stage.atomic_write", fail)
+    limit.record(7)
+    assert settings == {"num_iterations": 7}
+    assert "settings.json could not be written; training goes on. the disk is full" in capsys.readouterr().out
+
+
+def test_flags_reach_the_model_and_its_optimizer() -> None:
+    """Rates are all times the scale that the batch has; the weight decay is the stage's to say."""
+    config, cpu = make_model().config, torch.device("cpu")
+    for more in ([], ["--activation-checkpointing"]):
+        model = stage.make_model(config, cpu, base_train.parse_arguments(more), None)
+        assert model.recompute_blocks == bool(more)
+    rates = {"matrix_lr": 0.2, "embedding_lr": 0.3, "unembedding_lr": 0.04, "scalar_lr": 0.5}
+    args = base_train.parse_arguments([f"--{name.replace('_', '-')}={value}" for name, value in rates.items()])
+    found = stage.setup_optimizer(model, args, 0.5, weight_decay=0.7, muon_beta2=0.6)
+    halves = {name: value / 2 for name, value in rates.items()}
+    expected = model.setup_optimizer(**halves, weight_decay=0.7, muon_beta2=0.6)
+    for group, wanted in zip(found.groups, expected.groups, strict=True):
+        assert group.initial_lr == pytest.approx(wanted.initial_lr)
+        assert (group.initial_weight_decay, group.betas) == (wanted.initial_weight_decay, wanted.betas)
+
+
+def test_what_a_stage_says_of_its_training_counts_more_than_its_flags() -> None:
+    """RL, for instance, has no total batch size; a GPU waits for a loss only every tenth update, unless told otherwise."""
+    settings, gpu = {"num_iterations": 9, "total_batch_size": 512, "no_such_field": 1}, torch.device("cuda")
+    config = stage.train_config(settings, gpu, total_batch_size=0)
+    assert (config.num_iterations, config.total_batch_size, config.log_every) == (9, 0, 10)
+    assert stage.train_config(settings, gpu, log_every=1).log_every == 1
+    assert stage.train_config(settings, torch.device("cpu")).log_every == 1
 
 
 def test_the_optimizers_own_rates_are_the_flags_defaults(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from nanochat.checkpoint_manager import read_meta
 from nanochat.metrics import read_metrics
 from tests.helpers import make_trainer
 
@@ -65,3 +67,51 @@ def test_a_rate_that_training_exceeds_is_measured_again(tmp_path: Path, monkeypa
     shares = [row["train/mfu"] for row in train_rows(tmp_path) if "train/mfu" in row]
     assert len(shares) == 6 and max(shares) < 1
     assert next(measured) == 1e16
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_resumed_run_counts_on(older: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first row tells of its own updates; one that an older nanochat began has worked as planned."""
+    monkeypatch.setattr("nanochat.trainer.reference_rate", lambda *arguments: RATE)
+    whole = train_rows(tmp_path / "whole", expand_at=4 / 7, save_every=5)
+    state = read_meta(tmp_path / "whole", 5)["trainer"]
+    if older:
+        del state["flops"]
+    again = make_trainer(tmp_path / "again", num_iterations=7, expand_at=4 / 7)
+    again.load_state_dict({**state, "time_s": 100.0})
+    again.train()
+    row = read_metrics(tmp_path / "again" / "metrics.jsonl")[0]
+    elapsed = 32 / row["train/tok_per_s"]
+    assert row["time_s"] == pytest.approx(100 + elapsed, abs=2e-4)
+    assert row["train/flops"] == whole[5]["train/flops"]
+    assert row["train/mfu"] == pytest.approx((row["train/flops"] - whole[4]["train/flops"]) / elapsed / RATE, rel=0.01)
+
+
+def test_results_stay_until_the_next_of_their_kind(tmp_path: Path) -> None:
+    """On the progress line, and in a run that is resumed."""
+    trainer, seen = make_trainer(tmp_path), []
+    trainer.evaluations = [(2, lambda: {"val/a": trainer.step}), (3, lambda: {"val/b": trainer.step})]
+    trainer.step_metrics = lambda: seen.append(trainer.results) or {}
+    trainer.train()
+    assert seen[3:] == [{"val/a": 2, "val/b": 3}, {"val/a": 4, "val/b": 3}, {"val/a": 4, "val/b": 3}]
+    again = make_trainer(tmp_path / "again")
+    again.load_state_dict(trainer.state_dict())
+    assert again.results == {"val/a": 6, "val/b": 6}
+
+
+@pytest.mark.parametrize(("sample_every", "sampled"), [(2, [2, 4, 6]), (0, [6]), (-1, [])])
+def test_evaluating_and_sampling_are_no_training(sample_every: int, sampled: list[int], tmp_path: Path) -> None:
+    """No gradients are kept while a model is evaluated; and whatever came between, it is trained as before."""
+    trainer, modes, samples = make_trainer(tmp_path, sample_every=sample_every), set(), []
+    model, loss_fn = trainer.model, trainer._passes.loss_fn
+
+    def note(doing: str) -> dict[str, float]:
+        modes.add((doing, model.training, torch.is_grad_enabled()))
+        return {}
+
+    trainer.evaluations = [(3, lambda: note("evaluates"))]
+    trainer.sample_fn = lambda: samples.append(trainer.step) or [note("samples")][:0]
+    trainer._passes.loss_fn = lambda *batch: note("trains") or loss_fn(*batch)
+    trainer.train()
+    assert samples == sampled
+    assert modes - {("samples", False, True)} == {("trains", True, True), ("evaluates", False, False)}

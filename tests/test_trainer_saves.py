@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import shutil
+import signal
 import time
 import weakref
 from pathlib import Path
@@ -91,6 +93,68 @@ def test_each_evaluation_is_of_a_saved_step(tmp_path: Path) -> None:
     trainer.train()
     assert [row["x"] for row in read_metrics(tmp_path / "metrics.jsonl") if "x" in row] == [1, 1, 1]
     assert list_steps(tmp_path) == [2, 4, 6]
+
+
+@pytest.mark.parametrize(("save_every", "saved"), [(-1, [2, 4, 6]), (0, [6]), (3, [3, 6])])
+def test_what_was_never_trained_is_evaluated_but_not_saved(save_every: int, saved: list[int], tmp_path: Path) -> None:
+    """However often checkpoints are written; and only once is a new model evaluated before the evaluations are due."""
+    trainer, evaluated = make_trainer(tmp_path, save_every=save_every, eval_first=True), []
+    trainer.evaluations = [(2, lambda: evaluated.append(trainer.step) or {})]
+    trainer.train()
+    assert (evaluated, list_steps(tmp_path)) == ([0, 2, 4, 6], saved)
+
+
+def test_an_evaluation_that_fails_before_the_first_update_leaves_no_checkpoint(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, eval_first=True)
+    trainer.evaluations = [(2, lambda: {"x": 1 / trainer.step})]
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert list_steps(tmp_path) == []
+
+
+def test_the_best_is_one_of_the_steps_that_are_saved(tmp_path: Path) -> None:
+    """Those that are only evaluated would name a checkpoint that does not exist."""
+    trainer = make_trainer(tmp_path, save_every=3, best_metric="-x")
+    trainer.evaluations = [(2, lambda: {"x": float(trainer.step)})]
+    trainer.train()
+    assert json.loads((tmp_path / "best.json").read_text()) == {"step": 6, "x": 6.0}
+
+
+def test_what_fails_in_training_waits_for_the_checkpoint_that_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, save = make_trainer(tmp_path, save_every=2), checkpoint_writer.save_checkpoint
+    loss_fn = trainer._passes.loss_fn
+    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", lambda *arguments: time.sleep(0.3) or save(*arguments))
+    trainer._passes.loss_fn = lambda *batch: loss_fn(*batch) * (1 // (trainer.step != 2))
+    closed: list[list[int]] = []  # what there was when the log was closed, and loggers told that the run has ended
+    monkeypatch.setattr(trainer.metrics, "close", lambda: closed.append(list_steps(tmp_path)))
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    assert closed == [[2]]
+
+
+def test_a_step_that_was_gone_on_from_is_not_saved_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_trainer(tmp_path, save_every=2).train()
+    again, saved = make_trainer(tmp_path, save_every=2, num_iterations=8), []
+    again.load_state_dict(read_meta(tmp_path, 6)["trainer"])
+    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", lambda stage_dir, step, *rest: saved.append(step))
+    again.train()
+    assert saved == [8]
+
+
+def test_a_run_that_is_stopped_says_so_only_once_it_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path))
+
+    trainer = make_trainer(tmp_path)
+    trainer.step_metrics = lambda: os.kill(os.getpid(), signal.SIGINT) or {}
+    monkeypatch.setattr(checkpoint_writer, "save_checkpoint", fail)
+    with pytest.raises((OSError, KeyboardInterrupt)) as ended:
+        trainer.train()
+    assert ended.type is OSError and "stopped after" not in capsys.readouterr().out
 
 
 def test_the_best_is_kept_where_the_next_evaluation_is_another(tmp_path: Path) -> None:
