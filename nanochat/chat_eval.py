@@ -28,7 +28,7 @@ from nanochat.sampling import SamplingParams
 from nanochat.scores import centered_mean, pass_at_k, wilson_interval
 from nanochat.sequence import Sequence
 from nanochat.tokenizer import as_text
-from nanochat.trimming import prompt_room, trim_prompt
+from nanochat.trimming import padded, prompt_room, trim_prompt
 
 if TYPE_CHECKING:
     from tasks.common import Conversation, Task
@@ -46,6 +46,7 @@ class Answering:
     max_tokens: int = 256
     temperature: float = 0.0
     top_k: int = 50
+    context_share: float = 0.25  # see prompt_room
 
     def label(self, task: Task, name: str) -> str:
         """The key of a task's result, and the name of its file: those of other settings are kept beside it."""
@@ -167,7 +168,7 @@ def _answer(
     Each {"index", "problem" (its hash), "answers", "truncated" (was the prompt?), "unfinished" (how many answers)}.
     """
     limit = engine.model.config.sequence_len
-    most = limit if task.eval_type == "categorical" else prompt_room(limit, answering.max_tokens)
+    most = limit if task.eval_type == "categorical" else prompt_room(limit, answering.max_tokens, answering.context_share)
     shortened = [trim_prompt(prompts[i], most) for i in chosen]
     unfinished = [0] * len(chosen)
     if task.eval_type == "categorical":
@@ -239,8 +240,7 @@ def _generate(engine: Engine, prompts: list[list[int]], numbers: list[int], answ
 def choose_letters(engine: Engine, prompts: list[list[int]], problems: list[Conversation]) -> list[str]:
     """For each prompt, the letter of the problem that is the likeliest first token of the answer."""
     model = engine.model
-    longest = max(map(len, prompts))
-    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=model.get_device())
+    ids = padded(prompts, 0, model.get_device())
     last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=ids.device)
     logits = model.logits(model.features(ids)[torch.arange(len(prompts), device=ids.device), last])
     chosen = []

@@ -34,6 +34,7 @@ from nanochat.gpt import GPT, Block
 from nanochat.ranks import all_or_none, compare_ranks, gather_objects, on_rank0
 from nanochat.scores import centered, centered_mean, wilson_interval
 from nanochat.tokenizer import Tokenizer
+from nanochat.trimming import padded
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -260,11 +261,6 @@ def batches_by_length(lengths: list[int], most_tokens: int) -> Iterator[list[int
 
 def _before(tokens: list[int]) -> list[int]:
     return [*tokens[:1], *tokens[:-1]]
-
-
-def padded(rows: list[list[int]], filler: int, device: torch.device) -> torch.Tensor:
-    longest = max(map(len, rows))
-    return torch.tensor([row + [filler] * (longest - len(row)) for row in rows], device=device)
 
 
 # ----------------------------------------------------------------------------- the metric

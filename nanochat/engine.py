@@ -73,7 +73,7 @@ class Engine:
         params = SamplingParams(temperature, top_k or 0, seed=seed, max_tokens=max_tokens)
         sequences = _sequences([tokens] * num_samples, params)
         shown = 0
-        for _ in self._run(sequences):
+        for _ in self.steps(sequences):
             while shown < _columns(sequences):
                 column = [_at(sequence, shown) for sequence in sequences]
                 yield [token for token, _ in column], [mask for _, mask in column]
@@ -103,10 +103,10 @@ class Engine:
 
     def run(self, sequences: list[Sequence]) -> None:
         """Continue texts, each with its own settings, until all are done."""
-        for _ in self._run(sequences):
+        for _ in self.steps(sequences):
             pass
 
-    def _run(self, sequences: list[Sequence]) -> Iterator[None]:
+    def steps(self, sequences: list[Sequence]) -> Iterator[None]:
         """Step until all of these are done; yields after each step. Those that are not done at its end are freed."""
         try:
             for sequence in sequences:

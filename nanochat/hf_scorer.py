@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from nanochat.common import NanochatError, first_line
-from nanochat.core_eval import BATCH_TOKENS, Candidate, Question, padded, score_by_length
+from nanochat.core_eval import BATCH_TOKENS, Candidate, Question, score_by_length
 from nanochat.devices import get_compute_dtype, is_out_of_memory
+from nanochat.trimming import padded
 
 LOGIT_BYTES = 4 << 30  # for a batch: other models have up to eight times as many words as ours
 LONGEST_CONTEXT = 4096  # also for models that can do more: no CORE question is longer

@@ -24,7 +24,7 @@ from nanochat.engine import Engine
 from nanochat.runs import STAGES
 from nanochat.sampling import SamplingParams
 from nanochat.sequence import Sequence, spoken
-from nanochat.trimming import trim_prompt
+from nanochat.trimming import prompt_room, trim_prompt
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -153,8 +153,8 @@ class NanochatLM(TemplateLM):
         top_k, top_p = asked.get("top_k", 0), asked.get("top_p", 1.0)
         most, stop = asked["max_gen_toks"], tuple(text for text in asked["until"] if text)
         params = SamplingParams(temperature, top_k, top_p, seed=seed, max_tokens=most, stop=stop)
-        room = min(max(1, most), self.scorer.context // 2)  # the prompt may always take half of the context
-        return Sequence(self._trim(self.tok_encode(context), self.scorer.context - room), params)
+        room = prompt_room(self.scorer.context, most, context_share=0.5)
+        return Sequence(self._trim(self.tok_encode(context), room), params)
 
     def _candidate(self, before: list[int], judged: list[int]) -> Candidate:
         tokens = self._trim(before + judged, self.scorer.context)

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nanochat.sampling import SamplingParams
-from nanochat.sequence import Sequence, TokenLogprob, spoken
+from nanochat.sequence import Sequence, TokenLogprob, joined_parts, spoken
 from nanochat.tokenizer import IncrementalDecoder, Tokenizer
 
 MAX_MESSAGES, MAX_PARTS = 2000, 500  # in a conversation; in a message
@@ -426,33 +426,6 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-
-class Parts:
-    """Turns an answer's pieces into parts of a message as they arrive. A call right after another is a separate part."""
-
-    def __init__(self) -> None:
-        self._kind: str | None = None  # of the part that is open
-        self._index = -1
-
-    def of(self, pieces: list[tuple[str, str]]) -> list[dict[str, Any]]:
-        """The next pieces, joined; those of the same index belong to the same part."""
-        parts: list[dict[str, Any]] = []
-        for text, kind in pieces:
-            if text and kind != self._kind:
-                self._kind, self._index = kind, self._index + 1
-            if text and parts and parts[-1]["index"] == self._index:
-                parts[-1]["text"] += text
-            elif text:
-                parts.append({"index": self._index, "type": kind, "text": text})
-            elif kind == "text" != self._kind:  # between calls there is always a piece of text, if an empty one
-                self._kind = None
-        return parts
-
-
-def joined_parts(pieces: list[tuple[str, str]]) -> list[dict[str, str]]:
-    """All pieces of an answer as the parts of a message."""
-    return [{"type": part["type"], "text": part["text"]} for part in Parts().of(pieces)]
 
 
 def finish_reason(sequence: Sequence) -> str:

@@ -30,7 +30,7 @@ from nanochat.lanes import epoch_order
 from nanochat.ranks import all_or_none, sum_over_ranks
 from nanochat.sampling import SamplingParams
 from nanochat.sequence import Sequence as Answer
-from nanochat.trimming import trim_prompt
+from nanochat.trimming import prompt_room, trim_prompt
 
 if TYPE_CHECKING:
     from tasks.common import Conversation, Task
@@ -164,7 +164,7 @@ class RolloutLoader:
         settings, engine, n = self.settings, self.engine, self.settings.num_samples
         chosen = self._problems()
         problems = [self.task[index] for _, index in chosen]
-        most = engine.model.config.sequence_len - settings.max_tokens
+        most = prompt_room(engine.model.config.sequence_len, settings.max_tokens, context_share=1)
         prompts = [engine.tokenizer.render_for_completion(problem) for problem in problems]
         engine.forget()  # the weights have changed since the last update
         engine.model.eval()

@@ -9,7 +9,7 @@ from nanochat.dataset import Source
 from nanochat.engine import Engine
 from nanochat.sampling import SamplingParams
 from nanochat.tokenizer import as_text
-from nanochat.trimming import trim_prompt
+from nanochat.trimming import prompt_room, trim_prompt
 
 if TYPE_CHECKING:
     from tasks.common import Task
@@ -38,7 +38,7 @@ def sample_answers(engine: Engine, task: Task, count: int = 4, max_tokens: int =
     examples = (kind[i] for i in range(count) for kind in kinds if i < len(kind))
     chosen = itertools.islice(examples, max(count, len(kinds)))
     openings = [list(itertools.takewhile(lambda message: message["role"] != "assistant", e["messages"])) for e in chosen]
-    most = max(1, engine.model.config.sequence_len - max_tokens)
+    most = prompt_room(engine.model.config.sequence_len, max_tokens, context_share=1)
     prompts = [trim_prompt(engine.tokenizer.render_for_completion({"messages": opening}), most) for opening in openings]
     rows = engine.complete(prompts, SamplingParams(0, max_tokens=max_tokens))
     return [

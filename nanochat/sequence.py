@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from random import Random
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -118,8 +118,8 @@ class Sequence:
     def end(self, reason: str, error: str | None = None) -> None:
         """Release what only a growing text needs, show the text that was held back, and tell the caller."""
         decoder, self.decoder, self.adjustment = self.decoder, None, None
-        if decoder is not None and (rest := self.held_text + decoder.flush()):
-            self.pieces.append((rest, decoder.part))
+        if decoder is not None:  # the last piece, often empty, belongs to the part that the text ended in
+            self.pieces.append((self.held_text + decoder.flush(), decoder.part))
         self.error = error
         self.finish_reason = reason  # last: other threads stop reading then
         if self.on_update is not None:
@@ -142,6 +142,33 @@ def _beginning(stop: str, text: str) -> int:
 def spoken(pieces: list[tuple[str, str]]) -> str:
     """The text meant for the reader, without tool calls and their results."""
     return "".join(text for text, part in pieces if part == "text")
+
+
+class Parts:
+    """Turns an answer's pieces into parts of a message as they arrive. A call right after another is a separate part."""
+
+    def __init__(self) -> None:
+        self._kind: str | None = None  # of the part that is open
+        self._index = -1
+
+    def of(self, pieces: list[tuple[str, str]]) -> list[dict[str, Any]]:
+        """The next pieces, joined; those of the same index belong to the same part."""
+        parts: list[dict[str, Any]] = []
+        for text, kind in pieces:
+            if text and kind != self._kind:
+                self._kind, self._index = kind, self._index + 1
+            if text and parts and parts[-1]["index"] == self._index:
+                parts[-1]["text"] += text
+            elif text:
+                parts.append({"index": self._index, "type": kind, "text": text})
+            elif kind == "text" != self._kind:  # between calls there is always a piece of text, if an empty one
+                self._kind = None
+        return parts
+
+
+def joined_parts(pieces: list[tuple[str, str]]) -> list[dict[str, str]]:
+    """All pieces of an answer as the parts of a message."""
+    return [{"type": part["type"], "text": part["text"]} for part in Parts().of(pieces)]
 
 
 def token_logprob(logits: torch.Tensor, token: int, alternatives: int) -> TokenLogprob:

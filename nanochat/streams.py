@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from fastapi.responses import StreamingResponse
 
 from nanochat.openai_api import (
-    Parts,
     Reply,
     RequestError,
     TextOffsets,
@@ -21,7 +20,7 @@ from nanochat.openai_api import (
     token_text,
     usage,
 )
-from nanochat.sequence import Sequence, TokenLogprob, spoken
+from nanochat.sequence import Parts, Sequence, TokenLogprob, spoken
 from nanochat.service import Ticket
 from nanochat.tokenizer import Tokenizer
 

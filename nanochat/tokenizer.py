@@ -266,21 +266,6 @@ class Tokenizer:
         """The type of each part of a message, by the special token that begins it."""
         return {self.special_ids[markers[0]]: kind for kind, markers in PART_MARKERS.items()}
 
-    def parse_parts(self, tokens: Iterable[int]) -> list[dict[str, str]]:
-        """The tokens of an answer as parts of a message, so that tool calls survive into the next turn."""
-        kinds: dict[Any, str] = self.part_starts()
-        parts: list[dict[str, str]] = []
-        kind = "text"
-        piece: list[int] = []
-        for token in [*tokens, None]:
-            if token is None or self.is_special(token):
-                if piece:
-                    parts.append({"type": kind, "text": self.decode(piece)})
-                kind, piece = kinds.get(token, "text"), []
-            else:
-                piece.append(token)
-        return parts or [{"type": "text", "text": ""}]
-
     def visualize_tokenization(self, ids: list[int], mask: list[int], with_token_id: bool = False) -> str:
         """The tokens for a terminal, supervised ones in green and the others in red."""
         pieces = []

@@ -1,4 +1,4 @@
-"""Shortens what is too long for a context: prompts of tokens, conversations of messages."""
+"""Makes texts fit: shortens what is too long for a context, prompts or conversations, and pads what is computed together."""
 
 from __future__ import annotations
 
@@ -6,18 +6,30 @@ import bisect
 import functools
 from typing import Any
 
+import torch
+
 from nanochat.common import NanochatError
 from nanochat.tokenizer import Tokenizer
 
 
-def prompt_room(context: int, answer: int | None = None) -> int:
-    """Tokens of a context that a prompt may take; the rest, at most a quarter, is for an answer of up to `answer` tokens."""
-    return context - max(1, min(context if answer is None else answer, context // 4))
+def prompt_room(context: int, answer: int | None = None, context_share: float = 0.25) -> int:
+    """Tokens of a context that a prompt may take, at least one; the rest is for an answer of up to `answer` tokens.
+
+    context_share: how much of the context the answer may claim at most; with 1 the prompt is cut rather than the answer.
+    """
+    claimed = min(context if answer is None else answer, int(context_share * context))
+    return max(1, context - max(1, claimed))
 
 
 def trim_prompt(tokens: list[int], most: int) -> list[int]:
     """At most `most` tokens: a longer prompt loses its oldest tokens except the first, since its end matters most."""
     return tokens if len(tokens) <= most else [tokens[0], *tokens[len(tokens) - most + 1 :]]
+
+
+def padded(rows: list[list[int]], filler: int, device: torch.device) -> torch.Tensor:
+    """(rows, longest) int64: rows of any lengths, filled up on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [filler] * (longest - len(row)) for row in rows], device=device)
 
 
 def trim_conversation(conversation: dict[str, Any], tokenizer: Tokenizer, max_tokens: int) -> tuple[dict[str, Any], int]:

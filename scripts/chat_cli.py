@@ -13,8 +13,8 @@ from nanochat.devices import compute_init
 from nanochat.engine import Engine
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
+from nanochat.sequence import Sequence, joined_parts
 from nanochat.settings import Arguments, SettingsParser, add_device_argument, add_sampling_arguments
-from nanochat.tokenizer import IncrementalDecoder
 from nanochat.trimming import prompt_room, trim_conversation
 
 HELP = "Type a message; 'clear' starts a new conversation, 'quit' or Ctrl-D leaves, Ctrl-C stops an answer."
@@ -118,34 +118,31 @@ class Chat:
         if dropped:
             turns = "turn is" if dropped == 1 else f"{dropped} turns are"
             print(f"(the conversation is long: its oldest {turns} forgotten)")
-        tokens = self._stream(self.tokenizer.render_for_completion(conversation))
-        self.messages = [*conversation["messages"], {"role": "assistant", "content": self.tokenizer.parse_parts(tokens)}]
+        parts = self._stream(self.tokenizer.render_for_completion(conversation))
+        self.messages = [*conversation["messages"], {"role": "assistant", "content": parts}]
 
-    def _stream(self, prompt: list[int]) -> list[int]:
-        """Generate from a prompt, printing whole characters; returns the answer's tokens."""
-        decoder = IncrementalDecoder(self.tokenizer)
-        tokens: list[int] = []
-        stream = self.engine.generate(
-            prompt, 1, max_tokens=self.args.max_tokens, temperature=self.args.temperature, top_k=self.args.top_k,
-            seed=self.args.seed,
-        )  # fmt: skip
+    def _stream(self, prompt: list[int]) -> list[dict[str, str]]:
+        """Continue a prompt, printing whole characters; returns the parts of the answer."""
+        args = self.args
+        params = SamplingParams(args.temperature, args.top_k, seed=args.seed, max_tokens=args.max_tokens)
+        sequence = Sequence(prompt, params)
         name = self.name  # shown with the first token, so that an earlier error does not follow the name
+        shown = 0
         try:
-            for (token,), _ in stream:
-                print(name, end="")
-                name = ""
-                if token in self.engine.stop_ids:
-                    break
-                tokens.append(token)
-                text = decoder.feed(token)  # before a mark, what is left of the part that it ends
-                print(text.translate(CONTROLS) + self.marks.get(token, ""), end="", flush=True)
+            for _ in self.engine.steps([sequence]):
+                for token, (text, _) in zip(sequence.tokens[shown:], sequence.pieces[shown:], strict=False):
+                    # A piece comes before a mark: it is what is left of the part that the mark ends.
+                    print(name + text.translate(CONTROLS) + self.marks.get(token, ""), end="", flush=True)
+                    name = ""
+                shown = len(sequence.tokens)
         except KeyboardInterrupt:
             print(" (stopped)" + self.plain, flush=True)
-            if self.args.prompt is not None:
+            if args.prompt is not None:
                 raise
-            return tokens
-        print(decoder.flush().translate(CONTROLS) + (self.plain if decoder.part != "text" else ""), flush=True)
-        return tokens
+        else:
+            rest, part = sequence.pieces[-1]
+            print(name + rest.translate(CONTROLS) + (self.plain if part != "text" else ""), flush=True)
+        return joined_parts(sequence.pieces)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from nanochat.stage import (
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import Trainer
 from nanochat.training_flags import RATES, add_rate_arguments, add_training_arguments, chosen_loggers
+from nanochat.trimming import prompt_room
 from tasks import build_judged_task
 from tasks.common import Task
 
@@ -96,9 +97,9 @@ def load_reference(parent: dict[str, Any], tag: str, stage: Stage, device: torch
 
 def check_room(task: Task, tokenizer: Tokenizer, max_new_tokens: int, sequence_len: int) -> None:
     """Raise NanochatError if --max-new-tokens leaves no room for most questions; say how many lose their beginning."""
-    room, tried = sequence_len - max_new_tokens, range(min(100, len(task)))
+    room, tried = prompt_room(sequence_len, max_new_tokens, context_share=1), range(min(100, len(task)))
     cut = sum(len(tokenizer.render_for_completion(task[i])) > room for i in tried)
-    if room < 1 or cut > len(tried) / 2:
+    if cut > len(tried) / 2:
         raise NanochatError(
             f"--max-new-tokens {max_new_tokens} leaves no room for a question in a context of {sequence_len}: choose fewer"
         )
@@ -160,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
         print0(f"answering without torch.compile: {reason}")
     loader = RolloutLoader(engine, train_task, rollout_settings, -(-rows_per_rank // rows), rank, world_size)
     loss_fn, count_fn = make_policy_loss(rollout_settings, reference)
-    answering = Answering(args.eval_samples, args.max_new_tokens, args.temperature, args.top_k)
+    answering = Answering(args.eval_samples, args.max_new_tokens, args.temperature, args.top_k, context_share=1)
 
     def evaluate() -> dict[str, float]:
         engine.forget()

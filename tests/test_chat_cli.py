@@ -1,4 +1,4 @@
-"""The terminal chat stays where Ctrl-C was not meant for it, and takes what is pasted whole."""
+"""The terminal chat shows an answer as it comes, stays where Ctrl-C was not meant for it, and takes what is pasted whole."""
 
 from __future__ import annotations
 
@@ -7,15 +7,161 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nanochat.engine import Engine
+from nanochat.common import NanochatError
+from nanochat.tokenizer import Tokenizer
 from scripts import chat_cli
+from tests.helpers import make_engine, make_it_say
 from tests.nursery import ROOT
+
+DIM, PLAIN = chat_cli.DIM, chat_cli.PLAIN
+CALL, END, OUTPUT, OUTPUT_END = "<|python_start|>", "<|python_end|>", "<|output_start|>", "<|output_end|>"
+
+
+def _tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Each byte of a text is a token, and so is what spells a special one."""
+    pieces = re.split(r"(<\|\w+\|>)", text)
+    ids = [[tokenizer.encode_special(p)] if p.startswith("<|") else list(p.encode("utf-8", "surrogateescape")) for p in pieces]
+    return [token for part in ids for token in part]
+
+
+def _chat(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, script: str, *flags: str, term: str = "xterm"
+) -> chat_cli.Chat:
+    """A chat with a model that says this, in a terminal that shows colours."""
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", term)
+    engine = make_engine(tokenizer, 512)
+    make_it_say(engine, monkeypatch, _tokens(tokenizer, script))
+    return chat_cli.Chat(engine, chat_cli.parse_arguments(["--seed=1000", *flags]))
+
+
+def _interrupt(chat: chat_cli.Chat, monkeypatch: pytest.MonkeyPatch, error: BaseException, after: int) -> None:
+    """Raise an error when the model has said so many tokens."""
+    step, seen = chat.engine.scheduler.step, []
+
+    def fail() -> None:
+        if len(seen) == after:
+            seen.clear()
+            raise error
+        before = chat.engine.scheduler.generated_tokens
+        step()
+        seen.extend([0] * (chat.engine.scheduler.generated_tokens - before))
+
+    monkeypatch.setattr(chat.engine.scheduler, "step", fail)
+
+
+@pytest.mark.parametrize(
+    ("script", "shown", "parts"),
+    [
+        ("It is é.<|assistant_end|>", "It is é.", [("text", "It is é.")]),
+        ("<|assistant_end|>", "", []),
+        (f"It: {CALL}23+58{END}so 81<|bos|>", f"It: {DIM}[23+58]{PLAIN}{DIM}[= 81]{PLAIN} so 81",
+         [("text", "It: "), ("python", "23+58"), ("python_output", "81"), ("text", "so 81")]),
+        (f"{CALL}2*3{END}<|assistant_end|>", f"{DIM}[2*3]{PLAIN}{DIM}[= 6]{PLAIN} ",
+         [("python", "2*3"), ("python_output", "6")]),
+        (f"{CALL}1/0{END}{CALL}2{END}.<|bos|>", f"{DIM}[1/0]{PLAIN}{DIM}[2]{PLAIN}{DIM}[= 2]{PLAIN} .",
+         [("python", "1/0"), ("python", "2"), ("python_output", "2"), ("text", ".")]),
+        (f"{CALL}{END}a<|bos|>", f"{DIM}[]{PLAIN}a", [("text", "a")]),
+        (f"a{CALL}<|bos|>", f"a{DIM}[{PLAIN}", [("text", "a")]),
+        (f"a{CALL}1+\udcc3<|bos|>", f"a{DIM}[1+\ufffd{PLAIN}", [("text", "a"), ("python", "1+\ufffd")]),
+        (f"a\udcc3{CALL}1{END}<|bos|>", f"a\ufffd{DIM}[1]{PLAIN}{DIM}[= 1]{PLAIN} ",
+         [("text", "a\ufffd"), ("python", "1"), ("python_output", "1")]),
+        ("a\udce2\udc82<|bos|>", "a\ufffd", [("text", "a\ufffd")]),
+        # What a model does not learn to say
+        (f"a{END}b{OUTPUT_END}c<|bos|>", f"a]{PLAIN}b]{PLAIN} c", [("text", "abc")]),
+        (f"{CALL}1{CALL}2<|bos|>", f"{DIM}[1{DIM}[2{PLAIN}", [("python", "12")]),
+        (f"{CALL}1<|user_end|>b<|bos|>", f"{DIM}[1b", [("python", "1"), ("text", "b")]),
+        (f"{CALL}1{OUTPUT}2{OUTPUT_END}b<|bos|>", f"{DIM}[1{DIM}[= 2]{PLAIN} b",
+         [("python", "1"), ("python_output", "2"), ("text", "b")]),
+        ("a\x1b]52;c;eA==\x07b\x9bc\n\td<|bos|>", "a]52;c;eA==bc\n\td", [("text", "a\x1b]52;c;eA==\x07b\x9bc\n\td")]),
+    ],
+)  # fmt: skip
+def test_an_answer_is_shown_and_kept(
+    tokenizer: Tokenizer,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    script: str,
+    shown: str,
+    parts: list[tuple[str, str]],
+) -> None:
+    """With its calls, whole characters, and nothing that the terminal would obey; whatever ended it, colours end with it."""
+    chat = _chat(tokenizer, monkeypatch, script)
+    chat.answer("hello")
+    assert capsys.readouterr().out == f"nanochat: {shown}\n"
+    assert [(part["type"], part["text"]) for part in chat.messages[-1]["content"]] == parts
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"]
+    make_it_say(chat.engine, monkeypatch, _tokens(tokenizer, "yes<|bos|>"))
+    chat.answer("again")
+    assert capsys.readouterr().out == "nanochat: yes\n" and len(chat.messages) == 4
+    for flags in (["-p", "hello"], ["-p", "hello", "-i", "base"]):
+        _chat(tokenizer, monkeypatch, script, *flags).answer("hello")
+        assert capsys.readouterr().out == f"{shown}\n"
+    _chat(tokenizer, monkeypatch, script, "-i", "base", term="dumb").answer("hello")
+    assert capsys.readouterr().out == f"nanochat: {shown}\n".replace(DIM, "").replace(PLAIN, "")
+
+
+def test_an_answer_that_reaches_its_limit_ends_there(
+    tokenizer: Tokenizer, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also within a call and its result."""
+    script = f"a{CALL}2*9{END}b"
+    whole = ["a", f"{DIM}[", "2", "*", "9", f"]{PLAIN}", f"{DIM}[= ", "18", f"]{PLAIN} ", "b"]
+    if len(tokenizer.encode("18")) == 2:
+        whole[7:8] = "18"
+    for most in range(1, len(whole) + 1):
+        _chat(tokenizer, monkeypatch, script, f"--max-tokens={most}").answer("hello")
+        shown = "".join(whole[:most])
+        assert capsys.readouterr().out == f"nanochat: {shown}{PLAIN * (shown.rfind(DIM) > shown.rfind(PLAIN))}\n"
+
+
+@pytest.mark.parametrize(
+    ("after", "shown", "parts"),
+    [
+        (0, "", []),
+        (2, "nanochat: aé"[:-1], [("text", "a\ufffd")]),
+        (3, "nanochat: aé", [("text", "aé")]),
+        (4, f"nanochat: aé{DIM}[", [("text", "aé")]),
+        (6, f"nanochat: aé{DIM}[1+", [("text", "aé"), ("python", "1+")]),
+    ],
+)
+def test_an_answer_that_is_stopped_is_kept_as_far_as_it_came(
+    tokenizer: Tokenizer,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    after: int,
+    shown: str,
+    parts: list[tuple[str, str]],
+) -> None:
+    script = f"aé{CALL}1+1{END}<|bos|>"
+    chat = _chat(tokenizer, monkeypatch, script)
+    _interrupt(chat, monkeypatch, KeyboardInterrupt(), after)
+    chat.answer("hello")
+    assert capsys.readouterr().out == f"{shown} (stopped){PLAIN}\n"
+    assert "".join(part["text"] for part in chat.messages[-1]["content"]) == "".join(text for _, text in parts)
+    assert chat.engine.scheduler.num_running == 0
+    chat.tokenizer.render_for_completion({"messages": [*chat.messages, {"role": "user", "content": "again"}]})
+    once = _chat(tokenizer, monkeypatch, script, "-p", "hello")  # a loop of the shell's over questions ends, too
+    _interrupt(once, monkeypatch, KeyboardInterrupt(), after)
+    with pytest.raises(KeyboardInterrupt):
+        once.answer("hello")
+    assert capsys.readouterr().out == f"{shown.removeprefix('nanochat: ')} (stopped){PLAIN}\n"
+
+
+def test_an_answer_that_fails_is_not_kept(
+    tokenizer: Tokenizer, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure before its first token does not follow the model's name."""
+    for after, shown in ((0, ""), (2, "nanochat: ab")):
+        chat = _chat(tokenizer, monkeypatch, "abc<|bos|>")
+        _interrupt(chat, monkeypatch, NanochatError("no memory"), after)
+        chat.take("hello")
+        assert capsys.readouterr().out == f"{shown}no memory\n" and not chat.messages
 
 
 @pytest.mark.parametrize(
@@ -79,30 +225,6 @@ def test_lines_that_are_pasted_are_one_message(tiny_run: Path) -> None:
             os.close(ours)
 
 
-def test_an_answer_that_is_stopped_is_told_to_the_shell(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A loop over questions ends, too."""
-
-    def stopped(*_: Any, **__: Any) -> Iterator[Any]:
-        raise KeyboardInterrupt
-        yield
-
-    monkeypatch.setattr(chat_cli.Engine, "generate", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        chat_cli.main(["--model-tag=tiny", "--device-type=cpu", "-p", "hello"])
-
-
-def test_what_a_model_writes_is_shown_and_not_obeyed(
-    tiny_run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def generate(engine: Any, *_: Any, **__: Any) -> Iterator[Any]:
-        for token in engine.tokenizer.encode("a\x1b]52;c;eA==\x07b\x9bc\n\td"):
-            yield [token], [1]
-
-    monkeypatch.setattr(chat_cli.Engine, "generate", generate)
-    assert chat_cli.main(["--model-tag=tiny", "--device-type=cpu", "-p", "hello"]) == 0
-    assert capsys.readouterr().out == "a]52;c;eA==bc\n\td\n"
-
-
 def test_a_line_that_is_not_utf8_is_read(tiny_run: Path) -> None:
     command = [sys.executable, "-m", "scripts.chat_cli", "--model-tag=tiny", "--device-type=cpu", "-m", "2"]
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8"}
@@ -118,20 +240,6 @@ def test_a_prompt_of_several_lines_may_be_piped_in(
     monkeypatch.setattr("sys.stdin", io.StringIO("first line\nsecond line\n"))
     assert chat_cli.main(["--model-tag=tiny", "--device-type=cpu", "-p", "-"]) == 0
     assert asked == ["first line\nsecond line"] and capsys.readouterr().out == ""
-
-
-def test_half_a_character_before_a_call_is_shown_before_it(
-    tiny_run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def generate(self: Engine, *args: object, **settings: object) -> Iterator[tuple[list[int], list[int]]]:
-        special = self.tokenizer.encode_special
-        (one,) = self.tokenizer.encode("1")
-        for token in (0xC3, special("<|python_start|>"), one, special("<|python_end|>"), special("<|assistant_end|>")):
-            yield [token], [1]
-
-    monkeypatch.setattr(Engine, "generate", generate)
-    assert chat_cli.main(["--model-tag=tiny", "--device-type=cpu", "--prompt=hello"]) == 0
-    assert "\ufffd[1]" in capsys.readouterr().out
 
 
 def test_commands_may_have_a_slash(tiny_run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,9 @@ import torch
 from nanochat.common import NanochatError
 from nanochat.compilation import can_compile
 from nanochat.engine import Engine, EngineThread
-from nanochat.openai_api import joined_parts
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
-from nanochat.sequence import Sequence
+from nanochat.sequence import Sequence, joined_parts
 from nanochat.tokenizer import Tokenizer
 from tests.helpers import calculator_call, make_engine, make_it_say, make_model, make_prompts, run_texts, wait_for
 

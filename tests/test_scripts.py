@@ -409,20 +409,6 @@ def test_chat_cli_answers_once_and_goes_on(
     assert out.count("nanochat: ") == 2
 
 
-def test_calculator_calls_read_well(tiny_run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nanochat.engine import Engine
-
-    def scripted(self, prompt: list[int], *args: object, **kwargs: object):
-        special, encode = self.tokenizer.encode_special, self.tokenizer.encode
-        tokens = [special("<|python_start|>"), *encode("2+3"), special("<|python_end|>"), special("<|output_start|>")]
-        for token in [*tokens, *encode("5"), special("<|output_end|>"), *encode("It is 5."), special("<|assistant_end|>")]:
-            yield [token], [1]
-
-    monkeypatch.setattr(Engine, "generate", scripted)
-    assert chat_cli.main(["--model-tag=tiny", "-p", "2+3?", "--device-type=cpu"]) == 0
-    assert capsys.readouterr().out == "[2+3][= 5] It is 5.\n"
-
-
 def test_switches_reach_the_model_and_the_optimizer(tiny_run: Path, corpus: Path) -> None:
     flags = [*TINY_TRAINING, "--data", str(corpus), "--model-tag=switched", "--num-iterations=1"]
     for pair, sentence in (

@@ -17,7 +17,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nanochat.engine import Engine
-from nanochat.openai_api import ChatRequest, Parts, joined_parts
+from nanochat.openai_api import ChatRequest
+from nanochat.sequence import Parts, joined_parts
 from nanochat.server import create_app
 from nanochat.tools import use_calculator
 from tests.helpers import serve

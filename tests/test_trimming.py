@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from nanochat.common import NanochatError
+from nanochat.engine import Engine
+from nanochat.sequence import Sequence
 from nanochat.tokenizer import Tokenizer
 from nanochat.trimming import prompt_room, trim_conversation
+from scripts import chat_rl
 from scripts.chat_rl import check_room
 from tasks import build_judged_task
+from tasks.common import Conversation, Task
 
 
-def test_an_answer_claims_what_it_may_be_long_but_a_quarter_of_the_context_at_most() -> None:
+def test_an_answer_claims_what_it_may_be_long_but_a_share_of_the_context_at_most() -> None:
     assert [prompt_room(1000, answer) for answer in (0, 1, 100, 250, 900, None)] == [999, 999, 900, 750, 750, 750]
     assert prompt_room(2, 1) == prompt_room(2) == 1
+    assert [prompt_room(1000, answer, 0.5) for answer in (0, 1, 400, 900, None)] == [999, 999, 600, 500, 500]
+    assert [prompt_room(1000, answer, 1) for answer in (1, 400, 999, 1000, 2000)] == [999, 600, 1, 1, 1]
 
 
 def test_conversations_are_trimmed_at_turns(tokenizer: Tokenizer) -> None:
@@ -63,3 +71,33 @@ def test_questions_that_do_not_fit_beside_their_answers(tokenizer: Tokenizer, ca
     for context in (8, lengths[0] + 7):
         with pytest.raises(NanochatError, match=f"leaves no room for a question in a context of {context}"):
             check_room(task, tokenizer, 8, context)
+
+
+def test_reinforcing_trains_and_measures_on_the_same_prompts(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each leaves room for the whole answer, though it may be half of the context."""
+
+    class Long(Task):
+        def num_examples(self) -> int:
+            return 4
+
+        def get_example(self, index: int) -> Conversation:
+            question = {"role": "user", "content": "123 " * (5 if index < 2 else 60)}
+            return {"messages": [question, {"role": "assistant", "content": "e"}]}
+
+        def evaluate(self, conversation: Conversation, completion: str) -> float:
+            return 0.0
+
+    kept: dict[bool, set[tuple[int, ...]]] = {}
+    run = Engine.run
+
+    def watched(engine: Engine, sequences: list[Sequence]) -> None:
+        trains = sequences[0].params.policy_logprobs
+        kept.setdefault(trains, set()).update(tuple(sequence.prompt) for sequence in sequences)
+        run(engine, sequences)
+
+    monkeypatch.setattr(chat_rl, "build_judged_task", lambda *_: Long())
+    monkeypatch.setattr(Engine, "run", watched)
+    flags = ["--model-tag=tiny", "--task=Arithmetic", "--num-iterations=1", "--examples-per-step=4", "--num-samples=2",
+             "--max-new-tokens=64", "--eval-samples=1", "--sample-every=1", "--device-type=cpu", "--no-compile"]  # fmt: skip
+    assert chat_rl.main(flags) == 0
+    assert kept[True] == kept[False] and max(map(len, kept[True])) == 128 - 64
