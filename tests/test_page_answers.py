@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -147,6 +148,33 @@ def test_a_thought_leaves_with_its_token(page: playwright.Page) -> None:
         page.mouse.move(0, 0)
 
 
+def test_a_conversation_is_printed_whole(page: playwright.Page) -> None:
+    """On as many pages as it takes, in dark ink, without what is there to be pressed."""
+    page.emulate_media(color_scheme="dark")
+    for _ in range(3):
+        _answer(page, (TEXT, "a line\n\n" * 60))
+    assert len(re.findall(rb"/Type\s*/Page\b", page.pdf(format="A4"))) >= 5
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.locator("#log").evaluate("(log) => log.scrollHeight === log.clientHeight")
+    assert page.evaluate("getComputedStyle(document.querySelector('.message p')).color") == "rgb(28, 28, 30)"
+    for shown in page.locator("#sidebar, #form, button").all():
+        assert not shown.is_visible()
+
+
+def test_the_text_is_as_large_as_the_browser_was_told(page: playwright.Page) -> None:
+    page.evaluate("document.documentElement.style.fontSize = '32px'")
+    sizes = page.locator("body, #text, #send").evaluate_all("(all) => all.map((e) => getComputedStyle(e).fontSize)")
+    assert sizes == ["32px"] * 3
+
+
+def test_a_long_draft_leaves_the_window_its_size(page: playwright.Page) -> None:
+    page.set_viewport_size({"width": 320, "height": 256})
+    page.fill("#text", "line\n" * 12)
+    assert page.evaluate("document.documentElement.scrollHeight") == 256
+    box = page.locator("#send").bounding_box()
+    assert box["y"] + box["height"] <= 256
+
+
 def test_a_conversation_without_end_goes_on(page: playwright.Page) -> None:
     """The server takes so many messages; what is sent are the newest, from a question on."""
     page.unroute("**/chat/completions")
@@ -186,6 +214,9 @@ def test_text_from_right_to_left_is_set_so(page: playwright.Page) -> None:
     assert page.locator(".message.user .content").evaluate(direction) == "rtl"
     blocks = page.locator(".markdown > *").all()
     assert [block.evaluate(direction) for block in blocks] == ["rtl", "ltr", "rtl", "ltr"]
+    content = _answer(page, (CALL, "23+x"), (RESULT, "81"), (TEXT, " הוא x"))
+    assert content.locator("p").evaluate(direction) == "rtl"  # whatever letters the calculator read
+    assert [tool.evaluate(direction) for tool in content.locator(".tool").all()] == ["ltr", "ltr"]
 
 
 def test_a_page_left_open_tells_that_the_server_starts_again(page: playwright.Page) -> None:
@@ -211,9 +242,11 @@ def test_a_setting_out_of_range_is_not_kept(page: playwright.Page) -> None:
     for value in ("0", "-5", ""):
         page.fill("[name=max_tokens]", value)
     page.fill("[name=top_k]", "-1")
+    for name in ("top_k", "max_tokens", "seed"):
+        page.fill(f"[name={name}]", "9" * 23)  # which the server would refuse
     page.keyboard.press("Escape")
-    kept = page.evaluate("import('/ui/store.js').then(({ settings }) => [settings.max_tokens, settings.top_k])")
-    assert kept == ["", 50]
+    kept = page.evaluate("import('/ui/store.js').then(({ settings: s }) => [s.max_tokens, s.top_k, s.seed])")
+    assert kept == ["", 50, ""]
 
 
 def test_a_button_over_code_stays_while_it_scrolls(page: playwright.Page) -> None:

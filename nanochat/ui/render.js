@@ -128,7 +128,7 @@ export function answer(content) {
   const tools = [];
   const text = content.map((part) => {
     if (part.type === "text") return part.text.replace(/[\uE000\uE001]/g, "\uFFFD");
-    return `\uE000${tools.push(element("span", { class: part.type === "python" ? "tool" : "tool output" }, part.text)) - 1}\uE001`;
+    return `\uE000${tools.push(element("span", { class: part.type === "python" ? "tool" : "tool output", dir: "ltr" }, part.text)) - 1}\uE001`;
   });
   return markdown(text.join(""), tools);
 }
