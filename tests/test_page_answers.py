@@ -148,6 +148,73 @@ def test_a_thought_leaves_with_its_token(page: playwright.Page) -> None:
         page.mouse.move(0, 0)
 
 
+NAMES = ["The", " ", "cat", "<|python_start|>", "2+3", "<|python_end|>", "5", "\n", "<|assistant_end|>"]
+TOKENS = [
+    {"text": name, "logprob": None if name == "5" else -0.5,
+     "top": [["<|python_start|>", -0.5], ["<|assistant_end|>", -2], ["long " * 20, -3], [" ", -4], ["\n", -5]]}
+    for name in NAMES
+]  # fmt: skip
+FOCUSED = "document.activeElement.ariaLabel"
+
+
+def test_the_keyboard_goes_from_token_to_token(page: playwright.Page) -> None:
+    """Tab comes to the tokens of an answer once, and past all of them with the next; each has a name to be read out."""
+    page.click("#inside")
+    page.unroute("**/chat/completions")
+    pretend(page, {"token": "The cat", "part": "text"}, {"tokens": TOKENS})
+    ask(page, "?")
+    tokens = page.get_by_role("option")
+    names = [token.get_attribute("aria-label") for token in tokens.all()]
+    assert names[:2] == ["The, 61%", "space, 61%"] and names[6:8] == ["5, given", "line break, 61%"]
+    page.locator(".tokens [tabindex='0']").focus()
+    went = [page.evaluate(FOCUSED)]
+    for _ in names[1:]:
+        page.keyboard.press("ArrowRight")
+        went.append(page.evaluate(FOCUSED))
+    assert went == names
+    page.keyboard.press("ArrowLeft")
+    assert "chosen" in page.locator(f"#{tokens.nth(7).get_attribute('aria-describedby')}").inner_text()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Copy"
+    page.keyboard.press("Shift+Tab")
+    assert page.evaluate(FOCUSED) == names[7]
+
+
+def test_the_focus_stays_on_its_token_while_others_come(page: playwright.Page) -> None:
+    page.click("#inside")
+    page.evaluate("""() => { window.fetch = async (path) => new Response(new ReadableStream({ start(c) {
+        const data = (event) => c.enqueue(new TextEncoder().encode(`data: ${JSON.stringify(event)}\\n\\n`));
+        window.more = (text) => data({ token: text, part: "text", tokens: [{ text, logprob: -0.5, top: [[text, -0.5]] }] });
+        window.end = () => { data({ done: true }); c.close(); };
+        for (const text of ["one", "two", "three"]) window.more(text);
+    } })); }""")
+    page.fill("#text", "?")
+    page.keyboard.press("Enter")
+    page.get_by_role("option", name="two").focus()
+    page.evaluate("window.more('four')")
+    page.get_by_role("option", name="four").wait_for()
+    page.evaluate("window.end()")
+    settle(page)
+    assert page.evaluate(FOCUSED) == "two, 61%"
+    assert page.locator(".message.assistant .tokens [tabindex='0']").count() == 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(1000, 700), (360, 640), (320, 256)])
+def test_a_thought_stays_within_the_window(page: playwright.Page, width: int, height: int) -> None:
+    """And its words within it, however long they are."""
+    page.set_viewport_size({"width": width, "height": height})
+    page.click("#inside")
+    page.unroute("**/chat/completions")
+    pretend(page, {"token": "The cat", "part": "text"}, {"tokens": TOKENS})
+    ask(page, "?")
+    bubble = page.locator("#thought")
+    for token in page.locator(".message.assistant .tokens [tabindex]").all():
+        token.focus()
+        box = bubble.bounding_box()
+        assert box["x"] >= 0 and box["y"] >= 0 and box["x"] + box["width"] <= width
+        assert bubble.evaluate("(bubble) => bubble.scrollWidth <= bubble.clientWidth")
+
+
 def test_a_conversation_is_printed_whole(page: playwright.Page) -> None:
     """On as many pages as it takes, in dark ink, without what is there to be pressed."""
     page.emulate_media(color_scheme="dark")
