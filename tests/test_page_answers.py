@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -147,6 +148,100 @@ def test_a_thought_leaves_with_its_token(page: playwright.Page) -> None:
         page.mouse.move(0, 0)
 
 
+NAMES = ["The", " ", "cat", "<|python_start|>", "2+3", "<|python_end|>", "5", "\n", "<|assistant_end|>"]
+TOKENS = [
+    {"text": name, "logprob": None if name == "5" else -0.5,
+     "top": [["<|python_start|>", -0.5], ["<|assistant_end|>", -2], ["long " * 20, -3], [" ", -4], ["\n", -5]]}
+    for name in NAMES
+]  # fmt: skip
+FOCUSED = "document.activeElement.ariaLabel"
+
+
+def test_the_keyboard_goes_from_token_to_token(page: playwright.Page) -> None:
+    """Tab comes to the tokens of an answer once, and past all of them with the next; each has a name to be read out."""
+    page.click("#inside")
+    page.unroute("**/chat/completions")
+    pretend(page, {"token": "The cat", "part": "text"}, {"tokens": TOKENS})
+    ask(page, "?")
+    tokens = page.get_by_role("option")
+    names = [token.get_attribute("aria-label") for token in tokens.all()]
+    assert names[:2] == ["The, 61%", "space, 61%"] and names[6:8] == ["5, given", "line break, 61%"]
+    page.locator(".tokens [tabindex='0']").focus()
+    went = [page.evaluate(FOCUSED)]
+    for _ in names[1:]:
+        page.keyboard.press("ArrowRight")
+        went.append(page.evaluate(FOCUSED))
+    assert went == names
+    page.keyboard.press("ArrowLeft")
+    assert "chosen" in page.locator(f"#{tokens.nth(7).get_attribute('aria-describedby')}").inner_text()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Copy"
+    page.keyboard.press("Shift+Tab")
+    assert page.evaluate(FOCUSED) == names[7]
+
+
+def test_the_focus_stays_on_its_token_while_others_come(page: playwright.Page) -> None:
+    page.click("#inside")
+    page.evaluate("""() => { window.fetch = async (path) => new Response(new ReadableStream({ start(c) {
+        const data = (event) => c.enqueue(new TextEncoder().encode(`data: ${JSON.stringify(event)}\\n\\n`));
+        window.more = (text) => data({ token: text, part: "text", tokens: [{ text, logprob: -0.5, top: [[text, -0.5]] }] });
+        window.end = () => { data({ done: true }); c.close(); };
+        for (const text of ["one", "two", "three"]) window.more(text);
+    } })); }""")
+    page.fill("#text", "?")
+    page.keyboard.press("Enter")
+    page.get_by_role("option", name="two").focus()
+    page.evaluate("window.more('four')")
+    page.get_by_role("option", name="four").wait_for()
+    page.evaluate("window.end()")
+    settle(page)
+    assert page.evaluate(FOCUSED) == "two, 61%"
+    assert page.locator(".message.assistant .tokens [tabindex='0']").count() == 1
+
+
+@pytest.mark.parametrize(("width", "height"), [(1000, 700), (360, 640), (320, 256)])
+def test_a_thought_stays_within_the_window(page: playwright.Page, width: int, height: int) -> None:
+    """And its words within it, however long they are."""
+    page.set_viewport_size({"width": width, "height": height})
+    page.click("#inside")
+    page.unroute("**/chat/completions")
+    pretend(page, {"token": "The cat", "part": "text"}, {"tokens": TOKENS})
+    ask(page, "?")
+    bubble = page.locator("#thought")
+    for token in page.locator(".message.assistant .tokens [tabindex]").all():
+        token.focus()
+        box = bubble.bounding_box()
+        assert box["x"] >= 0 and box["y"] >= 0 and box["x"] + box["width"] <= width
+        assert bubble.evaluate("(bubble) => bubble.scrollWidth <= bubble.clientWidth")
+
+
+def test_a_conversation_is_printed_whole(page: playwright.Page) -> None:
+    """On as many pages as it takes, in dark ink, without what is there to be pressed."""
+    page.emulate_media(color_scheme="dark")
+    for _ in range(3):
+        _answer(page, (TEXT, "a line\n\n" * 60))
+    assert len(re.findall(rb"/Type\s*/Page\b", page.pdf(format="A4"))) >= 5
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.locator("#log").evaluate("(log) => log.scrollHeight === log.clientHeight")
+    assert page.evaluate("getComputedStyle(document.querySelector('.message p')).color") == "rgb(28, 28, 30)"
+    for shown in page.locator("#sidebar, #form, button").all():
+        assert not shown.is_visible()
+
+
+def test_the_text_is_as_large_as_the_browser_was_told(page: playwright.Page) -> None:
+    page.evaluate("document.documentElement.style.fontSize = '32px'")
+    sizes = page.locator("body, #text, #send").evaluate_all("(all) => all.map((e) => getComputedStyle(e).fontSize)")
+    assert sizes == ["32px"] * 3
+
+
+def test_a_long_draft_leaves_the_window_its_size(page: playwright.Page) -> None:
+    page.set_viewport_size({"width": 320, "height": 256})
+    page.fill("#text", "line\n" * 12)
+    assert page.evaluate("document.documentElement.scrollHeight") == 256
+    box = page.locator("#send").bounding_box()
+    assert box["y"] + box["height"] <= 256
+
+
 def test_a_conversation_without_end_goes_on(page: playwright.Page) -> None:
     """The server takes so many messages; what is sent are the newest, from a question on."""
     page.unroute("**/chat/completions")
@@ -186,6 +281,9 @@ def test_text_from_right_to_left_is_set_so(page: playwright.Page) -> None:
     assert page.locator(".message.user .content").evaluate(direction) == "rtl"
     blocks = page.locator(".markdown > *").all()
     assert [block.evaluate(direction) for block in blocks] == ["rtl", "ltr", "rtl", "ltr"]
+    content = _answer(page, (CALL, "23+x"), (RESULT, "81"), (TEXT, " הוא x"))
+    assert content.locator("p").evaluate(direction) == "rtl"  # whatever letters the calculator read
+    assert [tool.evaluate(direction) for tool in content.locator(".tool").all()] == ["ltr", "ltr"]
 
 
 def test_a_page_left_open_tells_that_the_server_starts_again(page: playwright.Page) -> None:
@@ -211,9 +309,11 @@ def test_a_setting_out_of_range_is_not_kept(page: playwright.Page) -> None:
     for value in ("0", "-5", ""):
         page.fill("[name=max_tokens]", value)
     page.fill("[name=top_k]", "-1")
+    for name in ("top_k", "max_tokens", "seed"):
+        page.fill(f"[name={name}]", "9" * 23)  # which the server would refuse
     page.keyboard.press("Escape")
-    kept = page.evaluate("import('/ui/store.js').then(({ settings }) => [settings.max_tokens, settings.top_k])")
-    assert kept == ["", 50]
+    kept = page.evaluate("import('/ui/store.js').then(({ settings: s }) => [s.max_tokens, s.top_k, s.seed])")
+    assert kept == ["", 50, ""]
 
 
 def test_a_button_over_code_stays_while_it_scrolls(page: playwright.Page) -> None:

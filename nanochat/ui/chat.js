@@ -1,7 +1,7 @@
 // The chat page: what is shown, and what its buttons do.
 
 import * as api from "./api.js";
-import { answer, copy, element, hideThought, morph, plainText, tokenView } from "./render.js";
+import { answer, copy, element, hideThought, morph, plainText, tabStopOf, tokenView } from "./render.js";
 import * as store from "./store.js";
 
 const $ = (id) => document.getElementById(id);
@@ -135,7 +135,8 @@ function draw(node) {
 function fill(content, node) {
   if (inside && node.role === "user" && !node.tokens) readTokens(node);
   const fresh = content.cloneNode(false);
-  fresh.append(inside && node.tokens?.length ? tokenView(node.tokens) : node.role === "user" ? node.content : answer(node.content));
+  const tabStop = tabStopOf(content.querySelector(".tokens"));  // the focus stays where it is
+  fresh.append(inside && node.tokens?.length ? tokenView(node.tokens, tabStop) : node.role === "user" ? node.content : answer(node.content));
   morph(content, fresh);
 }
 
@@ -257,7 +258,7 @@ async function receive(conversation, question, node, signal) {
 }
 
 function failureNotice(failure) {
-  return element("article", { class: "message error", role: "alert" }, element("div", { class: "content" }, failure.message));
+  return element("div", { class: "message error", role: "alert" }, element("div", { class: "content" }, failure.message));
 }
 
 // The answer that is being written, once for each frame however many tokens came.

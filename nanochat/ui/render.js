@@ -81,6 +81,8 @@ export function markdown(text, tools = []) {
   for (const node of nodes) node.replaceWith(...node.data.split(/\uE000(\d+)\uE001/).map((piece, i) => (i % 2 ? tools[piece] : piece)));
   box.append(...tools.filter((tool) => !tool.parentNode));  // such as stood in a link's address
   for (const block of box.children) if (block.tagName !== "PRE") block.dir = "auto";  // Arabic and Hebrew run from the right
+  const headings = [...box.querySelectorAll("h1, h2, h3, h4, h5, h6")], ranks = [...new Set(headings.map((h) => h.tagName))].sort();
+  for (const heading of headings) heading.ariaLevel = ranks.indexOf(heading.tagName) + 2;  // below the conversation's title
   for (const link of box.querySelectorAll("a")) {
     link.target = "_blank";
     link.rel = "noopener noreferrer nofollow";
@@ -128,7 +130,7 @@ export function answer(content) {
   const tools = [];
   const text = content.map((part) => {
     if (part.type === "text") return part.text.replace(/[\uE000\uE001]/g, "\uFFFD");
-    return `\uE000${tools.push(element("span", { class: part.type === "python" ? "tool" : "tool output" }, part.text)) - 1}\uE001`;
+    return `\uE000${tools.push(element("span", { class: part.type === "python" ? "tool" : "tool output", dir: "ltr" }, part.text)) - 1}\uE001`;
   });
   return markdown(text.join(""), tools);
 }
@@ -138,39 +140,62 @@ export function answer(content) {
 const bubble = document.getElementById("thought");
 const percent = (logprob) => `${(100 * Math.exp(logprob)).toFixed(logprob > Math.log(0.1) ? 0 : 2)}%`;
 const visible = (text) => text.replaceAll("\n", "↵\n").replaceAll("\t", "⇥");
+const spoken = (text) => text.trim() || text.replaceAll(" ", "space ").replaceAll("\n", "line break ").replaceAll("\t", "tab ").trim();
 
 export function hideThought() {  // also where its token is drawn anew or scrolled away, of which the token does not tell
   bubble.hidden = true;
+  bubble.replaceChildren();  // or it would describe the next token
 }
 
-// tokens: [{text, logprob, top: [[text, logprob], ...]}]; logprob is null where the token was not chosen by the model.
-export function tokenView(tokens) {
+// tokens: [{text, logprob, top: [[text, logprob], ...]}]; logprob is null where the token was not chosen by the model, and
+// undefined in what it only read. Tab comes to one token of an answer, the `tabStop`th, and arrows go on from there.
+export function tokenView(tokens, tabStop = 0) {
   const box = element("div", { class: "tokens" });
   for (const token of tokens) {
     const special = /^<\|.*\|>$/.test(token.text);
     const span = element("span", { class: special ? "special" : "" }, visible(token.text));
-    if (token.logprob === null) span.classList.add("forced");
-    else if (token.logprob !== undefined) {
-      const p = Math.exp(token.logprob);
-      span.classList.add(p > 0.8 ? "p1" : p > 0.4 ? "p2" : p > 0.1 ? "p3" : "p4");
-      span.tabIndex = 0;
-      span.setAttribute("aria-label", `${token.text}, ${percent(token.logprob)}`);
-      for (const name of ["mouseenter", "focus"]) span.addEventListener(name, () => think(span, token));
-      for (const name of ["mouseleave", "blur"]) span.addEventListener(name, hideThought);
-    }
+    if (token.logprob !== undefined) makeOption(span, token, box.childElementCount === tabStop);
     box.append(span);
+  }
+  if (box.querySelector("[role=option]")) {
+    box.role = "listbox";
+    box.ariaLabel = "Tokens of the answer";
+    box.addEventListener("focusin", ({ target }) => { for (const span of box.children) span.tabIndex = span === target ? 0 : -1; });
+    box.addEventListener("keydown", moveFocus);
   }
   return box;
 }
 
+export const tabStopOf = (box) => Math.max(0, [...(box?.children ?? [])].findIndex((span) => span.tabIndex === 0));
+
+function makeOption(span, token, isTabStop) {
+  const p = Math.exp(token.logprob);
+  span.classList.add(token.logprob === null ? "forced" : p > 0.8 ? "p1" : p > 0.4 ? "p2" : p > 0.1 ? "p3" : "p4");
+  span.role = "option";
+  span.tabIndex = isTabStop ? 0 : -1;
+  span.ariaLabel = `${spoken(token.text)}, ${token.logprob === null ? "given" : percent(token.logprob)}`;
+  span.setAttribute("aria-describedby", bubble.id);
+  for (const name of ["mouseenter", "focus"]) span.addEventListener(name, () => think(span, token));
+  for (const name of ["mouseleave", "blur"]) span.addEventListener(name, hideThought);
+}
+
+function moveFocus(event) {
+  const spans = [...event.currentTarget.children], at = spans.indexOf(event.target), last = spans.length - 1;
+  const to = { ArrowLeft: at - 1, ArrowUp: at - 1, ArrowRight: at + 1, ArrowDown: at + 1, Home: 0, End: last }[event.key];
+  if (to === undefined) return;
+  event.preventDefault();
+  spans[to]?.focus();
+}
+
 function think(span, token) {
   const rows = token.top.map(([text, logprob]) => element("tr", {},
-    element("td", {}, visible(text).replaceAll("\n", "")), element("td", {}, element("meter", { value: Math.exp(logprob) })),
-    element("td", {}, percent(logprob))));
-  bubble.replaceChildren(element("div", {}, `chosen: “${visible(token.text)}” with ${percent(token.logprob)}`), element("table", {}, ...rows));
+    element("td", {}, visible(text).replaceAll("\n", "")),
+    element("td", {}, element("meter", { value: Math.exp(logprob), "aria-hidden": "true" })), element("td", {}, percent(logprob))));
+  const chosen = token.logprob === null ? "not chosen by the model" : `chosen: “${visible(token.text)}” with ${percent(token.logprob)}`;
+  bubble.replaceChildren(element("div", {}, chosen), element("table", {}, ...rows));
   bubble.hidden = false;
   const at = span.getBoundingClientRect();
   bubble.style.left = `${Math.max(8, Math.min(at.left, innerWidth - bubble.offsetWidth - 8))}px`;
   const below = at.bottom + bubble.offsetHeight + 8 < innerHeight;
-  bubble.style.top = `${below ? at.bottom + 6 : at.top - bubble.offsetHeight - 6}px`;
+  bubble.style.top = `${below ? at.bottom + 6 : Math.max(8, at.top - bubble.offsetHeight - 6)}px`;
 }
