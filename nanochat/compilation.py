@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ def can_compile(device: torch.device) -> str | None:
         compiler = os.environ.get("CXX") or {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")  # PyTorch's choice
         if not shutil.which(compiler):
             return f"no C++ compiler is installed ({compiler})"
-        if sys.platform == "linux":
+        if sys.platform == "linux" and platform.machine() == "x86_64":
             # A compiler that builds PyTorch's kernels at all knows AVX2 and AVX512: trying takes 4 s at first, 0.7 s later
             os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
         return None

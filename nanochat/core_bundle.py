@@ -7,7 +7,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import os
 import shutil
 import tempfile
 import urllib.request
@@ -21,7 +20,7 @@ import yaml
 from filelock import FileLock
 
 from nanochat.common import NanochatError, get_base_dir
-from nanochat.files import read_jsonl
+from nanochat.files import read_jsonl, replace
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 # As several public projects have recorded it; with other questions, scores could not be compared with published ones.
@@ -87,7 +86,7 @@ def _download_bundle(folder: Path) -> None:
             )
         zipfile.ZipFile(io.BytesIO(content)).extractall(temporary)
         shutil.rmtree(folder, ignore_errors=True)
-        os.replace(next(Path(temporary).rglob("core.yaml")).parent, folder)
+        replace(next(Path(temporary).rglob("core.yaml")).parent, folder)
 
 
 def read_tasks(bundle: Path) -> list[CoreTask]:

@@ -37,7 +37,7 @@ def cpu_name() -> str:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown"
+    return platform.processor() or platform.machine() or "unknown"  # on ARM, Linux does not name it
 
 
 def usable_cores() -> int:

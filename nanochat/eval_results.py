@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from filelock import FileLock
 
 from nanochat.checkpoint_manager import hash_of_weights
 from nanochat.common import NanochatError, complain
-from nanochat.files import atomic_write, read_json
+from nanochat.files import atomic_write, read_json, replace
 from nanochat.runs import list_steps
 
 EVAL_FILE = "eval.json"
@@ -64,7 +63,7 @@ def _set_damaged_aside(path: Path) -> None:
         is_whole = False
     if not is_whole:
         aside = path.with_name(f"{path.name}.damaged")
-        os.replace(path, aside)
+        replace(path, aside)
         complain(f"{path} is damaged: it is now {aside.name}, and the new results start a new file")
 
 

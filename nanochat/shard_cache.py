@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from fsspec import AbstractFileSystem
 
 from nanochat.common import NanochatError, first_line, get_base_dir
+from nanochat.files import replace
 
 RETRY_WAITS_S = (1.0, 4.0, 15.0)  # between attempts; permanent errors are not retried
 DEFAULT_LIMIT_GB = 50.0
@@ -142,7 +143,7 @@ class ShardCache:
             if size != shard.size:
                 raise OSError(f"{size} bytes arrived, but {shard.size} were listed: it was truncated, or has changed")
             with self._lock("room"):  # renamed while another lists the folder, it could be counted under neither name
-                os.replace(temporary, path)
+                replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -164,8 +165,9 @@ class ShardCache:
             if room >= shard.size:
                 return True
             if path.suffix != ".tmp" and path.name not in keep:
-                path.unlink(missing_ok=True)
-                room += size
+                with contextlib.suppress(PermissionError):  # on Windows, one that is open stays
+                    path.unlink(missing_ok=True)
+                    room += size
         underway = sum(size for _, path, size in files if path.suffix == ".tmp")
         if room < shard.size <= room + underway and can_wait:
             return False

@@ -120,6 +120,7 @@ def test_the_name_of_a_data_set_of_the_hub_is_recognized(read: Callable[[str], o
     assert "hub" not in str(error.value)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
 def test_colons_in_a_local_path_are_part_of_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """In a remote address they chain file systems."""
     write_documents(tmp_path / "we::ird" / "a.jsonl", DOCUMENTS)

@@ -264,7 +264,7 @@ def test_a_row_that_had_no_room_is_there_when_its_step_is_saved(
 
     monkeypatch.setattr(MetricsLog, "_write", write_but_once)
     with pytest.raises(KeyboardInterrupt):
-        train_here(base_flags, {7: lambda: os.kill(os.getpid(), signal.SIGTERM)}, monkeypatch)
+        train_here(base_flags, {7: lambda: signal.raise_signal(signal.SIGTERM)}, monkeypatch)
     assert refused and list_steps(stage_dir_of(base_dir))[-1] == 8
     train_here(base_flags, {}, monkeypatch)
     assert [step for step, _ in logged_steps(stage_dir_of(base_dir), "train/loss")] == list(range(1, LAST + 1))

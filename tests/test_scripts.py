@@ -61,7 +61,7 @@ def test_text_that_the_output_cannot_hold_does_not_end_a_command() -> None:
 
 def test_ctrl_c_during_the_imports_shows_no_trace() -> None:
     result = subprocess.run([sys.executable, "-c", "import scripts; raise KeyboardInterrupt"], capture_output=True, timeout=60)
-    assert (result.stderr.strip(), result.returncode) == (b"interrupted", -signal.SIGINT)
+    assert (result.stderr.strip(), result.returncode) == (b"interrupted", 0xC000013A if os.name == "nt" else -signal.SIGINT)
     result = subprocess.run([sys.executable, "-c", "import scripts; 1 / 0"], capture_output=True, timeout=60)
     assert b"ZeroDivisionError" in result.stderr and b"Traceback" in result.stderr
 

@@ -12,6 +12,8 @@ import pytest
 from tests.helpers import write_program
 from tests.nursery import ROOT
 
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="the script is for Linux, macOS and WSL")
+
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import math
-import os
 import shutil
 import signal
 import time
@@ -150,7 +149,7 @@ def test_a_run_that_is_stopped_says_so_only_once_it_is_saved(
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path))
 
     trainer = make_trainer(tmp_path)
-    trainer.step_metrics = lambda: os.kill(os.getpid(), signal.SIGINT) or {}
+    trainer.step_metrics = lambda: signal.raise_signal(signal.SIGINT) or {}
     monkeypatch.setattr(checkpoint_writer, "save_checkpoint", fail)
     with pytest.raises((OSError, KeyboardInterrupt)) as ended:
         trainer.train()
