@@ -6,6 +6,7 @@ runs have a report as well. The page is one file with styles and pictures includ
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import re
@@ -226,13 +227,13 @@ def format_value(value: Any) -> str:
 
 def _curves_section(stage: str, rows: list[dict[str, Any]], plots: Path) -> list[Section]:
     """Curves of everything that a stage logged over its steps."""
-    title, pictures = STAGE_TITLES[stage], list[Picture]()
+    title, pictures = STAGE_TITLES[stage], dict[str, Picture]()
     for kind, panel in make_panels(rows).items():
-        name = f"{stage}_{re.sub('[^a-z0-9]+', '_', kind.lower())}"
-        while name in {picture.name for picture in pictures}:
-            name += "_"
-        pictures.append(_add_picture(plots, name, f"{title}: {panel.title}", draw_panel(panel), wide=False))
-    return [Section(f"{title}: curves", pictures=pictures)] if pictures else []
+        plain = re.sub("[^a-z0-9]+", "_", f"{stage}_{kind.lower()}").strip("_")
+        others = (f"{plain}_{number}" for number in itertools.count(2))  # where names differ only in what was left out
+        name = next(name for name in itertools.chain([plain], others) if name not in pictures)
+        pictures[name] = _add_picture(plots, name, f"{title}: {panel.title}", draw_panel(panel), wide=False)
+    return [Section(f"{title}: curves", pictures=list(pictures.values()))] if pictures else []
 
 
 def make_panels(rows: list[dict[str, Any]]) -> dict[str, Panel]:

@@ -280,13 +280,14 @@ def test_every_number_of_a_run_has_a_panel() -> None:
 
 
 def test_no_picture_takes_the_place_of_another(quick_pictures: None, tiny_run: Path) -> None:
-    names = ["val/top1", "val/top5", "val/ARC", "val/arc", "val/top-1"]
+    names = ["val/top1", "val/top5", "val/ARC", "val/arc", "val/top-1", "val/top1_2", "val/top 1*"]
     with open(tiny_run / "base" / "metrics.jsonl", "a", encoding="utf-8") as file:
         for step in (5, 6):
             file.write(json.dumps({"step": step, "time_s": 1.0, **dict.fromkeys(names, 0.5)}) + "\n")
     report, _ = write_report(tiny_run)
     shown = re.findall(r"plots/(base_val_(?:top|arc).*)\.png", report.read_text(encoding="utf-8"))
     assert len(shown) == len({name.lower() for name in shown}) == len(names)
+    assert not any(name.endswith("_") for name in shown)
     assert all((tiny_run / "plots" / f"{name}.png").exists() for name in shown)
 
 
