@@ -10,16 +10,18 @@ from __future__ import annotations
 import io
 import json
 import math
+import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from nanochat.common import complain, run_command
 from nanochat.files import read_json_lines, read_json_object
 from nanochat.loggers import LOGGERS, BackgroundLogger, LoggedRun, check_installed
-from nanochat.quantities import quantity
+from nanochat.progress import format_seconds
+from nanochat.quantities import in_order, quantity
 from nanochat.runs import SETTINGS_FILE, begun_stages, find_run_dir
 from nanochat.settings import SettingsParser
 
@@ -122,8 +124,18 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def series(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """(steps, values) of one logged number."""
-    chosen = [row for row in rows if isinstance(row.get(name), int | float) and -math.inf < row[name] < math.inf]
+    chosen = [row for row in rows if _is_finite(row.get(name))]
     return [row["step"] for row in chosen], [row[name] for row in chosen]
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and -math.inf < value < math.inf
+
+
+def drawn(rows: list[dict[str, Any]]) -> list[str]:
+    """The names of all numbers in the rows that have curves, in the order in which these are shown."""
+    names = {name for row in rows for name, value in row.items() if _is_finite(value)}
+    return in_order(name for name in names if quantity(name).curve)
 
 
 def curve(rows: list[dict[str, Any]], name: str) -> tuple[list[int], list[float], list[float]]:
@@ -146,6 +158,34 @@ def smooth(values: list[float]) -> list[float]:
 
     both = zip(values, sums(values), sums(values[::-1])[::-1], strict=True)
     return [(before + after - value) / (w + v - 1) for value, (before, w), (after, v) in both]
+
+
+# What tables tell of a stage, besides steps and time: a number of its rows, and which of the values.
+SUMMARY: dict[str, tuple[str, Callable[[list[float]], float]]] = {
+    "tokens": ("train/tokens", max),
+    "FLOPs": ("train/flops", max),
+    "reward, smoothed": ("rl/reward", lambda values: smooth(values)[-1]),
+    "loss, smoothed": ("train/loss", lambda values: smooth(values)[-1]),
+    "val bpb": ("val/bpb", lambda values: values[-1]),
+    "best val bpb": ("val/bpb", min),
+    "pass@1": ("val/pass@1", lambda values: values[-1]),
+    "tokens/s, median": ("train/tok_per_s", statistics.median),
+    "MFU, median": ("train/mfu", statistics.median),
+    "most memory": ("train/peak_memory_mb", max),
+}
+
+
+def summarize(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """A stage in a few words: steps, time and what SUMMARY names, without what was not logged."""
+    if not rows:
+        return {}
+    found = {
+        label: quantity(name).show(choose(values))
+        for label, (name, choose) in SUMMARY.items()
+        if (values := series(rows, name)[1])
+    }
+    time_s = max(series(rows, "time_s")[1], default=0.0)
+    return {"steps": f"{rows[-1]['step']:,}", "time": format_seconds(time_s), **found}
 
 
 # ----------------------------------------------------------------------------- replaying

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 COLORS = ("#2b6cb0", "#c2560c", "#2f855a", "#8b46c1", "#c53030", "#0f7c86", "#a16207", "#b83280")
 TEXT, SOFT, LINE = "#1d2430", "#667085", "#dfe3ea"
 VARIABLES = {TEXT: "text", SOFT: "soft", LINE: "line"} | {color: f"c{i}" for i, color in enumerate(COLORS)}
+DASHES = ("-", "--", ":", "-.")
 PANEL, WIDE = 4.6, 9.4  # inches: one of two columns of a page, and both
 MAX_POINTS = 800  # in a curve: more than a page shows
 
@@ -36,6 +37,7 @@ class Curve:
     raw: Sequence[float] | None = None
     dots: bool = False
     color: int | None = None  # index of the colour; None: by position in the panel
+    dashes: int = 0  # index of DASHES, to tell curves of one colour apart
 
 
 @dataclass
@@ -73,7 +75,8 @@ def draw_panel(panel: Panel) -> Figure:
         x = [curve.x[i] for i in kept]
         if curve.raw is not None:
             axis.plot(x, [curve.raw[i] for i in kept], color=color, linewidth=0.7, alpha=0.3)
-        style: dict[str, Any] = {"marker": "o", "markersize": 3.5} if curve.dots else {}
+        style: dict[str, Any] = {"marker": "o", "markersize": 3.5} if curve.dots or len(x) == 1 else {}
+        style["linestyle"] = DASHES[curve.dashes % len(DASHES)]
         lines += axis.plot(x, [curve.y[i] for i in kept], color=color, linewidth=1.6, **style)
     _set_title(axis, panel.title)
     axis.set_xlabel(panel.x_label)
@@ -85,7 +88,7 @@ def draw_panel(panel: Panel) -> Figure:
         axis.yaxis.set_major_formatter("{x:,.0f}")
     if panel.from_zero:
         low, high = min(0.0, values[0]), max(0.0, values[-1])  # rewards may be negative
-        axis.set_ylim(1.12 * low, 1.12 * high if high > low else 1)
+        axis.set_ylim((1.12 * low, 1.12 * high) if high > low else (-1, 1))
     elif len(values) > 50 and not panel.curves[0].dots:  # the steep fall of the first steps would hide the rest
         low, high = values[0], values[int(0.97 * (len(values) - 1))]
         margin = 0.08 * (high - low) or 0.1

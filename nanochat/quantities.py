@@ -1,6 +1,7 @@
 """The numbers that a run logs: their titles, and how they are printed and drawn. One line for each.
 
-Used by trainer.py, report.py, runs_api.py and scripts/compare.py. A number without a line here is shown by its name.
+Used by trainer.py, metrics.py, report.py, runs_api.py and scripts/compare.py. A number without a line here is shown by its
+name, and drawn like the others.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Quantity:
     """title: of its curve. noisy: smooth the curve. divisor: from the value to the title's unit.
 
-    form: format of the value in tables, in that unit. line: format for the progress line, with {name} (the part after the
-    slash) and {value}; "": not shown.
+    form: format of the value in tables, in that unit; "": its last value is nothing to compare. line: format for the progress
+    line, with {name} (the part after the slash) and {value}; "": not shown. curve: whether it is drawn.
     """
 
     title: str
@@ -24,6 +26,7 @@ class Quantity:
     noisy: bool = False
     divisor: float = 1
     line: str = ""
+    curve: bool = True
 
     def show(self, value: float) -> str:
         """The value as a table shows it."""
@@ -39,15 +42,18 @@ QUANTITIES = {
     "val/bpb": Quantity("validation bits per byte", line="bpb {value:.4f}"),
     "val/core*": Quantity("CORE"),
     "val/pass@*": Quantity("held-out problems solved", "{:.1%}", line="{name} {value:.1%}"),
-    "train/lrm": Quantity("learning rate, share of its peak"),
+    "train/lrm": Quantity("learning rate, share of its peak", ""),
     "train/peak_memory_mb": Quantity("most memory held, GB", "{:.2f} GB", divisor=1000),
-    "train/tokens": Quantity("tokens trained on", "{:,.0f}"),
-    "train/flops": Quantity("FLOPs of training", "{:.3g}"),
-    "rl/mixed_groups": Quantity("groups with right and wrong answers", noisy=True),
-    "rl/answer_tokens": Quantity("tokens in an answer", noisy=True),
-    "rl/unfinished": Quantity("answers cut off", noisy=True),
-    "rl/shortened_prompts": Quantity("problems cut short to fit", noisy=True),
-    "rl/rollout_tok_per_s": Quantity("tokens sampled per second", noisy=True),
+    "train/tokens": Quantity("tokens trained on", "{:,.0f}", curve=False),
+    "train/flops": Quantity("FLOPs of training", "{:.3g}", curve=False),
+    "rl/mixed_groups": Quantity("groups with right and wrong answers", "{:.1%}", noisy=True),
+    "rl/answer_tokens": Quantity("tokens in an answer", "{:,.1f}", noisy=True),
+    "rl/unfinished": Quantity("answers cut off", "{:.1%}", noisy=True),
+    "rl/shortened_prompts": Quantity("problems cut short to fit", "{:.1f}", noisy=True),
+    "rl/rollout_tok_per_s": Quantity("tokens sampled per second", "{:,.0f}", noisy=True),
+    "step": Quantity("updates", "{:,}", curve=False),
+    "time_s": Quantity("seconds of training", "{:,.1f}", curve=False),
+    "timestamp": Quantity("seconds since 1970", "{:.3f}", curve=False),
 }
 
 
@@ -58,7 +64,35 @@ def kind_of(name: str) -> str:
 
 
 def quantity(name: str) -> Quantity:
-    return QUANTITIES.get(kind_of(name), Quantity(name.partition("/")[2] or name))
+    return QUANTITIES.get(kind_of(name), Quantity(name, "{:.4g}"))
+
+
+def title_of(name: str) -> str:
+    """A number's title; where several numbers share it, with what tells them apart: "held-out problems solved, pass@8"."""
+    title = quantity(name).title
+    return title if kind_of(name) == name else f"{title}, {name.partition('/')[2]}"
+
+
+def is_result(name: str) -> bool:
+    """Whether evaluations give it, now and then, and not each update."""
+    return name.startswith("val/")
+
+
+def starts_at_zero(name: str) -> bool:
+    """Whether its picture shows where 0 is; of losses and results, it would hide the differences."""
+    return not is_result(name) and name != "train/loss"
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names as pictures and tables follow each other: reward, loss, results, the rest of QUANTITIES, other numbers by name."""
+    order = list(QUANTITIES)
+
+    def place(name: str) -> tuple[Any, ...]:
+        kind = kind_of(name)
+        rank = order.index(kind) if kind in QUANTITIES else len(order)
+        return kind != "rl/reward", kind != "train/loss", not is_result(name), rank, kind, len(name), name  # pass@8, pass@16
+
+    return sorted(names, key=place)
 
 
 def by_kind(names: Iterable[str]) -> dict[str, list[str]]:

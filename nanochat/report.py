@@ -6,15 +6,14 @@ runs have a report as well. The page is one file with styles and pictures includ
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import re
-import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,10 +29,10 @@ from nanochat.cpu import cpu_name
 from nanochat.eval_results import read_eval
 from nanochat.files import atomic_write, read_json, short_name
 from nanochat.gpt import GPT
-from nanochat.metrics import METRICS_FILE, curve, read_metrics, series
+from nanochat.metrics import METRICS_FILE, curve, drawn, read_metrics, series, summarize
 from nanochat.plots import Bar, Curve, Panel, draw_bars, draw_panel, draw_shares, save_png, to_svg
 from nanochat.progress import format_seconds
-from nanochat.quantities import QUANTITIES, by_kind, quantity
+from nanochat.quantities import by_kind, is_result, quantity, starts_at_zero
 from nanochat.runs import (
     SETTINGS_FILE,
     STAGE_TITLES,
@@ -51,7 +50,11 @@ from nanochat.settings import SettingsParser
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-ON_AXES = {"train/tokens", "train/flops", "train/mfu"}  # logged, but without curves of their own
+# Of a stage's summary (metrics.py), as many as a page has room for beside each other.
+OVERVIEW = (
+    "steps", "time", "tokens", "reward, smoothed", "loss, smoothed", "val bpb", "pass@1", "tokens/s, median", "MFU, median",
+    "most memory",
+)  # fmt: skip
 SHOWN_SETTINGS = (
     "depth", "data", "tasks", "max_seq_len", "window_pattern", "num_iterations", "total_batch_size", "expand_at",
     "objective", "examples_per_step", "num_samples", "max_new_tokens", "temperature", "top_k", "kl_weight",
@@ -95,8 +98,7 @@ def _add_picture(plots: Path, name: str, description: str, figure: Figure, wide:
 
 def write_report(run_dir: Path) -> tuple[Path, Path]:
     """Write report.md and report.html (self-contained) into a run's directory; returns their paths."""
-    overview = Section("Stages", ["stage", "steps", "tokens", "time", "loss", "val bpb", "tokens/s", "MFU", "memory"])
-    sections, facts, plots = [overview], {}, run_dir / "plots"
+    summaries, sections, facts, plots = dict[str, dict[str, str]](), list[Section](), {}, run_dir / "plots"
     for stage in STAGES:
         stage_dir = run_dir / stage
         settings = read_json(stage_dir / SETTINGS_FILE)
@@ -104,7 +106,7 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
             continue
         rows = read_metrics(stage_dir / METRICS_FILE)
         results = read_eval(stage_dir)
-        overview.rows.append(_overview_row(stage, rows))
+        summaries[STAGE_TITLES[stage]] = summarize(rows)
         if "num_params" in settings:
             facts["parameters"] = f"{settings['num_params']:,}"
         facts |= _facts(stage, rows, results)
@@ -113,7 +115,7 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
         if stage == "base":
             sections += _model_section(stage_dir, plots)
         sections.append(Section(f"{STAGE_TITLES[stage]}: settings", ["", ""], settings_table(settings)))
-    sections.append(_system_section())
+    sections = [_overview_section(summaries), *sections, _system_section()]
     context = {
         "title": f"nanochat: {run_dir.name}", "made": time.strftime("%Y-%m-%d %H:%M"), "facts": facts, "sections": sections,
     }  # fmt: skip
@@ -197,26 +199,11 @@ def _git_commit() -> str | None:
     return run.stdout.strip() or None if run.returncode == 0 else None
 
 
-def _overview_row(stage: str, rows: list[dict[str, Any]]) -> list[str]:
-    train = [row for row in rows if "train/loss" in row]
-    if not train:
-        return [STAGE_TITLES[stage], "0", *["-"] * 7]
-
-    def cell(name: str, choose: Callable[[list[float]], float] = lambda values: values[-1]) -> str:
-        values = series(rows, name)[1]  # without those of a run that diverged, which are no numbers
-        return quantity(name).show(choose(values)) if values else "-"
-
-    return [
-        STAGE_TITLES[stage],
-        f"{train[-1]['step']:,}",
-        cell("train/tokens"),
-        format_seconds(train[-1].get("time_s", 0.0)),
-        cell("train/loss"),
-        cell("val/bpb"),
-        cell("train/tok_per_s", statistics.median_high),
-        cell("train/mfu", statistics.median_high),
-        cell("train/peak_memory_mb", max),
-    ]
+def _overview_section(summaries: dict[str, dict[str, str]]) -> Section:
+    """A row for each stage, by its title, and a column for each number that any of them has."""
+    labels = [label for label in OVERVIEW if any(label in found for found in summaries.values())]
+    rows = [[title, *(found.get(label, "-") for label in labels)] for title, found in summaries.items()]
+    return Section("Stages", ["stage", *labels], rows)
 
 
 def settings_table(settings: dict[str, Any]) -> list[list[str]]:
@@ -240,26 +227,21 @@ def format_value(value: Any) -> str:
 
 def _curves_section(stage: str, rows: list[dict[str, Any]], plots: Path) -> list[Section]:
     """Curves of everything that a stage logged over its steps."""
-    title, pictures = STAGE_TITLES[stage], list[Picture]()
+    title, pictures = STAGE_TITLES[stage], dict[str, Picture]()
     for kind, panel in make_panels(rows).items():
-        name = f"{stage}_{re.sub('[^a-z0-9]+', '_', kind.lower())}"
-        while name in {picture.name for picture in pictures}:
-            name += "_"
-        pictures.append(_add_picture(plots, name, f"{title}: {panel.title}", draw_panel(panel), wide=False))
-    return [Section(f"{title}: curves", pictures=pictures)] if pictures else []
+        plain = re.sub("[^a-z0-9]+", "_", f"{stage}_{kind.lower()}").strip("_")
+        others = (f"{plain}_{number}" for number in itertools.count(2))  # where names differ only in what was left out
+        name = next(name for name in itertools.chain([plain], others) if name not in pictures)
+        pictures[name] = _add_picture(plots, name, f"{title}: {panel.title}", draw_panel(panel), wide=False)
+    return [Section(f"{title}: curves", pictures=list(pictures.values()))] if pictures else []
 
 
 def make_panels(rows: list[dict[str, Any]]) -> dict[str, Panel]:
-    """A panel for each kind of series with at least two points: training, then validation, then the rest.
+    """A panel for each kind of series: reward, loss, results of evaluations, then the rest.
 
-    pass@1 and pass@8 share a panel; bits per byte and CORE do not. Series that are always 0 have none.
+    pass@1 and pass@8 share a panel; bits per byte and CORE do not. MFU is the second axis of the speed.
     """
-    counts = Counter(name for row in rows for name, value in row.items() if isinstance(value, int | float))
-    happened = {name for row in rows for name, value in row.items() if value and "/" in name}
-    names = [name for name in counts if counts[name] > 1 and name in happened - ON_AXES]
-    measured = [name for name in names if name.startswith("val/")]
-    order = ["rl/reward", "train/loss", *measured, *(name for name in QUANTITIES if not name.startswith("val/")), *names]
-    kinds = by_kind(name for name in order if name in names)
+    kinds = by_kind(name for name in drawn(rows) if name != "train/mfu")
     return {kind: _make_panel(kind, members, rows) for kind, members in kinds.items()}
 
 
@@ -268,12 +250,12 @@ def _make_panel(kind: str, names: Sequence[str], rows: list[dict[str, Any]]) -> 
     for name in names:
         steps, values, smoothed = curve(rows, name)
         label = f"{name.partition('/')[2]} {values[-1]:.3f}"
-        curves.append(Curve(label, steps, smoothed, values if shown.noisy else None, dots=kind.startswith("val/")))
+        curves.append(Curve(label, steps, smoothed, values if shown.noisy else None, dots=is_result(kind)))
     title = shown.title
-    if kind.startswith("val/") and len(curves) == 1:
+    if is_result(kind) and len(curves) == 1:
         title += f": {curves[0].y[-1]:.4f}"
-    from_zero = not kind.startswith("val/") and kind != "train/loss"
-    return Panel(title, curves, from_zero=from_zero, share=_mfu_axis(rows) if kind == "train/tok_per_s" else None)
+    share = _mfu_axis(rows) if kind == "train/tok_per_s" else None
+    return Panel(title, curves, from_zero=starts_at_zero(kind), share=share)
 
 
 def _mfu_axis(rows: list[dict[str, Any]]) -> tuple[float, str] | None:

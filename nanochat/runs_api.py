@@ -15,9 +15,9 @@ from fastapi import FastAPI
 from nanochat.common import NanochatError
 from nanochat.eval_results import EVAL_FILE, read_eval
 from nanochat.files import read_json
-from nanochat.metrics import METRICS_FILE, curve, read_metrics, thinned
+from nanochat.metrics import METRICS_FILE, curve, drawn, read_metrics, thinned
 from nanochat.openai_api import RequestError
-from nanochat.quantities import QUANTITIES, kind_of, quantity
+from nanochat.quantities import quantity, title_of
 from nanochat.runs import SETTINGS_FILE, STAGE_TITLES, STAGES, get_run_dir, get_runs_dir, is_tag, list_steps
 
 MAX_POINTS = 600  # in a curve: more than a screen shows
@@ -68,10 +68,6 @@ def _stamp(stage_dir: Path) -> tuple[tuple[int, int], ...]:
 def describe_stage(stage_dir: Path, stamp: tuple[tuple[int, int], ...]) -> dict[str, Any]:
     """What a stage has done; read once per `stamp`, since long runs take a second."""
     rows = read_metrics(stage_dir / METRICS_FILE)
-    names = {name for row in rows for name, value in row.items() if isinstance(value, int | float)}
-    names -= {"step", "time_s", "timestamp", "train/tokens", "train/flops"}
-    order = list(QUANTITIES)
-    ranked = sorted(names, key=lambda name: (order.index(kind) if (kind := kind_of(name)) in order else len(order), name))
     sampled = [row for row in rows if "sample/text" in row][-40:]
     return {
         "title": STAGE_TITLES[stage_dir.name],
@@ -80,7 +76,7 @@ def describe_stage(stage_dir: Path, stamp: tuple[tuple[int, int], ...]) -> dict[
         "time_s": rows[-1].get("time_s", 0.0) if rows else 0.0,
         "updated": rows[-1].get("timestamp", 0.0) if rows else 0.0,
         "checkpoints": list_steps(stage_dir),
-        "curves": [_curve(rows, name) for name in ranked],
+        "curves": [_curve(rows, name) for name in drawn(rows)],
         "samples": [{"step": r["step"], "prompt": r["sample/prompt"], "text": r["sample/text"]} for r in sampled],
         "evaluation": read_eval(stage_dir),
     }
@@ -88,7 +84,6 @@ def describe_stage(stage_dir: Path, stamp: tuple[tuple[int, int], ...]) -> dict[
 
 def _curve(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
     """A series with its title and [[step, value], ...], thinned to what a screen shows but always with the last point."""
-    shown, (steps, _, values) = quantity(name), curve(rows, name)
-    title = shown.title + (f", {name.partition('/')[2]}" if kind_of(name).endswith("@*") else "")
+    (steps, _, values), title = curve(rows, name), title_of(name)
     points = [[steps[i], values[i]] for i in thinned(len(steps), MAX_POINTS)]
-    return {"name": name, "title": f"{title} (smoothed)" if shown.noisy else title, "points": points}
+    return {"name": name, "title": f"{title} (smoothed)" if quantity(name).noisy else title, "points": points}

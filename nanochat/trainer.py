@@ -81,6 +81,7 @@ class Trainer:
     loss_fn: (model, batch) -> loss, a sum over rows, since a pass may take only some rows at a time (passes.py); the
     trainer divides it by the sum of count_fn(batch) over the step.
     step_metrics: () -> more entries for a step's row of metrics, called with this rank's gradients, before the update.
+    update_metrics: the same, called after the update; together they tell what it changed.
     time_limit: for a run that is to end at some time, whatever else the machine does.
     meta: what a checkpoint records besides the model's config (tokenizer, settings, lineage), as JSON.
     """
@@ -99,6 +100,7 @@ class Trainer:
         loss_fn: Callable[[GPT, Batch], torch.Tensor] = summed_loss,
         count_fn: Callable[[Batch], torch.Tensor] = count_supervised,
         step_metrics: Callable[[], dict[str, float]] = dict,
+        update_metrics: Callable[[], dict[str, float]] = dict,
         time_limit: TimeLimit | None = None,
     ) -> None:
         self.model, self.optimizer, self.loader, self.config = model, optimizer, loader, config
@@ -107,7 +109,8 @@ class Trainer:
         self._resume = f"the same command and --model-tag {stage_dir.parent.name} --resume auto"
         self.evaluations = evaluations
         self.sample_fn = None if model.is_sharded else sample  # sampling needs an unsharded model
-        self.count_fn, self.step_metrics, self._time_limit = count_fn, step_metrics, time_limit
+        self.count_fn, self._time_limit = count_fn, time_limit
+        self.step_metrics, self.update_metrics = step_metrics, update_metrics
         self._passes, self._loss_scale = Passes(model, loss_fn), LossScale(model.get_compute_dtype())
         self.ddp, self.rank, _, self.world_size = get_dist_info()
         self.device = model.get_device()
@@ -362,7 +365,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self._pending.append(loss)
         if is_logged:
-            self._log(factor, started, more)
+            self._log(factor, started, more | self.update_metrics())
         else:
             self.time_s += time.perf_counter() - started
 

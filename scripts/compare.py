@@ -6,7 +6,7 @@ stages left behind, so runs that are still training can be compared as well.
 
 from __future__ import annotations
 
-import statistics
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -19,10 +19,9 @@ import numpy as np
 from nanochat.common import NanochatError, run_command
 from nanochat.eval_results import read_eval
 from nanochat.files import read_json
-from nanochat.metrics import METRICS_FILE, curve, read_metrics, series, smooth
+from nanochat.metrics import METRICS_FILE, SUMMARY, curve, drawn, read_metrics, series, summarize
 from nanochat.plots import Bar, Curve, Panel, draw_bars, draw_panel, to_svg
-from nanochat.progress import format_seconds
-from nanochat.quantities import by_kind, quantity
+from nanochat.quantities import by_kind, in_order, is_result, quantity, starts_at_zero, title_of
 from nanochat.report import Picture, Section, format_value, render
 from nanochat.runs import SETTINGS_FILE, STAGE_TITLES, STAGES, begun_stages, find_run_dir
 from nanochat.same_run import WORK_SETTINGS
@@ -44,8 +43,9 @@ class Run:
     rows: list[dict[str, Any]]
     results: dict[str, Any]  # of eval.json
 
-    def values(self, series_name: str) -> list[float]:
-        return series(self.rows, series_name)[1]
+    @functools.cached_property
+    def summary(self) -> dict[str, str]:
+        return summarize(self.rows)
 
 
 def parse_arguments(argv: list[str] | None) -> Arguments:
@@ -105,28 +105,19 @@ def read_run(directory: Path, stage: str, name: str) -> Run:
 def final_numbers(runs: list[Run]) -> list[list[str]]:
     """A row for each number that any of the runs has, beginning with its name."""
 
-    def logged(name: str, choose: Callable[[list[float]], float] = lambda values: values[-1]) -> Callable[[Run], str]:
-        return lambda run: quantity(name).show(choose(run.values(name)))
+    def summary(label: str) -> Callable[[Run], str]:
+        return lambda run: run.summary[label]
 
     def chat_mean(key: str) -> Callable[[Run], str]:
         return lambda run: f"{run.results[key]['value']:.4f}"
 
     wanted: dict[str, Callable[[Run], str]] = {
         "parameters": lambda run: f"{run.settings['num_params']:,}",
-        "steps": lambda run: f"{run.rows[-1]['step']:,} of {run.settings['num_iterations']:,}",
-        "tokens": logged("train/tokens"),
-        "FLOPs": logged("train/flops"),
-        "time": lambda run: format_seconds(run.rows[-1]["time_s"]),
-        "training loss, smoothed": lambda run: f"{smooth(run.values('train/loss'))[-1]:.4f}",
-        "validation bits per byte": logged("val/bpb"),
-        "the best of them": logged("val/bpb", min),
+        "steps": lambda run: f"{run.summary['steps']} of {run.settings['num_iterations']:,}",
+        **{label: summary(label) for label in ("time", *SUMMARY)},
         "FLOPs to the first one's bits per byte": lambda run: share_to_result(run, runs[0], "flops"),
         "time to the first one's bits per byte": lambda run: share_to_result(run, runs[0], "time"),
-        "reward": logged("rl/reward"),
-        "pass@1": logged("val/pass@1"),
-        "tokens/s, median": logged("train/tok_per_s", statistics.median),
-        "MFU, median": logged("train/mfu", statistics.median),
-        "most memory": logged("train/peak_memory_mb", max),
+        **other_numbers(runs),
         "evaluated at step": lambda run: f"{run.results['step']:,}",
         "evaluated bits per byte": lambda run: f"{run.results['bpb']['val']:.4f}",
     }
@@ -135,6 +126,17 @@ def final_numbers(runs: list[Run]) -> list[list[str]]:
         wanted[key.replace("chatcore", "mean of the chat tasks")] = chat_mean(key)
     rows = [[label, *(_or_dash(number, run) for run in runs)] for label, number in wanted.items()]
     return [row for row in rows if set(row[1:]) != {"-"}]
+
+
+def other_numbers(runs: list[Run]) -> dict[str, Callable[[Run], str]]:
+    """The last values of what the runs logged besides the numbers of SUMMARY, smoothed if they are noisy."""
+
+    def last(name: str) -> Callable[[Run], str]:
+        return lambda run: quantity(name).form.format(curve(run.rows, name)[2][-1])
+
+    names = {name for run in runs for name in drawn(run.rows)} - {name for name, _ in SUMMARY.values()}
+    found = [name for name in in_order(names) if quantity(name).form]
+    return {title_of(name) + ", smoothed" * quantity(name).noisy: last(name) for name in found}
 
 
 def share_to_result(run: Run, first: Run, x: str) -> str:
@@ -198,20 +200,17 @@ def differing_settings(runs: list[Run]) -> list[list[str]]:
 
 def draw_curves(runs: list[Run], x: str) -> list[Picture]:
     """A panel for each kind of series that any run has, with a curve for each run, always in the same colour."""
-    logged = {name for run in runs for row in run.rows for name in row}
-    names = ["rl/reward", "train/loss", *sorted(name for name in logged if name.startswith("val/")), "train/tok_per_s"]
-    pictures = []
-    for kind, members in by_kind(name for name in names if name in logged).items():
-        shown, curves = quantity(kind), []
+    names, pictures = in_order({name for run in runs for name in drawn(run.rows)}), []
+    for kind, members in by_kind(names).items():
+        curves = []
         for color, run in enumerate(runs):
-            for name in members:
+            for dashes, name in enumerate(members):
                 steps, _, values = curve(run.rows, name)
                 if values:
                     label = run.name if len(members) == 1 else f"{run.name} {name.partition('/')[2]}"
-                    curves.append(Curve(label, over(x, run, steps), values, dots=not shown.noisy, color=color))
-        if not curves:
-            continue
-        panel = Panel(shown.title, curves, AXES[x], from_zero=kind == "train/tok_per_s")
+                    places = over(x, run, steps)
+                    curves.append(Curve(label, places, values, dots=is_result(kind), color=color, dashes=dashes))
+        panel = Panel(quantity(kind).title, curves, AXES[x], from_zero=starts_at_zero(kind))
         pictures.append(Picture(kind, panel.title, to_svg(draw_panel(panel), panel.title), wide=False))
     return pictures
 

@@ -12,6 +12,9 @@ import pytest
 
 from nanochat.common import NanochatError
 from nanochat.eval_results import merge_eval
+from nanochat.plots import Panel
+from nanochat.report import make_panels, write_report
+from nanochat.runs import STAGE_TITLES
 from nanochat.same_run import FREE_SETTINGS, WORK_SETTINGS
 from scripts import compare
 from scripts.compare import Run, differing_settings, final_numbers, over
@@ -44,9 +47,9 @@ def test_two_runs_are_drawn_and_told_apart(
         assert "4 of 6" in shown and "6 of 6" in shown
         assert "matrix lr" in shown and "0.5" in shown
         assert "head dim" not in shown  # in which they do not differ
-    assert re.search(r"validation bits per byte +\d\.\d{4} +-", said)  # not measured in the second
+    assert re.search(r"val bpb +\d\.\d{4} +-", said)  # not measured in the second
     assert said.count("tiny") == 2  # once a table: what is given twice is one run
-    assert text.count("<svg") == 4  # loss, bits per byte, speed, tasks
+    assert text.count("<svg") == 7  # loss, bits per byte, speed, MFU, learning rate, memory, tasks
     for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)[:1]:
         assert ">tiny<" in svg and ">wide<" in svg and "minutes of training" in svg
     assert not re.search(r"<script|https?://(?!www\.w3\.org)", text)
@@ -80,7 +83,7 @@ def test_numbers_that_no_run_has_are_left_out() -> None:
         "parameters",
         "steps",
         "time",
-        "training loss, smoothed",
+        "loss, smoothed",
         "CORE, tasks that all have: 1",
         last,
     ]
@@ -166,6 +169,51 @@ def test_a_run_that_is_not_there_is_named_with_its_nearest(two_runs: Path, tmp_p
     assert not page.exists()
 
 
+def test_report_and_comparison_agree(two_runs: Path, quick_pictures: None) -> None:
+    """All that the report's overview says of a stage stands in the comparison, under the same name."""
+    markdown, _ = write_report(two_runs / "tiny")
+    lines = [line.strip("| ").split(" | ") for line in markdown.read_text(encoding="utf-8").splitlines()]
+    head = next(line for line in lines if line[0] == "stage")
+    for stage in ("base", "sft"):
+        overview = next(dict(zip(head, line, strict=True)) for line in lines if line[0] == STAGE_TITLES[stage])
+        compared = {label: shown for label, shown in final_numbers([compare.read_run(two_runs / "tiny", stage, "tiny")])}
+        assert compared["steps"].startswith(f"{overview.pop('steps')} of ")
+        del overview["stage"]
+        assert len(overview) >= 7 and overview.items() <= compared.items()
+
+
+def test_every_logged_number_is_drawn_and_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every run or in one, often or once, known to quantities.py or not, always 0 or not; totals are axes."""
+    panels: list[Panel] = []
+    monkeypatch.setattr(compare, "draw_panel", panels.append)
+    monkeypatch.setattr(compare, "to_svg", lambda *args: "")
+    first = [
+        {"step": s, "time_s": 1.0 * s, "timestamp": 1e9, "train/loss": 1.0 / s, "train/tokens": 64 * s, "train/flops": 1e6 * s,
+         "train/lrm": 0.1 / s, "rl/reward": 0.5, "rl/unfinished": 0, "train/update norm*": 0.25 * s, "own": 7 * s}
+        for s in (1, 2, 3)
+    ]  # fmt: skip
+    first += [{"step": 3, "time_s": 3.0, "val/bpb": 2.0, "val/pass@8": 0.25, "val/pass@16": 0.5, "val/top1": None}]
+    second = [{"step": 1, "time_s": 1.0, "train/grad_norm": 1e-5, "sample/text": "words"}]
+    runs = [Run("a", {}, first, {}), Run("b", {}, second, {})]
+    kinds = [picture.name for picture in compare.draw_curves(runs, "steps")]
+    assert kinds == [
+        "rl/reward", "train/loss", "val/bpb", "val/pass@*", "train/lrm", "rl/unfinished",
+        "own", "train/grad_norm", "train/update norm*",
+    ]  # fmt: skip
+    labels = {panel.title: [curve.label for curve in panel.curves] for panel in panels}
+    assert labels["train/grad_norm"] == ["b"] and labels["held-out problems solved"] == ["a pass@8", "a pass@16"]
+    assert len({curve.dashes for panel in panels for curve in panel.curves}) == 2  # of one colour, but to be told apart
+    for run in runs:
+        assert set(make_panels(run.rows)) <= set(kinds)
+    assert set(kinds) == {kind for run in runs for kind in make_panels(run.rows)}
+    table = {label: shown for label, *shown in final_numbers(runs)}
+    assert list(table)[-6:] == [
+        "held-out problems solved, pass@8", "held-out problems solved, pass@16", "answers cut off, smoothed",
+        "own", "train/grad_norm", "train/update norm*",
+    ]  # fmt: skip
+    assert table["own"] == ["21", "-"] and table["train/grad_norm"] == ["-", "1e-05"]
+
+
 def test_runs_of_one_name_are_told_apart(two_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     copy = shutil.copytree(two_runs / "tiny", tmp_path / "elsewhere" / "tiny")
     assert compare.main(["tiny", str(copy / "sft"), "--stage=sft", "--output", str(tmp_path / "page.html")]) == 0
@@ -175,7 +223,7 @@ def test_runs_of_one_name_are_told_apart(two_runs: Path, tmp_path: Path, capsys:
 
 def test_the_best_loss_is_the_least() -> None:
     rows = [{"step": step, "time_s": 2.0 * step, "val/bpb": value} for step, value in ((1, 0.9), (2, 0.5), (3, 0.7))]
-    assert ["the best of them", "0.5000"] in final_numbers([Run("a", {}, rows, {})])
+    assert ["best val bpb", "0.5000"] in final_numbers([Run("a", {}, rows, {})])
 
 
 def test_pictures_are_over_minutes_and_intervals_are_centred(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,13 +17,13 @@ from nanochat import report
 from nanochat.common import NanochatError
 from nanochat.eval_results import merge_eval, read_eval
 from nanochat.files import append_json_lines
-from nanochat.metrics import read_metrics, series
+from nanochat.metrics import read_metrics, series, smooth
 from nanochat.plots import Bar, Curve, Panel, draw_bars, draw_panel, draw_shares, save_png, to_svg
 from nanochat.progress import Progress, _Console, format_seconds
 from nanochat.quantities import describe_line, quantity
 from nanochat.report import count_parts, evaluation_table, make_panels, settings_table, write_report
 from scripts import chat_rl
-from tests.helpers import make_model
+from tests.helpers import logged, make_model
 
 
 class _Page(HTMLParser):
@@ -49,12 +49,12 @@ def test_the_report_holds_what_the_run_left_behind(tiny_run: Path) -> None:
     markdown = (tiny_run / "report.md").read_text(encoding="utf-8")
     page = _Page((tiny_run / "report.html").read_text(encoding="utf-8"))
     settings = json.loads((tiny_run / "base" / "settings.json").read_text(encoding="utf-8"))
-    last = [row for row in read_metrics(tiny_run / "base" / "metrics.jsonl") if "train/loss" in row][-1]
+    losses = logged(tiny_run / "base")
     for text in (markdown, page.text):
         assert "Pretraining" in text
         assert "Supervised fine-tuning" in text
         assert f"{settings['num_params']:,}" in text
-        assert f"{last['train/loss']:.4f}" in text
+        assert f"{smooth(losses)[-1]:.4f}" in text
         for part in ("pairs of tokens", "value embeddings", "MLP matrices", "attention itself", "head"):
             assert part in text
     assert page.links == []  # one file that needs no other
@@ -68,20 +68,23 @@ def test_the_report_holds_what_the_run_left_behind(tiny_run: Path) -> None:
 
 
 def test_the_overview_says_what_each_stage_logged(quick_pictures: None, tiny_run: Path) -> None:
-    """States of the last update, speeds of the middle one, the most memory, bits per byte of the newest evaluation."""
+    """Totals, the loss in its last updates, the middle speed, the most memory, bits per byte of the newest evaluation."""
     metrics = tiny_run / "base" / "metrics.jsonl"
     metrics.write_text('{"step": 0, "time_s": 0, "val/bpb": 9.0}\n' + metrics.read_text(encoding="utf-8"), encoding="utf-8")
     markdown, html = write_report(tiny_run)
     lines, page = markdown.read_text(encoding="utf-8").splitlines(), _Page(html.read_text(encoding="utf-8"))
-    assert "| stage | steps | tokens | time | loss | val bpb | tokens/s | MFU | memory |" in lines
+    assert (
+        "| stage | steps | time | tokens | loss, smoothed | val bpb | tokens/s, median | MFU, median | most memory |" in lines
+    )
     for stage, title in (("base", "Pretraining"), ("sft", "Supervised fine-tuning")):
         rows = read_metrics(tiny_run / stage / "metrics.jsonl")
         train = [row for row in rows if "train/loss" in row]
         last, bpb = train[-1], [row["val/bpb"] for row in rows if "val/bpb" in row][-1]
-        speed = statistics.median_high(row["train/tok_per_s"] for row in train)
-        mfu = statistics.median_high(row["train/mfu"] for row in train if "train/mfu" in row)  # not of the first step
-        cells = [title, str(last["step"]), f"{last['train/tokens']:,}", format_seconds(last["time_s"]),
-                 f"{last['train/loss']:.4f}", f"{bpb:.4f}", f"{speed:,.0f}", f"{100 * mfu:.1f}%",
+        loss = smooth([row["train/loss"] for row in train])[-1]
+        speed = statistics.median(row["train/tok_per_s"] for row in train)
+        mfu = statistics.median(row["train/mfu"] for row in train if "train/mfu" in row)  # not of the first step
+        cells = [title, str(last["step"]), format_seconds(last["time_s"]), f"{last['train/tokens']:,}",
+                 f"{loss:.4f}", f"{bpb:.4f}", f"{speed:,.0f}", f"{100 * mfu:.1f}%",
                  f"{max(row['train/peak_memory_mb'] for row in train) / 1000:.2f} GB"]  # fmt: skip
         assert f"| {' | '.join(cells)} |" in lines
         assert "".join(cells) in page.text
@@ -265,24 +268,26 @@ def test_means_of_other_settings_are_told_apart() -> None:
     ]  # fmt: skip
 
 
-def test_every_series_has_a_panel_but_single_points_and_zeros() -> None:
-    more = {"train/lrm": 1.0, "train/mfu": 0.5, "rl/never": 0, "rl/own": 7}
+def test_every_number_of_a_run_has_a_panel() -> None:
+    """Measured once or never other than 0, it has one too; MFU is an axis of the speed."""
+    more = {"train/lrm": 1.0, "train/mfu": 0.5, "rl/unfinished": 0, "rl/own": 7}
     rows = [{"step": s, "time_s": s, "train/loss": 1.0, "rl/reward": 0.1 * s, **more} for s in range(1, 4)]
     rows += [{"step": s, "val/pass@1": 0.1, "val/pass@8": 0.4} for s in (0, 3)] + [{"step": 3, "val/bpb": 1.0}]
     panels = make_panels(rows)
-    assert list(panels) == ["rl/reward", "train/loss", "val/pass@*", "train/lrm", "rl/own"]
-    assert panels["rl/own"].title == "own"
+    assert list(panels) == ["rl/reward", "train/loss", "val/bpb", "val/pass@*", "train/lrm", "rl/unfinished", "rl/own"]
+    assert panels["rl/own"].title == "rl/own"
     assert [curve.label for curve in panels["val/pass@*"].curves] == ["pass@1 0.100", "pass@8 0.400"]
 
 
 def test_no_picture_takes_the_place_of_another(quick_pictures: None, tiny_run: Path) -> None:
-    names = ["val/top1", "val/top5", "val/ARC", "val/arc", "val/top-1"]
+    names = ["val/top1", "val/top5", "val/ARC", "val/arc", "val/top-1", "val/top1_2", "val/top 1*"]
     with open(tiny_run / "base" / "metrics.jsonl", "a", encoding="utf-8") as file:
         for step in (5, 6):
             file.write(json.dumps({"step": step, "time_s": 1.0, **dict.fromkeys(names, 0.5)}) + "\n")
     report, _ = write_report(tiny_run)
     shown = re.findall(r"plots/(base_val_(?:top|arc).*)\.png", report.read_text(encoding="utf-8"))
     assert len(shown) == len({name.lower() for name in shown}) == len(names)
+    assert not any(name.endswith("_") for name in shown)
     assert all((tiny_run / "plots" / f"{name}.png").exists() for name in shown)
 
 
@@ -439,7 +444,7 @@ def test_a_report_shows_the_newest_numbers_and_samples(quick_pictures: None, tin
     (tiny_run / "base" / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
     markdown, _ = write_report(tiny_run)
     text = markdown.read_text(encoding="utf-8")
-    assert "| Pretraining | 2 | - | 0:02 | 1.0000 | 0.7000 | 100 | 25.0% | - |" in text
+    assert "| Pretraining | 2 | 0:02 | - | 1.0000 | 0.7000 | 100 | 25.0% | - |" in text
     assert "new words" in text and "old words" not in text
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nanochat.checkpoint_manager import read_meta
+from nanochat.gpt import GPT
 from nanochat.metrics import read_metrics
 from tests.helpers import make_trainer
 
@@ -115,3 +116,33 @@ def test_evaluating_and_sampling_are_no_training(sample_every: int, sampled: lis
     trainer.train()
     assert samples == sampled
     assert modes - {("samples", False, True)} == {("trains", True, True), ("evaluates", False, False)}
+
+
+def test_what_an_update_changed_can_be_logged(tmp_path: Path) -> None:
+    """step_metrics sees the weights before it, update_metrics those after it, and both are asked once a row."""
+    trainer = make_trainer(tmp_path, num_iterations=5, log_every=2)
+
+    def weights(model: GPT) -> torch.Tensor:
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    seen = [weights(trainer.model)]
+
+    def before() -> dict[str, float]:
+        seen.append(weights(trainer.model))
+        return {"train/norm": seen[-1].norm().item()}
+
+    def after() -> dict[str, float]:
+        seen.append(weights(trainer.model))
+        return {"train/update_norm": (seen[-1] - seen[-2]).norm().item()}
+
+    trainer.step_metrics, trainer.update_metrics = before, after
+    trainer.train()
+    rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in row]
+    assert [row["step"] for row in rows] == [2, 4, 5] and len(seen) == 7
+    assert [row["train/norm"] for row in rows] == [w.norm().item() for w in seen[1::2]]
+    assert [row["train/update_norm"] for row in rows] == [
+        (b - a).norm().item() for a, b in zip(seen[1::2], seen[2::2], strict=True)
+    ]
+    assert all(row["train/update_norm"] > 0 for row in rows)
+    assert seen[4].equal(seen[5])  # no update lies between the rows of steps 4 and 5
+    assert seen[6].equal(weights(trainer.model))
