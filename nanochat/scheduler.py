@@ -8,6 +8,7 @@ back and is computed again later. Tools run in their own threads, and only the t
 
 from __future__ import annotations
 
+import functools
 import queue
 import time
 from collections import deque
@@ -43,7 +44,7 @@ class ComputedPrompt(NamedTuple):
 
 
 class Scheduler:
-    """Continuous batching for one model. Any thread may call `submit`, `cancel` and `post`; only one may call the rest."""
+    """Continuous batching for one model. Any thread may `submit`, `cancel`, `cancel_all` and `post`; the rest is for one."""
 
     def __init__(
         self, model: GPT, tokenizer: Tokenizer, tool: Callable[[str], str | None], max_rows: int, kv_tokens: int
@@ -81,15 +82,22 @@ class Scheduler:
             n = len(sequence.prompt)
             raise NanochatError(f"a prompt of {n} tokens leaves no room in a context of {self.limit}: shorten it")
         self._arriving.add(sequence)
-        self.post(lambda: self._enqueue(sequence))
+        self._inbox.put(lambda: self._enqueue(sequence))
 
     def cancel(self, sequence: Sequence) -> None:
         """Stop a text before the next step and free what it holds."""
-        self.post(lambda: self._finish(sequence, "cancelled"))
+        self._inbox.put(lambda: self._finish(sequence, "cancelled"))
+
+    def cancel_all(self) -> None:
+        """Stop all texts before the next step."""
+        self._inbox.put(lambda: self.end_all("cancelled"))
 
     def post(self, message: Callable[[], None]) -> None:
-        """Call `message` in the scheduler's thread before its next step; wakes a waiting scheduler."""
-        self._inbox.put(message)
+        """Call `message` in the scheduler's thread before its next step; wakes a waiting scheduler.
+
+        If it raises, this is logged, and the texts go on.
+        """
+        self._inbox.put(functools.partial(_call, message))
 
     @property
     def num_waiting(self) -> int:
@@ -432,7 +440,7 @@ class Scheduler:
         self._leave_row(sequence)
         self.calling.add(sequence)
         future = self._tools.submit(self.tool, expression)
-        future.add_done_callback(lambda done: self.post(lambda: self._take_answer(sequence, done)))
+        future.add_done_callback(lambda done: self._inbox.put(lambda: self._take_answer(sequence, done)))
 
     def _take_answer(self, sequence: Sequence, done: Any) -> None:
         """Append a tool's answer as forced tokens and let the text continue."""
@@ -453,6 +461,13 @@ class Scheduler:
     def close(self) -> None:
         """Drop the tool calls that have not begun. No text can call a tool afterwards."""
         self._tools.shutdown(wait=False, cancel_futures=True)
+
+
+def _call(message: Callable[[], None]) -> None:
+    try:
+        message()
+    except Exception:  # it concerns no text
+        logger.exception("what was posted to the model's thread failed")
 
 
 def _choose_num_blocks(model: GPT, max_rows: int, kv_tokens: int) -> int:

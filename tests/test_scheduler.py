@@ -97,6 +97,17 @@ def test_a_text_that_was_only_submitted_waits(engine: Engine) -> None:
     assert engine.scheduler.num_waiting == 1
 
 
+def test_what_is_posted_may_fail_without_any_text(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    text = Sequence([1], SamplingParams(0, max_tokens=3, ignore_eos=True))
+    engine.scheduler.post(lambda: 1 / 0)
+    engine.scheduler.wait()
+    engine.scheduler.submit(text)
+    engine.scheduler.post(lambda: 1 / 0)
+    while text.finish_reason is None:
+        engine.scheduler.step()
+    assert text.finish_reason == "length" and caplog.text.count("ZeroDivisionError") == 2
+
+
 def test_texts_that_wait_for_a_tool_are_ended_too(
     engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
