@@ -1,4 +1,6 @@
-"""Decides what runs in the next step: admits, advances and retires texts (sequence.py). Driven by engine.py.
+"""Decides what runs in the next step: admits, advances and retires texts (sequence.py).
+
+Driven by engine.py and, in a server, by engine_thread.py.
 
 A step computes prompts until about one chunk of tokens is used up (never two), so that a long prompt does not stall other
 texts; then it computes one token of every text whose prompt is done. Texts share the blocks of a common beginning, and

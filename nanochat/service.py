@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from nanochat.engine import Engine, EngineThread
+from nanochat.engine import Engine
+from nanochat.engine_thread import EngineThread
 from nanochat.gpt import GPT
 from nanochat.openai_api import RequestError
 from nanochat.sequence import Sequence

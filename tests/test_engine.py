@@ -13,7 +13,8 @@ import torch
 
 from nanochat.common import NanochatError
 from nanochat.compilation import can_compile
-from nanochat.engine import Engine, EngineThread
+from nanochat.engine import Engine
+from nanochat.engine_thread import EngineThread
 from nanochat.openai_api import joined_parts
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams

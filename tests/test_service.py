@@ -16,7 +16,8 @@ import torch
 from fastapi.testclient import TestClient
 
 from nanochat.common import NanochatError
-from nanochat.engine import Engine, EngineThread
+from nanochat.engine import Engine
+from nanochat.engine_thread import EngineThread
 from nanochat.gpt import GPT
 from nanochat.openai_api import ChatRequest, CompletionRequest, Reply, RequestError, SamplingRequest, token_text
 from nanochat.sampling import RowSettings, SamplingParams
