@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from nanochat.gpt import GPT
 from nanochat.sampling import SamplingParams
@@ -59,13 +60,14 @@ class Engine:
         temperature: float = 1.0,
         top_k: int | None = None,
         seed: int = 42,
+        **settings: Any,
     ) -> Iterator[tuple[list[int], list[int]]]:
         """Stream num_samples continuations of one prompt: at each step (token of each sample, mask of each sample).
 
         The mask is 0 for tokens that a tool forced. A finished sample repeats its last token, or the stop token if one
-        ended it. Sample i is drawn with seed + i, independently of the others.
+        ended it. Sample i is drawn with seed + i, independently of the others. settings: more of SamplingParams.
         """
-        params = SamplingParams(temperature, top_k or 0, seed=seed, max_tokens=max_tokens)
+        params = SamplingParams(temperature, top_k or 0, seed=seed, max_tokens=max_tokens, **settings)
         sequences = _sequences([tokens] * num_samples, params)
         shown = 0
         for _ in self._run(sequences):
@@ -82,9 +84,10 @@ class Engine:
         temperature: float = 1.0,
         top_k: int | None = None,
         seed: int = 42,
+        **settings: Any,
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """(results, masks): whole sequences, including the prompt (mask 0) but not the stop token."""
-        params = SamplingParams(temperature, top_k or 0, seed=seed, max_tokens=max_tokens)
+        """(results, masks): whole sequences, including the prompt (mask 0) but not the stop token; see `generate`."""
+        params = SamplingParams(temperature, top_k or 0, seed=seed, max_tokens=max_tokens, **settings)
         rows = self.complete([tokens] * num_samples, params)
         return [row.prompt + row.tokens for row in rows], [[0] * len(row.prompt) + row.masks for row in rows]
 

@@ -102,6 +102,9 @@ def test_samples_differ_and_depend_on_their_seed_alone(engine: Engine, tokenizer
 def test_streaming_gives_what_the_batch_gives(engine: Engine, tokenizer: Tokenizer) -> None:
     engine.scheduler.stop_ids = set(range(0, 400, 7))
     prompt = make_prompts(tokenizer)[3]
+    assert engine.generate_batch(prompt, max_tokens=9, top_p=1e-6) == engine.generate_batch(
+        prompt, max_tokens=9, temperature=0
+    )
     whole, _ = engine.generate_batch(prompt, 4, max_tokens=20, seed=3)
     columns = list(engine.generate(prompt, 4, max_tokens=20, seed=3))
     for i, tokens in enumerate(whole):
