@@ -29,7 +29,7 @@ class Engine:
         max_rows: int = 32,
         kv_tokens: int = 0,
     ) -> None:
-        """max_rows: texts that are computed together (others wait); kv_tokens: see Scheduler."""
+        """max_rows: texts that are computed together (others wait); calculator, kv_tokens: see Scheduler."""
         self.model, self.tokenizer = model, tokenizer
         self.scheduler = Scheduler(model, tokenizer, calculator, max_rows, kv_tokens)
 

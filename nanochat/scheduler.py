@@ -49,10 +49,13 @@ class Scheduler:
     """Continuous batching for one model. Any thread may `submit`, `cancel`, `cancel_all` and `post`; the rest is for one."""
 
     def __init__(
-        self, model: GPT, tokenizer: Tokenizer, tool: Callable[[str], str | None], max_rows: int, kv_tokens: int
+        self, model: GPT, tokenizer: Tokenizer, calculator: Callable[[str], str | None], max_rows: int, kv_tokens: int
     ) -> None:
-        """kv_tokens: tokens whose keys and values are held at once (0: enough for max_rows texts, if memory allows)."""
-        self.tokenizer, self.tool, self.max_rows = tokenizer, tool, max_rows
+        """calculator: from the text of a call to its result, or None for no output; called in other threads.
+
+        kv_tokens: tokens whose keys and values are held at once (0: enough for max_rows texts, if memory allows).
+        """
+        self.tokenizer, self.calculator, self.max_rows = tokenizer, calculator, max_rows
         self.limit = model.config.sequence_len
         num_blocks = _choose_num_blocks(model, max_rows, kv_tokens)
         self.runner = ModelRunner(model, num_blocks, max_rows)
@@ -441,7 +444,7 @@ class Scheduler:
         expression, sequence.call = self.tokenizer.decode(sequence.call or ()), None
         self._leave_row(sequence)
         self.calling.add(sequence)
-        future = self._tools.submit(self.tool, expression)
+        future = self._tools.submit(self.calculator, expression)
         future.add_done_callback(lambda done: self._inbox.put(lambda: self._take_answer(sequence, done)))
 
     def _take_answer(self, sequence: Sequence, done: Any) -> None:

@@ -26,7 +26,7 @@ def engine(tokenizer: Tokenizer) -> Engine:
 
 
 def test_a_forced_answer_ends_with_the_limit(engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine.scheduler.tool = lambda expression: "123456789"
+    engine.scheduler.calculator = lambda expression: "123456789"
     said = calculator_call(tokenizer, "x")
     make_it_say(engine, monkeypatch, said)
     (row,) = run_texts(engine, [Sequence([1, 2], SamplingParams(seed=1000, max_tokens=len(said) + 2))])
@@ -112,7 +112,7 @@ def test_texts_that_wait_for_a_tool_are_ended_too(
     engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()
-    engine.scheduler.tool = lambda expression: str(release.wait(10))
+    engine.scheduler.calculator = lambda expression: str(release.wait(10))
     make_it_say(engine, monkeypatch, calculator_call(tokenizer, "1"))
     slow = Sequence([1, 2], SamplingParams(seed=1000, max_tokens=20))
     engine.scheduler.submit(slow)

@@ -120,7 +120,7 @@ def test_a_stream_is_told_that_the_device_is_lost(engine: Engine, monkeypatch: p
 def test_texts_that_wait_for_the_calculator_are_told_as_well(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their answers come just when the device is lost, and would want rows of it."""
     scheduler, answer = engine.scheduler, threading.Event()
-    scheduler.tool = lambda expression: str(answer.wait(10))
+    scheduler.calculator = lambda expression: str(answer.wait(10))
     call = [engine.tokenizer.encode_special(name) for name in ("<|python_start|>", "<|python_end|>")]
     said: Counter[int] = Counter()
 
