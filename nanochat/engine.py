@@ -1,19 +1,15 @@
 """Batched generation with a cache and tools: the facade that CLI, server, evaluation and RL share.
 
 An Engine is a model with a Scheduler. `generate`, `generate_batch`, `complete` and `run` work in the caller's thread until
-their own texts are done; a server leaves that to an `EngineThread` and only submits and cancels.
+their own texts are done; a server leaves that to an `EngineThread` (engine_thread.py) and only submits and cancels.
 """
 
 from __future__ import annotations
 
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
-import torch
-
-from nanochat.common import logger
 from nanochat.gpt import GPT
 from nanochat.sampling import SamplingParams
 from nanochat.scheduler import Scheduler
@@ -33,7 +29,7 @@ class Engine:
         max_rows: int = 32,
         kv_tokens: int = 0,
     ) -> None:
-        """max_rows: texts that are computed together (others wait); kv_tokens: see Scheduler."""
+        """max_rows: texts that are computed together (others wait); calculator, kv_tokens: see Scheduler."""
         self.model, self.tokenizer = model, tokenizer
         self.scheduler = Scheduler(model, tokenizer, calculator, max_rows, kv_tokens)
 
@@ -64,13 +60,14 @@ class Engine:
         temperature: float = 1.0,
         top_k: int | None = None,
         seed: int = 42,
+        **settings: Any,
     ) -> Iterator[tuple[list[int], list[int]]]:
         """Stream num_samples continuations of one prompt: at each step (token of each sample, mask of each sample).
 
         The mask is 0 for tokens that a tool forced. A finished sample repeats its last token, or the stop token if one
-        ended it. Sample i is drawn with seed + i, independently of the others.
+        ended it. Sample i is drawn with seed + i, independently of the others. settings: more of SamplingParams.
         """
-        params = SamplingParams(temperature, top_k or 0, seed=seed, max_tokens=max_tokens)
+        params = SamplingParams(temperature, top_k or 0, seed=seed, max_tokens=max_tokens, **settings)
         sequences = _sequences([tokens] * num_samples, params)
         shown = 0
         for _ in self.steps(sequences):
@@ -87,9 +84,10 @@ class Engine:
         temperature: float = 1.0,
         top_k: int | None = None,
         seed: int = 42,
+        **settings: Any,
     ) -> tuple[list[list[int]], list[list[int]]]:
-        """(results, masks): whole sequences, including the prompt (mask 0) but not the stop token."""
-        params = SamplingParams(temperature, top_k or 0, seed=seed, max_tokens=max_tokens)
+        """(results, masks): whole sequences, including the prompt (mask 0) but not the stop token; see `generate`."""
+        params = SamplingParams(temperature, top_k or 0, seed=seed, max_tokens=max_tokens, **settings)
         rows = self.complete([tokens] * num_samples, params)
         return [row.prompt + row.tokens for row in rows], [[0] * len(row.prompt) + row.masks for row in rows]
 
@@ -122,96 +120,6 @@ class Engine:
                 self.scheduler.cancel(sequence)
             if unfinished:
                 self.scheduler.take_messages()
-
-
-class EngineThread:
-    """A thread that runs an engine's scheduler until it is closed; other threads submit texts and cancel them."""
-
-    def __init__(self, engine: Engine, after_step: Callable[[], None] = lambda: None, compile: bool = False) -> None:
-        """after_step: called in the thread after each step, when all `on_update` calls of that step are done.
-
-        compile: whether to compile first; what is submitted meanwhile waits.
-        """
-        self.engine, self.scheduler, self.after_step = engine, engine.scheduler, after_step
-        self.compile = compile
-        self.failures, self.failed_at = 0, 0.0  # steps that failed in a row; time.monotonic() of the last failure
-        self.ready = threading.Event()
-        self._closing = threading.Event()
-        self.thread = threading.Thread(target=self._run, name="model", daemon=True)
-
-    def start(self) -> None:
-        self.thread.start()
-
-    @property
-    def is_alive(self) -> bool:
-        return self.thread.is_alive()
-
-    @property
-    def takes_work(self) -> bool:
-        """False before the start and after the end, when submitted texts might wait forever."""
-        return self.is_alive and not self._closing.is_set()
-
-    def close(self, timeout_s: float = 30.0) -> None:
-        """Stop after the current step; unfinished texts end with the reason "cancelled"."""
-        self._closing.set()
-        self.scheduler.post(lambda: None)
-        self.thread.join(timeout_s)
-
-    def _use_device(self) -> None:
-        """Select this engine's GPU: a new thread starts on the first one."""
-        if (device := self.engine.model.get_device()).type == "cuda":
-            torch.cuda.set_device(device)
-
-    def _run(self) -> None:
-        self._use_device()
-        if self.compile:
-            self._compile()
-        if not self._closing.is_set():
-            self.ready.set()
-        while not self._closing.is_set():
-            try:
-                if self.scheduler.is_idle:
-                    self.scheduler.wait()
-                else:
-                    had_work = self.scheduler.num_waiting + self.scheduler.num_running > 0
-                    before = self.scheduler.generated_tokens
-                    self.scheduler.step()
-                    # A step that only computed a chunk of a prompt proves nothing: that text may still fail.
-                    if self.scheduler.generated_tokens > before or (had_work and self.scheduler.prefilling is None):
-                        self.failures = 0
-            except Exception:  # a failed step ends the requests in it, not the service
-                logger.exception("a step of the model failed")
-                self.failures, self.failed_at = self.failures + 1, time.monotonic()
-                self._end_all("error", "the model failed on this request: see the server's log")
-            self.after_step()
-        self._end_all("cancelled")
-        self.after_step()
-        self.scheduler.close()
-
-    def _end_all(self, reason: str, error: str | None = None) -> None:
-        """End every text; if even that fails on the device, as after some CUDA errors, the thread ends too."""
-        try:
-            self.scheduler.end_all(reason, error)
-        except Exception:
-            logger.exception("the device fails at everything: this copy of the model is given up")
-            self._closing.set()
-            self.scheduler.end_all_on_host(reason, error)
-
-    def _compile(self) -> None:
-        """Compile in another thread, so that texts can be cancelled meanwhile and closing does not wait for the compiler."""
-        reasons: list[str | None] = []
-
-        def compile_there() -> None:
-            self._use_device()
-            reasons.append(self.engine.compile())
-
-        compiler = threading.Thread(target=compile_there, name="compiler", daemon=True)
-        compiler.start()
-        while compiler.is_alive() and not self._closing.is_set():
-            self.scheduler.wait(timeout_s=0.1)
-            self.after_step()
-        if reasons and reasons[0] is not None:
-            logger.warning("decoding without torch.compile: %s", reasons[0])
 
 
 def _sequences(prompts: list[list[int]], params: SamplingParams) -> list[Sequence]:

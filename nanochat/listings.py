@@ -34,7 +34,8 @@ VERSION_KEYS = (
 )  # fmt: skip
 
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}  # in which data_prep reads files, and training does not
-# Kinds of files that often hold text and are not read at all, apart from those that other programs keep beside data.
+# Kinds of files that often hold text and are not read unless READERS has them, apart from those that other programs keep
+# beside data.
 UNREAD = {
     ".json", ".ndjson", ".csv", ".tsv", ".arrow", ".html", ".htm", ".xml", ".pdf", ".docx", ".epub",
     ".bz2", ".xz", ".zip", ".tar", ".tgz", ".7z",
@@ -179,7 +180,8 @@ def without_strangers(paths: list[PurePath]) -> list[PurePath]:
 
 def report_unread(paths: Iterable[PurePath]) -> None:
     """Say which of the files at an address are left out although they may hold text."""
-    unread = [path.as_posix() for path in sorted(paths) if path.suffix.lower() in UNREAD and path.name not in OF_PROGRAMS]
+    kinds = UNREAD.difference(READERS)
+    unread = [path.as_posix() for path in sorted(paths) if path.suffix.lower() in kinds and path.name not in OF_PROGRAMS]
     if unread:
         print0(f"not read, being of another kind: {some_of(unread, 3)}; convert to .jsonl or .parquet what is to be learned")
 

@@ -37,10 +37,10 @@ class LoggedRun:
 class Logger(Protocol):
     """Opens the LoggedRun that it is made with: a new run, or the same one as before if the run is resumed.
 
-    package: the package it imports, also an extra of pyproject.toml.
+    package: the package it imports, also an extra of pyproject.toml; None (the default of subclasses) if it needs none.
     """
 
-    package: ClassVar[str]
+    package: ClassVar[str | None] = None
 
     def __init__(self, run: LoggedRun) -> None: ...
     def log(self, step: int, numbers: Mapping[str, float]) -> None: ...
@@ -50,7 +50,7 @@ class Logger(Protocol):
 class WandbLogger:
     """One Weights & Biases run per stage; its id is kept in the stage's directory. WANDB_MODE=offline works."""
 
-    package: ClassVar[str] = "wandb"
+    package: ClassVar[str | None] = "wandb"
 
     def __init__(self, run: LoggedRun) -> None:
         import wandb
@@ -75,7 +75,7 @@ class WandbLogger:
 class TensorBoardLogger:
     """Event files in `tensorboard/` of the stage. A run hides what was written there after the step that it goes on from."""
 
-    package: ClassVar[str] = "tensorboard"
+    package: ClassVar[str | None] = "tensorboard"
 
     def __init__(self, run: LoggedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -94,7 +94,7 @@ class TensorBoardLogger:
 class TrackioLogger:
     """A trackio run in its local database (`trackio show`), or where TRACKIO_SPACE_ID or TRACKIO_SERVER_URL says."""
 
-    package: ClassVar[str] = "trackio"
+    package: ClassVar[str | None] = "trackio"
 
     def __init__(self, run: LoggedRun) -> None:
         import trackio
@@ -117,6 +117,8 @@ LOGGERS: dict[str, type[Logger]] = {"wandb": WandbLogger, "tensorboard": TensorB
 def check_installed(name: str) -> None:
     """Raise NanochatError if the package of a logger is missing."""
     package = LOGGERS[name].package
+    if package is None:
+        return
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:  # a mere folder of that name, such as wandb itself makes, has no origin
         raise NanochatError(

@@ -18,12 +18,13 @@ from nanochat.devices import is_out_of_memory
 from nanochat.gpt import GPT
 from nanochat.machine import expected_mfu, measure_matmul_rate, seconds_of
 from nanochat.optim import MuonAdamW
-from nanochat.passes import Passes
+from nanochat.passes import Batch, Passes, summed_loss
 from nanochat.ranks import any_rank, from_rank0, gather_objects
 from nanochat.scaling import accumulation_steps, default_device_batch_size
 from nanochat.scheduler import MEMORY_SHARE
 from nanochat.schedules import Schedule
 
+LossFn = Callable[[GPT, Batch], torch.Tensor]
 ANSWER_ROWS = 32  # answers in a micro-batch of reinforcement learning, if they fit
 TIME_CHECKS = 16  # of a run by time
 
@@ -66,12 +67,14 @@ def steps_in(
     compile: bool,
     settings: dict[str, Any],
     expand_at: float = 0.0,
+    loss_fn: LossFn = summed_loss,
 ) -> int:
     """The updates that this machine can do until `minutes` after the command was given: --target-minutes as a horizon.
 
     Measured on a few micro-batches of `rows`, compiled as in training, and on updates with all rates 0; both for all blocks
     and for only the last one, which is all that learns in the first share expand_at of the run. Evaluations and checkpoints
-    are not counted. settings: see `batch_worth_an_update`. Raises NanochatError if no time is left.
+    are not counted. settings: see `batch_worth_an_update`; loss_fn: the trainer's, if a batch is (inputs, targets).
+    Raises NanochatError if no time is left.
     """
     T, device = model.config.sequence_len, model.get_device()
     if compile and try_to_compile(device) is None:
@@ -79,7 +82,7 @@ def steps_in(
         model.compile()
     generator = torch.Generator().manual_seed(0)
     idx = torch.randint(model.config.vocab_size, (rows, T), generator=generator).to(device)
-    passes, count = Passes(model), torch.tensor(idx.numel(), device=device)
+    passes, count = Passes(model, loss_fn), torch.tensor(idx.numel(), device=device)
     optimizer = _idle_optimizer(model, settings)
     accumulated = accumulation_steps(total_batch_size, rows, T, get_dist_info().world_size)
 
@@ -133,12 +136,15 @@ class TimeLimit:
         return planned if abs(left - fit) < 0.03 * planned else step + fit
 
 
-def choose_device_batch_size(model: GPT, requested: int, total_batch_size: int, world_size: int) -> int:
+def choose_device_batch_size(
+    model: GPT, requested: int, total_batch_size: int, world_size: int, loss_fn: LossFn = summed_loss, **settings: Any
+) -> int:
     """Rows in a micro-batch: as requested, else the most that divide the total batch and fit the device's memory.
 
     A CPU gets at most 8,192 tokens at a time, as much as suits its caches; a quarter of that with a large vocabulary, when
     most time goes to the loss, which takes few tokens at a time anyway. On a GPU we try one forward and backward pass,
-    with fewer rows after each failure, so that cards of 6 and of 80 GB run the same command.
+    with fewer rows after each failure, so that cards of 6 and of 80 GB run the same command. loss_fn: as for `steps_in`;
+    settings: of the optimizer, as far as they decide what state it has.
     """
     T, device = model.config.sequence_len, model.get_device()
     if requested > 0:
@@ -147,28 +153,32 @@ def choose_device_batch_size(model: GPT, requested: int, total_batch_size: int, 
     most_tokens = 2**17 if device.type == "cuda" else 2**13 if model.config.vocab_size < 2**14 else 2**11
     accumulation_steps(total_batch_size, 1, T, world_size)
     rows = default_device_batch_size(total_batch_size, T, world_size, most_tokens)
-    while device.type == "cuda" and rows > 1 and any_rank(not _fits(model, rows)):
+    while device.type == "cuda" and rows > 1 and any_rank(not _fits(model, rows, loss_fn, **settings)):
         rows = default_device_batch_size(total_batch_size, T, world_size, rows * T - 1)
     return rows
 
 
-def choose_answer_rows(model: GPT, requested: int) -> int:
-    """Answers in a micro-batch of RL: as requested, else 32; on a GPU fewer if 32 full-length ones do not fit."""
+def choose_answer_rows(model: GPT, requested: int, **settings: Any) -> int:
+    """Answers in a micro-batch of RL: as requested, else 32; on a GPU fewer if 32 full-length ones do not fit.
+
+    What is tried is a pass with the default loss. settings: as for `choose_device_batch_size`.
+    """
     if requested > 0:
         return requested
     rows = ANSWER_ROWS
-    while model.get_device().type == "cuda" and rows > 1 and any_rank(not _fits(model, rows, engine_share=MEMORY_SHARE)):
+    share, on_gpu = MEMORY_SHARE, model.get_device().type == "cuda"
+    while on_gpu and rows > 1 and any_rank(not _fits(model, rows, engine_share=share, **settings)):
         rows //= 2
     return rows
 
 
-def _fits(model: GPT, rows: int, engine_share: float = 0.0) -> bool:
+def _fits(model: GPT, rows: int, loss_fn: LossFn = summed_loss, engine_share: float = 0.0, **settings: Any) -> bool:
     """Whether a pass over that many rows fits in a GPU's memory together with the optimizer's state.
 
     engine_share: the share of the free memory to keep for an engine.
     """
     try:
-        _rehearse(model, rows, engine_share)
+        _rehearse(model, rows, loss_fn, engine_share, settings)
         return True
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -183,7 +193,7 @@ def _fits(model: GPT, rows: int, engine_share: float = 0.0) -> bool:
         torch.cuda.empty_cache()
 
 
-def _rehearse(model: GPT, rows: int, engine_share: float) -> None:
+def _rehearse(model: GPT, rows: int, loss_fn: LossFn, engine_share: float, settings: dict[str, Any]) -> None:
     """A pass beside as much memory as training and an engine hold. Its own function, so that failing frees all of it.
 
     Every rank holds what it has more than the one with the least (a collective call), so that all run out together: with
@@ -192,8 +202,9 @@ def _rehearse(model: GPT, rows: int, engine_share: float) -> None:
     device = model.get_device()
     free = torch.cuda.mem_get_info(device)[0]
     least = min(gather_objects(free))
-    state_bytes = GPT.on_meta(model.config).setup_optimizer().state_bytes()  # an optimizer allocates its state at once
+    optimizer = GPT.on_meta(model.config).setup_optimizer(**settings)
+    state_bytes = optimizer.state_bytes()  # all of it is allocated at once
     held = torch.empty(state_bytes + int(engine_share * least) + free - least, dtype=torch.uint8, device=device)
     idx = torch.zeros(rows, model.config.sequence_len, dtype=torch.long, device=device)
-    model(idx, idx).backward()
+    loss_fn(model, (idx, idx)).backward()
     del held

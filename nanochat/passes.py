@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -24,6 +25,20 @@ PIECE_TOKENS = 1024  # tokens in an uncompiled pass on a CPU
 STEP_BYTES = 8  # per parameter: the most that an update in one process allocates (see memory.step_bytes)
 
 
+LossFn = TypeVar("LossFn", bound=Callable[..., torch.Tensor])
+
+
+def recordable(loss_fn: LossFn) -> LossFn:
+    """Mark a loss whose passes may be recorded as CUDA graphs: for batches of one shape it always runs the same kernels.
+
+    It must compute on the device alone, from the batch, the model and constants: no `.item()`, no `if` that asks a tensor, no
+    result whose shape depends on values, nothing copied from the host. Any other loss launches kernel by kernel.
+    """
+    loss_fn.recordable = True  # type: ignore[attr-defined]
+    return loss_fn
+
+
+@recordable
 def summed_loss(model: GPT, batch: Batch) -> torch.Tensor:
     """The default objective: cross-entropy summed over the supervised tokens, in nats."""
     inputs, targets = batch[:2]
@@ -31,7 +46,7 @@ def summed_loss(model: GPT, batch: Batch) -> torch.Tensor:
 
 
 class Passes:
-    """Computes gradients of loss_fn: (model, batch) -> loss, a sum over rows. Only the default loss_fn is recorded."""
+    """Computes gradients of loss_fn: (model, batch) -> loss, a sum over rows; recorded if it is `recordable`."""
 
     def __init__(self, model: GPT, loss_fn: Callable[[GPT, Batch], torch.Tensor] = summed_loss) -> None:
         self.model, self.loss_fn = model, loss_fn
@@ -89,7 +104,7 @@ class Passes:
     def _may_record(self) -> bool:
         """Passes that wait for other ranks, or recompute blocks because memory is short, are not recorded."""
         model = self.model
-        fixed = self.loss_fn is summed_loss and not model.is_sharded and not model.recompute_blocks
+        fixed = getattr(self.loss_fn, "recordable", False) and not model.is_sharded and not model.recompute_blocks
         allowed = os.environ.get("NANOCHAT_CUDA_GRAPHS", "1") != "0"
         return allowed and fixed and model.is_compiled and model.get_device().type == "cuda"
 

@@ -7,7 +7,7 @@ Training reads with document_files.py, which can begin at any row; here every ro
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import PurePath
 from typing import Any
 
@@ -15,7 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat.common import NanochatError, first_line, print0, some_of
-from nanochat.document_files import BATCH_ROWS, READERS, RemoteFile, cut_into_documents, is_text, parse_line, text_column
+from nanochat.document_files import (
+    BATCH_ROWS,
+    READERS,
+    Batches,
+    RemoteFile,
+    cut_into_documents,
+    is_text,
+    parse_line,
+    text_column,
+)
 from nanochat.files import not_utf8
 from nanochat.listings import (
     COMPRESSIONS,
@@ -32,6 +41,7 @@ from nanochat.listings import (
 from nanochat.shard_cache import plain_path
 from nanochat.tokenizer import Tokenizer
 
+PLAIN = (".txt", ".md")
 WAY_OUT = "name one with --text-column"
 
 
@@ -51,14 +61,21 @@ def reader_suffix(path: str) -> str | None:
 
 def read_texts(file: Any, path: str, column: str | None) -> Iterator[str]:
     """The text of every row of an open file, "" if there is none. Raises NanochatError, naming the file."""
+    kind = reader_suffix(path) or ".txt"
     try:
-        if reader_suffix(path) == ".parquet":
+        if kind == ".parquet":
             texts = _read_parquet(file, path, column)
         else:
             compression = COMPRESSIONS.get(plain_path(path).suffix.lower())
             stream = pa.CompressedInputStream(pa.PythonFile(file, "r"), compression) if compression else file
-            lines = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n" if reader_suffix(path) == ".jsonl" else None)
-            texts = _read_jsonl(lines, path, column) if reader_suffix(path) == ".jsonl" else cut_into_documents(lines)
+            if kind == ".jsonl":
+                texts = _read_jsonl(io.TextIOWrapper(stream, encoding="utf-8-sig", newline="\n"), path, column)
+            elif kind in PLAIN:
+                texts = cut_into_documents(io.TextIOWrapper(stream, encoding="utf-8-sig"))
+            elif column is not None:
+                raise NanochatError(f"{path}: --text-column is for .jsonl and .parquet files: leave it out")
+            else:
+                texts = _read_other(stream, path, READERS[kind])
         yield from texts
     except UnicodeDecodeError as error:
         raise not_utf8(path, error) from error
@@ -75,6 +92,14 @@ def _read_parquet(file: Any, path: str, column: str | None) -> Iterator[str]:
             raise NanochatError(f"{path}: column {column} holds {kind}, not text: name another with --text-column")
         for batch in parquet.iter_batches(batch_size=BATCH_ROWS, columns=[column]):
             yield from (text or "" for text in batch.column(0).to_pylist())
+
+
+def _read_other(file: Any, path: str, read: Callable[[Any, str, int], Batches]) -> Iterator[str]:
+    for _, documents in read(file, path, 0):
+        for document in documents:
+            if not isinstance(document, str):
+                raise NanochatError(f"{path} holds tokens, not text: give the text that they were made of")
+            yield document
 
 
 def _read_jsonl(lines: Iterable[str], path: str, column: str | None) -> Iterator[str]:
@@ -107,7 +132,7 @@ def list_inputs(address: str) -> dict[str, int]:
         paths = [path for path in paths if path not in val]
     files = [found[path]() for path in paths]
     if not files:
-        raise NanochatError(f"--input {address} holds no .parquet, .jsonl, .txt or .md file (all but parquet also .gz, .zst)")
+        raise NanochatError(f"--input {address} holds no {', '.join(READERS)} file (all but .parquet also .gz, .zst)")
     if empty := [file for file in files if file.size == 0]:
         raise NanochatError(f"{empty[0].address} is empty: remove it or fill it")
     return {file.shard.path if isinstance(file, RemoteFile) else file.path.absolute().as_posix(): file.size for file in files}
@@ -139,10 +164,13 @@ def _sample(fs: Any, path: str, size: int, column: str | None, sample_bytes: int
             texts.append(text)
             text_bytes += len(text.encode())
             if text_bytes >= sample_bytes:
-                if reader_suffix(path) == ".parquet":  # columns are not read from front to back
+                kind = reader_suffix(path)
+                if kind == ".parquet":  # columns are not read from front to back
                     with fs.open(path, "rb") as again:
                         share = len(texts) / pq.read_metadata(again).num_rows
-                else:
+                elif kind == ".jsonl" or kind in PLAIN:
                     share = min(1.0, file.tell() / size)
+                else:  # nobody knows how far its reader has read
+                    share = text_bytes / size
                 break
     return texts, text_bytes / share

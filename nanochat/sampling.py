@@ -3,9 +3,12 @@
 Used by scheduler.py; everything that generates text uses SamplingParams.
 
 A row's token depends only on its own logits, settings and random numbers, not on the rest of the batch. Every restriction
-(top-k, top-p, min-p) becomes one threshold on the row's logits, which does not depend on how ties are sorted. The draw
-inverts the cumulative distribution, in vocabulary order, with one random number per row. On a GPU probabilities are summed
-as integers, because the order in which it adds floats depends on the number of rows.
+(top-k, top-p, min-p) becomes one threshold on the row's logits, which does not depend on how ties are sorted: a new one is
+another `torch.maximum` in `_thresholds`, and a column that `RowSettings.restricts` knows. One that does not keep the
+likeliest tokens (typical_p) is no threshold: it needs a mask beside it in `_weights`, which top-p must count, too.
+
+The draw inverts the cumulative distribution, in vocabulary order, with one random number per row. On a GPU probabilities
+are summed as integers, because the order in which it adds floats depends on the number of rows.
 """
 
 from __future__ import annotations

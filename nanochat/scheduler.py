@@ -1,4 +1,6 @@
-"""Decides what runs in the next step: admits, advances and retires texts (sequence.py). Driven by engine.py.
+"""Decides what runs in the next step: admits, advances and retires texts (sequence.py).
+
+Driven by engine.py and, in a server, by engine_thread.py.
 
 A step computes prompts until about one chunk of tokens is used up (never two), so that a long prompt does not stall other
 texts; then it computes one token of every text whose prompt is done. Texts share the blocks of a common beginning, and
@@ -8,6 +10,7 @@ back and is computed again later. Tools run in their own threads, and only the t
 
 from __future__ import annotations
 
+import functools
 import queue
 import time
 from collections import deque
@@ -43,13 +46,16 @@ class ComputedPrompt(NamedTuple):
 
 
 class Scheduler:
-    """Continuous batching for one model. Any thread may call `submit`, `cancel` and `post`; only one may call the rest."""
+    """Continuous batching for one model. Any thread may `submit`, `cancel`, `cancel_all` and `post`; the rest is for one."""
 
     def __init__(
-        self, model: GPT, tokenizer: Tokenizer, tool: Callable[[str], str | None], max_rows: int, kv_tokens: int
+        self, model: GPT, tokenizer: Tokenizer, calculator: Callable[[str], str | None], max_rows: int, kv_tokens: int
     ) -> None:
-        """kv_tokens: tokens whose keys and values are held at once (0: enough for max_rows texts, if memory allows)."""
-        self.tokenizer, self.tool, self.max_rows = tokenizer, tool, max_rows
+        """calculator: from the text of a call to its result, or None for no output; called in other threads.
+
+        kv_tokens: tokens whose keys and values are held at once (0: enough for max_rows texts, if memory allows).
+        """
+        self.tokenizer, self.calculator, self.max_rows = tokenizer, calculator, max_rows
         self.limit = model.config.sequence_len
         num_blocks = _choose_num_blocks(model, max_rows, kv_tokens)
         self.runner = ModelRunner(model, num_blocks, max_rows)
@@ -81,15 +87,22 @@ class Scheduler:
             n = len(sequence.prompt)
             raise NanochatError(f"a prompt of {n} tokens leaves no room in a context of {self.limit}: shorten it")
         self._arriving.add(sequence)
-        self.post(lambda: self._enqueue(sequence))
+        self._inbox.put(lambda: self._enqueue(sequence))
 
     def cancel(self, sequence: Sequence) -> None:
         """Stop a text before the next step and free what it holds."""
-        self.post(lambda: self._finish(sequence, "cancelled"))
+        self._inbox.put(lambda: self._finish(sequence, "cancelled"))
+
+    def cancel_all(self) -> None:
+        """Stop all texts before the next step."""
+        self._inbox.put(lambda: self.end_all("cancelled"))
 
     def post(self, message: Callable[[], None]) -> None:
-        """Call `message` in the scheduler's thread before its next step; wakes a waiting scheduler."""
-        self._inbox.put(message)
+        """Call `message` in the scheduler's thread before its next step; wakes a waiting scheduler.
+
+        If it raises, this is logged, and the texts go on.
+        """
+        self._inbox.put(functools.partial(_call, message))
 
     @property
     def num_waiting(self) -> int:
@@ -431,8 +444,8 @@ class Scheduler:
         expression, sequence.call = self.tokenizer.decode(sequence.call or ()), None
         self._leave_row(sequence)
         self.calling.add(sequence)
-        future = self._tools.submit(self.tool, expression)
-        future.add_done_callback(lambda done: self.post(lambda: self._take_answer(sequence, done)))
+        future = self._tools.submit(self.calculator, expression)
+        future.add_done_callback(lambda done: self._inbox.put(lambda: self._take_answer(sequence, done)))
 
     def _take_answer(self, sequence: Sequence, done: Any) -> None:
         """Append a tool's answer as forced tokens and let the text continue."""
@@ -453,6 +466,13 @@ class Scheduler:
     def close(self) -> None:
         """Drop the tool calls that have not begun. No text can call a tool afterwards."""
         self._tools.shutdown(wait=False, cancel_futures=True)
+
+
+def _call(message: Callable[[], None]) -> None:
+    try:
+        message()
+    except Exception:  # it concerns no text
+        logger.exception("what was posted to the model's thread failed")
 
 
 def _choose_num_blocks(model: GPT, max_rows: int, kv_tokens: int) -> int:

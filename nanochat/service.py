@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from nanochat.engine import Engine, EngineThread
+from nanochat.engine import Engine
+from nanochat.engine_thread import EngineThread
+from nanochat.gpt import GPT
 from nanochat.openai_api import RequestError
 from nanochat.sequence import Sequence
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ class Metrics:
 
 MAX_FAILURES = 3  # after this many failed steps in a row, blame the model's copy, not the requests
 REST_S = 30  # how long to avoid a copy that failed that often, if there are others
+READY_S = 0.1  # between looks at whether a model is compiled
 STREAM_INTERVAL_S = 0.015  # between pieces of a stream after the first: faster than the eye, at a fraction of the work
 
 
@@ -136,11 +142,15 @@ class Worker:
         self.engine, self.service = engine, service
         self.thread = EngineThread(engine, self._wake_readers, compile)
         self._updated: set[Ticket] = set()
+        self._functions = 0  # that wait to be called, or are being called
+
+    @property
+    def num_waiting(self) -> int:
+        return self.engine.scheduler.num_waiting + self._functions
 
     @property
     def load(self) -> int:
-        scheduler = self.engine.scheduler
-        return scheduler.num_waiting + scheduler.num_running
+        return self.num_waiting + self.engine.scheduler.num_running
 
     @property
     def is_healthy(self) -> bool:
@@ -164,6 +174,30 @@ class Worker:
             sequence.on_update = update
             self.engine.scheduler.submit(sequence)
         return ticket
+
+    async def compute(self, function: Callable[[GPT], T]) -> T:
+        """See Service.compute."""
+        future: Future[T] = Future()
+
+        def call() -> None:  # in the model's thread
+            if not future.set_running_or_notify_cancel():
+                return  # nobody waits for it any more
+            try:
+                with torch.inference_mode():
+                    future.set_result(function(self.engine.model))
+            except Exception as error:
+                future.set_exception(error)
+
+        self._functions += 1
+        try:
+            while not self.thread.ready.is_set():  # nothing may be computed while the compiler works
+                self.check()
+                await asyncio.sleep(READY_S)
+            self.engine.scheduler.post(call)
+            self.check()  # the thread may have ended before it saw this
+            return await asyncio.wrap_future(future)
+        finally:
+            self._functions -= 1
 
     def _wake_readers(self) -> None:
         """Wake each event loop once, for all tickets with updates that are due."""
@@ -207,7 +241,7 @@ class Service:
     def cancel_all(self) -> None:
         """End all answers now: readers get what there is so far, and a proper end."""
         for worker in self.workers:
-            worker.engine.scheduler.post(functools.partial(worker.engine.scheduler.end_all, "cancelled"))
+            worker.engine.scheduler.cancel_all()
 
     def submit(self, sequences: list[Sequence]) -> Ticket:
         """Queue one request's texts with the least busy engine; a failing one only if all fail.
@@ -217,13 +251,30 @@ class Service:
         n, most = len(sequences), self.limits.max_waiting
         if n > most:
             raise RequestError(f"a request of {n} texts does not fit the queue, which holds {most}: ask for fewer")
-        worker = min(self.workers, key=lambda w: (not w.thread.takes_work, not w.is_healthy, w.load))
-        worker.check()
-        if worker.engine.scheduler.num_waiting + n > most:
-            raise RequestError("too many requests are waiting: try again soon", status=429, code="queue_full")
+        worker = self._choose_worker(n)
         ticket = worker.submit(sequences)
         worker.check()  # again: the thread may have ended before it saw this submission
         return ticket
+
+    async def compute(self, function: Callable[[GPT], T]) -> T:
+        """Call a function that runs the model, in a model's thread between two steps; that engine's texts wait meanwhile.
+
+        The function gets the model of the engine that `submit` would choose; it must not return tensors of its device.
+        Raises what the function raises, RequestError 429 and 503 as `submit` does, and 504 at the request's time limit.
+        """
+        worker, timeout_s = self._choose_worker(1), self.limits.request_timeout_s
+        try:
+            return await asyncio.wait_for(worker.compute(function), timeout_s)
+        except asyncio.TimeoutError:
+            raise RequestError(f"no result within {timeout_s:g} s", status=504, code="timeout") from None
+
+    def _choose_worker(self, n: int) -> Worker:
+        """The least busy one with room for n more in its queue; see `submit`."""
+        worker = min(self.workers, key=lambda w: (not w.thread.takes_work, not w.is_healthy, w.load))
+        worker.check()
+        if worker.num_waiting + n > self.limits.max_waiting:
+            raise RequestError("too many requests are waiting: try again soon", status=429, code="queue_full")
+        return worker
 
     def count_finished(self, sequence: Sequence) -> None:
         self.answered += 1

@@ -91,8 +91,10 @@ class ShardedMuonUnit:
         self.owned, self.height, self.columns = self.counts[rank], self.heights[rank], columns
         self.begin = bounds[rank]
         device = self.params[0].device
-        self.second_moment = torch.zeros(second_moment_shape((self.owned, rows, columns)), device=device)
-        self.momentum = torch.zeros(n, self.height, columns, device=device)
+        self.state = {
+            "momentum": torch.zeros(n, self.height, columns, device=device),
+            "second_moment": torch.zeros(second_moment_shape((self.owned, rows, columns)), device=device),
+        }
         self._work: Any = None  # dist.Work, while one is under way
         self._buffers: tuple[Tensor, ...] = ()  # kept until the collective that uses them is done
 
@@ -117,7 +119,7 @@ class ShardedMuonUnit:
         """Apply Nesterov momentum to the rows held here, then send them to the owners of their matrices."""
         grad = torch.stack([local_grad(param).float() for param in self.params])
         held, owned = self._splits()
-        self._send(nesterov(grad, self.momentum, self.group).flatten(0, 1), held, owned)
+        self._send(nesterov(grad, self.state["momentum"], self.group).flatten(0, 1), held, owned)
 
     def update(self, step: int) -> None:
         """Compute the updates of the matrices owned here, and begin to send their rows back."""
@@ -126,7 +128,7 @@ class ShardedMuonUnit:
         if self.owned:
             parts = zip(rows.split(owned), self.heights, strict=True)
             matrices = torch.cat([part.view(self.owned, height, self.columns) for part, height in parts], dim=1)
-            directions = muon_update(matrices, self.second_moment, self.group)
+            directions = muon_update(matrices, self.state["second_moment"], self.group)
             rows = torch.cat([part.flatten(0, 1) for part in directions.split(self.heights, dim=1)])
         self._send(rows, owned, held)
 
@@ -140,19 +142,19 @@ class ShardedMuonUnit:
     def gather_state(self) -> dict[str, Tensor]:
         """Momentum as sharded rows; the small second moment whole on every rank."""
         per_rank = self.counts[0]
-        share = self.second_moment.new_zeros(per_rank, *self.second_moment.shape[1:])
-        share[: self.owned] = self.second_moment
+        share = self.state["second_moment"].new_zeros(per_rank, *self.state["second_moment"].shape[1:])
+        share[: self.owned] = self.state["second_moment"]
         whole = share.new_empty(per_rank * self.world_size, *share.shape[1:])
         all_gather(whole, share, group=self.params[0].device_mesh.get_group())
         momentum = {f"{name}/momentum": as_sharded(rows, param)
-                    for name, rows, param in zip(self.names, self.momentum, self.params, strict=True)}  # fmt: skip
+                    for name, rows, param in zip(self.names, self.state["momentum"], self.params, strict=True)}  # fmt: skip
         return momentum | {f"{name}/second_moment": whole[i].clone() for i, name in enumerate(self.names)}
 
     def scatter_state(self, state: dict[str, Tensor]) -> None:
-        for name, rows, param in zip(self.names, self.momentum, self.params, strict=True):
+        for name, rows, param in zip(self.names, self.state["momentum"], self.params, strict=True):
             rows.copy_(local_rows(state[f"{name}/momentum"], param))
         for i in range(self.owned):
-            self.second_moment[i].copy_(state[f"{self.names[self.begin + i]}/second_moment"])
+            self.state["second_moment"][i].copy_(state[f"{self.names[self.begin + i]}/second_moment"])
 
 
 SHARDED_UNITS: dict[str, Any] = {"muon": ShardedMuonUnit, "rows": ShardedRowsUnit, "adamw": ShardedAdamWUnit}

@@ -153,7 +153,7 @@ def plan(
         least_batch, batch_multiple=args.max_seq_len * world_size * max(1, args.device_batch_size),
     )  # fmt: skip
     batch_size = horizon.total_batch_size
-    rows = choose_device_batch_size(model, args.device_batch_size, batch_size, world_size)
+    rows = choose_device_batch_size(model, args.device_batch_size, batch_size, world_size, **optimizer)
     if by_time:  # plan again with the measured time of a batch of this size
         steps = steps_in(model, args.target_minutes, rows, batch_size, args.compile, optimizer, expand_at)
         target_flops = steps * batch_size * flops_per_token

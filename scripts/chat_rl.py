@@ -142,7 +142,7 @@ def main(argv: list[str] | None = None) -> int:
     begun = stage.resume_step is not None
     parent = meta["parent"] if begun else {"stage": args.source, "step": parent_step, "weights": meta["weights"]}
     reference = load_reference(parent, meta["tag"], stage, device) if args.kl_weight > 0 else None
-    rows = choose_answer_rows(model, args.device_batch_size)
+    rows = choose_answer_rows(model, args.device_batch_size, **optimizer_switches(meta))
     rows_per_rank = -(-args.examples_per_step // world_size) * args.num_samples
     decided = {
         **mixture, "tasks": args.task, "num_iterations": num_iterations, "device_batch_size": rows,

@@ -161,10 +161,10 @@ def plan(
         together = model.config.sequence_len * world_size * max(1, args.device_batch_size)
         total_batch_size = total_batch_size or choose_batch(meta["settings"]["total_batch_size"], together, tokens)
         num_iterations = num_iterations or max(1, round(tokens / total_batch_size))
-    rows, most = choose_device_batch_size(model, args.device_batch_size, total_batch_size, world_size), num_iterations
+    optimizer, most = {"weight_decay": args.weight_decay, **optimizer_switches(meta)}, num_iterations
+    rows = choose_device_batch_size(model, args.device_batch_size, total_batch_size, world_size, **optimizer)
     if args.target_minutes > 0:  # stop early if time is short; a resumed stage keeps the number decided at its start
         steps = stage.recorded_settings().get("num_iterations")
-        optimizer = {"weight_decay": args.weight_decay, **optimizer_switches(meta)}
         steps = steps or steps_in(model, args.target_minutes, rows, total_batch_size, args.compile, optimizer)
         num_iterations = min(num_iterations, steps)
     return total_batch_size, rows, num_iterations, most

@@ -296,7 +296,7 @@ def test_what_is_forced_is_in_the_context(engine: Engine, tokenizer: Tokenizer, 
         return torch.tensor([[*script, 5][min(len(seen) - 1, len(script))]])
 
     monkeypatch.setattr("nanochat.scheduler.sample", speak)
-    engine.scheduler.tool = lambda expression: "42 " * 40
+    engine.scheduler.calculator = lambda expression: "42 " * 40
     prompt = make_prompts(tokenizer)[0]
     row = Sequence(prompt, SamplingParams(max_tokens=150))
     engine.run([row])

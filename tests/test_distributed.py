@@ -224,6 +224,7 @@ import torch, torch.distributed as dist
 from types import SimpleNamespace
 from nanochat import pace
 from nanochat.gpt import GPT
+from nanochat.ranks import gather_objects
 from nanochat.sharding import shard
 from nanochat.trainer import Trainer
 from tests.helpers import make_model
@@ -259,6 +260,8 @@ assert after == before, [(n, before.get(n), after.get(n)) for n in before if bef
 
 # After an evaluation the root's parameters are whole until the next pass: a save that comes then must not mind.
 trainer = SimpleNamespace(model=model, optimizer=model.setup_optimizer())
+sharded, whole = (o.state_bytes() for o in (trainer.optimizer, GPT.on_meta(config).setup_optimizer()))
+assert sum(gather_objects(sharded)) == sum(gather_objects(whole)) > 0
 with torch.no_grad():
     model(idx, idx)
 Trainer._check_finite(trainer)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import json
 import os
 import random
@@ -10,6 +12,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import fsspec
 import pyarrow as pa
@@ -19,8 +22,8 @@ import pytest
 from nanochat import hub_shards
 from nanochat.common import NanochatError
 from nanochat.dataset import get_source
-from nanochat.document_files import DocumentFile
-from nanochat.prep_input import estimate_tokens, list_inputs
+from nanochat.document_files import READERS, Batches, DocumentFile
+from nanochat.prep_input import estimate_tokens, list_inputs, read_texts
 from nanochat.tokenizer import Tokenizer
 from tests.helpers import DOCUMENTS, write_documents
 
@@ -103,6 +106,34 @@ def test_text_in_other_forms_is_named(read: Callable[[str], object], tmp_path: P
     (tmp_path / "some" / "e.jsonl").touch()
     with pytest.raises(NanochatError, match=r"e\.jsonl is empty: remove it or fill it"):
         read(str(tmp_path / "some"))
+
+
+def test_a_new_kind_of_file_is_read_wherever_text_is(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """With the one reader that was added, by training and by data_prep; a --text-column is nothing that it knows."""
+
+    def read_csv(file: BinaryIO, address: str, start: int) -> Batches:
+        lines = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        yield start, [text for _, text in csv.reader(lines)][start:]
+        lines.detach()
+
+    monkeypatch.setitem(READERS, ".csv", read_csv)
+    with open(tmp_path / "a.csv", "w", encoding="utf-8", newline="") as written:
+        csv.writer(written).writerows(enumerate(DOCUMENTS))
+    (tmp_path / "b.tsv").touch()
+    (file,) = get_source(str(tmp_path)).train_files
+    assert [text for _, texts in file.batches(3) for text in texts] == DOCUMENTS[3:]
+    inputs = list_inputs(str(tmp_path))
+    assert capsys.readouterr().out.count("another kind: b.tsv; ") == 2
+    (path,) = inputs
+    with open(path, "rb") as opened:
+        assert list(read_texts(opened, path, None)) == DOCUMENTS
+    with open(path, "rb") as opened, pytest.raises(NanochatError, match="leave it out"):
+        list(read_texts(opened, path, "text"))
+    tokens = sum(map(len, tokenizer.encode(DOCUMENTS)))
+    for sample_bytes in (1000, 10**9):
+        assert estimate_tokens(str(tmp_path), inputs, None, tokenizer, sample_bytes) == pytest.approx(tokens, rel=0.1)
 
 
 def test_what_only_data_prep_reads_is_sent_there(tmp_path: Path) -> None:

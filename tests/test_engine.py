@@ -13,7 +13,8 @@ import torch
 
 from nanochat.common import NanochatError
 from nanochat.compilation import can_compile
-from nanochat.engine import Engine, EngineThread
+from nanochat.engine import Engine
+from nanochat.engine_thread import EngineThread
 from nanochat.runner import prepare_for_inference
 from nanochat.sampling import SamplingParams
 from nanochat.sequence import Sequence, joined_parts
@@ -54,7 +55,7 @@ def test_a_text_does_not_depend_on_its_company(engine: Engine, tokenizer: Tokeni
     together = run_texts(engine, [Sequence(p, s) for p, s in zip(prompts, params, strict=True)])
     assert [s.tokens for s in together] == alone
     assert [len(tokens) for tokens in alone] == [40 + i for i in range(len(prompts))]
-    poor = Engine(engine.model, tokenizer, engine.scheduler.tool, kv_tokens=512)
+    poor = Engine(engine.model, tokenizer, engine.scheduler.calculator, kv_tokens=512)
     assert [s.tokens for s in run_texts(poor, [Sequence(p, s) for p, s in zip(prompts, params, strict=True)])] == alone
     assert poor.scheduler.preemptions > 0
     assert _free_blocks(poor) == 32
@@ -100,6 +101,9 @@ def test_samples_differ_and_depend_on_their_seed_alone(engine: Engine, tokenizer
 def test_streaming_gives_what_the_batch_gives(engine: Engine, tokenizer: Tokenizer) -> None:
     engine.scheduler.stop_ids = set(range(0, 400, 7))
     prompt = make_prompts(tokenizer)[3]
+    assert engine.generate_batch(prompt, max_tokens=9, top_p=1e-6) == engine.generate_batch(
+        prompt, max_tokens=9, temperature=0
+    )
     whole, _ = engine.generate_batch(prompt, 4, max_tokens=20, seed=3)
     columns = list(engine.generate(prompt, 4, max_tokens=20, seed=3))
     for i, tokens in enumerate(whole):
@@ -304,7 +308,7 @@ def test_a_long_prompt_does_not_stall_others(engine: Engine, tokenizer: Tokenize
 
 def test_a_call_is_answered_with_forced_tokens(engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    engine.scheduler.tool = lambda expression: asked.append(expression) or "42"
+    engine.scheduler.calculator = lambda expression: asked.append(expression) or "42"
     said = calculator_call(tokenizer, "6*7")
     make_it_say(engine, monkeypatch, said)
     (row,) = run_texts(engine, [Sequence([1, 2], SamplingParams(seed=1000, max_tokens=20))])
@@ -354,7 +358,7 @@ def test_a_call_without_an_answer_goes_on(
         if answer is not None:
             raise answer
 
-    engine.scheduler.tool = tool
+    engine.scheduler.calculator = tool
     said = calculator_call(tokenizer, "x")
     make_it_say(engine, monkeypatch, said)
     (row,) = run_texts(engine, [Sequence([1], SamplingParams(seed=1000, max_tokens=10))])
@@ -364,7 +368,7 @@ def test_a_call_without_an_answer_goes_on(
 
 def test_a_slow_tool_delays_only_its_own_text(engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
-    engine.scheduler.tool = lambda expression: str(release.wait(10))
+    engine.scheduler.calculator = lambda expression: str(release.wait(10))
     make_it_say(engine, monkeypatch, calculator_call(tokenizer, "1"))
     slow = Sequence([1, 2], SamplingParams(seed=1000, max_tokens=20))
     engine.scheduler.submit(slow)

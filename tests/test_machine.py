@@ -380,10 +380,10 @@ def test_trying_a_batch_takes_no_memory_away(error: RuntimeError | None, monkeyp
             held.append((weakref.ref(tensor), tensor.nbytes))
         return tensor
 
-    def compute(*args: object) -> torch.Tensor:
+    def compute(*args: object, **more: object) -> torch.Tensor:
         if error is not None:
             raise type(error)(*error.args)  # new, since an error holds what its traceback refers to
-        return forward(*args)
+        return forward(*args, **more)
 
     monkeypatch.setattr(torch, "empty", allocate)
     monkeypatch.setattr(GPT, "forward", compute)
@@ -398,8 +398,26 @@ def test_trying_a_batch_takes_no_memory_away(error: RuntimeError | None, monkeyp
     assert held[-1][1] == held[0][1] + 800 - 200
 
 
+def test_a_batch_is_tried_with_the_loss_and_the_optimizer_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = make_model(), []
+    setup = GPT.setup_optimizer
+
+    def watched(model: GPT, **settings: object) -> object:
+        seen.append(settings)
+        return setup(model, **settings)
+
+    def loss_fn(model: GPT, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        seen.append([tuple(tensor.shape) for tensor in batch])
+        return model(batch[0]).logsumexp(-1).sum()
+
+    monkeypatch.setattr(GPT, "setup_optimizer", watched)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4000, 8000))
+    assert pace._fits(model, 3, loss_fn, muon_beta2=0.9)
+    assert seen == [{"muon_beta2": 0.9}, [(3, model.config.sequence_len)] * 2]
+
+
 def test_other_failures_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(GPT, "forward", lambda *args: 1 / 0)
+    monkeypatch.setattr(GPT, "forward", lambda *args, **more: 1 / 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4000, 8000))
     with pytest.raises(ZeroDivisionError):
         pace._fits(make_model(), 2)

@@ -16,7 +16,7 @@ import pytest
 
 from nanochat import loggers, metrics
 from nanochat.common import NanochatError
-from nanochat.loggers import LOGGERS, LoggedRun, check_installed
+from nanochat.loggers import LOGGERS, LoggedRun, Logger, check_installed
 from nanochat.metrics import MetricsLog, read_metrics, series, smooth, thinned
 from nanochat.quantities import quantity
 from nanochat.stage import Stage, open_metrics
@@ -221,6 +221,11 @@ def test_a_logger_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(LOGGERS, "file", type("Needy", (_Memory,), {"package": "no_such_package"}))
     with pytest.raises(NanochatError, match="pip install no_such_package, or leave out file"):
         check_installed("file")
+
+
+def test_a_logger_may_need_no_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOGGERS, "file", type("Plain", (Logger,), {}))
+    check_installed("file")
 
 
 def test_a_folder_of_a_loggers_name_is_no_logger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

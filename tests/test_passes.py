@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from nanochat import passes
 from nanochat.gpt import GPT
 from nanochat.metrics import read_metrics
-from nanochat.passes import Batch, Passes, summed_loss
+from nanochat.passes import Batch, Passes, recordable, summed_loss
 from tests.helpers import RandomBatches, make_model, make_trainer
 
 BATCH = (torch.arange(7 * 64).view(7, 64) % 300, torch.arange(1, 1 + 7 * 64).view(7, 64) % 300)
@@ -64,6 +65,16 @@ def test_sparse_gradients_are_no_larger_than_their_tables() -> None:
     for found, dense in zip(*gradients, strict=True):
         assert found is not None and found._nnz() <= found.size(0)
         torch.testing.assert_close(found.to_dense(), dense, rtol=1e-4, atol=1e-7)
+
+
+def test_a_loss_says_whether_its_passes_may_be_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    monkeypatch.setattr(GPT, "is_compiled", True)
+    monkeypatch.setattr(model, "get_device", lambda: torch.device("cuda"))
+    monkeypatch.delenv("NANOCHAT_CUDA_GRAPHS", raising=False)
+    plain = functools.partial(summed_loss)
+    assert Passes(model)._may_record() and not Passes(model, plain)._may_record()
+    assert Passes(model, recordable(plain))._may_record()
 
 
 class Parts(RandomBatches):

@@ -26,7 +26,7 @@ def engine(tokenizer: Tokenizer) -> Engine:
 
 
 def test_a_forced_answer_ends_with_the_limit(engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine.scheduler.tool = lambda expression: "123456789"
+    engine.scheduler.calculator = lambda expression: "123456789"
     said = calculator_call(tokenizer, "x")
     make_it_say(engine, monkeypatch, said)
     (row,) = run_texts(engine, [Sequence([1, 2], SamplingParams(seed=1000, max_tokens=len(said) + 2))])
@@ -121,11 +121,22 @@ def test_a_prompt_that_is_given_up_halfway_leaves_nothing(engine: Engine) -> Non
     assert engine.scheduler.allocator.num_free == engine.scheduler.allocator.num_blocks - 1
 
 
+def test_what_is_posted_may_fail_without_any_text(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
+    text = Sequence([1], SamplingParams(0, max_tokens=3, ignore_eos=True))
+    engine.scheduler.post(lambda: 1 / 0)
+    engine.scheduler.wait()
+    engine.scheduler.submit(text)
+    engine.scheduler.post(lambda: 1 / 0)
+    while text.finish_reason is None:
+        engine.scheduler.step()
+    assert text.finish_reason == "length" and caplog.text.count("ZeroDivisionError") == 2
+
+
 def test_texts_that_wait_for_a_tool_are_ended_too(
     engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = threading.Event()
-    engine.scheduler.tool = lambda expression: str(release.wait(10))
+    engine.scheduler.calculator = lambda expression: str(release.wait(10))
     make_it_say(engine, monkeypatch, calculator_call(tokenizer, "1"))
     slow = Sequence([1, 2], SamplingParams(seed=1000, max_tokens=20))
     engine.scheduler.submit(slow)

@@ -16,8 +16,10 @@ import torch
 from fastapi.testclient import TestClient
 
 from nanochat.common import NanochatError
-from nanochat.engine import Engine, EngineThread
-from nanochat.openai_api import ChatRequest, CompletionRequest, Reply, SamplingRequest, token_text
+from nanochat.engine import Engine
+from nanochat.engine_thread import EngineThread
+from nanochat.gpt import GPT
+from nanochat.openai_api import ChatRequest, CompletionRequest, Reply, RequestError, SamplingRequest, token_text
 from nanochat.sampling import RowSettings, SamplingParams
 from nanochat.sequence import Sequence
 from nanochat.server import create_app
@@ -29,6 +31,7 @@ from tests.many_ranks import free_port
 
 HELLO = {"messages": [{"role": "user", "content": "Who are you?"}], "temperature": 0, "max_tokens": 12, "ignore_eos": True}
 CHAT = "/v1/chat/completions"
+IDS = torch.tensor([[1, 2, 3]])
 
 
 @pytest.fixture
@@ -117,7 +120,7 @@ def test_a_stream_is_told_that_the_device_is_lost(engine: Engine, monkeypatch: p
 def test_texts_that_wait_for_the_calculator_are_told_as_well(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their answers come just when the device is lost, and would want rows of it."""
     scheduler, answer = engine.scheduler, threading.Event()
-    scheduler.tool = lambda expression: str(answer.wait(10))
+    scheduler.calculator = lambda expression: str(answer.wait(10))
     call = [engine.tokenizer.encode_special(name) for name in ("<|python_start|>", "<|python_end|>")]
     said: Counter[int] = Counter()
 
@@ -165,6 +168,61 @@ def test_failures_in_a_row_are_a_sick_server_until_it_answers(client: TestClient
     assert client.get("/health").status_code == 503
     assert client.post(CHAT, json=HELLO).status_code == 200
     assert client.get("/health").json()["status"] == "ok"
+
+
+# ----------------------------------------------------------------------------- functions that run the model
+
+
+def test_a_function_runs_in_the_models_thread_among_texts(engine: Engine) -> None:
+    """It returns, raises or takes too long for its own caller alone."""
+    late = threading.Event()
+
+    def where(model: GPT) -> tuple[str, bool, list[float]]:
+        return threading.current_thread().name, torch.is_inference_mode_enabled(), model.features(IDS)[0, -1].tolist()
+
+    async def ask() -> None:
+        text = Sequence([1, 2], SamplingParams(max_tokens=40, ignore_eos=True))
+        ticket = service.submit([text])
+        assert await service.compute(where) == ("model", True, expected)
+        with pytest.raises(ZeroDivisionError):
+            await service.compute(lambda model: 1 // 0)
+        service.limits = replace(service.limits, request_timeout_s=0.2)
+        with pytest.raises(RequestError, match=r"within 0\.2 s"):
+            await service.compute(lambda model: late.wait(10))
+        late.set()
+        async for _ in ticket.updates():
+            pass
+        assert text.finish_reason == "length" and service.is_healthy and service.workers[0].load == 0
+
+    with torch.inference_mode():
+        expected = engine.model.features(IDS)[0, -1].tolist()
+    service = Service([engine], "tiny", Limits(), compile=False)
+    service.start()
+    try:
+        asyncio.run(ask())
+    finally:
+        service.close()
+
+
+def test_functions_wait_for_the_compiler_and_for_room(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = threading.Event()
+    monkeypatch.setattr(engine, "compile", lambda: compiled.wait(60) and None)
+
+    async def ask() -> None:
+        waiting = asyncio.create_task(service.compute(lambda model: compiled.is_set()))
+        await asyncio.sleep(0.3)
+        with pytest.raises(RequestError) as full:
+            await service.compute(lambda model: None)
+        assert full.value.status == 429 and not waiting.done()
+        compiled.set()
+        assert await waiting
+        await asyncio.to_thread(service.close)
+        with pytest.raises(RequestError, match="has stopped"):
+            await service.compute(lambda model: None)
+
+    service = Service([engine], "tiny", Limits(max_waiting=1), compile=True)
+    service.start()
+    asyncio.run(ask())
 
 
 # ----------------------------------------------------------------------------- the event loop
