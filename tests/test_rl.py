@@ -393,7 +393,6 @@ def test_the_best_checkpoint_has_solved_the_most(tiny_run: Path, monkeypatch: py
     measure = chat_rl.evaluate_task
     monkeypatch.setattr(chat_rl, "evaluate_task", lambda *a, **k: replace(measure(*a, **k), pass_at={1: next(solved), 2: 1.0}))
     assert chat_rl.main([*FLAGS, "--num-iterations=4", "--save-every=1", "--eval-every=1", "--keep-last=1"]) == 0
-    assert json.loads((tiny_run / "rl" / "best.json").read_text(encoding="utf-8")) == {"step": 2, "val/pass@1": 0.7}
     assert list_steps(tiny_run / "rl") == [2, 4]
 
 
