@@ -99,7 +99,7 @@ def start_of(args: Arguments, stage: Stage, shape: tuple[str, ...]) -> tuple[Pat
             raise NanochatError(f"--from-run {args.from_run} decides what the model is: leave out {given}")
         args.forget(*shape, "tokenizer")
     if stage.start is not None:
-        stage.adopt(args, *shape)
+        stage.adopt(args)
         return stage.start
     directory, _, meta = open_checkpoint(STAGES[0], args.from_run)
     if "imported" in meta:

@@ -8,8 +8,7 @@ A run is one directory, `<base>/runs/<tag>`, with a directory for each stage: ba
 With --fsdp, `sharded/` (torch.distributed.checkpoint) takes the place of the safetensors.
 
 A step is written under a temporary name, hashed, flushed to disk, and renamed last. The manifest holds the hash of each
-file; a directory without a manifest, or with another name, is not a checkpoint and is never selected. A stage's
-`best.json` names the step with the best evaluation.
+file; a directory without a manifest, or with another name, is not a checkpoint and is never selected.
 """
 
 from __future__ import annotations
@@ -50,7 +49,6 @@ from nanochat.tokenizer import Tokenizer, get_run_tokenizer
 
 FORMAT_VERSION = 2  # increase it whenever the code can no longer read existing checkpoints
 MAX_TIMESTAMP = 1e11  # seconds since 1970: a manifest that claims to be later is damaged
-BEST_FILE = "best.json"
 SHARDED_DIR = "sharded"
 MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optim.safetensors"
 META_FILE = "meta.json"
@@ -201,8 +199,7 @@ def clean_up(stage_dir: Path) -> None:
             replace(old, target)
     for left in (*stage_dir.glob(".step_*.tmp"), *stage_dir.glob(".step_*.old")):
         shutil.rmtree(left, ignore_errors=True)
-    for name in (BEST_FILE, SETTINGS_FILE):
-        remove_leftovers(stage_dir / name)
+    remove_leftovers(stage_dir / SETTINGS_FILE)
     if stage_dir.name == "base":  # this stage also writes the run's tokenizer
         remove_leftovers(stage_dir.parent / TOKENIZER_FILE)
 

@@ -1,4 +1,4 @@
-"""Writes a trainer's checkpoints while training goes on; keeps the newest and the best, and records which is the best.
+"""Writes a trainer's checkpoints while training goes on; keeps the newest and the best.
 
 Used by trainer.py. The tensors are copied, which takes as long as reading memory once; a thread then writes, hashes and
 flushes the copy. It computes nothing with torch: a second team of OpenMP threads would slow the training down.
@@ -6,19 +6,13 @@ flushes the copy. It computes nothing with torch: a second team of OpenMP thread
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
 import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nanochat.checkpoint_manager import BEST_FILE, prune, save_checkpoint
-from nanochat.common import NanochatError
-from nanochat.files import atomic_write, read_json
-from nanochat.ranks import on_rank0
+from nanochat.checkpoint_manager import prune, save_checkpoint
 
 State = dict[str, torch.Tensor]
 
@@ -77,61 +71,6 @@ class CheckpointWriter:
             self.prune(step, best)
         except Exception as error:  # whatever it is, `wait` raises it
             self._error = error
-
-
-class Best:
-    """The saved step with the best evaluation: best.json names it, and pruning keeps it.
-
-    metric: the result that decides; with a leading -, lower is better.
-    """
-
-    def __init__(self, stage_dir: Path, metric: str, is_writer: bool) -> None:
-        self.path, self.is_writer = stage_dir / BEST_FILE, is_writer
-        self.name, self.sign = metric.removeprefix("-"), -1 if metric.startswith("-") else 1
-        self.record: dict[str, Any] = {}  # {"step": ..., "value": ...}, or nothing yet
-        self._before: dict[str, Any] = {}  # the previous best, in case the new one's checkpoint fails
-
-    @property
-    def step(self) -> int | None:
-        return self.record.get("step")
-
-    def note(self, step: int, results: dict[str, float]) -> None:
-        """Remember a saved step if its result is better than all earlier ones. NaN never is: nothing could replace it."""
-        value = results.get(self.name, math.nan)
-        if not math.isnan(value) and (not self.record or self.sign * value > self.sign * self.record["value"]):
-            self.record, self._before = {"step": step, "value": value}, self.record
-            self._write()
-
-    def load(self, record: dict[str, Any], step: int) -> None:
-        """Continue from the record that the checkpoint of `step` holds, or from the file's where that is better (a collective
-        call). Only the file knows how that checkpoint was evaluated once it was saved; but it may name a later one, of an
-        abandoned attempt."""
-        self.record = record
-        match on_rank0(self._read):
-            case {"step": int(saved), self.name: int() | float()} as found if saved <= step:
-                self.note(saved, found)
-        self._write()
-
-    def fall_back(self, steps: list[int]) -> None:
-        """Go back to the previous best, or to none, if the best is not among the steps on disk."""
-        if self.record and self.step not in steps:
-            self.record = self._before if self._before.get("step") in steps else {}
-            self._write()
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            return read_json(self.path)
-        except NanochatError:  # damaged: then the checkpoint's own record is all that is known
-            return {}
-
-    def _write(self) -> None:
-        if not self.is_writer:
-            return
-        with contextlib.suppress(OSError):  # a full disk: the next checkpoint will report it
-            if self.record:
-                atomic_write(self.path, json.dumps({"step": self.record["step"], self.name: self.record["value"]}))
-            else:
-                self.path.unlink(missing_ok=True)
 
 
 def _copy(state: State, buffers: State) -> State:

@@ -16,7 +16,7 @@ from nanochat.common import NanochatError, print0, some_of
 from nanochat.conversation_loader import fingerprint
 from nanochat.listings import VAL, is_of_split
 from nanochat.runs import STAGES, get_run_dir
-from nanochat.settings import CONFIG_FILE, flag_of
+from nanochat.settings import flag_of
 from nanochat.training_flags import RATES
 
 if TYPE_CHECKING:
@@ -25,18 +25,24 @@ if TYPE_CHECKING:
     from nanochat.stage import Stage
     from tasks.common import Task
 
-# Settings that change how the work is done, not what is computed.
-WORK_SETTINGS = {
-    "resume", "resume_from_step", "run", "log_to", "model_tag", "tag",
+# Settings of a command and of the machine that it runs on.
+COMMAND_SETTINGS = {
+    "resume", "resume_from_step", "run", "log_to", "model_tag", "tag", "eval_bundle",
     "device", "device_type", "world_size", "fsdp", "activation_checkpointing", "device_batch_size", "max_rows", "compile",
-    "eval_every", "eval_tokens", "eval_examples", "eval_samples", "eval_bundle", "core_metric_every",
-    "core_metric_max_per_task", "sample_every", "save_every", "keep_last",
+}  # fmt: skip
+# Settings that change how the work is done, not what is computed.
+WORK_SETTINGS = COMMAND_SETTINGS | {
+    "eval_every", "eval_tokens", "eval_examples", "eval_samples", "core_metric_every", "core_metric_max_per_task",
+    "sample_every", "save_every", "keep_last",
 }  # fmt: skip
 # Settings that may change when a run is resumed: also rates, since lower ones are the remedy for a divergence, what another
 # machine can do, and whatever has its content compared in place of its path.
 FREE_SETTINGS = WORK_SETTINGS | {
     *RATES, "dtype", "attention", "fp8", "data", "tasks", "task_data", "tokenizer", "from_hf", "model_step"
 }  # fmt: skip
+# Flags that a resumed stage takes from its command alone. All others that are left out keep the values that it was begun with.
+# --fp8 needs a GPU that not all machines have, and no flag would switch it off again.
+NOT_KEPT = COMMAND_SETTINGS | {"fp8"}
 
 
 def check_settings(stage: Stage, new: dict[str, Any], args: Arguments) -> None:
@@ -65,8 +71,7 @@ def check_settings(stage: Stage, new: dict[str, Any], args: Arguments) -> None:
                 f"that began it to go on, or {anew}"
             )
         raise NanochatError(
-            f"run {stage.tag!r} was started with {flag} {before}, not {value}: use the same settings to go on "
-            f"(--config {stage.directory / CONFIG_FILE} has them), or {anew}"
+            f"run {stage.tag!r} was started with {flag} {before}, not {value}: leave the flag out to go on, or {anew}"
         )
 
 

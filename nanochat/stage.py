@@ -50,7 +50,7 @@ from nanochat.optim import MuonAdamW, OptimizerSettings
 from nanochat.pace import TimeLimit
 from nanochat.ranks import compare_ranks, on_rank0
 from nanochat.runs import SETTINGS_FILE, STAGES, get_run_dir, get_stage_dir, heirs, list_steps, step_dir
-from nanochat.same_run import check_data, check_settings, way_to_begin_anew
+from nanochat.same_run import NOT_KEPT, check_data, check_settings, way_to_begin_anew
 from nanochat.settings import CONFIG_FILE, Arguments
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import TrainConfig, Trainer
@@ -95,8 +95,8 @@ class Stage:
             return {}
         return read_meta(self.directory, self.resume_step)["settings"]
 
-    def adopt(self, args: Arguments, *names: str) -> None:
-        """Where the stage goes on, give those flags that were left to their defaults the values that it was begun with.
+    def adopt(self, args: Arguments) -> None:
+        """Where the stage goes on, give the flags that were left out the values that it was begun with, but for NOT_KEPT.
 
         A run by time may have changed its number of updates after this step. Its config.toml asks for the newest number; that
         is not a request for other settings.
@@ -105,7 +105,8 @@ class Stage:
             planned = read_json(self.directory / SETTINGS_FILE).get("num_iterations")
             if args.num_iterations == planned:
                 args.given.discard("num_iterations")
-        args.adopt({name: value for name, value in self.recorded_settings().items() if name in names})
+        kept = args.defaults.keys() - NOT_KEPT
+        args.adopt({name: value for name, value in self.recorded_settings().items() if name in kept})
 
     def check_batch(self, device_batch_size: int, sequence_len: int, world_size: int) -> None:
         """Raise NanochatError if these ranks or rows cannot share the batch that the stage goes on with, which it keeps."""
@@ -249,10 +250,10 @@ def open_start(
     directory, tokenizer, meta = open_checkpoint(stage.name, stage.tag, stage.resume_step)
     parent = meta["parent"]
     if (source, parent["step"] if step is None else step) != (parent["stage"], parent["step"]):
+        flag = "--model-step" if source == parent["stage"] else "--source"
         raise NanochatError(
             f"run {stage.tag!r} was started from {parent['stage']} step {parent['step']}, not {source}"
-            f"{'' if step is None else f' step {step}'}: use the same settings to go on, or "
-            f"{way_to_begin_anew(stage.directory)}"
+            f"{'' if step is None else f' step {step}'}: leave {flag} out to go on, or {way_to_begin_anew(stage.directory)}"
         )
     return directory, tokenizer, meta, parent["step"]
 

@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 
 from nanochat.checkpoint_manager import MODEL_FILE, OPTIMIZER_FILE, save_sharded
-from nanochat.checkpoint_writer import Best, CheckpointWriter
+from nanochat.checkpoint_writer import CheckpointWriter
 from nanochat.common import NanochatError, describe_error, get_dist_info
 from nanochat.compilation import can_compile, try_to_compile
 from nanochat.devices import is_lost_connection, peak_memory_bytes, synchronize
 from nanochat.gpt import GPT
 from nanochat.loss_scale import LossScale
 from nanochat.machine import measure_matmul_rate, reference_rate
-from nanochat.metrics import MetricsLog
+from nanochat.metrics import METRICS_FILE, MetricsLog, read_metrics, series
 from nanochat.optim import MuonAdamW
 from nanochat.pace import TimeLimit
 from nanochat.passes import Batch, Passes, summed_loss
@@ -120,7 +120,7 @@ class Trainer:
         self.time_s, self.flops = 0.0, 0  # spent in training only, over all sessions of the run
         self._logged = (0.0, 0)  # time_s and flops when the newest row was written
         self.results: dict[str, float] = {}  # of the newest evaluations
-        self._best = Best(stage_dir, config.best_metric, is_writer=self.rank == 0)
+        self._scores: dict[int, float] = {}  # by step, the results that decide which is the best
         self._saved_step: int | None = None  # the step of the newest checkpoint
         self._writer = CheckpointWriter(stage_dir, config.keep_last)
         self._loader_state: dict[str, Any] | None = None  # while batches are fetched, the state before them
@@ -133,7 +133,7 @@ class Trainer:
         """All that decides how the run continues, apart from the tensors of model and optimizer; JSON. A collective call."""
         return {
             "step": self.step, "time_s": self.time_s, "flops": self.flops, "results": self.results,
-            "best": self._best.record, "loader": gather_objects(self._loader_state or self.loader.state_dict()),
+            "loader": gather_objects(self._loader_state or self.loader.state_dict()),
             "loss_scale": self._loss_scale.state_dict(), "expansion_step": self.config.expansion_step,
         }  # fmt: skip
 
@@ -149,8 +149,7 @@ class Trainer:
         self._saved_step = self.step
         self._loss_scale.load_state_dict(state["loss_scale"])
         self.loader.load_state_dict(state["loader"])
-        self._best.load(state["best"], self.step)  # last, because it writes a file
-        self._best.fall_back(list_steps(self.stage_dir))
+        self._scores = on_rank0(self._read_scores)
 
     def save(self, wait: bool = False) -> None:
         """Begin to write a checkpoint of this step; `wait`: return once it is on disk (a collective call).
@@ -161,13 +160,14 @@ class Trainer:
         self._compare_ranks()
         self._check_finite()
         if self.rank == 0:
-            self._report_failed_save()  # first: if the best checkpoint was not written, the record of it changes
+            self._report_failed_save()  # first: a step that was not written cannot be the best
         meta = {"model_config": asdict(self.model.config), **self.meta, "trainer": self.state_dict()}
         optimizer_state = self.optimizer.state_dict()
         if self.model.is_sharded:
             self._save_sharded(optimizer_state, meta, wait)
             return
-        checkpoint = (self.step, self.model.state_dict(), optimizer_state, meta, self._best.step)
+        best = self.best_step if self.rank == 0 else None
+        checkpoint = (self.step, self.model.state_dict(), optimizer_state, meta, best)
         self._saved_step = self.step
         if wait:
             on_rank0(lambda: self._writer.write(*checkpoint))
@@ -186,9 +186,21 @@ class Trainer:
                 raise
             self.progress.print(f"{NOT_SAVED} {describe_error(error)}")
 
+    @property
+    def best_step(self) -> int | None:
+        """Of the steps on disk the one with the best evaluation, the first of equal ones; None if none was evaluated."""
+        sign = -1 if self.config.best_metric.startswith("-") else 1
+        known = [step for step in list_steps(self.stage_dir) if step in self._scores]
+        return max(known, key=lambda step: sign * self._scores[step], default=None)
+
+    def _read_scores(self) -> dict[int, float]:
+        """The results up to this step that decide which is the best; later ones are of an abandoned attempt."""
+        rows = [row for row in read_metrics(self.stage_dir / METRICS_FILE) if row["step"] <= self.step]
+        return dict(zip(*series(rows, self.config.best_metric.removeprefix("-")), strict=True))
+
     def _prune(self) -> None:
         if self.rank == 0:
-            self._writer.prune(self.step, self._best.step)
+            self._writer.prune(self.step, self.best_step)
 
     def _report_failed_save(self) -> bool:
         """Wait for the checkpoint being written; True if it failed."""
@@ -197,7 +209,6 @@ class Trainer:
             return False
         except OSError as error:
             self.progress.print(f"{NOT_SAVED} {describe_error(error)}")
-            self._best.fall_back(list_steps(self.stage_dir))
             return True
 
     def _save_before_leaving(self) -> None:
@@ -460,8 +471,8 @@ class Trainer:
             raise
         self.model.train()
         self.results = {**self.results, **results}
-        if self.step == self._saved_step:
-            self._best.note(self.step, results)  # first: once the last step's row is there, a run counts as complete
+        if math.isfinite(score := results.get(self.config.best_metric.removeprefix("-"), math.nan)):  # no other is logged
+            self._scores[self.step] = score
         self._write_row(results)
         text = ", ".join(f"{name} {quantity(name).show(value)}" for name, value in results.items())
         self.progress.print(f"step {self.step}: {text}")

@@ -197,14 +197,14 @@ def peak_weight_decay(args: Arguments, horizon: Horizon) -> float:
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     _, rank, _, world_size, device = compute_init(args.device_type, args.seed)
-    if args.fsdp and args.core_metric_every > 0:
-        raise NanochatError("--core-metric-every needs a whole model: leave it out with --fsdp, and run base_eval afterwards")
     resume = str(args.resume_from_step) if args.resume_from_step >= 0 else args.resume
     tag = args.model_tag if args.from_run is None else branch_tag(args, "base", resume)
     stage = open_stage("base", tag, f"d{args.depth}", resume, chosen_loggers(args))
 
     # What to train, for how long, in what batches
-    stage.adopt(args, "from_run", "data", "total_batch_size", *HORIZON, "expand_at", *RATES)
+    stage.adopt(args)
+    if args.fsdp and args.core_metric_every > 0:
+        raise NanochatError("--core-metric-every needs a whole model: make it -1 with --fsdp, and run base_eval afterwards")
     start = start_of(args, stage, SHAPE)
     source, tokenizer = open_text(args, stage)
     model_switches, optimizer_switches = parse_switches(args.switches, GPTConfig, OptimizerSettings)
@@ -276,7 +276,8 @@ def open_text(args: Arguments, stage: Stage) -> tuple[Source, Tokenizer]:
     """The training text and its tokenizer; a resumed run keeps its own tokenizer."""
     source = get_source(default_source_name() if args.data is None else args.data)
     args.data = source.name  # as an absolute path: the next command may be given in another folder
-    if stage.resume_step is not None and args.tokenizer == args.defaults["tokenizer"]:
+    is_asked_for = "tokenizer" in args.given and args.tokenizer != args.defaults["tokenizer"]
+    if stage.resume_step is not None and not is_asked_for:
         tokenizer = get_run_tokenizer(stage.tag)
     else:
         on_rank0(lambda: make_default_tokenizer(args.tokenizer, args.data))

@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         tag = branch_tag(args, "rl", args.resume)
     stage = open_stage("rl", tag, tag, args.resume, chosen_loggers(args))
-    stage.adopt(args, "from_run", "task", "task_data", "num_epochs", "num_iterations", *RATES)
+    stage.adopt(args)
     rollout_settings = RolloutSettings(
         objective=args.objective, examples_per_step=args.examples_per_step, num_samples=args.num_samples,
         max_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k, kl_weight=args.kl_weight,

@@ -175,9 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     _, rank, _, world_size, device = compute_init(args.device_type, args.seed)
     base_tag = find_base(args)
     stage = open_stage("sft", base_tag, base_tag, args.resume, chosen_loggers(args))
-    stage.adopt(
-        args, "from_run", "tasks", "task_data", "max_seq_len", "total_batch_size", "num_iterations", "target_minutes", *RATES
-    )
+    stage.adopt(args)
 
     # The starting point: the base model, its tokenizer, its settings
     start_dir, tokenizer, meta, base_step = open_start(stage, "base", args.model_step, args.from_run)

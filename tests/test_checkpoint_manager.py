@@ -183,8 +183,8 @@ def test_what_deaths_leave_half_written_is_cleaned_up(stage_dir: Path, monkeypat
         raise Death
 
     run_dir = stage_dir.parent
-    ours = [stage_dir / "best.json", stage_dir / "settings.json", run_dir / "tokenizer.json"]
-    theirs = [stage_dir / "eval.json", run_dir / "report.md", run_dir / "sft" / "best.json"]
+    ours = [stage_dir / "settings.json", run_dir / "tokenizer.json"]
+    theirs = [stage_dir / "eval.json", run_dir / "report.md", run_dir / "sft" / "settings.json"]
     for path in (*ours, *theirs):
         atomic_write(path, "old")
     with monkeypatch.context() as patch:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from nanochat.checkpoint_writer import Best, CheckpointWriter
+from nanochat.checkpoint_writer import CheckpointWriter
 from nanochat.runs import list_steps
 from tests.helpers import load_all
 
@@ -87,46 +85,3 @@ def test_copies_keep_their_memory_as_long_as_it_fits(tmp_path: Path) -> None:
     for name, tensor in other.items():
         assert torch.equal(model[name], tensor) and model[name].dtype == tensor.dtype
     _assert_saved(tmp_path, 2)
-
-
-@pytest.mark.parametrize(("metric", "values"), [("-val/bpb", (3.0, 2.0, 2.5, 1.0)), ("val/pass@1", (0.1, 0.2, 0.15, 0.3))])
-def test_the_best_is_known_and_given_up_if_it_was_never_written(tmp_path: Path, metric: str, values: tuple) -> None:
-    name, path = metric.removeprefix("-"), tmp_path / "best.json"
-    best = Best(tmp_path, metric, is_writer=True)
-    best.note(0, {name: math.nan})
-    assert best.step is None and not path.exists()
-    for step, value in enumerate(values, 1):
-        best.note(step, {name: value, "val/other": 0.0})
-    best.note(5, {"val/other": 9.0})
-    assert best.step == 4
-    assert json.loads(path.read_text()) == {"step": 4, name: values[3]}
-    best.fall_back([1, 2, 3, 4])
-    assert best.step == 4
-    best.fall_back([1, 2, 3])
-    assert best.step == 2
-    assert json.loads(path.read_text())["step"] == 2
-    best.fall_back([1, 3])
-    assert best.step is None
-    assert not path.exists()
-    Best(tmp_path, metric, is_writer=False).note(1, {name: 1.0})
-    assert not path.exists()
-
-
-@pytest.mark.parametrize(
-    ("file", "step"),
-    [
-        ({"step": 8, "val/bpb": 2.0}, 8),  # a checkpoint is written before it is evaluated
-        ({"step": 8, "val/bpb": 4.0}, 4),
-        ({"step": 9, "val/bpb": 2.0}, 4),  # of an abandoned attempt
-        ({"step": 8, "val/other": 2.0}, 4),
-        ({"step": "8", "val/bpb": 2.0}, 4),
-        (None, 4),
-    ],
-)
-def test_a_resumed_run_knows_the_best_of_what_was_evaluated_last(tmp_path: Path, file: dict | None, step: int) -> None:
-    best, path = Best(tmp_path, "-val/bpb", is_writer=True), tmp_path / "best.json"
-    path.write_text("{" if file is None else json.dumps(file), encoding="utf-8")
-    best.load({"step": 4, "value": 3.0}, 8)
-    assert best.step == step and json.loads(path.read_text(encoding="utf-8"))["step"] == step
-    best.fall_back([4, 12])
-    assert best.step == 4

@@ -14,11 +14,11 @@ import fsspec
 import pytest
 
 from nanochat import dataset, same_run
-from nanochat.checkpoint_manager import read_meta
+from nanochat.checkpoint_manager import hash_of_weights, read_meta
 from nanochat.common import NanochatError
 from nanochat.dataloader import TokenLoader
 from nanochat.dataset import Source, get_source
-from nanochat.files import hash_of_sample
+from nanochat.files import hash_of_sample, read_json
 from nanochat.same_run import check_data
 from nanochat.stage import Stage
 from nanochat.tokenizer import Tokenizer
@@ -232,6 +232,33 @@ def test_a_resumed_run_keeps_its_tokenizer(texts: Path, base_dir: Path, capsys: 
     _train(texts, "--resume=3")
     with pytest.raises(NanochatError, match="the tokenizer is not the one that run 'r' was started with"):
         _train(texts, "--resume=3", "--tokenizer=other")
+
+
+def test_a_run_goes_on_by_its_tag_alone(corpus: Path, tiny_run: Path, tokenizer: Tokenizer, base_dir: Path) -> None:
+    """Whatever it was begun with: model, text, horizon, rates, seed, evaluation; only the machine's flags are given again."""
+    tokenizer.save(base_dir / "tokenizers" / "own")
+    flags = [*TINY_TRAINING, "bigrams=2", "--model-tag=own", f"--data={corpus}", "--seed=7", "--warmdown-ratio=0.5"]
+    assert base_train.main([*flags, "--tokenizer=own", "--save-every=3", "--eval-every=2", "--keep-last=-1"]) == 0
+    for script, tag, stage, last in ((base_train, "own", "base", 6), (chat_sft, "tiny", "sft", 4)):
+        stage_dir = tiny_run.parent / tag / stage
+        weights, settings = hash_of_weights(stage_dir, last), read_json(stage_dir / "settings.json")
+        shutil.rmtree(stage_dir / f"step_{last:06d}")
+        shutil.rmtree(base_dir / "tokenizers", ignore_errors=True)  # the run has a copy
+        assert script.main([f"--model-tag={tag}", "--resume=auto", "--device-type=cpu", "--no-compile"]) == 0
+        assert hash_of_weights(stage_dir, last) == weights
+        assert read_json(stage_dir / "settings.json") == settings | {"resume": "auto"}
+
+
+def test_what_is_typed_and_differs_is_refused(tiny_run: Path) -> None:
+    for script, flags, sentence in (
+        (base_train, ["--depth=3"], "run 'tiny' was started with --depth 2, not 3: leave the flag out to go on, or choose"),
+        (base_train, ["--set", "bigrams=2"], r"was started with --set \['bigrams=1'\], not \['bigrams=2'\]: leave the flag"),
+        (base_train, ["--fsdp", "--core-metric-every=1"], "--core-metric-every needs a whole model: make it -1 with --fsdp"),
+        (chat_sft, ["--seed=7"], "was started with --seed 42, not 7: leave the flag out"),
+        (chat_sft, ["--model-step=3"], "started from base step 6, not base step 3: leave --model-step out to go on, or begin"),
+    ):
+        with pytest.raises(NanochatError, match=sentence):
+            script.main(["--model-tag=tiny", "--resume=auto", "--device-type=cpu", "--no-compile", *flags])
 
 
 @pytest.mark.parametrize("path", ["C:/data", "file://C:/data", "file:///C:/data"])

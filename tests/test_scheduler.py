@@ -217,7 +217,7 @@ def test_an_answer_ends_where_the_model_says_so(
 def test_the_end_of_a_call_that_never_began_is_a_token_like_others(
     engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine.scheduler.tool = lambda expression: "42"
+    engine.scheduler.calculator = lambda expression: "42"
     said, times = [7, calculator_call(tokenizer, "")[-1], 8], set()
     make_it_say(engine, monkeypatch, said)
     text = Sequence([1, 2], SamplingParams(seed=1000, max_tokens=5), lambda text: times.add(text.first_token_at))
@@ -227,7 +227,7 @@ def test_the_end_of_a_call_that_never_began_is_a_token_like_others(
 
 
 def test_a_forced_answer_ends_with_the_context(engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine.scheduler.tool = lambda expression: "123456789" * 3
+    engine.scheduler.calculator = lambda expression: "123456789" * 3
     make_it_say(engine, monkeypatch, said := calculator_call(tokenizer, "x"))
     (text,) = run_texts(engine, [Sequence([1] * (510 - len(said)), SamplingParams(seed=1000))])
     assert text.length == 512 and text.finish_reason == "context" and text.masks == [1] * len(said) + [0, 0]

@@ -231,9 +231,9 @@ def test_what_flags_leave_open_is_as_the_stage_was_begun(
     begun = {"num_iterations": 6, "total_batch_size": 512, "expand_at": 0.5}
     monkeypatch.setattr(Stage, "recorded_settings", lambda self: begun)
     args = base_train.parse_arguments(flags)
-    Stage("r", "base", base_dir, 3, [3]).adopt(args, *begun, "target_flops")  # which that run did not record
+    Stage("r", "base", base_dir, 3, [3]).adopt(args)
     assert tuple(vars(args)[name] for name in begun) == adopted
-    assert args.target_flops == -1
+    assert args.target_flops == -1  # which that run did not record
 
 
 def test_a_flag_that_was_given_is_not_adopted_even_at_its_default(base_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,8 +243,21 @@ def test_a_flag_that_was_given_is_not_adopted_even_at_its_default(base_dir: Path
     for flags, adopted in (([], 20.0), (["--target-param-data-ratio=12"], 12.0)):
         args = base_train.parse_arguments(flags)
         assert args.defaults["target_param_data_ratio"] == 12.0
-        stage.adopt(args, "target_param_data_ratio")
+        stage.adopt(args)
         assert args.target_param_data_ratio == adopted
+
+
+@pytest.mark.parametrize("script", [base_train, chat_sft, chat_rl])
+def test_all_that_is_not_the_machines_stays_as_the_stage_was_begun(
+    script: Any, base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = script.parse_arguments([])
+    monkeypatch.setattr(Stage, "recorded_settings", lambda self: dict.fromkeys(args.defaults, "begun"))
+    Stage("r", "base", base_dir, 3, [3]).adopt(args)
+    (machine,) = (group for group in args._parser._action_groups if group.title == "machine")
+    own = {action.dest for action in machine._group_actions}
+    own |= {"resume", "resume_from_step", "run", "log_to", "model_tag", "eval_bundle", "max_rows"}
+    assert {name for name in args.defaults if str(vars(args)[name]) != "begun"} == own & args.defaults.keys()
 
 
 @pytest.mark.parametrize(
@@ -295,9 +308,7 @@ def test_the_way_to_a_stage_anew(name: str, way_out: str, base_dir: Path) -> Non
     save_checkpoint(get_stage_dir("r", name), 5, STATE, None, {"settings": {"seed": 1}})
     with pytest.raises(NanochatError, match=f"already has {name} checkpoints up to step 5: add --resume .* or {way_out}$"):
         open_stage(name, "r", "r", "none")
-    with pytest.raises(
-        NanochatError, match=rf"started with --seed 1, not 2: use the same settings to go on \(--config .*\), or {way_out}$"
-    ):
+    with pytest.raises(NanochatError, match=rf"started with --seed 1, not 2: leave the flag out to go on, or {way_out}$"):
         check_settings(open_stage(name, "r", "r", "auto"), {"seed": 2, "tokenizer_fingerprint": "x"}, _arguments([]))
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from nanochat import checkpoint_writer
 from nanochat import trainer as trainer_module
-from nanochat.checkpoint_manager import read_meta
+from nanochat.checkpoint_manager import read_meta, set_aside
 from nanochat.common import NanochatError
 from nanochat.metrics import read_metrics
 from nanochat.runs import list_steps
@@ -42,7 +42,7 @@ def test_a_loss_that_is_no_number_is_named_though_a_save_has_failed(
     with pytest.raises(NanochatError, match="no longer a number at step 5: the last good checkpoint is step 2"):
         trainer.train()
     assert "a checkpoint could not be written; training goes on. the disk is full" in capsys.readouterr().out
-    assert json.loads((tmp_path / "best.json").read_text()) == {"step": 2, "x": 2.0}
+    assert trainer.best_step == 2
 
 
 def test_what_an_evaluation_ends_is_saved_though_a_save_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,16 +169,44 @@ def test_the_best_is_kept_where_the_next_evaluation_is_another(tmp_path: Path) -
     assert list_steps(tmp_path) == [6, 8]
 
 
-def test_a_best_step_that_is_gone_is_not_taken_over(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, best_metric="x", keep_last=1)
-    trainer.evaluations = [(2, lambda: {"x": [3.0, 1.0, 2.0][trainer.step // 2 - 1]})]
+@pytest.mark.parametrize(("metric", "sign"), [("val/pass@1", 1), ("-val/bpb", -1)])
+def test_after_the_best_the_second_best_is_kept(metric: str, sign: int, tmp_path: Path) -> None:
+    """In a run that goes on after the best step's folder was removed, as in one that was never stopped."""
+    scores = {2: 3.0, 4: math.nan, 6: 9.0, 8: 4.0, 10: 4.0, 12: 1.0, 14: math.inf, 16: 2.0, 18: 2.0}
+    config = {"best_metric": metric, "log_every": 4}
+    trainer = make_trainer(tmp_path, num_iterations=14, keep_last=-1, **config)
+    trainer.evaluations = [(2, lambda: {metric.removeprefix("-"): sign * scores[trainer.step], "val/other": 5.0})]
+    assert trainer.best_step is None
     trainer.train()
-    assert (list_steps(tmp_path), json.loads((tmp_path / "best.json").read_text())["step"]) == ([2, 6], 2)
-    shutil.rmtree(tmp_path / "step_000002")
-    again = make_trainer(tmp_path, best_metric="x")
+    assert list_steps(tmp_path) == [2, 4, 6, 8, 10, 12, 14] and trainer.best_step == 6
+    for step, best in ((14, 6), (4, 2), (2, 2), (12, 6)):
+        again = make_trainer(tmp_path, num_iterations=18, keep_last=1, **config)
+        again.load_state_dict(read_meta(tmp_path, step)["trainer"])
+        assert again.best_step == best
+    for known in (trainer, again):
+        shutil.rmtree(tmp_path / "step_000006", ignore_errors=True)
+        assert known.best_step == 8
+    again.evaluations = [(2, lambda: {metric.removeprefix("-"): sign * scores[again.step]})]
+    set_aside(tmp_path, 12)
+    again.train()
+    assert list_steps(tmp_path) == [8, 18]
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"step": 6, "x": "?"}\n[1]\n{"step": 6, "x'])
+def test_a_run_without_its_rows_goes_on(content: bytes | None, tmp_path: Path) -> None:
+    """No step is known to be good, then, until one is evaluated."""
+    trainer = make_trainer(tmp_path, best_metric="x")
+    trainer.evaluations = [(2, lambda: {"x": 1.0})]
+    trainer.train()
+    (tmp_path / "metrics.jsonl").unlink()
+    if content is not None:
+        (tmp_path / "metrics.jsonl").write_bytes(content)
+    again = make_trainer(tmp_path, best_metric="x", num_iterations=8, keep_last=1)
     again.load_state_dict(read_meta(tmp_path, 6)["trainer"])
-    assert again.state_dict()["best"] == {}
-    assert not (tmp_path / "best.json").exists()
+    assert again.best_step is None
+    again.evaluations = [(2, lambda: {"x": 0.0})]
+    again.train()
+    assert again.best_step == 6 and list_steps(tmp_path) == [6, 8]
 
 
 def test_a_stage_is_complete_only_when_all_evaluations_of_its_last_step_are_made(tmp_path: Path) -> None:
