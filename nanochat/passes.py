@@ -45,6 +45,11 @@ def summed_loss(model: GPT, batch: Batch) -> torch.Tensor:
     return model(inputs, targets, loss_reduction="sum")
 
 
+def count_supervised(batch: Batch) -> torch.Tensor:
+    """The number of tokens that have a target: `summed_loss` sums over these."""
+    return (batch[1] >= 0).sum()
+
+
 class Passes:
     """Computes gradients of loss_fn: (model, batch) -> loss, a sum over rows; recorded if it is `recordable`."""
 

@@ -28,7 +28,7 @@ from nanochat.machine import measure_matmul_rate, reference_rate
 from nanochat.metrics import METRICS_FILE, MetricsLog, read_metrics, series
 from nanochat.optim import MuonAdamW
 from nanochat.pace import TimeLimit
-from nanochat.passes import Batch, Passes, summed_loss
+from nanochat.passes import Batch, Passes, count_supervised, summed_loss
 from nanochat.progress import Progress
 from nanochat.quantities import describe_line, quantity
 from nanochat.ranks import all_or_none, any_rank, gather_objects, on_rank0, sum_over_ranks
@@ -65,11 +65,6 @@ class TrainConfig(Schedule):
     log_every: int = 1
     compile: bool = True
     stage_name: str = "training"
-
-
-def count_supervised(batch: Batch) -> torch.Tensor:
-    """The number of tokens that have a target: `summed_loss` sums over these."""
-    return (batch[1] >= 0).sum()
 
 
 class Trainer:
