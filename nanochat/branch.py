@@ -35,7 +35,8 @@ RECORDS = (SETTINGS_FILE, METRICS_FILE, EVAL_FILE)  # how the copied stage came 
 def branch_tag(args: Arguments, stage: str, resume: str) -> str:
     """The tag of the run that --from-run begins: --model-tag, or a free one.
 
-    Raises NanochatError if a run of that tag has other models, or if it is not clear which run goes on. A collective call.
+    Raises NanochatError if a run of that tag already has other models, or if it is unclear which run to continue. A
+    collective call.
     """
     source, tag = args.from_run, args.model_tag
     if tag is None:

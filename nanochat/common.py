@@ -189,7 +189,7 @@ def describe_unexpected(error: Exception) -> str:
 
 
 def some_of(names: Sequence[str], most: int = 1) -> str:
-    """The first names of a list, and how many there are besides."""
+    """The first `most` names and how many more there are: "a, b and 3 more"."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 

@@ -35,8 +35,8 @@ BATCHES_AHEAD = 4
 class TokenLoader:
     """Iterates over (inputs, targets), each (batch_size, sequence_len) int64 on `device`.
 
-    With `loop`, epochs repeat without end in the same order. Without, every token of the split is a target once, and the
-    last batches are padded, with targets of -1. The n-th rows of all ranks together are the same for any number of ranks;
+    With `loop`, epochs repeat without end in the same order. Without it, each token of the split is a target once, and
+    the last batches are padded with targets of -1. The n-th rows of all ranks together are the same for any number of ranks;
     with `loop`, for any that divides lanes.LANES. Tokenizing and packing run in threads ahead of the consumer; close the
     loader, or use it in a `with` statement, to end them.
     """

@@ -27,7 +27,7 @@ from nanochat.files import not_utf8
 from nanochat.shard_cache import Shard, get_shard_cache, remote_error, retry
 
 Document = str | np.ndarray  # a text, or token ids: (length,) int32, read-only, no BOS
-# (row of the first, documents) until the end of the file; the last may be empty, and ends at the number of rows
+# Pairs (row number of the first document, documents). The last may be empty: its number is then the file's number of rows.
 Batches = Iterator[tuple[int, list[Document]]]
 
 TEXT_FILE_CHARS = 4000  # a plain text file is cut into documents at the first blank line after this many characters,

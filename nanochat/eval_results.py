@@ -17,8 +17,9 @@ EVAL_FILE = "eval.json"
 
 
 def merge_eval(stage_dir: Path, step: int, results: dict[str, Any]) -> dict[str, Any]:
-    """Add results to the stage's eval.json, and return all that it holds; those of an earlier step, or of other weights, are
-    dropped, and of two results of the same kind the one over more problems stays.
+    """Add results to the stage's eval.json, and return all of it.
+
+    Results of an earlier step or of other weights are dropped; of two results for a task, the one over more problems stays.
 
     Results of a step before the one in eval.json go into a separate file, which no report reads.
     """

@@ -25,7 +25,7 @@ Heads = Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 class Kernels(NamedTuple):
-    """What trains in place of PyTorch's own operations; None: those."""
+    """Our replacements for PyTorch's operations in training; None: PyTorch's own."""
 
     chunk_loss: ChunkLoss  # the loss between its matrix products: cross_entropy.chunk_loss
     sort_ids: Callable[[torch.Tensor, int], Order] | None  # for layers.Embedding, which calls look_up with its order

@@ -176,7 +176,10 @@ class BlockAllocator:
         return self._published[key][1]
 
     def forget(self) -> None:
-        """Make all blocks unfindable, and what their users still publish; blocks in use stay with them."""
+        """Forget what blocks hold, so that no text finds it.
+
+        Blocks in use stay with their users, and what those publish later cannot be found either.
+        """
         self._published.clear()
         self._key_of.clear()
         self._contents += 1

@@ -26,7 +26,7 @@ from nanochat.common import NanochatError, print0, some_of
 from nanochat.document_files import READERS, DocumentFile, RemoteFile
 from nanochat.shard_cache import Shard, remote_error, retry
 
-# Names that file systems give to the properties of a file that change with its content.
+# Properties of a file that change when its content does, as various file systems call them.
 VERSION_KEYS = (
     "ETag", "etag", "blob_id", "md5Hash", "md5", "content_md5", "Content-MD5", "generation", "version_id",
     "LastModified", "Last-Modified", "last_modified", "mtime", "modified", "updated", "created",

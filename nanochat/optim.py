@@ -42,7 +42,8 @@ class OptimizerSettings:
     weight_decay: float = 0.2  # of matrices
     adam_betas: tuple[float, float] = (0.8, 0.95)
     adam_eps: float = 1e-10
-    # A norm cancels the scalars' first gradient; only rounding error is left, and Adam would scale it up to a full step.
+    # The scalars' first gradient should be 0, because a norm cancels it. What is left is rounding error, which Adam would
+    # scale up to a full step.
     scalar_eps: float = 1e-6
     muon_momentum: float = 0.95
     muon_beta2: float = 0.9

@@ -1,4 +1,4 @@
-"""How much a device can process at a time and per second, measured before a run to plan it, and how a run keeps to its time.
+"""Plans a run by measuring: how many rows fit on a device, how many updates fit in the time. Then holds it to its time.
 
 Used by the training scripts, stage.py and trainer.py.
 """

@@ -19,7 +19,7 @@ from nanochat.common import NanochatError
 from nanochat.files import atomic_write, locked
 
 MAX_JOBS = 1000  # in a Slurm array; most clusters allow 1001
-PREPARED = {"num_shards", "shard_tokens"}  # settings by which its settings.json is told from somebody else's
+PREPARED = {"num_shards", "shard_tokens"}  # only a settings.json of ours has these
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,8 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._began = time.perf_counter()
-        # The time left follows from the pace since the first of these, (time, step): when half of the present work was done.
+        # The time left is estimated from the pace of the second half of the work done so far: the (time, step) where that
+        # half began, and the next such point.
         self._paced_from = self._paced_next = (self._began, self.start)
         if self.active and self._console.is_terminal:
             count = "{task.completed:,} " + f"{self.unit}s"

@@ -76,9 +76,9 @@ class RolloutSettings:
 
 
 def fill_in(rewards: Sequence[float | None]) -> list[float]:
-    """The rewards of a problem's answers, where those that never ended (None) get as little as the worst that did, at most 0.
+    """The rewards of a problem's answers; one that never ended (None) gets the lowest reward of the others, at most 0.
 
-    Anything more, and a model would learn not to stop.
+    With more than that, a model would learn not to stop.
     """
     least = min([0.0, *(reward for reward in rewards if reward is not None)])
     return [least if reward is None else reward for reward in rewards]

@@ -35,8 +35,8 @@ WORK_SETTINGS = COMMAND_SETTINGS | {
     "eval_every", "eval_tokens", "eval_examples", "eval_samples", "core_metric_every", "core_metric_max_per_task",
     "sample_every", "save_every", "keep_last",
 }  # fmt: skip
-# Settings that may change when a run is resumed: also rates, since lower ones are the remedy for a divergence, what another
-# machine can do, and whatever has its content compared in place of its path.
+# Settings that may change when a run is resumed: also learning rates, because lowering them cures a divergence, what another
+# machine may do differently, and paths, because their content is compared instead.
 FREE_SETTINGS = WORK_SETTINGS | {
     *RATES, "dtype", "attention", "fp8", "data", "tasks", "task_data", "tokenizer", "from_hf", "model_step"
 }  # fmt: skip

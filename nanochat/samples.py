@@ -23,7 +23,7 @@ def continue_openings(
     documents = (document for _, document in itertools.islice(source.numbered("val"), num_samples))
     texts = (document if isinstance(document, str) else tokenizer.decode(document[:64].tolist()) for document in documents)
     openings = [tokenizer.encode(" ".join(text.split()[:6])) for text in texts]
-    most = min(64, engine.model.config.sequence_len // 2)  # where no spaces part words, six are whole paragraphs
+    most = min(64, engine.model.config.sequence_len // 2)  # in a script without spaces, six "words" are whole paragraphs
     prompts = [[tokenizer.get_bos_token_id(), *opening[:most]] for opening in openings]
     rows = engine.complete(prompts, SamplingParams(temperature, max_tokens=max_tokens))
     return [

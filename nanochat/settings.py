@@ -52,8 +52,7 @@ class Arguments(argparse.Namespace):
 
     __slots__ = ("_parser", "defaults", "given", "typed")
     _parser: SettingsParser
-    # By the names that `vars` has: what flags are where neither command line nor file gives them, those that one gives, and
-    # those that the command line gives.
+    # By the names that `vars` has: each flag's default, the flags that were given at all, and those given on the command line.
     defaults: dict[str, Any]
     given: set[str]
     typed: set[str]

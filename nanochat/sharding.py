@@ -114,7 +114,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 class _Reader(dcp.FileSystemReader):
     """PyTorch's reader, but reading the metadata (a pickle) runs no code of the checkpoint's author.
 
-    Always those in this file, never those of a single rank. They name each part of each tensor, so they are read once.
+    The metadata is that of the whole checkpoint, never one rank's. It lists every part of every tensor, so it is read once.
     """
 
     @functools.cached_property

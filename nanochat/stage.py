@@ -98,7 +98,7 @@ class Stage:
     def adopt(self, args: Arguments) -> None:
         """Where the stage goes on, give the flags that were left out the values that it was begun with, but for NOT_KEPT.
 
-        A run by time may have changed its number of updates after this step. Its config.toml asks for the newest number; that
+        A run by time may have changed its number of updates after this step. Its config.toml holds the newest number; that
         is not a request for other settings.
         """
         if self.resume_step is not None:
