@@ -110,10 +110,16 @@ class Message(BaseModel):
         return self
 
     def parts(self) -> list[dict[str, str]]:
-        content: str | list[Part] = self.content or ""
-        if self.role == "assistant" and self.nanochat is not None:
-            content = self.nanochat.parts or content
-        return [{"type": "text", "text": content}] if isinstance(content, str) else [part.model_dump() for part in content]
+        """The parts of our extension, unless their text is not `content`: a client edited it, or lost parts of a stream."""
+        content = self.content if isinstance(self.content, list) else [Part(type="text", text=self.content or "")]
+        whole = self.nanochat.parts if self.role == "assistant" and self.nanochat is not None else []
+        if whole and (self.content is None or _text(whole) == _text(content)):
+            content = whole
+        return [part.model_dump() for part in content]
+
+
+def _text(parts: list[Part]) -> str:
+    return spoken([(part.text, part.type) for part in parts])
 
 
 class StreamOptions(BaseModel):
