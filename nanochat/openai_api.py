@@ -458,11 +458,16 @@ def check_tokens(tokens: list[int], tokenizer: Tokenizer, param: str = "prompt")
         raise RequestError(f"token {max(tokens)} is outside the vocabulary of {tokenizer.get_vocab_size()}", param=param)
 
 
+def context_limit(tokens: int) -> str:
+    """How errors about the context begin: programs such as litellm know them by OpenAI's words."""
+    return f"this model's maximum context length is {tokens} tokens"
+
+
 def check_prompt(tokens: list[int], limit: int) -> None:
     """Raise RequestError if a prompt leaves no room for an answer."""
     if len(tokens) >= limit:
         raise RequestError(
-            f"this model's context is {limit} tokens, and the prompt alone has {len(tokens)}: shorten it",
+            f"{context_limit(limit)}, and the prompt alone has {len(tokens)}: shorten it",
             param="prompt",
             code="context_length_exceeded",
         )

@@ -40,6 +40,7 @@ from nanochat.openai_api import (
     check_logprobs,
     check_prompt,
     check_tokens,
+    context_limit,
     explain,
     token_text,
 )
@@ -255,7 +256,8 @@ async def _render(service: Service, request: ChatRequest) -> tuple[list[int], in
     try:
         return await asyncio.to_thread(render)
     except NanochatError as error:
-        raise RequestError(str(error), param="messages", code="context_length_exceeded") from None
+        message = f"{context_limit(service.context)}, and {error}"
+        raise RequestError(message, param="messages", code="context_length_exceeded") from None
 
 
 def _report_dropped(dropped: int) -> tuple[dict[str, int], dict[str, str]]:

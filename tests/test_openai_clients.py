@@ -123,6 +123,16 @@ def test_a_wrong_address_gets_the_right_one(client: TestClient, method: str, pat
     assert "OpenAI's API has the base URL http://testserver/v1" in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(("path", "body"), [(CHAT, {"messages": [{**QUESTION, "content": "word " * 2000}]}),
+                                            (TEXT, {"prompt": "word " * 2000})])  # fmt: skip
+def test_what_is_too_long_is_called_so_in_openais_words(client: TestClient, path: str, body: dict[str, Any]) -> None:
+    """Programs know by them when to take another model; its code alone does not tell litellm."""
+    response = client.post(path, json=body)
+    error, context = response.json()["error"], client.get("/stats").json()["context"]
+    assert response.status_code == 400 and error["code"] == "context_length_exceeded"
+    assert error["message"].startswith(f"this model's maximum context length is {context} tokens, and ")
+
+
 @pytest.mark.parametrize("body", [b"", b"null", b"[]", b"5", b'"hi"'])
 def test_a_body_that_is_no_object_is_called_that(client: TestClient, body: bytes) -> None:
     for path in (CHAT, TEXT, "/chat/completions", "/tokenize"):
