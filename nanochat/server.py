@@ -344,7 +344,8 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestError)
     async def request_error(_: Request, error: RequestError) -> JSONResponse:
-        headers = {"Retry-After": "2"} if error.status == 429 else None
+        # OpenAI's clients try a 504 again by themselves: it would take as long, and as much computing, each time.
+        headers = {429: {"Retry-After": "2"}, 504: {"X-Should-Retry": "false"}}.get(error.status)
         return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
     @app.exception_handler(RequestValidationError)
