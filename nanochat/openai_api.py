@@ -88,6 +88,13 @@ class Part(BaseModel):
     type: Literal["text", "python", "python_output"]
     text: str = Field(max_length=MAX_CHARS)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_refusal(cls, part: Any) -> Any:
+        """A refusal, as a message of OpenAI's models may hold it, is text here."""
+        is_refusal = isinstance(part, dict) and part.get("type") == "refusal"
+        return {"type": "text", "text": part.get("refusal")} if is_refusal else part
+
 
 PartList = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
 
@@ -326,13 +333,13 @@ class Reply:
     # ------------------------------------------------------------------------- choices
 
     def chat_choice(self, index: int, sequence: Sequence) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": spoken(sequence.pieces)}
+        message: dict[str, Any] = {"role": "assistant", "content": spoken(sequence.pieces), "refusal": None}
         parts = joined_parts(sequence.pieces)
         if any(part["type"] != "text" for part in parts):
             message["nanochat"] = {"parts": parts}
         logprobs = None
         if sequence.params.logprobs is not None:  # without that of the stop token
-            logprobs = {"content": self.chat_logprobs(sequence.logprobs[: sum(sequence.masks)])}
+            logprobs = self.chat_logprobs(sequence.logprobs[: sum(sequence.masks)])
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason(sequence)}
 
     def chat_delta(
@@ -343,7 +350,7 @@ class Reply:
         delta: dict[str, Any] = {} if last else {"content": text}
         if parts:
             delta["nanochat"] = {"parts": parts}
-        content = {"content": self.chat_logprobs(logprobs)} if sequence.params.logprobs is not None else None
+        content = self.chat_logprobs(logprobs) if sequence.params.logprobs is not None else None
         return {
             "index": index, "delta": delta, "logprobs": content,
             "finish_reason": finish_reason(sequence) if last else None,
@@ -372,15 +379,16 @@ class Reply:
 
     # ------------------------------------------------------------------------- log-probabilities
 
-    def chat_logprobs(self, logprobs: list[TokenLogprob]) -> list[dict[str, Any]]:
+    def chat_logprobs(self, logprobs: list[TokenLogprob]) -> dict[str, Any]:
         def described(token: int, logprob: float) -> dict[str, Any]:
             data = b"" if self.tokenizer.is_special(token) else self.tokenizer.decode_bytes([token])
             return {"token": token_text(self.tokenizer, token), "logprob": logprob, "bytes": list(data)}
 
-        return [
+        content = [
             {**described(entry.token, entry.logprob), "top_logprobs": [described(*pair) for pair in entry.top]}
             for entry in logprobs
         ]
+        return {"content": content, "refusal": None}
 
     def completion_logprobs(
         self, logprobs: Iterable[TokenLogprob | None], tokens: list[int], offsets: list[int]

@@ -53,6 +53,7 @@ from nanochat.trimming import prompt_room, trim_conversation
 
 # Writes replies with log-probabilities, one at a time: each may take seconds, and would keep others' prompts waiting.
 LOGPROBS = ThreadPoolExecutor(1, "logprobs")
+OPENAI_PATHS = ("/chat/completions", "/completions", "/models")  # under /v1
 NAMED_TOKENS = {"bos_token": "<|bos|>", "eos_token": "<|assistant_end|>"}
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; style-src 'self'; frame-ancestors 'none'",
@@ -358,7 +359,9 @@ def _add_error_handlers(app: FastAPI) -> None:
         if error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "another method")
             message = f"{request.url.path[:100]} takes {allowed}, not {request.method}: /docs lists everything"
-        if error.status_code == 404:
+        if error.status_code == 404 and request.url.path.startswith("/v1/") and not request.url.path.endswith(OPENAI_PATHS):
+            message = f"{asked} is not offered here: /docs lists what is"
+        elif error.status_code == 404:
             message = (
                 f"there is no {asked} here: OpenAI's API has the base URL {_base_url(request)}, and /docs lists everything"
             )
