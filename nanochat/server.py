@@ -15,10 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -76,6 +77,19 @@ class TokenizeRequest(BaseModel):
     add_special_tokens: bool | None = None  # its value is ignored; its presence marks a vLLM-style client (see tokenize)
 
 
+class ErrorDetails(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    """OpenAI's form of an error, as RequestError.body makes it."""
+
+    error: ErrorDetails
+
+
 def create_app(
     engines: list[Engine],
     model_name: str,
@@ -98,7 +112,12 @@ def create_app(
         yield
         await asyncio.to_thread(service.close)
 
-    app = FastAPIOffline(title="nanochat", lifespan=lifespan, redoc_url=None)
+    errors: dict[int | str, dict[str, Any]] = {
+        "4XX": {"model": ErrorReply, "description": "What is wrong with the request, such as 400, 404 or 429"},
+        "5XX": {"model": ErrorReply, "description": "What has failed here"},
+    }
+    described_key = [] if api_key is None else [Depends(HTTPBearer(auto_error=False))]  # for /docs; guard.py checks it
+    app = FastAPIOffline(title="nanochat", lifespan=lifespan, redoc_url=None, responses=errors, dependencies=described_key)
     app.state.service = service
     app.add_middleware(Guard, api_key=api_key, hosts=hosts)
     if cors_origins:
@@ -220,7 +239,7 @@ def _add_status_routes(app: FastAPI, service: Service, defaults: dict[str, Any])
     async def stats() -> dict[str, Any]:
         return service.stats()
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 

@@ -209,3 +209,18 @@ def test_biases_and_penalties_decide_what_is_said(client: TestClient, tokenizer:
     assert " cat" not in tokens(logit_bias={cat: -100})
     for penalty in ("presence_penalty", "frequency_penalty"):
         assert len(set(tokens(**{penalty: 2}))) > len(set(tokens())) > len(set(tokens(**{penalty: -2})))
+
+
+def test_the_description_has_the_replies_that_come(client: TestClient) -> None:
+    """FastAPI's own 422 never does."""
+    described = client.get("/openapi.json").json()
+    errors = [client.post(CHAT, json={}), client.get("/v1/models/other"), client.post(TEXT, json={"prompt": "word " * 2000})]
+    for operations in described["paths"].values():
+        for operation in operations.values():
+            assert set(operation["responses"]) == {"200", "4XX", "5XX"}
+    form = {"$ref": "#/components/schemas/ErrorReply"}
+    assert described["paths"][CHAT]["post"]["responses"]["4XX"]["content"]["application/json"]["schema"] == form
+    for error in errors:
+        assert set(error.json()["error"]) == set(described["components"]["schemas"]["ErrorDetails"]["properties"])
+    (kind,) = described["paths"]["/metrics"]["get"]["responses"]["200"]["content"]
+    assert client.get("/metrics").headers["content-type"].startswith(kind) and kind == "text/plain"
