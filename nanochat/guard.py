@@ -1,4 +1,7 @@
-"""Checks requests before anything is parsed. Used by server.py and, for connections, by scripts/chat_web.py."""
+"""Checks requests before anything is parsed, and adds their ids to the replies.
+
+Used by server.py and, for connections, by scripts/chat_web.py.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import asyncio
 import hmac
 import math
 import re
+import uuid
 from typing import Any
 
 import h11
@@ -21,6 +25,7 @@ MAX_HEAD_BYTES = 1 << 16  # of a request's headers, and of its trailers
 MAX_WAITING_BYTES = 1 << 19  # of the requests that a connection sends while one is being answered
 MAX_BODY_BYTES = 2 << 20
 HEAD_TIMEOUT_S = BODY_TIMEOUT_S = 30.0  # for the headers of a request to arrive, and for its body
+REQUEST_ID = re.compile(rb"[!-~]{1,128}")  # of clients; others get one of ours
 READ_TIMEOUT_S = 60.0  # for the client to read some of an answer that fills the buffers
 
 
@@ -117,6 +122,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
+        send = _with_request_id(headers, send)
         try:
             self._check_host(headers)
             self._check_key(scope["path"], headers)
@@ -169,3 +175,16 @@ class Guard:
             return waiting.pop() if waiting else ({"type": "http.disconnect"} if gone else await receive())
 
         return replay
+
+
+def _with_request_id(headers: dict[bytes, bytes], send: Send) -> Send:
+    """The `send` that adds X-Request-Id, by which OpenAI's clients name a reply: the client's own if it gave one."""
+    given = headers.get(b"x-request-id", b"")
+    request_id = given if REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}".encode()
+
+    async def send_named(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", request_id)]}
+        await send(message)
+
+    return send_named

@@ -88,6 +88,13 @@ class Part(BaseModel):
     type: Literal["text", "python", "python_output"]
     text: str = Field(max_length=MAX_CHARS)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_refusal(cls, part: Any) -> Any:
+        """A refusal, as a message of OpenAI's models may hold it, is text here."""
+        is_refusal = isinstance(part, dict) and part.get("type") == "refusal"
+        return {"type": "text", "text": part.get("refusal")} if is_refusal else part
+
 
 PartList = Annotated[list[Part], Field(max_length=MAX_PARTS, fail_fast=True)]
 
@@ -110,10 +117,16 @@ class Message(BaseModel):
         return self
 
     def parts(self) -> list[dict[str, str]]:
-        content: str | list[Part] = self.content or ""
-        if self.role == "assistant" and self.nanochat is not None:
-            content = self.nanochat.parts or content
-        return [{"type": "text", "text": content}] if isinstance(content, str) else [part.model_dump() for part in content]
+        """The parts of our extension, unless their text is not `content`: a client edited it, or lost parts of a stream."""
+        content = self.content if isinstance(self.content, list) else [Part(type="text", text=self.content or "")]
+        whole = self.nanochat.parts if self.role == "assistant" and self.nanochat is not None else []
+        if whole and (self.content is None or _text(whole) == _text(content)):
+            content = whole
+        return [part.model_dump() for part in content]
+
+
+def _text(parts: list[Part]) -> str:
+    return spoken([(part.text, part.type) for part in parts])
 
 
 class StreamOptions(BaseModel):
@@ -320,13 +333,13 @@ class Reply:
     # ------------------------------------------------------------------------- choices
 
     def chat_choice(self, index: int, sequence: Sequence) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": spoken(sequence.pieces)}
+        message: dict[str, Any] = {"role": "assistant", "content": spoken(sequence.pieces), "refusal": None}
         parts = joined_parts(sequence.pieces)
         if any(part["type"] != "text" for part in parts):
             message["nanochat"] = {"parts": parts}
         logprobs = None
         if sequence.params.logprobs is not None:  # without that of the stop token
-            logprobs = {"content": self.chat_logprobs(sequence.logprobs[: sum(sequence.masks)])}
+            logprobs = self.chat_logprobs(sequence.logprobs[: sum(sequence.masks)])
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish_reason(sequence)}
 
     def chat_delta(
@@ -337,7 +350,7 @@ class Reply:
         delta: dict[str, Any] = {} if last else {"content": text}
         if parts:
             delta["nanochat"] = {"parts": parts}
-        content = {"content": self.chat_logprobs(logprobs)} if sequence.params.logprobs is not None else None
+        content = self.chat_logprobs(logprobs) if sequence.params.logprobs is not None else None
         return {
             "index": index, "delta": delta, "logprobs": content,
             "finish_reason": finish_reason(sequence) if last else None,
@@ -366,15 +379,16 @@ class Reply:
 
     # ------------------------------------------------------------------------- log-probabilities
 
-    def chat_logprobs(self, logprobs: list[TokenLogprob]) -> list[dict[str, Any]]:
+    def chat_logprobs(self, logprobs: list[TokenLogprob]) -> dict[str, Any]:
         def described(token: int, logprob: float) -> dict[str, Any]:
             data = b"" if self.tokenizer.is_special(token) else self.tokenizer.decode_bytes([token])
             return {"token": token_text(self.tokenizer, token), "logprob": logprob, "bytes": list(data)}
 
-        return [
+        content = [
             {**described(entry.token, entry.logprob), "top_logprobs": [described(*pair) for pair in entry.top]}
             for entry in logprobs
         ]
+        return {"content": content, "refusal": None}
 
     def completion_logprobs(
         self, logprobs: Iterable[TokenLogprob | None], tokens: list[int], offsets: list[int]
@@ -452,11 +466,16 @@ def check_tokens(tokens: list[int], tokenizer: Tokenizer, param: str = "prompt")
         raise RequestError(f"token {max(tokens)} is outside the vocabulary of {tokenizer.get_vocab_size()}", param=param)
 
 
+def context_limit(tokens: int) -> str:
+    """How errors about the context begin: programs such as litellm know them by OpenAI's words."""
+    return f"this model's maximum context length is {tokens} tokens"
+
+
 def check_prompt(tokens: list[int], limit: int) -> None:
     """Raise RequestError if a prompt leaves no room for an answer."""
     if len(tokens) >= limit:
         raise RequestError(
-            f"this model's context is {limit} tokens, and the prompt alone has {len(tokens)}: shorten it",
+            f"{context_limit(limit)}, and the prompt alone has {len(tokens)}: shorten it",
             param="prompt",
             code="context_length_exceeded",
         )

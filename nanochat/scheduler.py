@@ -242,6 +242,7 @@ class Scheduler:
     def _begin(self, sequence: Sequence, shared: list[int], content: int, needed: int, computed: int) -> None:
         """Start the next waiting text with these shared full blocks and `needed` new ones; `computed` tokens are done."""
         self.waiting.popleft()
+        sequence.admitted = True
         sequence.computed, sequence.published, sequence.content = computed, len(shared), content
         if not sequence.tokens:
             sequence.cached_tokens = computed

@@ -44,6 +44,7 @@ class Sequence:
     stop_token: int | None = None  # the token that ended it, if one did
     error: str | None = None
     cached_tokens: int = 0  # tokens of the prompt that were found in shared blocks
+    admitted: bool = False  # it has left the queue, and its prompt counts as read
     created: float = field(default_factory=time.perf_counter)
     first_token_at: float | None = None
 

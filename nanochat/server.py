@@ -15,10 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.security import HTTPBearer
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -40,6 +41,7 @@ from nanochat.openai_api import (
     check_logprobs,
     check_prompt,
     check_tokens,
+    context_limit,
     explain,
     token_text,
 )
@@ -52,6 +54,7 @@ from nanochat.trimming import prompt_room, trim_conversation
 
 # Writes replies with log-probabilities, one at a time: each may take seconds, and would keep others' prompts waiting.
 LOGPROBS = ThreadPoolExecutor(1, "logprobs")
+OPENAI_PATHS = ("/chat/completions", "/completions", "/models")  # under /v1
 NAMED_TOKENS = {"bos_token": "<|bos|>", "eos_token": "<|assistant_end|>"}
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; style-src 'self'; frame-ancestors 'none'",
@@ -72,6 +75,19 @@ class TokenizeRequest(BaseModel):
     messages: list[ChatMessage] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS)  # of the answer to the messages, which they leave room for
     add_special_tokens: bool | None = None  # its value is ignored; its presence marks a vLLM-style client (see tokenize)
+
+
+class ErrorDetails(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(BaseModel):
+    """OpenAI's form of an error, as RequestError.body makes it."""
+
+    error: ErrorDetails
 
 
 def create_app(
@@ -96,7 +112,12 @@ def create_app(
         yield
         await asyncio.to_thread(service.close)
 
-    app = FastAPIOffline(title="nanochat", lifespan=lifespan, redoc_url=None)
+    errors: dict[int | str, dict[str, Any]] = {
+        "4XX": {"model": ErrorReply, "description": "What is wrong with the request, such as 400, 404 or 429"},
+        "5XX": {"model": ErrorReply, "description": "What has failed here"},
+    }
+    described_key = [] if api_key is None else [Depends(HTTPBearer(auto_error=False))]  # for /docs; guard.py checks it
+    app = FastAPIOffline(title="nanochat", lifespan=lifespan, redoc_url=None, responses=errors, dependencies=described_key)
     app.state.service = service
     app.add_middleware(Guard, api_key=api_key, hosts=hosts)
     if cors_origins:
@@ -218,7 +239,7 @@ def _add_status_routes(app: FastAPI, service: Service, defaults: dict[str, Any])
     async def stats() -> dict[str, Any]:
         return service.stats()
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -255,7 +276,8 @@ async def _render(service: Service, request: ChatRequest) -> tuple[list[int], in
     try:
         return await asyncio.to_thread(render)
     except NanochatError as error:
-        raise RequestError(str(error), param="messages", code="context_length_exceeded") from None
+        message = f"{context_limit(service.context)}, and {error}"
+        raise RequestError(message, param="messages", code="context_length_exceeded") from None
 
 
 def _report_dropped(dropped: int) -> tuple[dict[str, int], dict[str, str]]:
@@ -342,7 +364,8 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestError)
     async def request_error(_: Request, error: RequestError) -> JSONResponse:
-        headers = {"Retry-After": "2"} if error.status == 429 else None
+        # OpenAI's clients try a 504 again by themselves: it would take as long, and as much computing, each time.
+        headers = {429: {"Retry-After": "2"}, 504: {"X-Should-Retry": "false"}}.get(error.status)
         return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
     @app.exception_handler(RequestValidationError)
@@ -355,7 +378,9 @@ def _add_error_handlers(app: FastAPI) -> None:
         if error.status_code == 405:
             allowed = (error.headers or {}).get("Allow", "another method")
             message = f"{request.url.path[:100]} takes {allowed}, not {request.method}: /docs lists everything"
-        if error.status_code == 404:
+        if error.status_code == 404 and request.url.path.startswith("/v1/") and not request.url.path.endswith(OPENAI_PATHS):
+            message = f"{asked} is not offered here: /docs lists what is"
+        elif error.status_code == 404:
             message = (
                 f"there is no {asked} here: OpenAI's API has the base URL {_base_url(request)}, and /docs lists everything"
             )

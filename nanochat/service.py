@@ -75,13 +75,14 @@ class Metrics:
         )
 
     def observe(self, sequence: Sequence) -> None:
-        """Count a text that is done."""
+        """Count a text that is done; its prompt only if it was read, at least in part."""
         now = time.perf_counter()
         self.finished.labels(self._name, sequence.finish_reason).inc()
-        self.prompt_tokens.inc(len(sequence.prompt))
-        self.queries.inc(len(sequence.prompt))
-        self.hits.inc(sequence.cached_tokens)
-        self.generated.inc(sum(sequence.masks))
+        if sequence.admitted:
+            self.prompt_tokens.inc(len(sequence.prompt))
+            self.queries.inc(len(sequence.prompt))
+            self.hits.inc(sequence.cached_tokens)
+        self.generated.inc(sum(sequence.masks) + (sequence.stop_token is not None))
         self.latency.observe(now - sequence.created)
         if sequence.first_token_at is not None:
             self.first_token.observe(sequence.first_token_at - sequence.created)

@@ -35,7 +35,7 @@ def padded(rows: list[list[int]], filler: int, device: torch.device) -> torch.Te
 def trim_conversation(conversation: dict[str, Any], tokenizer: Tokenizer, max_tokens: int) -> tuple[dict[str, Any], int]:
     """(conversation, turns dropped): the oldest turns removed until the rest, ready for an answer, fits max_tokens.
 
-    A system message stays. Raises NanochatError if the last message alone is too long.
+    A system message stays. Raises NanochatError if the last message, with the system message before it, is too long.
     """
     messages = list(conversation["messages"])
     system = [messages.pop(0)] if messages and messages[0]["role"] == "system" else []
@@ -51,6 +51,12 @@ def trim_conversation(conversation: dict[str, Any], tokenizer: Tokenizer, max_to
     dropped = 0 if length(0) <= max_tokens else bisect.bisect_left(range(most), True, key=lambda n: length(n) <= max_tokens)
     if length(dropped) > max_tokens:
         tokens = length(dropped)
+        if system:
+            last = len(tokenizer.render_for_completion({"messages": messages[2 * dropped :]}))
+            raise NanochatError(
+                f"a message of {last} tokens after a system prompt of {tokens - last} does not fit the {max_tokens} that the "
+                "context leaves for both: shorten the longer one"
+            )
         raise NanochatError(
             f"a message of {tokens} tokens does not fit the {max_tokens} that the context leaves for it: shorten it"
         )

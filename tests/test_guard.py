@@ -37,6 +37,15 @@ def test_an_api_key_is_asked_for(engine: Engine) -> None:
         assert 401 not in answers.values() and {answers[path] for path in pages[:-1]} == {200}, answers
 
 
+def test_the_description_says_where_a_key_is_asked_for(engine: Engine) -> None:
+    """So /docs has a field for it."""
+    for key, schemes in (("secret", {"HTTPBearer"}), (None, set())):
+        with TestClient(create_app([engine], "tiny", api_key=key)) as client:
+            described = client.get("/openapi.json").json()
+        asked = {scheme for entry in described["paths"][CHAT]["post"].get("security", []) for scheme in entry}
+        assert asked == set(described["components"].get("securitySchemes", {})) == schemes
+
+
 def test_a_browser_may_ask_what_it_may_send_before_it_sends_the_key(engine: Engine) -> None:
     """To a page of another origin; and clients that write two spaces are understood."""
     origin = {"Origin": "http://other.example", "Access-Control-Request-Method": "POST"}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from nanochat.openai_api import ChatRequest, CompletionRequest, usage
+from nanochat.openai_api import ChatRequest, CompletionRequest, Message, usage
 from nanochat.sequence import Sequence
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -57,3 +57,23 @@ def test_a_prompt_is_counted_once_and_each_of_its_samples() -> None:
     assert usage(sequences, 2) == {
         "prompt_tokens": 8, "completion_tokens": 31, "total_tokens": 39, "prompt_tokens_details": {"cached_tokens": 6},
     }  # fmt: skip
+
+
+def test_parts_are_taken_as_long_as_they_say_what_the_message_says() -> None:
+    """OpenAI's JavaScript client keeps only the last parts of a stream; other clients let their users edit the text."""
+    call = {"type": "python", "text": "9*9"}
+    parts = [{"type": "text", "text": "It is "}, call, {"type": "text", "text": "81."}]
+
+    def read(content: Any, sent: list[dict[str, str]], role: str = "assistant") -> list[dict[str, str]]:
+        return Message.model_validate({"role": role, "content": content, "nanochat": {"parts": sent}}).parts()
+
+    def text(content: str) -> list[dict[str, str]]:
+        return [{"type": "text", "text": content}]
+
+    for content in ("It is 81.", None, text("It is 81."), text("It is ") + text("81.")):
+        assert read(content, parts) == parts
+    for content in ("", None, []):
+        assert read(content, [call]) == [call]
+    for content, sent in (("It is 81.", parts[2:]), ("It is 82.", parts), ("", parts), ("It is 81.", [call]), ("81.", [])):
+        assert read(content, sent) == text(content)
+    assert read("It is 81.", parts, role="user") == text("It is 81.")

@@ -113,14 +113,68 @@ def test_a_reply_holds_no_more_log_probabilities_than_can_be_written(
 
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("POST", "/chat/completions"), ("POST", "/completions"), ("GET", "/models"), ("POST", "/v1/responses"),
+    [("POST", "/chat/completions"), ("POST", "/completions"), ("GET", "/models"), ("POST", "/v1/v1/completions"),
      ("POST", "/v1/chat/completions/chat/completions")],
 )  # fmt: skip
 def test_a_wrong_address_gets_the_right_one(client: TestClient, method: str, path: str) -> None:
-    """A base URL without /v1, with too much, and what is not served. The page's stream is no reply to OpenAI's client."""
+    """A base URL without /v1, or with too much. The page's stream is no reply to OpenAI's client."""
     response = client.request(method, path, json={"model": "tiny", "messages": [QUESTION]} if method == "POST" else None)
     assert response.status_code == 404
     assert "OpenAI's API has the base URL http://testserver/v1" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/embeddings", "/v1/chat/completions/chatcmpl-1/messages"])
+def test_what_is_not_served_is_not_blamed_on_the_address(client: TestClient, path: str) -> None:
+    response = client.post(path, json={"model": "tiny", "input": "Hi"})
+    assert response.status_code == 404 and response.json()["error"]["message"].startswith(f"POST {path} is not offered here")
+
+
+def test_replies_have_what_openais_types_require(client: TestClient) -> None:
+    """Also where it may be null: clients that are generated from OpenAI's description refuse a reply without it."""
+    body = {"messages": [QUESTION], "max_tokens": 4, "ignore_eos": True, "logprobs": True}
+    (choice,) = client.post(CHAT, json=body).json()["choices"]
+    assert choice["message"]["refusal"] is None and choice["logprobs"]["refusal"] is None
+    lines = client.post(CHAT, json={**body, "stream": True}).text.split("\n\n")
+    chunks = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+    found = [chunk["logprobs"] for chunk in chunks if chunk["logprobs"] is not None]
+    assert found and all(logprobs["refusal"] is None for logprobs in found)
+
+
+def test_a_refusal_in_a_history_is_text(client: TestClient) -> None:
+    def read(*content: dict[str, Any]) -> Any:
+        messages = [QUESTION, {"role": "assistant", "content": content, "refusal": None}, QUESTION]
+        return client.post("/tokenize", json={"messages": messages}).json()
+
+    refusal = {"type": "refusal", "refusal": "I would rather not."}
+    assert read(refusal) == read({"type": "text", "text": "I would rather not."})
+    assert read({"type": "refusal"})["error"]["param"].startswith("messages.1.content.0")
+
+
+def test_every_reply_has_the_id_of_its_request(client: TestClient) -> None:
+    """The client's own, if it is fit for a header."""
+    for path, status in (("/health", 200), ("/nowhere", 404)):
+        ours = [(reply := client.get(path)).headers["x-request-id"] for _ in range(2)]
+        assert reply.status_code == status and ours[0] != ours[1] and ours[0].startswith("req_")
+        for sent, taken in (
+            ("my-1", True),
+            ("x" * 128, True),
+            ("x" * 129, False),
+            ("", False),
+            ("a b", False),
+            ("\xe9", False),
+        ):
+            given = client.get(path, headers={"X-Request-Id": sent.encode("latin-1")}).headers["x-request-id"]
+            assert (given == sent) is taken and given
+
+
+@pytest.mark.parametrize(("path", "body"), [(CHAT, {"messages": [{**QUESTION, "content": "word " * 2000}]}),
+                                            (TEXT, {"prompt": "word " * 2000})])  # fmt: skip
+def test_what_is_too_long_is_called_so_in_openais_words(client: TestClient, path: str, body: dict[str, Any]) -> None:
+    """Programs know by them when to take another model; its code alone does not tell litellm."""
+    response = client.post(path, json=body)
+    error, context = response.json()["error"], client.get("/stats").json()["context"]
+    assert response.status_code == 400 and error["code"] == "context_length_exceeded"
+    assert error["message"].startswith(f"this model's maximum context length is {context} tokens, and ")
 
 
 @pytest.mark.parametrize("body", [b"", b"null", b"[]", b"5", b'"hi"'])
@@ -155,3 +209,18 @@ def test_biases_and_penalties_decide_what_is_said(client: TestClient, tokenizer:
     assert " cat" not in tokens(logit_bias={cat: -100})
     for penalty in ("presence_penalty", "frequency_penalty"):
         assert len(set(tokens(**{penalty: 2}))) > len(set(tokens())) > len(set(tokens(**{penalty: -2})))
+
+
+def test_the_description_has_the_replies_that_come(client: TestClient) -> None:
+    """FastAPI's own 422 never does."""
+    described = client.get("/openapi.json").json()
+    errors = [client.post(CHAT, json={}), client.get("/v1/models/other"), client.post(TEXT, json={"prompt": "word " * 2000})]
+    for operations in described["paths"].values():
+        for operation in operations.values():
+            assert set(operation["responses"]) == {"200", "4XX", "5XX"}
+    form = {"$ref": "#/components/schemas/ErrorReply"}
+    assert described["paths"][CHAT]["post"]["responses"]["4XX"]["content"]["application/json"]["schema"] == form
+    for error in errors:
+        assert set(error.json()["error"]) == set(described["components"]["schemas"]["ErrorDetails"]["properties"])
+    (kind,) = described["paths"]["/metrics"]["get"]["responses"]["200"]["content"]
+    assert client.get("/metrics").headers["content-type"].startswith(kind) and kind == "text/plain"

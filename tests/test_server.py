@@ -407,8 +407,8 @@ def test_an_answer_that_takes_too_long_is_ended(engine: Engine) -> None:
     engine.scheduler.runner.decode = lambda *args: time.sleep(0.02) or decode(*args)
     body = {**HELLO, "ignore_eos": True, "max_tokens": 10_000}
     with TestClient(create_app([engine], "tiny", Limits(request_timeout_s=0.3))) as client:
-        response = client.post(CHAT, json=body)
-        assert response.status_code == 504 and response.json()["error"]["code"] == "timeout"
+        late = client.post(CHAT, json=body)
+        assert (late.status_code, late.json()["error"]["code"], late.headers["x-should-retry"]) == (504, "timeout", "false")
         assert _events(client.post(CHAT, json={**body, "stream": True}).text)[-1]["error"]["code"] == "timeout"
         wait_for(lambda: engine.scheduler.num_running == 0, "the text to end")
 

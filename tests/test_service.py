@@ -308,6 +308,56 @@ def test_samples_of_one_request_differ_and_the_seed_decides_them(client: TestCli
     assert client.post(CHAT, json=body).json()["choices"] == choices
 
 
+# ----------------------------------------------------------------------------- what is counted
+
+
+def _counted(client: TestClient) -> dict[str, dict[str, float]]:
+    """The numbers of tokens in /metrics and in /stats, by the names of the latter."""
+    lines = [line for line in client.get("/metrics").text.split("\n") if line.startswith("vllm:")]
+    value = {line.removeprefix("vllm:").split("{")[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
+    names = {"prompt_tokens": "prompt_tokens", "cached_tokens": "prefix_cache_hits", "generated_tokens": "generation_tokens"}
+    stats = client.get("/stats").json()
+    assert value["prompt_tokens_total"] == value["prefix_cache_queries_total"]
+    return {"metrics": {ours: value[f"{theirs}_total"] for ours, theirs in names.items()},
+            "stats": {name: stats[name] for name in names}}  # fmt: skip
+
+
+def test_prompts_that_were_never_read_are_not_counted(engine: Engine) -> None:
+    """Texts that were cancelled in the queue, and those of no tokens; with those that were read, all add up."""
+    engine.scheduler.max_rows, left = 1, threading.Event()
+    decode = engine.scheduler.runner.decode
+    engine.scheduler.runner.decode = lambda *args: left.wait(60) and decode(*args)
+    app = create_app([engine], "tiny")
+    with TestClient(app) as client:
+        client.post(CHAT, json={**HELLO, "max_tokens": 0})
+        assert set(_counted(client)["metrics"].values()) == {0}
+        texts = [Sequence([1, 2, 3 + i] * 8, SamplingParams(max_tokens=50, ignore_eos=True)) for i in range(4)]
+        for text in texts:
+            text.on_update = lambda text: app.state.service.count_finished(text) if text.finish_reason else None
+            engine.scheduler.submit(text)
+        wait_for(lambda: texts[0].tokens, "the first to be begun")
+        for text in texts:
+            engine.scheduler.cancel(text)
+        left.set()
+        wait_for(lambda: all(text.finish_reason for text in texts), "all to end")
+        counted = _counted(client)
+        assert counted["metrics"] == counted["stats"] and counted["stats"]["prompt_tokens"] == len(texts[0].prompt)
+
+
+def test_generated_tokens_are_those_that_the_model_chose(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the one that ends the answer, without the calculator's; the usage is told of the answer."""
+    encode, special = engine.tokenizer.encode, engine.tokenizer.encode_special
+    said = [special("<|python_start|>"), *encode("2+3"), special("<|python_end|>"), *encode("It is 5.")]
+    script = iter([*said, special("<|assistant_end|>")])
+    monkeypatch.setattr("nanochat.scheduler.sample", lambda *_: torch.tensor([next(script)]))
+    with TestClient(create_app([engine], "tiny")) as client:
+        usage = client.post(CHAT, json={**HELLO, "ignore_eos": False, "max_tokens": 60}).json()["usage"]
+        counted = _counted(client)
+    forced = 2 + len(encode("5"))
+    assert counted["metrics"] == counted["stats"] and counted["stats"]["generated_tokens"] == len(said) + 1
+    assert usage["completion_tokens"] == len(said) + forced
+
+
 # ----------------------------------------------------------------------------- by whom
 
 

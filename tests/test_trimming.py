@@ -47,7 +47,9 @@ def test_as_few_turns_as_possible_are_dropped(tokenizer: Tokenizer, count: int) 
         for limit in range(min(lengths), max(lengths) + 2):
             expected = next(n for n, length in enumerate(lengths) if length <= limit)
             assert trim_conversation({"messages": first + turns}, tokenizer, limit) == (rests[expected], expected)
-        with pytest.raises(NanochatError, match=f"a message of {lengths[-1]} tokens does not fit the {lengths[-1] - 1}"):
+        last = len(tokenizer.render_for_completion({"messages": turns[-1 - (count + 1) % 2 :]}))
+        told = f"{last} tokens after a system prompt of {lengths[-1] - last}" if first else f"{last} tokens"
+        with pytest.raises(NanochatError, match=f"a message of {told} does not fit the {lengths[-1] - 1} that the context"):
             trim_conversation({"messages": first + turns}, tokenizer, lengths[-1] - 1)
 
 
