@@ -360,7 +360,7 @@ def test_rows_on_a_gpu_are_the_most_that_fit_and_divide_the_batch(
     model, seen = make_model(sequence_len=512), []
     assert pace.choose_device_batch_size(model, -1, 48 * 512, 2) == 12
     monkeypatch.setattr(model, "get_device", lambda: torch.device("cuda"))
-    monkeypatch.setattr(pace, "_fits", lambda model, rows: seen.append(rows) or rows <= most)
+    monkeypatch.setattr(pace, "_fits", lambda model, rows, loss_fn: seen.append(rows) or rows <= most)
     assert pace.choose_device_batch_size(model, -1, 48 * 512, 2) == (tried[-1] if most else 1)
     assert seen == tried
     for rows, tokens in ((5, 48 * 512), (-1, 1000)):
