@@ -121,7 +121,10 @@ def create_app(
     app.state.service = service
     app.add_middleware(Guard, api_key=api_key, hosts=hosts)
     if cors_origins:
-        app.add_middleware(CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"])
+        shown = ["X-Request-Id", "X-Should-Retry", "Retry-After"]
+        app.add_middleware(
+            CORSMiddleware, allow_origins=cors_origins, allow_methods=["*"], allow_headers=["*"], expose_headers=shown
+        )
     _add_error_handlers(app)
     _add_pages(app)
     add_run_routes(app)

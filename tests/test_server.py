@@ -338,7 +338,7 @@ def test_other_pages_may_not_call_unless_allowed(engine: Engine) -> None:
         assert "access-control-allow-origin" not in client.post(CHAT, json=HELLO, headers=origin).headers
     with TestClient(create_app([engine], "tiny", cors_origins=["http://other.example"])) as client:
         headers = client.post(CHAT, json=HELLO, headers=origin).headers
-        assert headers["access-control-allow-origin"] == "http://other.example"
+        assert headers["access-control-allow-origin"] == "http://other.example" and headers["access-control-expose-headers"]
 
 
 # ----------------------------------------------------------------------------- pages and numbers
