@@ -122,7 +122,9 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        send = _with_request_id(headers, send)
+        given = headers.get(b"x-request-id", b"")
+        scope["request_id"] = given if REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}".encode()
+        send = _with_request_id(scope["request_id"], send)
         try:
             self._check_host(headers)
             self._check_key(scope["path"], headers)
@@ -177,10 +179,8 @@ class Guard:
         return replay
 
 
-def _with_request_id(headers: dict[bytes, bytes], send: Send) -> Send:
+def _with_request_id(request_id: bytes, send: Send) -> Send:
     """The `send` that adds X-Request-Id, by which OpenAI's clients name a reply: the client's own if it gave one."""
-    given = headers.get(b"x-request-id", b"")
-    request_id = given if REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}".encode()
 
     async def send_named(message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -116,7 +116,7 @@ LOGGERS: dict[str, type[Logger]] = {"wandb": WandbLogger, "tensorboard": TensorB
 
 def check_installed(name: str) -> None:
     """Raise NanochatError if the package of a logger is missing."""
-    package = LOGGERS[name].package
+    package = getattr(LOGGERS[name], "package", None)
     if package is None:
         return
     found = importlib.util.find_spec(package)

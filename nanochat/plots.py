@@ -88,7 +88,7 @@ def draw_panel(panel: Panel) -> Figure:
         axis.yaxis.set_major_formatter("{x:,.0f}")
     if panel.from_zero:
         low, high = min(0.0, values[0]), max(0.0, values[-1])  # rewards may be negative
-        axis.set_ylim((1.12 * low, 1.12 * high) if high > low else (-1, 1))
+        axis.set_ylim((1.12 * low, 1.12 * high) if high > low else (0, 1))
     elif len(values) > 50 and not panel.curves[0].dots:  # the steep fall of the first steps would hide the rest
         low, high = values[0], values[int(0.97 * (len(values) - 1))]
         margin = 0.08 * (high - low) or 0.1

@@ -40,7 +40,8 @@ QUANTITIES = {
     "train/tok_per_s": Quantity("tokens per second", "{:,.0f}", noisy=True, line="tok/s {value:,.0f}"),
     "train/mfu": Quantity("MFU, share of the matmul rate", "{:.1%}", noisy=True, line="MFU {value:.0%}"),
     "val/bpb": Quantity("validation bits per byte", line="bpb {value:.4f}"),
-    "val/core*": Quantity("CORE"),
+    "val/core_metric": Quantity("CORE"),
+    "val/core_partial": Quantity("CORE over some of its tasks"),
     "val/pass@*": Quantity("held-out problems solved", "{:.1%}", line="{name} {value:.1%}"),
     "train/lrm": Quantity("learning rate, share of its peak", ""),
     "train/peak_memory_mb": Quantity("most memory held, GB", "{:.2f} GB", divisor=1000),
@@ -64,7 +65,7 @@ def kind_of(name: str) -> str:
 
 
 def quantity(name: str) -> Quantity:
-    return QUANTITIES.get(kind_of(name), Quantity(name, "{:.4g}"))
+    return QUANTITIES.get(kind_of(name), Quantity(name, "{:,.6g}"))
 
 
 def title_of(name: str) -> str:

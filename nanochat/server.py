@@ -231,8 +231,10 @@ def _add_status_routes(app: FastAPI, service: Service, defaults: dict[str, Any])
         """For lm-eval's remote tokenizer (same name and form as in vLLM)."""
         return {**NAMED_TOKENS, "vocab_size": service.tokenizer.get_vocab_size()}
 
+    no_key: dict[str, Any] = {"security": []}  # as guard.OPEN_PATHS says
+
     @app.head("/health", include_in_schema=False)
-    @app.get("/health")
+    @app.get("/health", openapi_extra=no_key)
     async def health() -> JSONResponse:
         status = "failed" if not service.is_healthy else "ok" if service.is_ready else "compiling"
         body = {"status": status, "ready": status == "ok", "model": service.model_name, "defaults": defaults}
@@ -242,7 +244,7 @@ def _add_status_routes(app: FastAPI, service: Service, defaults: dict[str, Any])
     async def stats() -> dict[str, Any]:
         return service.stats()
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @app.get("/metrics", response_class=PlainTextResponse, openapi_extra=no_key)
     async def metrics() -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -391,5 +393,7 @@ def _add_error_handlers(app: FastAPI) -> None:
         return JSONResponse(body, status_code=error.status_code, headers=error.headers)
 
     @app.exception_handler(Exception)
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:  # starlette logs it with its trace
-        return JSONResponse(RequestError("the server failed: see its log", status=500).body(), status_code=500)
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:  # starlette logs it with its trace
+        headers = {"X-Request-Id": request.scope["request_id"].decode()}  # here, for this reply does not pass the guard
+        body = RequestError("the server failed: see its log", status=500).body()
+        return JSONResponse(body, status_code=500, headers=headers)

@@ -186,6 +186,8 @@ class Worker:
             try:
                 with torch.inference_mode():
                     future.set_result(function(self.engine.model))
+            except (StopIteration, TimeoutError) as error:  # a future raises neither as what it is
+                future.set_exception(RuntimeError(repr(error)))
             except Exception as error:
                 future.set_exception(error)
 

@@ -117,13 +117,13 @@ def final_numbers(runs: list[Run]) -> list[list[str]]:
         **{label: summary(label) for label in ("time", *SUMMARY)},
         "FLOPs to the first one's bits per byte": lambda run: share_to_result(run, runs[0], "flops"),
         "time to the first one's bits per byte": lambda run: share_to_result(run, runs[0], "time"),
-        **other_numbers(runs),
         "evaluated at step": lambda run: f"{run.results['step']:,}",
         "evaluated bits per byte": lambda run: f"{run.results['bpb']['val']:.4f}",
     }
     wanted |= core_numbers(runs)
     for key in dict.fromkeys(key for run in runs for key in run.results if key.startswith("chatcore")):  # by settings
         wanted[key.replace("chatcore", "mean of the chat tasks")] = chat_mean(key)
+    wanted = {**wanted, **{label: number for label, number in other_numbers(runs).items() if label not in wanted}}
     rows = [[label, *(_or_dash(number, run) for run in runs)] for label, number in wanted.items()]
     return [row for row in rows if set(row[1:]) != {"-"}]
 

@@ -167,6 +167,14 @@ def test_every_reply_has_the_id_of_its_request(client: TestClient) -> None:
             assert (given == sent) is taken and given
 
 
+def test_a_reply_to_a_request_that_failed_here_has_its_id(tokenizer: Tokenizer) -> None:
+    app = create_app([make_engine(tokenizer)], "tiny")
+    app.add_api_route("/fails", lambda: 1 // 0)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        reply = client.get("/fails", headers={"X-Request-Id": "my-1"})
+    assert reply.status_code == 500 and reply.headers.get_list("x-request-id") == ["my-1"]
+
+
 @pytest.mark.parametrize(("path", "body"), [(CHAT, {"messages": [{**QUESTION, "content": "word " * 2000}]}),
                                             (TEXT, {"prompt": "word " * 2000})])  # fmt: skip
 def test_what_is_too_long_is_called_so_in_openais_words(client: TestClient, path: str, body: dict[str, Any]) -> None:

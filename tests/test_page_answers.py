@@ -172,6 +172,9 @@ def test_the_keyboard_goes_from_token_to_token(page: playwright.Page) -> None:
         page.keyboard.press("ArrowRight")
         went.append(page.evaluate(FOCUSED))
     assert went == names
+    for shortcut in ("Control+Home", "Shift+ArrowLeft"):  # these are the browser's
+        page.keyboard.press(shortcut)
+        assert page.evaluate(FOCUSED) == names[-1]
     page.keyboard.press("ArrowLeft")
     assert "chosen" in page.locator(f"#{tokens.nth(7).get_attribute('aria-describedby')}").inner_text()
     page.keyboard.press("Tab")

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -186,6 +186,9 @@ def test_a_function_runs_in_the_models_thread_among_texts(engine: Engine) -> Non
         assert await service.compute(where) == ("model", True, expected)
         with pytest.raises(ZeroDivisionError):
             await service.compute(lambda model: 1 // 0)
+        for fails in (lambda model: next(iter(())), lambda model: Future().result(0)):  # to asyncio these have a meaning
+            with pytest.raises(RuntimeError, match="StopIteration|TimeoutError"):
+                await service.compute(fails)
         service.limits = replace(service.limits, request_timeout_s=0.2)
         with pytest.raises(RequestError, match=r"within 0\.2 s"):
             await service.compute(lambda model: late.wait(10))

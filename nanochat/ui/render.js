@@ -182,7 +182,7 @@ function makeOption(span, token, isTabStop) {
 function moveFocus(event) {
   const spans = [...event.currentTarget.children], at = spans.indexOf(event.target), last = spans.length - 1;
   const to = { ArrowLeft: at - 1, ArrowUp: at - 1, ArrowRight: at + 1, ArrowDown: at + 1, Home: 0, End: last }[event.key];
-  if (to === undefined) return;
+  if (to === undefined || event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;  // the browser's own
   event.preventDefault();
   spans[to]?.focus();
 }
