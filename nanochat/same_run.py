@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 # Settings of a command and of the machine that it runs on.
 COMMAND_SETTINGS = {
-    "resume", "resume_from_step", "run", "log_to", "model_tag", "tag", "eval_bundle",
+    "resume", "resume_from_step", "run", "log_to", "model_tag", "tag",
     "device", "device_type", "world_size", "fsdp", "activation_checkpointing", "device_batch_size", "max_rows", "compile",
 }  # fmt: skip
 # Settings that change how the work is done, not what is computed.
 WORK_SETTINGS = COMMAND_SETTINGS | {
     "eval_every", "eval_tokens", "eval_examples", "eval_samples", "core_metric_every", "core_metric_max_per_task",
-    "sample_every", "save_every", "keep_last",
+    "eval_bundle", "sample_every", "save_every", "keep_last",
 }  # fmt: skip
 # Settings that may change when a run is resumed: also learning rates, because lowering them cures a divergence, what another
 # machine may do differently, and paths, because their content is compared instead.

@@ -51,7 +51,7 @@ from nanochat.pace import TimeLimit
 from nanochat.ranks import compare_ranks, on_rank0
 from nanochat.runs import SETTINGS_FILE, STAGES, get_run_dir, get_stage_dir, heirs, list_steps, step_dir
 from nanochat.same_run import NOT_KEPT, check_data, check_settings, way_to_begin_anew
-from nanochat.settings import CONFIG_FILE, Arguments
+from nanochat.settings import CONFIG_FILE, Arguments, flag_of
 from nanochat.tokenizer import Tokenizer
 from nanochat.trainer import TrainConfig, Trainer
 from nanochat.training_flags import RATES, chosen_loggers, parse_switches
@@ -96,17 +96,34 @@ class Stage:
         return read_meta(self.directory, self.resume_step)["settings"]
 
     def adopt(self, args: Arguments) -> None:
-        """Where the stage goes on, give the flags that were left out the values that it was begun with, but for NOT_KEPT.
+        """Where the stage goes on, give the flags that were left out the values of that checkpoint, but for NOT_KEPT.
 
         A run by time may have changed its number of updates after this step. Its config.toml holds the newest number; that
         is not a request for other settings.
         """
         if self.resume_step is not None:
             planned = read_json(self.directory / SETTINGS_FILE).get("num_iterations")
-            if args.num_iterations == planned:
+            if args.num_iterations == planned and "num_iterations" not in args.typed:
                 args.given.discard("num_iterations")
+        elif args.resume == "auto":
+            self._check_left_out(args)
         kept = args.defaults.keys() - NOT_KEPT
         args.adopt({name: value for name, value in self.recorded_settings().items() if name in kept})
+
+    def _check_left_out(self, args: Arguments) -> None:
+        """Raise NanochatError if the stage was begun, but not saved, with flags that are left out now: it would be another."""
+        begun = read_json(self.directory / SETTINGS_FILE)
+        flags = {name: default for name, default in args.defaults.items() if name not in NOT_KEPT | args.given}
+        # What is left open, -1 or None, is recorded as it was decided.
+        missing = [
+            name for name, default in flags.items() if default not in (None, -1) and begun.get(name, default) != default
+        ]
+        if missing:
+            given = " ".join(f"{flag_of(name)}={begun[name]}" for name in missing)
+            raise NanochatError(
+                f"run {self.tag!r} was begun with {given}, but has no checkpoint to go on from: give that again "
+                f"(--config {self.directory / CONFIG_FILE} has all), or {way_to_begin_anew(self.directory)}"
+            )
 
     def check_batch(self, device_batch_size: int, sequence_len: int, world_size: int) -> None:
         """Raise NanochatError if these ranks or rows cannot share the batch that the stage goes on with, which it keeps."""
@@ -288,7 +305,11 @@ def begin(
         on_rank0(source.check_validation)
     on_rank0(lambda: prepare_directory(stage, tokenizer, settings, args))
     save_every = args.save_every if args.save_every >= 0 else args.eval_every
-    if "keep_last" not in args.given and 0 < save_every * args.keep_last < settings["num_iterations"]:
+    if (
+        "keep_last" not in args.given
+        and stage.resume_step is None
+        and 0 < save_every * args.keep_last < settings["num_iterations"]
+    ):
         print0(f"the newest {args.keep_last} checkpoints and the best are kept (--keep-last)")
     if save_every < 0 and settings["num_iterations"] > USUAL_SAVE_EVERY:
         print0(f"no checkpoint is saved before the end, for nothing is evaluated: --save-every {USUAL_SAVE_EVERY} saves some")

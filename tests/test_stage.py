@@ -256,8 +256,37 @@ def test_all_that_is_not_the_machines_stays_as_the_stage_was_begun(
     Stage("r", "base", base_dir, 3, [3]).adopt(args)
     (machine,) = (group for group in args._parser._action_groups if group.title == "machine")
     own = {action.dest for action in machine._group_actions}
-    own |= {"resume", "resume_from_step", "run", "log_to", "model_tag", "eval_bundle", "max_rows"}
+    own |= {"resume", "resume_from_step", "run", "log_to", "model_tag", "max_rows"}
     assert {name for name in args.defaults if str(vars(args)[name]) != "begun"} == own & args.defaults.keys()
+
+
+def test_a_stage_without_a_checkpoint_is_not_begun_anew_with_fewer_flags(base_dir: Path) -> None:
+    """It would be another; one that a scheduler repeats, with all of its flags, begins as it did."""
+    stage = Stage("r", "base", base_dir / "runs" / "r" / "base", None, [])
+    stage.directory.mkdir(parents=True)
+    begun = ["--depth=1", "--seed=7", "--device-type=cpu", "--resume=auto", "--num-iterations=5"]
+    recorded = {**vars(base_train.parse_arguments(begun)), "total_batch_size": 512, "data": "/a", "loaded": True}
+    (stage.directory / "settings.json").write_text(json.dumps(recorded), encoding="utf-8")
+    with pytest.raises(
+        NanochatError, match=r"begun with --depth=1 --seed=7, but has no checkpoint .* \(--config .*toml has all"
+    ):
+        stage.adopt(base_train.parse_arguments(["--resume=auto"]))
+    for flags in (begun, [*begun, "--depth=2"], ["--seed=7", "--depth=3", "--resume=auto"], ["--resume=none"]):
+        stage.adopt(base_train.parse_arguments(flags))
+
+
+def test_a_number_of_updates_that_was_typed_is_no_remainder_of_the_plan(
+    base_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run by time, whose config.toml holds a later plan than the checkpoint does."""
+    monkeypatch.setattr(Stage, "recorded_settings", lambda self: {"num_iterations": 13})
+    (base_dir / "settings.json").parent.mkdir(parents=True, exist_ok=True)
+    (base_dir / "settings.json").write_text('{"num_iterations": 16}', encoding="utf-8")
+    (base_dir / "config.toml").write_text("num-iterations = 16", encoding="utf-8")
+    for flags, updates in ((["--num-iterations=16"], 16), (["--config", str(base_dir / "config.toml")], 13)):
+        args = base_train.parse_arguments(flags)
+        Stage("r", "base", base_dir, 3, [3]).adopt(args)
+        assert args.num_iterations == updates
 
 
 @pytest.mark.parametrize(
