@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -92,6 +93,7 @@ class Metrics:
 
 MAX_FAILURES = 3  # after this many failed steps in a row, blame the model's copy, not the requests
 REST_S = 30  # how long to avoid a copy that failed that often, if there are others
+TIMEOUTS = (TimeoutError, asyncio.TimeoutError, futures.TimeoutError)  # one class only from Python 3.11 on
 READY_S = 0.1  # between looks at whether a model is compiled
 STREAM_INTERVAL_S = 0.015  # between pieces of a stream after the first: faster than the eye, at a fraction of the work
 
@@ -186,7 +188,7 @@ class Worker:
             try:
                 with torch.inference_mode():
                     future.set_result(function(self.engine.model))
-            except (StopIteration, TimeoutError) as error:  # a future raises neither as what it is
+            except (StopIteration, *TIMEOUTS) as error:  # a future raises none of them as what it is
                 future.set_exception(RuntimeError(repr(error)))
             except Exception as error:
                 future.set_exception(error)

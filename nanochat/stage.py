@@ -106,7 +106,7 @@ class Stage:
             if args.num_iterations == planned and "num_iterations" not in args.typed:
                 args.given.discard("num_iterations")
         elif args.resume == "auto":
-            self._check_left_out(args)
+            on_rank0(lambda: self._check_left_out(args))
         kept = args.defaults.keys() - NOT_KEPT
         args.adopt({name: value for name, value in self.recorded_settings().items() if name in kept})
 
@@ -114,10 +114,9 @@ class Stage:
         """Raise NanochatError if the stage was begun, but not saved, with flags that are left out now: it would be another."""
         begun = read_json(self.directory / SETTINGS_FILE)
         flags = {name: default for name, default in args.defaults.items() if name not in NOT_KEPT | args.given}
-        # What is left open, -1 or None, is recorded as it was decided.
-        missing = [
-            name for name, default in flags.items() if default not in (None, -1) and begun.get(name, default) != default
-        ]
+        # What flags leave open, by -1 or None, is recorded as it was decided, but for the minutes.
+        flags = {name: default for name, default in flags.items() if default not in (None, -1) or name == "target_minutes"}
+        missing = [name for name, default in flags.items() if begun.get(name, default) != default]
         if missing:
             given = " ".join(f"{flag_of(name)}={begun[name]}" for name in missing)
             raise NanochatError(

@@ -271,7 +271,12 @@ def test_a_stage_without_a_checkpoint_is_not_begun_anew_with_fewer_flags(base_di
         NanochatError, match=r"begun with --depth=1 --seed=7, but has no checkpoint .* \(--config .*toml has all"
     ):
         stage.adopt(base_train.parse_arguments(["--resume=auto"]))
-    for flags in (begun, [*begun, "--depth=2"], ["--seed=7", "--depth=3", "--resume=auto"], ["--resume=none"]):
+    recorded["target_minutes"] = 3.0
+    (stage.directory / "settings.json").write_text(json.dumps(recorded), encoding="utf-8")
+    with pytest.raises(NanochatError, match=r"begun with --target-minutes=3\.0, but"):
+        stage.adopt(base_train.parse_arguments([*begun, "--num-iterations=-1"]))
+    begun.append("--target-minutes=3")
+    for flags in (begun, [*begun, "--depth=2"], [*begun[1:], "--depth=3"], ["--resume=none"]):
         stage.adopt(base_train.parse_arguments(flags))
 
 
