@@ -180,7 +180,7 @@ class Guard:
 
 
 def _with_request_id(request_id: bytes, send: Send) -> Send:
-    """The `send` that adds X-Request-Id, by which OpenAI's clients name a reply: the client's own if it gave one."""
+    """The `send` that adds X-Request-Id, by which OpenAI's clients name a reply."""
 
     async def send_named(message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -18,13 +18,12 @@ from nanochat.devices import is_out_of_memory
 from nanochat.gpt import GPT
 from nanochat.machine import expected_mfu, measure_matmul_rate, seconds_of
 from nanochat.optim import MuonAdamW
-from nanochat.passes import Batch, Passes, summed_loss
+from nanochat.passes import LossFn, Passes, summed_loss
 from nanochat.ranks import any_rank, from_rank0, gather_objects
 from nanochat.scaling import accumulation_steps, default_device_batch_size
 from nanochat.scheduler import MEMORY_SHARE
 from nanochat.schedules import Schedule
 
-LossFn = Callable[[GPT, Batch], torch.Tensor]
 ANSWER_ROWS = 32  # answers in a micro-batch of reinforcement learning, if they fit
 TIME_CHECKS = 16  # of a run by time
 

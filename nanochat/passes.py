@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import torch
 
@@ -20,12 +19,10 @@ from nanochat.layers import Embedding
 
 # (inputs, targets, ...), each with B rows; a pass may split it by rows. targets: (B, T) int64, -1: nothing to predict.
 Batch = tuple[torch.Tensor, ...]
+LossFn = Callable[[GPT, Batch], torch.Tensor]  # gives a sum over rows
 Shape = tuple[int, tuple[torch.Size, ...]]  # of a pass: the number of idle blocks, and the inputs' shapes
 PIECE_TOKENS = 1024  # tokens in an uncompiled pass on a CPU
 STEP_BYTES = 8  # per parameter: the most that an update in one process allocates (see memory.step_bytes)
-
-
-LossFn = TypeVar("LossFn", bound=Callable[..., torch.Tensor])
 
 
 def recordable(loss_fn: LossFn) -> LossFn:
@@ -53,7 +50,7 @@ def count_supervised(batch: Batch) -> torch.Tensor:
 class Passes:
     """Computes gradients of loss_fn: (model, batch) -> loss, a sum over rows; recorded if it is `recordable`."""
 
-    def __init__(self, model: GPT, loss_fn: Callable[[GPT, Batch], torch.Tensor] = summed_loss) -> None:
+    def __init__(self, model: GPT, loss_fn: LossFn = summed_loss) -> None:
         self.model, self.loss_fn = model, loss_fn
         self._tables = list(model.tables().values())
         self._tried: Shape | None = None  # of the pass that was recorded, or that did not fit in memory

@@ -28,7 +28,7 @@ from nanochat.machine import measure_matmul_rate, reference_rate
 from nanochat.metrics import METRICS_FILE, MetricsLog, read_metrics, series
 from nanochat.optim import MuonAdamW
 from nanochat.pace import TimeLimit
-from nanochat.passes import Batch, Passes, count_supervised, summed_loss
+from nanochat.passes import Batch, LossFn, Passes, count_supervised, summed_loss
 from nanochat.progress import Progress
 from nanochat.quantities import describe_line, quantity
 from nanochat.ranks import all_or_none, any_rank, gather_objects, on_rank0, sum_over_ranks
@@ -92,7 +92,7 @@ class Trainer:
         meta: dict[str, Any],
         evaluations: Sequence[tuple[int, Evaluation]] = (),
         sample: Callable[[], list[dict[str, str]]] | None = None,
-        loss_fn: Callable[[GPT, Batch], torch.Tensor] = summed_loss,
+        loss_fn: LossFn = summed_loss,
         count_fn: Callable[[Batch], torch.Tensor] = count_supervised,
         step_metrics: Callable[[], dict[str, float]] = dict,
         update_metrics: Callable[[], dict[str, float]] = dict,

@@ -123,7 +123,8 @@ def final_numbers(runs: list[Run]) -> list[list[str]]:
     wanted |= core_numbers(runs)
     for key in dict.fromkeys(key for run in runs for key in run.results if key.startswith("chatcore")):  # by settings
         wanted[key.replace("chatcore", "mean of the chat tasks")] = chat_mean(key)
-    wanted = {**wanted, **{label: number for label, number in other_numbers(runs).items() if label not in wanted}}
+    for label, number in other_numbers(runs).items():
+        wanted.setdefault(label, number)
     rows = [[label, *(_or_dash(number, run) for run in runs)] for label, number in wanted.items()]
     return [row for row in rows if set(row[1:]) != {"-"}]
 

@@ -214,6 +214,13 @@ def test_every_logged_number_is_drawn_and_compared(monkeypatch: pytest.MonkeyPat
     assert table["own"] == ["21", "-"] and table["train/grad_norm"] == ["-", "1e-05"]
 
 
+def test_a_number_of_ones_own_takes_no_place_of_ours() -> None:
+    ours = Run("a", {"num_params": 1, "num_iterations": 1}, [{"step": 1, "time_s": 1.0, "train/tokens": 50_000}], {})
+    own = Run("b", {"num_params": 1, "num_iterations": 1}, [{"step": 1, "time_s": 1.0, "tokens": 7}], {})
+    rows = {label: shown for label, *shown in final_numbers([ours, own])}
+    assert rows["tokens"] == ["50,000", "-"]
+
+
 def test_runs_of_one_name_are_told_apart(two_runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     copy = shutil.copytree(two_runs / "tiny", tmp_path / "elsewhere" / "tiny")
     assert compare.main(["tiny", str(copy / "sft"), "--stage=sft", "--output", str(tmp_path / "page.html")]) == 0
